@@ -1,0 +1,8 @@
+"""Flash attention and KV caches for JAX: arrays in, arrays out."""
+
+from jfa.ops import dot_product_attention as dot_product_attention
+from jfa.types import AttentionSpec as AttentionSpec
+from jfa.types import BlockConfig as BlockConfig
+from jfa.types import DeviceInfo as DeviceInfo
+from jfa.types import FlashConfig as FlashConfig
+from jfa.types import UnsupportedError as UnsupportedError

@@ -1,0 +1,78 @@
+"""What the machine is: asked once, here, and passed on as a value."""
+
+import functools
+import re
+
+import jax
+
+from jfa.types import DeviceInfo
+
+# Bytes of LDS (shared memory) that one workgroup may take. Vendor documents: CDNA3 and RDNA3 ISA guides, section on
+# LDS; CUDA C programming guide, table "Technical Specifications per Compute Capability" (opt-in maximum per block).
+_LDS_BYTES = {"gfx950": 163_840, "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+_LDS_BYTES_OTHERWISE = {"rocm": 65_536, "cuda": 101_376}
+
+# Abstract devices of NVIDIA carry a marketing name; these are the data-centre parts that JAX itself knows.
+_NVIDIA_ARCH = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "GH200": "sm_90", "B200": "sm_100", "GB200": "sm_100"}
+
+# Compute units of the usual card of an architecture, for targets that are not in the machine.
+_COMPUTE_UNITS = {
+    "gfx90a": 104,
+    "gfx942": 304,
+    "gfx950": 256,
+    "gfx1100": 96,
+    "gfx1201": 64,
+    "sm_80": 108,
+    "sm_90": 132,
+    "sm_100": 148,
+}
+
+
+def describe(platform: str, arch: str, compute_units: int | None = None) -> DeviceInfo:
+    """The DeviceInfo of an architecture by name, whether or not the machine has one."""
+    return DeviceInfo(
+        platform=platform,
+        arch=arch,
+        compute_units=compute_units or _COMPUTE_UNITS.get(arch, 1),
+        lds_bytes=_LDS_BYTES.get(arch, _LDS_BYTES_OTHERWISE.get(platform, 0)),
+    )
+
+
+def probe() -> DeviceInfo:
+    """The device that the code being traced will run on.
+
+    JAX's abstract device wins when it names an architecture other than the real one: this is how kernels are lowered
+    for a card that the machine does not have. Inside shard_map JAX fills the abstract device from the real one,
+    under a marketing name; that says nothing new and is passed over.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and (target := _architecture(abstract.device_kind)):
+        platform, arch = target
+        if arch != _real().arch:
+            return describe(platform, arch)
+    return _real()
+
+
+def _architecture(kind: str) -> tuple[str, str] | None:
+    """(platform, arch) when a device kind names an architecture: 'gfx942', 'sm_90' or an NVIDIA data-centre part."""
+    if re.fullmatch(r"gfx[0-9a-f]+", kind):
+        return "rocm", kind
+    if re.fullmatch(r"sm_\d+", kind):
+        return "cuda", kind
+    if match := re.search(r"NVIDIA (\w+)", kind):
+        arch = _NVIDIA_ARCH.get(match[1])
+        return ("cuda", arch) if arch else None
+    return None
+
+
+@functools.cache
+def _real() -> DeviceInfo:
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return describe(device.platform, device.device_kind)
+    # ROCm reports 'gfx942' (older plugins 'gfx942:sramecc+:xnack-') here, CUDA '9.0'
+    capability = str(device.compute_capability).split(":")[0]
+    units = getattr(device, "core_count", None)
+    if capability.startswith("gfx"):
+        return describe("rocm", capability, units)
+    return describe("cuda", "sm_" + capability.replace(".", ""), units)

@@ -1,0 +1,301 @@
+"""Blockwise attention in plain XLA: memory linear in the length, forward and backward, on any platform.
+
+One tile of queries meets one tile of keys at a time; a running maximum and sum (online softmax) join the tiles. The
+backward pass recomputes the scores from the log-sum-exp. Tiles that no row of the batch can see are not visited. A
+length that the tile does not divide is served by a last tile that starts earlier, its repeated rows masked: nothing
+is padded or copied.
+
+Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/kernels/test_flash.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
+
+# A tile of scores should stay in the second level cache of a core: 2 MiB holds it on current server CPUs.
+_SCORE_TILE_BYTES = 1 << 20
+
+
+def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
+    """Tiles of at most 256 x 512, narrower when batch and heads are many."""
+    b, tq, hq, _ = operands.q.shape
+    block_q = min(tq, 256)
+    rows = b * hq * block_q
+    block_kv = max(128, min(512, _SCORE_TILE_BYTES // (4 * rows) // 128 * 128))
+    return BlockConfig(block_q=block_q, block_kv=block_kv, widen=device.platform == "cpu")
+
+
+def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
+    """Every call is served."""
+    return None
+
+
+def flash_attention(
+    operands: Operands, *, spec: AttentionSpec, config: BlockConfig
+) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
+    """Attention and the natural log-sum-exp, as reference.attention defines them.
+
+    Not differentiable by itself: ops.dot_product_attention joins it to flash_attention_bwd.
+    """
+    q = operands.q
+    b, tq, hq, _ = q.shape
+    hkv, g, d = operands.k.shape[2], operands.group_size, operands.v.shape[3]
+    grid = _Grid.of(operands, config)
+
+    def q_tile(i, done):
+        start = grid.q_start(i)
+        q_block = _heads_first(_rows(q, start, grid.block_q), hkv)
+
+        def kv_tile(j, carry):
+            acc, m, l = carry
+            tile = _score_tile(operands, spec, config, grid, q_block, start, j)
+            m_next = jnp.maximum(m, tile.scores.max(-1))
+            m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
+            p = jnp.exp(tile.scores - m_safe[..., None])
+            rescale = jnp.exp(m - m_safe)
+            v_block = tile.v_block
+            acc = acc * rescale[..., None] + _dot("bhgqk,bhkd->bhgqd", p.astype(v_block.dtype), v_block)
+            return acc, m_next, l * rescale + p.sum(-1)
+
+        rows = (b, hkv, g, grid.block_q)
+        carry = (jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, -jnp.inf), jnp.zeros(rows))
+        acc, m, l = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
+        empty = l == 0.0
+        l = jnp.where(empty, 1.0, l)
+        out_block = _rows_first(acc / l[..., None]).astype(q.dtype)
+        lse_block = _rows_first(jnp.where(empty, -jnp.inf, m + jnp.log(l)))
+        if grid.num_q == 1:
+            return out_block, lse_block
+        out, lse = done
+        return _put_rows(out, out_block, start), _put_rows(lse, lse_block, start)
+
+    if tq == 0 or grid.num_kv == 0:
+        return jnp.zeros((b, tq, hq, d), q.dtype), jnp.full((b, tq, hq), -jnp.inf)
+    done = (jnp.zeros((b, tq, hq, d), q.dtype), jnp.zeros((b, tq, hq)))
+    return _loop(0, grid.num_q, grid.num_q, q_tile, done)
+
+
+def flash_attention_bwd(
+    operands: Operands,
+    out: Float[Array, "b tq hq d"],
+    lse: Float[Array, "b tq hq"],
+    d_out: Float[Array, "b tq hq d"],
+    d_lse: Float[Array, "b tq hq"],
+    *,
+    spec: AttentionSpec,
+    config: BlockConfig,
+) -> Operands:
+    """The cotangents of q, k, v and bias, recomputed tile by tile; None for the operands that have none.
+
+    The gradient of a broadcast bias is summed into an array of the bias's own shape.
+    """
+    q, k, v, bias = operands.q, operands.k, operands.v, operands.bias
+    b, tq, _, _ = q.shape
+    hkv = k.shape[2]
+    grid = _Grid.of(operands, config)
+    # rows that saw nothing pass nothing on; their q and cotangent may hold anything
+    empty = lse == -jnp.inf
+    d_out = jnp.where(empty[..., None], 0, d_out)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(empty, 0.0, d_lse)
+    lse = jnp.where(empty, jnp.inf, lse)  # exp(score - inf) = 0
+
+    def q_tile(i, grads):
+        start = grid.q_start(i)
+        q_block = _heads_first(_rows(jnp.where(empty[..., None], 0, q), start, grid.block_q), hkv)
+        do_block = _heads_first(_rows(d_out, start, grid.block_q), hkv)
+        lse_block = _heads_first(_rows(lse, start, grid.block_q), hkv)
+        # the rows that a last tile shares with the one before it count once: exp(score - inf) = 0
+        lse_block = jnp.where(start + jnp.arange(grid.block_q) >= i * grid.block_q, lse_block, jnp.inf)[..., None]
+        delta_block = _heads_first(_rows(delta, start, grid.block_q), hkv)[..., None]
+        if config.widen:
+            do_block = do_block.astype(jnp.float32)
+
+        def kv_tile(j, carry):
+            dq_block, dk, dv, d_bias = carry
+            tile = _score_tile(operands, spec, config, grid, q_block, start, j)
+            k_block, v_block = tile.k_block, tile.v_block
+            p = jnp.where(tile.visible, jnp.exp(tile.scores - lse_block), 0.0)
+            dp = _dot("bhgqd,bhkd->bhgqk", do_block, v_block)
+            ds = p * (dp - delta_block)
+            if spec.softcap is not None:
+                slope = 1.0 - jnp.square(tile.scores / spec.softcap)
+                ds = ds * jnp.where(tile.visible, slope, 0.0)
+            if d_bias is not None:
+                d_bias = _add_bias_tile(d_bias, ds, start, grid.k_start(j))
+            ds = (ds * spec.sm_scale).astype(k_block.dtype)
+            dv_block = _dot("bhgqk,bhgqd->bhkd", p.astype(v_block.dtype), do_block)
+            dk_block = _dot("bhgqk,bhgqd->bhkd", ds, q_block.astype(k_block.dtype))
+            dq_block = dq_block + _dot("bhgqk,bhkd->bhgqd", ds, k_block)
+            at = grid.k_start(j)
+            dk = _add_rows(dk, dk_block.swapaxes(1, 2), at)
+            dv = _add_rows(dv, dv_block.swapaxes(1, 2), at)
+            return dq_block, dk, dv, d_bias
+
+        dq, *rest = grads
+        carry = (jnp.zeros(q_block.shape, jnp.float32), *rest)
+        dq_block, *rest = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
+        return _add_rows(dq, _rows_first(dq_block), start), *rest
+
+    zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in (q, k, v, bias)]
+    if tq > 0 and grid.num_kv > 0:
+        zeros = _loop(0, grid.num_q, grid.num_q, q_tile, tuple(zeros))
+    dq, dk, dv, d_bias = zeros
+    return Operands(
+        q=dq.astype(q.dtype),
+        k=dk.astype(k.dtype),
+        v=dv.astype(v.dtype),
+        bias=None if bias is None else d_bias.astype(bias.dtype),
+    )
+
+
+class _Grid(NamedTuple):
+    """The tiles of one call. The last tile of an axis starts early enough to end with it."""
+
+    tq: int
+    tk: int
+    block_q: int
+    block_kv: int
+
+    @classmethod
+    def of(cls, operands: Operands, config: BlockConfig) -> "_Grid":
+        tq, tk = operands.q.shape[1], operands.k.shape[1]
+        return cls(tq, tk, min(config.block_q, tq), min(config.block_kv, tk))
+
+    @property
+    def num_q(self) -> int:
+        return -(-self.tq // self.block_q) if self.tq else 0
+
+    @property
+    def num_kv(self) -> int:
+        return -(-self.tk // self.block_kv) if self.tk else 0
+
+    def q_start(self, i):
+        return _least(i * self.block_q, self.tq - self.block_q)
+
+    def k_start(self, j):
+        return _least(j * self.block_kv, self.tk - self.block_kv)
+
+    def kv_tiles(self, operands: Operands, spec: AttentionSpec, q_start):
+        """The range of key tiles that some row of the query tile may see."""
+        offset = operands.q_offset
+        first, end = 0, self.tk
+        if spec.left is not None:
+            first = jnp.maximum(0, q_start - spec.left + (0 if offset is None else offset.min()))
+        if spec.right is not None:
+            end = jnp.minimum(end, q_start + self.block_q + spec.right + (0 if offset is None else offset.max()))
+        if operands.kv_len is not None:
+            end = jnp.minimum(end, operands.kv_len.max())
+        if operands.q_len is not None:
+            end = jnp.where(q_start < operands.q_len.max(), end, 0)
+        return first // self.block_kv, (end + self.block_kv - 1) // self.block_kv
+
+
+class _ScoreTile(NamedTuple):
+    scores: Float[Array, "b hkv g bq bk"]  # soft-capped; -inf where masked
+    visible: Bool[Array, "#b #hkv #g bq bk"]
+    k_block: Float[Array, "b hkv bk d"]
+    v_block: Float[Array, "b hkv bk d"]
+
+
+def _score_tile(
+    operands: Operands, spec: AttentionSpec, config: BlockConfig, grid: _Grid, q_block: Array, q_start, j
+) -> _ScoreTile:
+    k_start = grid.k_start(j)
+    row = q_start + jnp.arange(grid.block_q)[:, None]
+    key = k_start + jnp.arange(grid.block_kv)
+    # the keys that a last tile shares with the one before it count once
+    visible = jnp.broadcast_to(key >= j * grid.block_kv, (1, 1, 1, grid.block_q, grid.block_kv))
+    position = row if operands.q_offset is None else row + _per_row(operands.q_offset)
+    if spec.left is not None:
+        visible &= key >= position - spec.left
+    if spec.right is not None:
+        visible &= key <= position + spec.right
+    if operands.q_len is not None:
+        visible &= row < _per_row(operands.q_len)
+    if operands.kv_len is not None:
+        visible &= key < _per_row(operands.kv_len)
+    if operands.mask is not None:
+        visible &= _bias_tile(operands.mask, grid, q_start, k_start, operands.group_size)
+
+    k_block = _rows(operands.k, k_start, grid.block_kv).swapaxes(1, 2)
+    v_block = _rows(operands.v, k_start, grid.block_kv).swapaxes(1, 2)
+    if config.widen:
+        q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
+    # what no query of the tile sees may hold anything, NaN too, and 0 * NaN is NaN
+    seen = visible.any(axis=(2, 3))[..., None]
+    k_block, v_block = jnp.where(seen, k_block, 0), jnp.where(seen, v_block, 0)
+    scores = spec.sm_scale * _dot("bhgqd,bhkd->bhgqk", q_block, k_block)
+    if operands.bias is not None:
+        bias = _bias_tile(operands.bias, grid, q_start, k_start, operands.group_size)
+        scores = scores + bias.astype(jnp.float32)
+    if spec.softcap is not None:
+        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    return _ScoreTile(jnp.where(visible, scores, -jnp.inf), visible, k_block, v_block)
+
+
+def _dot(equation: str, a: Array, b: Array) -> Array:
+    """A product with float32 sums; float32 inputs are not rounded to tf32 on the way."""
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _loop(first, end, most: int, body, carry):
+    """fori_loop, without the loop where there is no more than one turn to take."""
+    if most == 1:
+        return body(0, carry)
+    return lax.fori_loop(first, end, body, carry)
+
+
+def _least(a, b):
+    return min(a, b) if isinstance(a, int) else jnp.minimum(a, b)
+
+
+def _per_row(x: Array) -> Array:
+    return x[:, None, None, None, None]
+
+
+def _rows(x: Array, start, size: int) -> Array:
+    return x if x.shape[1] == size else lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+
+def _put_rows(x: Array, block: Array, start) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, block, start, axis=1)
+
+
+def _add_rows(x: Array, block: Array, start) -> Array:
+    return _put_rows(x, _rows(x, start, block.shape[1]) + block, start)
+
+
+def _heads_first(x: Array, hkv: int) -> Array:
+    """[b, t, hq, ...] -> [b, hkv, g, t, ...]"""
+    x = x.reshape(*x.shape[:2], hkv, x.shape[2] // hkv, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 3)
+
+
+def _rows_first(x: Array) -> Array:
+    """[b, hkv, g, t, ...] -> [b, t, hq, ...]"""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def _bias_tile(x: Array, grid: _Grid, q_start, k_start, group_size: int) -> Array:
+    """The tile of a bias or mask of any broadcast shape, as [b, hkv, g, bq, bk] with ones kept."""
+    if x.shape[2] > 1:
+        x = lax.dynamic_slice_in_dim(x, q_start, grid.block_q, axis=2)
+    if x.shape[3] > 1:
+        x = lax.dynamic_slice_in_dim(x, k_start, grid.block_kv, axis=3)
+    g = group_size if x.shape[1] > 1 else 1
+    return x.reshape(x.shape[0], x.shape[1] // g, g, *x.shape[2:])
+
+
+def _add_bias_tile(d_bias: Array, ds: Array, q_start, k_start) -> Array:
+    """Adds a tile of score gradients, summed over the axes that the bias broadcasts along."""
+    tile = ds.reshape(ds.shape[0], -1, *ds.shape[3:])
+    tile = tile.sum([axis for axis in range(4) if d_bias.shape[axis] == 1], keepdims=True)
+    at = (0, 0, q_start if d_bias.shape[2] > 1 else 0, k_start if d_bias.shape[3] > 1 else 0)
+    return lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, at, tile.shape) + tile, at)

@@ -1,0 +1,224 @@
+"""The public ops: check, select a backend, find its configuration, run. Derivatives are defined here, once."""
+
+import dataclasses
+import functools
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from jfa import backends, checks, tuning
+from jfa.device import probe
+from jfa.kernels.xla import flash as xla_flash
+from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands, UnsupportedError
+
+Implementation = Literal["reference", "xla", "triton", "tpu", "mosaic_gpu"]
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    return_residual: Literal[False] = ...,
+    **options,
+) -> Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    return_residual: Literal[True],
+    **options,
+) -> tuple[Array, Array]: ...
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    query_offset: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: ArrayLike | None = None,
+    config: BlockConfig | FlashConfig | None = None,
+) -> Array | tuple[Array, Array]:
+    """softmax(scale * query key^T + bias) value, without the scores ever standing in memory.
+
+    The first parameters are those of jax.nn.dot_product_attention, with the same meaning but for one: a query that
+    sees no key returns zeros (jax.nn: the mean of the values) and a residual of -inf.
+
+    A score is scaled, gets its bias, is soft-capped, then masked. Scores, softmax and sums are float32. Reverse-mode
+    derivatives exist for query, key, value and bias on every backend; forward mode works on "reference" alone.
+
+    Args:
+      query: [b, tq, hq, d], or [tq, hq, d] for one row; float16, bfloat16 or float32.
+      key, value: [b, tk, hkv, d], same dtype. hq must be a multiple of hkv: query head h reads key head h // (hq / hkv).
+      bias: added to the scores; broadcasts to [b, hq, tq, tk].
+      mask: boolean, True where a key may be seen; broadcasts to [b, hq, tq, tk].
+      scale: factor of the scores; None: 1 / sqrt(d).
+      is_causal: query i sees the keys up to its own position, i + query_offset.
+      query_seq_lengths, key_value_seq_lengths: i32[b], valid rows of each; what lies past them is never read.
+      local_window_size: (left, right) keys that a query sees beside its own position; an int is both.
+      implementation: None chooses; "reference", "xla" or "triton" insist.
+      return_residual: also return the log-sum-exp of the scores, natural units.
+      logits_soft_cap: scores become cap * tanh(score / cap).
+      query_offset: i32[b] or int, position of the first query among the keys, as cached chunks need; None: 0.
+      config: tiles of the backend, a FlashConfig for "triton" and a BlockConfig for "xla"; None: from its table.
+      sinks, alibi_slopes, query_segment_ids, key_value_segment_ids, dropout_rate, dropout_key: not built yet; refused.
+
+    Returns:
+      [b, tq, hq, d] in query's dtype; with return_residual also the residual f32[b, tq, hq]. No b where query has none.
+
+    Raises:
+      ValueError: shapes, dtypes or numbers that do not make sense; the message names them.
+      UnsupportedError: sound, but not built for this backend.
+
+    Source: arXiv:2205.14135; arXiv:2307.08691.
+    """
+    later = {
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "query_segment_ids": query_segment_ids,
+        "key_value_segment_ids": key_value_segment_ids,
+        "dropout_rate": dropout_rate or None,
+        "dropout_key": dropout_key,
+    }
+    for name, given in later.items():
+        if given is not None:
+            raise UnsupportedError(f"{name} is not built yet on any backend; leave it out")
+
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    one_row = query.ndim == 3
+    if one_row:
+        query, key, value = (x[None] if x.ndim == 3 else x for x in (query, key, value))
+    checks.attention_shapes(query, key, value)
+    b, tq, hq, head_dim = query.shape
+    scores = (b, hq, tq, key.shape[1])
+    operands = Operands(
+        q=query,
+        k=key,
+        v=value,
+        bias=_broadcastable("bias", bias, scores, boolean=False),
+        mask=_broadcastable("mask", mask, scores, boolean=True),
+        q_len=_per_row("query_seq_lengths", query_seq_lengths, b),
+        kv_len=_per_row("key_value_seq_lengths", key_value_seq_lengths, b),
+        q_offset=_per_row("query_offset", query_offset, b, spread=True),
+    )
+    spec = AttentionSpec(
+        sm_scale=head_dim**-0.5 if scale is None else float(scale),
+        causal=bool(is_causal),
+        window=_window(local_window_size),
+        softcap=logits_soft_cap,
+    )
+    device = probe()
+    backend = backends.select(implementation, operands, spec, device)
+    plan = _Plan(backend=backend, spec=spec, config=_config(backend, operands, device, config), device=device)
+    run = _run if backend == "reference" else _differentiable
+    out, lse = run(plan, operands)
+    if one_row:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_residual else out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Everything static about one call."""
+
+    backend: str
+    spec: AttentionSpec
+    config: BlockConfig | FlashConfig | None
+    device: DeviceInfo
+
+
+def _run(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
+    with jax.named_scope(f"jfa.attention.{plan.backend}"):
+        return backends.FLASH[plan.backend].run(operands, plan.spec, plan.config, plan.device)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(plan: _Plan, operands: Operands):
+    return _run(plan, operands)
+
+
+def _forward(plan: _Plan, operands: Operands):
+    out, lse = _run(plan, operands)
+    # named for remat policies: jax.checkpoint_policies.save_only_these_names("jfa_out", "jfa_lse")
+    out, lse = checkpoint_name(out, "jfa_out"), checkpoint_name(lse, "jfa_lse")
+    return (out, lse), (operands, out, lse)
+
+
+def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
+    operands, out, lse = saved
+    config = plan.config if plan.backend == "xla" else xla_flash.default_config(operands, plan.device)
+    with jax.named_scope("jfa.attention_bwd.xla"):
+        return (xla_flash.flash_attention_bwd(operands, out, lse, *cotangents, spec=plan.spec, config=config),)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _config(backend: str, operands: Operands, device: DeviceInfo, given) -> BlockConfig | FlashConfig | None:
+    wanted = backends.FLASH[backend].config_type
+    if given is None:
+        q = operands.q
+        tuned = wanted is FlashConfig and tuning.flash_config(device.arch, dtype=q.dtype.name, head_dim=q.shape[3])
+        return tuned or backends.FLASH[backend].default_config(operands, device)
+    if wanted is None or not isinstance(given, wanted):
+        takes = "no config" if wanted is None else f"a {wanted.__name__}"
+        raise ValueError(f"the {backend} backend takes {takes}, got a {type(given).__name__}")
+    return given
+
+
+def _broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, boolean: bool) -> Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    x = x.reshape((1,) * max(0, 4 - x.ndim) + x.shape)
+    checks.broadcasts(name, x, scores, boolean=boolean)
+    return x
+
+
+def _per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if spread and x.ndim == 0:
+        x = jnp.full((batch,), x)
+    checks.per_row(name, x, batch)
+    return x.astype(jnp.int32)
+
+
+def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2 or not all(isinstance(n, int) for n in size):
+        raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
+    return tuple(size)

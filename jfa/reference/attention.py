@@ -1,0 +1,64 @@
+"""Attention as the formula stands on paper: float32, every score in memory. The truth that kernels are tested against."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jfa.types import AttentionSpec, Operands
+
+
+def attention(
+    operands: Operands, *, spec: AttentionSpec
+) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
+    """softmax(softcap(scale * q k^T + bias)) v over the visible keys, and the natural log-sum-exp of the scores.
+
+    Inputs are raised to float32 and the output is rounded once, to the dtype of q. A row that sees no key returns
+    zeros and -inf. Differentiable in both modes.
+
+    Source: arXiv:1706.03762, section 3.2.1; log-sum-exp: arXiv:2307.08691, section 3.1.1.
+    """
+    q, k, v, bias, *_ = operands
+    b, tq, hq, d = q.shape
+    tk, hkv, g = k.shape[1], k.shape[2], operands.group_size
+    visible = _visible(operands, spec)
+    # what no query sees may hold anything, NaN too, and 0 * NaN is NaN: such rows count as zeros
+    seen = visible.reshape(b, hkv, g, tq, tk).any(axis=(2, 3)).swapaxes(1, 2)[..., None]
+    sees = visible.any(axis=3).swapaxes(1, 2)[..., None]
+    q = jnp.where(sees, q.astype(jnp.float32), 0.0).reshape(b, tq, hkv, g, d)
+    k = jnp.where(seen, k.astype(jnp.float32), 0.0)
+    v = jnp.where(seen, v.astype(jnp.float32), 0.0)
+    scores = spec.sm_scale * jnp.einsum("bqhgd,bkhd->bhgqk", q, k, precision="highest").reshape(b, hq, tq, tk)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    if spec.softcap is not None:
+        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    m = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
+    p = jnp.exp(scores - jnp.where(m == -jnp.inf, 0.0, m))
+    l = p.sum(-1, keepdims=True)
+    empty = l == 0.0
+    l = jnp.where(empty, 1.0, l)
+    p = (p / l).reshape(b, hkv, g, tq, tk)
+    out = jnp.einsum("bhgqk,bkhd->bqhgd", p, v, precision="highest").reshape(b, tq, hq, -1)
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log(l))
+    return out.astype(operands.q.dtype), lse[..., 0].swapaxes(1, 2)
+
+
+def _visible(operands: Operands, spec: AttentionSpec) -> Bool[Array, "b hq tq tk"]:
+    b, tq, hq, _ = operands.q.shape
+    tk = operands.k.shape[1]
+    row = jnp.arange(tq)[None, None, :, None]
+    key = jnp.arange(tk)[None, None, None, :]
+    position = row if operands.q_offset is None else row + operands.q_offset[:, None, None, None]
+    visible = jnp.ones((b, hq, tq, tk), bool)
+    if spec.left is not None:
+        visible &= key >= position - spec.left
+    if spec.right is not None:
+        visible &= key <= position + spec.right
+    if operands.q_len is not None:
+        visible &= row < operands.q_len[:, None, None, None]
+    if operands.kv_len is not None:
+        visible &= key < operands.kv_len[:, None, None, None]
+    if operands.mask is not None:
+        visible &= operands.mask
+    return visible

@@ -1,0 +1,42 @@
+"""Which tiles to use: a measured or compiled-for table per architecture, else the kernel's own default."""
+
+import functools
+import json
+from importlib import resources
+
+from jfa.types import FlashConfig
+
+# Neighbours whose compute units are alike enough to share a table.
+_NEIGHBOUR = {
+    "gfx940": "gfx942",
+    "gfx941": "gfx942",
+    "gfx1101": "gfx1100",
+    "gfx1102": "gfx1100",
+    "gfx1103": "gfx1100",
+    "gfx1150": "gfx1100",
+    "gfx1151": "gfx1100",
+    "gfx1152": "gfx1100",
+    "gfx1153": "gfx1100",
+    "gfx1200": "gfx1201",
+    "sm_86": "sm_80",
+    "sm_89": "sm_80",
+    "sm_103": "sm_100",
+}
+
+
+def table_arch(arch: str) -> str:
+    """The architecture whose table serves this one: itself, or its nearest neighbour."""
+    return _NEIGHBOUR.get(arch, arch)
+
+
+def flash_config(arch: str, *, dtype: str, head_dim: int) -> FlashConfig | None:
+    """The table's entry for the smallest listed head_dim that is not below this one; None without a table or entry."""
+    entries = _table("flash_attention", table_arch(arch)).get(dtype, {})
+    fitting = sorted(int(listed) for listed in entries if int(listed) >= head_dim)
+    return FlashConfig(**entries[str(fitting[0])]["config"]) if fitting else None
+
+
+@functools.cache
+def _table(op: str, arch: str) -> dict:
+    file = resources.files("jfa") / "tuning_tables" / arch / f"{op}.json"
+    return json.loads(file.read_text())["configs"] if file.is_file() else {}

@@ -1,0 +1,112 @@
+"""The words that the rest of the library is written in.
+
+Axis letters in annotations: `b` batch, `tq` and `tk` query and key positions, `hq` and `hkv` query and key heads,
+`g` query heads per key head, `d` head_dim. A *block* is always a tile of a kernel, a *page* is always memory.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+
+class UnsupportedError(NotImplementedError):
+    """The call is sound, but what it asks for is not built on the backend that was asked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What attention computes: everything static that changes the answer.
+
+    Query `i` stands at position `i + query_offset` and sees the keys from `position - left` to `position + right`.
+    """
+
+    sm_scale: float
+    causal: bool = False
+    window: tuple[int, int] | None = None  # keys seen to the left and to the right, the query's own not counted
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.sm_scale):
+            raise ValueError(f"scale must be a finite number, got {self.sm_scale}")
+        if self.window is not None and min(self.window) < 0:
+            raise ValueError(
+                f"local_window_size counts the keys seen to the left and right of a query, so both must be >= 0, "
+                f"got {self.window}; leave it None for no window"
+            )
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"logits_soft_cap must be a finite number > 0, got {self.softcap}; None means no cap")
+
+    @property
+    def left(self) -> int | None:
+        """How many keys before its own position a query sees; None: all."""
+        return None if self.window is None else self.window[0]
+
+    @property
+    def right(self) -> int | None:
+        """How many keys after its own position a query sees; None: all."""
+        if self.causal:
+            return 0
+        return None if self.window is None else self.window[1]
+
+
+class Operands(NamedTuple):
+    """The arrays that attention reads. None: the option is not in use and costs nothing."""
+
+    q: Float[Array, "b tq hq d"]
+    k: Float[Array, "b tk hkv d"]
+    v: Float[Array, "b tk hkv d"]
+    bias: Float[Array, "#b #hq #tq #tk"] | None = None
+    mask: Bool[Array, "#b #hq #tq #tk"] | None = None  # True: the key may be seen
+    q_len: Int[Array, " b"] | None = None
+    kv_len: Int[Array, " b"] | None = None
+    q_offset: Int[Array, " b"] | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key head."""
+        return self.q.shape[2] // self.k.shape[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """How the `xla` backend computes: tile rows. Changes the speed, not the answer."""
+
+    block_q: int
+    block_kv: int
+    widen: bool = False  # raise tiles to float32 before a product: CPUs have no fast 16-bit one
+
+    def __post_init__(self) -> None:
+        if self.block_q < 1 or self.block_kv < 1:
+            raise ValueError(f"block_q and block_kv must be >= 1, got {self.block_q} and {self.block_kv}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashConfig:
+    """How the `triton` flash kernel computes: tile rows, warps and pipeline stages of one program."""
+
+    block_q: int
+    block_kv: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_kv"):
+            rows = getattr(self, name)
+            if rows < 16 or rows & (rows - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {rows}")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages must be >= 1, got {self.num_stages}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceInfo:
+    """One accelerator, as far as kernels care."""
+
+    platform: str  # "rocm", "cuda", "tpu" or "cpu"
+    arch: str  # "gfx942", "sm_90", "TPU v5e", "cpu": a name, never a number
+    compute_units: int = 1
+    lds_bytes: int = 0  # LDS or shared memory that one workgroup may take
