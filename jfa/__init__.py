@@ -1,5 +1,6 @@
 """Flash attention and KV caches for JAX: arrays in, arrays out."""
 
+from jfa.cache.contiguous import KVCache as KVCache
 from jfa.ops import dot_product_attention as dot_product_attention
 from jfa.types import AttentionSpec as AttentionSpec
 from jfa.types import BlockConfig as BlockConfig

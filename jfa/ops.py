@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from numbers import Integral
 from typing import Literal, overload
 
 import jax
@@ -217,8 +218,8 @@ def _per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False
 def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    if isinstance(size, int):
-        return size, size
-    if len(size) != 2 or not all(isinstance(n, int) for n in size):
+    pair = (size, size) if isinstance(size, Integral) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(n, Integral) for n in pair):
         raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
-    return tuple(size)
+    # no sequence is longer, and positions plus window stay within int32
+    return min(int(pair[0]), 2**30), min(int(pair[1]), 2**30)

@@ -76,6 +76,7 @@ class BlockConfig:
     block_q: int
     block_kv: int
     widen: bool = False  # raise tiles to float32 before a product: CPUs have no fast 16-bit one
+    packed: bool = False  # forward: all heads in one block-diagonal product, which reads the keys as they lie
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_kv < 1:

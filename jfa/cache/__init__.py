@@ -1,0 +1,1 @@
+"""KV caches as pytrees. They hold memory and never compute attention."""

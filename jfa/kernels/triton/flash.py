@@ -133,11 +133,25 @@ def _flash_kernel(
     position = q_rows + offset
     dims = jnp.arange(q_ref.shape[1]) < head_dim
     q = load(q_ref, mask=(q_rows < q_len)[:, None] & dims[None, :], other=0.0)
-    # a factor that is not negative lets the maximum be taken before the multiplication
-    factor = abs(spec.sm_scale) if spec.softcap is None else spec.softcap
-    factor = factor * LOG2_E
-    if spec.sm_scale < 0:
-        q = -q
+    # a positive factor lets the maximum be taken before the multiplication: the sign of the scale, or 0, goes to q
+    sm_scale = abs(spec.sm_scale) or 1.0
+    factor = LOG2_E * (sm_scale if spec.softcap is None else spec.softcap)
+    if spec.sm_scale <= 0:
+        q = q * math.copysign(1.0 if spec.sm_scale else 0.0, spec.sm_scale)
+
+    # keys that the tile's first and last row see, as [first, end); the last row sees the furthest in both directions
+    first, end = 0, kv_len
+    whole_first, whole_end = 0, kv_len
+    if spec.left is not None:
+        first = jnp.maximum(0, first_row + offset - spec.left)
+        whole_first = jnp.maximum(0, first_row + block_q - 1 + offset - spec.left)
+    if spec.right is not None:
+        end = jnp.minimum(kv_len, first_row + block_q + offset + spec.right)
+        whole_end = jnp.minimum(kv_len, first_row + 1 + offset + spec.right)
+    end = jnp.where(first_row < q_len, end, 0)
+    tile_first, tile_end = _tile(first, block_kv), _tile(end + block_kv - 1, block_kv)
+    whole_first = jnp.clip(_tile(whole_first + block_kv - 1, block_kv), tile_first, tile_end)
+    whole_end = jnp.clip(_tile(whole_end, block_kv), whole_first, tile_end)
 
     def kv_tile(tile, carry, *, masked: bool):
         acc, m, l = carry
@@ -145,14 +159,15 @@ def _flash_kernel(
         keys = start + jnp.arange(block_kv)
         inside = dims[None, :]
         if masked:
-            inside = inside & (keys < kv_len)[:, None]
+            # beyond what the tile sees may lie anything, NaN too, and 0 * NaN is NaN
+            inside = inside & ((keys >= first) & (keys < end))[:, None]
         needs_mask = masked or head_dim != q_ref.shape[1]
         at = pl.ds(start, block_kv)
         options = dict(mask=jnp.broadcast_to(inside, (block_kv, q_ref.shape[1])), other=0.0) if needs_mask else {}
         k = load(k_ref.at[at, :], **options)
         scores = _dot(q, k, trans_b=True)
         if spec.softcap is not None:
-            scores = jnp.tanh(scores * (abs(spec.sm_scale) / spec.softcap))
+            scores = jnp.tanh(scores * (sm_scale / spec.softcap))
         if masked:
             visible = (keys < kv_len)[None, :]
             if spec.left is not None:
@@ -168,20 +183,6 @@ def _flash_kernel(
         v = load(v_ref.at[at, :], **options)
         acc = acc * rescale[:, None] + _dot(p.astype(v.dtype), v)
         return acc, m_next, l * rescale + p.sum(1)
-
-    # keys that the tile's first and last row see, as [first, end); the last row sees the furthest in both directions
-    first, end = 0, kv_len
-    whole_first, whole_end = 0, kv_len
-    if spec.left is not None:
-        first = jnp.maximum(0, first_row + offset - spec.left)
-        whole_first = jnp.maximum(0, first_row + block_q - 1 + offset - spec.left)
-    if spec.right is not None:
-        end = jnp.minimum(kv_len, first_row + block_q + offset + spec.right)
-        whole_end = jnp.minimum(kv_len, first_row + 1 + offset + spec.right)
-    end = jnp.where(first_row < q_len, end, 0)
-    tile_first, tile_end = _tile(first, block_kv), _tile(end + block_kv - 1, block_kv)
-    whole_first = jnp.clip(_tile(whole_first + block_kv - 1, block_kv), tile_first, tile_end)
-    whole_end = jnp.clip(_tile(whole_end, block_kv), whole_first, tile_end)
 
     carry = (
         jnp.zeros((block_q, q_ref.shape[1]), jnp.float32),

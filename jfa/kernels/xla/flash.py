@@ -20,14 +20,21 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 # A tile of scores should stay in the second level cache of a core: 2 MiB holds it on current server CPUs.
 _SCORE_TILE_BYTES = 1 << 20
 
+# Few rows of queries (decoding) meet the keys in one product whose left side is block-diagonal: hkv times the work of
+# a product per head, but the keys need no transposed copy, which costs more (bench/LOG.md).
+_PACKED_ROWS, _PACKED_HEADS = 64, 8
+
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
     """Tiles of at most 256 x 512, narrower when batch and heads are many."""
     b, tq, hq, _ = operands.q.shape
-    block_q = min(tq, 256)
+    on_cpu = device.platform == "cpu"
+    if on_cpu and tq * hq <= _PACKED_ROWS and operands.k.shape[2] <= _PACKED_HEADS:
+        return BlockConfig(block_q=tq or 1, block_kv=128, widen=True, packed=True)
+    block_q = max(1, min(tq, 256))
     rows = b * hq * block_q
     block_kv = max(128, min(512, _SCORE_TILE_BYTES // (4 * rows) // 128 * 128))
-    return BlockConfig(block_q=block_q, block_kv=block_kv, widen=device.platform == "cpu")
+    return BlockConfig(block_q=block_q, block_kv=block_kv, widen=on_cpu)
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
@@ -58,9 +65,8 @@ def flash_attention(
             m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
             p = jnp.exp(tile.scores - m_safe[..., None])
             rescale = jnp.exp(m - m_safe)
-            v_block = tile.v_block
-            acc = acc * rescale[..., None] + _dot("bhgqk,bhkd->bhgqd", p.astype(v_block.dtype), v_block)
-            return acc, m_next, l * rescale + p.sum(-1)
+            values = _times_values(p, tile, config)
+            return acc * rescale[..., None] + values, m_next, l * rescale + p.sum(-1)
 
         rows = (b, hkv, g, grid.block_q)
         carry = (jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, -jnp.inf), jnp.zeros(rows))
@@ -118,9 +124,9 @@ def flash_attention_bwd(
         def kv_tile(j, carry):
             dq_block, dk, dv, d_bias = carry
             tile = _score_tile(operands, spec, config, grid, q_block, start, j)
-            k_block, v_block = tile.k_block, tile.v_block
+            k_block, v_block = (jnp.where(tile.seen[..., None], x, 0) for x in (tile.k_block, tile.v_block))
             p = jnp.where(tile.visible, jnp.exp(tile.scores - lse_block), 0.0)
-            dp = _dot("bhgqd,bhkd->bhgqk", do_block, v_block)
+            dp = _dot("bhgqd,bkhd->bhgqk", do_block, v_block)
             ds = p * (dp - delta_block)
             if spec.softcap is not None:
                 slope = 1.0 - jnp.square(tile.scores / spec.softcap)
@@ -128,12 +134,11 @@ def flash_attention_bwd(
             if d_bias is not None:
                 d_bias = _add_bias_tile(d_bias, ds, start, grid.k_start(j))
             ds = (ds * spec.sm_scale).astype(k_block.dtype)
-            dv_block = _dot("bhgqk,bhgqd->bhkd", p.astype(v_block.dtype), do_block)
-            dk_block = _dot("bhgqk,bhgqd->bhkd", ds, q_block.astype(k_block.dtype))
-            dq_block = dq_block + _dot("bhgqk,bhkd->bhgqd", ds, k_block)
+            dv_block = _dot("bhgqk,bhgqd->bkhd", p.astype(v_block.dtype), do_block)
+            dk_block = _dot("bhgqk,bhgqd->bkhd", ds, q_block.astype(k_block.dtype))
+            dq_block = dq_block + _dot("bhgqk,bkhd->bhgqd", ds, k_block)
             at = grid.k_start(j)
-            dk = _add_rows(dk, dk_block.swapaxes(1, 2), at)
-            dv = _add_rows(dv, dv_block.swapaxes(1, 2), at)
+            dk, dv = _add_rows(dk, dk_block, at), _add_rows(dv, dv_block, at)
             return dq_block, dk, dv, d_bias
 
         dq, *rest = grads
@@ -198,8 +203,9 @@ class _Grid(NamedTuple):
 class _ScoreTile(NamedTuple):
     scores: Float[Array, "b hkv g bq bk"]  # soft-capped; -inf where masked
     visible: Bool[Array, "#b #hkv #g bq bk"]
-    k_block: Float[Array, "b hkv bk d"]
-    v_block: Float[Array, "b hkv bk d"]
+    seen: Bool[Array, "#b bk #hkv"]  # keys that some query of the tile sees; the others may hold anything, NaN too
+    k_block: Float[Array, "b bk hkv d"]
+    v_block: Float[Array, "b bk hkv d"]
 
 
 def _score_tile(
@@ -222,20 +228,51 @@ def _score_tile(
     if operands.mask is not None:
         visible &= _bias_tile(operands.mask, grid, q_start, k_start, operands.group_size)
 
-    k_block = _rows(operands.k, k_start, grid.block_kv).swapaxes(1, 2)
-    v_block = _rows(operands.v, k_start, grid.block_kv).swapaxes(1, 2)
+    k_block, v_block = (_rows(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
-    # what no query of the tile sees may hold anything, NaN too, and 0 * NaN is NaN
-    seen = visible.any(axis=(2, 3))[..., None]
-    k_block, v_block = jnp.where(seen, k_block, 0), jnp.where(seen, v_block, 0)
-    scores = spec.sm_scale * _dot("bhgqd,bhkd->bhgqk", q_block, k_block)
+    if config.packed:
+        scores = _dot("brc,bkc->brk", _block_diagonal(q_block), _merge_heads(k_block))
+        scores = scores.reshape(*q_block.shape[:4], -1)
+    else:
+        scores = _dot("bhgqd,bkhd->bhgqk", q_block, k_block)
+    scores = spec.sm_scale * scores
     if operands.bias is not None:
         bias = _bias_tile(operands.bias, grid, q_start, k_start, operands.group_size)
         scores = scores + bias.astype(jnp.float32)
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
-    return _ScoreTile(jnp.where(visible, scores, -jnp.inf), visible, k_block, v_block)
+    seen = visible.any(axis=(2, 3)).swapaxes(1, 2)
+    return _ScoreTile(jnp.where(visible, scores, -jnp.inf), visible, seen, k_block, v_block)
+
+
+def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
+    """p v of one tile. Values that nobody sees are cleaned of NaN (0 * NaN is NaN), at the price of a copy, if there are any."""
+    p = p.astype(tile.v_block.dtype)
+
+    def product(v_block):
+        if not config.packed:
+            return _dot("bhgqk,bkhd->bhgqd", p, v_block)
+        b, hkv, g, bq, bk = p.shape
+        out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
+        return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
+
+    return lax.cond(
+        tile.seen.all(),
+        lambda: product(tile.v_block),
+        lambda: product(jnp.where(tile.seen[..., None], tile.v_block, 0)),
+    )
+
+
+def _block_diagonal(q_block: Float[Array, "b hkv g bq d"]) -> Float[Array, "b rows hkv*d"]:
+    """Each query row in the columns of its own key head, zeros elsewhere."""
+    b, hkv, _, _, d = q_block.shape
+    rows = q_block.reshape(b, hkv, -1, 1, d) * jnp.eye(hkv, dtype=q_block.dtype)[:, None, :, None]
+    return rows.reshape(b, -1, hkv * d)
+
+
+def _merge_heads(x: Float[Array, "b bk hkv d"]) -> Float[Array, "b bk hkv*d"]:
+    return x.reshape(*x.shape[:2], -1)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:

@@ -1,0 +1,85 @@
+"""jfa's attention under Flax's own modules, NNX and Linen alike."""
+
+import math
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array
+
+from jfa.ops import dot_product_attention
+from jfa.types import UnsupportedError
+
+
+def attention_fn(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: DTypeLike | None = None,
+    precision: object = None,
+    module: object | None = None,
+    is_causal: bool = False,
+    force_fp32_for_softmax: bool = True,
+    qk_attn_weights_einsum: object | None = None,
+    attn_weights_value_einsum: object | None = None,
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    implementation=None,
+) -> Array:
+    """Give it to a Flax layer: nnx.MultiHeadAttention(..., attention_fn=jfa.flax.attention_fn).
+
+    Also for flax.linen.MultiHeadDotProductAttention. functools.partial fixes the keyword-only options, whose meaning is
+    that of jfa.dot_product_attention.
+
+    Args:
+      query, key, value: [batch..., length, heads, head_dim], any number of batch axes; key may have fewer heads.
+      bias, mask: broadcast to [batch..., heads, query length, key length]; a mask of numbers counts nonzero as True.
+      dtype: of the computation and the output; None: what query, key and value promote to.
+      precision: None, or "highest". Products of float32 inputs are always exact to float32.
+      force_fp32_for_softmax: either way the softmax is float32.
+
+    Raises:
+      UnsupportedError: active dropout (not built yet), sow_weights (the weights never exist), or a replaced einsum.
+    """
+    if dropout_rate > 0.0 and not deterministic:
+        raise UnsupportedError(
+            f"dropout_rate={dropout_rate}: dropout inside attention is not built yet; set dropout_rate=0 on the layer, "
+            "or call it with deterministic=True"
+        )
+    if module is not None:
+        raise UnsupportedError("sow_weights: blockwise attention never holds the weights; leave sow_weights off")
+    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
+        raise UnsupportedError("the products of attention happen inside a kernel: leave the einsum classes of the layer out")
+    dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    batch = query.shape[:-3]
+
+    def one_batch_axis(x):
+        """[batch..., ., ., .] -> [prod(batch), ., ., .]; axes of ones stay one."""
+        if x is None:
+            return None
+        x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+        if len(batch) > 1 and x.shape[:-3] != batch and math.prod(x.shape[:-3]) > 1:
+            x = jnp.broadcast_to(x, batch + x.shape[-3:])
+        return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+    out = dot_product_attention(
+        *(one_batch_axis(x) for x in (query, key, value)),
+        bias=one_batch_axis(bias),
+        mask=None if mask is None else one_batch_axis(mask.astype(bool)),
+        scale=scale,
+        is_causal=is_causal,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        logits_soft_cap=logits_soft_cap,
+    )
+    return out.reshape(*batch, *out.shape[1:])

@@ -1,0 +1,74 @@
+"""Self-attention of a decoder: projections, rotary positions, and the meeting of jfa's op with a cache."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+import jfa
+from jfa_models.config import DecoderConfig, RopeConfig
+from jfa_models.layers import Linear
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (arXiv:2305.13245)."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        hidden, q_size, kv_size = config.hidden_size, config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        options = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
+        self.q = Linear(hidden, q_size, **options)
+        self.k = Linear(hidden, kv_size, **options)
+        self.v = Linear(hidden, kv_size, **options)
+        self.o = Linear(q_size, hidden, **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t hidden"],
+        rotation: "Rotation",
+        lengths: Int[Array, " b"] | None,
+        cache: jfa.KVCache | None,
+        layer: int,
+    ) -> tuple[Float[Array, "b t hidden"], jfa.KVCache | None]:
+        """Attends over the cache (its valid tokens, then x), or over x alone without one.
+
+        Args:
+          lengths: valid tokens of each row of x; the rest is padding on the right. None: all.
+          layer: which arrays of the cache are this layer's.
+        """
+        q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
+        q, k = rotation(q), rotation(k)
+        q_len = lengths if x.shape[1] > 1 else None
+        if cache is None:
+            out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len)
+        else:
+            cache = cache.write(layer, k, v)
+            out = jfa.dot_product_attention(
+                q,
+                cache.k[layer],
+                cache.v[layer],
+                is_causal=True,
+                query_seq_lengths=q_len,
+                query_offset=cache.kv_len,
+                key_value_seq_lengths=cache.kv_len + x.shape[1],
+            )
+        return self.o(out.reshape(*x.shape[:2], -1)), cache
+
+    def _heads(self, x: Float[Array, "b t size"]) -> Float[Array, "b t h d"]:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+class Rotation:
+    """Rotary position embedding at given positions, shared by all layers of one forward pass.
+
+    Source: arXiv:2104.09864, in the half-split form of Llama checkpoints from Hugging Face.
+    """
+
+    def __init__(self, rope: RopeConfig, head_dim: int, positions: Int[Array, "b t"]):
+        angle = positions[..., None, None].astype(jnp.float32) * rope.inverse_frequencies(head_dim)
+        self.cos, self.sin = jnp.cos(angle), jnp.sin(angle)  # [b, t, 1, d / 2]
+
+    def __call__(self, x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,67 @@
+"""The decoder: one readable file for every family; a family is a DecoderConfig and a table of tensor names."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+import jfa
+from jfa_models.attention import Attention, Rotation
+from jfa_models.config import DecoderConfig
+from jfa_models.layers import Embedding, GatedMLP, Linear, RMSNorm
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, rotation, lengths, cache, layer):
+        attended, cache = self.attention(self.attention_norm(x), rotation, lengths, cache, layer)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer as a pure function: parameters in, nothing hidden, the cache goes in and comes out."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        lengths: Int[Array, " b"] | None = None,
+        cache: jfa.KVCache | None = None,
+    ) -> tuple[Float[Array, "b t hidden"], jfa.KVCache | None]:
+        """The normalised hidden state of every token, and the cache with the tokens in it.
+
+        Args:
+          tokens: the next tokens of each row, at positions kv_len, kv_len + 1, ... of the cache (0, 1, ... without).
+          lengths: how many tokens of each row are real; the rest is padding on the right, its states mean nothing and
+            it does not enter the cache's kv_len. None: all.
+        """
+        t = tokens.shape[1]
+        start = 0 if cache is None else cache.kv_len[:, None]
+        rotation = Rotation(self.config.rope, self.config.head_dim, start + jnp.arange(t)[None, :])
+        x = self.embed(tokens)
+        for i, block in enumerate(self.layers):
+            x, cache = block(x, rotation, lengths, cache, i)
+        if cache is not None:
+            cache = cache.advance(t if lengths is None else lengths)
+        return self.norm(x), cache
+
+    def unembed(self, hidden: Float[Array, "*b hidden"]) -> Float[Array, "*b vocab"]:
+        """Logits over the vocabulary, float32."""
+        head = self.embed.attend if self.lm_head is None else self.lm_head
+        return head(hidden).astype(jnp.float32)

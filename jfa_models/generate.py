@@ -1,0 +1,443 @@
+"""A checkpoint that writes text: load, the whole forward, batches offline, and one prompt streamed."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
+
+import jfa
+from jfa_models.checkpoint import load_params, open_checkpoint, resolve_model
+from jfa_models.config import DecoderConfig, GenerationDefaults
+from jfa_models.decoder import Decoder
+from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
+from jfa_models.sampling import SamplingParams, sampling_rows
+from jfa_models.steps import STEPS_PER_CALL, DecodeState, Emitted, Steps
+from jfa_models.tokenizer import Tokenizer
+
+# Prompts enter the cache in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; caches hold a power
+# of two of tokens, batches a power of two of rows. So few shapes exist, and each compiles once.
+PREFILL_CHUNK = 512
+SMALLEST_CHUNK = 16
+SMALLEST_CAPACITY = 256
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Prompt = str | Sequence[int]
+
+
+def from_pretrained(model: str | os.PathLike[str] = "smollm2", *, dtype: DTypeLike | None = None) -> "LanguageModel":
+    """Loads a checkpoint: a Hugging Face folder of the Llama family, a .gguf file, or "smollm2", which is a package.
+
+    Args:
+      dtype: float32, bfloat16 or float16, of the weights, the computation and the cache. None: float32 on a CPU, which
+        has no fast 16-bit product, bfloat16 elsewhere.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or its architecture is unknown; the message says which.
+    """
+    dtype = compute_dtype(dtype)
+    checkpoint = open_checkpoint(resolve_model(model))
+    config = checkpoint.config
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    expected = {".".join(map(str, path)): x for path, x in _leaves(abstract)}
+    params = load_params(checkpoint, expected)
+    return LanguageModel(
+        decoder=abstract,
+        params=tuple(params.pop(name) for name in expected),
+        tokenizer=checkpoint.tokenizer(),
+        defaults=checkpoint.defaults,
+    )
+
+
+def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
+    """The dtype by name, or the platform's own for None.
+
+    Raises:
+      ValueError: not one that decoders compute in.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {name}")
+    return jnp.dtype(name)
+
+
+class LanguageModel:
+    """A decoder with its parameters and its tokenizer.
+
+    Attributes:
+      config: the decoder's shape.
+      params: the leaves of the decoder, as the steps take them.
+      tokenizer: None when there is no text around the model; prompts are token ids then.
+      defaults: what the authors of the checkpoint advise for sampling.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        params: tuple[Array, ...],
+        tokenizer: Tokenizer | None = None,
+        defaults: GenerationDefaults | None = None,
+    ):
+        self.config: DecoderConfig = decoder.config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.defaults = defaults or GenerationDefaults()
+        self.dtype = params[0].dtype
+        self.steps = Steps(decoder)
+
+    @property
+    def num_params(self) -> int:
+        """Numbers in all weights; a tied head counts once."""
+        return sum(x.size for x in self.params)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes in the cache."""
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+
+    def logits(self, input_ids: ArrayLike, lengths: ArrayLike | None = None) -> Float[Array, "b t vocab"]:
+        """The next-token logits behind every token, without a cache.
+
+        Args:
+          input_ids: i32[b, t], rows padded on the right with any id.
+          lengths: i32[b], tokens of each row; what stands behind them means nothing. None: all.
+        """
+        tokens = jnp.asarray(input_ids, jnp.int32)
+        if tokens.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, length], got shape {tokens.shape}; a single row is input_ids[None]")
+        self._check_ids(np.asarray(tokens))
+        return self.steps.logits(self.params, tokens, None if lengths is None else jnp.asarray(lengths, jnp.int32))
+
+    def default_params(self, **overrides) -> SamplingParams:
+        """SamplingParams as the checkpoint's authors advise, and as vLLM defaults where they say nothing."""
+        advised = {name: value for name, value in dataclasses.asdict(self.defaults).items() if value is not None}
+        advised.pop("eos_token_ids")
+        return SamplingParams(**(advised | overrides))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        max_batch: int = 8,
+        seed: int = 0,
+    ) -> list[RequestOutput]:
+        """Continues each prompt; results in the order of the prompts.
+
+        A row's tokens do not depend on the other prompts, nor on how they are batched. Without a seed of its own, a
+        request draws by (seed, its place in prompts).
+
+        Args:
+          prompts: text or token ids, one or many, of any lengths.
+          sampling_params: one for all or one each; None: default_params().
+          max_batch: prompts that run together.
+
+        Raises:
+          ValueError: an empty prompt, or one that with max_tokens does not fit into the model's context.
+        """
+        requests = self._requests(prompts, sampling_params, seed)
+        for first in range(0, len(requests), max_batch):
+            self._run_batch(requests[first : first + max_batch])
+        return [request.output() for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        session: "Session | None" = None,
+        seed: int = 0,
+    ) -> Iterator[RequestOutput]:
+        """Continues one prompt and yields its result so far after every token; the last one has a finish_reason.
+
+        Args:
+          session: keeps the cache for the next call, which then computes only what is new in its prompt.
+
+        Raises:
+          ValueError: as generate does, before the first token.
+        """
+        [request] = self._requests([prompt], sampling_params, seed)
+        session = Session() if session is None else session
+        return self._stream(request, session)
+
+    def _stream(self, request: "_Request", session: "Session") -> Iterator[RequestOutput]:
+        prompt_ids = request.prompt_ids
+        cache, known = session.take(self, prompt_ids, len(prompt_ids) + request.max_tokens)
+        state, emitted = self._prefill([request], cache, [prompt_ids[known:]])
+        try:
+            while True:
+                # the next step runs while the host reads and prints this one
+                ahead = request.num_tokens + 1 < request.max_tokens
+                if ahead:
+                    state, following = self.steps.decode(self.params, state)
+                shown = jax.device_get(emitted)
+                request.push(shown.sampled, 0, bool(shown.active[0]))
+                yield request.output()
+                if request.finished:
+                    return
+                emitted = following
+        finally:
+            # every token but the last entered the cache; a step that ran ahead added the last one too, or nothing
+            held = [*prompt_ids, *request.token_ids[:-1]]
+            session.give(state.cache, held)
+
+    def _run_batch(self, requests: "Sequence[_Request]") -> None:
+        """Runs requests to their end as one batch."""
+        size = _power_of_two(len(requests))
+        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+        cache = self.new_cache(batch=size, capacity=longest)
+        state, emitted = self._prefill(requests, cache, [request.prompt_ids for request in requests])
+        self._push(requests, jax.device_get(jax.tree.map(lambda x: x[None], emitted)), 1)
+        while not all(request.finished for request in requests):
+            # a stop string ends a row on the host: the device hears of it here
+            active = np.zeros(size, bool)
+            active[: len(requests)] = [not request.finished for request in requests]
+            state = dataclasses.replace(state, active=active)
+            state, emitted, turns = self.steps.decode_many(self.params, state, np.int32(STEPS_PER_CALL))
+            self._push(requests, jax.device_get(emitted), int(turns))
+
+    @staticmethod
+    def _push(requests: "Sequence[_Request]", emitted: Emitted, turns: int) -> None:
+        for turn in range(turns):
+            sampled = jax.tree.map(lambda x, turn=turn: x[turn], emitted.sampled)
+            for row, request in enumerate(requests):
+                if not request.finished:
+                    request.push(sampled, row, bool(emitted.active[turn, row]))
+
+    def _prefill(
+        self, requests: "Sequence[_Request]", cache: jfa.KVCache, prompts: Sequence[Sequence[int]]
+    ) -> tuple[DecodeState, Emitted]:
+        """Brings the prompts (behind what the cache holds already) into the cache and draws each row's first token."""
+        size = cache.kv_len.shape[0]
+        empty = [_EMPTY] * (size - len(requests))
+        rows = sampling_rows(
+            [*(request.params for request in requests), *empty],
+            vocab_size=self.config.vocab_size,
+            prompt_ids=[*(request.prompt_ids for request in requests), *([0] for _ in empty)],
+            eos_token_ids=self.defaults.eos_token_ids,
+            default_seed=requests[0].seed,
+            request_ids=[*(request.index for request in requests), *range(len(empty))],
+        )
+        hidden = jnp.zeros((size, self.config.hidden_size), self.dtype)
+        for tokens, lengths in _chunks(prompts, size):
+            cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths)
+        return self.steps.first(self.params, cache, hidden, rows, np.arange(size) < len(requests))
+
+    def new_cache(self, *, batch: int, capacity: int) -> jfa.KVCache:
+        """An empty cache for at least capacity tokens a row."""
+        c = self.config
+        return jfa.KVCache.create(
+            num_layers=c.num_layers,
+            batch=batch,
+            capacity=max(SMALLEST_CAPACITY, _power_of_two(capacity)),
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            dtype=self.dtype,
+        )
+
+    def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
+            prompts = [prompts]
+        if sampling_params is None:
+            sampling_params = self.default_params()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"there must be one SamplingParams, or one for each prompt, got {len(sampling_params)} "
+                f"for {len(prompts)} prompts"
+            )
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [self._request(i, prompt, params, seed) for i, (prompt, params) in enumerate(pairs)]
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams, seed: int) -> "_Request":
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None and self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give the prompt as token ids")
+        if self.tokenizer is None and params.stop:
+            raise ValueError("this model has no tokenizer, so stop strings cannot be seen: use stop_token_ids")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and self.tokenizer else [int(i) for i in prompt]
+        if not ids:
+            raise ValueError(f"prompt {index} is empty: there is nothing to continue; give at least one token")
+        self._check_ids(np.asarray(ids))
+        room = self.config.context_length - len(ids)
+        if room < 1 or (params.max_tokens or 1) > room:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens and max_tokens is {params.max_tokens}, together more than the "
+                f"model's context of {self.config.context_length}; shorten the prompt or lower max_tokens"
+            )
+        if params.max_tokens is None:
+            params = dataclasses.replace(params, max_tokens=room)
+        return _Request(
+            index=index,
+            prompt=text,
+            prompt_ids=ids,
+            params=params,
+            seed=seed,
+            tokenizer=self.tokenizer,
+            eos_token_ids=self.defaults.eos_token_ids,
+        )
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {wrong}")
+
+
+class Session:
+    """The cache of a conversation between two calls of stream. One prompt at a time.
+
+    A prompt that begins like what the cache holds is not computed again, up to the first token that differs.
+    """
+
+    def __init__(self) -> None:
+        self._cache: jfa.KVCache | None = None
+        self._ids: list[int] = []
+
+    def take(self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int) -> tuple[jfa.KVCache, int]:
+        """A cache with room for capacity tokens, and how many of prompt_ids it holds already (never all)."""
+        cache, self._cache = self._cache, None
+        if cache is None:
+            return model.new_cache(batch=1, capacity=capacity), 0
+        if cache.capacity < capacity:
+            cache = cache.grow(_power_of_two(capacity))
+        known = 0
+        while known < min(len(self._ids), len(prompt_ids) - 1) and self._ids[known] == prompt_ids[known]:
+            known += 1
+        return dataclasses.replace(cache, kv_len=np.array([known], np.int32)), known
+
+    def give(self, cache: jfa.KVCache, ids: Sequence[int]) -> None:
+        """Leaves a cache that holds these tokens for the next call."""
+        self._cache, self._ids = cache, list(ids)
+
+
+class _Request:
+    """One prompt on its way: what it has emitted, as ids and as text."""
+
+    def __init__(self, *, index, prompt, prompt_ids, params, seed, tokenizer, eos_token_ids):
+        self.index: int = index
+        self.prompt: str | None = prompt
+        self.prompt_ids: list[int] = prompt_ids
+        self.params: SamplingParams = params
+        self.max_tokens: int = params.max_tokens
+        self.seed: int = seed
+        self.token_ids: list[int] = []
+        self.finish_reason = None
+        self._stop_reason: str | int | None = None
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._cumulative = 0.0
+        self._tokenizer: Tokenizer | None = tokenizer
+        self._stream = tokenizer.stream() if tokenizer else None
+        self._text = ""
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def push(self, sampled, row: int, active: bool) -> None:
+        """Takes the token that the device chose; active: the device would go on."""
+        token = int(sampled.token[row])
+        self.token_ids.append(token)
+        if self._logprobs is not None:
+            self._push_logprobs(sampled, row, token)
+        ended_by_id = not active and self._ends(token)
+        if self._stream and not ended_by_id:
+            self._text += self._stream.push(token)
+        if ended_by_id:
+            self.finish_reason = "stop"
+            self._stop_reason = None if token in self._eos_token_ids else token
+        elif not active:
+            self.finish_reason = "length"
+        if self.finished and self._stream:
+            self._text += self._stream.flush()
+        self._cut_at_stop_string()
+
+    def output(self) -> RequestOutput:
+        """The result so far. While it grows, text that may turn out to begin a stop string is held back."""
+        text = self._text if self.finished else self._text[: len(self._text) - self._undecided()]
+        completion = CompletionOutput(
+            index=0,
+            text=text,
+            token_ids=tuple(self.token_ids),
+            cumulative_logprob=None if self._logprobs is None else self._cumulative,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+        return RequestOutput(prompt=self.prompt, prompt_token_ids=tuple(self.prompt_ids), outputs=(completion,))
+
+    def _ends(self, token: int) -> bool:
+        is_eos = token in self._eos_token_ids and not self.params.ignore_eos
+        return is_eos or token in self.params.stop_token_ids
+
+    def _cut_at_stop_string(self) -> None:
+        found = [(self._text.find(stop), stop) for stop in self.params.stop if stop in self._text]
+        if found:
+            at, stop = min(found)
+            self._text = self._text[:at]
+            self.finish_reason, self._stop_reason = "stop", stop
+
+    def _undecided(self) -> int:
+        """The length of the longest end of the text that is the beginning of a stop string."""
+        return max(
+            (n for stop in self.params.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
+        )
+
+    def _push_logprobs(self, sampled, row: int, token: int) -> None:
+        chosen = float(sampled.logprob[row])
+        entries = {}
+        if self.params.logprobs and sampled.top_ids is not None:
+            pairs = zip(sampled.top_ids[row], sampled.top_logprobs[row], strict=True)
+            for rank, (other, logprob) in enumerate(list(pairs)[: self.params.logprobs], start=1):
+                entries[int(other)] = Logprob(logprob=float(logprob), rank=rank, decoded_token=self._token_text(int(other)))
+        entries.setdefault(
+            token, Logprob(logprob=chosen, rank=int(sampled.rank[row]), decoded_token=self._token_text(token))
+        )
+        self._logprobs.append(entries)
+        self._cumulative += chosen
+
+    def _token_text(self, token: int) -> str | None:
+        return self._tokenizer.token_text(token) if self._tokenizer else None
+
+
+_EMPTY = SamplingParams(temperature=0.0, max_tokens=1)
+
+
+def _chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens i32[size, t], lengths i32[size]) one after another; rows that have ended, or never were, have length 0."""
+    longest = max(len(prompt) for prompt in prompts)
+    start = 0
+    while start < longest:
+        t = min(PREFILL_CHUNK, max(SMALLEST_CHUNK, _power_of_two(longest - start)))
+        tokens, lengths = np.zeros((size, t), np.int32), np.zeros(size, np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[start : start + t]
+            tokens[row, : len(part)], lengths[row] = part, len(part)
+        yield tokens, lengths
+        start += t
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _leaves(abstract: Decoder):
+    """(path, shape and dtype) of every parameter, in the order of the steps' flat tuple."""
+    _, state = nnx.split(abstract)
+    return [(path, variable.get_value()) for path, variable in nnx.to_flat_state(state)]

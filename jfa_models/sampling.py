@@ -1,0 +1,498 @@
+"""From logits to a token: what a request asks for, the same for a batch as device arrays, and the draw.
+
+Nothing is sorted. For non-negative floats the bit pattern orders as the value does, so the cut-offs of top-k and top-p
+are found by bisecting the bits of a token's distance below the best logit: at most 31 masked sums over the vocabulary.
+
+Probabilities are summed as integers. A float sum depends on the order in which a compiler adds, and this order
+depends on the batch; an integer sum does not, so a row draws the same token alone and among any neighbours, and the
+token that an inverse CDF finds has never weight 0.
+
+Meanings and order are vLLM's; the penalties are those of CTRL (arXiv:1909.05858, section 4.1: repetition) and of the
+OpenAI API (presence, frequency); top-p is arXiv:1904.09751, min-p arXiv:2407.01082.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
+
+MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API give by default
+GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: distances divided by it leave float32
+MAX_INT32 = np.iinfo(np.int32).max
+MAX_LOGIT = float(np.finfo(np.float32).max)  # finite on purpose: inf - inf is NaN in a distance
+MAX_FINITE_BITS = 0x7F7FFFFF  # the bits of the largest finite float32: a cut-off that keeps all but -inf logits
+DRAW_BLOCK = 128  # tokens whose weights are summed before the cumulative sum: 5 to 10 times less of it to do
+COUNT_ROWS = 64  # partial counts fit int8, whose sums are 2 to 4 times as fast as those of int32 on a CPU
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled. Names, defaults and meanings are vLLM's.
+
+    Each token goes through, in this order: `logit_bias`, the ban of end and stop tokens before `min_tokens`,
+    `repetition_penalty` (on prompt and output), `frequency_penalty` and `presence_penalty` (on the output),
+    `temperature`, `min_p`, `top_k`, `top_p`, the draw. A filter sees what the one before it left. Tokens that tie at
+    the edge of top_k or top_p are all kept.
+
+    `temperature` 0 (below 1e-5) is greedy and ignores the three filters. `top_k` 0 or -1 keeps all tokens. Equal `seed`
+    (0 to 2**64 - 1), equal text, whatever else is in the batch. `stop` is one string or several; the text ends before
+    it. With `ignore_eos` the model's end tokens neither end the request nor are banned by `min_tokens`. `max_tokens`
+    None means up to the model's context. `logprobs` is how many of the likeliest tokens to report per token, 0 for the
+    chosen one only; they are those of the raw logits. `logit_bias` maps token ids to what is added to their logit; it
+    is kept as a tuple of pairs. `n` above 1 and `prompt_logprobs` are refused.
+
+    Raises:
+      ValueError: a field is out of its range; the message names it. Ids are checked against a vocabulary by
+        `check_token_ids`.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.n != 1:
+            raise ValueError(f"n must be 1, got {self.n!r}; send the prompt several times with different seeds")
+        if self.prompt_logprobs is not None:
+            raise ValueError(
+                f"prompt_logprobs must be None, got {self.prompt_logprobs!r}; "
+                "take the logits of the prompt from LanguageModel.logits"
+            )
+        checked: dict[str, object] = {
+            "temperature": _number("temperature", self.temperature, 0, None, "use 0 for greedy, 0.7 to 1 for variety"),
+            "top_p": _number("top_p", self.top_p, 0, 1, "use 1 to keep all tokens", low_is_allowed=False),
+            "min_p": _number("min_p", self.min_p, 0, 1, "use 0 to keep all tokens"),
+            "presence_penalty": _number("presence_penalty", self.presence_penalty, -2, 2, "use 0 for none"),
+            "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for none"),
+            "repetition_penalty": _number(
+                "repetition_penalty", self.repetition_penalty, 0, None, "use 1 for none", low_is_allowed=False
+            ),
+            "top_k": _integer("top_k", self.top_k, -1, None, "use 0 to keep all tokens"),
+            "min_tokens": _integer("min_tokens", self.min_tokens, 0, None, "use 0 for no minimum"),
+            "stop": _stop_strings(self.stop),
+            "stop_token_ids": tuple(
+                _integer("stop_token_ids", token_id, 0, MAX_INT32, "use ids of the model's vocabulary")
+                for token_id in self.stop_token_ids
+            ),
+        }
+        if self.max_tokens is not None:
+            advice = "use None for as many as the context holds"
+            checked["max_tokens"] = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, advice)
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(
+                    f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}; "
+                    "lower the one or raise the other"
+                )
+        if self.logprobs is not None:
+            advice = "use None for no log-probabilities"
+            checked["logprobs"] = _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, advice)
+        if self.seed is not None:
+            checked["seed"] = _integer("seed", self.seed, 0, 2**64 - 1, "use None for a seed of the engine's choice")
+        if self.logit_bias is not None:
+            checked["logit_bias"] = _bias_pairs(self.logit_bias)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}; use False to stop at the end")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken and nothing is drawn."""
+        return self.temperature < GREEDY_BELOW
+
+
+def check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
+    """Check what SamplingParams cannot know by itself: that its token ids exist.
+
+    Raises:
+      ValueError: an id of `stop_token_ids` or `logit_bias` is outside the vocabulary.
+    """
+    biased = [token_id for token_id, _ in _bias_pairs(params.logit_bias or ())]
+    for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        outside = [token_id for token_id in token_ids if token_id >= vocab_size]
+        if outside:
+            raise ValueError(
+                f"{name} must hold ids from 0 to {vocab_size - 1}, the model's vocabulary, got {outside}; "
+                "take the ids from this model's tokenizer"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingRows:
+    """The SamplingParams of a batch as arrays, one row per request, made by `sampling_rows`.
+
+    `output_counts` (how often a row has emitted each token) is the only state; `update` returns the next one. What
+    nobody in the batch uses is None or switched off by a static field and costs nothing. These choices change the cost
+    and never the result of a row.
+    """
+
+    temperature: Float32[Array, " b"]  # 0 for greedy rows
+    top_k: Int32[Array, " b"]  # 0 keeps all
+    top_p: Float32[Array, " b"]
+    min_p: Float32[Array, " b"]
+    presence_penalty: Float32[Array, " b"]
+    frequency_penalty: Float32[Array, " b"]
+    repetition_penalty: Float32[Array, " b"]
+    key: UInt32[Array, "b 2"]  # threefry key data
+    stop_ids: Int32[Array, "b n_stop"]  # end tokens (unless ignored) and stop tokens, then -1
+    max_tokens: Int32[Array, " b"]  # the largest int32 where there is no limit
+    min_tokens: Int32[Array, " b"] | None
+    logit_bias: Float32[Array, "b vocab"] | None
+    prompt_seen: Bool[Array, "b vocab"] | None  # for the repetition penalty
+    output_counts: Int32[Array, "b vocab"] | None  # for all three penalties
+    greedy: bool = dataclasses.field(metadata=dict(static=True))  # every row is
+    truncates: bool = dataclasses.field(metadata=dict(static=True))  # some row has top_k, top_p or min_p
+    num_logprobs: int | None = dataclasses.field(metadata=dict(static=True))  # None, 0 or MAX_LOGPROBS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """One token per row. The natural-log probabilities are those of the raw logits, and None unless asked for.
+
+    `rank` is 1 for the likeliest token. The `k` alternatives come likeliest first; `k` is MAX_LOGPROBS (or the
+    vocabulary) as soon as one row wants any, so that few shapes exist: cut each row to its own `logprobs`.
+    """
+
+    token: Int32[Array, " b"]
+    logprob: Float32[Array, " b"] | None = None
+    rank: Int32[Array, " b"] | None = None
+    top_ids: Int32[Array, "b k"] | None = None
+    top_logprobs: Float32[Array, "b k"] | None = None
+
+
+def sampling_rows(
+    params: Sequence[SamplingParams],
+    *,
+    vocab_size: int,
+    prompt_ids: Sequence[Sequence[int]],
+    eos_token_ids: Sequence[int],
+    default_seed: int = 0,
+    request_ids: Sequence[int] | None = None,
+) -> SamplingRows:
+    """The device arrays of a batch; row i belongs to params[i] and prompt_ids[i].
+
+    A request without a seed gets one from (default_seed, its number in `request_ids`, by default its row).
+
+    Raises:
+      ValueError: the sequences differ in length, or a token id is outside the vocabulary.
+    """
+    request_ids = range(len(params)) if request_ids is None else request_ids
+    if not len(params) == len(prompt_ids) == len(request_ids):
+        raise ValueError(
+            "params, prompt_ids and request_ids must have one entry per request, "
+            f"got {len(params)}, {len(prompt_ids)} and {len(request_ids)}; give each prompt its own SamplingParams"
+        )
+    for one in params:
+        check_token_ids(one, vocab_size=vocab_size)
+
+    def column(values: Sequence[int] | Sequence[float], dtype: type[np.generic]) -> Array:
+        return jnp.asarray(np.asarray(values, dtype))
+
+    filters = [(0, 1.0, 0.0) if one.is_greedy else (one.top_k, one.top_p, one.min_p) for one in params]
+    top_k = [k if 0 < k < vocab_size else 0 for k, _, _ in filters]
+    has_repetition = any(one.repetition_penalty != 1 for one in params)
+    has_penalty = has_repetition or any(one.presence_penalty or one.frequency_penalty for one in params)
+    num_logprobs = max((one.logprobs for one in params if one.logprobs is not None), default=None)
+    return SamplingRows(
+        temperature=column([0.0 if one.is_greedy else one.temperature for one in params], np.float32),
+        top_k=column(top_k, np.int32),
+        top_p=column([p for _, p, _ in filters], np.float32),
+        min_p=column([p for _, _, p in filters], np.float32),
+        presence_penalty=column([one.presence_penalty for one in params], np.float32),
+        frequency_penalty=column([one.frequency_penalty for one in params], np.float32),
+        repetition_penalty=column([one.repetition_penalty for one in params], np.float32),
+        key=jnp.asarray(_key_data(params, default_seed, request_ids)),
+        stop_ids=jnp.asarray(_padded_stop_ids(params, eos_token_ids)),
+        max_tokens=column([MAX_INT32 if one.max_tokens is None else one.max_tokens for one in params], np.int32),
+        min_tokens=column([one.min_tokens for one in params], np.int32) if any(p.min_tokens for p in params) else None,
+        logit_bias=jnp.asarray(_dense_bias(params, vocab_size)) if any(p.logit_bias for p in params) else None,
+        prompt_seen=jnp.asarray(_seen(prompt_ids, vocab_size)) if has_repetition else None,
+        output_counts=jnp.zeros((len(params), vocab_size), jnp.int32) if has_penalty else None,
+        greedy=all(one.is_greedy for one in params),
+        truncates=any(top_k) or any(top_p < 1 or min_p > 0 for _, top_p, min_p in filters),
+        num_logprobs=MAX_LOGPROBS if num_logprobs else num_logprobs,
+    )
+
+
+def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: Int[Array, " b"]) -> Sampled:
+    """The next token of each row, which has emitted `num_generated` tokens before it. Float32 inside.
+
+    What is drawn depends on the row's own logits, settings, key and `num_generated`, and on nothing else. A token whose
+    probability is under about 2**-26 of the likeliest one's (2**-13 where 128k tokens are equally likely) counts as
+    impossible. NaN logits count as -inf, and +inf as the largest float32; a row without any finite logit gives token 0.
+
+    Source: the order of steps is that of vLLM 0.22, vllm.v1.sample.sampler.Sampler.
+    """
+    vocab_size = logits.shape[-1]
+    raw = logits.astype(jnp.float32)
+    raw = jnp.where(jnp.isnan(raw), -jnp.inf, jnp.minimum(raw, MAX_LOGIT))
+    x = _penalized(raw, rows, num_generated)
+    best = jnp.max(x, axis=-1)
+    # The first of the best, as argmax gives it: two plain reductions take a third to two thirds of its time on a CPU.
+    token = jnp.min(jnp.where(x == best[:, None], jnp.arange(vocab_size, dtype=jnp.int32), vocab_size), axis=-1)
+    if not rows.greedy:
+        weights = _token_weights(x, best, rows)
+        has_mass = jnp.any(weights > 0, axis=-1)
+        token = jnp.where(has_mass & (rows.temperature > 0), _draw(weights, rows.key, num_generated), token)
+    if rows.num_logprobs is None:
+        return Sampled(token=token)
+    return _with_logprobs(token, raw, min(rows.num_logprobs, vocab_size))
+
+
+def update(rows: SamplingRows, token: Int[Array, " b"], active: Bool[Array, " b"]) -> SamplingRows:
+    """Count the emitted token of each active row; one element per row is written."""
+    if rows.output_counts is None:
+        return rows
+    row = jnp.arange(token.shape[0])
+    counts = rows.output_counts.at[row, token].add(active.astype(jnp.int32), mode="promise_in_bounds")
+    return dataclasses.replace(rows, output_counts=counts)
+
+
+def finished_by_id(rows: SamplingRows, token: Int[Array, " b"]) -> Bool[Array, " b"]:
+    """Whether the token just emitted is an end or stop token of its row. Before min_tokens none can be drawn."""
+    return jnp.any(rows.stop_ids == token[:, None], axis=-1)
+
+
+def _penalized(
+    x: Float32[Array, "b vocab"], rows: SamplingRows, num_generated: Int[Array, " b"]
+) -> Float32[Array, "b vocab"]:
+    """Bias, ban of stop tokens, penalties: all that can change a greedy row."""
+    if rows.logit_bias is not None:
+        x = x + rows.logit_bias
+    if rows.min_tokens is not None:
+        is_banned = (num_generated < rows.min_tokens)[:, None] & (rows.stop_ids >= 0)
+        banned_ids = jnp.where(is_banned, rows.stop_ids, x.shape[-1])  # an id past the end is dropped
+        x = x.at[jnp.arange(x.shape[0])[:, None], banned_ids].set(-jnp.inf, mode="drop")
+    if rows.output_counts is not None:
+        emitted = rows.output_counts > 0
+        if rows.prompt_seen is not None:
+            factor = jnp.where(rows.prompt_seen | emitted, rows.repetition_penalty[:, None], 1.0)
+            x = jnp.where(x > 0, jnp.minimum(x / factor, MAX_LOGIT), x * factor)
+        x = x - rows.frequency_penalty[:, None] * rows.output_counts
+        x = x - rows.presence_penalty[:, None] * emitted
+    return x
+
+
+def _token_weights(
+    x: Float32[Array, "b vocab"], best: Float32[Array, " b"], rows: SamplingRows
+) -> Int32[Array, "b padded_vocab"]:
+    """Temperature and filters: integers in proportion to the probabilities, 0 for what is filtered out.
+
+    Each row sums to less than 2**31. All zero only where no logit is finite; padded with zeros to whole blocks.
+    """
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % DRAW_BLOCK)), constant_values=-jnp.inf)
+    # A row without a finite logit must have only infinite distances, and no NaN.
+    distance = jnp.maximum(best, -MAX_LOGIT)[:, None] - x
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
+    relative = jnp.exp(-distance / temperature[:, None])  # probability over that of the likeliest token
+    if not rows.truncates:
+        return _as_integers(relative)
+    bits = lax.bitcast_convert_type(distance, jnp.int32)
+    top_k_cutoff = _smallest_cutoff(bits, lambda cutoff: _count_within(bits, cutoff), rows.top_k, rows.top_k > 0)
+    kept = (bits <= top_k_cutoff[:, None]) & (relative >= rows.min_p[:, None])
+    weights = _as_integers(jnp.where(kept, relative, 0.0))
+    total = jnp.sum(weights, axis=-1)
+    enough = jnp.maximum(jnp.ceil(rows.top_p * total.astype(jnp.float32)), 1.0)
+    # Rows with top_p = 1 are left out: rounded to float32 their total may be out of reach, or short of the last token.
+    top_p_cutoff = _smallest_cutoff(
+        bits,
+        lambda cutoff: jnp.sum(jnp.where(bits <= cutoff[:, None], weights, 0), axis=-1),
+        jnp.where(rows.top_p < 1, enough, 0.0).astype(jnp.int32),
+        rows.top_p < 1,
+    )
+    return jnp.where(bits <= top_p_cutoff[:, None], weights, 0)
+
+
+def _smallest_cutoff(
+    bits: Int32[Array, "b padded_vocab"],
+    amount_within: Callable[[Int32[Array, " b"]], Int32[Array, " b"]],
+    need: Int32[Array, " b"],
+    is_used: Bool[Array, " b"],
+) -> Int32[Array, " b"]:
+    """The smallest cut-off (or one that keeps the same tokens) within which lies at least `need`, by bisection.
+
+    MAX_FINITE_BITS where even that is too little and in rows that do not use this filter; these cost no step.
+    """
+
+    def is_row_open(bounds: tuple[Array, Array, Array, Array]) -> Array:
+        low, high, low_count, high_count = bounds
+        # One token between the two cut-offs settles the row as well, and does so after 10 to 20 of the 31 steps.
+        return (high - low > 1) & (high_count - low_count > 1)
+
+    def is_open(bounds: tuple[Array, Array, Array, Array]) -> Array:
+        return jnp.any(is_row_open(bounds))
+
+    def halve(bounds: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        low, high, low_count, high_count = bounds
+        middle = low + (high - low) // 2
+        count = _count_within(bits, middle)
+        is_enough = amount_within(middle) >= need
+        raises, lowers = is_row_open(bounds) & ~is_enough, is_row_open(bounds) & is_enough
+        return (
+            jnp.where(raises, middle, low),
+            jnp.where(lowers, middle, high),
+            jnp.where(raises, count, low_count),
+            jnp.where(lowers, count, high_count),
+        )
+
+    high = jnp.full_like(need, MAX_FINITE_BITS)
+    low = jnp.where(is_used, -1, high - 1)  # the likeliest token is at distance 0, so -1 is always too small
+    return lax.while_loop(is_open, halve, (low, high, jnp.zeros_like(need), jnp.full_like(need, bits.shape[-1])))[1]
+
+
+def _count_within(bits: Int32[Array, "b padded_vocab"], cutoff: Int32[Array, " b"]) -> Int32[Array, " b"]:
+    within = (bits <= cutoff[:, None]).reshape(bits.shape[0], COUNT_ROWS, -1)
+    return jnp.sum(jnp.sum(within, axis=1, dtype=jnp.int8), axis=-1, dtype=jnp.int32)
+
+
+def _as_integers(relative: Float32[Array, "b padded_vocab"]) -> Int32[Array, "b padded_vocab"]:
+    """Values from 0 to 1, times the largest power of two for which their sum surely stays below 2**31, rounded down."""
+    vocab_size = relative.shape[-1]
+    coarse_shift = 30 - vocab_size.bit_length()
+    coarse_sum = jnp.sum((relative * 2.0**coarse_shift).astype(jnp.int32), axis=-1)
+    bound = coarse_sum + vocab_size  # what each token lost by rounding down is less than 1
+    scale = jnp.left_shift(1, coarse_shift + lax.clz(bound) - 1).astype(jnp.float32)
+    return (relative * scale[:, None]).astype(jnp.int32)
+
+
+def _draw(
+    weights: Int32[Array, "b padded_vocab"], key: UInt32[Array, "b 2"], num_generated: Int[Array, " b"]
+) -> Int32[Array, " b"]:
+    """A token with probability weight / sum of weights, by inverse CDF: first its block, then its place in it."""
+    blocks = weights.reshape(weights.shape[0], -1, DRAW_BLOCK)
+    block_sums = jnp.sum(blocks, axis=-1)
+    ends = jnp.cumsum(block_sums, axis=-1)
+    point = _uniform_below(ends[:, -1], key, num_generated)
+    block = jnp.sum(ends <= point[:, None], axis=-1, dtype=jnp.int32)
+    index = jnp.minimum(block, ends.shape[1] - 1)[:, None]  # past the end only where all weights are 0
+    start = jnp.take_along_axis(ends - block_sums, index, axis=1)
+    inner_ends = start + jnp.cumsum(jnp.take_along_axis(blocks, index[:, :, None], axis=1)[:, 0], axis=-1)
+    return index[:, 0] * DRAW_BLOCK + jnp.sum(inner_ends <= point[:, None], axis=-1, dtype=jnp.int32)
+
+
+def _uniform_below(
+    limit: Int32[Array, " b"], key: UInt32[Array, "b 2"], num_generated: Int[Array, " b"]
+) -> Int32[Array, " b"]:
+    """An integer from 0 to limit - 1, equally likely to within limit / 2**32, from (key, num_generated) alone."""
+
+    def random_bits(key_data: UInt32[Array, " 2"], step: Int[Array, ""]) -> UInt32[Array, ""]:
+        row_key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+        return jax.random.bits(jax.random.fold_in(row_key, step), dtype=jnp.uint32)
+
+    # The upper half of a 64-bit product by schoolbook: 64-bit integers are switched off in JAX by default.
+    r, n = jax.vmap(random_bits)(key, num_generated), limit.astype(jnp.uint32)
+    r_high, r_low, n_high, n_low = r >> 16, r & 0xFFFF, n >> 16, n & 0xFFFF
+    middle = r_high * n_low + ((r_low * n_low) >> 16)
+    carry = (r_low * n_high + (middle & 0xFFFF)) >> 16
+    return (r_high * n_high + (middle >> 16) + carry).astype(jnp.int32)
+
+
+def _with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num_top: int) -> Sampled:
+    base = jnp.maximum(jnp.max(raw, axis=-1, keepdims=True), -MAX_LOGIT)
+    log_sum = jnp.log(jnp.sum(jnp.exp(raw - base), axis=-1, keepdims=True))
+
+    def logprob(logit: Float32[Array, "b k"]) -> Float32[Array, "b k"]:
+        return jnp.where(logit == -jnp.inf, -jnp.inf, (logit - base) - log_sum)
+
+    chosen = jnp.take_along_axis(raw, token[:, None], axis=-1)
+    top_logits, top_ids = lax.top_k(raw, num_top)
+    return Sampled(
+        token=token,
+        logprob=logprob(chosen)[:, 0],
+        rank=1 + jnp.sum(raw > chosen, axis=-1, dtype=jnp.int32),
+        top_ids=top_ids,
+        top_logprobs=logprob(top_logits),
+    )
+
+
+def _key_data(params: Sequence[SamplingParams], default_seed: int, request_ids: Sequence[int]) -> np.ndarray:
+    sequences = [
+        np.random.SeedSequence(default_seed, spawn_key=(request_id,))
+        if one.seed is None
+        else np.random.SeedSequence(one.seed)
+        for one, request_id in zip(params, request_ids, strict=True)
+    ]
+    return np.stack([sequence.generate_state(2, np.uint32) for sequence in sequences])
+
+
+def _padded_stop_ids(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> np.ndarray:
+    """Unique ids per row; the width is a power of two, so that few shapes exist."""
+    ids = [sorted({*one.stop_token_ids, *(() if one.ignore_eos else eos_token_ids)}) for one in params]
+    width = 1 << (max(1, *map(len, ids)) - 1).bit_length()
+    return np.asarray([row + [-1] * (width - len(row)) for row in ids], np.int32)
+
+
+def _dense_bias(params: Sequence[SamplingParams], vocab_size: int) -> np.ndarray:
+    bias = np.zeros((len(params), vocab_size), np.float32)
+    for row, one in enumerate(params):
+        for token_id, value in _bias_pairs(one.logit_bias or ()):
+            bias[row, token_id] = value
+    return bias
+
+
+def _seen(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    seen = np.zeros((len(prompt_ids), vocab_size), np.bool_)
+    for row, ids in enumerate(prompt_ids):
+        seen[row, np.asarray(ids, np.int64)] = True
+    return seen
+
+
+def _bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple(
+        (
+            _integer("logit_bias", token_id, 0, MAX_INT32, "use token ids as its keys"),
+            _number(f"logit_bias of token {token_id}", value, -100, 100, "-100 all but bans a token"),
+        )
+        for token_id, value in sorted(dict(bias).items())
+    )
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop must hold non-empty strings, got {text!r}; leave it out, or use stop_token_ids")
+    return texts
+
+
+def _number(name: str, value: object, low: int, high: int | None, advice: str, *, low_is_allowed: bool = True) -> float:
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        number = float(value)
+        is_above = number > low or (number == low and low_is_allowed)
+        if is_above and math.isfinite(number) and (high is None or number <= high):
+            return number
+    if high is None:
+        allowed = f"a finite number {'>=' if low_is_allowed else '>'} {low}"
+    else:
+        allowed = f"a number in {'[' if low_is_allowed else '('}{low}, {high}]"
+    raise ValueError(f"{name} must be {allowed}, got {value!r}; {advice}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None, advice: str) -> int:
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        integer = int(value)
+        if low <= integer and (high is None or integer <= high):
+            return integer
+    allowed = f">= {low}" if high is None else f"from {low} to {high}"
+    raise ValueError(f"{name} must be an integer {allowed}, got {value!r}; {advice}")

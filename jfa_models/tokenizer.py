@@ -1,0 +1,358 @@
+"""Text to token ids and back: from a tokenizer.json, or from the vocabulary inside a GGUF file.
+
+The merging itself is the `tokenizers` library's. Here stands what surrounds it: how a GGUF vocabulary becomes such a
+tokenizer, the rules for adding the begin and end of text, streaming, and chat templates.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from jfa_models.config import GenerationDefaults, read_json
+
+# Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_HALF_A_CHARACTER = "\ufffd"  # what bytes decode to while their character is incomplete
+
+
+class _Dialect(NamedTuple):
+    """How one family of byte-level BPE cuts text before it merges."""
+
+    pattern: str | None = None  # what a piece of text is; None: GPT-2's rule, which ByteLevel has built in
+    single_digits: bool = False
+    whole_words: bool = False  # a piece that is a token by itself is not merged up from letters
+    compose: bool = False  # Unicode NFC first
+    add_bos: bool = False  # unless the file says otherwise
+
+
+# tokenizer.ggml.pre. Patterns: tokenizer.json of Meta-Llama-3-8B and of Qwen2-7B.
+_DIALECTS = {
+    "default": _Dialect(),
+    "gpt-2": _Dialect(),
+    "smollm": _Dialect(single_digits=True),
+    "llama-bpe": _Dialect(
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        whole_words=True,
+        add_bos=True,
+    ),
+    "qwen2": _Dialect(
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        compose=True,
+    ),
+}
+
+
+@final
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Tokenizer:
+    """Text to token ids and back."""
+
+    core: tokenizers.Tokenizer
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    special_tokens: Mapping[str, str]  # "bos_token": "<s>" and so on: the names that chat templates use
+    chat_template: str | None
+
+    @classmethod
+    def from_folder(cls, path: Path) -> "Tokenizer":
+        """Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json and
+        chat_template.jinja.
+
+        `add_bos_token` of tokenizer_config.json, if it is there, decides about the begin of text; else tokenizer.json.
+
+        Raises:
+          ValueError: there is no tokenizer.json, a file is damaged, or a flag asks for a token that is not named.
+        """
+        core = _read_core(path / "tokenizer.json")
+        config = _read_if_there(path / "tokenizer_config.json")
+        named = {**_read_if_there(path / "special_tokens_map.json"), **config}
+        special_tokens = {
+            name: text["content"] if isinstance(text, dict) else text
+            for name, text in named.items()
+            if name.endswith("_token") and isinstance(text, str | dict)
+        }
+        bos, eos = (_id_or_none(core, special_tokens.get(name)) for name in ("bos_token", "eos_token"))
+        if (add_bos := config.get("add_bos_token")) is not None:
+            core.post_processor = _surround(bos, eos, add_bos, bool(config.get("add_eos_token")))
+        template = config.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if (beside := path / "chat_template.jinja").exists():
+            template = beside.read_text(encoding="utf-8")
+        return cls(
+            core=core,
+            bos_token_id=bos,
+            eos_token_ids=() if eos is None else (eos,),
+            special_tokens=special_tokens,
+            chat_template=template,
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """Builds the tokenizer that the metadata of a GGUF file describes.
+
+        Raises:
+          ValueError: there is no vocabulary, or it is of a kind that is not supported.
+        """
+        kind = metadata.get("tokenizer.ggml.model")
+        if "tokenizer.ggml.tokens" not in metadata:
+            raise ValueError(
+                "the GGUF file holds no vocabulary (tokenizer.ggml.tokens); convert the model again with one"
+            )
+        if kind not in ("gpt2", "llama"):
+            raise ValueError(f"GGUF metadata: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
+        needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
+        if missing := [key for key in needed if f"tokenizer.ggml.{key}" not in metadata]:
+            raise ValueError(
+                f"GGUF metadata lacks {', '.join(f'tokenizer.ggml.{key}' for key in missing)}; "
+                "convert the model again, with its vocabulary"
+            )
+        if kind == "gpt2":
+            dialect = _dialect(metadata.get("tokenizer.ggml.pre", "default"))
+            core, add_bos = _byte_level(metadata, dialect), dialect.add_bos
+        else:
+            core, add_bos = _sentence_piece(metadata), True
+
+        tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+        for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
+            if kind in (_CONTROL, _UNKNOWN):
+                core.add_special_tokens([AddedToken(token, normalized=False)])
+            elif kind == _USER_DEFINED:
+                core.add_tokens([AddedToken(token, normalized=False)])
+
+        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+        core.post_processor = _surround(
+            ids["bos"],
+            ids["eos"],
+            metadata.get("tokenizer.ggml.add_bos_token", add_bos),
+            metadata.get("tokenizer.ggml.add_eos_token", False),
+        )
+        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        return cls(
+            core=core,
+            bos_token_id=ids["bos"],
+            eos_token_ids=GenerationDefaults.from_gguf(metadata).eos_token_ids,
+            special_tokens={names[name]: tokens[i] for name, i in ids.items() if i is not None},
+            chat_template=metadata.get("tokenizer.chat_template"),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have a text; a model may have a few more rows."""
+        return self.core.get_vocab_size()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens written out in it count as such.
+
+        `add_special_tokens` surrounds the text as the model was trained; the output of a chat template, which writes
+        them itself, is encoded without.
+        """
+        return self.core.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no character become U+FFFD."""
+        return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token as it stands within a text, special tokens included.
+
+        Raises:
+          ValueError: the vocabulary has no such token.
+        """
+        if self.core.id_to_token(token_id) is None:
+            raise ValueError(f"token id must be one of the vocabulary's {self.vocab_size}, got {token_id}")
+        # SentencePiece decoders drop the space in front of the first token, so the second of two is looked at.
+        once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return twice[len(once) :]
+
+    def stream(self) -> "StreamingDetokenizer":
+        """A detokenizer for one answer, token by token."""
+        return StreamingDetokenizer(self)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any
+    ) -> str:
+        """The conversation as the model was trained to read it; encode it without adding special tokens.
+
+        `extra` reaches the template by name (`tools`, `enable_thinking`, ...).
+
+        Raises:
+          ValueError: the model has no chat template, or its template refuses these messages.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "this model has no chat template; prompt it with plain text, "
+                "or put a chat_template.jinja beside its tokenizer.json"
+            )
+        given = {"tools": None, "documents": None, **self.special_tokens, **extra}
+        try:
+            return _compile(self.chat_template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **given
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+
+
+@final
+class StreamingDetokenizer:
+    """Turns one answer's tokens into text as they come.
+
+    The pieces joined are the text of all the tokens. A piece is given out once no later token can change it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Two runs of tokens: those given out last, which are decoded again because the text of a token depends on
+        # whether it stands first, and those that are still held back.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes final; often the token's own, "" in the middle of a character."""
+        self._pending.append(token_id)
+        piece = self._pending_text()
+        if not piece or piece.endswith(_HALF_A_CHARACTER):
+            return ""
+        self._context, self._pending = self._pending, []
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer; a broken character becomes U+FFFD."""
+        piece = self._pending_text()
+        self._context, self._pending = [], []
+        return piece
+
+    def _pending_text(self) -> str:
+        context = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(context) :]
+
+
+def _read_core(path: Path) -> tokenizers.Tokenizer:
+    if not path.exists():
+        raise ValueError(
+            f"{path.parent} has no tokenizer.json; save the tokenizer in that form (save_pretrained of a fast "
+            "tokenizer writes it), a tokenizer.model alone is not read"
+        )
+    read_json(path)
+    core = tokenizers.Tokenizer.from_file(str(path))
+    core.no_truncation()
+    core.no_padding()
+    return core
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _id_or_none(core: tokenizers.Tokenizer, text: str | None) -> int | None:
+    return None if text is None else core.token_to_id(text)
+
+
+def _surround(bos: int | None, eos: int | None, add_bos: bool, add_eos: bool) -> processors.TemplateProcessing:
+    """What `add_special_tokens` adds around a text."""
+    wanted = {"bos": (bos, add_bos), "eos": (eos, add_eos)}
+    for name, (token_id, add) in wanted.items():
+        if add and token_id is None:
+            raise ValueError(
+                f"add_{name}_token is set, but the tokenizer names no {name}_token; name it or unset the flag"
+            )
+    single = ["bos"] * add_bos + ["$A"] + ["eos"] * add_eos
+    known = [(name, token_id) for name, (token_id, add) in wanted.items() if add and token_id is not None]
+    return processors.TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=known)
+
+
+def _dialect(name: str) -> _Dialect:
+    if name not in _DIALECTS:
+        raise ValueError(
+            f"GGUF metadata: tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(_DIALECTS)}"
+        )
+    return _DIALECTS[name]
+
+
+def _byte_level(metadata: Mapping[str, Any], dialect: _Dialect) -> tokenizers.Tokenizer:
+    """GPT-2's scheme: text becomes bytes, bytes become printable letters, letters are merged."""
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect.whole_words))
+    if dialect.compose:
+        core.normalizer = normalizers.NFC()
+    cuts: list[pre_tokenizers.PreTokenizer] = []
+    if dialect.single_digits:
+        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+    if dialect.pattern is not None:
+        cuts.append(pre_tokenizers.Split(Regex(dialect.pattern), "isolated"))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=dialect.pattern is None))
+    core.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _sentence_piece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Llama 2's scheme: characters are merged, the highest score first; what has no token becomes bytes."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    core = tokenizers.Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            _merges_from_scores(tokens, types, metadata["tokenizer.ggml.scores"]),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    texts: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend(_SPACE))
+        texts.append(decoders.Strip(content=" ", left=1))
+    core.normalizer = normalizers.Sequence(spaces)
+    core.decoder = decoders.Sequence(texts)
+    return core
+
+
+def _merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to join two tokens into a third, the best scored third first."""
+    outside = (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
+    mergeable = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind not in outside}
+    best_first = sorted(mergeable, key=lambda token: -mergeable[token])
+    return [
+        (whole[:cut], whole[cut:])
+        for whole in best_first
+        for cut in range(1, len(whole))
+        if whole[:cut] in mergeable and whole[cut:] in mergeable
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    """A chat template in the dialect of Hugging Face. Templates come with weights, so they run in a sandbox."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+    # Jinja's own filter escapes for HTML, which no model was trained on.
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
