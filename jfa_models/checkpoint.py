@@ -34,19 +34,19 @@ from jfa_models.config import DecoderConfig, GenerationDefaults, read_json
 from jfa_models.tokenizer import Tokenizer
 
 # Modules in a file -> ours; `#` is a layer. A parameter keeps its kind (weight or bias), except that the weight of a
-# norm is called its scale.
+# norm is called its scale. Hugging Face puts `model.` in front, except in the checkpoint of a bare backbone.
 _HUGGING_FACE = {
-    "model.embed_tokens": "embed",
-    "model.layers.#.input_layernorm": "layers.#.attention_norm",
-    "model.layers.#.self_attn.q_proj": "layers.#.attention.q",
-    "model.layers.#.self_attn.k_proj": "layers.#.attention.k",
-    "model.layers.#.self_attn.v_proj": "layers.#.attention.v",
-    "model.layers.#.self_attn.o_proj": "layers.#.attention.o",
-    "model.layers.#.post_attention_layernorm": "layers.#.mlp_norm",
-    "model.layers.#.mlp.gate_proj": "layers.#.mlp.gate",
-    "model.layers.#.mlp.up_proj": "layers.#.mlp.up",
-    "model.layers.#.mlp.down_proj": "layers.#.mlp.down",
-    "model.norm": "norm",
+    "embed_tokens": "embed",
+    "layers.#.input_layernorm": "layers.#.attention_norm",
+    "layers.#.self_attn.q_proj": "layers.#.attention.q",
+    "layers.#.self_attn.k_proj": "layers.#.attention.k",
+    "layers.#.self_attn.v_proj": "layers.#.attention.v",
+    "layers.#.self_attn.o_proj": "layers.#.attention.o",
+    "layers.#.post_attention_layernorm": "layers.#.mlp_norm",
+    "layers.#.mlp.gate_proj": "layers.#.mlp.gate",
+    "layers.#.mlp.up_proj": "layers.#.mlp.up",
+    "layers.#.mlp.down_proj": "layers.#.mlp.down",
+    "norm": "norm",
     "lm_head": "lm_head",
 }
 _GGUF = {
@@ -66,7 +66,7 @@ _GGUF = {
 _ROPE_DIVISORS = "rope_freqs.weight"  # of a GGUF file; part of its configuration rather than of its weights
 
 # Tables that can be computed from the configuration, which older checkpoints store all the same.
-_DERIVED = re.compile(rf".*\.rotary_emb\.inv_freq|{re.escape(_ROPE_DIVISORS)}")
+_DERIVED = re.compile(rf"(.*\.)?rotary_emb\.inv_freq|{re.escape(_ROPE_DIVISORS)}")
 
 _PLAIN_DTYPES = {  # names in both formats; all other encodings are blocks that `gguf` dequantizes
     "F64": np.float64,
@@ -261,7 +261,7 @@ def _by_our_names(
     """Tensors by our names, and those that the table does not know."""
     known, unknown = {}, []
     for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
+        module, _, kind = name.removeprefix("model.").rpartition(".")
         layer = re.search(r"\.(\d+)\.", module)
         ours = table.get(re.sub(r"\.\d+\.", ".#.", module, count=1))
         if ours is not None:

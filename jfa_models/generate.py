@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 import jfa
-from jfa_models.checkpoint import load_params, open_checkpoint, resolve_model
+from jfa_models.checkpoint import load_params, open_checkpoint
 from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
 from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
@@ -42,16 +42,16 @@ def from_pretrained(model: str | os.PathLike[str] = "smollm2", *, dtype: DTypeLi
       ValueError: there is no such checkpoint, it is damaged, or its architecture is unknown; the message says which.
     """
     dtype = compute_dtype(dtype)
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_checkpoint(model)
     config = checkpoint.config
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    expected = {".".join(map(str, path)): x for path, x in _leaves(abstract)}
+    expected = _named_leaves(abstract)
     params = load_params(checkpoint, expected)
     return LanguageModel(
         decoder=abstract,
-        params=tuple(params.pop(name) for name in expected),
-        tokenizer=checkpoint.tokenizer(),
-        defaults=checkpoint.defaults,
+        params=tuple(params[name] for name in expected),
+        tokenizer=checkpoint.load_tokenizer(),
+        defaults=checkpoint.generation,
     )
 
 
@@ -437,7 +437,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _leaves(abstract: Decoder):
-    """(path, shape and dtype) of every parameter, in the order of the steps' flat tuple."""
-    _, state = nnx.split(abstract)
-    return [(path, variable.get_value()) for path, variable in nnx.to_flat_state(state)]
+def _named_leaves(abstract: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter by its dotted name, in the order of the steps' flat tuple."""
+    state = nnx.to_pure_dict(nnx.split(abstract)[1])
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}

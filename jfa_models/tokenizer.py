@@ -22,6 +22,9 @@ from jfa_models.config import GenerationDefaults, read_json
 # Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
+# Names in chat templates -> names in tokenizer.ggml.*_token_id.
+_SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _HALF_A_CHARACTER = "\ufffd"  # what bytes decode to while their character is incomplete
 
@@ -108,10 +111,6 @@ class Tokenizer:
           ValueError: there is no vocabulary, or it is of a kind that is not supported.
         """
         kind = metadata.get("tokenizer.ggml.model")
-        if "tokenizer.ggml.tokens" not in metadata:
-            raise ValueError(
-                "the GGUF file holds no vocabulary (tokenizer.ggml.tokens); convert the model again with one"
-            )
         if kind not in ("gpt2", "llama"):
             raise ValueError(f"GGUF metadata: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
         needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
@@ -127,25 +126,23 @@ class Tokenizer:
             core, add_bos = _sentence_piece(metadata), True
 
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
-            if kind in (_CONTROL, _UNKNOWN):
-                core.add_special_tokens([AddedToken(token, normalized=False)])
-            elif kind == _USER_DEFINED:
-                core.add_tokens([AddedToken(token, normalized=False)])
-
-        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
-        core.post_processor = _surround(
-            ids["bos"],
-            ids["eos"],
-            metadata.get("tokenizer.ggml.add_bos_token", add_bos),
-            metadata.get("tokenizer.ggml.add_eos_token", False),
+        core.add_tokens(
+            [
+                AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+                for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
+                if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+            ]
         )
-        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
+        ids = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
+        bos, eos = ids.get("bos_token"), ids.get("eos_token")
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", add_bos)
+        core.post_processor = _surround(bos, eos, add_bos, metadata.get("tokenizer.ggml.add_eos_token", False))
         return cls(
             core=core,
-            bos_token_id=ids["bos"],
+            bos_token_id=bos,
             eos_token_ids=GenerationDefaults.from_gguf(metadata).eos_token_ids,
-            special_tokens={names[name]: tokens[i] for name, i in ids.items() if i is not None},
+            special_tokens={name: tokens[i] for name, i in ids.items()},
             chat_template=metadata.get("tokenizer.chat_template"),
         )
 
@@ -246,7 +243,7 @@ def _read_core(path: Path) -> tokenizers.Tokenizer:
             f"{path.parent} has no tokenizer.json; save the tokenizer in that form (save_pretrained of a fast "
             "tokenizer writes it), a tokenizer.model alone is not read"
         )
-    read_json(path)
+    read_json(path)  # for its message: of a damaged file the library says little, and in a bare Exception
     core = tokenizers.Tokenizer.from_file(str(path))
     core.no_truncation()
     core.no_padding()

