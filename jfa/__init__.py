@@ -1,5 +1,7 @@
 """Flash attention and KV caches for JAX: arrays in, arrays out."""
 
+from jfa.backends import Explanation as Explanation
+from jfa.backends import explain as explain
 from jfa.cache.contiguous import KVCache as KVCache
 from jfa.ops import dot_product_attention as dot_product_attention
 from jfa.types import AttentionSpec as AttentionSpec

@@ -3,6 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
+from jfa import tuning
+from jfa.device import probe
 from jfa.kernels.triton import flash as triton_flash
 from jfa.kernels.xla import flash as xla_flash
 from jfa.reference import attention as reference
@@ -79,3 +84,35 @@ def select(implementation: str | None, operands: Operands, spec: AttentionSpec, 
     if reason:
         raise UnsupportedError(f"implementation={implementation!r}: {reason}; leave it None to let jfa choose")
     return implementation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Who serves an op on a device, and why the others do not."""
+
+    op: str
+    backend: str
+    tiles: str  # where the configuration comes from
+    refused: tuple[tuple[str, str], ...]  # (backend, reason)
+
+
+def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
+    """For each op the backend that a plain call gets on this device (None: the one in use), and what speaks against the others."""
+    device = device or probe()
+    row = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
+    operands, spec = Operands(row, row, row), AttentionSpec(sm_scale=0.125, causal=True)
+    chosen = select(None, operands, spec, device)
+    refused = []
+    for name, backend in FLASH.items():
+        if name == chosen:
+            continue
+        reason = backend.why_not(operands, spec, device)
+        if reason is None and name == "reference":
+            reason = "holds every score in memory; runs when named"
+        elif reason is None and name == "triton" and device.platform == "cpu":
+            reason = "interpreted on a CPU, slowly; runs when named"
+        refused.append((name, reason or f"comes after {chosen} on {device.platform}; runs when named"))
+    refused += NOT_BUILT.items()
+    tuned = tuning.flash_config(device.arch, dtype=row.dtype.name, head_dim=64) if chosen == "triton" else None
+    tiles = f"tuning table of {tuning.table_arch(device.arch)}" if tuned else "defaults"
+    return (Explanation(op="dot_product_attention", backend=chosen, tiles=tiles, refused=tuple(refused)),)

@@ -93,7 +93,7 @@ class StoredTensor:
     encoding: str  # as the file calls it: "BF16", "Q4_1"
     offset: int
     num_bytes: int
-    interleaved_heads: int | None = None  # heads whose halves are stored row by row in turn: q and k of GGUF files
+    interleaved_heads: int | None = None  # set for q and k of GGUF files: see _row_order
 
     def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
         """The whole tensor in host memory.
@@ -128,7 +128,8 @@ class StoredTensor:
         return math.prod(self.shape[:1]) if self.interleaved_heads or len(self.shape) > 1 else 1
 
     def _row_order(self) -> np.ndarray | None:
-        """For each stored row its place in ours: rope turns (x[i], x[i + d/2]) there and (x[2i], x[2i + 1]) in GGUF."""
+        """For each stored row its place in ours: the two rows of a head that rope turns together are neighbours in a
+        GGUF file, and half a head apart with us and with Hugging Face."""
         if self.interleaved_heads is None:
             return None
         return np.arange(self.shape[0]).reshape(self.interleaved_heads, 2, -1).swapaxes(1, 2).ravel()
@@ -346,7 +347,7 @@ def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
             )
             for name, entry in entries.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged(file, f"its header cannot be read ({error})") from None
     _check_length(file, tensors, on_disk)
     try:  # the library checks the rest: shapes against sizes, no gaps, no overlaps
@@ -406,17 +407,25 @@ class _GgufFields:
         return self.scalars(code, 1)[0]
 
     def text(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8")
+        try:
+            return self.take(self.scalar("Q")).decode("utf-8")
+        except UnicodeDecodeError:
+            raise _damaged(self._file, "a string in its header is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])
+            return self.scalar(self._code(kind))
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind == _STRING:
             return [self.text() for _ in range(count)]
-        return list(self.scalars(_SCALARS[kind], count))
+        return list(self.scalars(self._code(kind), count))
+
+    def _code(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            raise _damaged(self._file, f"its header holds a value of kind {kind}")
+        return _SCALARS[kind]
 
 
 def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -428,15 +437,14 @@ def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTenso
         if (version := fields.scalar("I")) not in (2, 3):
             raise ValueError(f"{path}: GGUF versions 2 and 3 in little-endian order are read, got {version:#x}")
         num_tensors, num_pairs = fields.scalars("Q", 2)
-        try:
-            metadata = {fields.text(): fields.value(fields.scalar("I")) for _ in range(num_pairs)}
-            infos = [
-                (fields.text(), fields.scalars("Q", fields.scalar("I")), fields.scalar("I"), fields.scalar("Q"))
-                for _ in range(num_tensors)
-            ]
-        except (KeyError, UnicodeDecodeError) as error:
-            raise _damaged(path, f"its header cannot be read ({error!r})") from None
+        metadata = {fields.text(): fields.value(fields.scalar("I")) for _ in range(num_pairs)}
+        infos = [
+            (fields.text(), fields.scalars("Q", fields.scalar("I")), fields.scalar("I"), fields.scalar("Q"))
+            for _ in range(num_tensors)
+        ]
         alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise _damaged(path, f"general.alignment is {alignment!r}")
         start = -(-stream.tell() // alignment) * alignment
     tensors = {}
     for name, extents, kind, offset in infos:

@@ -88,7 +88,7 @@ class RopeConfig:
     def __post_init__(self) -> None:
         _check_positive("rope", theta=self.theta)
 
-    def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " head_dim/2"]:
+    def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
         """Radians per position of each pair, float32, scaling included."""
         exact = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
         return (exact if self.scaling is None else exact / self.scaling.divisors(exact)).astype(np.float32)
@@ -144,9 +144,8 @@ class DecoderConfig:
         """
         check_architecture(config.get("model_type"), "config.json: model_type")
         if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unnamed")
             raise ValueError(
-                f"config.json: quantization_config ({method}) is not supported; "
+                "config.json: quantization_config is not supported; "
                 "use the unquantized checkpoint or a GGUF file of the model"
             )
         _require(
@@ -279,7 +278,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_architecture(name: object, where: str) -> None:
     """Raises ValueError unless a checkpoint's architecture is one that we build."""
-    if name not in SUPPORTED_ARCHITECTURES:
+    if not isinstance(name, str) or name not in SUPPORTED_ARCHITECTURES:
         supported = ", ".join(f"{name} ({users})" for name, users in SUPPORTED_ARCHITECTURES.items())
         raise ValueError(f"{where} {name!r} is not supported; supported architectures: {supported}")
 
@@ -313,6 +312,8 @@ def _head_dim(hidden_size: int, num_q_heads: int) -> int:
 
 def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: the parameters of rope must be an object, got {rope!r}")
     rotated = _stated(rope, "partial_rotary_factor", _stated(config, "partial_rotary_factor", 1.0))
     if rotated != 1.0:
         raise ValueError(

@@ -288,7 +288,7 @@ def _penalized(
         emitted = rows.output_counts > 0
         if rows.prompt_seen is not None:
             factor = jnp.where(rows.prompt_seen | emitted, rows.repetition_penalty[:, None], 1.0)
-            x = jnp.where(x > 0, jnp.minimum(x / factor, MAX_LOGIT), x * factor)
+            x = jnp.where(x > 0, x / factor, x * factor)
         x = x - rows.frequency_penalty[:, None] * rows.output_counts
         x = x - rows.presence_penalty[:, None] * emitted
     return x
@@ -314,11 +314,11 @@ def _token_weights(
     weights = _as_integers(jnp.where(kept, relative, 0.0))
     total = jnp.sum(weights, axis=-1)
     enough = jnp.maximum(jnp.ceil(rows.top_p * total.astype(jnp.float32)), 1.0)
-    # Rows with top_p = 1 are left out: rounded to float32 their total may be out of reach, or short of the last token.
+    # Rows with top_p = 1 are not searched: rounded to float32 their total may be out of reach, or too small.
     top_p_cutoff = _smallest_cutoff(
         bits,
         lambda cutoff: jnp.sum(jnp.where(bits <= cutoff[:, None], weights, 0), axis=-1),
-        jnp.where(rows.top_p < 1, enough, 0.0).astype(jnp.int32),
+        enough.astype(jnp.int32),
         rows.top_p < 1,
     )
     return jnp.where(bits <= top_p_cutoff[:, None], weights, 0)
@@ -400,12 +400,16 @@ def _uniform_below(
         row_key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
         return jax.random.bits(jax.random.fold_in(row_key, step), dtype=jnp.uint32)
 
-    # The upper half of a 64-bit product by schoolbook: 64-bit integers are switched off in JAX by default.
-    r, n = jax.vmap(random_bits)(key, num_generated), limit.astype(jnp.uint32)
-    r_high, r_low, n_high, n_low = r >> 16, r & 0xFFFF, n >> 16, n & 0xFFFF
-    middle = r_high * n_low + ((r_low * n_low) >> 16)
-    carry = (r_low * n_high + (middle & 0xFFFF)) >> 16
-    return (r_high * n_high + (middle >> 16) + carry).astype(jnp.int32)
+    bits = jax.vmap(random_bits)(key, num_generated)
+    return _high_half_of_product(bits, limit.astype(jnp.uint32)).astype(jnp.int32)
+
+
+def _high_half_of_product(x: UInt32[Array, " b"], y: UInt32[Array, " b"]) -> UInt32[Array, " b"]:
+    """x * y // 2**32, by halves: 64-bit integers are switched off in JAX by default."""
+    x_high, x_low, y_high, y_low = x >> 16, x & 0xFFFF, y >> 16, y & 0xFFFF
+    middle = x_high * y_low + ((x_low * y_low) >> 16)
+    carry = (x_low * y_high + (middle & 0xFFFF)) >> 16
+    return x_high * y_high + (middle >> 16) + carry
 
 
 def _with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num_top: int) -> Sampled:

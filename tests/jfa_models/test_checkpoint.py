@@ -462,8 +462,19 @@ def test_a_length_beyond_the_file_is_refused_before_it_is_allocated(gguf_file):
 
 def test_a_gguf_header_of_nonsense_is_refused(gguf_file):
     kind = gguf_file.read_bytes().index(b"llama.vocab_size") + len("llama.vocab_size")
-    with pytest.raises(ValueError, match=r"its header cannot be read \(KeyError\(77\)\)"):
+    with pytest.raises(ValueError, match="cut short: its header holds a value of kind 77; download it again"):
         open_checkpoint(patch(gguf_file, kind, struct.pack("<I", 77)))
+
+
+def test_a_gguf_string_that_is_no_text_is_refused(gguf_file):
+    with pytest.raises(ValueError, match="cut short: a string in its header is not UTF-8; download it again"):
+        open_checkpoint(patch(gguf_file, 32, b"\xff"))
+
+
+def test_an_alignment_of_nothing_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", {}, **{"general.alignment": 0})
+    with pytest.raises(ValueError, match=r"cut short: general.alignment is 0; download it again"):
+        open_checkpoint(path)
 
 
 def test_a_tensor_type_from_the_future_is_refused(gguf_file):

@@ -191,7 +191,7 @@ REFUSED_HF = {  # name: (changed keys, message)
     "no_architecture": ({"model_type": None}, "model_type None is not supported; supported architectures: llama"),
     "quantized": (
         {"quantization_config": {"quant_method": "gptq"}},
-        r"quantization_config \(gptq\) is not supported; use the unquantized checkpoint or a GGUF file",
+        "quantization_config is not supported; use the unquantized checkpoint or a GGUF file",
     ),
     "missing": (
         {"vocab_size": None, "rms_norm_eps": None},
@@ -205,6 +205,7 @@ REFUSED_HF = {  # name: (changed keys, message)
         {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
         "rope scaling lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
     ),
+    "rope_text": ({"rope_scaling": "linear"}, "the parameters of rope must be an object, got 'linear'"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5; rotating a part"),
     "head_dim": (
         {"hidden_size": 100},

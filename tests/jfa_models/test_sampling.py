@@ -78,22 +78,23 @@ def distribution(logits, rows, num_generated):
 
 quarters = st.integers(-24, 24).map(lambda n: n / 4)  # exact in float32, and ties are common
 token_ids = st.integers(0, VOCAB - 1)
-any_params = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.5, 1.0, 2.0]),
-    top_k=st.integers(0, VOCAB + 2),
-    top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
-    presence_penalty=st.sampled_from([0.0, 0.5, -2.0]),
-    frequency_penalty=st.sampled_from([0.0, 0.25, -1.0]),
-    repetition_penalty=st.sampled_from([1.0, 2.0, 0.5]),
-    logit_bias=st.none() | st.dictionaries(token_ids, quarters, max_size=3),
-    min_tokens=st.sampled_from([0, 3]),
-    stop_token_ids=st.lists(token_ids.filter(lambda token_id: token_id != EOS), max_size=1),
+any_fields = st.fixed_dictionaries(
+    dict(
+        temperature=st.sampled_from([0.5, 1.0, 2.0]),
+        top_k=st.integers(0, VOCAB + 2),
+        top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
+        min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+        presence_penalty=st.sampled_from([0.0, 0.5, -2.0]),
+        frequency_penalty=st.sampled_from([0.0, 0.25, -1.0]),
+        repetition_penalty=st.sampled_from([1.0, 2.0, 0.5]),
+        logit_bias=st.none() | st.dictionaries(token_ids, quarters, max_size=3),
+        min_tokens=st.sampled_from([0, 3]),
+        stop_token_ids=st.lists(token_ids.filter(lambda token_id: token_id != EOS), max_size=1),
+    )
 )
 any_row = st.tuples(
     st.lists(quarters, min_size=VOCAB, max_size=VOCAB),
-    any_params,
+    any_fields,
     st.lists(token_ids, max_size=5),
     st.lists(token_ids, max_size=5),
 )
@@ -103,7 +104,7 @@ any_row = st.tuples(
 @given(st.lists(any_row, min_size=3, max_size=3))
 def test_distribution_is_that_of_a_sorting_oracle(cases):
     logits = np.asarray([case[0] for case in cases] + [[0.0] * VOCAB], np.float32)
-    params = [case[1] for case in cases] + [dataclasses.replace(USES_ALL, stop_token_ids=[5])]
+    params = [SamplingParams(**case[1]) for case in cases] + [dataclasses.replace(USES_ALL, stop_token_ids=[5])]
     rows = rows_of(*params, vocab_size=VOCAB, prompt_ids=[case[2] for case in cases] + [[0]])
     outputs = [case[3] for case in cases] + [[]]
     for step in range(5):
@@ -111,7 +112,8 @@ def test_distribution_is_that_of_a_sorting_oracle(cases):
         rows = update(rows, token, jnp.asarray([step < len(output) for output in outputs]))
     num_generated = jnp.asarray([len(output) for output in outputs])
     got = np.asarray(distribution(logits, rows, num_generated))[:, :VOCAB]
-    for row, (row_logits, row_params, prompt, output) in enumerate(cases):
+    for row, (row_logits, _, prompt, output) in enumerate(cases):
+        row_params = params[row]
         x = oracle_logits(row_logits, row_params, prompt, output)
         # Where the mass of some tokens equals top_p up to rounding, the next one may stay or go.
         wanted = [oracle_distribution(x, row_params, row_params.top_p * factor) for factor in (1 - 1e-5, 1 + 1e-5)]
@@ -147,6 +149,22 @@ def test_draw_follows_the_distribution(name):
     degrees = len(want) - 1
     chi_square = ((got - want) ** 2 / want).sum()
     assert chi_square < degrees + 4 * np.sqrt(2 * degrees), f"{chi_square=} with {degrees} degrees of freedom"
+
+
+def test_every_token_of_weight_one_is_drawn_and_none_of_weight_zero():
+    weights = np.zeros(4 * sampling.DRAW_BLOCK, np.int32)
+    weights[[5, 6, 127, 128, 300, 511]] = 1  # so few points that every edge of the inverse CDF is hit
+    num_draws = 1000
+    keys = np.random.default_rng(7).integers(0, 2**32, (num_draws, 2), np.uint32)
+    drawn = sampling._draw(jnp.tile(weights, (num_draws, 1)), jnp.asarray(keys), jnp.zeros(num_draws, jnp.int32))
+    assert set(drawn.tolist()) == set(np.flatnonzero(weights).tolist())
+
+
+def test_high_half_of_a_64_bit_product_is_exact():
+    x, y = np.random.default_rng(8).integers(0, 2**32, (2, 1000), np.uint64)
+    x[:3], y[:3] = 2**32 - 1, [2**32 - 1, 1, 2**31]
+    got = sampling._high_half_of_product(jnp.asarray(x, jnp.uint32), jnp.asarray(y, jnp.uint32))
+    np.testing.assert_array_equal(got, (x * y) >> np.uint64(32))
 
 
 def test_draws_of_different_seeds_are_independent():
@@ -227,6 +245,7 @@ EXTREMES = {  # name: (logits, params, the tokens that may come)
     "nan_is_never_the_best": ([np.nan, 1.0, 2.0], SamplingParams(temperature=0), {2}),
     "only_nan": ([np.nan, np.nan], SamplingParams(), {0}),
     "infinite": ([0.0, np.inf, 1.0], SamplingParams(top_k=2), {1}),
+    "penalty_overflows": ([3e38, 1.0], SamplingParams(repetition_penalty=0.5, top_p=0.9), {0}),
     "all_equal_top_k_keeps_ties": ([0.0] * 8, SamplingParams(top_k=2), set(range(8))),
     "all_equal_top_p_keeps_ties": ([0.0] * 8, SamplingParams(top_p=1e-9), set(range(8))),
     "top_k_above_vocab": ([0.0] * 8, SamplingParams(top_k=10**9), set(range(8))),
@@ -255,7 +274,8 @@ def test_half_precision_logits_are_raised_to_float32(dtype):
     params = SamplingParams(seed=3, top_k=100, top_p=0.9, logprobs=2), SamplingParams(temperature=0)
     rows = rows_of(*params, vocab_size=500)
     low, high = (run_sample(x, rows, jnp.zeros(2, jnp.int32)) for x in (logits, logits.astype(jnp.float32)))
-    jax.tree.map(np.testing.assert_array_equal, low, high)
+    for got, want in zip(jax.tree.leaves(low), jax.tree.leaves(high), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_logprobs_are_those_of_the_raw_logits():
@@ -283,6 +303,12 @@ def test_logprob_of_a_row_without_a_finite_logit_is_minus_infinity():
     rows = rows_of(SamplingParams(logprobs=2), vocab_size=3)
     got = run_sample(jnp.full((1, 3), -jnp.inf), rows, jnp.zeros(1, jnp.int32))
     assert got.logprob.tolist() == [-np.inf] and got.top_logprobs.tolist() == [[-np.inf] * 3]
+
+
+def test_infinite_logit_has_all_the_probability():
+    rows = rows_of(SamplingParams(logprobs=2), vocab_size=3)
+    got = run_sample(jnp.asarray([[0.0, jnp.inf, jnp.nan]]), rows, jnp.zeros(1, jnp.int32))
+    assert got.token.tolist() == [1] and got.logprob.tolist() == [0.0] and got.top_ids[0, 0] == 1
 
 
 def test_end_and_stop_tokens_wait_for_min_tokens_and_then_finish():
@@ -405,7 +431,7 @@ def test_batches_of_unequal_length_are_refused():
 
 
 def test_params_are_values():
-    one = SamplingParams(stop="END", stop_token_ids=np.asarray([4, 5]), logit_bias={9: 1, 3: -2.5})
+    one = SamplingParams(stop="END", stop_token_ids=[4, 5], logit_bias={9: 1, 3: -2.5})
     same = SamplingParams(stop=["END"], stop_token_ids=(4, 5), logit_bias=((3, -2.5), (9, 1.0)))
     assert one == same and hash(one) == hash(same)
     assert (one.stop, one.stop_token_ids, one.logit_bias) == (("END",), (4, 5), ((3, -2.5), (9, 1.0)))

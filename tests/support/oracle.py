@@ -5,9 +5,25 @@ import numpy as np
 
 
 def attention(
-    q, k, v, *, bias=None, mask=None, scale, causal=False, window=None, softcap=None, q_len=None, kv_len=None, q_offset=None
+    q,
+    k,
+    v,
+    *,
+    scale,
+    bias=None,
+    mask=None,
+    causal=False,
+    window=None,
+    softcap=None,
+    q_len=None,
+    kv_len=None,
+    q_offset=None,
+    rounding=lambda x: x,
 ):
-    """(out [b, tq, hq, d], lse [b, tq, hq]) as nested loops over rows, queries and heads."""
+    """(out [b, tq, hq, d], lse [b, tq, hq]) in nested loops over rows, queries and heads.
+
+    rounding is applied to every product; the identity leaves float64.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     b, tq, hq, _ = q.shape
     tk, hkv = k.shape[1], k.shape[2]
@@ -16,9 +32,9 @@ def attention(
     bias = None if bias is None else np.broadcast_to(np.asarray(bias, np.float64), full)
     mask = None if mask is None else np.broadcast_to(np.asarray(mask), full)
     for r in range(b):
+        end = tk if kv_len is None else min(tk, int(kv_len[r]))
         for i in range(tq if q_len is None else min(tq, int(q_len[r]))):
             position = i + (0 if q_offset is None else int(q_offset[r]))
-            end = tk if kv_len is None else min(tk, int(kv_len[r]))
             for h in range(hq):
                 keys = [
                     j
@@ -29,15 +45,15 @@ def attention(
                 ]
                 if not keys:
                     continue
-                s = scale * (k[r, keys, h // (hq // hkv)] @ q[r, i, h])
+                s = rounding(scale * rounding(k[r, keys, h // (hq // hkv)] @ q[r, i, h]))
                 if bias is not None:
-                    s = s + bias[r, h, i, keys]
+                    s = rounding(s + bias[r, h, i, keys])
                 if softcap is not None:
-                    s = softcap * np.tanh(s / softcap)
+                    s = rounding(softcap * np.tanh(s / softcap))
                 top = s.max()
                 if top == -np.inf:
                     continue
                 p = np.exp(s - top)
-                out[r, i, h] = (p / p.sum()) @ v[r, keys, h // (hq // hkv)]
+                out[r, i, h] = rounding(rounding(p / p.sum()) @ v[r, keys, h // (hq // hkv)])
                 lse[r, i, h] = top + np.log(p.sum())
     return out, lse

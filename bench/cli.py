@@ -1,0 +1,65 @@
+"""The `jfa-bench` command."""
+
+import sys
+from collections.abc import Callable
+
+import click
+
+from jfa_bench import models, record
+from jfa_models.cli import DEFAULT_MODEL, model_options, run
+from jfa_models.generate import from_pretrained
+
+
+def main() -> None:
+    """Runs the command line; exit status 2 and one line for what the user can mend."""
+    sys.exit(run(commands, "jfa-bench"))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def commands() -> None:
+    """Measures jfa on this machine."""
+
+
+class Counts(click.ParamType):
+    """Whole numbers above 0, separated by commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value, param, ctx) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a list of whole numbers above 0, such as 1,8", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+def measurement_options(command: Callable) -> Callable:
+    """-o and --samples."""
+    output = click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+    samples = click.option("--samples", type=click.IntRange(min=1), default=15, show_default=True)
+    return output(samples(command))
+
+
+@commands.command()
+@click.option("--batch", type=Counts(), default="1", show_default=True)
+@click.option("--prompt", type=Counts(), default="512", show_default=True, help="Tokens of the prompt.")
+@model_options
+@measurement_options
+def prefill(batch, prompt, model, dtype, samples, output) -> None:
+    """A prompt's way into the cache, beside its matrix products alone."""
+    language_model = from_pretrained(model, dtype=dtype)
+    records = list(models.prefill(language_model, batches=batch, prompts=prompt, samples=samples))
+    click.echo(record.render(records, output, models.COLUMNS))
+
+
+@commands.command()
+@click.option("--batch", type=Counts(), default="1,8", show_default=True)
+@click.option("--prompt", type=Counts(), default="128", show_default=True, help="Tokens in the cache before.")
+@model_options
+@measurement_options
+def decode(batch, prompt, model, dtype, samples, output) -> None:
+    """One token after another, beside the matrix products of a step alone."""
+    language_model = from_pretrained(model, dtype=dtype)
+    records = list(models.decode(language_model, batches=batch, prompts=prompt, samples=samples))
+    click.echo(record.render(records, output, models.COLUMNS))

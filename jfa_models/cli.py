@@ -1,0 +1,231 @@
+"""The `jfa` command: write text, talk, and say what the machine can do."""
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import jfa
+from jfa.device import probe
+from jfa_models.checkpoint import open_checkpoint
+from jfa_models.generate import DTYPES, LanguageModel, Session, compute_dtype, from_pretrained
+from jfa_models.outputs import RequestOutput
+from jfa_models.sampling import SamplingParams
+
+DEFAULT_MODEL = "smollm2"
+
+
+def main() -> None:
+    """Runs the command line. What the user can mend is one line on stderr and exit status 2."""
+    sys.exit(run(commands, "jfa"))
+
+
+def run(group: click.Group, name: str) -> int:
+    """The exit status of a click group: 2 and one line for every error that a user can mend."""
+    try:
+        group.main(prog_name=name, standalone_mode=False)
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        click.echo(f"{name}: {error.format_message()}", err=True)
+        return 2
+    except (ValueError, jfa.UnsupportedError, OSError) as error:
+        click.echo(f"{name}: {' '.join(str(error).split())}", err=True)
+        return 2
+    return 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(importlib.metadata.version("jfa"))
+def commands() -> None:
+    """Decoders on JAX: AMD and NVIDIA GPUs, TPUs and CPUs."""
+
+
+def model_options(command: Callable) -> Callable:
+    """--model and --dtype."""
+    dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+    model = click.option(
+        "--model", default=DEFAULT_MODEL, show_default=True, help="A folder of safetensors, a .gguf file, or smollm2."
+    )
+    return model(dtype(command))
+
+
+def sampling_options(command: Callable) -> Callable:
+    """The options that become SamplingParams; what is left out is as the model's authors advise, else greedy."""
+    for option in (
+        click.option("--stop", multiple=True, help="End before this text; may be repeated."),
+        click.option("--seed", type=int, help="Same seed, same text."),
+        click.option("--repetition-penalty", type=float),
+        click.option("--min-p", type=float),
+        click.option("--top-p", type=float),
+        click.option("--top-k", type=int),
+        click.option("--temperature", type=float, help="0 is greedy."),
+        click.option("--max-tokens", type=int, default=128, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@commands.command()
+@click.argument("text", required=False)
+@click.option("--prompt", help="The prompt, where it is not given as an argument.")
+@model_options
+@sampling_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of streaming.")
+def generate(text: str | None, prompt: str | None, model: str, dtype: str | None, as_json: bool, **sampling) -> None:
+    """Continue TEXT."""
+    if (text is None) == (prompt is None):
+        raise click.UsageError('give one prompt: jfa generate "The capital of France is", or --prompt TEXT')
+    prompt = prompt if text is None else text
+    language_model = _load(model, dtype)
+    params = _sampling_params(language_model, sampling)
+    if as_json:
+        click.echo(json.dumps(_timed(language_model, prompt, params), ensure_ascii=False))
+        return
+    results = language_model.stream(prompt, params)
+    click.secho(prompt, dim=True, nl=False)
+    _print_growth(results)
+    click.echo()
+
+
+@commands.command()
+@model_options
+@sampling_options
+@click.option("--system", help="What the model is told before the first turn.")
+def chat(model: str, dtype: str | None, system: str | None, **sampling) -> None:
+    """Talk with a model. /reset forgets the conversation; /exit or Ctrl-D ends it."""
+    language_model = _load(model, dtype)
+    tokenizer = language_model.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise click.UsageError(f"{model} has no chat template, so it was not made for conversations: use jfa generate")
+    params = _sampling_params(language_model, sampling)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages, session = list(opening), Session()
+    while True:
+        try:
+            said = click.prompt(click.style("you", bold=True), prompt_suffix="> ").strip()
+        except (click.exceptions.Abort, EOFError):
+            click.echo()
+            return
+        if said == "/exit":
+            return
+        if said == "/reset":
+            messages, session = list(opening), Session()
+            continue
+        turn = [*messages, {"role": "user", "content": said}]
+        prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(turn), add_special_tokens=False)
+        try:
+            results = language_model.stream(prompt_ids, params, session=session)
+        except ValueError as error:
+            click.echo(f"jfa: {error}. /reset starts anew.", err=True)
+            continue
+        click.secho("model> ", bold=True, nl=False)
+        answer = _print_growth(results)
+        click.echo()
+        messages = [*turn, {"role": "assistant", "content": answer}]
+
+
+@commands.command()
+@model_options
+def info(model: str, dtype: str | None) -> None:
+    """Versions, the device, which backend serves each op and why the others do not, and a model's size."""
+    console = Console()
+    device = probe()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    packages = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plugin", "jax-cuda13-plugin", "libtpu")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name in packages if (version := _version(name))))
+    table.add_row("device", f"{device.platform}, {device.arch}" + _details(device))
+    for op in jfa.explain(device):
+        table.add_row(op.op, f"{op.backend} ({op.tiles})")
+        for backend, reason in op.refused:
+            table.add_row("", escape(f"not {backend}: {reason}"))
+    checkpoint = open_checkpoint(model)
+    config, wanted = checkpoint.config, compute_dtype(dtype)
+    num_params = config.num_params
+    per_token = config.cache_elements_per_token * wanted.itemsize
+    table.add_row("model", escape(f"{model}: {num_params / 1e6:,.1f} M parameters, stored as {checkpoint.stored_dtype}"))
+    table.add_row("", f"{num_params * wanted.itemsize / 1e6:,.0f} MB as {wanted.name}")
+    full = per_token * config.context_length
+    table.add_row(
+        "cache", f"{per_token:,} bytes per token, {full / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
+    )
+    console.print(table)
+
+
+def _load(model: str, dtype: str | None) -> LanguageModel:
+    """Loads with a line on the terminal meanwhile; compiled programs are kept for the next start."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "jfa" / "xla"))
+    with Console(stderr=True).status(f"loading {escape(model)}"):
+        return from_pretrained(model, dtype=dtype)
+
+
+def _sampling_params(model: LanguageModel, given: dict) -> SamplingParams:
+    given = {name: value for name, value in given.items() if value is not None}
+    if model.defaults.temperature is None:
+        given.setdefault("temperature", 0.0)
+    return model.default_params(**given)
+
+
+def _print_growth(results: Iterator[RequestOutput]) -> str:
+    """Prints a text as it grows and returns it."""
+    shown = ""
+    with Console(stderr=True).status("compiling for this machine (kept for the next time)"):
+        result = next(results)
+    while True:
+        text = result.outputs[0].text
+        click.echo(text[len(shown) :], nl=False)
+        shown = text
+        result = next(results, None)
+        if result is None:
+            return shown
+
+
+def _timed(model: LanguageModel, prompt: str, params: SamplingParams) -> dict:
+    """One prompt with its times, after a run that compiled every step of it."""
+    for _ in model.stream(prompt, params):
+        pass
+    start = time.perf_counter()
+    results = model.stream(prompt, params)
+    result = next(results)
+    first = time.perf_counter()
+    for result in results:
+        pass
+    end = time.perf_counter()
+    output = result.outputs[0]
+    decoded = len(output.token_ids) - 1
+    return {
+        "prompt": prompt,
+        "prompt_token_ids": list(result.prompt_token_ids),
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "prefill_ms": round((first - start) * 1e3, 3),
+        "decode_ms": round((end - first) * 1e3, 3),
+        "tokens_per_s": round(decoded / (end - first), 3) if decoded else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _details(device: jfa.DeviceInfo) -> str:
+    if not device.lds_bytes:
+        return ""
+    return f", {device.compute_units} compute units, {device.lds_bytes // 1024} KiB of LDS per workgroup"
