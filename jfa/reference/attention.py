@@ -39,7 +39,7 @@ def attention(
     empty = l == 0.0
     l = jnp.where(empty, 1.0, l)
     p = (p / l).reshape(b, hkv, g, tq, tk)
-    out = jnp.einsum("bhgqk,bkhd->bqhgd", p, v, precision="highest").reshape(b, tq, hq, -1)
+    out = jnp.einsum("bhgqk,bkhd->bqhgd", p, v, precision="highest").reshape(b, tq, hq, v.shape[3])
     lse = jnp.where(empty, -jnp.inf, m + jnp.log(l))
     return out.astype(operands.q.dtype), lse[..., 0].swapaxes(1, 2)
 

@@ -32,7 +32,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
     if on_cpu and tq * hq <= _PACKED_ROWS and operands.k.shape[2] <= _PACKED_HEADS:
         return BlockConfig(block_q=tq or 1, block_kv=128, widen=True, packed=True)
     block_q = max(1, min(tq, 256))
-    rows = b * hq * block_q
+    rows = max(1, b * hq * block_q)
     block_kv = max(128, min(512, _SCORE_TILE_BYTES // (4 * rows) // 128 * 128))
     return BlockConfig(block_q=block_q, block_kv=block_kv, widen=on_cpu)
 
@@ -80,7 +80,7 @@ def flash_attention(
         out, lse = done
         return _put_rows(out, out_block, start), _put_rows(lse, lse_block, start)
 
-    if tq == 0 or grid.num_kv == 0:
+    if q.size == 0 or grid.num_kv == 0:
         return jnp.zeros((b, tq, hq, d), q.dtype), jnp.full((b, tq, hq), -jnp.inf)
     done = (jnp.zeros((b, tq, hq, d), q.dtype), jnp.zeros((b, tq, hq)))
     return _loop(0, grid.num_q, grid.num_q, q_tile, done)
@@ -147,7 +147,7 @@ def flash_attention_bwd(
         return _add_rows(dq, _rows_first(dq_block), start), *rest
 
     zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in (q, k, v, bias)]
-    if tq > 0 and grid.num_kv > 0:
+    if q.size and grid.num_kv:
         zeros = _loop(0, grid.num_q, grid.num_q, q_tile, tuple(zeros))
     dq, dk, dv, d_bias = zeros
     return Operands(
