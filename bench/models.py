@@ -53,7 +53,9 @@ def decode(model: LanguageModel, *, batches: Sequence[int], prompts: Sequence[in
     """The same for one decoded token per row, behind a prompt of each length."""
     for batch, prompt in itertools.product(batches, prompts):
         requests = [
-            model._request(i, [1 + i] * prompt, SamplingParams(temperature=0.0, max_tokens=samples + 64, ignore_eos=True), 0)
+            model._request(
+                i, [1 + i] * prompt, SamplingParams(temperature=0.0, max_tokens=samples + 64, ignore_eos=True), 0
+            )
             for i in range(batch)
         ]
         cache = model.new_cache(batch=batch, capacity=prompt + samples + 64)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +98,13 @@ class Explanation:
 
 
 def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
-    """For each op the backend that a plain call gets on this device (None: the one in use), and what speaks against the others."""
+    """For each op the backend that a plain call gets on this device, and what speaks against the others.
+
+    Args:
+      device: None means the one in use.
+    """
     device = device or probe()
-    row = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
+    row: Any = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
     operands, spec = Operands(row, row, row), AttentionSpec(sm_scale=0.125, causal=True)
     chosen = select(None, operands, spec, device)
     refused = []

@@ -13,8 +13,7 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
-                f"{name} must be [batch, length, heads, head_dim] or [length, heads, head_dim], "
-                f"got shape {_without_batch(x)}"
+                f"{name} must be [batch, length, heads, head_dim] or [length, heads, head_dim], got shape {x.shape}"
             )
         if x.dtype.name not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
@@ -62,7 +61,3 @@ def per_row(name: str, x: Array, batch: int) -> None:
 
 def _one_of(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _without_batch(x: Array) -> tuple[int, ...]:
-    return x.shape

@@ -13,7 +13,14 @@ _LDS_BYTES = {"gfx950": 163_840, "sm_80": 166_912, "sm_90": 232_448, "sm_100": 2
 _LDS_BYTES_OTHERWISE = {"rocm": 65_536, "cuda": 101_376}
 
 # Abstract devices of NVIDIA carry a marketing name; these are the data-centre parts that JAX itself knows.
-_NVIDIA_ARCH = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "GH200": "sm_90", "B200": "sm_100", "GB200": "sm_100"}
+_NVIDIA_ARCH = {
+    "A100": "sm_80",
+    "H100": "sm_90",
+    "H200": "sm_90",
+    "GH200": "sm_90",
+    "B200": "sm_100",
+    "GB200": "sm_100",
+}
 
 # Compute units of the usual card of an architecture, for targets that are not in the machine.
 _COMPUTE_UNITS = {

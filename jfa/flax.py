@@ -57,15 +57,13 @@ def attention_fn(
     if module is not None:
         raise UnsupportedError("sow_weights: blockwise attention never holds the weights; leave sow_weights off")
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
-        raise UnsupportedError("the products of attention happen inside a kernel: leave the einsum classes of the layer out")
+        raise UnsupportedError("the products happen inside a kernel: leave the einsum classes of the layer out")
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     batch = query.shape[:-3]
 
-    def one_batch_axis(x):
+    def one_batch_axis(x: Array) -> Array:
         """[batch..., ., ., .] -> [prod(batch), ., ., .]; axes of ones stay one."""
-        if x is None:
-            return None
         x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
         if len(batch) > 1 and x.shape[:-3] != batch and math.prod(x.shape[:-3]) > 1:
             x = jnp.broadcast_to(x, batch + x.shape[-3:])
@@ -73,7 +71,7 @@ def attention_fn(
 
     out = dot_product_attention(
         *(one_batch_axis(x) for x in (query, key, value)),
-        bias=one_batch_axis(bias),
+        bias=None if bias is None else one_batch_axis(bias),
         mask=None if mask is None else one_batch_axis(mask.astype(bool)),
         scale=scale,
         is_causal=is_causal,

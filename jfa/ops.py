@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from numbers import Integral
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,30 @@ from jfa.device import probe
 from jfa.kernels.xla import flash as xla_flash
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands, UnsupportedError
 
+# No sequence is longer, and positions plus a window of this stay within int32.
+_LONGEST = 2**30
+
 Implementation = Literal["reference", "xla", "triton", "tpu", "mosaic_gpu"]
+
+
+class _Options(TypedDict, total=False):
+    """What both overloads of dot_product_attention share, for type checkers."""
+
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Implementation | None
+    logits_soft_cap: float | None
+    sinks: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    query_offset: ArrayLike | None
+    dropout_rate: float
+    dropout_key: ArrayLike | None
+    config: BlockConfig | FlashConfig | None
 
 
 @overload
@@ -28,7 +51,7 @@ def dot_product_attention(
     mask: ArrayLike | None = ...,
     *,
     return_residual: Literal[False] = ...,
-    **options,
+    **options: Unpack[_Options],
 ) -> Array: ...
 
 
@@ -41,7 +64,7 @@ def dot_product_attention(
     mask: ArrayLike | None = ...,
     *,
     return_residual: Literal[True],
-    **options,
+    **options: Unpack[_Options],
 ) -> tuple[Array, Array]: ...
 
 
@@ -79,7 +102,7 @@ def dot_product_attention(
 
     Args:
       query: [b, tq, hq, d], or [tq, hq, d] for one row; float16, bfloat16 or float32.
-      key, value: [b, tk, hkv, d], same dtype. hq must be a multiple of hkv: query head h reads key head h // (hq / hkv).
+      key, value: [b, tk, hkv, d], same dtype. hq is a multiple of hkv: query head h reads key head h // (hq / hkv).
       bias: added to the scores; broadcasts to [b, hq, tq, tk].
       mask: boolean, True where a key may be seen; broadcasts to [b, hq, tq, tk].
       scale: factor of the scores; None: 1 / sqrt(d).
@@ -176,7 +199,9 @@ def _forward(plan: _Plan, operands: Operands):
 
 def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
     operands, out, lse = saved
-    config = plan.config if plan.backend == "xla" else xla_flash.default_config(operands, plan.device)
+    config = plan.config
+    if not isinstance(config, BlockConfig):  # the one backward pass there is so far
+        config = xla_flash.default_config(operands, plan.device)
     with jax.named_scope("jfa.attention_bwd.xla"):
         return (xla_flash.flash_attention_bwd(operands, out, lse, *cotangents, spec=plan.spec, config=config),)
 
@@ -218,8 +243,8 @@ def _per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False
 def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    pair = (size, size) if isinstance(size, Integral) else tuple(size)
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, Integral) for n in pair):
         raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
-    # no sequence is longer, and positions plus window stay within int32
-    return min(int(pair[0]), 2**30), min(int(pair[1]), 2**30)
+    left, right = (min(int(n), _LONGEST) for n in pair)
+    return left, right

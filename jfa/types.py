@@ -52,7 +52,7 @@ class AttentionSpec:
 
 
 class Operands(NamedTuple):
-    """The arrays that attention reads. None: the option is not in use and costs nothing."""
+    """The arrays that attention reads, or their shapes. None: the option is not in use and costs nothing."""
 
     q: Float[Array, "b tq hq d"]
     k: Float[Array, "b tk hkv d"]

@@ -15,7 +15,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
-        hidden, q_size, kv_size = config.hidden_size, config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        hidden, q_size, kv_size = (
+            config.hidden_size,
+            config.num_q_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
         options = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
         self.q = Linear(hidden, q_size, **options)
         self.k = Linear(hidden, kv_size, **options)

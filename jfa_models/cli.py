@@ -154,11 +154,14 @@ def info(model: str, dtype: str | None) -> None:
     config, wanted = checkpoint.config, compute_dtype(dtype)
     num_params = config.num_params
     per_token = config.cache_elements_per_token * wanted.itemsize
-    table.add_row("model", escape(f"{model}: {num_params / 1e6:,.1f} M parameters, stored as {checkpoint.stored_dtype}"))
+    table.add_row(
+        "model", escape(f"{model}: {num_params / 1e6:,.1f} M parameters, stored as {checkpoint.stored_dtype}")
+    )
     table.add_row("", f"{num_params * wanted.itemsize / 1e6:,.0f} MB as {wanted.name}")
     full = per_token * config.context_length
     table.add_row(
-        "cache", f"{per_token:,} bytes per token, {full / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
+        "cache",
+        f"{per_token:,} bytes per token, {full / 1e6:,.0f} MB for its context of {config.context_length:,} tokens",
     )
     console.print(table)
 

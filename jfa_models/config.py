@@ -135,6 +135,21 @@ class DecoderConfig:
         if self.hidden_act not in get_args(Activation):
             raise ValueError(f"hidden_act must be one of {', '.join(get_args(Activation))}, got {self.hidden_act!r}")
 
+    @property
+    def num_params(self) -> int:
+        """Numbers in all weights; a tied head counts once."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q_size, kv_size = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * hidden * (q_size + kv_size) + self.attention_bias * (q_size + 2 * kv_size + hidden)
+        mlp = 3 * hidden * inner + self.mlp_bias * (2 * inner + hidden)
+        heads = 1 if self.tie_word_embeddings else 2
+        return self.num_layers * (attention + mlp + 2 * hidden) + hidden + heads * self.vocab_size * hidden
+
+    @property
+    def cache_elements_per_token(self) -> int:
+        """Numbers that one token leaves in a KV cache."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
         """Reads a config.json of Hugging Face, in its older or its newer spelling of rope.

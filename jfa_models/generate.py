@@ -1,6 +1,7 @@
 """A checkpoint that writes text: load, the whole forward, batches offline, and one prompt streamed."""
 
 import dataclasses
+import operator
 import os
 from collections.abc import Iterator, Sequence
 
@@ -12,11 +13,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 import jfa
-from jfa_models.checkpoint import load_params, open_checkpoint
+from jfa_models.checkpoint import Checkpoint, load_params, open_checkpoint
 from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
 from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
-from jfa_models.sampling import SamplingParams, sampling_rows
+from jfa_models.sampling import SamplingParams, check_token_ids, sampling_rows
 from jfa_models.steps import STEPS_PER_CALL, DecodeState, Emitted, Steps
 from jfa_models.tokenizer import Tokenizer
 
@@ -25,6 +26,10 @@ from jfa_models.tokenizer import Tokenizer
 PREFILL_CHUNK = 512
 SMALLEST_CHUNK = 16
 SMALLEST_CAPACITY = 256
+
+# The last tokens of a prompt, enough to end in whole characters: they decide how the first new token is spelled (after
+# a word it keeps its leading space, at the start of a text some tokenizers drop it).
+TEXT_CONTEXT = 8
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,7 +55,7 @@ def from_pretrained(model: str | os.PathLike[str] = "smollm2", *, dtype: DTypeLi
     return LanguageModel(
         decoder=abstract,
         params=tuple(params[name] for name in expected),
-        tokenizer=checkpoint.load_tokenizer(),
+        tokenizer=_tokenizer(checkpoint),
         defaults=checkpoint.generation,
     )
 
@@ -77,6 +82,7 @@ class LanguageModel:
       params: the leaves of the decoder, as the steps take them.
       tokenizer: None when there is no text around the model; prompts are token ids then.
       defaults: what the authors of the checkpoint advise for sampling.
+      eos_token_ids: the tokens that end a text, by the defaults, else by the tokenizer.
     """
 
     def __init__(
@@ -91,19 +97,9 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
+        self.eos_token_ids = self.defaults.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
         self.dtype = params[0].dtype
         self.steps = Steps(decoder)
-
-    @property
-    def num_params(self) -> int:
-        """Numbers in all weights; a tied head counts once."""
-        return sum(x.size for x in self.params)
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token takes in the cache."""
-        c = self.config
-        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
 
     def logits(self, input_ids: ArrayLike, lengths: ArrayLike | None = None) -> Float[Array, "b t vocab"]:
         """The next-token logits behind every token, without a cache.
@@ -112,11 +108,19 @@ class LanguageModel:
           input_ids: i32[b, t], rows padded on the right with any id.
           lengths: i32[b], tokens of each row; what stands behind them means nothing. None: all.
         """
-        tokens = jnp.asarray(input_ids, jnp.int32)
-        if tokens.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, length], got shape {tokens.shape}; a single row is input_ids[None]")
-        self._check_ids(np.asarray(tokens))
-        return self.steps.logits(self.params, tokens, None if lengths is None else jnp.asarray(lengths, jnp.int32))
+        tokens = np.asarray(input_ids)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"input_ids must be integers [batch, length], got {tokens.dtype} of shape {list(tokens.shape)}; "
+                "a single row is [row]"
+            )
+        self._check_ids(tokens)
+        if lengths is not None:
+            lengths = np.asarray(lengths)
+            if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
+                raise ValueError(f"lengths must be {len(tokens)} integers, one for each row, got {lengths.tolist()}")
+            lengths = lengths.astype(np.int32)
+        return self.steps.logits(self.params, tokens.astype(np.int32), lengths)
 
     def default_params(self, **overrides) -> SamplingParams:
         """SamplingParams as the checkpoint's authors advise, and as vLLM defaults where they say nothing."""
@@ -145,6 +149,8 @@ class LanguageModel:
         Raises:
           ValueError: an empty prompt, or one that with max_tokens does not fit into the model's context.
         """
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         requests = self._requests(prompts, sampling_params, seed)
         for first in range(0, len(requests), max_batch):
             self._run_batch(requests[first : first + max_batch])
@@ -170,6 +176,19 @@ class LanguageModel:
         session = Session() if session is None else session
         return self._stream(request, session)
 
+    def start(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        seed: int = 0,
+    ) -> DecodeState:
+        """One batch of prompts behind its first token, for who drives `steps.decode` without texts.
+
+        Its rows are rounded up to a power of two, as in generate; those past the prompts are not active.
+        """
+        return self._start(self._requests(prompts, sampling_params, seed))[0]
+
     def _stream(self, request: "_Request", session: "Session") -> Iterator[RequestOutput]:
         prompt_ids = request.prompt_ids
         cache, known = session.take(self, prompt_ids, len(prompt_ids) + request.max_tokens)
@@ -193,14 +212,11 @@ class LanguageModel:
 
     def _run_batch(self, requests: "Sequence[_Request]") -> None:
         """Runs requests to their end as one batch."""
-        size = _power_of_two(len(requests))
-        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        cache = self.new_cache(batch=size, capacity=longest)
-        state, emitted = self._prefill(requests, cache, [request.prompt_ids for request in requests])
-        self._push(requests, jax.device_get(jax.tree.map(lambda x: x[None], emitted)), 1)
+        state, emitted = self._start(requests)
+        self._push(requests, jax.tree.map(lambda x: x[None], jax.device_get(emitted)), 1)
         while not all(request.finished for request in requests):
             # a stop string ends a row on the host: the device hears of it here
-            active = np.zeros(size, bool)
+            active = np.zeros(state.active.shape, bool)
             active[: len(requests)] = [not request.finished for request in requests]
             state = dataclasses.replace(state, active=active)
             state, emitted, turns = self.steps.decode_many(self.params, state, np.int32(STEPS_PER_CALL))
@@ -214,6 +230,11 @@ class LanguageModel:
                 if not request.finished:
                     request.push(sampled, row, bool(emitted.active[turn, row]))
 
+    def _start(self, requests: "Sequence[_Request]") -> tuple[DecodeState, Emitted]:
+        longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
+        cache = self.new_cache(batch=_power_of_two(len(requests)), capacity=longest)
+        return self._prefill(requests, cache, [request.prompt_ids for request in requests])
+
     def _prefill(
         self, requests: "Sequence[_Request]", cache: jfa.KVCache, prompts: Sequence[Sequence[int]]
     ) -> tuple[DecodeState, Emitted]:
@@ -224,12 +245,12 @@ class LanguageModel:
             [*(request.params for request in requests), *empty],
             vocab_size=self.config.vocab_size,
             prompt_ids=[*(request.prompt_ids for request in requests), *([0] for _ in empty)],
-            eos_token_ids=self.defaults.eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             default_seed=requests[0].seed,
             request_ids=[*(request.index for request in requests), *range(len(empty))],
         )
         hidden = jnp.zeros((size, self.config.hidden_size), self.dtype)
-        for tokens, lengths in _chunks(prompts, size):
+        for tokens, lengths in prefill_chunks(prompts, size):
             cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths)
         return self.steps.first(self.params, cache, hidden, rows, np.arange(size) < len(requests))
 
@@ -246,7 +267,7 @@ class LanguageModel:
         )
 
     def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
+        if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0):
             prompts = [prompts]
         if sampling_params is None:
             sampling_params = self.default_params()
@@ -266,10 +287,11 @@ class LanguageModel:
             raise ValueError("this model has no tokenizer: give the prompt as token ids")
         if self.tokenizer is None and params.stop:
             raise ValueError("this model has no tokenizer, so stop strings cannot be seen: use stop_token_ids")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and self.tokenizer else [int(i) for i in prompt]
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(i) for i in prompt]
         if not ids:
             raise ValueError(f"prompt {index} is empty: there is nothing to continue; give at least one token")
         self._check_ids(np.asarray(ids))
+        check_token_ids(params, vocab_size=self.config.vocab_size)
         room = self.config.context_length - len(ids)
         if room < 1 or (params.max_tokens or 1) > room:
             raise ValueError(
@@ -285,7 +307,7 @@ class LanguageModel:
             params=params,
             seed=seed,
             tokenizer=self.tokenizer,
-            eos_token_ids=self.defaults.eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
         )
 
     def _check_ids(self, ids: np.ndarray) -> None:
@@ -338,7 +360,10 @@ class _Request:
         self._cumulative = 0.0
         self._tokenizer: Tokenizer | None = tokenizer
         self._stream = tokenizer.stream() if tokenizer else None
+        for token in prompt_ids[-TEXT_CONTEXT:] if self._stream else ():
+            self._stream.push(token)
         self._text = ""
+        self._stops_from = 0
         self._eos_token_ids = frozenset(eos_token_ids)
 
     @property
@@ -365,7 +390,10 @@ class _Request:
             self.finish_reason = "length"
         if self.finished and self._stream:
             self._text += self._stream.flush()
-        self._cut_at_stop_string()
+        if self.num_tokens > self.params.min_tokens:
+            self._cut_at_stop_string()
+        else:
+            self._stops_from = len(self._text)
 
     def output(self) -> RequestOutput:
         """The result so far. While it grows, text that may turn out to begin a stop string is held back."""
@@ -386,7 +414,7 @@ class _Request:
         return is_eos or token in self.params.stop_token_ids
 
     def _cut_at_stop_string(self) -> None:
-        found = [(self._text.find(stop), stop) for stop in self.params.stop if stop in self._text]
+        found = [(at, stop) for stop in self.params.stop if (at := self._text.find(stop, self._stops_from)) >= 0]
         if found:
             at, stop = min(found)
             self._text = self._text[:at]
@@ -404,7 +432,8 @@ class _Request:
         if self.params.logprobs and sampled.top_ids is not None:
             pairs = zip(sampled.top_ids[row], sampled.top_logprobs[row], strict=True)
             for rank, (other, logprob) in enumerate(list(pairs)[: self.params.logprobs], start=1):
-                entries[int(other)] = Logprob(logprob=float(logprob), rank=rank, decoded_token=self._token_text(int(other)))
+                text = self._token_text(int(other))
+                entries[int(other)] = Logprob(logprob=float(logprob), rank=rank, decoded_token=text)
         entries.setdefault(
             token, Logprob(logprob=chosen, rank=int(sampled.rank[row]), decoded_token=self._token_text(token))
         )
@@ -412,14 +441,16 @@ class _Request:
         self._cumulative += chosen
 
     def _token_text(self, token: int) -> str | None:
-        return self._tokenizer.token_text(token) if self._tokenizer else None
+        # a model may have more rows than its tokenizer has tokens
+        known = self._tokenizer and self._tokenizer.core.id_to_token(token) is not None
+        return self._tokenizer.token_text(token) if known else None
 
 
 _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)
 
 
-def _chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens i32[size, t], lengths i32[size]) one after another; rows that have ended, or never were, have length 0."""
+def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens i32[size, t], lengths i32[size]) one after another; a row that has ended, or never was, has length 0."""
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:
@@ -430,6 +461,12 @@ def _chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.nd
             tokens[row, : len(part)], lengths[row] = part, len(part)
         yield tokens, lengths
         start += t
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """None where a folder holds nothing of a tokenizer; if it holds a part of one, load_tokenizer says what is missing."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return checkpoint.load_tokenizer() if checkpoint.metadata or any(folder.glob("tokenizer*")) else None
 
 
 def _power_of_two(n: int) -> int:

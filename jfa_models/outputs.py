@@ -40,25 +40,8 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """A prompt and its continuations. `prompt` is None where token ids were given.
-
-    `prefill_ms` is the time to the first token, `decode_ms` the time of all the later ones; where requests ran as one
-    batch both are the batch's. None where no clock was read.
-    """
+    """A prompt and its continuations. `prompt` is None where token ids were given."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
-    prefill_ms: float | None = None
-    decode_ms: float | None = None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Decoded tokens of this request per second of `decode_ms`; the first token belongs to the prefill.
-
-        None without a clock, and where nothing came after the first token.
-        """
-        num_decoded = sum(len(output.token_ids) - 1 for output in self.outputs if output.token_ids)
-        if not self.decode_ms or not num_decoded:
-            return None
-        return num_decoded / (self.decode_ms / 1e3)

@@ -81,9 +81,7 @@ class Steps:
         self.decode_many = step(_decode_many, donate=(1,))
 
 
-def _logits(
-    decoder: Decoder, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None
-) -> Float[Array, "b t vocab"]:
+def _logits(decoder: Decoder, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None) -> Float[Array, "b t vocab"]:
     hidden, _ = decoder(tokens, lengths=lengths)
     return decoder.unembed(hidden)
 
@@ -102,7 +100,11 @@ def _prefill(
 
 
 def _first(
-    decoder: Decoder, cache: jfa.KVCache, hidden: Float[Array, "b hidden"], rows: SamplingRows, active: Bool[Array, " b"]
+    decoder: Decoder,
+    cache: jfa.KVCache,
+    hidden: Float[Array, "b hidden"],
+    rows: SamplingRows,
+    active: Bool[Array, " b"],
 ) -> tuple[DecodeState, Emitted]:
     none = jnp.zeros(hidden.shape[0], jnp.int32)
     return _emit(decoder, hidden, DecodeState(cache=cache, rows=rows, token=none, num_generated=none, active=active))

@@ -65,7 +65,13 @@ class KVCache:
         return dataclasses.replace(self, kv_len=self.kv_len + num_tokens)
 
     def grow(self, capacity: int) -> "KVCache":
-        """A copy with more slots a row."""
+        """A copy with more slots a row.
+
+        Raises:
+          ValueError: capacity is below the present one.
+        """
+        if capacity < self.capacity:
+            raise ValueError(f"a cache of {self.capacity} slots cannot grow to {capacity}; truncate forgets tokens")
         more = ((0, 0), (0, capacity - self.capacity), (0, 0), (0, 0))
         k, v = (tuple(jnp.pad(x, more) for x in arrays) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v)

@@ -1,4 +1,4 @@
-"""Attention as the formula stands on paper: float32, every score in memory. The truth that kernels are tested against."""
+"""Attention as the formula stands on paper, every score in memory: the truth that kernels are tested against."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,7 @@ from jaxtyping import Array, Bool, Float
 from jfa.types import AttentionSpec, Operands
 
 
-def attention(
-    operands: Operands, *, spec: AttentionSpec
-) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
+def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
     """softmax(softcap(scale * q k^T + bias)) v over the visible keys, and the natural log-sum-exp of the scores.
 
     Inputs are raised to float32 and the output is rounded once, to the dtype of q. A row that sees no key returns

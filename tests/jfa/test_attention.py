@@ -130,5 +130,7 @@ def test_vmap_of_the_blockwise_op():
         return jfa.dot_product_attention(q, q, q, key_value_seq_lengths=lengths, config=TILES["xla"])
 
     np.testing.assert_allclose(
-        jax.vmap(attend_one)(q, lengths), jnp.stack([attend_one(*one) for one in zip(q, lengths, strict=True)]), atol=1e-6
+        jax.vmap(attend_one)(q, lengths),
+        jnp.stack([attend_one(*one) for one in zip(q, lengths, strict=True)]),
+        atol=1e-6,
     )

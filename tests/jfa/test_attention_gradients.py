@@ -69,9 +69,9 @@ def test_the_triton_forward_is_differentiable():
 
 def test_reference_gradient_is_the_slope_of_the_oracle():
     q, k, v = (np.asarray(x, np.float64) for x in truth("gqa", "float32").arrays)
-    [dq, *_] = jax.grad(
-        lambda q: jfa.dot_product_attention(q, k, v, is_causal=True, implementation="reference").sum()
-    )(jnp.asarray(q, jnp.float32))[None]
+    [dq, *_] = jax.grad(lambda q: jfa.dot_product_attention(q, k, v, is_causal=True, implementation="reference").sum())(
+        jnp.asarray(q, jnp.float32)
+    )[None]
     step = np.zeros_like(q)
     at, width = (1, 17, 3, 5), 1e-5
     step[at] = width

@@ -17,14 +17,15 @@ def rounded_plain(q, k, v, *, dtype, **options):
 
 
 def limit(want, plain, dtype) -> float:
-    """The largest error that the contract allows: twice that of the plain formula, plus a few roundings of the output."""
+    """The largest error that the contract allows: twice the plain formula's, plus a few roundings of the output."""
     finite = np.isfinite(want)
     scale = max(1.0, np.abs(want[finite]).max(initial=0.0))
-    return 2 * np.abs(plain[finite] - want[finite]).max(initial=0.0) + ROUNDINGS * float(ml_dtypes.finfo(dtype).eps) * scale
+    rounding = float(ml_dtypes.finfo(dtype).eps) * scale
+    return 2 * np.abs(plain[finite] - want[finite]).max(initial=0.0) + ROUNDINGS * rounding
 
 
 def assert_within(got, want, allowed: float) -> None:
-    """Every element within allowed of what is wanted, infinities in the same places, no NaN; names the worst element."""
+    """Every element within allowed of what is wanted, infinities in place, no NaN; names the worst element."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"shape {got.shape}, wanted {want.shape}"
     assert not np.isnan(got).any(), f"NaN at {np.argwhere(np.isnan(got))[0]}"

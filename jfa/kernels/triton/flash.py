@@ -148,7 +148,8 @@ def _flash_kernel(
     if spec.right is not None:
         end = jnp.minimum(kv_len, first_row + block_q + offset + spec.right)
         whole_end = jnp.minimum(kv_len, first_row + 1 + offset + spec.right)
-    end = jnp.where(first_row < q_len, end, 0)
+    # typed: Pallas (jax 0.12) lowers a choice between two weakly typed numbers as booleans
+    end = jnp.where(first_row < q_len, jnp.int32(end), 0)
     tile_first, tile_end = _tile(first, block_kv), _tile(end + block_kv - 1, block_kv)
     whole_first = jnp.clip(_tile(whole_first + block_kv - 1, block_kv), tile_first, tile_end)
     whole_end = jnp.clip(_tile(whole_end, block_kv), whole_first, tile_end)
@@ -162,9 +163,10 @@ def _flash_kernel(
             # beyond what the tile sees may lie anything, NaN too, and 0 * NaN is NaN
             inside = inside & ((keys >= first) & (keys < end))[:, None]
         needs_mask = masked or head_dim != q_ref.shape[1]
+        inside = jnp.broadcast_to(inside, (block_kv, q_ref.shape[1])) if needs_mask else None
+        other = 0.0 if needs_mask else None
         at = pl.ds(start, block_kv)
-        options = dict(mask=jnp.broadcast_to(inside, (block_kv, q_ref.shape[1])), other=0.0) if needs_mask else {}
-        k = load(k_ref.at[at, :], **options)
+        k = load(k_ref.at[at, :], mask=inside, other=other)
         scores = _dot(q, k, trans_b=True)
         if spec.softcap is not None:
             scores = jnp.tanh(scores * (sm_scale / spec.softcap))
@@ -180,7 +182,7 @@ def _flash_kernel(
         m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next) if masked else m_next
         p = jnp.exp2(scores * factor - m_safe[:, None])
         rescale = jnp.exp2(m - m_safe)
-        v = load(v_ref.at[at, :], **options)
+        v = load(v_ref.at[at, :], mask=inside, other=other)
         acc = acc * rescale[:, None] + _dot(p.astype(v.dtype), v)
         return acc, m_next, l * rescale + p.sum(1)
 

@@ -10,15 +10,14 @@ Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/kernels/test_flash
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
-# A tile of scores should stay in the second level cache of a core: 2 MiB holds it on current server CPUs.
-_SCORE_TILE_BYTES = 1 << 20
+# A tile of scores should stay in the second level caches of the cores (measured: bench/LOG.md).
+_SCORE_TILE_BYTES = 4 << 20
 
 # Few rows of queries (decoding) meet the keys in one product whose left side is block-diagonal: hkv times the work of
 # a product per head, but the keys need no transposed copy, which costs more (bench/LOG.md).
@@ -26,14 +25,14 @@ _PACKED_ROWS, _PACKED_HEADS = 64, 8
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
-    """Tiles of at most 256 x 512, narrower when batch and heads are many."""
+    """Tiles of at most 256 x 256, narrower when batch and heads are many."""
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
     if on_cpu and tq * hq <= _PACKED_ROWS and operands.k.shape[2] <= _PACKED_HEADS:
         return BlockConfig(block_q=tq or 1, block_kv=128, widen=True, packed=True)
     block_q = max(1, min(tq, 256))
     rows = max(1, b * hq * block_q)
-    block_kv = max(128, min(512, _SCORE_TILE_BYTES // (4 * rows) // 128 * 128))
+    block_kv = max(128, min(256, _SCORE_TILE_BYTES // (4 * rows) // 128 * 128))
     return BlockConfig(block_q=block_q, block_kv=block_kv, widen=on_cpu)
 
 
@@ -57,10 +56,13 @@ def flash_attention(
     def q_tile(i, done):
         start = grid.q_start(i)
         q_block = _heads_first(_rows(q, start, grid.block_q), hkv)
+        scale = spec.sm_scale
+        if config.widen:  # float32 queries take the scale once, and no score has to
+            q_block, scale = q_block.astype(jnp.float32) * scale, 1.0
 
         def kv_tile(j, carry):
             acc, m, l = carry
-            tile = _score_tile(operands, spec, config, grid, q_block, start, j)
+            tile = _score_tile(operands, spec, config, grid, q_block, scale, start, j)
             m_next = jnp.maximum(m, tile.scores.max(-1))
             m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
             p = jnp.exp(tile.scores - m_safe[..., None])
@@ -101,7 +103,6 @@ def flash_attention_bwd(
     The gradient of a broadcast bias is summed into an array of the bias's own shape.
     """
     q, k, v, bias = operands.q, operands.k, operands.v, operands.bias
-    b, tq, _, _ = q.shape
     hkv = k.shape[2]
     grid = _Grid.of(operands, config)
     # rows that saw nothing pass nothing on; their q and cotangent may hold anything
@@ -123,7 +124,7 @@ def flash_attention_bwd(
 
         def kv_tile(j, carry):
             dq_block, dk, dv, d_bias = carry
-            tile = _score_tile(operands, spec, config, grid, q_block, start, j)
+            tile = _score_tile(operands, spec, config, grid, q_block, spec.sm_scale, start, j)
             k_block, v_block = (jnp.where(tile.seen[..., None], x, 0) for x in (tile.k_block, tile.v_block))
             p = jnp.where(tile.visible, jnp.exp(tile.scores - lse_block), 0.0)
             dp = _dot("bhgqd,bkhd->bhgqk", do_block, v_block)
@@ -146,15 +147,15 @@ def flash_attention_bwd(
         dq_block, *rest = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
         return _add_rows(dq, _rows_first(dq_block), start), *rest
 
-    zeros = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in (q, k, v, bias)]
+    grads = (*(jnp.zeros(x.shape) for x in (q, k, v)), None if bias is None else jnp.zeros(bias.shape))
     if q.size and grid.num_kv:
-        zeros = _loop(0, grid.num_q, grid.num_q, q_tile, tuple(zeros))
-    dq, dk, dv, d_bias = zeros
+        grads = _loop(0, grid.num_q, grid.num_q, q_tile, grads)
+    dq, dk, dv, d_bias = grads
     return Operands(
         q=dq.astype(q.dtype),
         k=dk.astype(k.dtype),
         v=dv.astype(v.dtype),
-        bias=None if bias is None else d_bias.astype(bias.dtype),
+        bias=None if bias is None or d_bias is None else d_bias.astype(bias.dtype),
     )
 
 
@@ -209,7 +210,7 @@ class _ScoreTile(NamedTuple):
 
 
 def _score_tile(
-    operands: Operands, spec: AttentionSpec, config: BlockConfig, grid: _Grid, q_block: Array, q_start, j
+    operands: Operands, spec: AttentionSpec, config: BlockConfig, grid: _Grid, q_block: Array, scale: float, q_start, j
 ) -> _ScoreTile:
     k_start = grid.k_start(j)
     row = q_start + jnp.arange(grid.block_q)[:, None]
@@ -236,7 +237,7 @@ def _score_tile(
         scores = scores.reshape(*q_block.shape[:4], -1)
     else:
         scores = _dot("bhgqd,bkhd->bhgqk", q_block, k_block)
-    scores = spec.sm_scale * scores
+    scores = scores if scale == 1.0 else scale * scores
     if operands.bias is not None:
         bias = _bias_tile(operands.bias, grid, q_start, k_start, operands.group_size)
         scores = scores + bias.astype(jnp.float32)
@@ -247,7 +248,7 @@ def _score_tile(
 
 
 def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
-    """p v of one tile. Values that nobody sees are cleaned of NaN (0 * NaN is NaN), at the price of a copy, if there are any."""
+    """p v of one tile. If nobody sees some of the values, they are first cleaned of NaN, at the price of a copy."""
     p = p.astype(tile.v_block.dtype)
 
     def product(v_block):

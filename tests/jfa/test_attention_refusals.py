@@ -1,0 +1,106 @@
+"""What dot_product_attention refuses, and in which words."""
+
+import jax.numpy as jnp
+import pytest
+
+import jfa
+
+Q = jnp.ones((2, 5, 6, 16))
+KV = jnp.ones((2, 7, 3, 16))
+FLASH = jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1)
+
+WRONG = {
+    "rank": (dict(query=Q[0, 0]), r"query must be \[batch, length, heads, head_dim\] .* got shape \(6, 16\)"),
+    "dtype": (dict(query=Q.astype(jnp.int32)), "query must be float16, bfloat16 or float32, got int32"),
+    "dtypes": (dict(key=KV.astype(jnp.bfloat16)), "must share one dtype, got float32, bfloat16 and float32"),
+    "value_shape": (dict(value=KV[:, :6]), r"same shape, got \(2, 7, 3, 16\) and \(2, 6, 3, 16\)"),
+    "batch": (dict(query=Q[:1]), "same batch size, got 1 and 2"),
+    "head_dim": (dict(query=Q[..., :8]), "same head_dim, got 8 and 16"),
+    "no_head_dim": (dict(query=Q[..., :0], key=KV[..., :0], value=KV[..., :0]), "head_dim must be at least 1"),
+    "heads": (dict(query=Q[:, :, :4]), "multiple of the number of key heads, got 4 and 3; repeat or drop"),
+    "bias_shape": (dict(bias=jnp.ones((2, 6, 5, 6))), r"= \[2, 6, 5, 7\], got \[2, 6, 5, 6\]"),
+    "bias_dtype": (
+        dict(bias=jnp.ones((5, 7), bool)),
+        "must be a float array, got bool; a boolean one is called mask",
+    ),
+    "bias_float64": (dict(bias=jnp.ones((5, 7), jnp.int8)), "bias must be float16, bfloat16 or float32, got int8"),
+    "mask_dtype": (dict(mask=jnp.ones((5, 7))), "mask must be boolean, got float32; an additive one is called bias"),
+    "mask_rank": (dict(mask=jnp.ones((1, 2, 6, 5, 7), bool)), "mask must broadcast to"),
+    "lengths_dtype": (dict(key_value_seq_lengths=jnp.ones(2)), "key_value_seq_lengths must hold integers, got float32"),
+    "lengths_shape": (dict(query_seq_lengths=jnp.ones(3, int)), r"one integer per batch row, shape \(2,\), got \(3,\)"),
+    "offset": (dict(query_offset=jnp.ones((2, 1), int)), "query_offset must hold one integer per batch row"),
+    "window": (dict(local_window_size=(-1, 0)), r"both must be >= 0, got \(-1, 0\)"),
+    "window_kind": (dict(local_window_size=(1, 2, 3)), r"a pair \(left, right\) of ints, got \(1, 2, 3\)"),
+    "window_float": (dict(local_window_size=2.5), r"a pair \(left, right\) of ints, got 2.5"),
+    "scale": (dict(scale=float("nan")), "scale must be a finite number, got nan"),
+    "soft_cap": (dict(logits_soft_cap=0.0), "logits_soft_cap must be a finite number > 0, got 0.0"),
+    "implementation": (dict(implementation="cudnn"), "one of reference, xla, triton, tpu, mosaic_gpu, got 'cudnn'"),
+    "config_kind": (dict(implementation="xla", config=FLASH), "xla backend takes a BlockConfig, got a FlashConfig"),
+    "config_none": (dict(implementation="reference", config=FLASH), "reference backend takes no config"),
+}
+
+NOT_BUILT = {
+    "sinks": dict(sinks=jnp.ones(6)),
+    "alibi_slopes": dict(alibi_slopes=jnp.ones(6)),
+    "query_segment_ids": dict(query_segment_ids=jnp.ones((2, 5), int)),
+    "key_value_segment_ids": dict(key_value_segment_ids=jnp.ones((2, 7), int)),
+    "dropout_rate": dict(dropout_rate=0.1),
+    "dropout_key": dict(dropout_key=jnp.ones(2, jnp.uint32)),
+}
+
+UNSERVED = {
+    "bias": (
+        dict(bias=jnp.ones((5, 7))),
+        "'triton': bias is not built into the kernel yet; leave it None",
+    ),
+    "mask": (dict(mask=jnp.ones((5, 7), bool)), "mask is not built into the kernel yet"),
+    "tpu": (dict(implementation="tpu"), "implementation='tpu': a Pallas kernel for TPU is not built yet"),
+    "mosaic": (dict(implementation="mosaic_gpu"), "a Mosaic GPU kernel is not built yet"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_makes_no_sense_is_a_value_error(name):
+    given, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        jfa.dot_product_attention(**(dict(query=Q, key=KV, value=KV) | given))
+
+
+@pytest.mark.parametrize("option", NOT_BUILT)
+def test_what_is_not_built_is_refused_by_name(option):
+    with pytest.raises(jfa.UnsupportedError, match=f"{option} is not built yet on any backend; leave it out"):
+        jfa.dot_product_attention(Q, KV, KV, **NOT_BUILT[option])
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_a_named_backend_that_cannot_serve_says_why(name):
+    given, message = UNSERVED[name]
+    with pytest.raises(jfa.UnsupportedError, match=message):
+        jfa.dot_product_attention(Q, KV, KV, **(dict(implementation="triton") | given))
+
+
+@pytest.mark.parametrize("head_dim", [8, 320])
+def test_head_dims_outside_the_kernel(head_dim):
+    x = jnp.ones((1, 4, 1, head_dim))
+    with pytest.raises(jfa.UnsupportedError, match=f"head_dim must be 16 to 256, got {head_dim}"):
+        jfa.dot_product_attention(x, x, x, implementation="triton")
+    assert jfa.dot_product_attention(x, x, x).shape == x.shape  # left to choose, jfa takes xla
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(block_q=48), "block_q must be a power of two of at least 16, .* got 48"),
+        (dict(block_kv=8), "block_kv must be a power of two of at least 16, .* got 8"),
+        (dict(num_warps=3), "num_warps must be 1, 2, 4, 8 or 16, got 3"),
+        (dict(num_stages=0), "num_stages must be >= 1, got 0"),
+    ],
+)
+def test_impossible_tiles(fields, message):
+    with pytest.raises(ValueError, match=message):
+        jfa.FlashConfig(**(dict(block_q=16, block_kv=16, num_warps=4, num_stages=1) | fields))
+
+
+def test_impossible_blocks():
+    with pytest.raises(ValueError, match="block_q and block_kv must be >= 1, got 0 and 4"):
+        jfa.BlockConfig(block_q=0, block_kv=4)

@@ -1,0 +1,58 @@
+"""KVCache: kv_len is the only truth about fullness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jfa
+
+
+def empty(capacity=6):
+    return jfa.KVCache.create(num_layers=2, batch=2, capacity=capacity, num_kv_heads=1, head_dim=2, dtype=jnp.float32)
+
+
+def tokens(*values):
+    """k or v [2, t, 1, 2]: every number of a token is its value."""
+    return jnp.broadcast_to(jnp.asarray(values, jnp.float32)[None, :, None, None], (2, len(values), 1, 2))
+
+
+def test_write_lands_behind_kv_len_and_advance_makes_it_valid():
+    cache = empty().write(1, tokens(1, 2, 3), tokens(4, 5, 6)).advance(jnp.array([3, 1]))
+    cache = cache.write(1, tokens(7), tokens(8))
+    np.testing.assert_array_equal(cache.k[1][:, :, 0, 0], [[1, 2, 3, 7, 0, 0], [1, 7, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(cache.v[1][:, :, 0, 0], [[4, 5, 6, 8, 0, 0], [4, 8, 6, 0, 0, 0]])
+    assert not cache.k[0].any() and cache.kv_len.tolist() == [3, 1]
+
+
+def test_what_overruns_is_dropped():
+    cache = empty(capacity=2).advance(1).write(0, tokens(1, 2, 3), tokens(1, 2, 3))
+    np.testing.assert_array_equal(cache.k[0][:, :, 0, 0], [[0, 1], [0, 1]])
+
+
+def test_truncate_never_lengthens():
+    assert empty().advance(4).truncate(jnp.array([2, 5])).kv_len.tolist() == [2, 4]
+
+
+def test_grow_keeps_the_tokens():
+    cache = empty().write(0, tokens(1), tokens(2)).advance(1).grow(16)
+    assert cache.capacity == 16 and cache.k[0][0, 0, 0, 0] == 1 and cache.kv_len.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="a cache of 16 slots cannot grow to 8"):
+        cache.grow(8)
+
+
+def test_num_bytes():
+    assert empty().num_bytes == 2 * 2 * 2 * 6 * 1 * 2 * 4  # layers, k and v, rows, slots, heads, head_dim, bytes
+
+
+def test_is_a_pytree_and_written_in_place_under_donation():
+    @jax.jit
+    def step(cache, k):
+        return cache.write(0, k, k).advance(1)
+
+    donating = jax.jit(step, donate_argnums=0)
+    cache = empty()
+    used = donating.lower(cache, tokens(1)).compile().memory_analysis()
+    assert used.alias_size_in_bytes >= cache.num_bytes
+    after = donating(cache, tokens(1))
+    assert cache.k[0].is_deleted() and after.kv_len.tolist() == [1, 1]

@@ -1,0 +1,117 @@
+"""The Triton kernel as a GPU would be given it: lowered on the CPU for cards that the machine does not have."""
+
+import contextlib
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import jfa
+from jfa import tuning
+from jfa.device import describe, probe
+
+TARGETS = {"gfx942": ("rocm", "gfx942"), "gfx1100": ("rocm", "gfx1100"), "NVIDIA H200": ("cuda", "sm_90")}
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (16, 40, 64, 80, 128, 256)
+BATCH, Q_LEN, KV_LEN, Q_HEADS, KV_HEADS = 2, 300, 333, 4, 2
+LENGTHS = jnp.array([300, 7], jnp.int32)
+OPTIONS = {
+    "full": dict(),
+    "causal": dict(is_causal=True),
+    "left_window": dict(is_causal=True, local_window_size=(100, 0)),
+    "both_windows": dict(local_window_size=(100, 20)),
+    "soft_cap": dict(logits_soft_cap=30.0),
+    "query_lengths": dict(query_seq_lengths=LENGTHS),
+    "key_lengths": dict(key_value_seq_lengths=LENGTHS),
+    "cached_chunk": dict(is_causal=True, query_offset=33),
+    "negative_scale": dict(scale=-0.5),
+    "everything": dict(
+        is_causal=True,
+        local_window_size=64,
+        logits_soft_cap=30.0,
+        query_seq_lengths=LENGTHS,
+        key_value_seq_lengths=LENGTHS,
+        query_offset=LENGTHS,
+    ),
+}
+
+
+@contextlib.contextmanager
+def target(kind):
+    """Inside, JAX traces and lowers for a card by name: an abstract device stands where the real one would."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=TARGETS[kind][0])
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+def lowered(kind, dtype="bfloat16", head_dim=64, q_len=Q_LEN, **options):
+    """StableHLO of a plain call, no backend named."""
+    q = jax.ShapeDtypeStruct((BATCH, q_len, Q_HEADS, head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((BATCH, KV_LEN, KV_HEADS, head_dim), dtype)
+    with target(kind):
+        traced = jax.jit(lambda q, k, v: jfa.dot_product_attention(q, k, v, **options)).trace(q, kv, kv)
+        return traced.lower(lowering_platforms=(TARGETS[kind][0],)).as_text()
+
+
+def assert_one_kernel(text, config, q_len=Q_LEN):
+    """One Triton call, with this configuration's grid, warps and stages."""
+    assert re.findall(r"custom_call @(\S+?)\(", text) == ["__gpu$xla.gpu.triton"]
+    found = {name: int(x) for name, x in re.findall(r"(grid_[xyz]|num_warps|num_stages) = (\d+) : i32", text)}
+    assert found == dict(
+        grid_x=Q_HEADS,
+        grid_y=math.ceil(q_len / config.block_q),
+        grid_z=BATCH,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_plain_call_is_one_kernel_with_the_tiles_of_the_table(kind, dtype, head_dim):
+    config = tuning.flash_config(TARGETS[kind][1], dtype=dtype, head_dim=head_dim)
+    assert config is not None, "no entry in the tuning table"
+    assert_one_kernel(lowered(kind, dtype, head_dim, is_causal=True), config)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_option_lowers(kind, options):
+    config = tuning.flash_config(TARGETS[kind][1], dtype="bfloat16", head_dim=80)
+    assert_one_kernel(lowered(kind, head_dim=80, **OPTIONS[options]), config)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_residual_costs_no_second_kernel(kind):
+    config = tuning.flash_config(TARGETS[kind][1], dtype="bfloat16", head_dim=64)
+    assert_one_kernel(lowered(kind, return_residual=True), config)
+
+
+def test_a_single_query_takes_a_low_tile():
+    config = jfa.FlashConfig(block_q=128, block_kv=32, num_warps=2, num_stages=1)
+    assert_one_kernel(lowered("gfx942", q_len=1, config=config), config, q_len=1)
+
+
+def test_a_named_configuration_overrules_the_table():
+    config = jfa.FlashConfig(block_q=32, block_kv=32, num_warps=2, num_stages=2)
+    assert_one_kernel(lowered("gfx942", config=config), config)
+
+
+def test_what_the_kernel_does_not_build_goes_to_xla():
+    bias = jnp.ones((1, Q_HEADS, 1, KV_LEN), jnp.bfloat16)
+    assert "triton" not in lowered("gfx942", bias=bias)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_lowering_twice_gives_the_same_text(kind):
+    assert lowered(kind, **OPTIONS["everything"]) == lowered(kind, **OPTIONS["everything"])
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_probe_sees_the_target(kind):
+    with target(kind):
+        assert probe() == describe(*TARGETS[kind])
