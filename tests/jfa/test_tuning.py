@@ -1,0 +1,94 @@
+"""The tuning tables as they are shipped, and the rules by which a call finds its entry."""
+
+import json
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jfa
+from jfa import tuning
+from jfa.device import describe
+from jfa.kernels.triton.flash import default_config
+from jfa.types import Operands
+
+DTYPES = ("bfloat16", "float16", "float32")
+SHIPPED = {"gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90"}
+FOLDER = resources.files("jfa") / "tuning_tables"
+TABLES = {arch: json.loads((FOLDER / arch / "flash_attention.json").read_text()) for arch in sorted(SHIPPED)}
+ENTRIES = [
+    pytest.param(arch, table, entry, id=f"{arch}-{dtype}-{head_dim}")
+    for arch, table in TABLES.items()
+    for dtype, entries in table["configs"].items()
+    for head_dim, entry in entries.items()
+]
+
+
+def test_every_table_is_tested():
+    assert {folder.name for folder in FOLDER.iterdir() if folder.is_dir()} == SHIPPED
+
+
+@pytest.mark.parametrize("arch", TABLES)
+def test_a_table_says_what_it_is(arch):
+    table = TABLES[arch]
+    assert (table["op"], table["arch"]) == ("flash_attention", arch)
+    assert "not measured" in table["source"]
+    assert tuple(table["configs"]) == DTYPES
+
+
+@pytest.mark.parametrize(("arch", "table", "entry"), ENTRIES)
+def test_an_entry_fits_its_architecture(arch, table, entry):
+    jfa.FlashConfig(**entry["config"])
+    platform = "rocm" if arch.startswith("gfx") else "cuda"
+    assert 0 < entry["lds_bytes"] <= describe(platform, arch).lds_bytes
+    assert entry["vgpr_spills"] == 0 or "spill" in table["source"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", TABLES)
+def test_every_head_dim_of_the_kernel_has_an_entry(arch, dtype):
+    for head_dim in (16, 40, 64, 80, 128, 160, 256):
+        assert isinstance(tuning.flash_config(arch, dtype=dtype, head_dim=head_dim), jfa.FlashConfig)
+    assert tuning.flash_config(arch, dtype=dtype, head_dim=257) is None
+
+
+def listed(arch, head_dim):
+    return jfa.FlashConfig(**TABLES[arch]["configs"]["bfloat16"][head_dim]["config"])
+
+
+@pytest.mark.parametrize(("head_dim", "entry"), [(16, "64"), (64, "64"), (65, "128"), (80, "128"), (129, "256")])
+def test_a_head_dim_between_entries_takes_the_next_larger(head_dim, entry):
+    assert tuning.flash_config("gfx942", dtype="bfloat16", head_dim=head_dim) == listed("gfx942", entry)
+
+
+@pytest.mark.parametrize(
+    ("arch", "neighbour"),
+    [
+        ("gfx940", "gfx942"),
+        ("gfx941", "gfx942"),
+        ("gfx1101", "gfx1100"),
+        ("gfx1102", "gfx1100"),
+        ("gfx1103", "gfx1100"),
+        ("gfx1150", "gfx1100"),
+        ("gfx1151", "gfx1100"),
+        ("gfx1200", "gfx1201"),
+        ("sm_86", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("gfx942", "gfx942"),
+    ],
+)
+def test_a_neighbour_serves_an_architecture_without_a_table(arch, neighbour):
+    assert tuning.table_arch(arch) == neighbour
+    assert tuning.flash_config(arch, dtype="bfloat16", head_dim=128) == listed(neighbour, "128")
+
+
+@pytest.mark.parametrize(("platform", "arch"), [("rocm", "gfx908"), ("rocm", "gfx1399"), ("cuda", "sm_77")])
+def test_an_unknown_architecture_has_no_entry_and_gets_the_default(platform, arch):
+    assert tuning.flash_config(arch, dtype="bfloat16", head_dim=64) is None
+    row = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    assert isinstance(default_config(Operands(row, row, row), describe(platform, arch)), jfa.FlashConfig)
+
+
+def test_an_unknown_dtype_has_no_entry():
+    assert tuning.flash_config("gfx942", dtype="float64", head_dim=64) is None
