@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import click
 
-from jfa_bench import models, record
-from jfa_models.cli import DEFAULT_MODEL, model_options, run
+from jfa_models.cli import command_group, model_options, run
 from jfa_models.generate import from_pretrained
+
+from . import models, record
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     sys.exit(run(commands, "jfa-bench"))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@command_group
 def commands() -> None:
     """Measures jfa on this machine."""
 
@@ -29,7 +30,7 @@ class Counts(click.ParamType):
         if isinstance(value, tuple):
             return value
         parts = value.split(",")
-        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
             self.fail(f"{value!r} is not a list of whole numbers above 0, such as 1,8", param, ctx)
         return tuple(int(part) for part in parts)
 
@@ -49,7 +50,7 @@ def measurement_options(command: Callable) -> Callable:
 def prefill(batch, prompt, model, dtype, samples, output) -> None:
     """A prompt's way into the cache, beside its matrix products alone."""
     language_model = from_pretrained(model, dtype=dtype)
-    records = list(models.prefill(language_model, batches=batch, prompts=prompt, samples=samples))
+    records = list(models.prefill(language_model, model, batches=batch, prompts=prompt, samples=samples))
     click.echo(record.render(records, output, models.COLUMNS))
 
 
@@ -61,5 +62,5 @@ def prefill(batch, prompt, model, dtype, samples, output) -> None:
 def decode(batch, prompt, model, dtype, samples, output) -> None:
     """One token after another, beside the matrix products of a step alone."""
     language_model = from_pretrained(model, dtype=dtype)
-    records = list(models.decode(language_model, batches=batch, prompts=prompt, samples=samples))
+    records = list(models.decode(language_model, model, batches=batch, prompts=prompt, samples=samples))
     click.echo(record.render(records, output, models.COLUMNS))

@@ -7,7 +7,6 @@ in turns with the model: their time is the least that a forward pass of that sha
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jfa_bench import record, timing
-from jfa_models.generate import LanguageModel
+from jfa_models.generate import LanguageModel, prefill_chunks
 from jfa_models.sampling import SamplingParams
+
+from . import record, timing
+
+WARM_UP = 3
 
 COLUMNS = {
     "benchmark": "benchmark",
@@ -33,33 +35,39 @@ COLUMNS = {
 }
 
 
-def prefill(model: LanguageModel, *, batches: Sequence[int], prompts: Sequence[int], samples: int) -> Iterator[dict]:
-    """A record for the products and one for the model, for each batch and prompt length."""
-    for batch, prompt in itertools.product(batches, prompts):
-        tokens = np.ones((batch, prompt), np.int32)
-        lengths = np.full(batch, prompt, np.int32)
-        held: dict[str, Any] = {"cache": model.new_cache(batch=batch, capacity=prompt)}
+def prefill(
+    model: LanguageModel, name: str, *, batches: Sequence[int], prompts: Sequence[int], samples: int
+) -> Iterator[dict]:
+    """A record for the products and one for the model (called name), for each batch and prompt length.
 
-        def step(held=held, batch=batch, tokens=tokens, lengths=lengths):
-            cache, hidden = held["cache"], jnp.zeros((batch, model.config.hidden_size), model.dtype)
-            cache = cache.truncate(jnp.zeros(batch, jnp.int32))
-            held["cache"], hidden = model.steps.prefill(model.params, cache, hidden, tokens, lengths)
+    A prompt enters the cache in the chunks of generate; the logits behind it belong to decoding.
+    """
+    for batch, prompt in itertools.product(batches, prompts):
+        state = model.start([[1] * prompt] * batch, SamplingParams(max_tokens=1))
+        rows = state.token.shape[0]
+        chunks = list(prefill_chunks([[1] * prompt] * batch, rows))
+        held = {"cache": state.cache}
+
+        def step(held=held, rows=rows, chunks=chunks):
+            cache = held["cache"].truncate(jnp.zeros(rows, jnp.int32))
+            hidden = jnp.zeros((rows, model.config.hidden_size), model.dtype)
+            for tokens, lengths in chunks:
+                cache, hidden = model.steps.prefill(model.params, cache, hidden, tokens, lengths)
+            held["cache"] = cache
             return hidden
 
-        yield from _beside_products("prefill", model, {"batch": batch, "prompt": prompt}, step, prompt, samples, 0.0)
+        case = _case(model, name, batch, prompt)
+        yield from _beside_products("prefill", model, case, step, prompt, samples)
 
 
-def decode(model: LanguageModel, *, batches: Sequence[int], prompts: Sequence[int], samples: int) -> Iterator[dict]:
-    """The same for one decoded token per row, behind a prompt of each length."""
+def decode(
+    model: LanguageModel, name: str, *, batches: Sequence[int], prompts: Sequence[int], samples: int
+) -> Iterator[dict]:
+    """The same for one decoded token per row, logits included, behind a prompt of each length."""
     for batch, prompt in itertools.product(batches, prompts):
-        requests = [
-            model._request(
-                i, [1 + i] * prompt, SamplingParams(temperature=0.0, max_tokens=samples + 64, ignore_eos=True), 0
-            )
-            for i in range(batch)
-        ]
-        cache = model.new_cache(batch=batch, capacity=prompt + samples + 64)
-        state, _ = model._prefill(requests, cache, [request.prompt_ids for request in requests])
+        # the first token, one step of _host_ms, and those that are timed
+        params = SamplingParams(temperature=0.0, max_tokens=2 + WARM_UP + samples, ignore_eos=True)
+        state = model.start([[1 + i] * prompt for i in range(batch)], params)
         held = {"state": state}
         host_ms = _host_ms(model, held, samples)
 
@@ -67,50 +75,65 @@ def decode(model: LanguageModel, *, batches: Sequence[int], prompts: Sequence[in
             held["state"], emitted = model.steps.decode(model.params, held["state"])
             return jax.device_get(emitted.sampled.token)
 
-        yield from _beside_products("decode", model, {"batch": batch, "prompt": prompt}, step, 1, samples, host_ms)
+        case = _case(model, name, batch, prompt)
+        yield from _beside_products("decode", model, case, step, 1, samples, host_ms)
+
+
+def _case(model: LanguageModel, name: str, batch: int, prompt: int) -> dict:
+    return {"model": name, "dtype": model.dtype.name, "batch": batch, "prompt": prompt}
 
 
 def _beside_products(
-    benchmark: str, model: LanguageModel, case: dict, step: Callable, tokens: int, samples: int, host_ms: float
+    benchmark: str,
+    model: LanguageModel,
+    case: dict,
+    step: Callable,
+    tokens: int,
+    samples: int,
+    host_ms: float | None = None,
 ) -> Iterator[dict]:
     batch = case["batch"]
-    # prefill needs the logits of one token per row, so its head is a product of batch rows
-    products = jax.jit(functools.partial(_products, rows=batch * tokens, head_rows=batch))
-    weights = _matrices(model)
-    taken = timing.in_turns({"matrix products": lambda: products(*weights), "jfa": step}, samples=samples)
-    shared = record.circumstances() | {"benchmark": benchmark, "case": case, "status": "ok"}
+    products = jax.jit(functools.partial(_products, rows=batch * tokens))
+    weights = _matrices(model, with_head=benchmark == "decode")
+    runs = {"matrix products": lambda: products(weights), "jfa": step}
+    taken = timing.in_turns(runs, samples=samples, warm_up=WARM_UP)
+    shared = record.circumstances() | {"benchmark": benchmark, "case": case, "status": "ok", "reason": None}
     limit = float(np.median(taken["matrix products"]))
-    for name, series in taken.items():
+    for implementation, series in taken.items():
         figures = timing.summary(series)
         median = float(np.median(series))
-        own = {"implementation": name, "tokens_per_s": batch * tokens / median * 1e3, "share_of_peak": limit / median}
-        if name == "jfa" and host_ms:
+        own = {
+            "implementation": implementation,
+            "tokens_per_s": batch * tokens / median * 1e3,
+            "share_of_peak": limit / median,
+        }
+        if implementation == "jfa" and host_ms is not None:
             own["host_ms_per_step"] = host_ms
         yield shared | own | figures
 
 
-def _matrices(model: LanguageModel) -> tuple[tuple[Array, ...], Array]:
-    """All weights of the layers, and the one that makes logits; [out, in]."""
-    matrices = [x for x in model.params if x.ndim == 2]
-    head = next(x for x in reversed(matrices) if x.shape[0] == model.config.vocab_size)
-    return tuple(x for x in matrices if x.shape[0] != model.config.vocab_size), head
+def _matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:
+    """The weights of all layers, and the one that makes logits; [out, in]."""
+    # in the order of their names: embed, layers, lm_head
+    embed, *layers = (x for x in model.params if x.ndim == 2)
+    head = embed if model.config.tie_word_embeddings else layers.pop()
+    return [*layers, head] if with_head else layers
 
 
-def _products(weights: tuple[Array, ...], head: Array, *, rows: int, head_rows: int) -> Array:
-    def times(weight, rows, before):
+def _products(weights: Sequence[Array], *, rows: int) -> Array:
+    # the precision of jfa_models.layers
+    precision = "highest" if weights[0].dtype == jnp.float32 else None
+    before = jnp.zeros((), weights[0].dtype)
+    for weight in weights:
         # a number that is always 0 and that the compiler cannot know makes each product wait for the one before
         x = jnp.ones((rows, weight.shape[1]), weight.dtype) + before * 0
-        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())))[0, 0]
-
-    before = jnp.zeros((), head.dtype)
-    for weight in weights:
-        before = times(weight, rows, before)
-    return times(head, head_rows, before)
+        before = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision)[0, 0]
+    return before
 
 
 def _host_ms(model: LanguageModel, held: dict, samples: int) -> float:
     """The median of a step that computes nothing: the same arguments in, the same results out and read."""
-    state, emitted = model.steps.decode(model.params, held["state"])
+    state, _ = model.steps.decode(model.params, held["state"])
 
     @functools.partial(jax.jit, donate_argnums=(1,))
     def nothing(params, state):

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from jfa.device import probe
 
 FORMATS = ("md", "csv", "json", "jsonl")

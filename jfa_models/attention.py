@@ -1,5 +1,7 @@
 """Self-attention of a decoder: projections, rotary positions, and the meeting of jfa's op with a cache."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -20,11 +22,11 @@ class Attention(nnx.Module):
             config.num_q_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
-        options = dict(bias=config.attention_bias, dtype=dtype, rngs=rngs)
-        self.q = Linear(hidden, q_size, **options)
-        self.k = Linear(hidden, kv_size, **options)
-        self.v = Linear(hidden, kv_size, **options)
-        self.o = Linear(q_size, hidden, **options)
+        linear = functools.partial(Linear, bias=config.attention_bias, dtype=dtype, rngs=rngs)
+        self.q = linear(hidden, q_size)
+        self.k = linear(hidden, kv_size)
+        self.v = linear(hidden, kv_size)
+        self.o = linear(q_size, hidden)
 
     def __call__(
         self,

@@ -1,6 +1,8 @@
 """The `jfa` command: write text, talk, and say what the machine can do."""
 
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import sys
@@ -44,8 +46,24 @@ def run(group: click.Group, name: str) -> int:
     return 0
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(importlib.metadata.version("jfa"))
+def command_group(function: Callable) -> click.Group:
+    """A command of commands, which prints its help when it is called alone."""
+
+    @click.group(
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        invoke_without_command=True,
+        help=function.__doc__,
+    )
+    @click.version_option(importlib.metadata.version("jfa"))
+    @click.pass_context
+    def command(context: click.Context) -> None:
+        if context.invoked_subcommand is None:
+            click.echo(context.get_help())
+
+    return command
+
+
+@command_group
 def commands() -> None:
     """Decoders on JAX: AMD and NVIDIA GPUs, TPUs and CPUs."""
 
@@ -60,7 +78,10 @@ def model_options(command: Callable) -> Callable:
 
 
 def sampling_options(command: Callable) -> Callable:
-    """The options that become SamplingParams; what is left out is as the model's authors advise, else greedy."""
+    """The options that become SamplingParams; what is left out is as the model's authors advise.
+
+    Where they advise no temperature it is greedy, unless an option is given that only a draw can honour.
+    """
     for option in (
         click.option("--stop", multiple=True, help="End before this text; may be repeated."),
         click.option("--seed", type=int, help="Same seed, same text."),
@@ -83,18 +104,15 @@ def sampling_options(command: Callable) -> Callable:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of streaming.")
 def generate(text: str | None, prompt: str | None, model: str, dtype: str | None, as_json: bool, **sampling) -> None:
     """Continue TEXT."""
-    if (text is None) == (prompt is None):
+    given = [one for one in (text, prompt) if one is not None]
+    if len(given) != 1:
         raise click.UsageError('give one prompt: jfa generate "The capital of France is", or --prompt TEXT')
-    prompt = prompt if text is None else text
     language_model = _load(model, dtype)
     params = _sampling_params(language_model, sampling)
     if as_json:
-        click.echo(json.dumps(_timed(language_model, prompt, params), ensure_ascii=False))
-        return
-    results = language_model.stream(prompt, params)
-    click.secho(prompt, dim=True, nl=False)
-    _print_growth(results)
-    click.echo()
+        click.echo(json.dumps(_timed(language_model, given[0], params), ensure_ascii=False))
+    else:
+        _print_growth(language_model.stream(given[0], params), after=click.style(given[0], dim=True))
 
 
 @commands.command()
@@ -110,14 +128,18 @@ def chat(model: str, dtype: str | None, system: str | None, **sampling) -> None:
     params = _sampling_params(language_model, sampling)
     opening = [{"role": "system", "content": system}] if system else []
     messages, session = list(opening), Session()
+    # who asks from a pipe gets the answers alone
+    you, answers = (click.style(f"{who}> ", bold=True) if sys.stdin.isatty() else "" for who in ("you", "model"))
     while True:
         try:
-            said = click.prompt(click.style("you", bold=True), prompt_suffix="> ").strip()
-        except (click.exceptions.Abort, EOFError):
-            click.echo()
-            return
+            said = click.prompt(you, prompt_suffix="").strip()
+        except click.exceptions.Abort:
+            said = "/exit"
+            click.echo(nl=bool(you))
         if said == "/exit":
             return
+        if not said:
+            continue
         if said == "/reset":
             messages, session = list(opening), Session()
             continue
@@ -128,9 +150,7 @@ def chat(model: str, dtype: str | None, system: str | None, **sampling) -> None:
         except ValueError as error:
             click.echo(f"jfa: {error}. /reset starts anew.", err=True)
             continue
-        click.secho("model> ", bold=True, nl=False)
-        answer = _print_growth(results)
-        click.echo()
+        answer = _print_growth(results, after=answers)
         messages = [*turn, {"role": "assistant", "content": answer}]
 
 
@@ -145,9 +165,9 @@ def info(model: str, dtype: str | None) -> None:
     table.add_column(overflow="fold")
     packages = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plugin", "jax-cuda13-plugin", "libtpu")
     table.add_row("versions", ", ".join(f"{name} {version}" for name in packages if (version := _version(name))))
-    table.add_row("device", f"{device.platform}, {device.arch}" + _details(device))
+    table.add_row("device", escape(", ".join(dict.fromkeys((device.platform, device.arch))) + _details(device)))
     for op in jfa.explain(device):
-        table.add_row(op.op, f"{op.backend} ({op.tiles})")
+        table.add_row(op.op, escape(f"{op.backend} ({op.tiles})"))
         for backend, reason in op.refused:
             table.add_row("", escape(f"not {backend}: {reason}"))
     checkpoint = open_checkpoint(model)
@@ -169,43 +189,45 @@ def info(model: str, dtype: str | None) -> None:
 def _load(model: str, dtype: str | None) -> LanguageModel:
     """Loads with a line on the terminal meanwhile; compiled programs are kept for the next start."""
     if not jax.config.jax_compilation_cache_dir:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "jfa" / "xla"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfa" / "xla"
+        with contextlib.suppress(OSError):  # where it cannot be written, every start compiles
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
     with Console(stderr=True).status(f"loading {escape(model)}"):
         return from_pretrained(model, dtype=dtype)
 
 
 def _sampling_params(model: LanguageModel, given: dict) -> SamplingParams:
     given = {name: value for name, value in given.items() if value is not None}
-    if model.defaults.temperature is None:
+    if model.defaults.temperature is None and not given.keys() & {"top_k", "top_p", "min_p", "seed"}:
         given.setdefault("temperature", 0.0)
     return model.default_params(**given)
 
 
-def _print_growth(results: Iterator[RequestOutput]) -> str:
-    """Prints a text as it grows and returns it."""
+def _print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
+    """Prints a text as it grows, after another that stands before it; returns it."""
+    # the spinner wipes its line: nothing of ours may stand there yet
+    with Console(stderr=True).status("reading the prompt (the first time: compiling for this machine)"):
+        first = next(results)
+    click.echo(after, nl=False)
     shown = ""
-    with Console(stderr=True).status("compiling for this machine (kept for the next time)"):
-        result = next(results)
-    while True:
+    for result in itertools.chain([first], results):
         text = result.outputs[0].text
         click.echo(text[len(shown) :], nl=False)
         shown = text
-        result = next(results, None)
-        if result is None:
-            return shown
+    click.echo()
+    return shown
 
 
 def _timed(model: LanguageModel, prompt: str, params: SamplingParams) -> dict:
-    """One prompt with its times, after a run that compiled every step of it."""
-    for _ in model.stream(prompt, params):
+    """One prompt with its times, after two tokens that compiled every step of it."""
+    for _ in itertools.islice(model.stream(prompt, params), 2):
         pass
     start = time.perf_counter()
     results = model.stream(prompt, params)
     result = next(results)
     first = time.perf_counter()
-    for result in results:
-        pass
+    *_, result = result, *results
     end = time.perf_counter()
     output = result.outputs[0]
     decoded = len(output.token_ids) - 1

@@ -1,9 +1,11 @@
 """A checkpoint that writes text: load, the whole forward, batches offline, and one prompt streamed."""
 
 import dataclasses
+import itertools
 import operator
 import os
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jfa_models.checkpoint import Checkpoint, load_params, open_checkpoint
 from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
 from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
-from jfa_models.sampling import SamplingParams, check_token_ids, sampling_rows
+from jfa_models.sampling import Sampled, SamplingParams, check_token_ids, sampling_rows
 from jfa_models.steps import STEPS_PER_CALL, DecodeState, Emitted, Steps
 from jfa_models.tokenizer import Tokenizer
 
@@ -47,7 +49,7 @@ def from_pretrained(model: str | os.PathLike[str] = "smollm2", *, dtype: DTypeLi
       ValueError: there is no such checkpoint, it is damaged, or its architecture is unknown; the message says which.
     """
     dtype = compute_dtype(dtype)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(os.fspath(model))
     config = checkpoint.config
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     expected = _named_leaves(abstract)
@@ -194,17 +196,14 @@ class LanguageModel:
         cache, known = session.take(self, prompt_ids, len(prompt_ids) + request.max_tokens)
         state, emitted = self._prefill([request], cache, [prompt_ids[known:]])
         try:
-            while True:
-                # the next step runs while the host reads and prints this one
-                ahead = request.num_tokens + 1 < request.max_tokens
-                if ahead:
-                    state, following = self.steps.decode(self.params, state)
-                shown = jax.device_get(emitted)
+            while not request.finished:
+                shown = emitted
+                if request.num_tokens + 1 < request.max_tokens:
+                    # the next step runs while the host reads and prints this one
+                    state, emitted = self.steps.decode(self.params, state)
+                shown = jax.device_get(shown)
                 request.push(shown.sampled, 0, bool(shown.active[0]))
                 yield request.output()
-                if request.finished:
-                    return
-                emitted = following
         finally:
             # every token but the last entered the cache; a step that ran ahead added the last one too, or nothing
             held = [*prompt_ids, *request.token_ids[:-1]]
@@ -282,12 +281,14 @@ class LanguageModel:
         return [self._request(i, prompt, params, seed) for i, (prompt, params) in enumerate(pairs)]
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, seed: int) -> "_Request":
-        text = prompt if isinstance(prompt, str) else None
-        if text is not None and self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: give the prompt as token ids")
         if self.tokenizer is None and params.stop:
             raise ValueError("this model has no tokenizer, so stop strings cannot be seen: use stop_token_ids")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [operator.index(i) for i in prompt]
+        if not isinstance(prompt, str):
+            ids = [operator.index(i) for i in prompt]
+        elif self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give the prompt as token ids")
+        else:
+            ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError(f"prompt {index} is empty: there is nothing to continue; give at least one token")
         self._check_ids(np.asarray(ids))
@@ -298,13 +299,13 @@ class LanguageModel:
                 f"prompt {index} has {len(ids)} tokens and max_tokens is {params.max_tokens}, together more than the "
                 f"model's context of {self.config.context_length}; shorten the prompt or lower max_tokens"
             )
-        if params.max_tokens is None:
-            params = dataclasses.replace(params, max_tokens=room)
+        max_tokens = params.max_tokens or room
         return _Request(
             index=index,
-            prompt=text,
+            prompt=prompt if isinstance(prompt, str) else None,
             prompt_ids=ids,
-            params=params,
+            params=dataclasses.replace(params, max_tokens=max_tokens),
+            max_tokens=max_tokens,
             seed=seed,
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
@@ -346,22 +347,34 @@ class Session:
 class _Request:
     """One prompt on its way: what it has emitted, as ids and as text."""
 
-    def __init__(self, *, index, prompt, prompt_ids, params, seed, tokenizer, eos_token_ids):
-        self.index: int = index
-        self.prompt: str | None = prompt
-        self.prompt_ids: list[int] = prompt_ids
-        self.params: SamplingParams = params
-        self.max_tokens: int = params.max_tokens
-        self.seed: int = seed
+    def __init__(
+        self,
+        *,
+        index: int,
+        prompt: str | None,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        max_tokens: int,
+        seed: int,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Sequence[int],
+    ):
+        self.index = index
+        self.prompt = prompt
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.max_tokens = max_tokens
+        self.seed = seed
         self.token_ids: list[int] = []
-        self.finish_reason = None
+        self.finish_reason: Literal["stop", "length"] | None = None
         self._stop_reason: str | int | None = None
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative = 0.0
-        self._tokenizer: Tokenizer | None = tokenizer
+        self._tokenizer = tokenizer
         self._stream = tokenizer.stream() if tokenizer else None
-        for token in prompt_ids[-TEXT_CONTEXT:] if self._stream else ():
-            self._stream.push(token)
+        if self._stream:
+            for token in prompt_ids[-TEXT_CONTEXT:]:
+                self._stream.push(token)
         self._text = ""
         self._stops_from = 0
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -374,12 +387,12 @@ class _Request:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def push(self, sampled, row: int, active: bool) -> None:
+    def push(self, sampled: Sampled, row: int, active: bool) -> None:
         """Takes the token that the device chose; active: the device would go on."""
         token = int(sampled.token[row])
         self.token_ids.append(token)
         if self._logprobs is not None:
-            self._push_logprobs(sampled, row, token)
+            self._push_logprobs(self._logprobs, sampled, row, token)
         ended_by_id = not active and self._ends(token)
         if self._stream and not ended_by_id:
             self._text += self._stream.push(token)
@@ -426,24 +439,23 @@ class _Request:
             (n for stop in self.params.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
         )
 
-    def _push_logprobs(self, sampled, row: int, token: int) -> None:
-        chosen = float(sampled.logprob[row])
+    def _push_logprobs(self, into: list[dict[int, Logprob]], sampled: Sampled, row: int, token: int) -> None:
+        assert sampled.logprob is not None and sampled.rank is not None
+        chosen, rank = float(sampled.logprob[row]), int(sampled.rank[row])
         entries = {}
-        if self.params.logprobs and sampled.top_ids is not None:
-            pairs = zip(sampled.top_ids[row], sampled.top_logprobs[row], strict=True)
-            for rank, (other, logprob) in enumerate(list(pairs)[: self.params.logprobs], start=1):
-                text = self._token_text(int(other))
-                entries[int(other)] = Logprob(logprob=float(logprob), rank=rank, decoded_token=text)
-        entries.setdefault(
-            token, Logprob(logprob=chosen, rank=int(sampled.rank[row]), decoded_token=self._token_text(token))
-        )
-        self._logprobs.append(entries)
+        if sampled.top_ids is not None and sampled.top_logprobs is not None:
+            likeliest = zip(sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist(), strict=True)
+            for place, (other, logprob) in enumerate(itertools.islice(likeliest, self.params.logprobs), start=1):
+                entries[other] = Logprob(logprob=logprob, rank=place, decoded_token=self._token_text(other))
+        entries.setdefault(token, Logprob(logprob=chosen, rank=rank, decoded_token=self._token_text(token)))
+        into.append(entries)
         self._cumulative += chosen
 
     def _token_text(self, token: int) -> str | None:
         # a model may have more rows than its tokenizer has tokens
-        known = self._tokenizer and self._tokenizer.core.id_to_token(token) is not None
-        return self._tokenizer.token_text(token) if known else None
+        if self._tokenizer is None or self._tokenizer.core.id_to_token(token) is None:
+            return None
+        return self._tokenizer.token_text(token)
 
 
 _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)
@@ -464,7 +476,7 @@ def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tupl
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """None where a folder holds nothing of a tokenizer; if it holds a part of one, load_tokenizer says what is missing."""
+    """None where a folder holds nothing of a tokenizer; where it holds a part, load_tokenizer says what is missing."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     return checkpoint.load_tokenizer() if checkpoint.metadata or any(folder.glob("tokenizer*")) else None
 

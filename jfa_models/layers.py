@@ -1,5 +1,7 @@
 """The parts of a decoder that are not attention. Modules hold parameters only; weights lie [out, in] as on disk."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -61,10 +63,10 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
-        options = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = Linear(hidden, inner, **options)
-        self.up = Linear(hidden, inner, **options)
-        self.down = Linear(inner, hidden, **options)
+        linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate = linear(hidden, inner)
+        self.up = linear(hidden, inner)
+        self.down = linear(inner, hidden)
 
     def __call__(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b hidden"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -94,9 +94,10 @@ def _prefill(
     lengths: Int[Array, " b"],
 ) -> tuple[jfa.KVCache, Float[Array, "b hidden"]]:
     """hidden is that of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
-    states, cache = decoder(tokens, lengths=lengths, cache=cache)
+    states, filled = decoder(tokens, lengths=lengths, cache=cache)
+    assert filled is not None
     last = states[jnp.arange(tokens.shape[0]), jnp.maximum(lengths - 1, 0)]
-    return cache, jnp.where((lengths > 0)[:, None], last, hidden)
+    return filled, jnp.where((lengths > 0)[:, None], last, hidden)
 
 
 def _first(

@@ -4,7 +4,6 @@ import json
 from importlib import resources
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import jfa
@@ -13,6 +12,20 @@ from jfa.device import describe
 from jfa.kernels.triton.flash import default_config
 from jfa.types import Operands
 
+NEIGHBOURS = [
+    ("gfx940", "gfx942"),
+    ("gfx941", "gfx942"),
+    ("gfx1101", "gfx1100"),
+    ("gfx1102", "gfx1100"),
+    ("gfx1103", "gfx1100"),
+    ("gfx1150", "gfx1100"),
+    ("gfx1151", "gfx1100"),
+    ("gfx1152", "gfx1100"),
+    ("gfx1153", "gfx1100"),
+    ("gfx1200", "gfx1201"),
+    ("sm_86", "sm_80"),
+    ("sm_89", "sm_80"),
+]
 DTYPES = ("bfloat16", "float16", "float32")
 SHIPPED = {"gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90"}
 FOLDER = resources.files("jfa") / "tuning_tables"
@@ -41,7 +54,8 @@ def test_a_table_says_what_it_is(arch):
 def test_an_entry_fits_its_architecture(arch, table, entry):
     jfa.FlashConfig(**entry["config"])
     platform = "rocm" if arch.startswith("gfx") else "cuda"
-    assert 0 < entry["lds_bytes"] <= describe(platform, arch).lds_bytes
+    served = [arch, *(name for name, neighbour in NEIGHBOURS if neighbour == arch)]
+    assert 0 < entry["lds_bytes"] <= min(describe(platform, name).lds_bytes for name in served)
     assert entry["vgpr_spills"] == 0 or "spill" in table["source"]
 
 
@@ -62,32 +76,21 @@ def test_a_head_dim_between_entries_takes_the_next_larger(head_dim, entry):
     assert tuning.flash_config("gfx942", dtype="bfloat16", head_dim=head_dim) == listed("gfx942", entry)
 
 
-@pytest.mark.parametrize(
-    ("arch", "neighbour"),
-    [
-        ("gfx940", "gfx942"),
-        ("gfx941", "gfx942"),
-        ("gfx1101", "gfx1100"),
-        ("gfx1102", "gfx1100"),
-        ("gfx1103", "gfx1100"),
-        ("gfx1150", "gfx1100"),
-        ("gfx1151", "gfx1100"),
-        ("gfx1200", "gfx1201"),
-        ("sm_86", "sm_80"),
-        ("sm_89", "sm_80"),
-        ("gfx942", "gfx942"),
-    ],
-)
+@pytest.mark.parametrize(("arch", "neighbour"), [*NEIGHBOURS, ("gfx942", "gfx942")])
 def test_a_neighbour_serves_an_architecture_without_a_table(arch, neighbour):
     assert tuning.table_arch(arch) == neighbour
     assert tuning.flash_config(arch, dtype="bfloat16", head_dim=128) == listed(neighbour, "128")
 
 
-@pytest.mark.parametrize(("platform", "arch"), [("rocm", "gfx908"), ("rocm", "gfx1399"), ("cuda", "sm_77")])
-def test_an_unknown_architecture_has_no_entry_and_gets_the_default(platform, arch):
-    assert tuning.flash_config(arch, dtype="bfloat16", head_dim=64) is None
-    row = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
-    assert isinstance(default_config(Operands(row, row, row), describe(platform, arch)), jfa.FlashConfig)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("platform", "arch"), [("rocm", "gfx908"), ("rocm", "gfx1399"), ("cuda", "sm_77"), ("cpu", "cpu")]
+)
+def test_an_unknown_architecture_has_no_entry_and_gets_the_default(platform, arch, dtype):
+    for head_dim in (16, 80, 256):
+        assert tuning.flash_config(arch, dtype=dtype, head_dim=head_dim) is None
+        row = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
+        assert isinstance(default_config(Operands(row, row, row), describe(platform, arch)), jfa.FlashConfig)
 
 
 def test_an_unknown_dtype_has_no_entry():

@@ -24,22 +24,28 @@ from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 LOG2_E = math.log2(math.e)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
+# Per head_dim, up to and including: block_q, block_kv, num_warps. RDNA has half the registers for a wave's tile and
+# no float32 matrix instruction.
+_SAFE_TILES = {
+    ("cdna", "16 bits"): {64: (128, 64, 4), 128: (128, 32, 4), 256: (64, 16, 4)},
+    ("cdna", "float32"): {64: (64, 32, 4), 128: (64, 16, 4), 256: (32, 16, 4)},
+    ("rdna", "16 bits"): {64: (64, 32, 4), 128: (64, 16, 8), 256: (64, 16, 8)},
+    ("rdna", "float32"): {64: (64, 16, 8), 128: (32, 16, 8), 256: (16, 16, 8)},
+    ("cuda", "16 bits"): {64: (128, 64, 8), 128: (64, 64, 4), 256: (64, 32, 8)},
+    ("cuda", "float32"): {64: (64, 32, 8), 128: (32, 16, 8), 256: (32, 16, 8)},
+}
+
 
 def default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
-    """Tiles that compile without spills on the architectures that were tried; a tuning table knows better."""
-    d = _padded(operands.q.shape[3])
-    if device.arch.startswith("gfx1"):  # RDNA: waves of 32 threads, so a tile takes twice the registers of a thread
-        block_q, block_kv, num_warps = 64, 32 if d <= 128 else 16, 4 if d <= 64 else 8
+    """Tiles that spill nothing, or least, on all architectures of a kind that were tried; a table knows better."""
+    if device.platform == "cuda":
+        kind = "cuda"
     else:
-        block_q, block_kv, num_warps = 128 if d <= 128 else 64, 64 if d <= 128 else 32, 4
-    if operands.q.dtype == jnp.float32:
-        block_q, block_kv = min(block_q, 64), min(block_kv, 32 if d <= 128 else 16)
-    return FlashConfig(
-        block_q=block_q,
-        block_kv=block_kv,
-        num_warps=num_warps,
-        num_stages=2 if device.platform == "cuda" else 1,  # AMD's pipeliner spends registers that the tile needs
-    )
+        kind = "rdna" if device.arch.startswith("gfx1") else "cdna"
+    tiles = _SAFE_TILES[kind, "float32" if operands.q.dtype == jnp.float32 else "16 bits"]
+    block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if operands.q.shape[3] <= limit)
+    # AMD's pipeliner spends registers that the tile needs
+    return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=2 if kind == "cuda" else 1)
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:

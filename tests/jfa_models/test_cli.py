@@ -1,0 +1,168 @@
+"""The `jfa` command as its users meet it: what is on stdout, what on stderr, and the exit status."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_model import folder_with_text
+
+from jfa_models import cli
+from jfa_models.generate import from_pretrained
+from jfa_models.sampling import SamplingParams
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+JSON_KEYS = "prompt prompt_token_ids text token_ids finish_reason prefill_ms decode_ms tokens_per_s".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return folder_with_text(GOLDEN / "llama3", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return from_pretrained(folder)
+
+
+@pytest.fixture
+def jfa(monkeypatch, tmp_path, capsys):
+    """Runs the command and returns (exit status, stdout, stderr); compiled programs are kept nowhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["jfa", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, *capsys.readouterr()
+
+    yield run
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def test_generate_prints_the_prompt_and_its_continuation_and_nothing_else(jfa, folder, model):
+    status, out, err = jfa("generate", "Hi there", "--model", folder, "--max-tokens", 12)
+    [result] = model.generate("Hi there", SamplingParams(temperature=0, max_tokens=12))
+    assert (status, out, err) == (0, f"Hi there{result.outputs[0].text}\n", "")
+
+
+def test_generate_json_is_one_document_with_the_promised_keys(jfa, folder, model):
+    options = ("--top-k", 40, "--seed", 5, "--max-tokens", 9, "--stop", "\0never")
+    status, out, err = jfa("generate", "--json", "--prompt", "Hi", "--model", folder, *options)
+    document = json.loads(out)
+    params = SamplingParams(temperature=1, top_k=40, seed=5, max_tokens=9, stop="\0never")
+    [result] = model.generate("Hi", params)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert list(document) == JSON_KEYS
+    assert document["prompt"] == "Hi" and document["prompt_token_ids"] == list(result.prompt_token_ids)
+    assert document["text"] == result.outputs[0].text and document["finish_reason"] == "length"
+    assert document["token_ids"] == list(result.outputs[0].token_ids)
+    assert document["prefill_ms"] > 0
+    assert document["tokens_per_s"] == pytest.approx(8 / document["decode_ms"] * 1e3, rel=1e-2)
+
+
+def test_chat_remembers_until_it_is_reset(jfa, folder, model):
+    params = SamplingParams(temperature=0, max_tokens=8)
+
+    def answer(*contents):
+        turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+        [result] = model.generate(model.tokenizer.encode(model.tokenizer.apply_chat_template(turns)), params)
+        return result.outputs[0].text
+
+    first = answer("one")
+    second = answer("one", first, "two")
+    assert answer("two") != second, "the second answer must depend on the first turn"
+    said = "one\n   \ntwo\n/reset\ntwo\n/exit\nnot read\n"
+    status, out, err = jfa("chat", "--model", folder, "--max-tokens", 8, stdin=said)
+    assert (status, out, err) == (0, f"{first}\n{second}\n{answer('two')}\n", "")
+
+
+def test_chat_goes_on_after_a_turn_that_is_too_long_and_ends_with_its_input(jfa, folder):
+    status, out, err = jfa("chat", "--model", folder, "--max-tokens", 8, stdin="x" * 600 + "\nshort\n")
+    assert (status, out.count("\n")) == (0, 1)
+    assert err == (
+        "jfa: prompt 0 has 605 tokens and max_tokens is 8, together more than the model's context of 512; "
+        "shorten the prompt or lower max_tokens. /reset starts anew.\n"
+    )
+
+
+def test_info_names_versions_device_backends_and_sizes_within_80_columns(jfa, folder, model):
+    status, out, err = jfa("info", "--model", folder, "--dtype", "bfloat16")
+    assert (status, err) == (0, "") and max(map(len, out.splitlines())) <= 80
+    flat = " ".join(out.split())
+    assert f"jax {jax.__version__}" in flat and f"device {jax.default_backend()}" in flat
+    assert "dot_product_attention" in flat and "not tpu: a Pallas kernel for TPU is not built yet" in flat
+    cache = model.new_cache(batch=1, capacity=512)
+    assert f"{cache.num_bytes // 512 // 2} bytes per token" in flat, "half of the float32 cache"
+    assert f"{sum(x.size for x in model.params) / 1e6:.1f} M parameters" in flat
+
+
+def test_without_arguments_it_prints_its_help(jfa):
+    status, out, err = jfa()
+    assert (status, err) == (0, "") and out.startswith("Usage: jfa ") and "generate" in out
+
+
+WRONG = {  # name: (arguments, the line without "jfa: ")
+    "no model": (["generate", "x", "--model", "no/where"], "there is no model at 'no/where': give a folder of safet"),
+    "no model for info": (["info", "--model", "no/where"], "there is no model at 'no/where'"),
+    "no model for chat": (["chat", "--model", "no/where"], "there is no model at 'no/where'"),
+    "no tokenizer": (
+        ["generate", "x", "--model", GOLDEN / "llama3"],
+        "this model has no tokenizer: give the prompt as",
+    ),
+    "no template": (
+        ["chat", "--model", GOLDEN / "llama3"],
+        "has no chat template, so it was not made for conversations",
+    ),
+    "no prompt": (["generate"], 'give one prompt: jfa generate "The capital of France is", or --prompt TEXT'),
+    "two prompts": (["generate", "x", "--prompt", "y"], "give one prompt"),
+    "unknown dtype": (["generate", "x", "--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
+    "unknown option": (["generate", "x", "--tempreature", "1"], "No such option"),
+    "unknown command": (["genrate", "x"], "No such command 'genrate'"),
+    "not a number": (["generate", "x", "--top-p", "much"], "'much' is not a valid float"),
+    "negative temperature": (
+        ["generate", "x", "--temperature", "-1"],
+        "temperature must be a finite number >= 0, got -1.0",
+    ),
+    "top_p": (["generate", "x", "--top-p", "0"], "top_p must be a number in (0, 1], got 0.0"),
+    "no tokens": (["generate", "x", "--max-tokens", "0"], "max_tokens must be an integer from 1"),
+    "empty prompt": (["generate", ""], "prompt 0 is empty"),
+    "too long": (["generate", "x", "--max-tokens", "999"], "together more than the model's context of 512"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_the_user_can_mend_is_one_line_and_status_2(jfa, folder, case):
+    arguments, message = WRONG[case]
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", folder]
+    status, out, err = jfa(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("jfa: ") and err.endswith("\n") and err.count("\n") == 1
+    assert message in err
+
+
+def test_compiled_programs_are_kept_where_caches_can_be_written(jfa, folder, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert jfa("generate", "", "--model", folder)[0] == 2
+    assert not jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert jfa("generate", "", "--model", folder)[0] == 2
+    assert Path(jax.config.jax_compilation_cache_dir) == tmp_path / "jfa" / "xla"
+
+
+def test_an_interrupt_is_quiet(jfa, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "from_pretrained", interrupted)
+    status, out, err = jfa("generate", "x")
+    assert (status, out, err.strip()) == (130, "", "")

@@ -1,0 +1,162 @@
+"""The decoder against an independent implementation, and its cache against its own full forward."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numerics import assert_within
+
+import jfa
+from jfa_models.config import DecoderConfig, RopeConfig
+from jfa_models.decoder import Decoder
+from jfa_models.generate import from_pretrained
+from jfa_models.sampling import SamplingParams
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CONFIG = DecoderConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context_length=128,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=10_000.0),
+)
+ROUNDINGS = 64  # two layers of sums in another order
+
+
+def seeded_decoder(dtype=jnp.float32, config=CONFIG):
+    """Weights large enough for attention to prefer some tokens to others; the same numbers in every dtype."""
+    decoder = Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    nnx.update(decoder, jax.tree.map(lambda x: (8 * x if x.ndim == 2 else x).astype(dtype), nnx.state(decoder)))
+    return decoder
+
+
+def forward(decoder):
+    @jax.jit
+    def logits(tokens, lengths=None, cache=None):
+        hidden, cache = decoder(tokens, lengths=lengths, cache=cache)
+        return decoder.unembed(hidden), cache
+
+    return logits
+
+
+def empty_cache(*, batch, capacity, dtype=jnp.float32):
+    shape = dict(num_layers=CONFIG.num_layers, num_kv_heads=CONFIG.num_kv_heads, head_dim=CONFIG.head_dim)
+    return jfa.KVCache.create(batch=batch, capacity=capacity, dtype=dtype, **shape)
+
+
+def poisoned(cache):
+    """NaN in every slot at or past kv_len."""
+    held = jnp.arange(cache.capacity) < cache.kv_len[:, None]
+    k, v = (tuple(jnp.where(held[..., None, None], x, jnp.nan) for x in arrays) for arrays in (cache.k, cache.v))
+    return dataclasses.replace(cache, k=k, v=v)
+
+
+def assert_same_logits(got, want, dtype=jnp.float32):
+    assert_within(got, want, ROUNDINGS * float(jnp.finfo(dtype).eps) * float(jnp.abs(want).max()))
+
+
+@pytest.fixture(scope="module")
+def llama3():
+    return from_pretrained(GOLDEN / "llama3", dtype="float32"), np.load(GOLDEN / "llama3.npz")
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return forward(seeded_decoder())
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (3, 24), 0, CONFIG.vocab_size)
+
+
+def test_llama3_logits_agree_with_transformers(llama3):
+    model, golden = llama3
+    assert_within(model.logits(golden["input_ids"]), golden["logits"], 1e-4)
+
+
+def test_llama3_greedy_tokens_agree_with_transformers(llama3):
+    model, golden = llama3
+    results = model.generate(golden["input_ids"], SamplingParams(temperature=0, max_tokens=16))
+    assert [result.outputs[0].token_ids for result in results] == [tuple(row) for row in golden["greedy"].tolist()]
+
+
+def test_llama3_padded_on_the_right_agrees_with_transformers_padded_on_the_left(llama3):
+    model, golden = llama3
+    real = golden["padded_mask"].astype(bool)
+    lengths = real.sum(axis=1)
+    assert lengths.min() < lengths.max()
+    tokens = np.zeros_like(golden["padded_input_ids"])
+    for row, (ids, here) in enumerate(zip(golden["padded_input_ids"], real, strict=True)):
+        tokens[row, : lengths[row]] = ids[here]
+    got = model.logits(tokens, lengths)
+    for row, here in enumerate(real):
+        assert_within(got[row, : lengths[row]], golden["padded_logits"][row][here], 1e-4)
+
+
+def test_prefill_in_chunks_and_decoding_equal_the_full_forward(logits, tokens):
+    want, _ = logits(tokens)
+    cache, parts = empty_cache(batch=3, capacity=32), []
+    for start, stop in ((0, 16), (16, 21), (21, 22), (22, 23), (23, 24)):
+        part, cache = logits(tokens[:, start:stop], None, poisoned(cache))
+        parts.append(part)
+    assert_same_logits(jnp.concatenate(parts, axis=1), want)
+    assert cache.kv_len.tolist() == [24, 24, 24]
+
+
+def test_rows_of_unequal_length_continue_from_where_each_of_them_ends(logits, tokens):
+    want, _ = logits(tokens)
+    lengths = jnp.array([16, 3, 9])
+    _, cache = logits(tokens[:, :16], lengths, poisoned(empty_cache(batch=3, capacity=32)))
+    following = tokens[jnp.arange(3), lengths][:, None]
+    got, cache = logits(following, None, poisoned(cache))
+    assert_same_logits(got[:, 0], want[jnp.arange(3), lengths])
+    assert cache.kv_len.tolist() == [17, 4, 10]
+
+
+def test_a_row_that_adds_no_token_keeps_its_cache(logits, tokens):
+    _, before = logits(tokens[:, :16], None, empty_cache(batch=3, capacity=32))
+    _, after = logits(tokens[:, 16:17], jnp.array([1, 0, 1]), before)
+    assert after.kv_len.tolist() == [17, 16, 17]
+    for old, new in zip((*before.k, *before.v), (*after.k, *after.v), strict=True):
+        assert jnp.array_equal(old[1, :16], new[1, :16])
+
+
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_what_pads_it(logits, tokens):
+    lengths = jnp.array([24, 7, 12])
+    want, _ = logits(tokens, lengths)
+    others = (tokens + 1) % CONFIG.vocab_size
+    mixed = others.at[1, :7].set(tokens[1, :7])  # the same seven tokens, everything else is another
+    got, _ = logits(mixed, lengths)
+    assert_same_logits(got[1, :7], want[1, :7])
+    alone, _ = logits(tokens[1:2, :7])
+    assert_same_logits(alone[0], want[1, :7])
+
+
+def test_bfloat16_stays_near_float32(logits, tokens):
+    want, _ = logits(tokens)
+    cache = empty_cache(batch=3, capacity=32, dtype=jnp.bfloat16)
+    got, cache = forward(seeded_decoder(jnp.bfloat16))(tokens, None, cache)
+    assert got.dtype == jnp.float32 and cache.k[0].dtype == jnp.bfloat16
+    error, scale = jnp.abs(got - want), jnp.abs(want).max()
+    assert float(error.mean()) < 4 * float(jnp.finfo(jnp.bfloat16).eps) * float(scale)
+    assert float(error.max()) > 0, "was it computed in bfloat16?"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_config_counts_the_numbers_of_weights_and_cache(tied, biased):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied, attention_bias=biased, mlp_bias=biased)
+    leaves = jax.tree.leaves(nnx.eval_shape(lambda: nnx.state(Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))))
+    assert config.num_params == sum(leaf.size for leaf in leaves)
+    cache = empty_cache(batch=3, capacity=32)
+    assert cache.num_bytes == 3 * 32 * 4 * config.cache_elements_per_token
