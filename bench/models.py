@@ -20,6 +20,7 @@ from jfa_models.sampling import SamplingParams
 from . import record, timing
 
 WARM_UP = 3
+HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
 
 COLUMNS = {
     "benchmark": "benchmark",
@@ -69,7 +70,7 @@ def decode(
         params = SamplingParams(temperature=0.0, max_tokens=2 + WARM_UP + samples, ignore_eos=True)
         state = model.start([[1 + i] * prompt for i in range(batch)], params)
         held = {"state": state}
-        host_ms = _host_ms(model, held, samples)
+        host_ms = _host_ms(model, held)
 
         def step(held=held):
             held["state"], emitted = model.steps.decode(model.params, held["state"])
@@ -131,7 +132,7 @@ def _products(weights: Sequence[Array], *, rows: int) -> Array:
     return before
 
 
-def _host_ms(model: LanguageModel, held: dict, samples: int) -> float:
+def _host_ms(model: LanguageModel, held: dict) -> float:
     """The median of a step that computes nothing: the same arguments in, the same results out and read."""
     state, _ = model.steps.decode(model.params, held["state"])
 
@@ -144,4 +145,4 @@ def _host_ms(model: LanguageModel, held: dict, samples: int) -> float:
         return jax.device_get(token)
 
     held["state"] = state
-    return float(np.median(timing.in_turns({"nothing": step}, samples=samples)["nothing"]))
+    return float(np.median(timing.in_turns({"nothing": step}, samples=HOST_SAMPLES)["nothing"]))

@@ -20,7 +20,7 @@ from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
 from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
 from jfa_models.sampling import Sampled, SamplingParams, check_token_ids, sampling_rows
-from jfa_models.steps import STEPS_PER_CALL, DecodeState, Emitted, Steps
+from jfa_models.steps import DecodeState, Emitted, Steps
 from jfa_models.tokenizer import Tokenizer
 
 # Prompts enter the cache in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; caches hold a power
@@ -218,7 +218,7 @@ class LanguageModel:
             active = np.zeros(state.active.shape, bool)
             active[: len(requests)] = [not request.finished for request in requests]
             state = dataclasses.replace(state, active=active)
-            state, emitted, turns = self.steps.decode_many(self.params, state, np.int32(STEPS_PER_CALL))
+            state, emitted, turns = self.steps.decode_many(self.params, state)
             self._push(requests, jax.device_get(emitted), int(turns))
 
     @staticmethod
@@ -324,11 +324,19 @@ class Session:
     """
 
     def __init__(self) -> None:
+        self._model: LanguageModel | None = None
         self._cache: jfa.KVCache | None = None
         self._ids: list[int] = []
 
     def take(self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int) -> tuple[jfa.KVCache, int]:
-        """A cache with room for capacity tokens, and how many of prompt_ids it holds already (never all)."""
+        """A cache with room for capacity tokens, and how many of prompt_ids it holds already (never all).
+
+        Raises:
+          ValueError: the cache belongs to another model.
+        """
+        if self._model not in (None, model):
+            raise ValueError("this session holds the cache of another model; give each model a session of its own")
+        self._model = model
         cache, self._cache = self._cache, None
         if cache is None:
             return model.new_cache(batch=1, capacity=capacity), 0

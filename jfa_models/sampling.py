@@ -441,9 +441,9 @@ def _key_data(params: Sequence[SamplingParams], default_seed: int, request_ids: 
 
 
 def _padded_stop_ids(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> np.ndarray:
-    """Unique ids per row; the width is a power of two, so that few shapes exist."""
+    """Unique ids per row; the width is 8 or a larger power of two, so that few shapes exist."""
     ids = [sorted({*one.stop_token_ids, *(() if one.ignore_eos else eos_token_ids)}) for one in params]
-    width = 1 << (max(1, *map(len, ids)) - 1).bit_length()
+    width = 1 << (max(8, *map(len, ids)) - 1).bit_length()
     return np.asarray([row + [-1] * (width - len(row)) for row in ids], np.int32)
 
 

@@ -57,7 +57,7 @@ class Steps:
     prefill(params, cache, hidden, tokens [b, t], lengths) -> (cache, hidden): t more tokens of each row
     first(params, cache, hidden, rows, active) -> (state, emitted): the token after the prompt
     decode(params, state) -> (state, emitted): one more token
-    decode_many(params, state, limit) -> (state, emitted [n, b], turns): up to n = STEPS_PER_CALL more tokens
+    decode_many(params, state) -> (state, emitted [n, b], turns): up to n = STEPS_PER_CALL more tokens
 
     Cache and state are donated, and the hidden state of prefill.
     """
@@ -132,16 +132,14 @@ def _emit(decoder: Decoder, hidden: Float[Array, "b hidden"], state: DecodeState
     return state, Emitted(sampled=sampled, active=active)
 
 
-def _decode_many(
-    decoder: Decoder, state: DecodeState, limit: Int[Array, ""]
-) -> tuple[DecodeState, Emitted, Int[Array, ""]]:
-    """Steps until no row is active or limit (at most STEPS_PER_CALL) turns are done; emitted[:turns] is filled."""
+def _decode_many(decoder: Decoder, state: DecodeState) -> tuple[DecodeState, Emitted, Int[Array, ""]]:
+    """Steps until no row is active, at most STEPS_PER_CALL; emitted[:turns] is filled."""
     shapes = jax.eval_shape(functools.partial(_decode, decoder), state)[1]
     emitted = jax.tree.map(lambda x: jnp.zeros((STEPS_PER_CALL, *x.shape), x.dtype), shapes)
 
     def goes_on(carry):
         state, _, turn = carry
-        return (turn < limit) & state.active.any()
+        return (turn < STEPS_PER_CALL) & state.active.any()
 
     def turn_once(carry):
         state, emitted, turn = carry

@@ -156,7 +156,16 @@ class Tokenizer:
 
         `add_special_tokens` surrounds the text as the model was trained; the output of a chat template, which writes
         them itself, is encoded without.
+
+        Raises:
+          ValueError: the text is not valid Unicode, as bytes that a terminal passed on may not be.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is not valid Unicode at character {error.start}, {text[error.start]!r}; give it in UTF-8"
+            ) from None
         return self.core.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

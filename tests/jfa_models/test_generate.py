@@ -236,6 +236,14 @@ def test_a_session_survives_a_stream_that_nobody_finished(model):
     assert [last(model.stream(prompt, GREEDY, session=session))] == model.generate(prompt, GREEDY)
 
 
+def test_a_session_belongs_to_one_model(model):
+    session = Session()
+    last(model.stream("Hi", GREEDY, session=session))
+    other = from_pretrained(GOLDEN / "llama3")
+    with pytest.raises(ValueError, match="holds the cache of another model; give each model a session of its own"):
+        last(other.stream([1, 2], GREEDY, session=session))
+
+
 # Ends
 
 

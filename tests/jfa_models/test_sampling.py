@@ -322,10 +322,11 @@ def test_end_and_stop_tokens_wait_for_min_tokens_and_then_finish():
         assert finished_by_id(rows, jnp.full(2, token)).tolist() == want
 
 
-def test_stop_ids_are_padded_to_a_power_of_two():
-    rows = rows_of(SamplingParams(stop_token_ids=[5, 4, EOS]), SamplingParams(ignore_eos=True), vocab_size=9)
-    assert rows.stop_ids.tolist() == [[2, 4, 5, -1], [-1, -1, -1, -1]]
-    assert rows_of(SamplingParams(ignore_eos=True), vocab_size=9).stop_ids.tolist() == [[-1]]
+def test_stop_ids_are_padded_to_few_widths():
+    few = rows_of(SamplingParams(stop_token_ids=[5, 4, EOS]), SamplingParams(ignore_eos=True), vocab_size=9)
+    assert few.stop_ids.tolist() == [[2, 4, 5] + [-1] * 5, [-1] * 8]
+    many = rows_of(SamplingParams(stop_token_ids=range(9)), vocab_size=9)
+    assert many.stop_ids.tolist() == [[*range(9)] + [-1] * 7]
 
 
 def test_update_counts_the_tokens_of_active_rows_only():

@@ -338,3 +338,8 @@ def test_a_template_that_refuses_is_quoted(folder, name):
     template, message = REFUSALS[name]
     with pytest.raises(ValueError, match=message):
         write(folder, chat_template=template).apply_chat_template(MESSAGES)
+
+
+def test_text_that_is_not_unicode_is_refused(folder):
+    with pytest.raises(ValueError, match=r"not valid Unicode at character 1, '\\udcff'; give it in UTF-8"):
+        write(folder).encode("a\udcff")

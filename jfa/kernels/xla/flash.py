@@ -248,20 +248,21 @@ def _score_tile(
 
 
 def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
-    """p v of one tile. If nobody sees some of the values, they are first cleaned of NaN, at the price of a copy."""
-    p = p.astype(tile.v_block.dtype)
+    """p v of one tile. Values that nobody sees are cleaned of NaN: 0 * NaN is NaN."""
+    p, v_block = p.astype(tile.v_block.dtype), tile.v_block
+    if not config.packed:
+        return _dot("bhgqk,bkhd->bhgqd", p, jnp.where(tile.seen[..., None], v_block, 0))
+    b, hkv, g, bq, bk = p.shape
 
     def product(v_block):
-        if not config.packed:
-            return _dot("bhgqk,bkhd->bhgqd", p, v_block)
-        b, hkv, g, bq, bk = p.shape
         out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
         return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
 
+    # the cleaning makes a copy, which costs few queries as much as the product: only where there is something to clean
     return lax.cond(
         tile.seen.all(),
-        lambda: product(tile.v_block),
-        lambda: product(jnp.where(tile.seen[..., None], tile.v_block, 0)),
+        lambda: product(v_block),
+        lambda: product(jnp.where(tile.seen[..., None], v_block, 0)),
     )
 
 
