@@ -14,6 +14,11 @@ from jfa import tuning
 from jfa.device import describe, probe
 
 TARGETS = {"gfx942": ("rocm", "gfx942"), "gfx1100": ("rocm", "gfx1100"), "NVIDIA H200": ("cuda", "sm_90")}
+ALL_PLATFORMS = {
+    **TARGETS,
+    **{arch: ("rocm", arch) for arch in ("gfx90a", "gfx950", "gfx1201")},
+    "NVIDIA A100": ("cuda", "sm_80"),
+}
 DTYPES = ("bfloat16", "float16", "float32")
 HEAD_DIMS = (16, 40, 64, 80, 128, 256)
 BATCH, Q_LEN, KV_LEN, Q_HEADS, KV_HEADS = 2, 300, 333, 4, 2
@@ -42,7 +47,7 @@ OPTIONS = {
 @contextlib.contextmanager
 def target(kind):
     """Inside, JAX traces and lowers for a card by name: an abstract device stands where the real one would."""
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform=TARGETS[kind][0])
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=ALL_PLATFORMS[kind][0])
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         yield
 
@@ -53,7 +58,7 @@ def lowered(kind, dtype="bfloat16", head_dim=64, q_len=Q_LEN, **options):
     kv = jax.ShapeDtypeStruct((BATCH, KV_LEN, KV_HEADS, head_dim), dtype)
     with target(kind):
         traced = jax.jit(lambda q, k, v: jfa.dot_product_attention(q, k, v, **options)).trace(q, kv, kv)
-        return traced.lower(lowering_platforms=(TARGETS[kind][0],)).as_text()
+        return traced.lower(lowering_platforms=(ALL_PLATFORMS[kind][0],)).as_text()
 
 
 def assert_one_kernel(text, config, q_len=Q_LEN):
@@ -115,3 +120,18 @@ def test_lowering_twice_gives_the_same_text(kind):
 def test_the_probe_sees_the_target(kind):
     with target(kind):
         assert probe() == describe(*TARGETS[kind])
+
+
+@pytest.mark.parametrize("kind", ALL_PLATFORMS)
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_the_gradient_lowers(kind, backend):
+    row = jax.ShapeDtypeStruct((1, 300, 4, 64), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return jfa.dot_product_attention(q, k, v, is_causal=True, implementation=backend).astype(jnp.float32).sum()
+
+    with target(kind):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(row, row, row)
+        text = traced.lower(lowering_platforms=(ALL_PLATFORMS[kind][0],)).as_text()
+    assert text.count("triton") > 0 if backend == "triton" else "triton" not in text
+    assert "stablehlo.while" in text  # the backward pass walks over tiles
