@@ -77,15 +77,21 @@ def flash_attention(
         l = jnp.where(empty, 1.0, l)
         out_block = _rows_first(acc / l[..., None]).astype(q.dtype)
         lse_block = _rows_first(jnp.where(empty, -jnp.inf, m + jnp.log(l)))
-        if grid.num_q == 1:
+        if done is None:
             return out_block, lse_block
         out, lse = done
         return _put_rows(out, out_block, start), _put_rows(lse, lse_block, start)
 
     if q.size == 0 or grid.num_kv == 0:
         return jnp.zeros((b, tq, hq, d), q.dtype), jnp.full((b, tq, hq), -jnp.inf)
+    if grid.num_q == 1:
+        return q_tile(0, None)
+    if grid.num_q == 2:  # a loop would copy more than it is worth to the chunks that prompts come in
+        pairs = zip(q_tile(0, None), q_tile(1, None), strict=True)
+        out, lse = (jnp.concatenate([x, y[:, grid.block_q - tq :]], axis=1) for x, y in pairs)
+        return out, lse
     done = (jnp.zeros((b, tq, hq, d), q.dtype), jnp.zeros((b, tq, hq)))
-    return _loop(0, grid.num_q, grid.num_q, q_tile, done)
+    return lax.fori_loop(0, grid.num_q, q_tile, done)
 
 
 def flash_attention_bwd(
