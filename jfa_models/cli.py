@@ -12,13 +12,14 @@ from pathlib import Path
 
 import click
 import jax
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import jfa
 from jfa.device import probe
-from jfa_models.checkpoint import open_checkpoint
+from jfa_models.checkpoint import Checkpoint, open_checkpoint
 from jfa_models.generate import DTYPES, LanguageModel, Session, compute_dtype, from_pretrained
 from jfa_models.outputs import RequestOutput
 from jfa_models.sampling import SamplingParams
@@ -170,20 +171,27 @@ def info(model: str, dtype: str | None) -> None:
         table.add_row(op.op, escape(f"{op.backend} ({op.tiles})"))
         for backend, reason in op.refused:
             table.add_row("", escape(f"not {backend}: {reason}"))
-    checkpoint = open_checkpoint(model)
-    config, wanted = checkpoint.config, compute_dtype(dtype)
-    num_params = config.num_params
-    per_token = config.cache_elements_per_token * wanted.itemsize
-    table.add_row(
-        "model", escape(f"{model}: {num_params / 1e6:,.1f} M parameters, stored as {checkpoint.stored_dtype}")
-    )
-    table.add_row("", f"{num_params * wanted.itemsize / 1e6:,.0f} MB as {wanted.name}")
-    full = per_token * config.context_length
-    table.add_row(
-        "cache",
-        f"{per_token:,} bytes per token, {full / 1e6:,.0f} MB for its context of {config.context_length:,} tokens",
-    )
+    try:
+        checkpoint = open_checkpoint(model)
+    except ValueError as error:
+        if model != DEFAULT_MODEL:
+            raise
+        # nobody asked for this model by name: the rest is worth printing without it
+        table.add_row("model", escape(str(error)))
+    else:
+        for name, text in _sizes(checkpoint, compute_dtype(dtype)):
+            table.add_row(name, escape(text))
     console.print(table)
+
+
+def _sizes(checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[tuple[str, str]]:
+    config = checkpoint.config
+    name = f"{checkpoint.path.stem}: {config.num_params / 1e6:,.1f} M parameters, stored as {checkpoint.stored_dtype}"
+    yield "model", name
+    yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
+    per_token = config.cache_elements_per_token * dtype.itemsize
+    full = f"{per_token * config.context_length / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
+    yield "cache", f"{per_token:,} bytes per token, {full}"
 
 
 def _load(model: str, dtype: str | None) -> LanguageModel:

