@@ -134,3 +134,11 @@ def test_vmap_of_the_blockwise_op():
         jnp.stack([attend_one(*one) for one in zip(q, lengths, strict=True)]),
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_where_the_default_is_float64(backend):
+    with jax.enable_x64(True):
+        out, lse = attend("cached_chunk", "float32", backend)
+    assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_array_equal(out, attend("cached_chunk", "float32", backend)[0])

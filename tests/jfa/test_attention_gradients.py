@@ -119,3 +119,12 @@ def test_memory_is_linear_in_the_length():
 
     used = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(row, row, row).compile().memory_analysis()
     assert used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes < 4e9
+
+
+def test_gradients_where_the_default_is_float64():
+    config = jfa.BlockConfig(block_q=16, block_kv=16, widen=True)
+    with jax.enable_x64(True):
+        got = gradients("causal", "float32", "xla", config)
+    for x, y in zip(got, gradients("causal", "float32", "xla", config), strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, atol=1e-6)

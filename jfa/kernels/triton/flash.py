@@ -97,7 +97,7 @@ def flash_attention(
     kv_spec = pl.BlockSpec((None, pl.cdiv(tk, config.block_kv) * config.block_kv, None, d_padded), all_keys)
     given = [x is not None for x in rows]
     present = [x.astype(jnp.int32) for x in rows if x is not None]
-    out, lse = pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_flash_kernel, given=tuple(given), tq=tq, tk=tk, head_dim=d, spec=spec, config=config),
         name="flash_attention",
         grid=(hq, num_q_tiles, b),
@@ -109,8 +109,9 @@ def flash_attention(
         ],
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
-    )(q, k, v, *present)
-    return out, lse
+    )
+    with jax.enable_x64(False):  # a kernel's index arithmetic is int32 whatever JAX's default is
+        return call(q, k, v, *present)
 
 
 def _flash_kernel(

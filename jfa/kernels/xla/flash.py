@@ -71,7 +71,7 @@ def flash_attention(
             return acc * rescale[..., None] + values, m_next, l * rescale + p.sum(-1)
 
         rows = (b, hkv, g, grid.block_q)
-        carry = (jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, -jnp.inf), jnp.zeros(rows))
+        carry = (_float32((*rows, d)), _float32(rows, -jnp.inf), _float32(rows))
         acc, m, l = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
         empty = l == 0.0
         l = jnp.where(empty, 1.0, l)
@@ -83,14 +83,14 @@ def flash_attention(
         return _put_rows(out, out_block, start), _put_rows(lse, lse_block, start)
 
     if q.size == 0 or grid.num_kv == 0:
-        return jnp.zeros((b, tq, hq, d), q.dtype), jnp.full((b, tq, hq), -jnp.inf)
+        return jnp.zeros((b, tq, hq, d), q.dtype), _float32((b, tq, hq), -jnp.inf)
     if grid.num_q == 1:
         return q_tile(0, None)
     if grid.num_q == 2:  # a loop would copy more than it is worth to the chunks that prompts come in
         pairs = zip(q_tile(0, None), q_tile(1, None), strict=True)
         out, lse = (jnp.concatenate([x, y[:, grid.block_q - tq :]], axis=1) for x, y in pairs)
         return out, lse
-    done = (jnp.zeros((b, tq, hq, d), q.dtype), jnp.zeros((b, tq, hq)))
+    done = (jnp.zeros((b, tq, hq, d), q.dtype), _float32((b, tq, hq)))
     return lax.fori_loop(0, grid.num_q, q_tile, done)
 
 
@@ -149,11 +149,11 @@ def flash_attention_bwd(
             return dq_block, dk, dv, d_bias
 
         dq, *rest = grads
-        carry = (jnp.zeros(q_block.shape, jnp.float32), *rest)
+        carry = (_float32(q_block.shape), *rest)
         dq_block, *rest = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
         return _add_rows(dq, _rows_first(dq_block), start), *rest
 
-    grads = (*(jnp.zeros(x.shape) for x in (q, k, v)), None if bias is None else jnp.zeros(bias.shape))
+    grads = (*(_float32(x.shape) for x in (q, k, v)), None if bias is None else _float32(bias.shape))
     if q.size and grid.num_kv:
         grads = _loop(0, grid.num_q, grid.num_q, q_tile, grads)
     dq, dk, dv, d_bias = grads
@@ -294,6 +294,11 @@ def _loop(first, end, most: int, body, carry):
     if most == 1:
         return body(0, carry)
     return lax.fori_loop(first, end, body, carry)
+
+
+def _float32(shape: tuple[int, ...], value: float = 0.0) -> Array:
+    """Also where JAX's default is float64."""
+    return jnp.full(shape, value, jnp.float32)
 
 
 def _least(a, b):
