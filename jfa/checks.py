@@ -13,7 +13,8 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
-                f"{name} must be [batch, length, heads, head_dim] or [length, heads, head_dim], got shape {x.shape}"
+                f"{name} must be [batch, length, heads, head_dim], or without batch like the other two, "
+                f"got shape {x.shape}"
             )
         if x.dtype.name not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")

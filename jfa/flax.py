@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
@@ -54,6 +55,10 @@ def attention_fn(
             f"dropout_rate={dropout_rate}: dropout inside attention is not built yet; set dropout_rate=0 on the layer, "
             "or call it with deterministic=True"
         )
+    if precision not in (None, "highest", jax.lax.Precision.HIGHEST):
+        raise UnsupportedError(
+            f"precision={precision}: products are as exact as their dtype; leave it None, or lower dtype"
+        )
     if module is not None:
         raise UnsupportedError("sow_weights: blockwise attention never holds the weights; leave sow_weights off")
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
@@ -72,7 +77,7 @@ def attention_fn(
     out = dot_product_attention(
         *(one_batch_axis(x) for x in (query, key, value)),
         bias=None if bias is None else one_batch_axis(bias),
-        mask=None if mask is None else one_batch_axis(mask.astype(bool)),
+        mask=None if mask is None else one_batch_axis(jnp.asarray(mask).astype(bool)),
         scale=scale,
         is_causal=is_causal,
         key_value_seq_lengths=key_value_seq_lengths,

@@ -7,6 +7,7 @@ from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -16,8 +17,9 @@ from jfa.device import probe
 from jfa.kernels.xla import flash as xla_flash
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands, UnsupportedError
 
-# No sequence is longer, and positions plus a window of this stay within int32.
-_LONGEST = 2**30
+# No sequence is longer; a row, an offset and a window of this size add up to less than the largest int32.
+_LONGEST = 2**29
+_WIDEST = 2 * _LONGEST  # from the furthest offset it still reaches the first key
 
 Implementation = Literal["reference", "xla", "triton", "tpu", "mosaic_gpu"]
 
@@ -105,7 +107,7 @@ def dot_product_attention(
       key, value: [b, tk, hkv, d], same dtype. hq is a multiple of hkv: query head h reads key head h // (hq / hkv).
       bias: added to the scores; broadcasts to [b, hq, tq, tk].
       mask: boolean, True where a key may be seen; broadcasts to [b, hq, tq, tk].
-      scale: factor of the scores; None: 1 / sqrt(d).
+      scale: factor of the scores, a Python number; None: 1 / sqrt(d).
       is_causal: query i sees the keys up to its own position, i + query_offset.
       query_seq_lengths, key_value_seq_lengths: i32[b], valid rows of each; what lies past them is never read.
       local_window_size: (left, right) keys that a query sees beside its own position; an int is both.
@@ -138,9 +140,14 @@ def dot_product_attention(
             raise UnsupportedError(f"{name} is not built yet on any backend; leave it out")
 
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    one_row = query.ndim == 3
+    one_row = query.ndim == key.ndim == value.ndim == 3
     if one_row:
-        query, key, value = (x[None] if x.ndim == 3 else x for x in (query, key, value))
+        query, key, value = query[None], key[None], value[None]
+    if key.shape[:-1] == value.shape[:-1] and key.shape[-1:] != value.shape[-1:]:
+        raise UnsupportedError(
+            f"a head_dim of value ({value.shape[-1]}) other than that of key ({key.shape[-1]}) is not built yet; "
+            "pad the smaller one with zeros"
+        )
     checks.attention_shapes(query, key, value)
     b, tq, hq, head_dim = query.shape
     scores = (b, hq, tq, key.shape[1])
@@ -158,7 +165,7 @@ def dot_product_attention(
         sm_scale=head_dim**-0.5 if scale is None else float(scale),
         causal=bool(is_causal),
         window=_window(local_window_size),
-        softcap=logits_soft_cap,
+        softcap=None if logits_soft_cap is None else float(logits_soft_cap),
     )
     device = probe()
     backend = backends.select(implementation, operands, spec, device)
@@ -233,11 +240,13 @@ def _broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, b
 def _per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
     if x is None:
         return None
+    if not isinstance(x, Array):  # before JAX makes it int32
+        x = np.clip(np.asarray(x), -_LONGEST, _LONGEST)
     x = jnp.asarray(x)
     if spread and x.ndim == 0:
         x = jnp.full((batch,), x)
     checks.per_row(name, x, batch)
-    return x.astype(jnp.int32)
+    return jnp.clip(x, -_LONGEST, _LONGEST).astype(jnp.int32)
 
 
 def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -246,5 +255,5 @@ def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, Integral) for n in pair):
         raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
-    left, right = (min(int(n), _LONGEST) for n in pair)
+    left, right = (min(int(n), _WIDEST) for n in pair)
     return left, right

@@ -41,7 +41,7 @@ def run(group: click.Group, name: str) -> int:
     except click.ClickException as error:
         click.echo(f"{name}: {error.format_message()}", err=True)
         return 2
-    except (ValueError, jfa.UnsupportedError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:  # of JAX: no such platform, out of memory
         click.echo(f"{name}: {' '.join(str(error).split())}", err=True)
         return 2
     return 0
@@ -145,8 +145,8 @@ def chat(model: str, dtype: str | None, system: str | None, **sampling) -> None:
             messages, session = list(opening), Session()
             continue
         turn = [*messages, {"role": "user", "content": said}]
-        prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(turn), add_special_tokens=False)
         try:
+            prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(turn), add_special_tokens=False)
             results = language_model.stream(prompt_ids, params, session=session)
         except ValueError as error:
             click.echo(f"jfa: {error}. /reset starts anew.", err=True)

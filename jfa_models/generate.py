@@ -117,8 +117,13 @@ class LanguageModel:
                 "a single row is [row]"
             )
         self._check_ids(tokens)
+        t = tokens.shape[1]
+        if not 1 <= t <= self.config.context_length:
+            raise ValueError(f"rows must have 1 to {self.config.context_length} tokens, the model's context, got {t}")
         if lengths is not None:
             lengths = np.asarray(lengths)
+            if lengths.size and not 0 <= lengths.min() <= lengths.max() <= t:
+                raise ValueError(f"lengths must be 0 to {t}, the tokens that a row has, got {lengths.tolist()}")
             if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
                 raise ValueError(f"lengths must be {len(tokens)} integers, one for each row, got {lengths.tolist()}")
             lengths = lengths.astype(np.int32)

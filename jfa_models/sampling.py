@@ -312,12 +312,12 @@ def _token_weights(
     top_k_cutoff = _smallest_cutoff(bits, lambda cutoff: _count_within(bits, cutoff), rows.top_k, rows.top_k > 0)
     kept = (bits <= top_k_cutoff[:, None]) & (relative >= rows.min_p[:, None])
     weights = _as_integers(jnp.where(kept, relative, 0.0))
-    total = jnp.sum(weights, axis=-1)
+    total = jnp.sum(weights, axis=-1, dtype=jnp.int32)
     enough = jnp.maximum(jnp.ceil(rows.top_p * total.astype(jnp.float32)), 1.0)
     # Rows with top_p = 1 are not searched: rounded to float32 their total may be out of reach, or too small.
     top_p_cutoff = _smallest_cutoff(
         bits,
-        lambda cutoff: jnp.sum(jnp.where(bits <= cutoff[:, None], weights, 0), axis=-1),
+        lambda cutoff: jnp.sum(jnp.where(bits <= cutoff[:, None], weights, 0), axis=-1, dtype=jnp.int32),
         enough.astype(jnp.int32),
         rows.top_p < 1,
     )
@@ -370,9 +370,9 @@ def _as_integers(relative: Float32[Array, "b padded_vocab"]) -> Int32[Array, "b 
     """Values from 0 to 1, times the largest power of two for which their sum surely stays below 2**31, rounded down."""
     vocab_size = relative.shape[-1]
     coarse_shift = 30 - vocab_size.bit_length()
-    coarse_sum = jnp.sum((relative * 2.0**coarse_shift).astype(jnp.int32), axis=-1)
+    coarse_sum = jnp.sum((relative * 2.0**coarse_shift).astype(jnp.int32), axis=-1, dtype=jnp.int32)
     bound = coarse_sum + vocab_size  # what each token lost by rounding down is less than 1
-    scale = jnp.left_shift(1, coarse_shift + lax.clz(bound) - 1).astype(jnp.float32)
+    scale = jnp.left_shift(jnp.int32(1), coarse_shift + lax.clz(bound) - 1).astype(jnp.float32)
     return (relative * scale[:, None]).astype(jnp.int32)
 
 
@@ -381,13 +381,14 @@ def _draw(
 ) -> Int32[Array, " b"]:
     """A token with probability weight / sum of weights, by inverse CDF: first its block, then its place in it."""
     blocks = weights.reshape(weights.shape[0], -1, DRAW_BLOCK)
-    block_sums = jnp.sum(blocks, axis=-1)
-    ends = jnp.cumsum(block_sums, axis=-1)
+    block_sums = jnp.sum(blocks, axis=-1, dtype=jnp.int32)
+    ends = jnp.cumsum(block_sums, axis=-1, dtype=jnp.int32)
     point = _uniform_below(ends[:, -1], key, num_generated)
     block = jnp.sum(ends <= point[:, None], axis=-1, dtype=jnp.int32)
     index = jnp.minimum(block, ends.shape[1] - 1)[:, None]  # past the end only where all weights are 0
     start = jnp.take_along_axis(ends - block_sums, index, axis=1)
-    inner_ends = start + jnp.cumsum(jnp.take_along_axis(blocks, index[:, :, None], axis=1)[:, 0], axis=-1)
+    inside = jnp.take_along_axis(blocks, index[:, :, None], axis=1)[:, 0]
+    inner_ends = start + jnp.cumsum(inside, axis=-1, dtype=jnp.int32)
     return index[:, 0] * DRAW_BLOCK + jnp.sum(inner_ends <= point[:, None], axis=-1, dtype=jnp.int32)
 
 

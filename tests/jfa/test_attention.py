@@ -142,3 +142,26 @@ def test_where_the_default_is_float64(backend):
         out, lse = attend("cached_chunk", "float32", backend)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     np.testing.assert_array_equal(out, attend("cached_chunk", "float32", backend)[0])
+
+
+def test_packed_heads_do_not_poison_each_other():
+    key = jnp.ones((1, 9, 2, 16)).at[0, 3, 0].set(jnp.nan)  # key head 0, which query heads 0 and 1 read
+    out = jfa.dot_product_attention(jnp.ones((1, 1, 4, 16)), key, jnp.ones((1, 9, 2, 16)))
+    assert jnp.isnan(out).any((0, 1, 3)).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_offsets_and_windows_beyond_all_keys(backend):
+    x = truth("causal", "float32").arrays
+    options = dict(implementation=backend, config=TILES[backend])
+    far = jfa.dot_product_attention(*x, is_causal=True, query_offset=2**31 - 1, local_window_size=2**40, **options)
+    np.testing.assert_array_equal(far, jfa.dot_product_attention(*x, query_offset=2**29 - 1, is_causal=True, **options))
+    np.testing.assert_allclose(far, jfa.dot_product_attention(*x, **options), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_numbers_may_be_arrays_of_jax(backend):
+    known = truth("soft_cap", "float32")
+    options = dict(is_causal=True, implementation=backend, config=TILES[backend], scale=jnp.float32(0.25))
+    out = jfa.dot_product_attention(*known.arrays, logits_soft_cap=jnp.float32(2.0), **options)
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))

@@ -10,7 +10,7 @@ KV = jnp.ones((2, 7, 3, 16))
 FLASH = jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1)
 
 WRONG = {
-    "rank": (dict(query=Q[0, 0]), r"query must be \[batch, length, heads, head_dim\] .* got shape \(6, 16\)"),
+    "rank": (dict(query=Q[0, 0]), r"query must be \[batch, length, heads, head_dim\].* got shape \(6, 16\)"),
     "dtype": (dict(query=Q.astype(jnp.int32)), "query must be float16, bfloat16 or float32, got int32"),
     "dtypes": (dict(key=KV.astype(jnp.bfloat16)), "must share one dtype, got float32, bfloat16 and float32"),
     "value_shape": (dict(value=KV[:, :6]), r"same shape, got \(2, 7, 3, 16\) and \(2, 6, 3, 16\)"),
@@ -32,12 +32,21 @@ WRONG = {
     "window": (dict(local_window_size=(-1, 0)), r"both must be >= 0, got \(-1, 0\)"),
     "window_kind": (dict(local_window_size=(1, 2, 3)), r"a pair \(left, right\) of ints, got \(1, 2, 3\)"),
     "window_float": (dict(local_window_size=2.5), r"a pair \(left, right\) of ints, got 2.5"),
+    "mixed_rank": (dict(query=Q[0]), r"query must be .* or without batch like the other two, got shape \(5, 6, 16\)"),
     "scale": (dict(scale=float("nan")), "scale must be a finite number, got nan"),
     "soft_cap": (dict(logits_soft_cap=0.0), "logits_soft_cap must be a finite number > 0, got 0.0"),
     "implementation": (dict(implementation="cudnn"), "one of reference, xla, triton, tpu, mosaic_gpu, got 'cudnn'"),
     "config_kind": (dict(implementation="xla", config=FLASH), "xla backend takes a BlockConfig, got a FlashConfig"),
     "config_none": (dict(implementation="reference", config=FLASH), "reference backend takes no config"),
 }
+
+
+def test_a_value_head_dim_of_its_own_is_refused_by_name():
+    with pytest.raises(
+        jfa.UnsupportedError, match=r"head_dim of value \(8\) other than that of key \(16\) is not built"
+    ):
+        jfa.dot_product_attention(Q, KV, KV[..., :8])
+
 
 NOT_BUILT = {
     "sinks": dict(sinks=jnp.ones(6)),

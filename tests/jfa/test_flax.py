@@ -81,6 +81,7 @@ def test_computes_in_the_layer_dtype():
     ("options", "message"),
     [
         (dict(dropout_rate=0.5), "dropout_rate=0.5: dropout inside attention is not built yet; set dropout_rate=0"),
+        (dict(precision="bfloat16"), "precision=bfloat16: products are as exact as their dtype; leave it None"),
         (dict(module=object()), "blockwise attention never holds the weights; leave sow_weights off"),
         (dict(qk_attn_weights_einsum=jnp.einsum), "leave the einsum classes of the layer out"),
     ],

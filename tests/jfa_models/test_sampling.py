@@ -437,3 +437,16 @@ def test_params_are_values():
     assert one == same and hash(one) == hash(same)
     assert (one.stop, one.stop_token_ids, one.logit_bias) == (("END",), (4, 5), ((3, -2.5), (9, 1.0)))
     assert dataclasses.replace(one, seed=1).logit_bias == one.logit_bias
+
+
+def test_draws_are_the_same_where_the_default_is_float64():
+    random = np.random.default_rng(3)
+    logits = random.normal(size=(1, 300)).astype(np.float32)
+    for params in (
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, top_p=0.9, top_k=50),
+        SamplingParams(seed=3, min_p=0.1),
+    ):
+        want = [tokens_of(logits, params, step=step) for step in range(5)]
+        with jax.enable_x64(True):
+            assert [tokens_of(jnp.asarray(logits), params, step=step) for step in range(5)] == want

@@ -4,9 +4,10 @@ One program owns `block_q` queries of one head and walks over the tiles of keys 
 running maximum and sum. Tiles that every query sees whole take a loop without masks; the tiles at the edges (diagonal,
 window, lengths) take another. Query heads of a group read the same keys: nothing is repeated in memory.
 
-Scores are kept in units of log2, since the hardware has exp2 and not exp.
+Scores are kept in units of log2, since the hardware has exp2 and not exp. Where they exceed about 4e8 (natural units),
+the subtraction of the maximum, fused with the scale, no longer resolves them in float32, and a row may come out wrong.
 
-Source: arXiv:2307.08691, algorithm 1. Tested in tests/kernels/.
+Source: arXiv:2307.08691, algorithm 1. Tested in tests/jfa/.
 """
 
 import dataclasses

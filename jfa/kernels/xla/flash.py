@@ -5,7 +5,7 @@ backward pass recomputes the scores from the log-sum-exp. Tiles that no row of t
 length that the tile does not divide is served by a last tile that starts earlier, its repeated rows masked: nothing
 is padded or copied.
 
-Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/kernels/test_flash.py.
+Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_attention.py.
 """
 
 from typing import NamedTuple
@@ -240,7 +240,12 @@ def _score_tile(
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
     if config.packed:
         scores = _dot("brc,bkc->brk", _block_diagonal(q_block), _merge_heads(k_block))
-        scores = scores.reshape(*q_block.shape[:4], -1)
+        # the zeros of the other heads times inf or NaN are NaN: then each head must be by itself
+        scores = lax.cond(
+            jnp.isfinite(scores).all(),
+            lambda: scores.reshape(*q_block.shape[:4], -1),
+            lambda: _dot("bhgqd,bkhd->bhgqk", q_block, k_block),
+        )
     else:
         scores = _dot("bhgqd,bkhd->bhgqk", q_block, k_block)
     scores = scores if scale == 1.0 else scale * scores
