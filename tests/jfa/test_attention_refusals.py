@@ -113,3 +113,9 @@ def test_impossible_tiles(fields, message):
 def test_impossible_blocks():
     with pytest.raises(ValueError, match="block_q and block_kv must be >= 1, got 0 and 4"):
         jfa.BlockConfig(block_q=0, block_kv=4)
+
+
+def test_where_no_backend_can_every_reason_is_told(monkeypatch):
+    monkeypatch.setattr("jfa.backends.PREFERENCE", {"cpu": ("triton",)})
+    with pytest.raises(jfa.UnsupportedError, match="no attention backend on cpu:\n  triton: mask is not built"):
+        jfa.dot_product_attention(Q, KV, KV, mask=jnp.ones((5, 7), bool))

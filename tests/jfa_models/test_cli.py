@@ -103,6 +103,15 @@ def test_info_names_versions_device_backends_and_sizes_within_80_columns(jfa, fo
     assert f"{sum(x.size for x in model.params) / 1e6:.1f} M parameters" in flat
 
 
+def test_what_jax_cannot_do_on_this_machine_is_one_line(jfa, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("Unable to initialize backend 'foo'")
+
+    monkeypatch.setattr("jfa_models.cli.from_pretrained", fail)
+    status, out, err = jfa("generate", "hi")
+    assert (status, out, err) == (2, "", "jfa: Unable to initialize backend 'foo'\n")
+
+
 def test_info_without_the_default_model_says_how_to_install_it_and_all_the_rest(jfa, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, out, err = jfa("info")

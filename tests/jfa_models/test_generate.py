@@ -480,6 +480,9 @@ def test_a_token_id_must_be_whole(model):
         ([[0.5]], None, r"input_ids must be integers \[batch, length\], got float64 of shape \[1, 1\]"),
         ([[272]], None, "token ids must be 0 to 271, got 272"),
         ([[1, 2]], [1, 2], r"lengths must be 1 integers, one for each row, got \[1, 2\]"),
+        ([[1, 2]], [3], r"lengths must be 0 to 2, the tokens that a row has, got \[3\]"),
+        (np.zeros((1, 0), int), None, "rows must have 1 to 320 tokens, the model's context, got 0"),
+        (np.zeros((1, 321), int), None, "rows must have 1 to 320 tokens, the model's context, got 321"),
     ],
 )
 def test_logits_refuses(model, ids, lengths, message):
