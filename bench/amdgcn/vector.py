@@ -1,0 +1,625 @@
+"""The vector unit: instructions v_*, one value per lane.
+
+Meanings: ISA manuals (CDNA3, CDNA4, RDNA3, RDNA4), chapter "Instructions", encodings VOP1, VOP2, VOP3, VOPC, VOP3P and
+VOPD (two at once). Most are a line in OPERATIONS: the types of destination and sources, and a function on arrays
+[wave, lane]. The rest (carries, comparisons, packed and mixed types) have a function each.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import arithmetic as math
+from . import lanes, narrow
+from .errors import UnsupportedInstruction
+from .operands import (
+    PARTS,
+    TYPES,
+    Store,
+    Value,
+    current,
+    destination,
+    lane_mask,
+    register,
+    source,
+    split_modifiers,
+    store_lane_mask,
+    vector_register,
+)
+from .program import Instruction
+
+if TYPE_CHECKING:
+    from .machine import Gang, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Types of the destination and of the sources, and what is computed."""
+
+    result: str
+    sources: tuple[str, ...]
+    compute: Callable[..., Any]
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def _define(names: str, signature: str, compute: Callable[..., Any]) -> None:
+    result, _, sources = signature.partition("=")
+    for name in names.split():
+        OPERATIONS["v_" + name] = Operation(result.strip(), tuple(sources.split()), compute)
+
+
+def _same(a: np.ndarray) -> np.ndarray:
+    return a
+
+
+def _as(dtype: type) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda a: a.astype(dtype)
+
+
+# ---- moves and logic
+_define("mov_b32 accvgpr_read_b32 accvgpr_write_b32 accvgpr_mov_b32", "b32 = b32", _same)
+_define("mov_b16", "b16 = b16", _same)
+_define("mov_b64", "b64 = b64", _same)
+for bits in (16, 32):
+    two = f"b{bits} = b{bits} b{bits}"
+    shift = math.shift(bits)
+    _define(f"not_b{bits}", f"b{bits} = b{bits}", np.invert)
+    _define(f"and_b{bits}", two, np.bitwise_and)
+    _define(f"or_b{bits}", two, np.bitwise_or)
+    _define(f"xor_b{bits}", two, np.bitwise_xor)
+    _define(f"xnor_b{bits}", two, lambda a, b: ~(a ^ b))
+    # rev: the distance comes first
+    _define(f"lshlrev_b{bits}", two, lambda n, a, at=shift: a << at(n))
+    _define(f"lshrrev_b{bits}", two, lambda n, a, at=shift: a >> at(n))
+    _define(f"ashrrev_i{bits}", f"i{bits} = b{bits} i{bits}", lambda n, a, at=shift: a >> at(n).astype(a.dtype))
+_shift_32, _shift_64 = math.shift(32), math.shift(64)
+_define("lshlrev_b64", "u64 = u32 u64", lambda n, a: a << _shift_64(n))
+_define("lshrrev_b64", "u64 = u32 u64", lambda n, a: a >> _shift_64(n))
+_define("ashrrev_i64", "i64 = u32 i64", lambda n, a: a >> _shift_64(n).astype(np.int64))
+three = "b32 = b32 b32 b32"
+_define("and_or_b32", three, lambda a, b, c: a & b | c)
+_define("or3_b32", three, lambda a, b, c: a | b | c)
+_define("xor3_b32", three, lambda a, b, c: a ^ b ^ c)
+_define("lshl_or_b32", three, lambda a, b, c: a << _shift_32(b) | c)
+_define("bfi_b32", three, lambda a, b, c: a & b | ~a & c)
+_define(
+    "bfm_b32", "b32 = b32 b32", lambda width, first: ((np.uint32(1) << (width & 31)) - np.uint32(1)) << (first & 31)
+)
+_define("bfe_u32", "u32 = u32 u32 u32", lambda a, first, width: math.field(a, first & 31, width & 31, False))
+_define("bfe_i32", "i32 = i32 u32 u32", lambda a, first, width: math.field(a, first & 31, width & 31, True))
+_define("bfrev_b32", "b32 = b32", functools.partial(math.reversed_bits, 32))
+_define("perm_b32", three, math.permuted_bytes)
+_define("bcnt_u32_b32", "u32 = u32 u32", lambda a, b: np.bitwise_count(a) + b)
+_define("ffbh_u32 clz_i32_u32", "i32 = u32", functools.partial(math.leading_zeros, 32))
+_define("ffbh_i32 cls_i32", "i32 = i32", math.leading_signs)
+_define("ffbl_b32 ctz_i32_b32", "i32 = u32", functools.partial(math.trailing_zeros, 32))
+for name, mask, unit in (("alignbit", 31, 1), ("alignbyte", 3, 8)):
+    _define(
+        f"{name}_b32",
+        three,
+        lambda a, b, n, mask=mask, unit=unit: (
+            (b.astype(np.uint64) | a.astype(np.uint64) << np.uint64(32))
+            >> ((n & mask) * np.uint32(unit)).astype(np.uint64)
+        ),
+    )
+
+# ---- integers
+for type in ("u32", "i32", "u16", "i16"):
+    two = f"{type} = {type} {type}"
+    three = f"{type} = {type} {type} {type}"
+    _define(f"add_{type} add_nc_{type}", two, np.add)
+    _define(f"sub_{type} sub_nc_{type}", two, np.subtract)
+    _define(f"subrev_{type} subrev_nc_{type}", two, lambda a, b: b - a)
+    _define(f"max_{type}", two, np.maximum)
+    _define(f"min_{type}", two, np.minimum)
+    _define(f"max3_{type}", three, lambda a, b, c: np.maximum(np.maximum(a, b), c))
+    _define(f"min3_{type}", three, lambda a, b, c: np.minimum(np.minimum(a, b), c))
+    _define(f"maxmin_{type}", three, lambda a, b, c: np.minimum(np.maximum(a, b), c))
+    _define(f"minmax_{type}", three, lambda a, b, c: np.maximum(np.minimum(a, b), c))
+    _define(f"med3_{type}", three, math.median)
+    _define(f"mad_{type}", three, lambda a, b, c: a * b + c)
+_define("mad_legacy_u16", "u16 = u16 u16 u16", lambda a, b, c: a * b + c)
+_define("mul_lo_u16", "u16 = u16 u16", np.multiply)
+_define("mul_lo_u32 mul_lo_i32", "u32 = u32 u32", np.multiply)
+_define("mul_hi_u32", "u32 = u32 u32", math.multiply_high_unsigned)
+_define("mul_hi_i32", "i32 = i32 i32", math.multiply_high_signed)
+_define("mul_u32_u24", "u32 = u32 u32", lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF))
+_define("mul_i32_i24", "i32 = i32 i32", lambda a, b: math.low_24(a) * math.low_24(b))
+_define("mul_hi_u32_u24", "u32 = u32 u32", lambda a, b: math.multiply_high_unsigned(a & 0xFFFFFF, b & 0xFFFFFF))
+_define("mul_hi_i32_i24", "i32 = i32 i32", lambda a, b: math.multiply_high_signed(math.low_24(a), math.low_24(b)))
+_define("mad_u32_u24", "u32 = u32 u32 u32", lambda a, b, c: (a & 0xFFFFFF) * (b & 0xFFFFFF) + c)
+_define("mad_i32_i24", "i32 = i32 i32 i32", lambda a, b, c: math.low_24(a) * math.low_24(b) + c)
+_define("mad_u32_u16", "u32 = u16 u16 u32", lambda a, b, c: a.astype(np.uint32) * b.astype(np.uint32) + c)
+_define("mad_i32_i16", "i32 = i16 i16 i32", lambda a, b, c: a.astype(np.int32) * b.astype(np.int32) + c)
+_define("add3_u32", "u32 = u32 u32 u32", lambda a, b, c: a + b + c)
+_define("xad_u32", "u32 = u32 u32 u32", lambda a, b, c: (a ^ b) + c)
+_define("lshl_add_u32", "u32 = u32 u32 u32", lambda a, b, c: (a << _shift_32(b)) + c)
+_define("add_lshl_u32", "u32 = u32 u32 u32", lambda a, b, c: a + b << _shift_32(c))
+_define("lshl_add_u64", "u64 = u64 u32 u64", lambda a, b, c: (a << (b & 7).astype(np.uint64)) + c)
+_define("sad_u32", "u32 = u32 u32 u32", lambda a, b, c: np.maximum(a, b) - np.minimum(a, b) + c)
+
+# ---- floats
+for type in ("f32", "f16", "f64"):
+    two = f"{type} = {type} {type}"
+    three = f"{type} = {type} {type} {type}"
+    _define(f"add_{type}", two, np.add)
+    _define(f"sub_{type}", two, np.subtract)
+    _define(f"subrev_{type}", two, lambda a, b: b - a)
+    _define(f"mul_{type}", two, np.multiply)
+    _define(f"max_{type} max_num_{type}", two, np.fmax)
+    _define(f"min_{type} min_num_{type}", two, np.fmin)
+    _define(f"maximum_{type}", two, np.maximum)
+    _define(f"minimum_{type}", two, np.minimum)
+    _define(f"max3_{type} max3_num_{type}", three, lambda a, b, c: np.fmax(np.fmax(a, b), c))
+    _define(f"min3_{type} min3_num_{type}", three, lambda a, b, c: np.fmin(np.fmin(a, b), c))
+    _define(f"maximum3_{type}", three, lambda a, b, c: np.maximum(np.maximum(a, b), c))
+    _define(f"minimum3_{type}", three, lambda a, b, c: np.minimum(np.minimum(a, b), c))
+    _define(f"maxmin_{type} maxmin_num_{type}", three, lambda a, b, c: np.fmin(np.fmax(a, b), c))
+    _define(f"minmax_{type} minmax_num_{type}", three, lambda a, b, c: np.fmax(np.fmin(a, b), c))
+    _define(f"med3_{type} med3_num_{type}", three, math.median)
+    _define(f"fma_{type}", three, math.fma)
+    for name, compute in {"floor": np.floor, "ceil": np.ceil, "trunc": np.trunc, "rndne": np.rint}.items():
+        _define(f"{name}_{type}", f"{type} = {type}", compute)
+    _define(f"fract_{type}", f"{type} = {type}", lambda a: a - np.floor(a))
+    _define(f"sqrt_{type}", f"{type} = {type}", np.sqrt)
+    _define(f"rcp_{type} rcp_iflag_{type}", f"{type} = {type}", math.reciprocal)
+    _define(f"rsq_{type}", f"{type} = {type}", math.reciprocal_square_root)
+    _define(f"ldexp_{type}", f"{type} = {type} {'i16' if type == 'f16' else 'i32'}", math.scaled)
+    _define(f"frexp_mant_{type}", f"{type} = {type}", lambda a: np.where(np.isfinite(a), np.frexp(a)[0], a))
+    _define(
+        f"frexp_exp_{'i16' if type == 'f16' else 'i32'}_{type}",
+        f"{'i16' if type == 'f16' else 'i32'} = {type}",
+        lambda a: np.where(np.isfinite(a), np.frexp(a)[1], 0),
+    )
+_define("mul_legacy_f32 mul_dx9_zero_f32", "f32 = f32 f32", lambda a, b: np.where((a == 0) | (b == 0), 0, a * b))
+_define("fmaak_f32 fmamk_f32", "f32 = f32 f32 f32", math.fma)
+_define("fmaak_f16 fmamk_f16", "f16 = f16 f16 f16", math.fma)
+_define("exp_f32", "f32 = f32", math.exp2)
+_define("log_f32", "f32 = f32", math.log2)
+_define("exp_f16", "f16 = f16", lambda a: np.exp2(a.astype(np.float32)))
+_define("log_f16", "f16 = f16", lambda a: np.log2(a.astype(np.float32)))
+_define("sin_f32", "f32 = f32", lambda a: np.sin(2 * np.pi * a.astype(np.float64)))  # in turns
+_define("cos_f32", "f32 = f32", lambda a: np.cos(2 * np.pi * a.astype(np.float64)))
+_define("tanh_f32", "f32 = f32", np.tanh)
+_define("div_fixup_f32", "f32 = f32 f32 f32", math.fix_division)
+_define("div_fixup_f16", "f16 = f16 f16 f16", math.fix_division)
+
+# ---- conversions
+_FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
+for to, dtype in _FLOATS.items():
+    for type in _FLOATS:
+        if to != type:
+            _define(f"cvt_{to}_{type}", f"{to} = {type}", _as(dtype))
+for type in ("u32", "i32"):
+    _define(f"cvt_f32_{type}", f"f32 = {type}", _as(np.float32))
+    _define(f"cvt_f64_{type}", f"f64 = {type}", _as(np.float64))
+for type in ("f32", "f64"):
+    _define(f"cvt_u32_{type}", f"u32 = {type}", math.saturated_u32)
+    _define(f"cvt_i32_{type}", f"i32 = {type}", math.saturated_i32)
+for sign in "ui":
+    _define(f"cvt_f16_{sign}16", f"f16 = {sign}16", _as(np.float16))
+    _define(f"cvt_{sign}32_{sign}16", f"{sign}32 = {sign}16", _as(np.int32))
+_define("cvt_u16_f16", "u16 = f16", lambda a: np.clip(np.nan_to_num(np.trunc(a.astype(np.float32)), nan=0), 0, 65535))
+_define(
+    "cvt_i16_f16",
+    "i16 = f16",
+    lambda a: np.clip(np.nan_to_num(np.trunc(a.astype(np.float32)), nan=0), -32768, 32767).astype(np.int16),
+)
+_define("cvt_rpi_i32_f32 cvt_nearest_i32_f32", "i32 = f32", lambda a: math.saturated_i32(np.floor(a + np.float32(0.5))))
+_define("cvt_flr_i32_f32 cvt_floor_i32_f32", "i32 = f32", lambda a: math.saturated_i32(np.floor(a)))
+for octet in range(4):
+    _define(f"cvt_f32_ubyte{octet}", "f32 = u32", lambda a, shift=8 * octet: (a >> shift & 255).astype(np.float32))
+_define("cvt_f32_bf16", "f32 = u16", lambda a: (a.astype(np.uint32) << np.uint32(16)).view(np.float32))
+
+
+def _packed_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Two arrays of 16-bit values as one of dwords."""
+    low, high = (np.ascontiguousarray(value).view(np.uint16).astype(np.uint32) for value in (a, b))
+    return low | high << np.uint32(16)
+
+
+_define("pack_b32_f16", "b32 = b16 b16", _packed_halves)
+_define("cvt_pk_bf16_f32", "b32 = f32 f32", lambda a, b: math.bfloat16_bits(a) | math.bfloat16_bits(b) << np.uint32(16))
+_define("cvt_pk_f16_f32", "b32 = f32 f32", lambda a, b: _packed_halves(a.astype(np.float16), b.astype(np.float16)))
+_define(
+    "cvt_pkrtz_f16_f32 cvt_pk_rtz_f16_f32",
+    "b32 = f32 f32",
+    lambda a, b: _packed_halves(math.half_toward_zero(a), math.half_toward_zero(b)),
+)
+_define("cvt_pk_u16_u32", "b32 = u32 u32", lambda a, b: np.minimum(a, 65535) | np.minimum(b, 65535) << np.uint32(16))
+_define(
+    "cvt_pk_i16_i32",
+    "b32 = i32 i32",
+    lambda a, b: _packed_halves(*(np.clip(value, -32768, 32767).astype(np.int16) for value in (a, b))),
+)
+
+for type, limits in (("u16", (0, 65535)), ("i16", (-32768, 32767))):
+    _define(
+        f"cvt_pk_{type}_f32",
+        "b32 = f32 f32",
+        lambda a, b, limits=limits: _packed_halves(
+            *(np.clip(math.saturated_i32(value), *limits).astype(np.uint16) for value in (a, b))
+        ),
+    )
+
+# Their result is added to what the destination holds.
+_ACCUMULATING = {"v_fmac_f32": "f32", "v_fmac_f16": "f16", "v_fmac_f64": "f64"}
+
+
+def bind(gang: "Gang", instruction: Instruction) -> "Step":
+    """The instruction as a function without arguments that changes the gang."""
+    name = instruction.name
+    if name == "v_dual":
+        return _both(gang, instruction)
+    if (step := lanes.bind(gang, instruction) or narrow.bind(gang, instruction)) is not None:
+        return step
+    for pattern, special in _SPECIAL.items():
+        if re.fullmatch(pattern, name):
+            if {"clamp", "mul", "div"} & set(instruction.modifiers) and special is not _packed:
+                raise UnsupportedInstruction(f"no meaning for the output modifier of {instruction}")
+            return special(gang, instruction)
+    if name.startswith("v_s_"):
+        return _on_scalars(gang, instruction)
+    if name not in OPERATIONS:
+        raise UnsupportedInstruction(f"no meaning for {instruction}")
+    operation = OPERATIONS[name]
+    values = [_source(gang, instruction, i, type) for i, type in enumerate(operation.sources)]
+    store = _destination(gang, instruction, operation.result)
+    compute = _with_output_modifiers(instruction, operation)
+    if all(isinstance(value, np.ndarray) for value in values):
+        if isinstance(compute, np.ufunc) and _writes_in_place(gang, instruction, operation):
+            out = source(gang, instruction.operands[0], operation.result)
+            return lambda: compute(*values, out=out, where=gang.mask, casting="unsafe")
+        if len(values) == 1:
+            [only] = values
+            return lambda: store(compute(only))
+        if len(values) == 2:
+            first, second = values
+            return lambda: store(compute(first, second))
+    return lambda: store(compute(*map(current, values)))
+
+
+def _source(gang: "Gang", instruction: Instruction, number: int, type: str, *, first: int = 1) -> Value:
+    """Source `number` of an instruction whose sources begin at operand `first`."""
+    half = instruction.bits("op_sel", ())[number : number + 1]
+    dpp = lanes.permutation(gang, instruction) if number == 0 else None
+    part = str(instruction.modifiers.get(f"src{number}_sel", "DWORD")) if instruction.encoding == "sdwa" else "DWORD"
+    return source(
+        gang,
+        instruction.operands[first + number],
+        type,
+        half=half[0] if half else 0,
+        part=part,
+        permute=dpp.permute if dpp else None,
+    )
+
+
+def _destination(gang: "Gang", instruction: Instruction, type: str) -> Store:
+    selection = instruction.bits("op_sel", ())
+    half = selection[-1] if len(selection) == len(instruction.operands) else 0
+    dpp = lanes.permutation(gang, instruction)
+    part = instruction.modifiers.get("dst_sel", "DWORD")
+    if instruction.encoding == "sdwa" and part != "DWORD":
+        return _destination_part(gang, instruction, str(part), type)
+    return destination(gang, instruction.operands[0], type, half=half, lanes=dpp.writable if dpp else None)
+
+
+def _destination_part(gang: "Gang", instruction: Instruction, part: str, type: str) -> Store:
+    """SDWA: the result goes to a part of the register; the rest is kept or cleared."""
+    unused = instruction.modifiers.get("dst_unused", "UNUSED_PAD")
+    if unused not in ("UNUSED_PAD", "UNUSED_PRESERVE"):
+        raise UnsupportedInstruction(f"no meaning for {unused} of {instruction}")
+    shift, width = PARTS[part]
+    mask = np.uint32((1 << width) - 1 << shift)
+    view = gang.v[vector_register(instruction.operands[0]).index]
+    store = destination(gang, instruction.operands[0], "b32")
+    bits_type = f"u{TYPES[type].itemsize}"
+
+    def store_part(value: np.ndarray) -> None:
+        bits = np.ascontiguousarray(value).astype(TYPES[type]).view(bits_type).astype(np.uint32) << np.uint32(shift)
+        store(bits & mask | (view & ~mask if unused == "UNUSED_PRESERVE" else np.uint32(0)))
+
+    return store_part
+
+
+def _writes_in_place(gang: "Gang", instruction: Instruction, operation: Operation) -> bool:
+    """Whether the result may go to the register's own view: a whole dword of a vector register, every lane alike."""
+    reg = register(instruction.operands[0])
+    return (
+        reg is not None
+        and reg.file == "v"
+        and TYPES[operation.result].itemsize == 4
+        and instruction.encoding not in ("sdwa", "dpp", "e64_dpp", "dpp8")
+        and all(TYPES[type] == TYPES[operation.result] for type in operation.sources)
+    )
+
+
+def _with_output_modifiers(instruction: Instruction, operation: Operation) -> Callable:
+    """The computation with the instruction's clamp, mul and div."""
+    clamp = "clamp" in instruction.modifiers
+    factor = {"2": 2.0, "4": 4.0}.get(str(instruction.modifiers.get("mul")), 1.0)
+    factor = 0.5 if instruction.modifiers.get("div") == "2" else factor
+    compute, dtype = operation.compute, TYPES[operation.result]
+    if not clamp and factor == 1.0:
+        return compute
+    if dtype.kind != "f":
+        return _saturated(instruction, operation.result)
+
+    scaled = (lambda *values: compute(*values) * dtype.type(factor)) if factor != 1.0 else compute
+    return _clamped(scaled) if clamp else scaled
+
+
+def _clamped(compute: Callable) -> Callable:
+    """Float clamp: the result held between 0 and 1, NaN becoming 0."""
+    return lambda *values: np.nan_to_num(np.clip(compute(*values), 0, 1), nan=0.0)
+
+
+def _saturated(instruction: Instruction, result: str) -> Callable:
+    """Integer clamp: the sum or difference held within the type."""
+    limits = np.iinfo(TYPES[result])
+    word = instruction.name.removeprefix("v_").removeprefix("pk_").split("_")[0]
+    signs = {"add": (1, 1), "sub": (1, -1), "subrev": (-1, 1)}.get(word)
+    if signs is None:
+        raise UnsupportedInstruction(f"no meaning for the clamp of {instruction}")
+    return lambda a, b: np.clip(a.astype(np.int64) * signs[0] + b.astype(np.int64) * signs[1], limits.min, limits.max)
+
+
+def _both(gang: "Gang", instruction: Instruction) -> "Step":
+    """Two at once: both read before either writes."""
+    first, second = instruction.parts
+    do_first, do_second = bind(gang, first), bind(gang, second)
+    written = vector_register(first.operands[0])
+    reads = second.operands[1:] + (second.operands[:1] if second.name in _ACCUMULATING else ())
+    if written not in [register(split_modifiers(text)[0]) for text in reads]:
+
+        def in_turn() -> None:
+            do_first()
+            do_second()
+
+        return in_turn
+    view = gang.v[written.index]
+
+    def together() -> None:
+        before = view.copy()
+        do_first()
+        after = view.copy()
+        view[...] = before
+        do_second()
+        view[...] = after
+
+    return together
+
+
+def _accumulate(gang: "Gang", instruction: Instruction) -> "Step":
+    type = _ACCUMULATING[instruction.name]
+    a, b = (_source(gang, instruction, i, type) for i in range(2))
+    half = instruction.bits("op_sel", ())
+    old = source(gang, instruction.operands[0], type, half=half[-1] if len(half) == 3 else 0)
+    store = _destination(gang, instruction, type)
+    return lambda: store(math.fma(current(a), current(b), current(old)))
+
+
+def _compare(gang: "Gang", instruction: Instruction) -> "Step":
+    match = re.fullmatch(r"v_cmp(x?)_(\w+?)_([fiu]\d\d)", instruction.name)
+    if match is None or match[2] not in (*math.COMPARISONS, "class"):
+        raise UnsupportedInstruction(f"no meaning for {instruction}")
+    type, to_exec = match[3], bool(match[1])
+    implicit = len(instruction.operands) == 2  # RDNA: v_cmpx writes EXEC alone
+    first = 0 if implicit else 1
+    a = _source(gang, instruction, 0, type, first=first)
+    b = _source(gang, instruction, 1, "u32" if match[2] == "class" else type, first=first)
+    compute = math.class_of if match[2] == "class" else math.COMPARISONS[match[2]]
+    targets = ([] if implicit else [instruction.operands[0]]) + (["exec"] if to_exec else [])
+    stores = [store_lane_mask(gang, text) for text in targets]
+    shape = gang.exec.shape
+
+    def step() -> None:
+        lanes = np.broadcast_to(compute(current(a), current(b)), shape)
+        for store in stores:
+            store(lanes)
+
+    return step
+
+
+def _choose(gang: "Gang", instruction: Instruction) -> "Step":
+    type = "b" + instruction.name[-2:]
+    a, b = (_source(gang, instruction, i, type) for i in range(2))
+    condition = lane_mask(gang, instruction.operands[3] if len(instruction.operands) > 3 else "vcc")
+    store = _destination(gang, instruction, type)
+    return lambda: store(np.where(condition(), current(b), current(a)))
+
+
+def _add_or_subtract_with_carry(gang: "Gang", instruction: Instruction) -> "Step":
+    match = re.fullmatch(r"v_(addc?|subb?|subb?rev)_co(_ci)?_u32", instruction.name)
+    if match is None:
+        raise UnsupportedInstruction(f"no meaning for {instruction}")
+    a, b = (_source(gang, instruction, i, "u32", first=2) for i in range(2))
+    takes_carry = len(instruction.operands) > 4
+    carry = lane_mask(gang, instruction.operands[4]) if takes_carry else lambda: np.zeros((), bool)
+    compute = math.add_with_carry if match[1].startswith("add") else math.subtract_with_borrow
+    swapped = match[1].endswith("rev")
+    store, store_carry = _destination(gang, instruction, "u32"), store_lane_mask(gang, instruction.operands[1])
+
+    def step() -> None:
+        x, y = current(a), current(b)
+        value, out = compute(*((y, x) if swapped else (x, y)), carry())
+        store(value)
+        store_carry(np.broadcast_to(out, gang.exec.shape))
+
+    return step
+
+
+def _multiply_add_64(gang: "Gang", instruction: Instruction) -> "Step":
+    signed = instruction.name.endswith("i64_i32")
+    type, wide = ("i32", np.int64) if signed else ("u32", np.uint64)
+    a, b = (_source(gang, instruction, i, type, first=2) for i in range(2))
+    c = _source(gang, instruction, 2, "u64", first=2)
+    store, store_carry = _destination(gang, instruction, "u64"), store_lane_mask(gang, instruction.operands[1])
+
+    def step() -> None:
+        product = (current(a).astype(wide) * current(b).astype(wide)).view(np.uint64)
+        addend = current(c)
+        total = product + addend
+        carry = np.broadcast_to(total < addend, gang.exec.shape)
+        store(total)
+        store_carry(carry)
+
+    return step
+
+
+def _scale_division(gang: "Gang", instruction: Instruction) -> "Step":
+    values = [_source(gang, instruction, i, "f32", first=2) for i in range(3)]
+    store, store_flag = _destination(gang, instruction, "f32"), store_lane_mask(gang, instruction.operands[1])
+
+    def step() -> None:
+        value, flag = math.scale_division(*map(current, values))
+        store(value)
+        store_flag(np.broadcast_to(flag, gang.exec.shape))
+
+    return step
+
+
+def _finish_division(gang: "Gang", instruction: Instruction) -> "Step":
+    values = [_source(gang, instruction, i, "f32") for i in range(3)]
+    store, flag = _destination(gang, instruction, "f32"), lane_mask(gang, "vcc")
+    return lambda: store(math.scaled_fma(*map(current, (*values, flag))))
+
+
+def _count_lower_lanes(gang: "Gang", instruction: Instruction) -> "Step":
+    """v_mbcnt: how many bits of a mask belong to lanes below this one (lo: lanes 0 to 31, hi: 32 to 63)."""
+    mask, addend = (_source(gang, instruction, i, "u32") for i in range(2))
+    store = _destination(gang, instruction, "u32")
+    lane = np.arange(gang.wave_size) - (32 if "_hi_" in instruction.name else 0)
+    below = ((1 << np.clip(lane, 0, 32).astype(np.uint64)) - np.uint64(1)).astype(np.uint32)
+    return lambda: store(np.bitwise_count(current(mask) & below) + current(addend))
+
+
+def _truth_table(gang: "Gang", instruction: Instruction) -> "Step":
+    type = instruction.name[-3:]
+    values = [_source(gang, instruction, i, type) for i in range(3)]
+    store, table = _destination(gang, instruction, type), instruction.number("bitop3")
+    return lambda: store(math.truth_table(table, *map(current, values)))
+
+
+def _mixed_fma(gang: "Gang", instruction: Instruction) -> "Step":
+    """v_fma_mix: each source a float32, or a half of a register as float16 where op_sel_hi says so."""
+    is_half, which = instruction.bits("op_sel_hi", (0, 0, 0)), instruction.bits("op_sel", (0, 0, 0))
+    values = [
+        source(gang, instruction.operands[i + 1], "f16" if is_half[i] else "f32", half=which[i]) for i in range(3)
+    ]
+
+    def compute() -> np.ndarray:
+        a, b, c = (current(value).astype(np.float64) for value in values)
+        return (a * b + c).astype(np.float32)
+
+    if instruction.name == "v_fma_mix_f32":
+        store = destination(gang, instruction.operands[0], "f32")
+        return lambda: store(compute())
+    # both forms keep the other half, on CDNA too
+    half = int(instruction.name == "v_fma_mixhi_f16")
+    view = gang.v[vector_register(instruction.operands[0]).index].view(np.float16)[:, half::2]
+    return lambda: np.copyto(view, compute(), where=gang.mask, casting="unsafe")
+
+
+_PACKED: dict[str, Callable] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "mul_lo": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "max_num": np.fmax,
+    "min_num": np.fmin,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "maximum3": lambda a, b, c: np.maximum(np.maximum(a, b), c),
+    "minimum3": lambda a, b, c: np.minimum(np.minimum(a, b), c),
+    "fma": math.fma,
+    "mad": lambda a, b, c: a * b + c,
+    "lshlrev": lambda n, a: a << (n & 15),
+    "lshrrev": lambda n, a: a >> (n & 15),
+    "ashrrev": lambda n, a: a >> (n & 15),
+}
+
+
+def _packed(gang: "Gang", instruction: Instruction) -> "Step":
+    """v_pk_*: two results, from the halves of registers (16 bits) or from pairs of them (32 bits)."""
+    match = re.fullmatch(r"v_pk_(\w+)_([fiub]\d\d)", instruction.name)
+    if match is None or match[1] not in (*_PACKED, "mov") or (match[1] == "mov") != (match[2] == "b32"):
+        raise UnsupportedInstruction(f"no meaning for {instruction}")
+    type = match[2]
+    dtype, number = TYPES[type], len(instruction.operands) - 1
+    # of numbers, not of integers: a NaN gives way
+    compute = {"max": np.fmax, "min": np.fmin}.get(match[1]) if dtype.kind == "f" else None
+    compute = compute or _PACKED.get(match[1], np.positive)
+    results = [
+        (instruction.bits("op_sel", (0,) * number), instruction.bits("neg_lo", (0,) * number)),
+        (instruction.bits("op_sel_hi", (1,) * number), instruction.bits("neg_hi", (0,) * number)),
+    ]
+    first = vector_register(instruction.operands[0]).index
+    if dtype.itemsize == 4:
+        views = [gang.v[first + i].view(dtype) for i in range(2)]
+    else:
+        views = [gang.v[first].view(dtype)[:, i::2] for i in range(2)]
+    values = [
+        [_packed_source(gang, instruction.operands[i + 1], type, select[i], negate[i]) for i in range(number)]
+        for select, negate in results
+    ]
+    if match[1] == "mov":
+        # op_sel picks a half of each source: the first source's is the low result, the second's the high one
+        values = [[values[0][0]], [values[0][1]]]
+    if "clamp" in instruction.modifiers:
+        compute = _clamped(compute) if dtype.kind == "f" else _saturated(instruction, type)
+
+    def step() -> None:
+        both = [compute(*map(current, sources)) for sources in values]
+        for view, result in zip(views, both, strict=True):
+            np.copyto(view, result, where=gang.mask, casting="unsafe")
+
+    return step
+
+
+def _packed_source(gang: "Gang", text: str, type: str, select: int, negate: int) -> Value:
+    text, negated, absolute, _ = split_modifiers(text)
+    if negated or absolute:
+        raise UnsupportedInstruction(f"sign modifiers of a packed operand {text!r}")
+    reg = register(text)
+    if reg is None and select and TYPES[type].itemsize == 2:
+        value: Value = np.zeros((), TYPES[type])  # a constant has no upper half
+    elif reg is not None and TYPES[type].itemsize == 4:
+        value = source(gang, f"{reg.file}{reg.index + select}", type)
+    else:
+        value = source(gang, text, type, half=select)
+    return (lambda: -current(value)) if negate else value
+
+
+def _on_scalars(gang: "Gang", instruction: Instruction) -> "Step":
+    """v_s_exp_f32 and others of RDNA4: a transcendental function on scalar registers."""
+    operation = OPERATIONS.get("v_" + instruction.name.removeprefix("v_s_"))
+    if operation is None or len(operation.sources) != 1:
+        raise UnsupportedInstruction(f"no meaning for {instruction}")
+    value = source(gang, instruction.operands[1], operation.sources[0])
+    store = destination(gang, instruction.operands[0], operation.result)
+    return lambda: store(np.asarray(operation.compute(current(value)), TYPES[operation.result]))
+
+
+# What needs more than a line; names by pattern.
+_SPECIAL: dict[str, Callable[["Gang", Instruction], "Step"]] = {
+    r"v_cmpx?_\w+": _compare,
+    r"v_cndmask_b(16|32)": _choose,
+    r"v_(add|sub)\w*_co_\w*u32": _add_or_subtract_with_carry,
+    r"v_mad_(co_)?(u64_u32|i64_i32)": _multiply_add_64,
+    r"v_div_scale_f32": _scale_division,
+    r"v_div_fmas_f32": _finish_division,
+    r"v_mbcnt_(lo|hi)_u32_b32": _count_lower_lanes,
+    r"v_fmac_f(16|32|64)": _accumulate,
+    r"v_fma_mix(lo|hi)?_f(16|32)": _mixed_fma,
+    r"v_bitop3_b(16|32)": _truth_table,
+    r"v_pk_\w+": _packed,
+}
