@@ -8,7 +8,7 @@ import click
 from jfa_models.cli import command_group, model_options, run
 from jfa_models.generate import from_pretrained
 
-from . import models, record
+from . import compile, models, prove, record, tune
 
 
 def main() -> None:
@@ -64,3 +64,8 @@ def decode(batch, prompt, model, dtype, samples, output) -> None:
     language_model = from_pretrained(model, dtype=dtype)
     records = list(models.decode(language_model, model, batches=batch, prompts=prompt, samples=samples))
     click.echo(record.render(records, output, models.COLUMNS))
+
+
+commands.add_command(compile.command)
+commands.add_command(prove.command)
+commands.add_command(tune.command)

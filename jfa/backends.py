@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jfa import tuning
 from jfa.device import probe
 from jfa.kernels.triton import flash as triton_flash
+from jfa.kernels.triton import flash_bwd as triton_flash_bwd
 from jfa.kernels.xla import flash as xla_flash
 from jfa.reference import attention as reference
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands, UnsupportedError
@@ -31,6 +32,25 @@ class FlashBackend:
     default_config: Callable[[Operands, DeviceInfo], BlockConfig | FlashConfig | None]
     config_type: type | None
     run: Callable  # (operands, spec, config, device) -> (out, lse)
+    backward_config: Callable  # (operands, config of the forward pass, device) -> config
+    run_bwd: Callable  # (operands, out, lse, d_out, d_lse, spec, config, device) -> cotangents, as Operands
+
+
+def _differentiates_itself(*args):
+    raise AssertionError("the reference is differentiated by JAX")
+
+
+def _triton_backward_config(operands: Operands, config: FlashConfig, device: DeviceInfo):
+    """Each backward kernel's entry of its tuning table, else its default."""
+    widest = max(operands.q.shape[3], operands.v.shape[3])
+    default = triton_flash_bwd.default_config(operands, device)
+
+    def tuned(kernel: str) -> FlashConfig | None:
+        return tuning.flash_config(device.arch, dtype=operands.q.dtype.name, head_dim=widest, kernel=kernel)
+
+    return triton_flash_bwd.BackwardConfig(
+        dq=tuned("flash_attention_dq") or default.dq, dkv=tuned("flash_attention_dkv") or default.dkv
+    )
 
 
 FLASH: dict[str, FlashBackend] = {
@@ -39,12 +59,18 @@ FLASH: dict[str, FlashBackend] = {
         default_config=lambda operands, device: None,
         config_type=None,
         run=lambda operands, spec, config, device: reference.attention(operands, spec=spec),
+        backward_config=_differentiates_itself,
+        run_bwd=_differentiates_itself,
     ),
     "xla": FlashBackend(
         why_not=xla_flash.why_not,
         default_config=xla_flash.default_config,
         config_type=BlockConfig,
         run=lambda operands, spec, config, device: xla_flash.flash_attention(operands, spec=spec, config=config),
+        backward_config=lambda operands, config, device: config,
+        run_bwd=lambda operands, out, lse, d_out, d_lse, spec, config, device: xla_flash.flash_attention_bwd(
+            operands, out, lse, d_out, d_lse, spec=spec, config=config
+        ),
     ),
     "triton": FlashBackend(
         why_not=triton_flash.why_not,
@@ -52,6 +78,10 @@ FLASH: dict[str, FlashBackend] = {
         config_type=FlashConfig,
         run=lambda operands, spec, config, device: triton_flash.flash_attention(
             operands, spec=spec, config=config, interpret=device.platform == "cpu"
+        ),
+        backward_config=_triton_backward_config,
+        run_bwd=lambda operands, out, lse, d_out, d_lse, spec, config, device: triton_flash_bwd.flash_attention_bwd(
+            operands, out, lse, d_out, d_lse, spec=spec, config=config, interpret=device.platform == "cpu"
         ),
     ),
 }

@@ -9,7 +9,7 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def attention_shapes(query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError unless query [b, tq, hq, d], key and value [b, tk, hkv, d] belong together."""
+    """Raises ValueError unless query [b, tq, hq, d], key [b, tk, hkv, d] and value [b, tk, hkv, dv] belong together."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
@@ -24,14 +24,16 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
             f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}; "
             "cast them before the call"
         )
-    if key.shape != value.shape:
-        raise ValueError(f"key and value must have the same shape, got {key.shape} and {value.shape}")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key and value must have the same shape but for the head_dim, got {key.shape} and {value.shape}"
+        )
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"query and key must have the same batch size, got {query.shape[0]} and {key.shape[0]}")
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"query and key must have the same head_dim, got {query.shape[3]} and {key.shape[3]}")
-    if query.shape[3] == 0:
-        raise ValueError("head_dim must be at least 1, got 0")
+    if query.shape[3] == 0 or value.shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, got {query.shape[3]} and, of value, {value.shape[3]}")
     if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
         raise ValueError(
             f"the number of query heads must be a multiple of the number of key heads, got {query.shape[2]} and "
@@ -58,6 +60,22 @@ def per_row(name: str, x: Array, batch: int) -> None:
         raise ValueError(f"{name} must hold integers, got {x.dtype}")
     if x.shape != (batch,):
         raise ValueError(f"{name} must hold one integer per batch row, shape ({batch},), got {x.shape}")
+
+
+def per_head(name: str, x: Array, num_heads: int) -> None:
+    """Raises ValueError unless x is float[num_heads]."""
+    if x.dtype.name not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}")
+    if x.shape != (num_heads,):
+        raise ValueError(f"{name} must hold one number per query head, shape ({num_heads},), got {x.shape}")
+
+
+def segments(name: str, x: Array, shape: Sequence[int]) -> None:
+    """Raises ValueError unless x is i32 of this shape."""
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must hold integers, got {x.dtype}")
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name} must hold one integer per position, shape {tuple(shape)}, got {x.shape}")
 
 
 def _one_of(names: Sequence[str]) -> str:

@@ -43,18 +43,15 @@ def attention_fn(
     Args:
       query, key, value: [batch..., length, heads, head_dim], any number of batch axes; key may have fewer heads.
       bias, mask: broadcast to [batch..., heads, query length, key length]; a mask of numbers counts nonzero as True.
+      broadcast_dropout: the same weights are dropped in all batch rows and heads.
       dtype: of the computation and the output; None: what query, key and value promote to.
       precision: None, or "highest". Products of float32 inputs are always exact to float32.
       force_fp32_for_softmax: either way the softmax is float32.
 
     Raises:
-      UnsupportedError: active dropout (not built yet), sow_weights (the weights never exist), or a replaced einsum.
+      ValueError: active dropout without a dropout_rng.
+      UnsupportedError: sow_weights (the weights never exist), or a replaced einsum.
     """
-    if dropout_rate > 0.0 and not deterministic:
-        raise UnsupportedError(
-            f"dropout_rate={dropout_rate}: dropout inside attention is not built yet; set dropout_rate=0 on the layer, "
-            "or call it with deterministic=True"
-        )
     if precision not in (None, "highest", jax.lax.Precision.HIGHEST):
         raise UnsupportedError(
             f"precision={precision}: products are as exact as their dtype; leave it None, or lower dtype"
@@ -84,5 +81,8 @@ def attention_fn(
         local_window_size=local_window_size,
         implementation=implementation,
         logits_soft_cap=logits_soft_cap,
+        dropout_rate=0.0 if deterministic else dropout_rate,
+        dropout_key=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
     )
     return out.reshape(*batch, *out.shape[1:])

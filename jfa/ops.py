@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 
 from jfa import backends, checks, tuning
 from jfa.device import probe
-from jfa.kernels.xla import flash as xla_flash
-from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands, UnsupportedError
+from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands
 
 # No sequence is longer; a row, an offset and a window of this size add up to less than the largest int32.
 _LONGEST = 2**29
@@ -41,6 +40,7 @@ class _Options(TypedDict, total=False):
     query_offset: ArrayLike | None
     dropout_rate: float
     dropout_key: ArrayLike | None
+    broadcast_dropout: bool
     config: BlockConfig | FlashConfig | None
 
 
@@ -92,6 +92,7 @@ def dot_product_attention(
     query_offset: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_key: ArrayLike | None = None,
+    broadcast_dropout: bool = False,
     config: BlockConfig | FlashConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T + bias) value, without the scores ever standing in memory.
@@ -99,12 +100,14 @@ def dot_product_attention(
     The first parameters are those of jax.nn.dot_product_attention, with the same meaning but for one: a query that
     sees no key returns zeros (jax.nn: the mean of the values) and a residual of -inf.
 
-    A score is scaled, gets its bias, is soft-capped, then masked. Scores, softmax and sums are float32. Reverse-mode
-    derivatives exist for query, key, value and bias on every backend; forward mode works on "reference" alone.
+    A score is scaled, gets its bias and ALiBi's, is soft-capped, then masked; the softmax has a sink where one is
+    given. Scores, softmax and sums are float32. Reverse-mode derivatives exist for query, key, value, bias, sinks and
+    alibi_slopes on every backend; forward mode works on "reference" alone.
 
     Args:
       query: [b, tq, hq, d], or [tq, hq, d] for one row; float16, bfloat16 or float32.
-      key, value: [b, tk, hkv, d], same dtype. hq is a multiple of hkv: query head h reads key head h // (hq / hkv).
+      key, value: [b, tk, hkv, d] and [b, tk, hkv, dv], same dtype. hq is a multiple of hkv: query head h reads key
+        head h // (hq / hkv).
       bias: added to the scores; broadcasts to [b, hq, tq, tk].
       mask: boolean, True where a key may be seen; broadcasts to [b, hq, tq, tk].
       scale: factor of the scores, a Python number; None: 1 / sqrt(d).
@@ -114,12 +117,21 @@ def dot_product_attention(
       implementation: None chooses; "reference", "xla" or "triton" insist.
       return_residual: also return the log-sum-exp of the scores, natural units.
       logits_soft_cap: scores become cap * tanh(score / cap).
+      sinks: [hq], a logit per head in natural units that joins the softmax's denominator and has no value; the
+        residual leaves it out.
+      alibi_slopes: [hq]; a score gets -slope * |position of the query - key|.
+      query_segment_ids, key_value_segment_ids: i32[b, tq] and i32[b, tk], both or none: a query sees the keys of its
+        own segment, so that documents can be packed in a row.
       query_offset: i32[b] or int, position of the first query among the keys, as cached chunks need; None: 0.
-      config: tiles of the backend, a FlashConfig for "triton" and a BlockConfig for "xla"; None: from its table.
-      sinks, alibi_slopes, query_segment_ids, key_value_segment_ids, dropout_rate, dropout_key: not built yet; refused.
+      dropout_rate: the share of the weights that count 0; the others are divided by 1 - dropout_rate.
+      dropout_key: a JAX random key, needed where dropout_rate > 0. Which weights stay depends on it and on their place
+        (row, head, query, key) alone, on every backend alike.
+      broadcast_dropout: drop the same weights in all rows and heads.
+      config: tiles of the backend, a FlashConfig for "triton" (forward) and a BlockConfig for "xla"; None: its table's.
 
     Returns:
-      [b, tq, hq, d] in query's dtype; with return_residual also the residual f32[b, tq, hq]. No b where query has none.
+      [b, tq, hq, dv] in query's dtype; with return_residual also the residual f32[b, tq, hq]. Without b where query
+      has none.
 
     Raises:
       ValueError: shapes, dtypes or numbers that do not make sense; the message names them.
@@ -127,27 +139,10 @@ def dot_product_attention(
 
     Source: arXiv:2205.14135; arXiv:2307.08691.
     """
-    later = {
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-        "query_segment_ids": query_segment_ids,
-        "key_value_segment_ids": key_value_segment_ids,
-        "dropout_rate": dropout_rate or None,
-        "dropout_key": dropout_key,
-    }
-    for name, given in later.items():
-        if given is not None:
-            raise UnsupportedError(f"{name} is not built yet on any backend; leave it out")
-
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     one_row = query.ndim == key.ndim == value.ndim == 3
     if one_row:
         query, key, value = query[None], key[None], value[None]
-    if key.shape[:-1] == value.shape[:-1] and key.shape[-1:] != value.shape[-1:]:
-        raise UnsupportedError(
-            f"a head_dim of value ({value.shape[-1]}) other than that of key ({key.shape[-1]}) is not built yet; "
-            "pad the smaller one with zeros"
-        )
     checks.attention_shapes(query, key, value)
     b, tq, hq, head_dim = query.shape
     scores = (b, hq, tq, key.shape[1])
@@ -160,12 +155,18 @@ def dot_product_attention(
         q_len=_per_row("query_seq_lengths", query_seq_lengths, b),
         kv_len=_per_row("key_value_seq_lengths", key_value_seq_lengths, b),
         q_offset=_per_row("query_offset", query_offset, b, spread=True),
+        sinks=_per_head("sinks", sinks, hq),
+        alibi_slopes=_per_head("alibi_slopes", alibi_slopes, hq),
+        **_segments(query_segment_ids, key_value_segment_ids, (b, tq), (b, key.shape[1]), one_row=one_row),
+        dropout_seed=_dropout_seed(dropout_rate, dropout_key),
     )
     spec = AttentionSpec(
         sm_scale=head_dim**-0.5 if scale is None else float(scale),
         causal=bool(is_causal),
         window=_window(local_window_size),
         softcap=None if logits_soft_cap is None else float(logits_soft_cap),
+        dropout_rate=float(dropout_rate),
+        broadcast_dropout=broadcast_dropout,
     )
     device = probe()
     backend = backends.select(implementation, operands, spec, device)
@@ -187,7 +188,7 @@ class _Plan:
     device: DeviceInfo
 
 
-def _run(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
+def _run(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     with jax.named_scope(f"jfa.attention.{plan.backend}"):
         return backends.FLASH[plan.backend].run(operands, plan.spec, plan.config, plan.device)
 
@@ -206,11 +207,10 @@ def _forward(plan: _Plan, operands: Operands):
 
 def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
     operands, out, lse = saved
-    config = plan.config
-    if not isinstance(config, BlockConfig):  # the one backward pass there is so far
-        config = xla_flash.default_config(operands, plan.device)
-    with jax.named_scope("jfa.attention_bwd.xla"):
-        return (xla_flash.flash_attention_bwd(operands, out, lse, *cotangents, spec=plan.spec, config=config),)
+    backend = backends.FLASH[plan.backend]
+    config = backend.backward_config(operands, plan.config, plan.device)
+    with jax.named_scope(f"jfa.attention_bwd.{plan.backend}"):
+        return (backend.run_bwd(operands, out, lse, *cotangents, plan.spec, config, plan.device),)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -220,7 +220,8 @@ def _config(backend: str, operands: Operands, device: DeviceInfo, given) -> Bloc
     wanted = backends.FLASH[backend].config_type
     if given is None:
         q = operands.q
-        tuned = wanted is FlashConfig and tuning.flash_config(device.arch, dtype=q.dtype.name, head_dim=q.shape[3])
+        widest = max(q.shape[3], operands.v.shape[3])
+        tuned = wanted is FlashConfig and tuning.flash_config(device.arch, dtype=q.dtype.name, head_dim=widest)
         return tuned or backends.FLASH[backend].default_config(operands, device)
     if wanted is None or not isinstance(given, wanted):
         takes = "no config" if wanted is None else f"a {wanted.__name__}"
@@ -247,6 +248,39 @@ def _per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False
         x = jnp.full((batch,), x)
     checks.per_row(name, x, batch)
     return jnp.clip(x, -_LONGEST, _LONGEST).astype(jnp.int32)
+
+
+def _per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    checks.per_head(name, x, num_heads)
+    return x
+
+
+def _segments(
+    query: ArrayLike | None, key: ArrayLike | None, query_shape: tuple, key_shape: tuple, *, one_row: bool
+) -> dict[str, Array]:
+    given = {"query_segment_ids": query, "key_value_segment_ids": key}
+    if query is None and key is None:
+        return {}
+    arrays = []
+    for (name, x), shape in zip(given.items(), (query_shape, key_shape), strict=True):
+        if x is None:
+            raise ValueError(f"{name} is missing: give the segments of both queries and keys, or of none")
+        x = jnp.asarray(x)
+        x = x[None] if one_row and x.ndim == 1 else x
+        checks.segments(name, x, shape)
+        arrays.append(x.astype(jnp.int32))
+    return dict(zip(("q_segments", "kv_segments"), arrays, strict=True))
+
+
+def _dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
+    if rate == 0.0:
+        return None
+    if key is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key: jax.random.key(seed), another one for each step")
+    return jax.random.bits(jnp.asarray(key), (2,), jnp.uint32)
 
 
 def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

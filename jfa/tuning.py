@@ -28,9 +28,12 @@ def table_arch(arch: str) -> str:
     return _NEIGHBOUR.get(arch, arch)
 
 
-def flash_config(arch: str, *, dtype: str, head_dim: int) -> FlashConfig | None:
-    """The table's entry for the smallest listed head_dim that is not below this one; None without a table or entry."""
-    entries = _table("flash_attention", table_arch(arch)).get(dtype, {})
+def flash_config(arch: str, *, dtype: str, head_dim: int, kernel: str = "flash_attention") -> FlashConfig | None:
+    """The table's entry for the smallest listed head_dim that is not below this one; None without a table or entry.
+
+    kernel: "flash_attention", "flash_attention_dq" or "flash_attention_dkv".
+    """
+    entries = _table(kernel, table_arch(arch)).get(dtype, {})
     fitting = sorted(int(listed) for listed in entries if int(listed) >= head_dim)
     return FlashConfig(**entries[str(fitting[0])]["config"]) if fitting else None
 

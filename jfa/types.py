@@ -1,14 +1,15 @@
 """The words that the rest of the library is written in.
 
 Axis letters in annotations: `b` batch, `tq` and `tk` query and key positions, `hq` and `hkv` query and key heads,
-`g` query heads per key head, `d` head_dim. A *block* is always a tile of a kernel, a *page* is always memory.
+`g` query heads per key head, `d` head_dim of queries and keys, `dv` that of values. A *block* is always a tile of a
+kernel, a *page* is always memory.
 """
 
 import dataclasses
 import math
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 class UnsupportedError(NotImplementedError):
@@ -26,6 +27,8 @@ class AttentionSpec:
     causal: bool = False
     window: tuple[int, int] | None = None  # keys seen to the left and to the right, the query's own not counted
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    dropout_rate: float = 0.0  # share of the weights that count 0; the others are divided by 1 - dropout_rate
+    broadcast_dropout: bool = False  # the same weights in all batch rows and heads
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.sm_scale):
@@ -37,6 +40,8 @@ class AttentionSpec:
             )
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ValueError(f"logits_soft_cap must be a finite number > 0, got {self.softcap}; None means no cap")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(f"dropout_rate must be >= 0 and < 1, got {self.dropout_rate}")
 
     @property
     def left(self) -> int | None:
@@ -56,12 +61,17 @@ class Operands(NamedTuple):
 
     q: Float[Array, "b tq hq d"]
     k: Float[Array, "b tk hkv d"]
-    v: Float[Array, "b tk hkv d"]
+    v: Float[Array, "b tk hkv dv"]
     bias: Float[Array, "#b #hq #tq #tk"] | None = None
     mask: Bool[Array, "#b #hq #tq #tk"] | None = None  # True: the key may be seen
     q_len: Int[Array, " b"] | None = None
     kv_len: Int[Array, " b"] | None = None
     q_offset: Int[Array, " b"] | None = None
+    sinks: Float[Array, " hq"] | None = None  # a logit per head, natural units, that joins the denominator alone
+    alibi_slopes: Float[Array, " hq"] | None = None  # scores get -slope * |position - key|
+    q_segments: Int[Array, "b tq"] | None = None  # a query sees the keys of its own segment; with kv_segments
+    kv_segments: Int[Array, "b tk"] | None = None
+    dropout_seed: UInt32[Array, " 2"] | None = None  # with spec.dropout_rate
 
     @property
     def group_size(self) -> int:
@@ -85,22 +95,31 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlashConfig:
-    """How the `triton` flash kernel computes: tile rows, warps and pipeline stages of one program."""
+    """How a `triton` flash kernel computes: tile rows, warps and pipeline stages of one program, and its switches.
+
+    The switches move roundings within the numerics contract. They pay where vector instructions, not matrix units,
+    bound the kernel (bench/LOG.md).
+    """
 
     block_q: int
     block_kv: int
     num_warps: int
     num_stages: int
+    block_d: int | None = None  # head_dims of queries and keys that are multiplied at a time; None: all at once
+    exp2_degree: int | None = None  # 2^x by a polynomial of degree 3 or 4 instead of the hardware's function
+    round_half_up: bool = False  # weights to bfloat16 by an addition, instead of to nearest even
 
     def __post_init__(self) -> None:
-        for name in ("block_q", "block_kv"):
+        for name in ("block_q", "block_kv", "block_d"):
             rows = getattr(self, name)
-            if rows < 16 or rows & (rows - 1):
+            if rows is not None and (rows < 16 or rows & (rows - 1)):
                 raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {rows}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
         if self.num_stages < 1:
             raise ValueError(f"num_stages must be >= 1, got {self.num_stages}")
+        if self.exp2_degree not in (None, 3, 4):
+            raise ValueError(f"exp2_degree must be None, 3 or 4, got {self.exp2_degree}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,12 @@
 executes it. Every access is checked against its buffer, races in the LDS are reported, an instruction whose meaning is
 not built in is refused by name. The files are the parts of the machine:
 
-  program.py     text to instructions        machine.py   waves, registers, who runs when
-  operands.py    registers as NumPy views    scalar.py    s_*: one value per wave, and control flow
-  vector.py      v_*: one value per lane     lanes.py     data that crosses lanes
-  memory.py      global memory, scratch      lds.py       shared memory and its races
-  matrix.py      mfma and wmma               arithmetic.py  what the tables compute
+  program.py   text to instructions           machine.py      waves, registers, who runs when
+  operands.py  registers as NumPy views       scalar.py       s_*: one value per wave, and control flow
+  vector.py    v_*: one value per lane        vector_table.py the most of them, a line each
+  lanes.py     data that crosses lanes        narrow.py       eight-bit elements
+  memory.py    global memory, scratch         lds.py          shared memory and its races
+  matrix.py    mfma and wmma                  arithmetic.py   what the tables compute
 
 Meanings are those of AMD's public ISA manuals: "AMD Instinct MI300" (CDNA3), "CDNA4", "RDNA3" and "RDNA4" Instruction
 Set Architecture reference guides; each file names its chapters.

@@ -22,11 +22,16 @@ _DPP = re.compile(
 )
 
 
+def is_permutation(modifier: str) -> bool:
+    """Whether a modifier is one of DPP's ways to choose lanes."""
+    return _DPP.fullmatch(modifier) is not None
+
+
 class Permutation:
     """A DPP modifier: which lane each lane reads source 0 from, and which lanes may then be written."""
 
     def __init__(self, gang: "Gang", modifiers: Mapping):
-        kind = next(key for key in modifiers if _DPP.fullmatch(key))
+        kind = next(key for key in modifiers if is_permutation(key))
         lane = np.arange(gang.wave_size)
         from_lane, valid = _sources(kind, modifiers[kind], lane, gang.wave_size)
         self._gang = gang
@@ -54,7 +59,7 @@ class Permutation:
 
 def permutation(gang: "Gang", instruction: Instruction) -> Permutation | None:
     """The instruction's DPP modifier, if it has one."""
-    if any(_DPP.fullmatch(key) for key in instruction.modifiers):
+    if any(map(is_permutation, instruction.modifiers)):
         return Permutation(gang, instruction.modifiers)
     if "dpp" in instruction.encoding:
         raise UnsupportedInstruction(f"no meaning for the lanes of {instruction}")

@@ -22,7 +22,7 @@ from .program import Instruction, Program, parse
 # Lanes in a gang: enough to spread the cost of a NumPy call, few enough that its operands stay in the cache.
 LANES = 2048
 MAX_BLOCKS = 5_000_000  # far above any kernel that ends: minutes
-_UNSET = 0xDEADBEEF  # what a register holds before it is written
+_UNSET = 0xFFEDFFED  # what a register holds before it is written: NaN as float32, float16 and bfloat16
 
 Step = Callable[[], None]
 
@@ -199,9 +199,20 @@ class Gang:
         self.lds.next_epoch(whole)
 
 
+# Modifiers that some instruction here gives a meaning to, or that speak to a cache.
+_KNOWN_MODIFIERS = {
+    *("offset", "offset0", "offset1", "offen", "lds", "th", "scope", "glc", "slc", "dlc", "sc0", "sc1", "nt"),
+    *("op_sel", "op_sel_hi", "neg_lo", "neg_hi", "clamp", "mul", "div", "bitop3", "cbsz", "blgp"),
+    *("src0_sel", "src1_sel", "dst_sel", "dst_unused", "row_mask", "bank_mask", "bound_ctrl", "fi"),
+}
+
+
 def bind(gang: Gang, instruction: Instruction) -> Step:
     """The instruction as a function without arguments that changes the gang."""
     name = instruction.name
+    unknown = [key for key in instruction.modifiers if key not in _KNOWN_MODIFIERS and not lanes.is_permutation(key)]
+    if unknown:
+        raise UnsupportedInstruction(f"no meaning for the modifier {unknown[0]} of {instruction}")
     if name.startswith("s_load"):
         return memory.bind(gang, instruction)
     if name.startswith("s_"):

@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jfa import dropout
 from jfa.types import AttentionSpec, Operands
 
 
-def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
+def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     """softmax(softcap(scale * q k^T + bias)) v over the visible keys, and the natural log-sum-exp of the scores.
+
+    Sinks join the softmax's denominator and not the log-sum-exp; dropout takes weights away after the softmax.
 
     Inputs are raised to float32 and the output is rounded once, to the dtype of q. A row that sees no key returns
     zeros and -inf. Differentiable in both modes.
@@ -28,6 +31,9 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
     scores = spec.sm_scale * jnp.einsum("bqhgd,bkhd->bhgqk", q, k, precision="highest").reshape(b, hq, tq, tk)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
+    if operands.alibi_slopes is not None:
+        distance = jnp.abs(_position(operands) - jnp.arange(tk)).astype(jnp.float32)
+        scores = scores - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     scores = jnp.where(visible, scores, -jnp.inf)
@@ -36,7 +42,17 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
     l = p.sum(-1, keepdims=True)
     empty = l == 0.0
     l = jnp.where(empty, 1.0, l)
-    p = (p / l).reshape(b, hkv, g, tq, tk)
+    p = p / l
+    if operands.sinks is not None:
+        sink = operands.sinks.astype(jnp.float32)[:, None, None]
+        with_sink = jnp.logaddexp(jnp.where(empty, 0.0, m + jnp.log(l)), sink)
+        p = jnp.exp(scores - with_sink)
+    if operands.dropout_seed is not None:
+        batch, head = jnp.indices((b, hq))[..., None, None]
+        seed = dropout.row_seed(operands.dropout_seed, batch, head, broadcast=spec.broadcast_dropout)
+        kept = dropout.keep(seed, jnp.arange(tq)[:, None], jnp.arange(tk), rate=spec.dropout_rate)
+        p = jnp.where(kept, p / (1.0 - spec.dropout_rate), 0.0)
+    p = p.reshape(b, hkv, g, tq, tk)
     out = jnp.einsum("bhgqk,bkhd->bqhgd", p, v, precision="highest").reshape(b, tq, hq, v.shape[3])
     lse = jnp.where(empty, -jnp.inf, m + jnp.log(l))
     return out.astype(operands.q.dtype), lse[..., 0].swapaxes(1, 2)
@@ -47,7 +63,7 @@ def _visible(operands: Operands, spec: AttentionSpec) -> Bool[Array, "b hq tq tk
     tk = operands.k.shape[1]
     row = jnp.arange(tq)[None, None, :, None]
     key = jnp.arange(tk)[None, None, None, :]
-    position = row if operands.q_offset is None else row + operands.q_offset[:, None, None, None]
+    position = _position(operands)
     visible = jnp.ones((b, hq, tq, tk), bool)
     if spec.left is not None:
         visible &= key >= position - spec.left
@@ -59,4 +75,12 @@ def _visible(operands: Operands, spec: AttentionSpec) -> Bool[Array, "b hq tq tk
         visible &= key < operands.kv_len[:, None, None, None]
     if operands.mask is not None:
         visible &= operands.mask
+    if operands.q_segments is not None and operands.kv_segments is not None:
+        visible &= operands.q_segments[:, None, :, None] == operands.kv_segments[:, None, None, :]
     return visible
+
+
+def _position(operands: Operands) -> Int[Array, "#b 1 tq 1"]:
+    """Where each query stands among the keys."""
+    row = jnp.arange(operands.q.shape[1])[None, None, :, None]
+    return row if operands.q_offset is None else row + operands.q_offset[:, None, None, None]

@@ -80,7 +80,6 @@ def test_computes_in_the_layer_dtype():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(dropout_rate=0.5), "dropout_rate=0.5: dropout inside attention is not built yet; set dropout_rate=0"),
         (dict(precision="bfloat16"), "precision=bfloat16: products are as exact as their dtype; leave it None"),
         (dict(module=object()), "blockwise attention never holds the weights; leave sow_weights off"),
         (dict(qk_attn_weights_einsum=jnp.einsum), "leave the einsum classes of the layer out"),
@@ -95,3 +94,66 @@ def test_refusals(options, message):
 def test_dropout_that_is_off_is_no_dropout():
     q = jnp.ones((1, 4, 2, 16))
     assert jfa.flax.attention_fn(q, q, q, dropout_rate=0.5, deterministic=True).shape == q.shape
+
+
+def test_active_dropout_needs_a_key():
+    q = jnp.ones((1, 4, 2, 16))
+    with pytest.raises(ValueError, match=r"dropout_rate=0\.5 needs a dropout_key"):
+        jfa.flax.attention_fn(q, q, q, dropout_rate=0.5)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_dropout_is_the_same_for_all_rows_and_heads_where_flax_says_so(broadcast):
+    q = jnp.zeros((3, 40, 2, 16))  # every weight alike: the output tells which values were kept
+    v = jnp.broadcast_to(jnp.arange(40.0)[:, None, None], q.shape)
+    out = jfa.flax.attention_fn(q, q, v, broadcast_dropout=broadcast, dropout_rng=jax.random.key(3), dropout_rate=0.5)
+    alike = np.array_equal(out, np.broadcast_to(out[:1, :, :1], out.shape))
+    assert alike == broadcast
+
+
+def test_a_layer_with_dropout_runs_and_repeats():
+    layer = nnx_layer(attention_fn=jfa.flax.attention_fn, dropout_rate=0.3)
+    first, again, other = (layer(X, rngs=nnx.Rngs(seed), deterministic=False) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_model_trains_as_with_flax_attention():
+    """Twenty steps of a two-layer model that learns to repeat the token before the last."""
+    tokens = jax.random.randint(jax.random.key(0), (16, 12), 0, 8)
+    wanted = jnp.roll(tokens, 2, axis=1)
+
+    class Model(nnx.Module):
+        def __init__(self, attention_fn, rngs):
+            self.embed = nnx.Embed(8, 32, rngs=rngs)
+            options = dict(num_heads=2, in_features=32, decode=False, rngs=rngs)
+            options |= {} if attention_fn is None else dict(attention_fn=attention_fn)
+            self.layers = nnx.List([nnx.MultiHeadAttention(**options) for _ in range(2)])
+            self.head = nnx.Linear(32, 8, rngs=rngs)
+            self.position = nnx.Param(jax.random.normal(rngs.params(), (12, 32)))
+
+        def __call__(self, tokens):
+            x = self.embed(tokens) + self.position[...]
+            for layer in self.layers:
+                x = x + layer(x, mask=nnx.make_causal_mask(tokens))
+            return self.head(x)
+
+    def curve(attention_fn):
+        model = Model(attention_fn, nnx.Rngs(0))
+        graph, params = nnx.split(model)
+
+        def loss(params):
+            logits = jax.nn.log_softmax(nnx.merge(graph, params)(tokens))
+            return -jnp.take_along_axis(logits, wanted[..., None], 2)[:, 2:].mean()
+
+        step = jax.jit(jax.value_and_grad(loss))
+        losses = []
+        for _ in range(20):
+            value, grads = step(params)
+            losses.append(float(value))
+            params = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+        return losses
+
+    ours, theirs = curve(jfa.flax.attention_fn), curve(None)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+    assert ours[-1] < 0.7 * ours[0]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from numerics import assert_within
 
 import jfa
+from jfa_bench.numerics import assert_within
 from jfa_models.config import DecoderConfig, RopeConfig
 from jfa_models.decoder import Decoder
 from jfa_models.generate import from_pretrained

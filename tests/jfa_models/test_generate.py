@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from numerics import assert_within
 from tiny_model import BYTES, SPECIAL, byte_tokenizer, sentence_piece_tokenizer
 
+from jfa_bench.numerics import assert_within
 from jfa_models.config import DecoderConfig, GenerationDefaults, RopeConfig
 from jfa_models.decoder import Decoder
 from jfa_models.generate import LanguageModel, Session, from_pretrained

@@ -10,10 +10,12 @@ Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_attention
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from jfa import dropout
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
 # A tile of scores should stay in the second level caches of the cores (measured: bench/LOG.md).
@@ -43,7 +45,7 @@ def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str 
 
 def flash_attention(
     operands: Operands, *, spec: AttentionSpec, config: BlockConfig
-) -> tuple[Float[Array, "b tq hq d"], Float[Array, "b tq hq"]]:
+) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     """Attention and the natural log-sum-exp, as reference.attention defines them.
 
     Not differentiable by itself: ops.dot_product_attention joins it to flash_attention_bwd.
@@ -63,20 +65,25 @@ def flash_attention(
         def kv_tile(j, carry):
             acc, m, l = carry
             tile = _score_tile(operands, spec, config, grid, q_block, scale, start, j)
+            kept = _kept(operands, spec, grid, start, grid.k_start(j))
             m_next = jnp.maximum(m, tile.scores.max(-1))
             m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
             p = jnp.exp(tile.scores - m_safe[..., None])
             rescale = jnp.exp(m - m_safe)
-            values = _times_values(p, tile, config)
-            return acc * rescale[..., None] + values, m_next, l * rescale + p.sum(-1)
+            l = l * rescale + p.sum(-1)
+            p = p if kept is None else jnp.where(kept, p, 0.0)
+            return acc * rescale[..., None] + _times_values(p, tile, config), m_next, l
 
         rows = (b, hkv, g, grid.block_q)
         carry = (_float32((*rows, d)), _float32(rows, -jnp.inf), _float32(rows))
         acc, m, l = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
         empty = l == 0.0
         l = jnp.where(empty, 1.0, l)
-        out_block = _rows_first(acc / l[..., None]).astype(q.dtype)
         lse_block = _rows_first(jnp.where(empty, -jnp.inf, m + jnp.log(l)))
+        if operands.sinks is not None:
+            # where the sink is far above m this is inf, and acc / inf the 0 that it should be
+            l = l + jnp.exp(_per_head(operands.sinks, hkv)[..., 0] - jnp.where(empty, 0.0, m))
+        out_block = _rows_first(acc / (l * (1.0 - spec.dropout_rate))[..., None]).astype(q.dtype)
         if done is None:
             return out_block, lse_block
         out, lse = done
@@ -104,7 +111,7 @@ def flash_attention_bwd(
     spec: AttentionSpec,
     config: BlockConfig,
 ) -> Operands:
-    """The cotangents of q, k, v and bias, recomputed tile by tile; None for the operands that have none.
+    """The cotangents of q, k, v, bias, sinks and slopes, recomputed tile by tile; None for operands that have none.
 
     The gradient of a broadcast bias is summed into an array of the bias's own shape.
     """
@@ -114,7 +121,16 @@ def flash_attention_bwd(
     # rows that saw nothing pass nothing on; their q and cotangent may hold anything
     empty = lse == -jnp.inf
     d_out = jnp.where(empty[..., None], 0, d_out)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - jnp.where(empty, 0.0, d_lse)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    d_sinks = None
+    if operands.sinks is not None:
+        # the weights below are those of the keys alone, which lse belongs to; what the sink leaves of them joins the
+        # cotangent, so that no factor is above 1 however large the sink
+        sinks = operands.sinks.astype(jnp.float32)
+        left = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks))
+        d_sinks = -((1.0 - left) * delta).sum((0, 1)).astype(operands.sinks.dtype)
+        d_out, delta = (d_out * left[..., None]).astype(d_out.dtype), delta * left
+    delta = delta - jnp.where(empty, 0.0, d_lse)
     lse = jnp.where(empty, jnp.inf, lse)  # exp(score - inf) = 0
 
     def q_tile(i, grads):
@@ -129,39 +145,52 @@ def flash_attention_bwd(
             do_block = do_block.astype(jnp.float32)
 
         def kv_tile(j, carry):
-            dq_block, dk, dv, d_bias = carry
+            dq_block, dk, dv, d_bias, d_slopes = carry
             tile = _score_tile(operands, spec, config, grid, q_block, spec.sm_scale, start, j)
             k_block, v_block = (jnp.where(tile.seen[..., None], x, 0) for x in (tile.k_block, tile.v_block))
             p = jnp.where(tile.visible, jnp.exp(tile.scores - lse_block), 0.0)
             dp = _dot("bhgqd,bkhd->bhgqk", do_block, v_block)
+            kept = _kept(operands, spec, grid, start, grid.k_start(j))
+            if kept is not None:
+                dp = jnp.where(kept, dp / (1.0 - spec.dropout_rate), 0.0)
             ds = p * (dp - delta_block)
+            if kept is not None:
+                p = jnp.where(kept, p / (1.0 - spec.dropout_rate), 0.0)
             if spec.softcap is not None:
                 slope = 1.0 - jnp.square(tile.scores / spec.softcap)
                 ds = ds * jnp.where(tile.visible, slope, 0.0)
             if d_bias is not None:
                 d_bias = _add_bias_tile(d_bias, ds, start, grid.k_start(j))
+            if d_slopes is not None:
+                d_slopes = d_slopes - (ds * _distance(operands, grid, start, grid.k_start(j))).sum((0, 3, 4)).reshape(
+                    -1
+                )
             ds = (ds * spec.sm_scale).astype(k_block.dtype)
             dv_block = _dot("bhgqk,bhgqd->bkhd", p.astype(v_block.dtype), do_block)
             dk_block = _dot("bhgqk,bhgqd->bkhd", ds, q_block.astype(k_block.dtype))
             dq_block = dq_block + _dot("bhgqk,bkhd->bhgqd", ds, k_block)
             at = grid.k_start(j)
             dk, dv = _add_rows(dk, dk_block, at), _add_rows(dv, dv_block, at)
-            return dq_block, dk, dv, d_bias
+            return dq_block, dk, dv, d_bias, d_slopes
 
         dq, *rest = grads
         carry = (_float32(q_block.shape), *rest)
         dq_block, *rest = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
         return _add_rows(dq, _rows_first(dq_block), start), *rest
 
-    grads = (*(_float32(x.shape) for x in (q, k, v)), None if bias is None else _float32(bias.shape))
+    slopes = operands.alibi_slopes
+    d_bias, d_slopes = (None if x is None else _float32(x.shape) for x in (bias, slopes))
+    grads = (*(_float32(x.shape) for x in (q, k, v)), d_bias, d_slopes)
     if q.size and grid.num_kv:
         grads = _loop(0, grid.num_q, grid.num_q, q_tile, grads)
-    dq, dk, dv, d_bias = grads
+    dq, dk, dv, d_bias, d_slopes = grads
     return Operands(
         q=dq.astype(q.dtype),
         k=dk.astype(k.dtype),
         v=dv.astype(v.dtype),
         bias=None if bias is None or d_bias is None else d_bias.astype(bias.dtype),
+        sinks=d_sinks,
+        alibi_slopes=None if slopes is None or d_slopes is None else d_slopes.astype(slopes.dtype),
     )
 
 
@@ -204,6 +233,12 @@ class _Grid(NamedTuple):
             end = jnp.minimum(end, operands.kv_len.max())
         if operands.q_len is not None:
             end = jnp.where(q_start < operands.q_len.max(), end, 0)
+        if operands.q_segments is not None and operands.kv_segments is not None:
+            ids = _rows(operands.q_segments, q_start, self.block_q)
+            low, high = ids.min(1, keepdims=True), ids.max(1, keepdims=True)
+            meets = ((operands.kv_segments >= low) & (operands.kv_segments <= high)).any(0)
+            first = jnp.maximum(first, jnp.where(meets.any(), meets.argmax(), self.tk))
+            end = jnp.minimum(end, self.tk - meets[::-1].argmax())
         return first // self.block_kv, (end + self.block_kv - 1) // self.block_kv
 
 
@@ -221,9 +256,9 @@ def _score_tile(
     k_start = grid.k_start(j)
     row = q_start + jnp.arange(grid.block_q)[:, None]
     key = k_start + jnp.arange(grid.block_kv)
+    position = _position(operands, grid, q_start)
     # the keys that a last tile shares with the one before it count once
     visible = jnp.broadcast_to(key >= j * grid.block_kv, (1, 1, 1, grid.block_q, grid.block_kv))
-    position = row if operands.q_offset is None else row + _per_row(operands.q_offset)
     if spec.left is not None:
         visible &= key >= position - spec.left
     if spec.right is not None:
@@ -234,6 +269,9 @@ def _score_tile(
         visible &= key < _per_row(operands.kv_len)
     if operands.mask is not None:
         visible &= _bias_tile(operands.mask, grid, q_start, k_start, operands.group_size)
+    if operands.q_segments is not None and operands.kv_segments is not None:
+        q_ids = _rows(operands.q_segments, q_start, grid.block_q)[:, None, None, :, None]
+        visible &= q_ids == _rows(operands.kv_segments, k_start, grid.block_kv)[:, None, None, None, :]
 
     k_block, v_block = (_rows(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
     if config.widen:
@@ -252,10 +290,39 @@ def _score_tile(
     if operands.bias is not None:
         bias = _bias_tile(operands.bias, grid, q_start, k_start, operands.group_size)
         scores = scores + bias.astype(jnp.float32)
+    if operands.alibi_slopes is not None:
+        slopes = _per_head(operands.alibi_slopes, operands.k.shape[2])
+        scores = scores - slopes * _distance(operands, grid, q_start, k_start)
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     seen = visible.any(axis=(2, 3)).swapaxes(1, 2)
     return _ScoreTile(jnp.where(visible, scores, -jnp.inf), visible, seen, k_block, v_block)
+
+
+def _position(operands: Operands, grid: _Grid, q_start) -> Int[Array, "#b 1 1 bq 1"]:
+    """Where the queries of a tile stand among the keys."""
+    row = q_start + jnp.arange(grid.block_q)[:, None]
+    return row if operands.q_offset is None else row + _per_row(operands.q_offset)
+
+
+def _distance(operands: Operands, grid: _Grid, q_start, k_start) -> Float[Array, "#b 1 1 bq bk"]:
+    """How far the keys of a tile are from its queries."""
+    key = k_start + jnp.arange(grid.block_kv)
+    return jnp.abs(_position(operands, grid, q_start) - key).astype(jnp.float32)
+
+
+def _kept(
+    operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, k_start
+) -> Bool[Array, "b hkv g bq bk"] | None:
+    """The weights of a tile that dropout leaves; None: all."""
+    if operands.dropout_seed is None:
+        return None
+    b, hq, hkv = operands.q.shape[0], operands.q.shape[2], operands.k.shape[2]
+    batch, head = jnp.indices((b, hq)).reshape(2, b, hkv, -1, 1, 1)
+    row = q_start + jnp.arange(grid.block_q)[:, None]
+    key = k_start + jnp.arange(grid.block_kv)
+    seed = dropout.row_seed(operands.dropout_seed, batch, head, broadcast=spec.broadcast_dropout)
+    return dropout.keep(seed, row, key, rate=spec.dropout_rate)
 
 
 def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
@@ -308,6 +375,10 @@ def _float32(shape: tuple[int, ...], value: float = 0.0) -> Array:
 
 def _least(a, b):
     return min(a, b) if isinstance(a, int) else jnp.minimum(a, b)
+
+
+def _per_head(x: Float[Array, " hq"], hkv: int) -> Float[Array, "hkv g 1 1"]:
+    return x.astype(jnp.float32).reshape(hkv, -1, 1, 1)
 
 
 def _per_row(x: Array) -> Array:

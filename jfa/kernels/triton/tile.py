@@ -1,0 +1,392 @@
+"""One tile of scores, as the forward and the backward kernels share it.
+
+A kernel's arrays are named: `arguments` says which of the optional ones a call has and how the kernel sees them, and
+`Tile` computes scores, masks and dropout from them. Index arrays come with their orientation, queries down and keys
+across or the other way, so that one definition serves kernels that want the scores transposed.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jfa import dropout
+from jfa.kernels.triton._pallas import dot, load, pl
+from jfa.types import AttentionSpec, FlashConfig, Operands
+
+LOG2_E = math.log2(math.e)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+# 2^f for f in [-1/2, 1/2], constant first: the largest relative error is 7.5e-5 and 2.6e-6 (least squares, reweighted
+# until the error is even).
+_EXP2 = {
+    3: (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.055171649903059006),
+    4: (0.9999992847442627, 0.6931217908859253, 0.240247443318367, 0.05591785907745361, 0.009570099413394928),
+}
+_ROUNDER = 1.5 * 2.0**23  # a float32 plus this has no fraction, and its integer part in the low bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a call, in elements."""
+
+    b: int
+    tq: int
+    tk: int
+    hq: int
+    hkv: int
+    d: int
+    dv: int
+
+    @classmethod
+    def of(cls, operands: Operands) -> "Shape":
+        b, tq, hq, d = operands.q.shape
+        return cls(b=b, tq=tq, tk=operands.k.shape[1], hq=hq, hkv=operands.k.shape[2], d=d, dv=operands.v.shape[3])
+
+    @property
+    def g(self) -> int:
+        """Query heads per key head."""
+        return self.hq // self.hkv
+
+
+def padded(head_dim: int) -> int:
+    """Arrays in a Triton kernel have power-of-two sizes; loads past head_dim are masked."""
+    return max(MIN_HEAD_DIM, pl.next_power_of_2(head_dim))
+
+
+def whole_tiles(length: int, block: int) -> int:
+    """A length rounded up to tiles, so that none starts outside of a block; loads past the length are masked."""
+    return pl.cdiv(length, block) * block
+
+
+def chunks(head_dim: int, block_d: int | None) -> tuple[tuple[int, int], ...]:
+    """(start, size) of the pieces in which a padded head_dim is multiplied."""
+    whole = padded(head_dim)
+    size = min(block_d or whole, whole)
+    return tuple((start, size) for start in range(0, whole, size))
+
+
+def arguments(operands: Operands, config: FlashConfig) -> dict[str, tuple[Any, Any]]:
+    """The optional arrays of a call and how a kernel sees them, by name: (array, BlockSpec), each whole.
+
+    Bias and mask keep their axes of ones. Lengths are rounded up to tiles: loads past them are masked.
+    """
+    tq, tk = operands.q.shape[1], operands.k.shape[1]
+    rows, keys = whole_tiles(tq, config.block_q), whole_tiles(tk, config.block_kv)
+    arrays: dict[str, Any] = {name: getattr(operands, name) for name in OPTIONAL}
+    if operands.mask is not None:
+        arrays["mask"] = operands.mask.astype(jnp.int8)  # Triton has no array of bits
+    found = {}
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        block = x.shape
+        if name in ("bias", "mask"):
+            block = (*x.shape[:2], rows if x.shape[2] > 1 else 1, keys if x.shape[3] > 1 else 1)
+        elif name.endswith("segments"):
+            block = (x.shape[0], rows if name == "q_segments" else keys)
+        found[name] = x, pl.BlockSpec(block, functools.partial(_at_the_start, x.ndim))
+    return found
+
+
+OPTIONAL = tuple(name for name in Operands._fields if name not in ("q", "k", "v"))
+
+
+def _at_the_start(ndim: int, *grid) -> tuple[int, ...]:
+    return (0,) * ndim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """The tiles that a program visits: those it needs no positional mask for, and those at the edges around them."""
+
+    first: Any  # the keys (or queries) that count, as [first, end)
+    end: Any
+    tile_first: Any
+    tile_end: Any
+    whole_first: Any
+    whole_end: Any
+
+    def walk(self, body, carry):
+        """body(n, carry, edge=) over the tiles n: first the whole ones, then the others."""
+        return self.walk_heads(lambda n, carry, edge, head: body(n, carry, edge=edge), carry, 1)
+
+    def walk_heads(self, body, carry, heads: int):
+        """body(n, carry, edge=, head=) over the tiles of each head: a loop of whole tiles and one of the others."""
+        num_whole = self.whole_end - self.whole_first
+        before = self.whole_first - self.tile_first
+        num_edges = jnp.maximum(0, (self.tile_end - self.tile_first) - num_whole)
+
+        def turn(n, carry, *, edge: bool, count):
+            head = jnp.int32(0)
+            if heads > 1:
+                head = lax.div(n, jnp.maximum(count, 1))
+                n = n - head * count
+            if edge:
+                n = jnp.where(n < before, self.tile_first + n, self.whole_end + n - before)
+            else:
+                n = self.whole_first + n
+            return body(n, carry, edge=edge, head=head)
+
+        for edge, count in ((False, num_whole), (True, num_edges)):
+            carry = lax.fori_loop(0, heads * count, functools.partial(turn, edge=edge, count=count), carry)
+        return carry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What the tiles of one query head have in common, inside a kernel.
+
+    ref: the arguments by name. row, head: batch row and query head of the program (head may change in its loop).
+    """
+
+    ref: dict[str, Any]
+    shape: Shape
+    spec: AttentionSpec
+    config: FlashConfig
+    row: Any
+    head: Any
+    exact: bool  # float32 inputs: no shortcut of a 16-bit dtype
+
+    @property
+    def q_len(self):
+        """Valid queries of the row."""
+        return jnp.minimum(self.ref["q_len"][self.row], self.shape.tq) if "q_len" in self.ref else self.shape.tq
+
+    @property
+    def kv_len(self):
+        """Valid keys of the row."""
+        return jnp.minimum(self.ref["kv_len"][self.row], self.shape.tk) if "kv_len" in self.ref else self.shape.tk
+
+    @property
+    def offset(self):
+        """Position of the row's first query."""
+        return self.ref["q_offset"][self.row] if "q_offset" in self.ref else 0
+
+    @property
+    def sm_scale(self) -> float:
+        return self.spec.sm_scale
+
+    @property
+    def _simple(self) -> bool:
+        """Whether a score is a product and nothing else: then its scale joins the exponent's factor."""
+        return self.spec.softcap is None and "bias" not in self.ref and "alibi_slopes" not in self.ref
+
+    @property
+    def factor(self) -> float:
+        """What turns raw scores into units of log2. Positive, so that the maximum may be taken before it."""
+        if self.spec.softcap is not None:
+            return LOG2_E * self.spec.softcap
+        return LOG2_E * (abs(self.sm_scale) or 1.0) if self._simple else LOG2_E
+
+    @property
+    def q_factor(self) -> float:
+        """What the queries are multiplied by before all: the sign of the scale, where raw scores go without it."""
+        if not self._simple or self.sm_scale > 0:
+            return 1.0
+        return math.copysign(1.0 if self.sm_scale else 0.0, self.sm_scale)
+
+    @property
+    def has_data_mask(self) -> bool:
+        """Whether which keys are seen depends on more than positions: no tile is known to be seen whole."""
+        return "mask" in self.ref or "q_segments" in self.ref
+
+    @property
+    def may_be_minus_infinity(self) -> bool:
+        """Whether a score may be -inf where no position is masked."""
+        return self.has_data_mask or "bias" in self.ref
+
+    def keys_of(self, first_row, block_q: int, block_kv: int) -> Span:
+        """The tiles of keys that the queries [first_row, first_row + block_q) may see."""
+        first, end = 0, self.kv_len
+        whole_first, whole_end = 0, self.kv_len
+        # the last row sees the furthest in both directions
+        if self.spec.left is not None:
+            first = jnp.maximum(0, first_row + self.offset - self.spec.left)
+            whole_first = jnp.maximum(0, first_row + block_q - 1 + self.offset - self.spec.left)
+        if self.spec.right is not None:
+            end = jnp.minimum(self.kv_len, first_row + block_q + self.offset + self.spec.right)
+            whole_end = jnp.minimum(self.kv_len, first_row + 1 + self.offset + self.spec.right)
+        # typed: Pallas (jax 0.12) lowers a choice between two weakly typed numbers as booleans
+        end = jnp.where(first_row < self.q_len, jnp.int32(end), 0)
+        return self._span(first, end, whole_first, tile_of(whole_end, block_kv), block_kv)
+
+    def queries_of(self, first_key, block_q: int, block_kv: int) -> Span:
+        """The tiles of queries that may see the keys [first_key, first_key + block_kv).
+
+        A tile with queries past the row's length is whole all the same: their log-sum-exp hides them.
+        """
+        last_key = first_key + block_kv - 1
+        first, end = 0, self.q_len
+        whole_first, whole_end = 0, tile_of(self.q_len + block_q - 1, block_q)
+        if self.spec.right is not None:
+            first = jnp.maximum(0, first_key - self.spec.right - self.offset)
+            whole_first = jnp.maximum(0, last_key - self.spec.right - self.offset)
+        if self.spec.left is not None:
+            end = jnp.minimum(self.q_len, last_key + self.spec.left - self.offset + 1)
+            whole = jnp.maximum(0, first_key + self.spec.left - self.offset + 1)
+            whole_end = jnp.minimum(whole_end, tile_of(whole, block_q))
+        end = jnp.where(first_key < self.kv_len, jnp.int32(end), 0)
+        whole_end = jnp.where(last_key < self.kv_len, jnp.int32(whole_end), 0)
+        return self._span(first, end, whole_first, whole_end, block_q)
+
+    def _span(self, first, end, whole_first, whole_end_tile, block: int) -> Span:
+        tile_first, tile_end = tile_of(first, block), tile_of(end + block - 1, block)
+        if "tiles" in self.ref:
+            tile_first = jnp.maximum(tile_first, self.ref["tiles"][0])
+            tile_end = jnp.minimum(tile_end, self.ref["tiles"][1])
+        beyond = jnp.maximum(tile_first, tile_end)
+        whole_first = jnp.clip(tile_of(whole_first + block - 1, block), tile_first, beyond)
+        whole_end = jnp.clip(whole_end_tile, whole_first, jnp.maximum(whole_first, tile_end))
+        return Span(
+            first=first,
+            end=end,
+            tile_first=tile_first,
+            tile_end=tile_end,
+            whole_first=whole_first,
+            whole_end=whole_end,
+        )
+
+    def raw(self, product: Float[Array, "x y"], rows, keys) -> Float[Array, "x y"]:
+        """Scores before masks, in units in which `factor` makes them log2; with softcap they are tanh."""
+        if self._simple:
+            return product
+        scores = product * self.sm_scale
+        if "bias" in self.ref:
+            scores += self._per_score("bias", rows, keys, other=0.0).astype(jnp.float32)
+        if "alibi_slopes" in self.ref:
+            scores += self.ref["alibi_slopes"][self.head] * self.distance(rows, keys)
+        if self.spec.softcap is None:
+            return scores
+        return self._tanh(scores * (1.0 / self.spec.softcap))
+
+    def distance(self, rows, keys) -> Float[Array, "x y"]:
+        """What ALiBi's slope is multiplied by: how far a key is from the query's position, negative."""
+        return -jnp.abs(rows + self.offset - keys).astype(jnp.float32)
+
+    def visible(self, rows, keys, *, edge: bool):
+        """Which scores count; None: all. edge: positions may mask some."""
+        conditions = []
+        if edge:
+            conditions.append(keys < self.kv_len)
+            position = rows + self.offset
+            if self.spec.left is not None:
+                conditions.append(keys >= position - self.spec.left)
+            if self.spec.right is not None:
+                conditions.append(keys <= position + self.spec.right)
+        if "mask" in self.ref:
+            conditions.append(self._per_score("mask", rows, keys, other=0) != 0)
+        if "q_segments" in self.ref:
+            q_ids = load(self.ref["q_segments"].at[self.row, rows], mask=rows < self.shape.tq, other=0)
+            kv_ids = load(self.ref["kv_segments"].at[self.row, keys], mask=keys < self.shape.tk, other=0)
+            conditions.append(q_ids == kv_ids)
+        if not conditions:
+            return None
+        both = conditions[0]
+        for condition in conditions[1:]:
+            both = both & condition
+        return jnp.broadcast_to(both, jnp.broadcast_shapes(rows.shape, keys.shape))
+
+    def kept(self, rows, keys):
+        """Which weights dropout keeps; None: all."""
+        if "dropout_seed" not in self.ref:
+            return None
+        seed = self.ref["dropout_seed"]
+        seed = dropout.row_seed((seed[0], seed[1]), self.row, self.head, broadcast=self.spec.broadcast_dropout)
+        return dropout.keep(seed, rows, keys, rate=self.spec.dropout_rate)
+
+    def exp2(self, x: Array) -> Array:
+        """2^x of scores less their maximum."""
+        degree = None if self.exact else self.config.exp2_degree
+        if degree is None:
+            return jnp.exp2(x)
+        shifted = x + _ROUNDER
+        fraction = x - (shifted - _ROUNDER)
+        result = jnp.full_like(x, _EXP2[degree][-1])
+        for coefficient in _EXP2[degree][-2::-1]:
+            result = result * fraction + coefficient
+        # the integer part goes to the exponent; below it there is nothing
+        exponent = lax.bitcast_convert_type(shifted, jnp.int32) << 23
+        result = lax.bitcast_convert_type(lax.bitcast_convert_type(result, jnp.int32) + exponent, jnp.float32)
+        return jnp.where(x < -126.0, 0.0, result)
+
+    def rounded(self, x: Array, dtype: Any) -> Array:
+        """x in the dtype of a product's operand."""
+        if dtype != jnp.bfloat16 or not self.config.round_half_up:
+            return x.astype(dtype)
+        bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)
+        return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+    def _tanh(self, x: Array) -> Array:
+        if self.exact:
+            return jnp.tanh(x)
+        # 1 - 2 / (1 + e^2x): off by a rounding of 1, which is little beside those of 16-bit operands
+        root = lax.rsqrt(1.0 + jnp.exp2(x * (2 * LOG2_E)))
+        return 1.0 - 2.0 * root * root
+
+    def _per_score(self, name: str, rows, keys, *, other: float) -> Array:
+        ref = self.ref[name]
+        batches, heads, num_rows, num_keys = ref.shape
+        whole = jnp.broadcast_shapes(rows.shape, keys.shape)
+        at_rows, at_keys = (
+            jnp.broadcast_to(at if size > 1 else jnp.zeros_like(at), whole)
+            for at, size in ((rows, num_rows), (keys, num_keys))
+        )
+        inside = (rows < self.shape.tq) & (keys < self.shape.tk)
+        row, head = (at if n > 1 else jnp.int32(0) for at, n in ((self.row, batches), (self.head, heads)))
+        place = ref.at[row, head, at_rows, at_keys]
+        return load(place, mask=inside, other=other)
+
+
+def product(a: Array, b: Array, *, trans_b: bool = False) -> Array:
+    """A product with float32 sums; float32 inputs are not rounded to tf32 on the way."""
+    return dot(a, b, trans_b=trans_b, precision="highest" if a.dtype == jnp.float32 else None)
+
+
+def sum_of_products(pairs) -> Array:
+    """The sum of a b^T over pieces of the head_dim."""
+    total = None
+    for a, b in pairs:
+        part = product(a, b, trans_b=True)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def once(load_piece, pieces: tuple[tuple[int, int], ...]):
+    """load_piece, but one whole piece is loaded here and kept in registers; smaller ones are loaded at each use."""
+    if len(pieces) > 1:
+        return load_piece
+    kept = load_piece(*pieces)
+    return lambda piece: kept
+
+
+def tile_of(index, block: int):
+    """The tile that an index lies in. Traced ones are never negative where it matters (lax.div rounds to 0)."""
+    return lax.div(index, jnp.int32(block)) if not isinstance(index, int) else index // block
+
+
+def load_rows(
+    ref, start, block: int, columns: tuple[int, int], *, width: int, inside=None, head=None, row=None
+) -> Array:
+    """[block, size] of a ref [rows, width], with more axes where row and head say: [b, rows, heads, width].
+
+    Args:
+      columns: (start, size) of the head_dim.
+      width: how many columns hold anything; past it comes 0.
+      inside: bool[block], False where 0 is wanted instead of a row; None: all rows.
+    """
+    first, size = columns
+    mask = None
+    if first + size > width:
+        mask = jnp.broadcast_to((first + jnp.arange(size) < width)[None, :], (block, size))
+    if inside is not None:
+        rows = jnp.broadcast_to(inside[:, None], (block, size))
+        mask = rows if mask is None else mask & rows
+    place = (row, pl.ds(start, block), head, pl.ds(first, size))
+    index = tuple(at for at in place if at is not None)
+    return load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
