@@ -8,7 +8,7 @@ import click
 from jfa_models.cli import command_group, model_options, run
 from jfa_models.generate import from_pretrained
 
-from . import compile, models, prove, record, tune
+from . import compile, models, prove, record, report, tune
 
 
 def main() -> None:
@@ -68,4 +68,5 @@ def decode(batch, prompt, model, dtype, samples, output) -> None:
 
 commands.add_command(compile.command)
 commands.add_command(prove.command)
+commands.add_command(report.command)
 commands.add_command(tune.command)

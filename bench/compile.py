@@ -1,119 +1,26 @@
 """`jfa-bench compile`: what every kernel of the library becomes on an architecture, whether or not the card is there.
 
-One row per kernel (OPS), dtype, head_dim and architecture, with the configuration that a plain call gets there. Rows
-are compiled in processes of their own: a compiler that ends its process costs that row and no other.
+One row per kernel (ops.OPS), dtype, head_dim and architecture, with the configuration that a plain call gets there.
+Rows are compiled in processes of their own: a compiler that ends its process costs that row and no other.
 """
 
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-import jax
-import jax.numpy as jnp
-
-import jfa
-from jfa import tuning
-from jfa.kernels.triton import flash
-from jfa.types import DeviceInfo, FlashConfig, Operands
 
 from . import aot, machine_code, pool, record
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Which configurations of a kernel are worth compiling, for tune.py.
-
-    axes: every combination is tried. grows: one more axis, from its smallest value upwards until a kernel spills or
-    does not fit. late: axes that are tried on the best of what that finds; a configuration starts with the first value.
-    registers: at least this many 4-byte registers of a lane, so that hopeless tiles are not compiled for minutes.
-    sensible: whether a configuration is worth trying for a dtype on a platform.
-    """
-
-    axes: Mapping[str, tuple[Any, ...]]
-    grows: tuple[str, tuple[int, ...]]
-    late: Mapping[str, Mapping[str, tuple[Any, ...]]]  # by platform
-    registers: Callable[[Mapping[str, Any], int, int], float]  # (config, head_dim, lanes of a wave)
-    sensible: Callable[[Mapping[str, Any], str, str], bool] = lambda config, dtype, platform: True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Op:
-    """One kernel of the library: a row of the table, and one tuning table per architecture."""
-
-    name: str  # of the op in records
-    direction: str  # "forward" or "backward"
-    kernel: str  # the name of its Pallas call, and of its tuning table
-    config_type: type
-    # (dtype, head_dim, config or None for the library's choice, variant) -> a call that reaches the kernel
-    call: Callable[[str, int, Any, str], tuple[Callable, tuple]]
-    default_config: Callable[[DeviceInfo, str, int], Any]  # what a plain call gets
-    bound: str = "matrix_bound"  # the figure that a table shows; "memory_bound_share" where no dot is the point
-    variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must serve as well
-    sweep: Sweep
-    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    head_dims: tuple[int, ...] = (64, 128, 256)
-
-
-def _flash_forward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
-    """Causal, [1, 4096, 8, d] with two key heads: long enough that no tile is cut."""
-    batch = 1
-    options: dict[str, Any] = {}
-    if variant == "window and lengths":
-        batch = 4
-        lengths = jnp.full(batch, 4096, jnp.int32)
-        options = dict(local_window_size=(1024, 0), key_value_seq_lengths=lengths, query_offset=lengths)
-    elif variant == "padded head_dim":
-        head_dim = head_dim * 5 // 8
-    q = jax.ShapeDtypeStruct((batch, 4096, 8, head_dim), dtype)
-    kv = jax.ShapeDtypeStruct((batch, 4096, 2, head_dim), dtype)
-
-    def call(q, k, v):
-        return jfa.dot_product_attention(q, k, v, is_causal=True, implementation="triton", config=config, **options)
-
-    return call, (q, kv, kv)
-
-
-def _flash_default(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
-    row: Any = jax.ShapeDtypeStruct((1, 4096, 8, head_dim), dtype)
-    tuned = tuning.flash_config(device.arch, dtype=dtype, head_dim=head_dim)
-    return tuned or flash.default_config(Operands(row, row, row), device)
-
-
-OPS = (
-    Op(
-        name="flash_attention",
-        direction="forward",
-        kernel="flash_attention",
-        config_type=FlashConfig,
-        call=_flash_forward,
-        default_config=_flash_default,
-        variants=("window and lengths", "padded head_dim"),
-        sweep=Sweep(
-            axes={"block_q": (16, 32, 64, 128, 256), "num_warps": (4, 8)},
-            grows=("block_kv", (16, 32, 64, 128)),
-            late={"rocm": {"num_stages": (1, 2)}, "cuda": {"num_stages": (2, 1, 3)}},
-            # the accumulator and the scores in float32, the queries in 16 bits
-            registers=lambda config, head_dim, lanes: (
-                config["block_q"] * (1.5 * head_dim + config["block_kv"]) / (config["num_warps"] * lanes)
-            ),
-            # a tensor core's product has 16 rows: with fewer of them warps repeat each other's scores. On AMD the
-            # figures show it
-            sensible=lambda config, dtype, platform: (
-                platform != "cuda" or dtype == "float32" or config["block_q"] >= 16 * config["num_warps"]
-            ),
-        ),
-    ),
-)
+from .ops import OPS, Op, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """One row to compile; plain data, so that another process can be told."""
 
-    kernel: str  # of OPS
+    kernel: str  # of ops.OPS
     dtype: str
     head_dim: int
     arch: str
@@ -182,11 +89,11 @@ def compile_case(case: Case) -> dict[str, Any]:
 def _kernel(case: Case, config: Any) -> aot.Kernel:
     fn, args = case.op.call(case.dtype, case.head_dim, config, case.variant)
     found = aot.lower(fn, *args, arch=case.arch)
-    named = [kernel for kernel in found if kernel.name == case.kernel]
-    if not named:
+    wanted = [kernel for kernel in found if kernel.name == case.kernel]
+    if not wanted:
         others = ", ".join(kernel.name for kernel in found) or "none"
         raise aot.CompileError(f"the call lowers to no kernel named {case.kernel}; kernels in it: {others}")
-    return named[0]
+    return wanted[0]
 
 
 def _without_code(reason: str) -> dict[str, Any]:
@@ -230,11 +137,6 @@ ARCHS = Names("architecture", aot.ARCHS)
 OP_NAMES = Names("op", tuple(dict.fromkeys(name for op in OPS for name in (op.name, op.kernel))))
 DTYPES = Names("dtype", tuple(dict.fromkeys(dtype for op in OPS for dtype in op.dtypes)))
 HEAD_DIMS = Names("head_dim", tuple(dict.fromkeys(str(d) for op in OPS for d in op.head_dims)))
-
-
-def named(names: Sequence[str]) -> tuple[Op, ...]:
-    """The entries of OPS that a name of an op or of a kernel means."""
-    return tuple(op for op in OPS if op.name in names or op.kernel in names)
 
 
 @click.command("compile")

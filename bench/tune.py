@@ -1,22 +1,24 @@
 """`jfa-bench tune`: the configuration of each kernel on an architecture, into jfa/tuning_tables/<arch>/<kernel>.json.
 
-Offline, by compiled code. A kernel's Sweep (compile.OPS) says what is tried: every combination of its axes, tiles grown
-until a kernel spills or does not fit, late axes on the best. Then:
+Offline, by compiled code. A kernel's Sweep (ops.OPS) says what is tried: tiles from its starts, grown until a kernel
+spills or does not fit, then its late axes, one at a time, on the best LATE; for a dtype that is like another, the best
+ALIKE of that one. Then:
 
 AMD: wanted is what fits the LDS, spills nothing and leaves two waves on a SIMD or more; of that the most FLOP per cycle
 (the order of matrix_bound, which also exists where no matrix instruction serves a dtype). Spills outside the main loop
-cost a row once and not every tile: up to OUTSIDE of them are borne for GAIN times the FLOP per cycle. Within TIE two
-candidates are equal; then workgroups that do not wait for each other come first (two or more on a compute unit), then
-the larger tile, which reads less, fewer waves, fewer stages.
+cost a row once and not every tile: up to OUTSIDE of them are borne for GAIN times the FLOP per cycle of what spills
+nothing. Within TIE two candidates are equal; then workgroups that do not wait for each other come first (two or more on
+a compute unit), then the larger tile, which reads less, fewer waves, fewer stages.
 
 NVIDIA, whose cycles cannot be counted: what fits the shared memory, also that of neighbours who use the table, spills
 nothing and leaves eight warps on a multiprocessor (two per scheduler) or more; of that the largest tile up to 128 x 128
 and the squarer one, the most warps resident, fewer warps in a workgroup, more stages.
 
-A winner must hold for the kernel's other calls as well (Op.variants); the next ones are tried before that is given up.
-Where nothing is as wanted, the least bad is taken and its entry says so: on AMD the most FLOP per cycle of those that
-spill up to SPILLING times as much as the least (spills cost outside of the main loop as well, and beyond the caches
-more than is counted), a single wave counting half; on NVIDIA the fewest spills.
+A winner must hold for the kernel's other calls as well (Op.variants), without spills if it has none; the next ones are
+tried before that is given up. Where nothing is as wanted, the least bad is taken and its entry says so: on AMD what
+spills nothing, unless a spilling one has GAIN times its FLOP per cycle, a single wave counting half; else the most FLOP
+per cycle of those that spill up to SPILLING times as much as the least (spills cost outside of the main loop as well,
+and beyond the caches more than is counted); on NVIDIA the fewest spills.
 
 With a GPU, without --offline: the candidates that are best by these rules are measured in turns, the fastest median
 wins, and the table says when, on what and with which versions.
@@ -25,7 +27,7 @@ wins, and the table says when, on what and with which versions.
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,15 @@ from jfa import tuning
 from jfa.device import describe, probe
 
 from . import aot, pool, record, timing
-from .compile import ARCHS, OP_NAMES, Case, Op, compile_all, given, named, tile, versions, warn_of_unmet_triton
+from .compile import ARCHS, OP_NAMES, Case, compile_all, given, tile, versions, warn_of_unmet_triton
+from .ops import Op, named
 
 LANE_REGISTERS = 255  # that a tile may take: of CDNA's 512, half is what leaves two waves on a SIMD
 WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
-OUTSIDE, GAIN = 32, 1.25
+OUTSIDE, GAIN = 32, 5 / 3
 SPILLING = 2.5
 TIE = 0.97
-LATE = 3  # candidates on which late axes are tried
+LATE, ALIKE = 2, 4  # candidates on which late axes are tried; that are tried for a dtype like another
 TRIED, LOSS = 6, 0.75  # how many candidates, and how far below the best, before a variant is given up
 MEASURED = 12  # candidates
 
@@ -57,15 +60,15 @@ _NVIDIA_REGISTERS = 65_536  # of a multiprocessor. Source: CUDA C programming gu
 RULES = {
     "rocm": (
         "of the configurations that fit the LDS, spill nothing (or little, outside of the main loop, where that gains "
-        f"a quarter) and keep {WAVES} waves per SIMD, also with windows, lengths and padded head_dims, the one with "
-        "the most FLOP per cycle in its main loop, the larger tile on a tie; where a note says so nothing was as "
-        "wanted, and the entry is the least bad"
+        f"two thirds) and keep {WAVES} waves per SIMD, also in the kernel's other calls (windows, lengths, padded "
+        "head_dims), the one with the most FLOP per cycle in its main loop, the larger tile on a tie; where a note "
+        "says so nothing was as wanted, and the entry is the least bad"
     ),
     "cuda": (
         "of the configurations that fit the shared memory, spill nothing and keep "
-        f"{WARPS} warps on a multiprocessor, also with windows, lengths and padded head_dims, the one with the largest "
-        "tile up to 128 x 128; vgpr counts the registers of a thread; where a note says so nothing was as wanted, and "
-        "the entry is the least bad"
+        f"{WARPS} warps on a multiprocessor, also in the kernel's other calls (windows, lengths, padded head_dims), "
+        "the one with the largest tile up to 128 x 128; vgpr counts the registers of a thread; where a note says so "
+        "nothing was as wanted, and the entry is the least bad"
     ),
 }
 
@@ -111,40 +114,55 @@ def _note(best: Mapping[str, Any], held: int | None) -> str | None:
 
 def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[str, Any]]]:
     """Compile records of all that is worth trying, in rounds: many rows at a time, each row knowing those before."""
-    platform = aot.device(arch).platform
-    grows, sizes = op.sweep.grows
-    late = op.sweep.late.get(platform, {})
-    start = {name: values[0] for name, values in late.items()}
+    sweep = op.sweep
+    grows, sizes = sweep.grows
     lanes = 64 if aot.is_cdna(arch) else 32
-    keys = list(itertools.product(op.dtypes, op.head_dims))
-    found: dict[Key, list[dict[str, Any]]] = {key: [] for key in keys}
-    growing = [(key, axes) for key in keys for axes in _combinations(op.sweep.axes)]
-    for size in sizes:
-        trial = [(key, {**axes, grows: size, **start}) for key, axes in growing]
-        worth = [
-            op.sweep.registers(config, head_dim, lanes) <= LANE_REGISTERS and op.sweep.sensible(config, dtype, platform)
-            for (dtype, head_dim), config in trial
-        ]
-        records = _compiled(op, arch, itertools.compress(trial, worth), compile_all)
-        growing = [
-            row for row, one in zip(itertools.compress(growing, worth), records, strict=True) if one["status"] == "ok"
-        ]
-        for one in records:
-            found[one["dtype"], one["head_dim"]].append(one)
-    more = [
-        (key, {**best["config"], **axes})
-        for key in keys
-        for best in itertools.islice(ranked(found[key]), LATE)
-        for axes in _combinations(late)
-        if axes != start and op.sweep.sensible({**best["config"], **axes}, key[0], platform)
+    found: dict[Key, list[dict[str, Any]]] = {key: [] for key in itertools.product(op.dtypes, op.head_dims)}
+    keys = [key for key in found if key[0] not in sweep.alike]
+    late = {dtype: sweep.late(arch, dtype) for dtype in op.dtypes}
+
+    def compiled(trial: Sequence[tuple[Key, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        records = _compiled(op, arch, trial, compile_all)
+        for (key, _), one in zip(trial, records, strict=True):
+            found[key].append(one)
+        return records
+
+    growing = [
+        ((dtype, head_dim), {**{name: values[0] for name, values in late[dtype].items()}, **start})
+        for dtype, head_dim in keys
+        for start in sweep.starts(arch, dtype, head_dim)
     ]
-    for one in _compiled(op, arch, more, compile_all):
-        found[one["dtype"], one["head_dim"]].append(one)
+    for size in sizes:
+        trial = [(key, {**config, grows: size}) for key, config in growing]
+        trial = [row for row in trial if sweep.registers(row[1], row[0][1], lanes) <= LANE_REGISTERS]
+        growing = [row for row, one in zip(trial, compiled(trial), strict=True) if one["status"] == "ok"]
+    compiled(
+        [
+            (key, {**best["config"], name: value})
+            for key in keys
+            for best in itertools.islice(ranked(found[key]), LATE)
+            for name, values in late[key[0]].items()
+            for value in values[1:]
+        ]
+    )
+    compiled(
+        [
+            ((dtype, head_dim), config)
+            for dtype, model in sweep.alike.items()
+            for head_dim in op.head_dims
+            for config in _best_without(found[model, head_dim], late[model].keys() - late[dtype].keys())
+        ]
+    )
     return found
 
 
-def _combinations(axes: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+def _best_without(records: Iterable[dict[str, Any]], axes: Collection[str]) -> list[dict[str, Any]]:
+    """The configurations of the best ALIKE of the records, apart from these axes, each once."""
+    configs: dict[str, dict[str, Any]] = {}
+    for one in ranked(records):
+        config = {name: value for name, value in one["config"].items() if name not in axes}
+        configs.setdefault(json.dumps(config, sort_keys=True), config)
+    return list(configs.values())[:ALIKE]
 
 
 def _compiled(
@@ -178,13 +196,21 @@ def _holding(
         ]
         records = [_compiled(op, arch, rows, compile_all, variant) for variant in op.variants]
         for (key, _), *variants in zip(rows, *records, strict=True):
-            if all(wanted(one) for one in variants):
+            if all(_holds(candidates[key][place], one) for one in variants):
                 held[key] = place
     return {key: held.get(key) for key in candidates}
 
 
 def _is_near(one: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    return wanted(one) and _merit(one) >= LOSS * _merit(best)
+    as_good = wanted(one) or (not wanted(best) and not one["vgpr_spills"])
+    return as_good and _merit(one) >= LOSS * _merit(best)
+
+
+def _holds(one: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
+    """Whether a variant of a candidate spills only if that does, and is wanted if that is."""
+    if variant["status"] not in ("ok", "spills") or (variant["vgpr_spills"] and not one["vgpr_spills"]):
+        return False
+    return wanted(variant) or not wanted(one)
 
 
 def _merit(one: Mapping[str, Any]) -> float:
@@ -198,11 +224,19 @@ def ranked(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     left = [one for one in records if one["status"] in ("ok", "spills") and _fits_neighbours(one)]
     if not left:
         return
-    amd = aot.is_amd(left[0]["arch"])
-    clean = max((_merit(one) for one in left if wanted(one) and not one["vgpr_spills"]), default=0.0)
-    first = [one for one in left if wanted(one) and (not one["vgpr_spills"] or _merit(one) > GAIN * clean)]
-    yield from _best_of_equals(first) if amd else sorted(first, key=_nvidia_preference, reverse=True)
-    yield from _least_bad([one for one in left if one not in first], amd)
+    if not aot.is_amd(left[0]["arch"]):
+        yield from sorted(filter(wanted, left), key=_nvidia_preference, reverse=True)
+        wide = sorted((one for one in left if not wanted(one)), key=_nvidia_preference, reverse=True)
+        yield from sorted(wide, key=lambda one: (one["vgpr_spills"], _resident_warps(one) < WARPS))
+        return
+    clean = [one for one in left if not one["vgpr_spills"]]
+    enough = GAIN * max(map(_merit, clean), default=0.0)
+    bearable = [one for one in left if not one["vgpr_spills"] or _merit(one) > enough]
+    first = [one for one in bearable if wanted(one)]
+    second = [one for one in clean if one not in first] if bearable == clean else []
+    yield from _best_of_equals(first)
+    yield from _best_of_equals(second)
+    yield from _least_bad([one for one in left if one not in first and one not in second])
 
 
 def wanted(one: Mapping[str, Any]) -> bool:
@@ -245,11 +279,8 @@ def _nvidia_preference(one: Mapping[str, Any]) -> tuple:
     )
 
 
-def _least_bad(records: Sequence[dict[str, Any]], amd: bool) -> Iterator[dict[str, Any]]:
-    if not amd:
-        wide = sorted(records, key=_nvidia_preference, reverse=True)
-        yield from sorted(wide, key=lambda one: (one["vgpr_spills"], _resident_warps(one) < WARPS))
-        return
+def _least_bad(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """On AMD."""
     fewest = min((one["vgpr_spills"] for one in records), default=0)
     near = [one for one in records if one["vgpr_spills"] <= SPILLING * max(fewest, OUTSIDE)]
     yield from _best_of_equals(near)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import MemoryFault, UnsupportedInstruction
+from .errors import MachineError, MemoryFault, UnsupportedInstruction
 from .memory import ATOMICS, SIZES, Width
 from .operands import vector_register
 from .program import Instruction
@@ -222,6 +222,8 @@ def _read_transposed(gang: "Gang", instruction: Instruction, bits: int) -> "Step
 
     def step() -> None:
         lanes = gang.active_lanes()
+        if lanes.size % gang.wave_size:
+            raise MachineError(f"a transposed read with lanes switched off has no documented meaning, {instruction}")
         data = gang.lds.read(address(lanes), 8, lanes, instruction).view(dtype)
         columns = data.reshape(-1, rows, 16).swapaxes(1, 2)
         width.load(gang, lanes, np.ascontiguousarray(columns).reshape(-1, rows).view(np.uint32))

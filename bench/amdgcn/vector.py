@@ -96,7 +96,9 @@ def _destination(gang: "Gang", instruction: Instruction, type: str) -> Store:
         raise UnsupportedInstruction(f"no meaning for op_sel of {instruction}")
     dpp = lanes.permutation(gang, instruction)
     part = instruction.modifiers.get("dst_sel", "DWORD")
-    if instruction.encoding == "sdwa" and part != "DWORD":
+    if instruction.encoding != "sdwa" and part != "DWORD":
+        raise UnsupportedInstruction(f"no meaning for dst_sel of {instruction}")
+    if part != "DWORD":
         return _destination_part(gang, instruction, str(part), type)
     return destination(gang, instruction.operands[0], type, half=half, lanes=dpp.writable if dpp else None)
 

@@ -7,7 +7,8 @@ import sys
 import click
 import pytest
 
-from jfa_bench import aot, compile, machine_code
+import jfa
+from jfa_bench import aot, compile, machine_code, ops
 from jfa_bench.compile import Case, compile_all, compile_case
 from jfa_models.cli import run
 
@@ -45,8 +46,8 @@ def records():
 
 def test_the_table_has_a_row_for_every_kernel_dtype_head_dim_and_architecture():
     rows = compile.cases(aot.ARCHS)
-    assert len(rows) == len(set(rows)) == 72 * len(compile.OPS)
-    assert {row.kernel for row in rows} >= {"flash_attention"}
+    assert len(rows) == len(set(rows)) == 72 * len(ops.OPS)
+    assert {row.kernel for row in rows} >= {"flash_attention", "flash_attention_dq", "flash_attention_dkv"}
     few = compile.cases(["gfx942"], dtypes=["float16"], head_dims=[64, 128])
     assert {(row.arch, row.dtype, row.head_dim) for row in few} == {("gfx942", "float16", d) for d in (64, 128)}
 
@@ -78,11 +79,23 @@ def test_both_loops_of_a_causal_kernel_are_read(records):
     assert 0 < records["gfx942"]["matrix_bound"] <= 1
 
 
-@pytest.mark.parametrize("variant", compile.OPS[0].variants)
-def test_every_variant_reaches_the_same_kernel(variant):
+@pytest.mark.parametrize(
+    ("op", "variant"), [pytest.param(op, v, id=f"{op.kernel}-{v}") for op in ops.OPS for v in ("", *op.variants)]
+)
+def test_every_variant_reaches_the_same_kernel(op, variant):
     for dtype, head_dim in (("bfloat16", 64), ("float32", 256)):
-        fn, args = compile.OPS[0].call(dtype, head_dim, None, variant)
-        assert [kernel.name for kernel in aot.lower(fn, *args, arch="gfx942")] == ["flash_attention"]
+        fn, args = op.call(dtype, head_dim, None, variant)
+        kernels = [kernel.name for kernel in aot.lower(fn, *args, arch="gfx942")]
+        assert set(kernels) == {one.kernel for one in ops.OPS if one.direction == op.direction}
+        assert kernels.count(op.kernel) == 1
+
+
+def test_each_kernel_of_the_backward_pass_gets_its_configuration():
+    config = jfa.FlashConfig(block_q=32, block_kv=64, num_warps=8, num_stages=3)
+    for op in ops.OPS[1:]:
+        fn, args = op.call("bfloat16", 64, config, "")
+        grids = {kernel.name: (kernel.grid, kernel.num_warps) for kernel in aot.lower(fn, *args, arch="gfx942")}
+        assert grids == {"flash_attention_dq": ((8, 128, 1), 8), "flash_attention_dkv": ((2, 64, 1), 8)}
 
 
 def test_a_tile_over_the_lds_limit_is_caught():
@@ -127,18 +140,23 @@ def test_a_compiler_that_ends_its_process_costs_its_own_row_alone():
 def test_a_table_fits_80_columns(bench):
     status, out, err = bench(*"compile --arch gfx942,sm_80 --dtype bfloat16 --head-dim 64 --processes 0".split())
     assert (status, err) == (0, "")
-    title, _, heading, _, amd, nvidia = out.splitlines()
-    assert title == "flash_attention, forward"
-    assert [cell.strip() for cell in heading.split("|")[1:-1]] == list(compile.TABLE.values())
-    assert amd.startswith("| gfx942 | bf16") and nvidia.startswith("| sm_80  | bf16")
+    lines = out.splitlines()
+    assert len(lines) == 6 * len(ops.OPS)
+    for op, *six in zip(ops.OPS, *(lines[i::6] for i in range(6)), strict=True):
+        title, _, heading, _, amd, nvidia = six
+        assert title == f"{op.kernel}, {op.direction}"
+        assert [cell.strip() for cell in heading.split("|")[1:-1]] == list(compile.TABLE.values())
+        assert amd.startswith("| gfx942 | bf16") and nvidia.startswith("| sm_80  | bf16")
     assert max(map(len, out.splitlines())) <= 80
 
 
 def test_json_is_one_document_with_versions(bench):
     status, out, _ = bench(*"compile --arch gfx942 --dtype float16 --head-dim 64 --processes 0 -o json".split())
-    [record] = json.loads(out.splitlines()[-1])
-    assert status == 0 and record["versions"]["triton"] == aot.triton_version()
-    assert set(record) >= FIELDS and record["note"] is None
+    records = json.loads(out.splitlines()[-1])
+    assert status == 0 and [record["kernel"] for record in records] == [op.kernel for op in ops.OPS]
+    for record in records:
+        assert record["versions"]["triton"] == aot.triton_version()
+        assert set(record) >= FIELDS and record["note"] is None
 
 
 def test_an_unmet_triton_is_said_on_stderr_and_in_the_record(bench, monkeypatch):
@@ -147,7 +165,7 @@ def test_an_unmet_triton_is_said_on_stderr_and_in_the_record(bench, monkeypatch)
     status, out, err = bench(*"compile --arch gfx942 --dtype float16 --head-dim 64 --processes 0 -o jsonl".split())
     said = "is not among the releases whose output was checked (1.0 to 2.0): figures read from its code may be wrong"
     assert status == 0 and err.startswith("note: triton ") and said in err and err.count("\n") == 1
-    assert said in json.loads(out)["note"]
+    assert all(said in json.loads(line)["note"] for line in out.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from pathlib import Path
 
 import jax
 import pytest
@@ -27,25 +28,37 @@ NEIGHBOURS = [
     ("sm_89", "sm_80"),
 ]
 DTYPES = ("bfloat16", "float16", "float32")
-SHIPPED = {"gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90"}
+AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+SHIPPED = {  # architectures, by kernel
+    "flash_attention": (*AMD, "sm_80", "sm_90"),
+    "flash_attention_dq": AMD,
+    "flash_attention_dkv": AMD,
+}
 FOLDER = resources.files("jfa") / "tuning_tables"
-TABLES = {arch: json.loads((FOLDER / arch / "flash_attention.json").read_text()) for arch in sorted(SHIPPED)}
+TABLES = {
+    (kernel, arch): json.loads((FOLDER / arch / f"{kernel}.json").read_text())
+    for kernel, archs in SHIPPED.items()
+    for arch in archs
+}
 ENTRIES = [
-    pytest.param(arch, table, entry, id=f"{arch}-{dtype}-{head_dim}")
-    for arch, table in TABLES.items()
+    pytest.param(arch, table, entry, id=f"{kernel}-{arch}-{dtype}-{head_dim}")
+    for (kernel, arch), table in TABLES.items()
     for dtype, entries in table["configs"].items()
     for head_dim, entry in entries.items()
 ]
 
 
 def test_every_table_is_tested():
-    assert {folder.name for folder in FOLDER.iterdir() if folder.is_dir()} == SHIPPED
+    files = [file for folder in FOLDER.iterdir() if folder.is_dir() for file in folder.iterdir()]
+    assert {(file.name, file.parent.name) for file in map(Path, map(str, files))} == {
+        (f"{kernel}.json", arch) for kernel, arch in TABLES
+    }
 
 
-@pytest.mark.parametrize("arch", TABLES)
-def test_a_table_says_what_it_is(arch):
-    table = TABLES[arch]
-    assert (table["op"], table["arch"]) == ("flash_attention", arch)
+@pytest.mark.parametrize(("kernel", "arch"), TABLES)
+def test_a_table_says_what_it_is(kernel, arch):
+    table = TABLES[kernel, arch]
+    assert (table["op"], table["arch"]) == (kernel, arch)
     assert "not measured" in table["source"]
     assert tuple(table["configs"]) == DTYPES
 
@@ -60,15 +73,16 @@ def test_an_entry_fits_its_architecture(arch, table, entry):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", TABLES)
-def test_every_head_dim_of_the_kernel_has_an_entry(arch, dtype):
+@pytest.mark.parametrize(("kernel", "arch"), TABLES)
+def test_every_head_dim_of_the_kernel_has_an_entry(kernel, arch, dtype):
     for head_dim in (16, 40, 64, 80, 128, 160, 256):
-        assert isinstance(tuning.flash_config(arch, dtype=dtype, head_dim=head_dim), jfa.FlashConfig)
-    assert tuning.flash_config(arch, dtype=dtype, head_dim=257) is None
+        found = tuning.flash_config(arch, dtype=dtype, head_dim=head_dim, kernel=kernel)
+        assert isinstance(found, jfa.FlashConfig)
+    assert tuning.flash_config(arch, dtype=dtype, head_dim=257, kernel=kernel) is None
 
 
-def listed(arch, head_dim):
-    return jfa.FlashConfig(**TABLES[arch]["configs"]["bfloat16"][head_dim]["config"])
+def listed(arch, head_dim, kernel="flash_attention"):
+    return jfa.FlashConfig(**TABLES[kernel, arch]["configs"]["bfloat16"][head_dim]["config"])
 
 
 @pytest.mark.parametrize(("head_dim", "entry"), [(16, "64"), (64, "64"), (65, "128"), (80, "128"), (129, "256")])
@@ -79,7 +93,9 @@ def test_a_head_dim_between_entries_takes_the_next_larger(head_dim, entry):
 @pytest.mark.parametrize(("arch", "neighbour"), [*NEIGHBOURS, ("gfx942", "gfx942")])
 def test_a_neighbour_serves_an_architecture_without_a_table(arch, neighbour):
     assert tuning.table_arch(arch) == neighbour
-    assert tuning.flash_config(arch, dtype="bfloat16", head_dim=128) == listed(neighbour, "128")
+    for kernel in (kernel for kernel, archs in SHIPPED.items() if neighbour in archs):
+        found = tuning.flash_config(arch, dtype="bfloat16", head_dim=128, kernel=kernel)
+        assert found == listed(neighbour, "128", kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,7 +104,8 @@ def test_a_neighbour_serves_an_architecture_without_a_table(arch, neighbour):
 )
 def test_an_unknown_architecture_has_no_entry_and_gets_the_default(platform, arch, dtype):
     for head_dim in (16, 80, 256):
-        assert tuning.flash_config(arch, dtype=dtype, head_dim=head_dim) is None
+        for kernel in SHIPPED:
+            assert tuning.flash_config(arch, dtype=dtype, head_dim=head_dim, kernel=kernel) is None
         row = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
         assert isinstance(default_config(Operands(row, row, row), describe(platform, arch)), jfa.FlashConfig)
 

@@ -29,6 +29,7 @@ from jfa.kernels.triton.tile import (
     chunks,
     load_rows,
     once,
+    output,
     padded,
     product,
     sum_of_products,
@@ -117,8 +118,8 @@ def flash_attention(
             pl.BlockSpec((None, config.block_q, None), lse_tile),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((shape.b, shape.tq, shape.hq, shape.dv), q.dtype),
-            jax.ShapeDtypeStruct((shape.b, shape.tq, shape.hq), jnp.float32),
+            output((shape.b, shape.tq, shape.hq, shape.dv), q.dtype, like=q),
+            output((shape.b, shape.tq, shape.hq), jnp.float32, like=q),
         ],
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,

@@ -32,6 +32,7 @@ from jfa.kernels.triton.tile import (
     chunks,
     load_rows,
     once,
+    output,
     padded,
     product,
     sum_of_products,
@@ -162,9 +163,9 @@ def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfi
     if operands.q_segments is not None and operands.kv_segments is not None:
         ranges = tiles_in_common(operands.q_segments, operands.kv_segments, config.block_q, config.block_kv)
         named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
-    outputs = [(jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype), q_spec)]
+    outputs = [(output(operands.q.shape, operands.q.dtype, like=operands.q), q_spec)]
     if operands.alibi_slopes is not None:
-        outputs.append((jax.ShapeDtypeStruct(rows.lse.shape, jnp.float32), row_spec))
+        outputs.append((output(rows.lse.shape, jnp.float32, like=operands.q), row_spec))
     dq, *slopes = _call(
         functools.partial(_dq_kernel, names=tuple(named), shape=shape, spec=spec, config=config),
         "flash_attention_dq",
@@ -210,8 +211,8 @@ def _dkv(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConf
         ranges = tiles_in_common(operands.kv_segments, operands.q_segments, config.block_kv, config.block_q)
         named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, j, b: (b, j, 0))
     outputs = [
-        (jax.ShapeDtypeStruct(operands.k.shape, operands.k.dtype), k_spec),
-        (jax.ShapeDtypeStruct(operands.v.shape, operands.v.dtype), v_spec),
+        (output(operands.k.shape, operands.k.dtype, like=operands.k), k_spec),
+        (output(operands.v.shape, operands.v.dtype, like=operands.v), v_spec),
     ]
     return _call(
         functools.partial(_dkv_kernel, names=tuple(named), shape=shape, spec=spec, config=config),
@@ -433,7 +434,7 @@ def _d_bias(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashC
         "flash_attention_dbias",
         grid,
         named,
-        [(jax.ShapeDtypeStruct(bias.shape, bias.dtype), out_spec)],
+        [(output(bias.shape, bias.dtype, like=bias), out_spec)],
         config,
         interpret,
     )

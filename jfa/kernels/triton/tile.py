@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -91,6 +92,11 @@ def arguments(operands: Operands, config: FlashConfig) -> dict[str, tuple[Any, A
             block = (x.shape[0], rows if name == "q_segments" else keys)
         found[name] = x, pl.BlockSpec(block, functools.partial(_at_the_start, x.ndim))
     return found
+
+
+def output(shape: tuple[int, ...], dtype: Any, *, like: Array) -> jax.ShapeDtypeStruct:
+    """What a kernel returns; inside shard_map it varies over the mesh axes that `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 OPTIONAL = tuple(name for name in Operands._fields if name not in ("q", "k", "v"))

@@ -1,0 +1,227 @@
+"""The kernels of the library as one table: how each is called, what configures it, and what is worth trying."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jfa
+from jfa import backends, tuning
+from jfa.device import probe
+from jfa.kernels.triton import flash, flash_bwd
+from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
+
+from . import aot
+
+LENGTH = 4096  # of every representative call: long enough that no tile is cut
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Which configurations of a kernel are worth compiling, for tune.py.
+
+    starts: (arch, dtype, head_dim) to the configurations that are tried, without the axis that grows.
+    grows: one more axis, from its smallest value upwards until a kernel spills or does not fit.
+    late: (arch, dtype) to axes of which a configuration starts with the first value; the others are tried one at a
+    time on the best that was found.
+    registers: at least this many 4-byte registers of a lane, so that hopeless tiles are not compiled for minutes.
+    alike: dtypes for which only the best of another dtype are tried.
+    """
+
+    starts: Callable[[str, str, int], list[dict[str, Any]]]
+    grows: tuple[str, tuple[int, ...]]
+    late: Callable[[str, str], Mapping[str, tuple[Any, ...]]]
+    registers: Callable[[Mapping[str, Any], int, int], float]  # (config, head_dim, lanes of a wave)
+    alike: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Op:
+    """One kernel of the library: a row of the table, and one tuning table per architecture."""
+
+    name: str  # of the op in records
+    direction: str  # "forward" or "backward"
+    kernel: str  # the name of its Pallas call, and of its tuning table
+    config_type: type
+    # (dtype, head_dim, config or None for the library's choice, variant) -> a call that reaches the kernel
+    call: Callable[[str, int, Any, str], tuple[Callable, tuple]]
+    default_config: Callable[[DeviceInfo, str, int], Any]  # what a plain call gets
+    bound: str = "matrix_bound"  # the figure that a table shows; "memory_bound_share" where no dot is the point
+    variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must serve as well
+    sweep: Sweep
+    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    head_dims: tuple[int, ...] = (64, 128, 256)
+
+
+def _rows(dtype: str, head_dim: int, batch: int = 1, heads: int = 8) -> Any:
+    return jax.ShapeDtypeStruct((batch, LENGTH, heads, head_dim), dtype)
+
+
+def _operands(dtype: str, head_dim: int) -> Operands:
+    q, kv = _rows(dtype, head_dim), _rows(dtype, head_dim, heads=2)
+    return Operands(q, kv, kv)
+
+
+def _flash_forward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """Causal, [1, 4096, 8, d] with two key heads."""
+    batch = 1
+    options: dict[str, Any] = {}
+    if variant == "window and lengths":
+        batch = 4
+        lengths = jnp.full(batch, LENGTH, jnp.int32)
+        options = dict(local_window_size=(1024, 0), key_value_seq_lengths=lengths, query_offset=lengths)
+    elif variant == "padded head_dim":
+        head_dim = head_dim * 5 // 8
+
+    def call(q, k, v):
+        return jfa.dot_product_attention(q, k, v, is_causal=True, implementation="triton", config=config, **options)
+
+    kv = _rows(dtype, head_dim, batch, 2)
+    return call, (_rows(dtype, head_dim, batch), kv, kv)
+
+
+def _flash_default(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
+    tuned = tuning.flash_config(device.arch, dtype=dtype, head_dim=head_dim)
+    return tuned or flash.default_config(_operands(dtype, head_dim), device)
+
+
+def _flash_backward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """The backward pass of the forward's call; config is that of each of its kernels."""
+    if variant == "padded head_dim":
+        head_dim = head_dim * 5 // 8
+    q, kv = _rows(dtype, head_dim), _rows(dtype, head_dim, heads=2)
+    residual = jax.ShapeDtypeStruct(q.shape[:3], "float32")
+
+    def call(q, k, v, out, lse, d_out):
+        given = None if config is None else flash_bwd.BackwardConfig(dq=config, dkv=config)
+        chosen = given or backends.FLASH["triton"].backward_config(Operands(q, k, v), None, probe())
+        spec = AttentionSpec(sm_scale=head_dim**-0.5, causal=True)
+        return flash_bwd.flash_attention_bwd(
+            Operands(q, k, v), out, lse, d_out, jnp.zeros_like(lse), spec=spec, config=chosen, interpret=False
+        )
+
+    return call, (q, kv, kv, q, residual, q)
+
+
+def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConfig]:
+    def config(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
+        chosen = backends.FLASH["triton"].backward_config(_operands(dtype, head_dim), None, device)
+        return getattr(chosen, kernel)
+
+    return config
+
+
+def _forward_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+    """16 or 32 queries to a wave: with fewer, waves repeat each other's products; with more, a tile spills."""
+    pairs = [(32, 4), (64, 4), (128, 4), (64, 8), (128, 8), (256, 8)]
+    if aot.is_cdna(arch) and dtype != "float32":
+        pairs = [(64, 4), (128, 4), (128, 8), (256, 8)]
+    elif dtype == "float32":
+        pairs = [(16, 4), (32, 4), (64, 4), (16, 8), (32, 8), (64, 8), (128, 8)]
+    return _with_chunks(arch, dtype, head_dim, [dict(block_q=rows, num_warps=warps) for rows, warps in pairs])
+
+
+def _dq_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+    pairs = [(32, 4), (64, 4), (128, 4)] if dtype != "float32" else [(16, 4), (32, 4), (64, 4), (32, 8)]
+    return _with_chunks(arch, dtype, head_dim, [dict(block_q=rows, num_warps=warps) for rows, warps in pairs])
+
+
+def _dkv_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+    pairs = [(32, 4), (64, 4), (128, 4)] if dtype != "float32" else [(16, 4), (32, 4), (64, 4), (32, 8)]
+    if not aot.is_amd(arch) or head_dim == 256:
+        pairs.append((64, 8))
+    return _with_chunks(arch, dtype, head_dim, [dict(block_kv=rows, num_warps=warps) for rows, warps in pairs])
+
+
+def _with_chunks(arch: str, dtype: str, head_dim: int, starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """RDNA has too few registers for a tile of a wide head_dim: also in chunks of 32 and 64."""
+    if not arch.startswith("gfx1") or head_dim < 128 or dtype == "float32":
+        return starts
+    return [{**start, **chunk} for start in starts for chunk in ({}, {"block_d": 32}, {"block_d": 64})]
+
+
+def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
+    """A polynomial for 2^x and rounding by hand pay where vector instructions decide: on AMD, in 16 bits."""
+    if not aot.is_amd(arch):
+        return {"num_stages": (2, 1, 3)}
+    axes: dict[str, tuple[Any, ...]] = {"num_stages": (1, 2)}
+    if dtype != "float32":
+        axes["exp2_degree"] = (4, None) if aot.is_cdna(arch) else (None, 4)
+    if dtype == "bfloat16":
+        # gfx950 converts in one instruction
+        axes["round_half_up"] = (False, True) if arch == "gfx950" else (True, False)
+    return axes
+
+
+OPS = (
+    Op(
+        name="flash_attention",
+        direction="forward",
+        kernel="flash_attention",
+        config_type=FlashConfig,
+        call=_flash_forward,
+        default_config=_flash_default,
+        variants=("window and lengths", "padded head_dim"),
+        sweep=Sweep(
+            starts=_forward_starts,
+            grows=("block_kv", (16, 32, 64, 128)),
+            late=_switches,
+            # the accumulator and the scores in float32, the queries in 16 bits
+            registers=lambda config, head_dim, lanes: (
+                config["block_q"]
+                * ((1.0 if config.get("block_d") else 1.5) * head_dim + config["block_kv"])
+                / (config["num_warps"] * lanes)
+            ),
+            alike={"float16": "bfloat16"},
+        ),
+    ),
+    Op(
+        name="flash_attention",
+        direction="backward",
+        kernel="flash_attention_dq",
+        config_type=FlashConfig,
+        call=_flash_backward,
+        default_config=_backward_default("dq"),
+        variants=("padded head_dim",),
+        sweep=Sweep(
+            starts=_dq_starts,
+            grows=("block_kv", (16, 32, 64)),
+            late=_switches,
+            # the accumulator, two tiles of scores, and q and do in 16 bits
+            registers=lambda config, head_dim, lanes: (
+                config["block_q"]
+                * ((1.0 if config.get("block_d") else 2.0) * head_dim + 2 * config["block_kv"])
+                / (config["num_warps"] * lanes)
+            ),
+            alike={"float16": "bfloat16"},
+        ),
+    ),
+    Op(
+        name="flash_attention",
+        direction="backward",
+        kernel="flash_attention_dkv",
+        config_type=FlashConfig,
+        call=_flash_backward,
+        default_config=_backward_default("dkv"),
+        variants=("padded head_dim",),
+        sweep=Sweep(
+            starts=_dkv_starts,
+            grows=("block_q", (16, 32, 64)),
+            late=_switches,
+            # two accumulators, two tiles of scores, and k and v in 16 bits
+            registers=lambda config, head_dim, lanes: (
+                config["block_kv"]
+                * ((2.0 if config.get("block_d") else 3.0) * head_dim + 2 * config["block_q"])
+                / (config["num_warps"] * lanes)
+            ),
+            alike={"float16": "bfloat16"},
+        ),
+    ),
+)
+
+
+def named(names: tuple[str, ...] | list[str]) -> tuple[Op, ...]:
+    """The entries of OPS that a name of an op or of a kernel means."""
+    return tuple(op for op in OPS if op.name in names or op.kernel in names)

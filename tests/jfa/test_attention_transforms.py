@@ -1,0 +1,213 @@
+"""jit, vmap, checkpoint and shard_map of the op, and its backends on drawn shapes and options."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jfa
+from jfa_bench import cases
+from jfa_bench.cases import Case, truth, truth_of
+from jfa_bench.numerics import assert_within, limit
+
+TILES = {
+    "xla": jfa.BlockConfig(block_q=16, block_kv=16, widen=True),
+    "triton": jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+}
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_vmap_of_the_gradient(backend):
+    random = np.random.default_rng(1)
+    q = jnp.asarray(random.standard_normal((2, 1, 20, 2, 16)), jnp.float32)
+    lengths = jnp.array([[20], [7]], jnp.int32)
+
+    def gradient(q, lengths):
+        def loss(q):
+            options = dict(implementation=backend, config=TILES[backend], key_value_seq_lengths=lengths)
+            return jnp.square(jfa.dot_product_attention(q, q, q, is_causal=True, **options)).sum()
+
+        return jax.grad(loss)(q)
+
+    one_by_one = jnp.stack([gradient(*one) for one in zip(q, lengths, strict=True)])
+    np.testing.assert_allclose(jax.vmap(gradient)(q, lengths), one_by_one, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [(), ("jfa_out", "jfa_lse")])
+def test_checkpoint_gives_the_same_gradient(names):
+    q, k, v = truth("gqa", "float32").arrays
+
+    def loss(q, k, v):
+        return jnp.square(jfa.dot_product_attention(q, k, v, is_causal=True, config=TILES["xla"])).sum()
+
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    want = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    for x, y in zip(jax.grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2))(q, k, v), want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_names_saved_for_a_checkpoint_spare_the_second_forward_pass():
+    q, k, v = truth("gqa", "float32").arrays
+
+    def loss(q, k, v):
+        options = dict(implementation="triton", config=TILES["triton"])
+        return jnp.square(jfa.dot_product_attention(q, k, v, **options)).sum()
+
+    def kernels(*names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        return str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(q, k, v)).count("pallas_call[")
+
+    assert kernels() == kernels("jfa_out", "jfa_lse") + 1
+
+
+def test_forward_mode_works_on_the_reference():
+    q, k, v = truth("gqa", "float32").arrays
+
+    def attend(q):
+        return jfa.dot_product_attention(q, k, v, implementation="reference")
+
+    step = jnp.ones_like(q)
+    _, slope = jax.jvp(attend, (q,), (step,))
+    difference = (attend(q + 1e-2 * step) - attend(q - 1e-2 * step)) / 2e-2
+    np.testing.assert_allclose(slope, difference, atol=1e-3)
+
+
+def test_gradients_repeat_bit_for_bit():
+    known = truth("gqa", "bfloat16")
+
+    def gradient():
+        def loss(q):
+            options = dict(implementation="triton", config=TILES["triton"], is_causal=True)
+            return jfa.dot_product_attention(q, *known.arrays[1:], **options).astype(jnp.float32).sum()
+
+        return jax.grad(loss)(known.arrays[0])
+
+    np.testing.assert_array_equal(gradient(), gradient())
+
+
+def test_dropout_keeps_the_share_it_should():
+    q = jnp.zeros((2, 256, 2, 16))
+    v = jnp.ones_like(q)
+    options = dict(dropout_rate=0.3, dropout_key=jax.random.key(1), config=jfa.BlockConfig(block_q=64, block_kv=64))
+    out = jfa.dot_product_attention(q, q, v, **options)
+    # 262,144 weights: the mean of what is kept, divided by 0.7, is 1 to within four standard deviations
+    assert abs(float(out.mean()) - 1) < 4 * (0.3 / 0.7 / 262_144) ** 0.5
+    assert float(out[..., 0].std()) > 0.01  # and not the same for all
+
+
+@pytest.mark.slow
+def test_shard_map_over_batch_and_heads():
+    """On eight devices of the CPU, in a process of its own: their number is fixed when JAX starts."""
+    program = """
+        import functools
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import Mesh, PartitionSpec as P
+        import jfa
+
+        mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "heads"))
+        keys = jax.random.split(jax.random.key(0), 3)
+        q = jax.random.normal(keys[0], (4, 20, 4, 16))
+        k, v = (jax.random.normal(key, (4, 20, 2, 16)) for key in keys[1:])
+
+        sinks, bias = jnp.arange(4.0), jax.random.normal(keys[0], (1, 1, 20, 20))
+
+        def loss(q, k, v, sinks, bias, implementation="xla"):
+            options = dict(is_causal=True, sinks=sinks, bias=bias, implementation=implementation)
+            return jnp.square(jfa.dot_product_attention(q, k, v, **options)).sum((1, 3))
+
+        def sharded(loss):
+            spec = P("data", None, "heads", None)
+            specs = (spec, spec, spec, P("heads"), P())  # the bias is the same everywhere
+            return jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P("data", "heads"))
+
+        def gradients(f):
+            return jax.jit(jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2, 3, 4)))
+
+        arrays = q, k, v, sinks, bias
+        for got, want in zip(gradients(sharded(loss))(*arrays), gradients(loss)(*arrays)):
+            np.testing.assert_allclose(got, want, atol=1e-4)
+
+        # interpreted kernels do not run under shard_map's check; they lower
+        from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+        device = AbstractDevice(device_kind="gfx942", num_cores=None, platform="rocm")
+        kernel = functools.partial(loss, implementation="triton")
+        auto = (AxisType.Auto, AxisType.Auto)
+        mesh = AbstractMesh((4, 2), ("data", "heads"), axis_types=auto, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            lowered = gradients(sharded(kernel)).trace(*arrays).lower(lowering_platforms=("rocm",)).as_text()
+        assert lowered.count("@__gpu$xla.gpu.triton") == 4
+    """
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)],
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@st.composite
+def drawn_cases(draw) -> Case:
+    """A case of any shape and options that make sense together."""
+    hkv, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
+    b, tq, tk = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 50))
+    options: dict = dict(is_causal=draw(st.booleans()))
+    if draw(st.booleans()):
+        options["local_window_size"] = (draw(st.integers(0, 30)), draw(st.integers(0, 30)))
+    if draw(st.booleans()):
+        options["query_offset"] = [draw(st.integers(-5, 50)) for _ in range(b)]
+    if draw(st.booleans()):
+        options["key_value_seq_lengths"] = [draw(st.integers(0, tk)) for _ in range(b)]
+    if draw(st.booleans()):
+        options["query_seq_lengths"] = [draw(st.integers(0, tq)) for _ in range(b)]
+    if draw(st.booleans()):
+        options["logits_soft_cap"] = draw(st.floats(0.5, 20))
+    scores = (b, hkv * group, tq, tk)
+
+    def broadcast():
+        return tuple(draw(st.sampled_from([1, size])) for size in scores)
+
+    return Case(
+        shape=(b, tq, tk, hkv * group, hkv, draw(st.sampled_from([8, 16, 40]))),
+        value_head_dim=draw(st.sampled_from([None, 8, 24])),
+        options=options,
+        bias=broadcast() if draw(st.booleans()) else None,
+        mask=broadcast() if draw(st.booleans()) else None,
+        sinks=draw(st.booleans()),
+        alibi=draw(st.booleans()),
+        segments=draw(st.sampled_from([0, 0, 3])),
+        dropout_rate=draw(st.sampled_from([0.0, 0.0, 0.25])),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=drawn_cases())
+def test_drawn_shapes_and_options_agree_with_the_oracle(dtype, case):
+    known = truth_of(case, dtype, seed=1)
+    arrays = dict(zip(("query", "key", "value"), known.arrays, strict=True))
+    arrays |= {name: known.options[name] for name in cases.GRADIENTS if name in known.options}
+    options = {name: x for name, x in known.options.items() if name not in arrays}
+
+    def loss(arrays):
+        out, lse = jfa.dot_product_attention(
+            **arrays, implementation="xla", config=TILES["xla"], return_residual=True, **options
+        )
+        through_lse = jnp.where(jnp.isfinite(lse), lse * known.d_lse, 0.0)
+        total = (out.astype(jnp.float32) * known.d_out.astype(jnp.float32)).sum() + through_lse.sum()
+        return total, (out, lse)
+
+    gradients, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
+    assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
+    for name, (want, plain) in known.gradients.items():
+        assert_within(gradients[name], want, limit(want, plain, jnp.dtype(dtype), products=3))
