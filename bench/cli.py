@@ -4,11 +4,12 @@ import sys
 from collections.abc import Callable
 
 import click
+import jax
 
 from jfa_models.cli import command_group, model_options, run
 from jfa_models.generate import from_pretrained
 
-from . import compile, models, prove, record, report, tune
+from . import attention, compile, models, prove, record, report, tune
 
 
 def main() -> None:
@@ -40,6 +41,35 @@ def measurement_options(command: Callable) -> Callable:
     output = click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
     samples = click.option("--samples", type=click.IntRange(min=1), default=15, show_default=True)
     return output(samples(command))
+
+
+@commands.command("attention")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--length", type=Counts(), default="512,2048", show_default=True, help="Of queries and keys.")
+@click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--kv-heads", type=click.IntRange(min=1), default=None, help="As many as --heads.")
+@click.option("--head-dim", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
+@click.option("--causal/--no-causal", default=True, show_default=True)
+@click.option("--implementation", type=compile.Names("implementation", attention.IMPLEMENTATIONS), default=None)
+@measurement_options
+def attention_command(batch, length, heads, kv_heads, head_dim, dtype, causal, implementation, samples, output) -> None:
+    """The op beside the plain formula and jax.nn's, forward and with its gradient."""
+    if implementation is None:  # interpreted kernels are no measurement
+        implementation = [n for n in attention.IMPLEMENTATIONS if n != "triton" or jax.default_backend() == "gpu"]
+    if heads % (kv_heads or heads):
+        raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
+    records = attention.measure(
+        batch=batch,
+        lengths=length,
+        heads=(heads, kv_heads or heads),
+        head_dim=head_dim,
+        dtype=dtype,
+        causal=causal,
+        implementations=implementation,
+        samples=samples,
+    )
+    click.echo(record.render(list(records), output, attention.COLUMNS))
 
 
 @commands.command()

@@ -23,7 +23,7 @@ class Sweep:
     """Which configurations of a kernel are worth compiling, for tune.py.
 
     starts: (arch, dtype, head_dim) to the configurations that are tried, without the axis that grows.
-    grows: one more axis, from its smallest value upwards until a kernel spills or does not fit.
+    grows: one more axis, from its smallest value upwards until a kernel spills, does not fit or gets slower.
     late: (arch, dtype) to axes of which a configuration starts with the first value; the others are tried one at a
     time on the best that was found.
     registers: at least this many 4-byte registers of a lane, so that hopeless tiles are not compiled for minutes.
@@ -116,8 +116,10 @@ def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConf
 def _forward_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
     """16 or 32 queries to a wave: with fewer, waves repeat each other's products; with more, a tile spills."""
     pairs = [(32, 4), (64, 4), (128, 4), (64, 8), (128, 8), (256, 8)]
-    if aot.is_cdna(arch) and dtype != "float32":
-        pairs = [(64, 4), (128, 4), (128, 8), (256, 8)]
+    if aot.is_cdna(arch) and dtype == "float32":
+        pairs = [(32, 4), (64, 4), (128, 8)]
+    elif aot.is_cdna(arch):
+        pairs = [(64, 4), (128, 4), (128, 8)] if head_dim > 128 else [(128, 4), (256, 8)]
     elif dtype == "float32":
         pairs = [(16, 4), (32, 4), (64, 4), (16, 8), (32, 8), (64, 8), (128, 8)]
     return _with_chunks(arch, dtype, head_dim, [dict(block_q=rows, num_warps=warps) for rows, warps in pairs])

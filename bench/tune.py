@@ -1,8 +1,8 @@
 """`jfa-bench tune`: the configuration of each kernel on an architecture, into jfa/tuning_tables/<arch>/<kernel>.json.
 
 Offline, by compiled code. A kernel's Sweep (ops.OPS) says what is tried: tiles from its starts, grown until a kernel
-spills or does not fit, then its late axes, one at a time, on the best LATE; for a dtype that is like another, the best
-ALIKE of that one. Then:
+spills, loses waves or gets slower, then its late axes, one at a time, on the best LATE; for a dtype that is like
+another, the best ALIKE of that one. Then:
 
 AMD: wanted is what fits the LDS, spills nothing and leaves two waves on a SIMD or more; of that the most FLOP per cycle
 (the order of matrix_bound, which also exists where no matrix instruction serves a dtype). Spills outside the main loop
@@ -46,7 +46,7 @@ from .ops import Op, named
 
 LANE_REGISTERS = 255  # that a tile may take: of CDNA's 512, half is what leaves two waves on a SIMD
 WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
-OUTSIDE, GAIN = 32, 5 / 3
+OUTSIDE, GAIN = 32, 1.75
 SPILLING = 2.5
 TIE = 0.97
 LATE, ALIKE = 2, 4  # candidates on which late axes are tried; that are tried for a dtype like another
@@ -60,7 +60,7 @@ _NVIDIA_REGISTERS = 65_536  # of a multiprocessor. Source: CUDA C programming gu
 RULES = {
     "rocm": (
         "of the configurations that fit the LDS, spill nothing (or little, outside of the main loop, where that gains "
-        f"two thirds) and keep {WAVES} waves per SIMD, also in the kernel's other calls (windows, lengths, padded "
+        f"three quarters) and keep {WAVES} waves per SIMD, also in the kernel's other calls (windows, lengths, padded "
         "head_dims), the one with the most FLOP per cycle in its main loop, the larger tile on a tie; where a note "
         "says so nothing was as wanted, and the entry is the least bad"
     ),
@@ -128,14 +128,19 @@ def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[st
         return records
 
     growing = [
-        ((dtype, head_dim), {**{name: values[0] for name, values in late[dtype].items()}, **start})
+        (((dtype, head_dim), {**{name: values[0] for name, values in late[dtype].items()}, **start}), 0.0)
         for dtype, head_dim in keys
         for start in sweep.starts(arch, dtype, head_dim)
     ]
     for size in sizes:
-        trial = [(key, {**config, grows: size}) for key, config in growing]
-        trial = [row for row in trial if sweep.registers(row[1], row[0][1], lanes) <= LANE_REGISTERS]
-        growing = [row for row, one in zip(trial, compiled(trial), strict=True) if one["status"] == "ok"]
+        trial = [((key, {**config, grows: size}), merit) for (key, config), merit in growing]
+        trial = [(row, merit) for row, merit in trial if sweep.registers(row[1], row[0][1], lanes) <= LANE_REGISTERS]
+        records = compiled([row for row, _ in trial])
+        growing = [
+            (row, _merit(one))
+            for (row, merit), one in zip(trial, records, strict=True)
+            if wanted(one) and not one["vgpr_spills"] and _merit(one) >= TIE * merit
+        ]
     compiled(
         [
             (key, {**best["config"], name: value})
