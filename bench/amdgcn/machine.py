@@ -19,8 +19,9 @@ from .memory import Memory
 from .operands import EXEC, NULL, NUM_SCALARS, TRAP_TEMPORARIES
 from .program import Instruction, Program, parse
 
-# Lanes in a gang: enough to spread the cost of a NumPy call, few enough that its operands stay in the cache.
-LANES = 2048
+# Lanes in a gang: enough to spread the cost of a NumPy call, few enough that its operands stay in the cache (measured:
+# bench/LOG.md).
+LANES = 1024
 MAX_BLOCKS = 5_000_000  # far above any kernel that ends: minutes
 _UNSET = 0xFFEDFFED  # what a register holds before it is written: NaN as float32, float16 and bfloat16
 
