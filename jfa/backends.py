@@ -150,4 +150,6 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     refused += NOT_BUILT.items()
     tuned = tuning.flash_config(device.arch, dtype=row.dtype.name, head_dim=64) if chosen == "triton" else None
     tiles = f"tuning table of {tuning.table_arch(device.arch)}" if tuned else "defaults"
+    if chosen == "triton" and not tuned:
+        tiles = f"safe defaults, since no tuning table is for {device.arch}; jfa-bench tune makes one"
     return (Explanation(op="dot_product_attention", backend=chosen, tiles=tiles, refused=tuple(refused)),)

@@ -53,6 +53,7 @@ def test_checkpoint_gives_the_same_gradient(names):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax 0.11 leaves the unused forward pass to XLA")
 def test_names_saved_for_a_checkpoint_spare_the_second_forward_pass():
     q, k, v = truth("gqa", "float32").arrays
 
