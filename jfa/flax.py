@@ -52,7 +52,7 @@ def attention_fn(
       ValueError: active dropout without a dropout_rng.
       UnsupportedError: sow_weights (the weights never exist), or a replaced einsum.
     """
-    if precision not in (None, "highest", jax.lax.Precision.HIGHEST):
+    if precision not in (None, "default", "highest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST):
         raise UnsupportedError(
             f"precision={precision}: products are as exact as their dtype; leave it None, or lower dtype"
         )

@@ -102,8 +102,12 @@ def dot_product_attention(
     sees no key returns zeros (jax.nn: the mean of the values) and a residual of -inf.
 
     A score is scaled, gets its bias and ALiBi's, is soft-capped, then masked; the softmax has a sink where one is
-    given. Scores, softmax and sums are float32. Reverse-mode derivatives exist for query, key, value, bias, sinks and
-    alibi_slopes on every backend; forward mode works on "reference" alone.
+    given. Scores, softmax and sums are float32. First reverse-mode derivatives exist for query, key, value, bias, sinks
+    and alibi_slopes on every backend; forward mode works on "reference" alone. A key or value that no query sees may
+    hold anything, NaN too; NaN in one that some query sees may reach queries that do not.
+
+    Numbers and flags (scale, is_causal, local_window_size, logits_soft_cap, dropout_rate) are static, arrays may be
+    traced.
 
     Args:
       query: [b, tq, hq, d], or [tq, hq, d] for one row; float16, bfloat16 or float32.
@@ -126,7 +130,8 @@ def dot_product_attention(
       query_offset: i32[b] or int, position of the first query among the keys, as cached chunks need; None: 0.
       dropout_rate: the share of the weights that count 0; the others are divided by 1 - dropout_rate.
       dropout_key: a JAX random key, needed where dropout_rate > 0. Which weights stay depends on it and on their place
-        (row, head, query, key) alone, on every backend alike.
+        (row, head, query, key) alone, on every backend alike. Places are counted in the arrays of this call: under
+        shard_map fold the device's index into the key.
       broadcast_dropout: drop the same weights in all rows and heads.
       config: tiles of the backend, a FlashConfig for "triton" (forward) and a BlockConfig for "xla"; None: its table's.
 
@@ -252,16 +257,28 @@ def _broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, b
     return x
 
 
+def _narrowed(x: ArrayLike) -> Array:
+    """Whole numbers of any width as an array that JAX holds: clipped before it cuts off their upper half."""
+    if isinstance(x, Array):
+        return x
+    leaves = jax.tree.leaves(x)
+    if all(isinstance(leaf, Integral | np.ndarray | np.generic) for leaf in leaves):
+        whole = np.asarray(x)
+        if whole.dtype.kind in "iu":
+            held = np.iinfo(whole.dtype)
+            x = np.clip(whole, max(held.min, -_LONGEST), min(held.max, _LONGEST)).astype(np.int32)
+    return jnp.asarray(x)
+
+
 def _per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
     if x is None:
         return None
-    if not isinstance(x, Array):  # before JAX makes it int32
-        x = np.clip(np.asarray(x), -_LONGEST, _LONGEST)
-    x = jnp.asarray(x)
+    x = _narrowed(x)
     if spread and x.ndim == 0:
         x = jnp.full((batch,), x)
     checks.per_row(name, x, batch)
-    return jnp.clip(x, -_LONGEST, _LONGEST).astype(jnp.int32)
+    held = jnp.iinfo(x.dtype)
+    return jnp.clip(x, max(held.min, -_LONGEST), min(held.max, _LONGEST)).astype(jnp.int32)
 
 
 def _per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
@@ -282,6 +299,8 @@ def _segments(
     for (name, x), shape in zip(given.items(), (query_shape, key_shape), strict=True):
         if x is None:
             raise ValueError(f"{name} is missing: give the segments of both queries and keys, or of none")
+        if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size and not -(2**31) <= x.min() <= x.max() < 2**31:
+            raise ValueError(f"{name} must fit into 32 bits, got {x.min()} to {x.max()}; number the documents from 0")
         x = jnp.asarray(x)
         x = x[None] if one_row and x.ndim == 1 else x
         checks.segments(name, x, shape)
@@ -290,7 +309,7 @@ def _segments(
 
 
 def _dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
-    if rate == 0.0:
+    if not 0.0 < rate < 1.0:  # what is out of range is refused with the spec
         return None
     if key is None:
         raise ValueError(f"dropout_rate={rate} needs a dropout_key: jax.random.key(seed), another one for each step")

@@ -97,8 +97,9 @@ class BlockConfig:
 class FlashConfig:
     """How a `triton` flash kernel computes: tile rows, warps and pipeline stages of one program, and its switches.
 
-    The switches move roundings within the numerics contract. They pay where vector instructions, not matrix units,
-    bound the kernel (bench/LOG.md).
+    The switches exp2_degree (of 16-bit inputs) and round_half_up (of bfloat16) move roundings within the numerics
+    contract. They pay where vector instructions, not matrix units, bound the kernel (bench/LOG.md): on AMD. A NaN of
+    all ones, as NVIDIA's cards make it, may come out of them as a number.
     """
 
     block_q: int

@@ -35,7 +35,8 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
         distance = jnp.abs(_position(operands) - jnp.arange(tk)).astype(jnp.float32)
         scores = scores - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
     if spec.softcap is not None:
-        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+        # a bias may be NaN where it is masked, and so would be the slope
+        scores = spec.softcap * jnp.tanh(jnp.where(visible, scores, 0.0) / spec.softcap)
     scores = jnp.where(visible, scores, -jnp.inf)
     m = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
     p = jnp.exp(scores - jnp.where(m == -jnp.inf, 0.0, m))

@@ -164,3 +164,59 @@ def test_numbers_may_be_arrays_of_jax(backend):
     options = dict(is_causal=True, implementation=backend, config=TILES[backend], scale=jnp.float32(0.25))
     out = jfa.dot_product_attention(*known.arrays, logits_soft_cap=jnp.float32(2.0), **options)
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+def test_lengths_and_offsets_of_every_integer_type(kind, make):
+    q, k, v = truth("cached_chunk", "float32").arrays
+    with jax.enable_x64(kind.endswith("64")):
+        got = jfa.dot_product_attention(q, k, v, is_causal=True, query_offset=make(np.array(17, kind)))
+    np.testing.assert_array_equal(got, jfa.dot_product_attention(q, k, v, is_causal=True, query_offset=17))
+
+
+def test_a_list_of_traced_lengths():
+    q, k, v = (x[:1] for x in truth("cached_chunk", "float32").arrays)
+    got = jax.jit(lambda n: jfa.dot_product_attention(q, k, v, key_value_seq_lengths=[n]))(5)
+    want = jfa.dot_product_attention(q, k, v, key_value_seq_lengths=[5])
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", TILES)
+@pytest.mark.parametrize("hidden", [-1e10, float(jnp.finfo(jnp.float32).min), -jnp.inf])
+def test_a_bias_that_hides_keys(backend, hidden):
+    q, k, v = truth("bias_per_key", "float32").arrays
+    bias = jnp.zeros((1, 1, 1, 37)).at[..., :32].set(hidden)
+    options = dict(implementation=backend, config=TILES[backend])
+    out = jfa.dot_product_attention(q, k, v, bias, **options)
+    mask = jnp.arange(37)[None, None, None] >= 32
+    np.testing.assert_allclose(out, jfa.dot_product_attention(q, k, v, mask=mask, **options), atol=2e-6)
+    if hidden != -jnp.inf:  # all alike: the mean of the values
+        all_hidden = jnp.full((1, 1, 1, 37), hidden)
+        mean = jnp.broadcast_to(v.mean(1, keepdims=True), (*v.shape[:1], 20, *v.shape[2:])).repeat(2, 2)
+        np.testing.assert_allclose(jfa.dot_product_attention(q, k, v, all_hidden, **options), mean, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_keys_that_only_padding_of_a_tile_would_see_may_hold_anything(backend):
+    """Three queries of a cache: a tile of sixteen has rows that would see further."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((1, n, 2, 16)), jnp.float32) for n in (3, 20, 20))
+    dirty_k, dirty_v = k.at[:, 7:].set(jnp.nan), v.at[:, 7:].set(jnp.inf)
+
+    def gradients(k, v):
+        options = dict(is_causal=True, query_offset=4, implementation=backend, config=TILES[backend])
+        return jax.value_and_grad(
+            lambda *x: jnp.square(jfa.dot_product_attention(*x, **options)).sum(), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    for got, want in zip(jax.tree.leaves(gradients(dirty_k, dirty_v)), jax.tree.leaves(gradients(k, v)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_sinks_of_sixteen_bits_are_the_numbers_they_are():
+    q, k, v = truth("sinks", "float32").arrays
+    sinks = jnp.asarray([10.3, -2.0, 0.1, 4.7], jnp.bfloat16)
+    options = dict(implementation="triton", config=TILES["triton"])
+    got = jfa.dot_product_attention(q, k, v, sinks=sinks, **options)
+    np.testing.assert_array_equal(got, jfa.dot_product_attention(q, k, v, sinks=sinks.astype(jnp.float32), **options))

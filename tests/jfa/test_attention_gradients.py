@@ -110,6 +110,41 @@ def test_nothing_past_the_lengths_reaches_a_gradient():
             np.testing.assert_array_equal(got, want)
 
 
+def test_the_gradient_of_a_bias_of_a_single_head():
+    q, kv = jnp.ones((1, 20, 1, 16)), jnp.ones((1, 37, 1, 16))
+    options = dict(implementation="triton", config=TILES["triton"])
+    grad = jax.grad(lambda bias: jfa.dot_product_attention(q, kv, kv, bias, **options).sum())
+    # equal values: no weight matters
+    np.testing.assert_allclose(grad(jnp.zeros((1, 1, 20, 37))), 0, atol=1e-6)
+
+
+def test_float16_gradients_that_fit_do_not_overflow_on_the_way():
+    random = np.random.default_rng(0)
+    x, d_out = (jnp.asarray(random.standard_normal((1, 20, 1, 64)), jnp.float32) for _ in range(2))
+    arrays = [(factor * x).astype(jnp.float16) for factor in (1, 0.1, 100)]
+
+    def gradients(backend):
+        options = dict(implementation=backend, config=TILES[backend])
+        _, pull = jax.vjp(lambda *a: jfa.dot_product_attention(*a, **options), *arrays)
+        return pull((300 * d_out).astype(jnp.float16))
+
+    for got, want in zip(gradients("triton"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(got, want, atol=0.02 * float(jnp.abs(want).max()))
+
+
+def test_a_nan_bias_under_a_mask_leaves_no_trace():
+    q, k, v = truth("mask", "float32").arrays
+    mask = jnp.ones((1, 1, 20, 37), bool).at[..., 3].set(False).at[:, :, 2].set(False)
+    bias = jnp.where(mask, 0.1, jnp.nan)
+
+    def gradients(backend):
+        options = dict(mask=mask, logits_soft_cap=2.0, implementation=backend, config=TILES[backend])
+        return jax.grad(lambda *a: jfa.dot_product_attention(*a, **options).sum(), argnums=(0, 1, 2, 3))(q, k, v, bias)
+
+    for backend in ("reference", "xla"):
+        assert all(jnp.isfinite(x).all() for x in gradients(backend))
+
+
 def test_memory_is_linear_in_the_length():
     """Forward and backward at 32768 within 4 GB; the scores of 8 heads alone would be 34 GB."""
     row = jax.ShapeDtypeStruct((1, 32768, 8, 64), jnp.float32)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jfa
@@ -51,6 +52,11 @@ WRONG = {
         dict(query_segment_ids=jnp.ones((2, 5)), key_value_segment_ids=jnp.ones((2, 7), int)),
         "query_segment_ids must hold integers, got float32",
     ),
+    "segments_of_64_bits": (
+        dict(query_segment_ids=np.full((2, 5), 2**40), key_value_segment_ids=np.ones((2, 7), int)),
+        "query_segment_ids must fit into 32 bits, got 1099511627776 to 1099511627776; number the documents from 0",
+    ),
+    "negative_dropout": (dict(dropout_rate=-0.1), r"dropout_rate must be >= 0 and < 1, got -0\.1"),
     "dropout_of_all": (
         dict(dropout_rate=1.0, dropout_key=jax.random.key(0)),
         "dropout_rate must be >= 0 and < 1, got 1.0",

@@ -4,8 +4,9 @@ One program owns `block_q` queries of one head and walks over the tiles of keys 
 running maximum and sum. Tiles that every query sees whole take a loop without positional masks; the tiles at the edges
 (diagonal, window, lengths) take another. Query heads of a group read the same keys: nothing is repeated in memory.
 
-Scores are kept in units of log2, since the hardware has exp2 and not exp. Where they exceed about 4e8 (natural units),
-the subtraction of the maximum, fused with the scale, no longer resolves them in float32, and a row may come out wrong.
+Scores are kept in units of log2, since the hardware has exp2 and not exp. Where plain products exceed about 1e7
+(natural units), the subtraction of the maximum, fused with the scale, no longer resolves them in float32, and a row's
+weights may be off; scores with a bias, ALiBi or a soft cap are of any size.
 
 Source: arXiv:2307.08691, algorithm 1. What a score is: tile.py. Backward: flash_bwd.py. Tested in tests/jfa/.
 """
@@ -195,12 +196,12 @@ def _flash_kernel(
         visible = tile.visible(rows, columns, edge=edge)
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
-        m_next = jnp.maximum(m, scores.max(1) * tile.factor)
+        m_next = jnp.maximum(m, tile.maximum(scores))
         # before a row has seen its first key its maximum is -inf, and (-inf) - (-inf) is NaN
         guarded = visible is not None or tile.may_be_minus_infinity
         m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next) if guarded else m_next
-        p = tile.exp2(scores * tile.factor - m_safe[:, None])
-        rescale = jnp.exp2(m - m_safe)
+        p = tile.weights(scores, m_safe[:, None])
+        rescale = tile.rescale(m, m_safe)
         l = l * rescale + p.sum(1)
         kept = tile.kept(rows, columns)
         if kept is not None:
@@ -225,9 +226,10 @@ def _flash_kernel(
     acc, m, l = span.walk(kv_tile, carry)
 
     empty = (l == 0.0) | (q_rows >= q_len)
-    lse = jnp.where(empty, -jnp.inf, (m + jnp.log2(jnp.where(empty, 1.0, l))) / LOG2_E)
+    m = jnp.where(empty, 0.0, m * tile.unit)
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log2(jnp.where(empty, 1.0, l)) / LOG2_E)
     if "sinks" in ref:
-        l = l + jnp.exp2(ref["sinks"][tile.head] * LOG2_E - jnp.where(empty, 0.0, m))
+        l = l + jnp.exp2((ref["sinks"][tile.head] - m) * LOG2_E)
     norm = jnp.where(empty, 0.0, (1.0 / (1.0 - spec.dropout_rate)) / jnp.where(empty, 1.0, l))
     in_bounds = q_rows < shape.tq
     for part, (start, size) in zip(acc, value_chunks, strict=True):

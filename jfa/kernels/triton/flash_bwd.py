@@ -25,7 +25,6 @@ from jaxtyping import Array, Float
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton.flash import tiles_in_common
 from jfa.kernels.triton.tile import (
-    LOG2_E,
     Shape,
     Tile,
     arguments,
@@ -108,7 +107,7 @@ def flash_attention_bwd(
         d_out, delta = (d_out * left[..., None]).astype(d_out.dtype), delta * left
     rows = _Rows(
         d_out=d_out,
-        lse=jnp.where(nothing, jnp.inf, lse * LOG2_E),  # 2^(score - inf) = 0
+        lse=jnp.where(nothing, jnp.inf, lse),  # e^(score - inf) = 0
         delta=delta - jnp.where(nothing, 0.0, d_lse),
     )
     if min(q.size, v.size) == 0:
@@ -126,7 +125,7 @@ def flash_attention_bwd(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """What the backward pass knows of each query row. lse in units of log2, inf for rows that saw nothing."""
+    """What the backward pass knows of each query row. lse is inf for rows that saw nothing."""
 
     d_out: Float[Array, "b tq hq dv"]
     lse: Float[Array, "b tq hq"]
@@ -285,7 +284,7 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
         ds, visible = score_gradient(tile, scores, dp, lse[:, None], delta[:, None], rows, columns, edge=edge)[1:]
         if slope_refs:
             d_slope = d_slope + (ds * tile.distance(rows, columns)).sum(1)
-        ds = tile.rounded(ds, ref["k"].dtype)
+        ds = tile.rounded(ds * tile.early_scale, ref["k"].dtype)
         if tile.has_data_mask and visible is not None:
             seen = visible.astype(jnp.int32).max(0) > 0
             inside = seen if inside is None else inside & seen
@@ -298,7 +297,8 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
     dq, d_slope = span.walk(kv_tile, carry)
     for part, (start, size) in zip(dq, head_chunks, strict=True):
         mask = in_bounds[:, None] & (start + jnp.arange(size) < shape.d)[None, :]
-        store(dq_ref.at[:, pl.ds(start, size)], (part * spec.sm_scale).astype(dq_ref.dtype), mask=mask)
+        part = part * (spec.sm_scale / tile.early_scale)
+        store(dq_ref.at[:, pl.ds(start, size)], part.astype(dq_ref.dtype), mask=mask)
     for slope_ref in slope_refs:
         store(slope_ref, d_slope, mask=in_bounds)
 
@@ -354,7 +354,7 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
             scores = scores * tile.q_factor
         dp = sum_of_products((v_of(c), do_of(c)) for c in value_chunks)
         p, ds, _ = score_gradient(tile, scores, dp, lse[None, :], delta[None, :], rows, columns, edge=edge)
-        p, ds = tile.rounded(p, ref["do"].dtype), tile.rounded(ds, ref["q"].dtype)
+        p, ds = tile.rounded(p, ref["do"].dtype), tile.rounded(ds * tile.early_scale, ref["q"].dtype)
         dv = tuple(part + product(p, do_of(c)) for part, c in zip(dv, value_chunks, strict=True))
         dk = tuple(part + product(ds, q_of(c)) for part, c in zip(dk, head_chunks, strict=True))
         return dk, dv
@@ -366,7 +366,7 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
     in_bounds = keys < shape.tk
     scale = 1.0 / (1.0 - spec.dropout_rate)
     for out_ref, parts, pieces, width, factor in (
-        (dk_ref, dk, head_chunks, shape.d, spec.sm_scale),
+        (dk_ref, dk, head_chunks, shape.d, spec.sm_scale / common.early_scale),
         (dv_ref, dv, value_chunks, shape.dv, scale),
     ):
         for part, (start, size) in zip(parts, pieces, strict=True):
@@ -377,12 +377,12 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
 def score_gradient(tile: Tile, product_qk, dp, lse, delta, rows, keys, *, edge: bool):
     """(p, ds, visible): weights as they meet the values, and the gradient of the score before its scale.
 
-    dp is do v^T; lse (log2) and delta broadcast against the scores. Dropped weights are 0, the others not yet divided
+    dp is do v^T; lse and delta broadcast against the scores. Dropped weights are 0, the others not yet divided
     by 1 - dropout_rate.
     """
     scores = tile.raw(product_qk, rows, keys)
     visible = tile.visible(rows, keys, edge=edge)
-    p = tile.exp2(scores * tile.factor - lse)
+    p = tile.weights(scores, lse * (1.0 / tile.unit))
     kept = tile.kept(rows, keys)
     if kept is not None:
         dp = jnp.where(kept, dp * (1.0 / (1.0 - tile.spec.dropout_rate)), 0.0)
@@ -520,4 +520,4 @@ def _bias_tile(tile: Tile, ref: dict[str, Any], row, head, q_start, k_start, spa
 
 def _divided(n, size: int):
     """(quotient, remainder); nothing to do for a size of 1."""
-    return (n, 0) if size == 1 else (lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size)))
+    return (n, jnp.int32(0)) if size == 1 else (lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size)))

@@ -28,6 +28,7 @@ _EXP2 = {
     3: (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.055171649903059006),
     4: (0.9999992847442627, 0.6931217908859253, 0.240247443318367, 0.05591785907745361, 0.009570099413394928),
 }
+_SMALL_CAP = 256.0  # of scores, for which a shorter tanh will do
 _ROUNDER = 1.5 * 2.0**23  # a float32 plus this has no fraction, and its integer part in the low bits
 
 
@@ -86,6 +87,8 @@ def arguments(operands: Operands, config: FlashConfig) -> dict[str, tuple[Any, A
         if x is None:
             continue
         block = x.shape
+        if name in ("sinks", "alibi_slopes"):
+            x = x.astype(jnp.float32)
         if name in ("bias", "mask"):
             block = (*x.shape[:2], rows if x.shape[2] > 1 else 1, keys if x.shape[3] > 1 else 1)
         elif name.endswith("segments"):
@@ -179,7 +182,10 @@ class Tile:
 
     @property
     def _simple(self) -> bool:
-        """Whether a score is a product and nothing else: then its scale joins the exponent's factor."""
+        """Whether a score is a product and nothing else: then its scale joins the exponent's factor.
+
+        Others may be of any size (a bias of -1e30 is a mask to many), so they meet the row's maximum before the factor.
+        """
         return self.spec.softcap is None and "bias" not in self.ref and "alibi_slopes" not in self.ref
 
     @property
@@ -215,7 +221,9 @@ class Tile:
             first = jnp.maximum(0, first_row + self.offset - self.spec.left)
             whole_first = jnp.maximum(0, first_row + block_q - 1 + self.offset - self.spec.left)
         if self.spec.right is not None:
-            end = jnp.minimum(self.kv_len, first_row + block_q + self.offset + self.spec.right)
+            # rows that are padding see nothing: what lies past the last real one's keys may be anything
+            last = jnp.minimum(first_row + block_q, self.q_len)
+            end = jnp.minimum(self.kv_len, last + self.offset + self.spec.right)
             whole_end = jnp.minimum(self.kv_len, first_row + 1 + self.offset + self.spec.right)
         # typed: Pallas (jax 0.12) lowers a choice between two weakly typed numbers as booleans
         end = jnp.where(first_row < self.q_len, jnp.int32(end), 0)
@@ -278,7 +286,8 @@ class Tile:
         """Which scores count; None: all. edge: positions may mask some."""
         conditions = []
         if edge:
-            conditions.append(keys < self.kv_len)
+            # rows of padding see nothing: what lies past the real ones' keys may be anything
+            conditions.append((keys < self.kv_len) & (rows < self.q_len))
             position = rows + self.offset
             if self.spec.left is not None:
                 conditions.append(keys >= position - self.spec.left)
@@ -305,6 +314,23 @@ class Tile:
         seed = dropout.row_seed((seed[0], seed[1]), self.row, self.head, broadcast=self.spec.broadcast_dropout)
         return dropout.keep(seed, rows, keys, rate=self.spec.dropout_rate)
 
+    @property
+    def unit(self) -> float:
+        """What turns a row's maximum, as weights() takes it, into natural units."""
+        return 1.0 / LOG2_E if self._simple else self.factor / LOG2_E
+
+    def maximum(self, scores: Array) -> Array:
+        """The largest of each row of raw scores, as weights() takes it."""
+        return scores.max(1) * self.factor if self._simple else scores.max(1)
+
+    def weights(self, scores: Array, m: Array) -> Array:
+        """e^(score - m) of raw scores; m broadcasts, in units of log2 where a score is simple, else raw."""
+        return self.exp2(scores * self.factor - m if self._simple else (scores - m) * self.factor)
+
+    def rescale(self, m: Array, m_next: Array) -> Array:
+        """e^(m - m_next) for maxima as weights() takes them."""
+        return jnp.exp2(m - m_next if self._simple else (m - m_next) * self.factor)
+
     def exp2(self, x: Array) -> Array:
         """2^x of scores less their maximum."""
         degree = None if self.exact else self.config.exp2_degree
@@ -320,6 +346,12 @@ class Tile:
         result = lax.bitcast_convert_type(lax.bitcast_convert_type(result, jnp.int32) + exponent, jnp.float32)
         return jnp.where(x < -126.0, 0.0, result)
 
+    @property
+    def early_scale(self) -> float:
+        """What a score's gradient is multiplied by before it is rounded: float16 would overflow without the scale."""
+        half = self.ref["q"].dtype == jnp.float16
+        return self.sm_scale if half and self.sm_scale else 1.0
+
     def rounded(self, x: Array, dtype: Any) -> Array:
         """x in the dtype of a product's operand."""
         if dtype != jnp.bfloat16 or not self.config.round_half_up:
@@ -328,9 +360,9 @@ class Tile:
         return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
     def _tanh(self, x: Array) -> Array:
-        if self.exact:
+        if self.exact or self.spec.softcap is None or self.spec.softcap > _SMALL_CAP:
             return jnp.tanh(x)
-        # 1 - 2 / (1 + e^2x): off by a rounding of 1, which is little beside those of 16-bit operands
+        # 1 - 2 / (1 + e^2x): off by a rounding of 1, which times a small cap is little beside those of 16-bit operands
         root = lax.rsqrt(1.0 + jnp.exp2(x * (2 * LOG2_E)))
         return 1.0 - 2.0 * root * root
 
