@@ -181,8 +181,8 @@ COLUMNS = {
     **{"seconds": "seconds", "versions.triton": "triton"},
 }
 TABLE = {
-    **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vgpr": "vgpr", "vgpr_spills": "spills"},
-    **{"lds_kib": "KiB", "waves_per_simd": "waves", "bound": "bound"},
+    **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vgpr": "vgpr", "vgpr_spills": "spill"},
+    **{"lds_kib": "KiB", "waves_per_simd": "occ", "bound": "bound"},
 }
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -210,18 +210,22 @@ def _shown(row: Mapping[str, Any], op: Op) -> dict[str, Any]:
     return {
         "dtype": _SHORT.get(row["dtype"], row["dtype"]),
         "tile": tile(row["config"]),
-        "lds_kib": None if lds is None else f"{lds / 1024:.3g}",
+        "lds_kib": None if lds is None else f"{lds / 1024:.0f}",
         "bound": row[op.bound] if row["status"] in ("ok", "spills") else row["status"],
     }
 
 
 def tile(config: Mapping[str, Any]) -> str:
-    """A configuration in a few characters: 128x64 4w 2s, and the switches that are on."""
+    """A configuration in a few characters: 128x64 4w 2s, and the switches that are on (e4: exp2_degree 4)."""
     sizes = "x".join(str(config[name]) for name in ("block_q", "block_kv") if name in config)
     rest = [f"{config[name]}{letter}" for name, letter in (("num_warps", "w"), ("num_stages", "s")) if name in config]
     known = ("block_q", "block_kv", "num_warps", "num_stages")
     on = {name: value for name, value in config.items() if name not in known and value}
-    return " ".join([sizes, *rest, *(name if value is True else f"{name}={value}" for name, value in on.items())])
+    switches = (_LETTERS.get(name, f"{name}=") + ("" if value is True else str(value)) for name, value in on.items())
+    return " ".join([sizes, *rest, *switches])
+
+
+_LETTERS = {"block_d": "d", "exp2_degree": "e", "round_half_up": "r"}
 
 
 def given(op: Op, config: Mapping[str, Any]) -> dict[str, Any]:

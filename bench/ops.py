@@ -113,44 +113,65 @@ def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConf
     return config
 
 
+# What is tried was narrowed by wider sweeps of all architectures: a sweep takes minutes, not an hour.
+
+
 def _forward_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
     """16 or 32 queries to a wave: with fewer, waves repeat each other's products; with more, a tile spills."""
-    pairs = [(32, 4), (64, 4), (128, 4), (64, 8), (128, 8), (256, 8)]
     if aot.is_cdna(arch) and dtype == "float32":
         pairs = [(32, 4), (64, 4), (128, 8)]
     elif aot.is_cdna(arch):
-        pairs = [(64, 4), (128, 4), (128, 8)] if head_dim > 128 else [(128, 4), (256, 8)]
-    elif dtype == "float32":
-        pairs = [(16, 4), (32, 4), (64, 4), (16, 8), (32, 8), (64, 8), (128, 8)]
+        pairs = [(64, 4), (128, 8)] if head_dim > 128 else [(128, 4), (256, 8)]
+    elif aot.is_amd(arch) and dtype == "float32":
+        pairs = [(16, 4), (16, 8), (32, 8)]
+    elif aot.is_amd(arch):
+        pairs = [(32, 4), (64, 4)] if head_dim > 128 else [(64, 4), (128, 8)]
+    else:
+        pairs = [(64, 4), (128, 4), (128, 8), (256, 8)] if dtype != "float32" else [(32, 4), (64, 4), (32, 8), (64, 8)]
     return _with_chunks(arch, dtype, head_dim, [dict(block_q=rows, num_warps=warps) for rows, warps in pairs])
 
 
 def _dq_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
-    pairs = [(32, 4), (64, 4), (128, 4)] if dtype != "float32" else [(16, 4), (32, 4), (64, 4), (32, 8)]
+    if aot.is_cdna(arch):
+        pairs = [(64, 4)] if dtype == "float32" or head_dim > 128 else [(64, 4), (128, 4)]
+    elif aot.is_amd(arch):
+        pairs = [(16, 4), (16, 8)] if dtype == "float32" else [(32, 4), (64, 4)] if head_dim <= 128 else [(32, 4)]
+    else:
+        pairs = [(32, 4), (64, 4), (128, 4)]
     return _with_chunks(arch, dtype, head_dim, [dict(block_q=rows, num_warps=warps) for rows, warps in pairs])
 
 
 def _dkv_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
-    pairs = [(32, 4), (64, 4), (128, 4)] if dtype != "float32" else [(16, 4), (32, 4), (64, 4), (32, 8)]
-    if not aot.is_amd(arch) or head_dim == 256:
-        pairs.append((64, 8))
+    if aot.is_cdna(arch):
+        pairs = [(32, 4), (64, 4)] if dtype == "float32" else [(64, 4), (64, 8)] if head_dim > 128 else [(64, 4)]
+        pairs += [(128, 4)] if head_dim == 64 and dtype != "float32" else []
+    elif aot.is_amd(arch):
+        pairs = [(16, 4), (16, 8)] if dtype == "float32" else [(32, 4), (64, 4)] if head_dim <= 128 else [(32, 4)]
+    else:
+        pairs = [(32, 4), (64, 4), (128, 4), (64, 8)]
     return _with_chunks(arch, dtype, head_dim, [dict(block_kv=rows, num_warps=warps) for rows, warps in pairs])
 
 
 def _with_chunks(arch: str, dtype: str, head_dim: int, starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """RDNA has too few registers for a tile of a wide head_dim: also in chunks of 32 and 64."""
-    if not arch.startswith("gfx1") or head_dim < 128 or dtype == "float32":
+    """RDNA has too few registers for a tile of a wide head_dim: in chunks."""
+    if not arch.startswith("gfx1") or dtype == "float32":
         return starts
-    return [{**start, **chunk} for start in starts for chunk in ({}, {"block_d": 32}, {"block_d": 64})]
+    sizes: dict[int, tuple[dict[str, int], ...]] = {
+        64: ({}, {"block_d": 32}),
+        128: ({}, {"block_d": 32}),
+        256: ({"block_d": 32}, {"block_d": 64}),
+    }
+    return [{**start, **chunk} for start in starts for chunk in sizes[head_dim]]
 
 
 def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
     """A polynomial for 2^x and rounding by hand pay where vector instructions decide: on AMD, in 16 bits."""
     if not aot.is_amd(arch):
         return {"num_stages": (2, 1, 3)}
-    axes: dict[str, tuple[Any, ...]] = {"num_stages": (1, 2)}
-    if dtype != "float32":
-        axes["exp2_degree"] = (4, None) if aot.is_cdna(arch) else (None, 4)
+    axes: dict[str, tuple[Any, ...]] = {"num_stages": (1,)}  # its pipeliner spends registers that a tile needs
+    if dtype != "float32" and aot.is_cdna(arch):
+        # where matrix units outrun all else the shorter polynomial pays too
+        axes["exp2_degree"] = (4, None, 3) if arch == "gfx950" else (4, None)
     if dtype == "bfloat16":
         # gfx950 converts in one instruction
         axes["round_half_up"] = (False, True) if arch == "gfx950" else (True, False)

@@ -49,7 +49,7 @@ WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
 OUTSIDE, GAIN = 32, 1.75
 SPILLING = 2.5
 TIE = 0.97
-LATE, ALIKE = 2, 4  # candidates on which late axes are tried; that are tried for a dtype like another
+LATE, ALIKE = 2, 3  # candidates on which late axes are tried; that are tried for a dtype like another
 TRIED, LOSS = 6, 0.75  # how many candidates, and how far below the best, before a variant is given up
 MEASURED = 12  # candidates
 
@@ -207,6 +207,8 @@ def _holding(
 
 
 def _is_near(one: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    if one["vgpr_spills"] and not best["vgpr_spills"]:
+        return False
     as_good = wanted(one) or (not wanted(best) and not one["vgpr_spills"])
     return as_good and _merit(one) >= LOSS * _merit(best)
 

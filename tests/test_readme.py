@@ -39,3 +39,10 @@ def test_op_example():
 def test_model_example(capsys):
     exec(example("jfa_models.from_pretrained"), {"input_ids": [[1, 2, 3]], "lengths": [3]})
     assert capsys.readouterr().out.startswith(" Paris.")
+
+
+def test_the_support_table_is_what_the_records_say():
+    from jfa_bench import report
+
+    [table] = re.findall(r"<!-- jfa-bench report -->\n\n(.*?)\n\n<!-- end -->", README, re.DOTALL)
+    assert table == report.support(report.load("compile"), report.load("prove"))

@@ -28,6 +28,7 @@ from jfa.kernels.triton.tile import (
     Tile,
     arguments,
     chunks,
+    later,
     load_rows,
     once,
     output,
@@ -174,8 +175,8 @@ def _flash_kernel(
     q_rows = first_row + jnp.arange(block_q)
     head_chunks, value_chunks = chunks(shape.d, config.block_d), chunks(shape.dv, config.block_d)
 
-    def load_q(columns):
-        q = load_rows(q_ref, 0, block_q, columns, width=shape.d, inside=q_rows < q_len)
+    def load_q(columns, start):
+        q = load_rows(q_ref, start, block_q, columns, width=shape.d, inside=q_rows < q_len)
         return q if tile.q_factor == 1.0 else q * tile.q_factor
 
     q_of = once(load_q, head_chunks)
@@ -189,7 +190,8 @@ def _flash_kernel(
         # beyond what the tile sees may lie anything, NaN too, and 0 * NaN is NaN
         inside = (keys >= span.first) & (keys < span.end) if edge else None
         scores = sum_of_products(
-            (q_of(c), load_rows(k_ref, start, block_kv, c, width=shape.d, inside=inside)) for c in head_chunks
+            (q_of(c, later(n, head_chunks)), load_rows(k_ref, start, block_kv, c, width=shape.d, inside=inside))
+            for c in head_chunks
         )
         rows, columns = q_rows[:, None], keys[None, :]
         scores = tile.raw(scores, rows, columns)

@@ -29,6 +29,7 @@ from jfa.kernels.triton.tile import (
     Tile,
     arguments,
     chunks,
+    later,
     load_rows,
     once,
     output,
@@ -258,12 +259,12 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
     saw = lse != jnp.inf  # the others may hold anything
     head_chunks, value_chunks = chunks(shape.d, config.block_d), chunks(shape.dv, config.block_d)
 
-    def load_q(columns):
-        q = load_rows(ref["q"], 0, block_q, columns, width=shape.d, inside=saw)
+    def load_q(columns, start):
+        q = load_rows(ref["q"], start, block_q, columns, width=shape.d, inside=saw)
         return q if tile.q_factor == 1.0 else q * tile.q_factor
 
-    def load_do(columns):
-        return load_rows(ref["do"], 0, block_q, columns, width=shape.dv, inside=saw)
+    def load_do(columns, start):
+        return load_rows(ref["do"], start, block_q, columns, width=shape.dv, inside=saw)
 
     q_of, do_of = once(load_q, head_chunks), once(load_do, value_chunks)
     span = tile.keys_of(first_row, block_q, block_kv)
@@ -276,11 +277,12 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
         inside = (keys >= span.first) & (keys < span.end) if edge else None
         rows, columns = q_rows[:, None], keys[None, :]
 
-        def keys_of(x_ref, piece, width, inside=inside):
-            return load_rows(x_ref, start, block_kv, piece, width=width, inside=inside)
+        def keys_of(x_ref, piece, width, inside=inside, at: Any = 0):
+            return load_rows(x_ref, start + at, block_kv, piece, width=width, inside=inside)
 
-        scores = sum_of_products((q_of(c), keys_of(ref["k"], c, shape.d)) for c in head_chunks)
-        dp = sum_of_products((do_of(c), keys_of(ref["v"], c, shape.dv)) for c in value_chunks)
+        q_at, do_at, again = later(n, head_chunks), later(n, value_chunks), later(n, head_chunks, use=1)
+        scores = sum_of_products((q_of(c, q_at), keys_of(ref["k"], c, shape.d)) for c in head_chunks)
+        dp = sum_of_products((do_of(c, do_at), keys_of(ref["v"], c, shape.dv)) for c in value_chunks)
         ds, visible = score_gradient(tile, scores, dp, lse[:, None], delta[:, None], rows, columns, edge=edge)[1:]
         if slope_refs:
             d_slope = d_slope + (ds * tile.distance(rows, columns)).sum(1)
@@ -289,7 +291,8 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
             seen = visible.astype(jnp.int32).max(0) > 0
             inside = seen if inside is None else inside & seen
         dq = tuple(
-            part + product(ds, keys_of(ref["k"], c, shape.d, inside)) for part, c in zip(dq, head_chunks, strict=True)
+            part + product(ds, keys_of(ref["k"], c, shape.d, inside, again))
+            for part, c in zip(dq, head_chunks, strict=True)
         )
         return dq, d_slope
 
@@ -322,11 +325,11 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
     inside_keys = keys < common.kv_len
     head_chunks, value_chunks = chunks(shape.d, config.block_d), chunks(shape.dv, config.block_d)
 
-    def load_k(columns):
-        return load_rows(ref["k"], 0, block_kv, columns, width=shape.d, inside=inside_keys)
+    def load_k(columns, start):
+        return load_rows(ref["k"], start, block_kv, columns, width=shape.d, inside=inside_keys)
 
-    def load_v(columns):
-        return load_rows(ref["v"], 0, block_kv, columns, width=shape.dv, inside=inside_keys)
+    def load_v(columns, start):
+        return load_rows(ref["v"], start, block_kv, columns, width=shape.dv, inside=inside_keys)
 
     k_of, v_of = once(load_k, head_chunks), once(load_v, value_chunks)
     span = common.queries_of(first_key, block_q, block_kv)
@@ -341,22 +344,24 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
         delta = load(ref["delta"].at[pl.ds(start, block_q), head], mask=in_bounds, other=0.0)
         saw = lse != jnp.inf
 
-        def load_q(columns):
-            return load_rows(ref["q"], start, block_q, columns, width=shape.d, inside=saw, head=head)
+        def load_q(columns, at):
+            return load_rows(ref["q"], start + at, block_q, columns, width=shape.d, inside=saw, head=head)
 
-        def load_do(columns):
-            return load_rows(ref["do"], start, block_q, columns, width=shape.dv, inside=saw, head=head)
+        def load_do(columns, at):
+            return load_rows(ref["do"], start + at, block_q, columns, width=shape.dv, inside=saw, head=head)
 
         q_of, do_of = once(load_q, head_chunks), once(load_do, value_chunks)
         rows, columns = q_rows[None, :], keys[:, None]
-        scores = sum_of_products((k_of(c), q_of(c)) for c in head_chunks)
+        k_at, v_at = later(n, head_chunks), later(n, value_chunks)
+        q_again, do_again = later(n, head_chunks, use=1), later(n, value_chunks, use=1)
+        scores = sum_of_products((k_of(c, k_at), q_of(c, 0)) for c in head_chunks)
         if tile.q_factor != 1.0:
             scores = scores * tile.q_factor
-        dp = sum_of_products((v_of(c), do_of(c)) for c in value_chunks)
+        dp = sum_of_products((v_of(c, v_at), do_of(c, 0)) for c in value_chunks)
         p, ds, _ = score_gradient(tile, scores, dp, lse[None, :], delta[None, :], rows, columns, edge=edge)
         p, ds = tile.rounded(p, ref["do"].dtype), tile.rounded(ds * tile.early_scale, ref["q"].dtype)
-        dv = tuple(part + product(p, do_of(c)) for part, c in zip(dv, value_chunks, strict=True))
-        dk = tuple(part + product(ds, q_of(c)) for part, c in zip(dk, head_chunks, strict=True))
+        dv = tuple(part + product(p, do_of(c, do_again)) for part, c in zip(dv, value_chunks, strict=True))
+        dk = tuple(part + product(ds, q_of(c, q_again)) for part, c in zip(dk, head_chunks, strict=True))
         return dk, dv
 
     carry = tuple(

@@ -396,11 +396,22 @@ def sum_of_products(pairs) -> Array:
 
 
 def once(load_piece, pieces: tuple[tuple[int, int], ...]):
-    """load_piece, but one whole piece is loaded here and kept in registers; smaller ones are loaded at each use."""
+    """load_piece(piece, start), but one whole piece is loaded here and kept in registers.
+
+    Smaller ones are loaded at each use. start: 0, or what `later` makes of it.
+    """
     if len(pieces) > 1:
         return load_piece
-    kept = load_piece(*pieces)
-    return lambda piece: kept
+    kept = load_piece(*pieces, 0)
+    return lambda piece, start: kept
+
+
+def later(n, pieces: tuple[tuple[int, int], ...], *, use: int = 0):
+    """0, which for several pieces the compiler cannot know: it would load them all ahead of the loop and keep them.
+
+    n: the loop's index. use: another one for each use in a turn, else two loads become one that is kept.
+    """
+    return lax.shift_right_logical(n, jnp.int32(30 - use)) if len(pieces) > 1 else 0
 
 
 def tile_of(index, block: int):
