@@ -44,7 +44,7 @@ from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 _SAFE_TILES = {
     ("cdna", "16 bits"): {64: (128, 64, 4), 128: (128, 32, 4), 256: (64, 16, 4)},
     ("cdna", "float32"): {64: (64, 32, 4), 128: (64, 16, 4), 256: (32, 16, 4)},
-    ("rdna", "16 bits"): {64: (64, 32, 4), 128: (64, 16, 8), 256: (64, 16, 8)},
+    ("rdna", "16 bits"): {64: (64, 32, 4), 128: (64, 16, 8), 256: (64, 16, 4)},
     ("rdna", "float32"): {64: (64, 16, 8), 128: (32, 16, 8), 256: (16, 16, 8)},
     ("cuda", "16 bits"): {64: (128, 64, 8), 128: (64, 64, 4), 256: (64, 32, 8)},
     ("cuda", "float32"): {64: (64, 32, 8), 128: (32, 16, 8), 256: (32, 16, 8)},
@@ -60,8 +60,13 @@ def default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
     tiles = _SAFE_TILES[kind, "float32" if operands.q.dtype == jnp.float32 else "16 bits"]
     widest = max(operands.q.shape[3], operands.v.shape[3])
     block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if widest <= limit)
-    # AMD's pipeliner spends registers that the tile needs
-    return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=2 if kind == "cuda" else 1)
+    return FlashConfig(
+        block_q=block_q,
+        block_kv=block_kv,
+        num_warps=num_warps,
+        num_stages=2 if kind == "cuda" else 1,  # AMD's pipeliner spends registers that the tile needs
+        block_d=32 if kind == "rdna" and widest > 128 else None,
+    )
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:

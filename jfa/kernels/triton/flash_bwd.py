@@ -73,7 +73,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> BackwardConfig:
         if operands.q.dtype == jnp.float32:  # twice the registers
             block_q, block_kv = max(16, block_q // 2), max(16, block_kv // 2)
         stages = 2 if kind == "cuda" else 1
-        block_d = 32 if kind == "rdna" and widest > 64 else None
+        block_d = 32 if kind == "rdna" else None
         return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages, block_d=block_d)
 
     return BackwardConfig(dq=config("dq"), dkv=config("dkv"))
