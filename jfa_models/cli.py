@@ -35,7 +35,7 @@ def main() -> None:
 def run(group: click.Group, name: str) -> int:
     """The exit status of a click group: 2 and one line for every error that a user can mend."""
     try:
-        group.main(prog_name=name, standalone_mode=False)
+        status = group.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
         return 130
     except click.ClickException as error:
@@ -44,7 +44,7 @@ def run(group: click.Group, name: str) -> int:
     except (ValueError, RuntimeError, OSError) as error:  # of JAX: no such platform, out of memory
         click.echo(f"{name}: {' '.join(str(error).split())}", err=True)
         return 2
-    return 0
+    return status if isinstance(status, int) else 0  # what a command has given to Context.exit
 
 
 def command_group(function: Callable) -> click.Group:

@@ -100,6 +100,20 @@ def test_exit_status_1_and_a_sentence_when_one_does_not(monkeypatch):
     assert "gfx942 forward bfloat16 options: gqa: 2 is not 3" in done.stdout
 
 
+def test_the_process_ends_with_that_status(monkeypatch):
+    monkeypatch.setattr(
+        prove.pool,
+        "each",
+        lambda *args, **more: [
+            {"status": "wrong", "arch": "", "direction": "", "dtype": "", "head_dim": "", "reason": ""}
+        ],
+    )
+    monkeypatch.setattr("sys.argv", ["jfa-bench", "prove", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
