@@ -26,11 +26,6 @@ class Case:
     segments: int = 0  # documents packed into each row; 0: no segments
     dropout_rate: float = 0.0
 
-    @property
-    def has_lengths(self) -> bool:
-        """Whether slots of queries or keys lie past a row's length."""
-        return any(name.endswith("seq_lengths") for name in self.options)
-
 
 CASES = {
     "square": Case(shape=(1, 32, 32, 2, 2, 16)),

@@ -31,6 +31,7 @@ GRADIENT_PRODUCTS = 3  # scores, their cotangent, its product
 class Row:
     """One row; plain data, so that another process can be told."""
 
+    op: str
     proof: str  # of PROOFS
     arch: str
     dtype: str
@@ -192,7 +193,7 @@ def prove_row(row: Row) -> dict[str, Any]:
 
 
 def _about(row: Row) -> dict[str, Any]:
-    what = {"benchmark": "prove", "op": "flash_attention", "direction": row.proof, "arch": row.arch}
+    what = {"benchmark": "prove", "op": row.op, "direction": row.proof, "arch": row.arch}
     return what | {"dtype": row.dtype, "head_dim": "options" if row.head_dim is None else row.head_dim}
 
 
@@ -200,12 +201,13 @@ def _crashed(row: Row) -> dict[str, Any]:
     return _about(row) | {"status": "wrong", "reason": "the process ended", "cases": [], "seconds": None}
 
 
-def rows(archs: Sequence[str], proofs: Sequence[str], *, quick: bool = False) -> list[Row]:
+def rows(archs: Sequence[str], op_names: Sequence[str], proofs: Sequence[str], *, quick: bool = False) -> list[Row]:
     """What is proven, in the table's order; quick: QUICK and fewer cases."""
     sizes = [(dtype, head_dim) for dtype in ("bfloat16", "float16", "float32") for head_dim in (64, 128, 256)]
     sizes = [size for size in sizes if not quick or size in QUICK]
     return [
-        Row(proof=proof, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick)
+        Row(op=op, proof=proof, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick)
+        for op in op_names
         for proof in proofs
         for arch in archs
         for dtype, head_dim in [*sizes, ("bfloat16", None)]
@@ -242,7 +244,7 @@ def command(ctx, arch, op, direction, quick, processes, output) -> None:
     circumstances = {"versions": versions(), **{k: v for k, v in record.circumstances().items() if k in ABOUT}}
     circumstances["note"] = warn_of_unmet_triton()
     found = pool.each(
-        prove_row, rows(arch, direction, quick=quick), crashed=_crashed, doing="proving", processes=processes
+        prove_row, rows(arch, op, direction, quick=quick), crashed=_crashed, doing="proving", processes=processes
     )
     click.echo(render([row | circumstances for row in found], output))
     ctx.exit(int(any(row["status"] != "ok" for row in found)))
