@@ -46,7 +46,7 @@ def cases(
         for op in ops
         for arch in archs
         for dtype in op.dtypes
-        for head_dim in op.head_dims
+        for head_dim in sorted((*op.head_dims, *op.between))
         if (dtypes is None or dtype in dtypes) and (head_dims is None or head_dim in head_dims)
     ]
 
@@ -132,25 +132,27 @@ class Names(click.ParamType):
         return names
 
 
-# --arch a,b and --op a,b, here and in tune.py
+# --arch a,b and so on, here and in tune.py
 ARCHS = Names("architecture", aot.ARCHS)
 OP_NAMES = Names("op", tuple(dict.fromkeys(name for op in OPS for name in (op.name, op.kernel))))
+DIRECTIONS = Names("direction", ("forward", "backward"))
 DTYPES = Names("dtype", tuple(dict.fromkeys(dtype for op in OPS for dtype in op.dtypes)))
-HEAD_DIMS = Names("head_dim", tuple(dict.fromkeys(str(d) for op in OPS for d in op.head_dims)))
+HEAD_DIMS = Names("head_dim", tuple(dict.fromkeys(str(d) for op in OPS for d in sorted((*op.head_dims, *op.between)))))
 
 
 @click.command("compile")
 @click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"Of {', '.join(aot.ARCHS)}.")
 @click.option("--op", type=OP_NAMES, default="all", show_default=True)
+@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
 @click.option("--dtype", type=DTYPES, default="all", show_default=True)
 @click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
 @click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
 @click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
-def command(arch, op, dtype, head_dim, processes, output) -> None:
+def command(arch, op, direction, dtype, head_dim, processes, output) -> None:
     """Registers, spills, LDS and the bound of each kernel on an architecture, compiled without the card."""
     circumstances = {"versions": versions(), **{k: v for k, v in record.circumstances().items() if k in ABOUT}}
     note = warn_of_unmet_triton()
-    rows = cases(arch, ops=named(op), dtypes=dtype, head_dims=[int(d) for d in head_dim])
+    rows = cases(arch, ops=named(op, direction), dtypes=dtype, head_dims=[int(d) for d in head_dim])
     records = [row | circumstances | {"note": note} for row in compile_all(rows, processes=processes)]
     click.echo(render(records, output))
 

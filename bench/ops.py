@@ -1,7 +1,7 @@
 """The kernels of the library as one table: how each is called, what configures it, and what is worth trying."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +52,8 @@ class Op:
     variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must serve as well
     sweep: Sweep
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    head_dims: tuple[int, ...] = (64, 128, 256)
+    head_dims: tuple[int, ...] = (64, 128, 256)  # of a tuning table: the others take the next larger one's entry
+    between: tuple[int, ...] = (80,)  # such others, that are looked at as well
 
 
 def _rows(dtype: str, head_dim: int, batch: int = 1, heads: int = 8) -> Any:
@@ -154,14 +155,10 @@ def _dkv_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
 
 def _with_chunks(arch: str, dtype: str, head_dim: int, starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """RDNA has too few registers for a tile of a wide head_dim: in chunks."""
-    if not arch.startswith("gfx1") or dtype == "float32":
+    if not arch.startswith("gfx1"):
         return starts
-    sizes: dict[int, tuple[dict[str, int], ...]] = {
-        64: ({}, {"block_d": 32}),
-        128: ({}, {"block_d": 32}),
-        256: ({"block_d": 32}, {"block_d": 64}),
-    }
-    return [{**start, **chunk} for start in starts for chunk in sizes[head_dim]]
+    sizes: tuple[dict[str, int], ...] = ({"block_d": 32}, {"block_d": 64}) if head_dim > 128 else ({}, {"block_d": 32})
+    return [{**start, **chunk} for start in starts for chunk in sizes]
 
 
 def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
@@ -245,6 +242,6 @@ OPS = (
 )
 
 
-def named(names: tuple[str, ...] | list[str]) -> tuple[Op, ...]:
-    """The entries of OPS that a name of an op or of a kernel means."""
-    return tuple(op for op in OPS if op.name in names or op.kernel in names)
+def named(names: Sequence[str], directions: Sequence[str]) -> tuple[Op, ...]:
+    """The entries of OPS that a name of an op or of a kernel means, in these directions."""
+    return tuple(op for op in OPS if (op.name in names or op.kernel in names) and op.direction in directions)

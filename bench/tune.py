@@ -41,7 +41,7 @@ from jfa import tuning
 from jfa.device import describe, probe
 
 from . import aot, pool, record, timing
-from .compile import ARCHS, OP_NAMES, Case, compile_all, given, tile, versions, warn_of_unmet_triton
+from .compile import ARCHS, DIRECTIONS, OP_NAMES, Case, compile_all, given, tile, versions, warn_of_unmet_triton
 from .ops import Op, named
 
 LANE_REGISTERS = 255  # that a tile may take: of CDNA's 512, half is what leaves two waves on a SIMD
@@ -400,12 +400,13 @@ def entry(op: Op, one: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 @click.option("--offline", "by_code", is_flag=True, help="By compiled code; without it by measuring this device.")
 @click.option("--arch", type=ARCHS, help=f"With --offline: of {', '.join(aot.ARCHS)}, or all.")
 @click.option("--op", type=OP_NAMES, default="all", show_default=True)
+@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
 @click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Write the tables there instead.")
 @click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
 @click.option("--samples", type=click.IntRange(min=1), default=15, show_default=True, help="Of each measurement.")
 @click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
-def command(by_code, arch, op, write, folder, processes, samples, output) -> None:
+def command(by_code, arch, op, direction, write, folder, processes, samples, output) -> None:
     """Choose the tiles of each kernel, by compiled code or on this machine's GPU."""
     if write and folder:
         raise click.UsageError("--write and --folder are two places for the same tables; give one")
@@ -416,7 +417,7 @@ def command(by_code, arch, op, write, folder, processes, samples, output) -> Non
     warn_of_unmet_triton()
     place = resources_folder() if write else folder
     records = []
-    for one in named(op):
+    for one in named(op, direction):
         for name in arch or (probe().arch,):
             text, rows = tuned(one, name, processes=processes, samples=None if by_code else samples)
             records += rows

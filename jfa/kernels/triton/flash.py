@@ -28,12 +28,14 @@ from jfa.kernels.triton.tile import (
     Tile,
     arguments,
     chunks,
+    kind_of,
     later,
     load_rows,
     once,
     output,
     padded,
     product,
+    safe_config,
     sum_of_products,
     whole_tiles,
 )
@@ -53,20 +55,10 @@ _SAFE_TILES = {
 
 def default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
     """Tiles that spill nothing, or least, on all architectures of a kind that were tried; a table knows better."""
-    if device.platform == "cuda":
-        kind = "cuda"
-    else:
-        kind = "rdna" if device.arch.startswith("gfx1") else "cdna"
-    tiles = _SAFE_TILES[kind, "float32" if operands.q.dtype == jnp.float32 else "16 bits"]
+    kind, exact = kind_of(device), operands.q.dtype == jnp.float32
     widest = max(operands.q.shape[3], operands.v.shape[3])
-    block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if widest <= limit)
-    return FlashConfig(
-        block_q=block_q,
-        block_kv=block_kv,
-        num_warps=num_warps,
-        num_stages=2 if kind == "cuda" else 1,  # AMD's pipeliner spends registers that the tile needs
-        block_d=32 if kind == "rdna" and widest > 128 else None,
-    )
+    block_d = (64 if exact else 32) if kind == "rdna" and widest > 128 else None
+    return safe_config(_SAFE_TILES[kind, "float32" if exact else "16 bits"], kind, widest, block_d=block_d)
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:

@@ -29,12 +29,14 @@ from jfa.kernels.triton.tile import (
     Tile,
     arguments,
     chunks,
+    kind_of,
     later,
     load_rows,
     once,
     output,
     padded,
     product,
+    safe_config,
     sum_of_products,
     whole_tiles,
 )
@@ -61,20 +63,16 @@ class BackwardConfig:
 
 def default_config(operands: Operands, device: DeviceInfo) -> BackwardConfig:
     """Tiles that spill nothing, or least, on the architectures of a kind; a table knows better."""
-    if device.platform == "cuda":
-        kind = "cuda"
-    else:
-        kind = "rdna" if device.arch.startswith("gfx1") else "cdna"
+    kind = kind_of(device)
     widest = max(operands.q.shape[3], operands.v.shape[3])
 
     def config(kernel: str) -> FlashConfig:
-        tiles = _SAFE_TILES[kernel, kind]
-        block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if widest <= limit)
-        if operands.q.dtype == jnp.float32:  # twice the registers
-            block_q, block_kv = max(16, block_q // 2), max(16, block_kv // 2)
-        stages = 2 if kind == "cuda" else 1
-        block_d = 32 if kind == "rdna" else None
-        return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages, block_d=block_d)
+        safe = safe_config(_SAFE_TILES[kernel, kind], kind, widest, block_d=32 if kind == "rdna" else None)
+        if operands.q.dtype != jnp.float32:
+            return safe
+        # twice the registers
+        halves = max(16, safe.block_q // 2), max(16, safe.block_kv // 2)
+        return dataclasses.replace(safe, block_q=halves[0], block_kv=halves[1])
 
     return BackwardConfig(dq=config("dq"), dkv=config("dkv"))
 

@@ -8,6 +8,7 @@ across or the other way, so that one definition serves kernels that want the sco
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jfa import dropout
 from jfa.kernels.triton._pallas import dot, load, pl
-from jfa.types import AttentionSpec, FlashConfig, Operands
+from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 
 LOG2_E = math.log2(math.e)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -30,6 +31,22 @@ _EXP2 = {
 }
 _SMALL_CAP = 256.0  # of scores, for which a shorter tanh will do
 _ROUNDER = 1.5 * 2.0**23  # a float32 plus this has no fraction, and its integer part in the low bits
+
+
+def kind_of(device: DeviceInfo) -> str:
+    """What of an architecture decides a tile where no table does: "cdna", "rdna" or "cuda"."""
+    if device.platform == "cuda":
+        return "cuda"
+    return "rdna" if device.arch.startswith("gfx1") else "cdna"
+
+
+def safe_config(
+    tiles: Mapping[int, tuple[int, int, int]], kind: str, widest: int, *, block_d: int | None
+) -> FlashConfig:
+    """The first of the tiles (head_dim, up to and including: block_q, block_kv, num_warps) that serves the widest."""
+    block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if widest <= limit)
+    stages = 2 if kind == "cuda" else 1  # AMD's pipeliner spends registers that the tile needs
+    return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages, block_d=block_d)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -389,8 +406,13 @@ def sum_of_products(pairs) -> Array:
     """The sum of a b^T over pieces of the head_dim."""
     total = None
     for a, b in pairs:
-        part = product(a, b, trans_b=True)
-        total = part if total is None else total + part
+        if total is None:
+            total = product(a, b, trans_b=True)
+        elif a.dtype == jnp.float32:
+            # not an addition, which Triton would make one long chain of rounded sums with the product
+            total = total - product(-a, b, trans_b=True)
+        else:
+            total = total + product(a, b, trans_b=True)
     assert total is not None
     return total
 
