@@ -4,8 +4,12 @@ from jfa.backends import Explanation as Explanation
 from jfa.backends import explain as explain
 from jfa.cache.contiguous import KVCache as KVCache
 from jfa.ops import dot_product_attention as dot_product_attention
+from jfa.paged_ops import paged_decode_attention as paged_decode_attention
+from jfa.paged_ops import ragged_paged_attention as ragged_paged_attention
+from jfa.quant import QuantizedArray as QuantizedArray
 from jfa.types import AttentionSpec as AttentionSpec
 from jfa.types import BlockConfig as BlockConfig
 from jfa.types import DeviceInfo as DeviceInfo
 from jfa.types import FlashConfig as FlashConfig
+from jfa.types import PagedConfig as PagedConfig
 from jfa.types import UnsupportedError as UnsupportedError

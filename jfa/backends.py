@@ -1,7 +1,7 @@
 """Which backend serves a call: a table per platform, and a sentence for every refusal."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +11,21 @@ from jfa import tuning
 from jfa.device import probe
 from jfa.kernels.triton import flash as triton_flash
 from jfa.kernels.triton import flash_bwd as triton_flash_bwd
+from jfa.kernels.triton import paged as triton_paged
 from jfa.kernels.xla import flash as xla_flash
+from jfa.kernels.xla import paged as xla_paged
 from jfa.reference import attention as reference
-from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands, UnsupportedError
+from jfa.reference import paged as paged_reference
+from jfa.types import (
+    AttentionSpec,
+    BlockConfig,
+    DeviceInfo,
+    FlashConfig,
+    Operands,
+    PagedConfig,
+    PagedOperands,
+    UnsupportedError,
+)
 
 # platform: best first. The reference is never chosen, only named.
 PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -86,15 +98,73 @@ FLASH: dict[str, FlashBackend] = {
     ),
 }
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedBackend:
+    """One way to compute attention over pages. The functions are those of its module."""
+
+    why_not: Callable[[PagedOperands, AttentionSpec, DeviceInfo], str | None]
+    default_config: Callable[[PagedOperands, DeviceInfo], BlockConfig | PagedConfig | None]
+    config_type: type | None
+    run: Callable  # (operands, spec, config, device) -> (out, lse)
+
+
+def _triton_paged_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
+    """The entry of the kernel's tuning table, else its default."""
+    tuned = tuning.paged_config(
+        "paged_decode_attention" if operands.query_start is None else "ragged_paged_attention",
+        device.arch,
+        dtype=operands.q.dtype.name,
+        pages=operands.k_pages.dtype.name,
+        head_dim=operands.q.shape[2],
+    )
+    return tuned or triton_paged.default_config(operands, device)
+
+
+PAGED: dict[str, PagedBackend] = {
+    "reference": PagedBackend(
+        why_not=lambda operands, spec, device: None,
+        default_config=lambda operands, device: None,
+        config_type=None,
+        run=lambda operands, spec, config, device: paged_reference.paged_attention(operands, spec=spec),
+    ),
+    "xla": PagedBackend(
+        why_not=xla_paged.why_not,
+        default_config=xla_paged.default_config,
+        config_type=BlockConfig,
+        run=lambda operands, spec, config, device: xla_paged.paged_attention(operands, spec=spec, config=config),
+    ),
+    "triton": PagedBackend(
+        why_not=triton_paged.why_not,
+        default_config=_triton_paged_config,
+        config_type=PagedConfig,
+        run=lambda operands, spec, config, device: triton_paged.paged_attention(
+            operands,
+            spec=spec,
+            config=config,
+            num_splits=triton_paged.num_splits(operands, config, device),
+            interpret=device.platform == "cpu",
+        ),
+    ),
+}
+
 # Public names of backends that are planned; named, they are refused with this sentence.
 NOT_BUILT = {"tpu": "a Pallas kernel for TPU is not built yet", "mosaic_gpu": "a Mosaic GPU kernel is not built yet"}
 
 
-def select(implementation: str | None, operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str:
+def select(
+    implementation: str | None,
+    operands: Any,
+    spec: AttentionSpec,
+    device: DeviceInfo,
+    *,
+    table: Mapping[str, FlashBackend | PagedBackend] = FLASH,
+) -> str:
     """The name of the backend that serves this call on this device.
 
     Args:
       implementation: a backend by name, or None for the first in the platform's table that can.
+      operands: Operands, or PagedOperands with table=PAGED.
 
     Raises:
       ValueError: no such backend.
@@ -103,18 +173,25 @@ def select(implementation: str | None, operands: Operands, spec: AttentionSpec, 
     if implementation is None:
         reasons = []
         for name in PREFERENCE.get(device.platform, ("xla",)):
-            reason = FLASH[name].why_not(operands, spec, device)
+            reason = table[name].why_not(operands, spec, device)
             if reason is None:
                 return name
             reasons.append(f"{name}: {reason}")
         raise UnsupportedError(f"no attention backend on {device.platform}:\n  " + "\n  ".join(reasons))
-    if implementation not in FLASH and implementation not in NOT_BUILT:
-        known = ", ".join((*FLASH, *NOT_BUILT))
+    if implementation not in table and implementation not in NOT_BUILT:
+        known = ", ".join((*table, *NOT_BUILT))
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
-    reason = NOT_BUILT.get(implementation) or FLASH[implementation].why_not(operands, spec, device)
+    reason = NOT_BUILT.get(implementation) or table[implementation].why_not(operands, spec, device)
     if reason:
         raise UnsupportedError(f"implementation={implementation!r}: {reason}; leave it None to let jfa choose")
     return implementation
+
+
+def check_config(backend: str, wanted: type | None, given) -> None:
+    """Raises ValueError unless a configuration is of the type that the backend takes."""
+    if wanted is None or not isinstance(given, wanted):
+        takes = "no config" if wanted is None else f"a {wanted.__name__}"
+        raise ValueError(f"the {backend} backend takes {takes}, got a {type(given).__name__}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,15 @@
 """Checks at the door. What they say is static (shapes, dtypes, numbers), so they cost nothing in a compiled program."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array
+
+from jfa import quant
+from jfa.types import NULL_PAGE
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -76,6 +82,103 @@ def segments(name: str, x: Array, shape: Sequence[int]) -> None:
         raise ValueError(f"{name} must hold integers, got {x.dtype}")
     if x.shape != tuple(shape):
         raise ValueError(f"{name} must hold one integer per position, shape {tuple(shape)}, got {x.shape}")
+
+
+def paged_shapes(
+    query: Array,
+    key_pages: Array,
+    value_pages: Array,
+    page_table: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+) -> None:
+    """Raises ValueError unless query [n, hq, d], the pages, their scales and the page table belong together."""
+    if query.ndim != 3:
+        raise ValueError(f"query must be [queries, heads, head_dim], got shape {query.shape}")
+    if query.dtype.name not in FLOAT_DTYPES:
+        raise ValueError(f"query must be {_one_of(FLOAT_DTYPES)}, got {query.dtype}; cast it before the call")
+    for name, x in (("key_pages", key_pages), ("value_pages", value_pages)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [num_pages, page_size, heads, head_dim], got shape {x.shape}")
+        if x.shape[1] == 0:
+            raise ValueError(f"a page must hold at least one token, got {name} of shape {x.shape}")
+    if key_pages.dtype != value_pages.dtype:
+        raise ValueError(
+            f"key_pages and value_pages must share one dtype, got {key_pages.dtype} and {value_pages.dtype}"
+        )
+    if key_pages.shape[:3] != value_pages.shape[:3]:
+        raise ValueError(
+            "key_pages and value_pages must have the same shape but for the head_dim, "
+            f"got {key_pages.shape} and {value_pages.shape}"
+        )
+    _page_scales(key_pages, value_pages, key_scales, value_scales)
+    held = key_pages.shape[3] * (2 if key_scales is not None and quant.kind_of(key_pages.dtype) == "int4" else 1)
+    if query.shape[2] != held or held == 0 or value_pages.shape[3] == 0:
+        raise ValueError(
+            f"query and key_pages must have the same head_dim, at least 1, got {query.shape[2]} and {held}"
+            f" (of value_pages: {value_pages.shape[3]})"
+        )
+    if key_pages.shape[2] == 0 or query.shape[1] % key_pages.shape[2]:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of key heads, got {query.shape[1]} and "
+            f"{key_pages.shape[2]}"
+        )
+    if page_table.ndim != 2 or not jnp.issubdtype(page_table.dtype, jnp.integer):
+        raise ValueError(
+            f"page_table must be integers [rows, pages of a row], got {page_table.dtype} of shape {page_table.shape}"
+        )
+
+
+def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None, value_scales: Array | None) -> None:
+    quantized = key_pages.dtype.name not in FLOAT_DTYPES
+    if quantized:
+        try:
+            quant.kind_of(key_pages.dtype)
+        except ValueError as error:
+            raise ValueError(f"pages must be {_one_of(FLOAT_DTYPES)}, or quantized; {error}") from None
+    for name, scales, pages in (("key_scales", key_scales, key_pages), ("value_scales", value_scales, value_pages)):
+        if quantized != (scales is not None):
+            way = "needs the scales of its numbers, got None" if quantized else "has no scales; leave it None"
+            raise ValueError(f"{name}: an array of pages in {pages.dtype} {way}")
+        if scales is None:
+            continue
+        if scales.dtype.name not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {scales.dtype}")
+        if scales.shape != pages.shape[:3]:
+            raise ValueError(
+                f"{name} must hold one scale for each page, token and head, shape {pages.shape[:3]}, got {scales.shape}"
+            )
+
+
+def paged_values(
+    page_table: ArrayLike, kv_len: ArrayLike, *, num_pages: int, page_size: int, query_start: ArrayLike | None = None
+) -> None:
+    """Raises ValueError unless the numbers of a paged call make sense; reads arrays, so it is for tests and debugging.
+
+    Every page of a row's kv_len tokens must be in the pool and not NULL_PAGE; query_start must not fall, and no row may
+    have more queries than tokens.
+    """
+    table, lengths = np.asarray(page_table), np.asarray(kv_len)
+    capacity = table.shape[1] * page_size
+    for row, length in enumerate(lengths.tolist()):
+        if not 0 <= length <= capacity:
+            raise ValueError(f"row {row}: kv_len must be 0 to {capacity}, what its page table can hold, got {length}")
+        for place, page in enumerate(table[row, : -(-length // page_size)].tolist()):
+            if not 0 <= page < num_pages or page == NULL_PAGE:
+                raise ValueError(
+                    f"row {row}: place {place} of its page table is page {page}, where the tokens from "
+                    f"{place * page_size} on are; pages are {NULL_PAGE + 1} to {num_pages - 1}"
+                )
+    if query_start is None:
+        return
+    start = np.asarray(query_start)
+    for row, (first, end) in enumerate(itertools.pairwise(start.tolist())):
+        if end < first or first < 0:
+            raise ValueError(f"row {row}: its queries end at {end}, before they start at {first}")
+        if end - first > lengths[row]:
+            raise ValueError(
+                f"row {row}: it has {end - first} queries but kv_len is {lengths[row]}, which counts them too"
+            )
 
 
 def _one_of(names: Sequence[str]) -> str:

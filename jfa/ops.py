@@ -2,26 +2,18 @@
 
 import dataclasses
 import functools
-from numbers import Integral
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jfa import backends, checks, tuning
+from jfa import arguments, backends, checks, tuning
 from jfa.device import probe
-from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands
-
-# No sequence is longer; a row, an offset and a window of this size add up to less than the largest int32.
-_LONGEST = 2**29
-_WIDEST = 2 * _LONGEST  # from the furthest offset it still reaches the first key
-
-Implementation = Literal["reference", "xla", "triton", "tpu", "mosaic_gpu"]
+from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Implementation, Operands
 
 
 class _Options(TypedDict, total=False):
@@ -156,20 +148,20 @@ def dot_product_attention(
         q=query,
         k=key,
         v=value,
-        bias=_broadcastable("bias", bias, scores, boolean=False),
-        mask=_broadcastable("mask", mask, scores, boolean=True),
-        q_len=_per_row("query_seq_lengths", query_seq_lengths, b),
-        kv_len=_per_row("key_value_seq_lengths", key_value_seq_lengths, b),
-        q_offset=_per_row("query_offset", query_offset, b, spread=True),
-        sinks=_per_head("sinks", sinks, hq),
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes, hq),
-        **_segments(query_segment_ids, key_value_segment_ids, (b, tq), (b, key.shape[1]), one_row=one_row),
-        dropout_seed=_dropout_seed(dropout_rate, dropout_key),
+        bias=arguments.broadcastable("bias", bias, scores, boolean=False),
+        mask=arguments.broadcastable("mask", mask, scores, boolean=True),
+        q_len=arguments.per_row("query_seq_lengths", query_seq_lengths, b),
+        kv_len=arguments.per_row("key_value_seq_lengths", key_value_seq_lengths, b),
+        q_offset=arguments.per_row("query_offset", query_offset, b, spread=True),
+        sinks=arguments.per_head("sinks", sinks, hq),
+        alibi_slopes=arguments.per_head("alibi_slopes", alibi_slopes, hq),
+        **arguments.segments(query_segment_ids, key_value_segment_ids, (b, tq), (b, key.shape[1]), one_row=one_row),
+        dropout_seed=arguments.dropout_seed(dropout_rate, dropout_key),
     )
     spec = AttentionSpec(
         sm_scale=head_dim**-0.5 if scale is None else float(scale),
         causal=bool(is_causal),
-        window=_window(local_window_size),
+        window=arguments.window(local_window_size),
         softcap=None if logits_soft_cap is None else float(logits_soft_cap),
         dropout_rate=float(dropout_rate),
         broadcast_dropout=broadcast_dropout,
@@ -229,9 +221,7 @@ def _config(backend: str, operands: Operands, device: DeviceInfo, given) -> Bloc
         widest = max(q.shape[3], operands.v.shape[3])
         tuned = wanted is FlashConfig and tuning.flash_config(device.arch, dtype=q.dtype.name, head_dim=widest)
         return tuned or backends.FLASH[backend].default_config(operands, device)
-    if wanted is None or not isinstance(given, wanted):
-        takes = "no config" if wanted is None else f"a {wanted.__name__}"
-        raise ValueError(f"the {backend} backend takes {takes}, got a {type(given).__name__}")
+    backends.check_config(backend, wanted, given)
     return given
 
 
@@ -246,81 +236,3 @@ def _varying_alike(operands: Operands) -> Operands:
     return operands._replace(
         **{name: lax.pcast(getattr(operands, name), more, to="varying") for name, more in lacking.items()}
     )
-
-
-def _broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, boolean: bool) -> Array | None:
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    x = x.reshape((1,) * max(0, 4 - x.ndim) + x.shape)
-    checks.broadcasts(name, x, scores, boolean=boolean)
-    return x
-
-
-def _narrowed(x: ArrayLike) -> Array:
-    """Whole numbers of any width as an array that JAX holds: clipped before it cuts off their upper half."""
-    if isinstance(x, Array):
-        return x
-    leaves = jax.tree.leaves(x)
-    if all(isinstance(leaf, Integral | np.ndarray | np.generic) for leaf in leaves):
-        whole = np.asarray(x)
-        if whole.dtype.kind in "iu":
-            held = np.iinfo(whole.dtype)
-            x = np.clip(whole, max(held.min, -_LONGEST), min(held.max, _LONGEST)).astype(np.int32)
-    return jnp.asarray(x)
-
-
-def _per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
-    if x is None:
-        return None
-    x = _narrowed(x)
-    if spread and x.ndim == 0:
-        x = jnp.full((batch,), x)
-    checks.per_row(name, x, batch)
-    held = jnp.iinfo(x.dtype)
-    return jnp.clip(x, max(held.min, -_LONGEST), min(held.max, _LONGEST)).astype(jnp.int32)
-
-
-def _per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    checks.per_head(name, x, num_heads)
-    return x
-
-
-def _segments(
-    query: ArrayLike | None, key: ArrayLike | None, query_shape: tuple, key_shape: tuple, *, one_row: bool
-) -> dict[str, Array]:
-    given = {"query_segment_ids": query, "key_value_segment_ids": key}
-    if query is None and key is None:
-        return {}
-    arrays = []
-    for (name, x), shape in zip(given.items(), (query_shape, key_shape), strict=True):
-        if x is None:
-            raise ValueError(f"{name} is missing: give the segments of both queries and keys, or of none")
-        if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size and not -(2**31) <= x.min() <= x.max() < 2**31:
-            raise ValueError(f"{name} must fit into 32 bits, got {x.min()} to {x.max()}; number the documents from 0")
-        x = jnp.asarray(x)
-        x = x[None] if one_row and x.ndim == 1 else x
-        checks.segments(name, x, shape)
-        arrays.append(x.astype(jnp.int32))
-    return dict(zip(("q_segments", "kv_segments"), arrays, strict=True))
-
-
-def _dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
-    if not 0.0 < rate < 1.0:  # what is out of range is refused with the spec
-        return None
-    if key is None:
-        raise ValueError(f"dropout_rate={rate} needs a dropout_key: jax.random.key(seed), another one for each step")
-    return jax.random.bits(jnp.asarray(key), (2,), jnp.uint32)
-
-
-def _window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, Integral) for n in pair):
-        raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
-    left, right = (min(int(n), _WIDEST) for n in pair)
-    return left, right

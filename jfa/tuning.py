@@ -4,7 +4,7 @@ import functools
 import json
 from importlib import resources
 
-from jfa.types import FlashConfig
+from jfa.types import FlashConfig, PagedConfig
 
 # Neighbours whose compute units are alike enough to share a table.
 _NEIGHBOUR = {
@@ -36,6 +36,21 @@ def flash_config(arch: str, *, dtype: str, head_dim: int, kernel: str = "flash_a
     entries = _table(kernel, table_arch(arch)).get(dtype, {})
     fitting = sorted(int(listed) for listed in entries if int(listed) >= head_dim)
     return FlashConfig(**entries[str(fitting[0])]["config"]) if fitting else None
+
+
+def paged_config(kernel: str, arch: str, *, dtype: str, pages: str, head_dim: int) -> PagedConfig | None:
+    """The table's entry of a kernel over pages, as flash_config finds it.
+
+    kernel: "paged_decode_attention" or "ragged_paged_attention". pages: their dtype.
+    """
+    entries = _table(kernel, table_arch(arch)).get(pages_key(dtype, pages), {})
+    fitting = sorted(int(listed) for listed in entries if int(listed) >= head_dim)
+    return PagedConfig(**entries[str(fitting[0])]["config"]) if fitting else None
+
+
+def pages_key(dtype: str, pages: str) -> str:
+    """What a table calls queries of one dtype on pages of another."""
+    return dtype if pages == dtype else f"{dtype} on {pages}"
 
 
 @functools.cache

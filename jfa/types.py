@@ -7,9 +7,15 @@ kernel, a *page* is always memory.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+
+# Padded rows and empty places of a page table point to this page: it is in bounds and what it holds reaches no output.
+NULL_PAGE = 0
+
+
+Implementation = Literal["reference", "xla", "triton", "tpu", "mosaic_gpu"]
 
 
 class UnsupportedError(NotImplementedError):
@@ -79,6 +85,33 @@ class Operands(NamedTuple):
         return self.q.shape[2] // self.k.shape[2]
 
 
+class PagedOperands(NamedTuple):
+    """The arrays that attention over pages reads, or their shapes.
+
+    A row's queries are its last tokens: they stand at the positions before kv_len, and their keys are in the pages.
+    """
+
+    q: Float[Array, "n hq d"]  # the queries of all rows, one row after another
+    k_pages: Shaped[Array, "num_pages page_size hkv _"]  # floats, or quant.KINDS
+    v_pages: Shaped[Array, "num_pages page_size hkv _"]
+    page_table: Int[Array, "b pages_per_seq"]  # which page holds the tokens page_size * j and on of a row
+    kv_len: Int[Array, " b"]
+    query_start: Int[Array, " b+1"] | None = None  # where a row's queries begin; None: one for each row
+    k_scales: Float[Array, "num_pages page_size hkv"] | None = None  # with quantized pages
+    v_scales: Float[Array, "num_pages page_size hkv"] | None = None
+    sinks: Float[Array, " hq"] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row of the page table can hold."""
+        return self.page_table.shape[1] * self.k_pages.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key head."""
+        return self.q.shape[1] // self.k_pages.shape[2]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """How the `xla` backend computes: tile rows. Changes the speed, not the answer."""
@@ -121,6 +154,21 @@ class FlashConfig:
             raise ValueError(f"num_stages must be >= 1, got {self.num_stages}")
         if self.exp2_degree not in (None, 3, 4):
             raise ValueError(f"exp2_degree must be None, 3 or 4, got {self.exp2_degree}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedConfig(FlashConfig):
+    """How a `triton` kernel over pages computes: a tile of queries has the heads of a group beside each other.
+
+    Keys are gathered by the page table, so block_kv has nothing to do with the size of a page.
+    """
+
+    num_splits: int | None = None  # programs that share a row's keys; None: as many as keep the device busy
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_splits is not None and self.num_splits < 1:
+            raise ValueError(f"num_splits must be >= 1, or None to follow from the call, got {self.num_splits}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

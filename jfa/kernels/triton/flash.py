@@ -158,15 +158,7 @@ def _flash_kernel(
     ref = dict(zip(names, inputs, strict=True))
     block_q, block_kv = config.block_q, config.block_kv
     q_ref, k_ref, v_ref = ref["q"], ref["k"], ref["v"]
-    tile = Tile(
-        ref=ref,
-        shape=shape,
-        spec=spec,
-        config=config,
-        row=pl.program_id(2),
-        head=pl.program_id(0),
-        exact=q_ref.dtype == jnp.float32,
-    )
+    tile = Tile.of(ref, shape=shape, spec=spec, config=config, row=pl.program_id(2), head=pl.program_id(0))
     q_len = tile.q_len
     first_row = (pl.num_programs(1) - 1 - pl.program_id(1)) * block_q
     q_rows = first_row + jnp.arange(block_q)

@@ -240,15 +240,7 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
     ref = dict(zip(names, refs, strict=False))
     dq_ref, *slope_refs = refs[len(names) :]
     block_q, block_kv = config.block_q, config.block_kv
-    tile = Tile(
-        ref=ref,
-        shape=shape,
-        spec=spec,
-        config=config,
-        row=pl.program_id(2),
-        head=pl.program_id(0),
-        exact=ref["q"].dtype == jnp.float32,
-    )
+    tile = Tile.of(ref, shape=shape, spec=spec, config=config, row=pl.program_id(2), head=pl.program_id(0))
     first_row = (pl.num_programs(1) - 1 - pl.program_id(1)) * block_q
     q_rows = first_row + jnp.arange(block_q)
     in_bounds = q_rows < shape.tq
@@ -309,15 +301,7 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
     dk_ref, dv_ref = refs[len(names) :]
     block_q, block_kv = config.block_q, config.block_kv
     kv_head = pl.program_id(0)
-    common = Tile(
-        ref=ref,
-        shape=shape,
-        spec=spec,
-        config=config,
-        row=pl.program_id(2),
-        head=kv_head * shape.g,
-        exact=ref["q"].dtype == jnp.float32,
-    )
+    common = Tile.of(ref, shape=shape, spec=spec, config=config, row=pl.program_id(2), head=kv_head * shape.g)
     first_key = pl.program_id(1) * block_kv
     keys = first_key + jnp.arange(block_kv)
     inside_keys = keys < common.kv_len
@@ -465,15 +449,7 @@ def _d_bias_kernel(
         head = head if heads == 1 else lax.rem(place, jnp.int32(heads))
         q_start = (row_tile if num_rows == 1 else row_program) * block_q
         k_start = (key_tile if num_keys == 1 else key_program) * block_kv
-        tile = Tile(
-            ref=ref,
-            shape=shape,
-            spec=spec,
-            config=config,
-            row=row,
-            head=head,
-            exact=ref["q"].dtype == jnp.float32,
-        )
+        tile = Tile.of(ref, shape=shape, spec=spec, config=config, row=row, head=head)
         span = tile.keys_of(q_start, block_q, block_kv)
         return lax.cond(
             (k_start < span.end) & (k_start + block_kv > span.first),

@@ -8,7 +8,7 @@ across or the other way, so that one definition serves kernels that want the sco
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import jax
@@ -162,6 +162,20 @@ class Span:
             carry = lax.fori_loop(0, heads * count, functools.partial(turn, edge=edge, count=count), carry)
         return carry
 
+    def part(self, i, n: int) -> "Span":
+        """The i-th of n parts of the tiles, as many in each."""
+        each = lax.div(jnp.maximum(0, self.tile_end - self.tile_first) + (n - 1), jnp.int32(n))
+        first = self.tile_first + i * each
+        end = jnp.minimum(self.tile_end, first + each)
+        whole_first = jnp.clip(self.whole_first, first, jnp.maximum(first, end))
+        return dataclasses.replace(
+            self,
+            tile_first=first,
+            tile_end=end,
+            whole_first=whole_first,
+            whole_end=jnp.clip(self.whole_end, whole_first, jnp.maximum(whole_first, end)),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
@@ -176,22 +190,31 @@ class Tile:
     config: FlashConfig
     row: Any
     head: Any
-    exact: bool  # float32 inputs: no shortcut of a 16-bit dtype
+    q_len: Any  # valid queries of the row
+    kv_len: Any  # valid keys of the row
+    offset: Any  # position of the row's first query
+
+    @classmethod
+    def of(
+        cls, ref: dict[str, Any], *, shape: Shape, spec: AttentionSpec, config: FlashConfig, row: Any, head: Any
+    ) -> "Tile":
+        """The tile of a batch row that has its lengths and its offset among the arguments, or none."""
+        return cls(
+            ref=ref,
+            shape=shape,
+            spec=spec,
+            config=config,
+            row=row,
+            head=head,
+            q_len=jnp.minimum(ref["q_len"][row], shape.tq) if "q_len" in ref else shape.tq,
+            kv_len=jnp.minimum(ref["kv_len"][row], shape.tk) if "kv_len" in ref else shape.tk,
+            offset=ref["q_offset"][row] if "q_offset" in ref else 0,
+        )
 
     @property
-    def q_len(self):
-        """Valid queries of the row."""
-        return jnp.minimum(self.ref["q_len"][self.row], self.shape.tq) if "q_len" in self.ref else self.shape.tq
-
-    @property
-    def kv_len(self):
-        """Valid keys of the row."""
-        return jnp.minimum(self.ref["kv_len"][self.row], self.shape.tk) if "kv_len" in self.ref else self.shape.tk
-
-    @property
-    def offset(self):
-        """Position of the row's first query."""
-        return self.ref["q_offset"][self.row] if "q_offset" in self.ref else 0
+    def exact(self) -> bool:
+        """Whether inputs are float32: no shortcut of a 16-bit dtype."""
+        return self.ref["q"].dtype == jnp.float32
 
     @property
     def sm_scale(self) -> float:
@@ -428,7 +451,7 @@ def once(load_piece, pieces: tuple[tuple[int, int], ...]):
     return lambda piece, start: kept
 
 
-def later(n, pieces: tuple[tuple[int, int], ...], *, use: int = 0):
+def later(n, pieces: Sized, *, use: int = 0):
     """0, which for several pieces the compiler cannot know: it would load them all ahead of the loop and keep them.
 
     n: the loop's index. use: another one for each use in a turn, else two loads become one that is kept.

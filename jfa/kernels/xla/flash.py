@@ -8,7 +8,7 @@ is padded or copied.
 Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_attention.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -387,7 +387,9 @@ def _per_row(x: Array) -> Array:
     return x[:, None, None, None, None]
 
 
-def _rows(x: Array, start, size: int) -> Array:
+def _rows(x: Any, start, size: int) -> Array:
+    if hasattr(x, "rows"):  # not an array: paged.Rows, which gathers them
+        return x.rows(start, size)
     return x if x.shape[1] == size else lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
 

@@ -1,0 +1,197 @@
+"""Named cases of attention over pages, and their truth: small, odd, and each for a reason.
+
+Pages lie in the pool in any order; every place that holds no token of a row, NULL_PAGE first of all, holds NaN (where
+numbers are quantized: their scales do).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from . import oracle
+from .numerics import rounding_to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedCase:
+    """Shapes, and the options of jfa's ops over pages by name."""
+
+    kv_len: tuple[int, ...]
+    heads: tuple[int, int]  # of queries, of keys
+    head_dim: int
+    page_size: int
+    queries: tuple[int, ...] | None = None  # new tokens of each row, for the ragged op; None: one each, for the other
+    padding: int = 0  # queries behind the last row's
+    value_head_dim: int | None = None
+    pages: str | None = None  # of quant.KINDS, or a float dtype; None: as the queries
+    sinks: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "one_row": PagedCase(kv_len=(37,), heads=(2, 2), head_dim=16, page_size=16),
+    "ragged": PagedCase(kv_len=(1, 0, 50, 33, 16), heads=(4, 2), head_dim=16, page_size=16),
+    "pages_of_one": PagedCase(kv_len=(23, 5), heads=(2, 1), head_dim=16, page_size=1),
+    "odd_pages": PagedCase(kv_len=(23, 40), heads=(3, 1), head_dim=32, page_size=7),
+    "pages_larger_than_tiles": PagedCase(kv_len=(150, 64), heads=(2, 1), head_dim=16, page_size=64),
+    "large_pages": PagedCase(kv_len=(300, 9), heads=(2, 2), head_dim=16, page_size=256),
+    "mqa_16": PagedCase(kv_len=(41, 8), heads=(16, 1), head_dim=16, page_size=8),
+    "mqa_20": PagedCase(kv_len=(35,), heads=(20, 1), head_dim=16, page_size=8),
+    "head_dim_80": PagedCase(kv_len=(35, 2), heads=(4, 2), head_dim=80, page_size=16),
+    "head_dim_256": PagedCase(kv_len=(21,), heads=(2, 1), head_dim=256, page_size=16),
+    "narrow_values": PagedCase(kv_len=(35,), heads=(4, 2), head_dim=48, value_head_dim=24, page_size=16),
+    "window": PagedCase(kv_len=(70, 9), heads=(4, 2), head_dim=16, page_size=8, options={"local_window_size": 20}),
+    "window_of_itself": PagedCase(
+        kv_len=(20,), heads=(1, 1), head_dim=16, page_size=4, options={"local_window_size": 0}
+    ),
+    "soft_cap": PagedCase(kv_len=(40, 3), heads=(2, 2), head_dim=16, page_size=16, options={"logits_soft_cap": 2.0}),
+    "negative_scale": PagedCase(kv_len=(30,), heads=(2, 2), head_dim=16, page_size=16, options={"scale": -0.3}),
+    "sinks": PagedCase(kv_len=(40, 0, 3), heads=(4, 2), head_dim=16, page_size=16, sinks=True),
+    "int8": PagedCase(kv_len=(40, 0, 17), heads=(4, 2), head_dim=16, page_size=16, pages="int8"),
+    "int8_odd": PagedCase(
+        kv_len=(23, 40),
+        heads=(6, 2),
+        head_dim=40,
+        page_size=5,
+        pages="int8",
+        sinks=True,
+        options={"logits_soft_cap": 3.0},
+    ),
+    "fp8": PagedCase(kv_len=(40, 1, 17), heads=(4, 2), head_dim=16, page_size=16, pages="fp8"),
+    "int4": PagedCase(kv_len=(40, 1, 17), heads=(4, 2), head_dim=32, page_size=16, pages="int4"),
+    "int4_odd": PagedCase(
+        kv_len=(23, 40), heads=(2, 1), head_dim=72, page_size=6, pages="int4", options={"local_window_size": 11}
+    ),
+    "other_floats": PagedCase(kv_len=(33,), heads=(2, 1), head_dim=16, page_size=16, pages="bfloat16"),
+    "prefill": PagedCase(kv_len=(37,), queries=(37,), heads=(2, 1), head_dim=16, page_size=16),
+    "chunks_and_tokens": PagedCase(
+        kv_len=(50, 33, 8, 0, 20), queries=(20, 1, 8, 0, 1), padding=3, heads=(4, 2), head_dim=16, page_size=8
+    ),
+    "chunk_with_odd_group": PagedCase(
+        kv_len=(45, 12), queries=(13, 5), heads=(3, 1), head_dim=40, page_size=9, options={"logits_soft_cap": 3.0}
+    ),
+    "chunk_with_window": PagedCase(
+        kv_len=(70, 30),
+        queries=(25, 30),
+        heads=(2, 1),
+        head_dim=16,
+        page_size=16,
+        options={"local_window_size": (18, 3)},
+    ),
+    "chunk_with_sinks": PagedCase(kv_len=(40, 9), queries=(10, 9), heads=(4, 2), head_dim=16, page_size=16, sinks=True),
+    "chunk_int8": PagedCase(kv_len=(45, 12), queries=(13, 5), heads=(4, 1), head_dim=32, page_size=16, pages="int8"),
+    "chunk_int4": PagedCase(
+        kv_len=(45, 12), queries=(13, 1), padding=2, heads=(4, 2), head_dim=48, page_size=16, pages="int4"
+    ),
+    "chunk_fp8": PagedCase(kv_len=(45, 12), queries=(13, 5), heads=(2, 2), head_dim=16, page_size=8, pages="fp8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedTruth:
+    """The inputs of a case, the oracle's answer, and that of the plain formula in the dtype's rounding."""
+
+    arrays: tuple  # query, key_pages, value_pages, page_table, kv_len, and query_start of the ragged op
+    options: dict[str, Any]
+    out: np.ndarray
+    lse: np.ndarray
+    plain_out: np.ndarray
+    plain_lse: np.ndarray
+
+    @property
+    def op(self) -> str:
+        """The name of the public op."""
+        return "paged_decode_attention" if len(self.arrays) == 5 else "ragged_paged_attention"
+
+
+@functools.cache
+def truth(name: str, dtype: str) -> PagedTruth:
+    """Seeded inputs of a case of CASES for queries in a dtype, and what should come out."""
+    return truth_of(CASES[name], dtype, seed=list(CASES).index(name))
+
+
+def truth_of(case: PagedCase, dtype: str, *, seed: int) -> PagedTruth:
+    """Seeded inputs of a case for queries in a dtype, and what should come out."""
+    random = np.random.default_rng(seed)
+    hq = case.heads[0]
+    d, dv = case.head_dim, case.value_head_dim or case.head_dim
+    queries = (1,) * len(case.kv_len) if case.queries is None else case.queries
+    start = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    q = np.array(jnp.asarray(random.standard_normal((start[-1] + case.padding, hq, d)), dtype))
+    if case.padding:
+        q[start[-1] :] = np.nan
+    table, num_pages = _page_table(random, case)
+    keys, values = (_pool(random, case, table, num_pages, size, case.pages or dtype) for size in (d, dv))
+    options = dict(case.options)
+    if case.sinks:
+        options["sinks"] = jnp.asarray(random.standard_normal(hq) * 2, jnp.float32)
+    named = {"scale": options.get("scale", d**-0.5), "softcap": options.get("logits_soft_cap"), "causal": True}
+    named["sinks"] = options.get("sinks")
+    if (window := options.get("local_window_size")) is not None:
+        named["window"] = (window, 0) if isinstance(window, int) else window
+    if keys.scales is not None:
+        options |= {"key_scales": keys.scales, "value_scales": values.scales}
+    outs = []
+    for rounding in (lambda x: x, rounding_to(q.dtype)):
+        out, lse = np.zeros((len(q), hq, dv)), np.full((len(q), hq), -np.inf)
+        for row, length in enumerate(case.kv_len):
+            own = slice(start[row], start[row + 1])
+            offset = np.array([length - queries[row]])
+            k, v = keys.rows[row][None], values.rows[row][None]
+            found = oracle.attention(q[own][None], k, v, q_offset=offset, rounding=rounding, **named)
+            out[own], lse[own] = found[0][0], found[1][0]
+        outs += [out, lse]
+    arrays = (q, keys.pages, values.pages, table, np.asarray(case.kv_len, np.int32))
+    return PagedTruth(arrays if case.queries is None else (*arrays, start), options, *outs)
+
+
+def _page_table(random: np.random.Generator, case: PagedCase) -> tuple[np.ndarray, int]:
+    """Every row has the pages that it needs, in any order, one spare place, and NULL_PAGE in the others."""
+    needed = [-(-length // case.page_size) for length in case.kv_len]
+    num_pages = sum(needed) + 2
+    free = list(random.permutation(np.arange(1, num_pages)))
+    table = np.zeros((len(needed), max(needed) + 1), np.int32)
+    for row, count in enumerate(needed):
+        table[row, :count] = [free.pop() for _ in range(count)]
+    return table, num_pages
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    pages: Any
+    scales: Any
+    rows: list[np.ndarray]  # what a row's tokens really are, float64[kv_len, hkv, d]
+
+
+def _pool(random: np.random.Generator, case: PagedCase, table: np.ndarray, num_pages: int, d: int, pages: str) -> _Pool:
+    hkv, size = case.heads[1], case.page_size
+    held = np.zeros((num_pages, size), bool)
+    for row, length in enumerate(case.kv_len):
+        for token in range(length):
+            held[table[row, token // size], token % size] = True
+    x = random.standard_normal((num_pages, size, hkv, d))
+    scales = None
+    if pages in ("int8", "fp8", "int4"):
+        scales = (0.02 * np.exp(random.standard_normal((num_pages, size, hkv)))).astype(ml_dtypes.bfloat16)
+        if pages == "int8":
+            stored = np.clip(np.round(x * 40), -127, 127).astype(np.int8)
+            numbers = stored.astype(np.float64)
+        elif pages == "fp8":
+            stored = np.asarray(x * 100).astype(ml_dtypes.float8_e4m3fn)
+            numbers = stored.astype(np.float64)
+        else:
+            levels = random.integers(0, 16, x.shape)
+            stored = (levels[..., : d // 2] + 16 * levels[..., d // 2 :]).astype(np.uint8)
+            numbers = levels - 7.5
+        exact = numbers * scales.astype(np.float64)[..., None]
+        scales = np.where(held[..., None], scales, np.nan).astype(ml_dtypes.bfloat16)
+    else:
+        stored = np.asarray(jnp.asarray(x, pages))
+        exact = stored.astype(np.float64)
+        stored = np.where(held[..., None, None], stored, np.nan).astype(stored.dtype)
+    rows = [exact[table[row]].reshape(-1, hkv, d)[:length] for row, length in enumerate(case.kv_len)]
+    return _Pool(jnp.asarray(stored), None if scales is None else jnp.asarray(scales), rows)

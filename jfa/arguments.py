@@ -1,0 +1,93 @@
+"""What callers may give becomes what kernels take: arrays of one form, numbers that fit, each checked by name."""
+
+from numbers import Integral
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from jfa import checks
+
+# No sequence is longer; a row, an offset and a window of this size add up to less than the largest int32.
+_LONGEST = 2**29
+_WIDEST = 2 * _LONGEST  # from the furthest offset it still reaches the first key
+
+
+def broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, boolean: bool) -> Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    x = x.reshape((1,) * max(0, 4 - x.ndim) + x.shape)
+    checks.broadcasts(name, x, scores, boolean=boolean)
+    return x
+
+
+def narrowed(x: ArrayLike) -> Array:
+    """Whole numbers of any width as an array that JAX holds: clipped before it cuts off their upper half."""
+    if isinstance(x, Array):
+        return x
+    leaves = jax.tree.leaves(x)
+    if all(isinstance(leaf, Integral | np.ndarray | np.generic) for leaf in leaves):
+        whole = np.asarray(x)
+        if whole.dtype.kind in "iu":
+            held = np.iinfo(whole.dtype)
+            x = np.clip(whole, max(held.min, -_LONGEST), min(held.max, _LONGEST)).astype(np.int32)
+    return jnp.asarray(x)
+
+
+def per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
+    if x is None:
+        return None
+    x = narrowed(x)
+    if spread and x.ndim == 0:
+        x = jnp.full((batch,), x)
+    checks.per_row(name, x, batch)
+    held = jnp.iinfo(x.dtype)
+    return jnp.clip(x, max(held.min, -_LONGEST), min(held.max, _LONGEST)).astype(jnp.int32)
+
+
+def per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    checks.per_head(name, x, num_heads)
+    return x
+
+
+def segments(
+    query: ArrayLike | None, key: ArrayLike | None, query_shape: tuple, key_shape: tuple, *, one_row: bool
+) -> dict[str, Array]:
+    given = {"query_segment_ids": query, "key_value_segment_ids": key}
+    if query is None and key is None:
+        return {}
+    arrays = []
+    for (name, x), shape in zip(given.items(), (query_shape, key_shape), strict=True):
+        if x is None:
+            raise ValueError(f"{name} is missing: give the segments of both queries and keys, or of none")
+        if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size and not -(2**31) <= x.min() <= x.max() < 2**31:
+            raise ValueError(f"{name} must fit into 32 bits, got {x.min()} to {x.max()}; number the documents from 0")
+        x = jnp.asarray(x)
+        x = x[None] if one_row and x.ndim == 1 else x
+        checks.segments(name, x, shape)
+        arrays.append(x.astype(jnp.int32))
+    return dict(zip(("q_segments", "kv_segments"), arrays, strict=True))
+
+
+def dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
+    if not 0.0 < rate < 1.0:  # what is out of range is refused with the spec
+        return None
+    if key is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key: jax.random.key(seed), another one for each step")
+    return jax.random.bits(jnp.asarray(key), (2,), jnp.uint32)
+
+
+def window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, Integral) for n in pair):
+        raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
+    left, right = (min(int(n), _WIDEST) for n in pair)
+    return left, right

@@ -1,0 +1,381 @@
+"""Attention over paged keys and values as a Pallas kernel, through Triton: AMD and NVIDIA GPUs.
+
+One program owns a tile of one row's queries, in which the query heads of a key head stand beside each other, so that
+the keys are read once for all of them. It walks over its share of the row's keys, in tiles that the page table gathers:
+block_kv has nothing to do with the size of a page. Where a row's keys are shared out (split-KV), partial results are
+float32 and are joined by their log-sum-exp outside of the kernel.
+
+  paged_decode_attention   one query for each row: the tile is a group of heads
+  ragged_paged_attention   any number of queries for each row, rows one after another without padding
+
+Quantized keys are multiplied as they are and the scores by their scales; the weights take the scales of the values. No
+key or value gets its scale by itself.
+
+Sources: arXiv:2309.06180, section 4; split-KV: "Flash-Decoding for long-context inference" (Dao et al., 2023). What a
+score is: tile.py. Tested in tests/jfa/test_paged_attention.py.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
+from jfa.kernels.triton.tile import (
+    LOG2_E,
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+    Shape,
+    Tile,
+    chunks,
+    kind_of,
+    later,
+    output,
+    product,
+    sum_of_products,
+)
+from jfa.types import NULL_PAGE, AttentionSpec, DeviceInfo, PagedConfig, PagedOperands
+
+MAX_GROUP_SIZE = 64
+_WAVES_PER_UNIT = 8  # of decoding, which hide each other's loads
+_SHORTEST_SPLIT = 256  # keys: a program's start costs more than fewer would take
+
+
+def default_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
+    """Tiles that spill nothing on all architectures of a kind that were tried; a table knows better."""
+    kind, exact = kind_of(device), operands.q.dtype == jnp.float32
+    widest = _shape(operands).d
+    stages = 2 if kind == "cuda" else 1
+    if operands.query_start is None:
+        block_kv, num_warps = 64 if widest <= 64 else 32, 1
+        if exact or widest > 128:
+            block_kv = 16
+        if kind != "cdna":
+            num_warps = 4 if kind == "cuda" else 2
+        return PagedConfig(block_q=16, block_kv=block_kv, num_warps=num_warps, num_stages=stages)
+    block_q = 64 if widest <= 128 and not exact else 32 if kind != "rdna" or not exact else 16
+    return PagedConfig(
+        block_q=max(block_q, pl.next_power_of_2(operands.group_size)),
+        block_kv=32 if widest <= 64 and not exact else 16,
+        num_warps=4,
+        num_stages=stages,
+        block_d=32 if kind == "rdna" and widest > 128 else None,
+    )
+
+
+def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
+    """What stands between this call and the kernel, as a sentence; None: nothing."""
+    if device.platform not in ("rocm", "cuda", "cpu"):
+        return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
+    shape = _shape(operands)
+    for name, head_dim in (("head_dim", shape.d), ("the head_dim of value", shape.dv)):
+        if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+            return f"{name} must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+    if shape.g > MAX_GROUP_SIZE:
+        return f"at most {MAX_GROUP_SIZE} query heads may share a key head, got {shape.g}"
+    for name, pages in (("key_pages", operands.k_pages), ("value_pages", operands.v_pages)):
+        if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
+            # such an array gets offsets of 32 bits with a sign (Pallas, jax 0.12)
+            return f"{name} of 2 to 4 GiB in numbers of one byte are addressed wrongly by Pallas; give it fewer pages"
+    return None
+
+
+def num_splits(operands: PagedOperands, config: PagedConfig, device: DeviceInfo) -> int:
+    """Among how many programs a row's keys are shared: as many as keep the device busy, and 1 where tiles do."""
+    if config.num_splits is not None:
+        return config.num_splits
+    if operands.query_start is not None:
+        return 1
+    wanted = device.compute_units * max(1, _WAVES_PER_UNIT // config.num_warps)
+    programs = max(1, operands.kv_len.shape[0] * operands.k_pages.shape[2])
+    return max(1, min(wanted // programs, operands.capacity // _SHORTEST_SPLIT))
+
+
+def paged_attention(
+    operands: PagedOperands, *, spec: AttentionSpec, config: PagedConfig, num_splits: int, interpret: bool
+) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
+    """Attention and the natural log-sum-exp, as reference.paged_attention defines them.
+
+    Args:
+      num_splits: programs that share a row's keys.
+    """
+    shape = _shape(operands)
+    n = shape.tq
+    if min(operands.q.size, operands.v_pages.size, operands.page_table.size) == 0:
+        return jnp.zeros((n, shape.hq, shape.dv), operands.q.dtype), jnp.full((n, shape.hq), -jnp.inf, jnp.float32)
+    decodes = operands.query_start is None
+    rows = pl.next_power_of_2(max(16, shape.g)) if decodes else max(config.block_q, pl.next_power_of_2(shape.g))
+    tokens = 1 if decodes else rows // shape.g
+    arrays: dict[str, Any] = {
+        "q": operands.q,
+        # a slot is a place for a token: page and place in the page in one number
+        "k": operands.k_pages.reshape(-1, *operands.k_pages.shape[2:]),
+        "v": operands.v_pages.reshape(-1, *operands.v_pages.shape[2:]),
+        "page_table": operands.page_table,
+        "kv_len": operands.kv_len,
+    }
+    if operands.k_scales is not None and operands.v_scales is not None:
+        arrays["k_scales"] = operands.k_scales.reshape(-1, shape.hkv)
+        arrays["v_scales"] = operands.v_scales.reshape(-1, shape.hkv)
+    if operands.query_start is not None:
+        arrays["query_start"] = operands.query_start
+        arrays["tiles"] = _tiles_of_rows(operands.query_start, n, tokens)
+    if operands.sinks is not None and num_splits == 1:
+        arrays["sinks"] = operands.sinks.astype(jnp.float32)
+    outs = (n, shape.hq, shape.dv), (n, shape.hq)
+    if num_splits > 1:
+        outs = tuple((num_splits, *one) for one in outs)
+    dtypes = operands.q.dtype if num_splits == 1 else jnp.float32, jnp.float32
+    call = pl.pallas_call(
+        functools.partial(
+            _paged_kernel,
+            names=tuple(arrays),
+            shape=shape,
+            spec=spec,
+            config=config,
+            page_size=operands.k_pages.shape[1],
+            rows=rows,
+            tokens=tokens,
+        ),
+        name="paged_decode_attention" if decodes else "ragged_paged_attention",
+        grid=(shape.hkv, num_splits, n if decodes else len(arrays["tiles"])),
+        in_specs=[_whole(x.shape) for x in arrays.values()],
+        out_specs=[_whole(one) for one in outs],
+        out_shape=[output(one, dtype, like=operands.q) for one, dtype in zip(outs, dtypes, strict=True)],
+        compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+    )
+    with jax.enable_x64(False):  # a kernel's index arithmetic is int32 whatever JAX's default is
+        out, lse = call(*arrays.values())
+    if num_splits > 1:
+        out, lse = _joined(out, lse, operands)
+    if operands.query_start is not None:
+        # no program writes what belongs to no row
+        own = jnp.arange(n) < operands.query_start[-1]
+        out, lse = jnp.where(own[:, None, None], out, 0), jnp.where(own[:, None], lse, -jnp.inf)
+    return out, lse
+
+
+def _shape(operands: PagedOperands) -> Shape:
+    n, hq, d = operands.q.shape
+    doubled = 2 if operands.v_scales is not None and operands.v_pages.dtype == jnp.uint8 else 1
+    return Shape(
+        b=operands.kv_len.shape[0],
+        tq=n,
+        tk=operands.capacity,
+        hq=hq,
+        hkv=operands.k_pages.shape[2],
+        d=d,
+        dv=operands.v_pages.shape[3] * doubled,
+    )
+
+
+def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+    return pl.BlockSpec(shape, lambda *grid: (0,) * len(shape))
+
+
+def _tiles_of_rows(query_start: Array, n: int, tokens: int) -> Array:
+    """i32[tiles, 2]: the row of each tile of queries, and which of its queries is the first.
+
+    There are as many as n queries in any number of rows can need; those that are left over lie behind the last row's.
+    """
+    b = query_start.shape[0] - 1
+    count = -(-jnp.diff(query_start) // tokens)
+    end = jnp.cumsum(count)
+    tile = jnp.arange(n // tokens + b)
+    row = jnp.minimum(jnp.searchsorted(end, tile, side="right"), b - 1)
+    return jnp.stack([row, (tile - (end - count)[row]) * tokens], axis=1).astype(jnp.int32)
+
+
+def _joined(
+    out: Float[Array, "splits n hq dv"], lse: Float[Array, "splits n hq"], operands: PagedOperands
+) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
+    """The parts of each row as one."""
+    m = lse.max(0)
+    m = jnp.where(m == -jnp.inf, 0.0, m)
+    weight = jnp.exp(lse - m)
+    total = weight.sum(0)
+    empty = total == 0.0
+    joined = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1.0, total)))
+    if operands.sinks is not None:
+        total = total + jnp.exp(operands.sinks.astype(jnp.float32) - m)
+    norm = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
+    return ((weight[..., None] * out).sum(0) * norm[..., None]).astype(operands.q.dtype), joined
+
+
+class _Piece(NamedTuple):
+    """Stored columns that are loaded at a time, and the columns of a head that they are: of 4-bit numbers twice."""
+
+    start: int
+    size: int  # a power of two
+    width: int  # columns past it hold nothing
+    firsts: tuple[int, ...]  # of the head_dim, where column 0 of the stored ones stands
+
+
+def _pieces(head_dim: int, *, packed: bool, block_d: int | None) -> tuple[_Piece, ...]:
+    stored = head_dim // 2 if packed else head_dim
+    return tuple(
+        _Piece(start, size, stored, (0, stored) if packed else (0,)) for start, size in chunks(stored, block_d)
+    )
+
+
+def _paged_kernel(
+    *refs,  # the arguments by `names`, then outputs: o [n, hq, dv], lse [n, hq], or [splits, ...] of both
+    names: tuple[str, ...],
+    shape: Shape,
+    spec: AttentionSpec,
+    config: PagedConfig,
+    page_size: int,
+    rows: int,
+    tokens: int,
+):
+    *inputs, o_ref, lse_ref = refs
+    ref = dict(zip(names, inputs, strict=True))
+    block_kv, g, dtype = config.block_kv, shape.g, ref["q"].dtype
+    kv_head, split, place = (pl.program_id(axis) for axis in range(3))
+    row, first, begin, q_len = place, 0, place, 1
+    if "tiles" in ref:
+        row, first = ref["tiles"][place, 0], ref["tiles"][place, 1]
+        begin = ref["query_start"][row]
+        q_len = ref["query_start"][row + 1] - begin
+    kv_len = jnp.minimum(ref["kv_len"][row], shape.tk)
+    tile = Tile(
+        ref={name: x for name, x in ref.items() if name in ("q", "k", "v")},
+        shape=shape,
+        spec=spec,
+        config=config,
+        row=row,
+        head=kv_head,
+        q_len=q_len,
+        kv_len=kv_len,
+        offset=kv_len - q_len,
+    )
+    member = jnp.arange(rows)
+    token = first + lax.div(member, jnp.int32(g))
+    head = kv_head * g + lax.rem(member, jnp.int32(g))
+    own = (token < q_len) & (member < tokens * g)
+    query = begin + token
+    packed = "k_scales" in ref and ref["k"].dtype == jnp.uint8
+    k_pieces = _pieces(shape.d, packed=packed, block_d=config.block_d)
+    v_pieces = _pieces(shape.dv, packed=packed, block_d=config.block_d)
+
+    def load_q(piece: _Piece, first_column: int, zero):
+        columns = piece.start + jnp.arange(piece.size)
+        at = query[:, None] + zero, head[:, None], first_column + columns[None, :]
+        q = load(ref["q"].at[at], mask=own[:, None] & (columns < piece.width)[None, :], other=0.0)
+        return q if tile.q_factor == 1.0 else q * tile.q_factor
+
+    # one piece is loaded here and kept in registers, of several each is loaded when it is used
+    held = {(piece, at): load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts if len(k_pieces) == 1}
+    span = tile.keys_of(first, tokens, block_kv)
+    if o_ref.ndim == 4:
+        span = span.part(split, o_ref.shape[0])
+
+    def kv_tile(n, carry, *, edge: bool):
+        acc, m, l = carry
+        start = n * block_kv
+        keys = start + jnp.arange(block_kv)
+        inside = (keys >= span.first) & (keys < span.end) if edge else None
+        if page_size % block_kv == 0:
+            slots = ref["page_table"][row, lax.div(start, page_size)] * page_size + lax.rem(keys, jnp.int32(page_size))
+        else:
+            at = ref["page_table"].at[row, lax.div(keys, jnp.int32(page_size))]
+            pages = load(at, mask=inside, other=None if inside is None else NULL_PAGE)
+            slots = pages * page_size + lax.rem(keys, jnp.int32(page_size))
+
+        def load_pages(name: str, piece: _Piece, inside=inside):
+            columns = piece.start + jnp.arange(piece.size)
+            mask = None
+            if piece.start + piece.size > piece.width:
+                mask = jnp.broadcast_to((columns < piece.width)[None, :], (block_kv, piece.size))
+            if inside is not None:
+                both = jnp.broadcast_to(inside[:, None], (block_kv, piece.size))
+                mask = both if mask is None else mask & both
+            return load(
+                ref[name].at[slots[:, None], kv_head, columns[None, :]], mask=mask, other=None if mask is None else 0
+            )
+
+        def scales(name: str):
+            found = load(ref[name].at[slots, kv_head], mask=inside, other=None if inside is None else 0.0)
+            return found.astype(jnp.float32) * _UNIT.get(ref["k"].dtype.name, 1.0)
+
+        zero = later(n, k_pieces)
+        scores = sum_of_products(
+            (held[piece, at] if held else load_q(piece, at, zero), numbers)
+            for piece in k_pieces
+            for at, numbers in zip(piece.firsts, _numbers(load_pages("k", piece), dtype, packed), strict=True)
+        )
+        if "k_scales" in ref:
+            scores = scores * scales("k_scales")[None, :]
+        scores = tile.raw(scores, token[:, None], keys[None, :])
+        visible = tile.visible(token[:, None], keys[None, :], edge=edge)
+        if visible is not None:
+            scores = jnp.where(visible, scores, -jnp.inf)
+        m_next = jnp.maximum(m, tile.maximum(scores))
+        m_safe = m_next if visible is None else jnp.where(m_next == -jnp.inf, 0.0, m_next)
+        p = tile.weights(scores, m_safe[:, None])
+        rescale = tile.rescale(m, m_safe)
+        l = l * rescale + p.sum(1)
+        common = None
+        if "v_scales" in ref:
+            v_scales = scales("v_scales")
+            if dtype == jnp.float16:
+                # a small scale would take the weights below the smallest float16: the tile's largest is kept apart
+                common = jnp.max(v_scales)
+                v_scales = v_scales * jnp.where(common == 0.0, 0.0, 1.0 / common)
+            p = p * v_scales[None, :]
+        p = tile.rounded(p, dtype)
+        products = [
+            product(p, numbers) for piece in v_pieces for numbers in _numbers(load_pages("v", piece), dtype, packed)
+        ]
+        if common is not None:
+            products = [part * common for part in products]
+        acc = tuple(part * rescale[:, None] + new for part, new in zip(acc, products, strict=True))
+        return acc, m_next, l
+
+    carry = (
+        tuple(jnp.zeros((rows, piece.size), jnp.float32) for piece in v_pieces for _ in piece.firsts),
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+    )
+    acc, m, l = span.walk(kv_tile, carry)
+
+    empty = l == 0.0
+    m = jnp.where(empty, 0.0, m * tile.unit)
+    lse = jnp.where(empty, -jnp.inf, m + jnp.log2(jnp.where(empty, 1.0, l)) / LOG2_E)
+    if "sinks" in ref:
+        sinks = load(ref["sinks"].at[head], mask=own, other=0.0)
+        l = l + jnp.exp2((sinks - m) * LOG2_E)
+    norm = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, l))
+    before = (split,) if o_ref.ndim == 4 else ()
+    parts = [(piece, at) for piece in v_pieces for at in piece.firsts]
+    for part, (piece, first_column) in zip(acc, parts, strict=True):
+        columns = piece.start + jnp.arange(piece.size)
+        at = (*before, query[:, None], head[:, None], first_column + columns[None, :])
+        out = jnp.where(empty[:, None], 0.0, part * norm[:, None])
+        store(o_ref.at[at], out.astype(o_ref.dtype), mask=own[:, None] & (columns < piece.width)[None, :])
+    store(lse_ref.at[(*before, query, head)], lse, mask=own)
+
+
+# What the numbers of a dtype, as _numbers gives them, still have to be multiplied by.
+_UNIT: dict[str, float] = {}
+
+
+def _numbers(x: Array, dtype: Any, packed: bool) -> tuple[Array, ...]:
+    """Stored numbers in the dtype of a product: as they are stored, or the low and the high half of each byte."""
+    if packed:
+        return tuple(_exact((half.astype(jnp.float32) - 7.5), dtype) for half in (x & 15, x >> 4))
+    if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
+        return (_exact(x.astype(jnp.float32), dtype),)
+    return (x.astype(dtype),)
+
+
+def _exact(x: Float[Array, "n d"], dtype: Any) -> Array:
+    """float32 that a smaller dtype holds exactly, in that dtype: to bfloat16 it is a cut, and no rounding."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    upper = (lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16)
+    return lax.bitcast_convert_type(upper, jnp.bfloat16)

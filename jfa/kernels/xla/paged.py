@@ -1,0 +1,112 @@
+"""Attention over pages in plain XLA, for any platform: flash.py over tiles of keys that the page table gathers.
+
+A tile is gathered, and its numbers get their scales, when it is needed: no row's keys ever lie beside each other.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from jfa import quant
+from jfa.kernels.xla import flash
+from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOperands
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The keys or values of rows, as flash.py takes them: [b, capacity, hkv, d], of which tiles can be had."""
+
+    pages: Shaped[Array, "num_pages page_size hkv _"]
+    scales: Float[Array, "num_pages page_size hkv"] | None
+    page_table: Int[Array, "b pages_per_seq"]
+    dtype: DTypeLike  # of the tiles
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        _, page_size, hkv, stored = self.pages.shape
+        doubled = self.scales is not None and quant.kind_of(self.pages.dtype) == "int4"
+        b, pages_per_seq = self.page_table.shape
+        return b, pages_per_seq * page_size, hkv, 2 * stored if doubled else stored
+
+    def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
+        """The tokens [start, start + size) of each row."""
+        page_size = self.pages.shape[1]
+        token = start + jnp.arange(size)
+        slot = self.page_table[:, token // page_size] * page_size + token % page_size
+        found = self.pages.reshape(-1, *self.pages.shape[2:])[slot]
+        if self.scales is None:
+            return found.astype(self.dtype)
+        scales = self.scales.reshape(-1, self.scales.shape[2])[slot]
+        return (quant.numbers(found) * scales[..., None].astype(jnp.float32)).astype(self.dtype)
+
+
+def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
+    """Of one query a row what flash.py takes; else tiles of about a row's queries."""
+    b = operands.kv_len.shape[0]
+    if operands.query_start is None:
+        return flash.default_config(_one_query_each(operands), device)
+    n = operands.q.shape[0]
+    block_q = 16
+    while block_q < min(256, n // max(b, 1)):
+        block_q *= 2
+    return BlockConfig(block_q=block_q, block_kv=256, widen=device.platform == "cpu")
+
+
+def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
+    """Every call is served."""
+    return None
+
+
+def paged_attention(
+    operands: PagedOperands, *, spec: AttentionSpec, config: BlockConfig
+) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
+    """Attention and the natural log-sum-exp, as reference.paged_attention defines them."""
+    if operands.query_start is None:
+        out, lse = flash.flash_attention(_one_query_each(operands), spec=spec, config=config)
+        return out[:, 0], lse[:, 0]
+    n, hq, _ = operands.q.shape
+    b = operands.kv_len.shape[0]
+    dv = _rows(operands).v.shape[3]
+    block_q = max(1, min(config.block_q, n))
+    start = operands.query_start
+    tiles = -(-jnp.diff(start) // block_q)
+    tiles_end = jnp.cumsum(tiles)
+
+    def tile(i, done):
+        row = jnp.searchsorted(tiles_end, i, side="right")
+        first = (i - (tiles_end - tiles)[row]) * block_q
+        index = start[row] + first + jnp.arange(block_q)
+        own = index < start[row + 1]
+        index = jnp.where(own, index, n)
+        kv_len = jnp.minimum(operands.kv_len[row], operands.capacity)
+        one = operands._replace(page_table=operands.page_table[row][None], kv_len=kv_len[None])
+        found = flash.flash_attention(
+            _rows(one)._replace(
+                q=jnp.take(operands.q, index, axis=0, mode="fill", fill_value=0)[None],
+                q_len=own.sum()[None],
+                q_offset=(kv_len - (start[row + 1] - start[row]) + first)[None],
+            ),
+            spec=spec,
+            config=dataclasses.replace(config, block_q=block_q),
+        )
+        return tuple(x.at[index].set(new[0], mode="drop") for x, new in zip(done, found, strict=True))
+
+    done = jnp.zeros((n, hq, dv), operands.q.dtype), jnp.full((n, hq), -jnp.inf, jnp.float32)
+    return lax.fori_loop(0, tiles.sum(), tile, done) if b and n else done
+
+
+def _one_query_each(operands: PagedOperands) -> Operands:
+    kv_len = jnp.minimum(operands.kv_len, operands.capacity)
+    return _rows(operands)._replace(q=operands.q[:, None], q_offset=kv_len - 1, kv_len=kv_len)
+
+
+def _rows(operands: PagedOperands) -> Operands:
+    """All but what the queries need."""
+    k, v = (
+        Rows(pages=pages, scales=scales, page_table=operands.page_table, dtype=operands.q.dtype)
+        for pages, scales in ((operands.k_pages, operands.k_scales), (operands.v_pages, operands.v_scales))
+    )
+    return Operands(q=operands.q, k=k, v=v, kv_len=operands.kv_len, sinks=operands.sinks)  # type: ignore[arg-type]

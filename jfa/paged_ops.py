@@ -1,0 +1,226 @@
+"""The public ops over pages: check, select a backend, find its configuration, run. They have no derivatives."""
+
+from typing import Literal, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from jfa import arguments, backends, checks
+from jfa.device import probe
+from jfa.types import AttentionSpec, BlockConfig, Implementation, PagedConfig, PagedOperands
+
+
+class _Options(TypedDict, total=False):
+    """What all overloads share, for type checkers."""
+
+    scale: float | None
+    local_window_size: int | tuple[int, int] | None
+    logits_soft_cap: float | None
+    sinks: ArrayLike | None
+    key_scales: ArrayLike | None
+    value_scales: ArrayLike | None
+    implementation: Implementation | None
+    config: BlockConfig | PagedConfig | None
+
+
+@overload
+def paged_decode_attention(
+    query: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    kv_len: ArrayLike,
+    *,
+    return_residual: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Array: ...
+
+
+@overload
+def paged_decode_attention(
+    query: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    kv_len: ArrayLike,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...
+
+
+def paged_decode_attention(
+    query: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    kv_len: ArrayLike,
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_scales: ArrayLike | None = None,
+    value_scales: ArrayLike | None = None,
+    return_residual: bool = False,
+    implementation: Implementation | None = None,
+    config: BlockConfig | PagedConfig | None = None,
+) -> Array | tuple[Array, Array]:
+    """One new token of each row attends to the row's keys and values, which lie in pages.
+
+    Row r holds kv_len[r] tokens, its newest one too: token t is in page page_table[r, t // page_size], at place
+    t % page_size. What is in other places (of a last page, of jfa.types.NULL_PAGE) reaches no output, NaN neither. A
+    row of no tokens returns zeros and a residual of -inf. Scores, softmax and sums are float32. Not differentiable.
+
+    Numbers in page_table and kv_len are not looked at: jfa.checks.paged_values does that, for tests and debugging.
+    Lengths beyond what a row of the page table can hold count as that.
+
+    Args:
+      query: [b, hq, d]; float16, bfloat16 or float32.
+      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Floats of any of these
+        dtypes; or quantized as jfa.quant has it, with scales: int8, float8_e4m3fn, or uint8 with two 4-bit numbers a
+        byte and half the last axis. hq is a multiple of hkv.
+      page_table: i32[b, pages_per_seq].
+      kv_len: i32[b].
+      scale: factor of the scores, a Python number; None: 1 / sqrt(d).
+      local_window_size: how many keys before its own the query sees; of a pair (left, right) left counts.
+      logits_soft_cap: scores become cap * tanh(score / cap).
+      sinks: [hq], a logit per head in natural units that joins the softmax's denominator and has no value.
+      key_scales, value_scales: [num_pages, page_size, hkv], of quantized pages.
+      return_residual: also return the log-sum-exp of the scores, natural units, without the sink.
+      implementation: None chooses; "reference", "xla" or "triton" insist.
+      config: of the backend, a PagedConfig for "triton" and a BlockConfig for "xla"; None: its table's.
+
+    Returns:
+      [b, hq, dv] in query's dtype; with return_residual also f32[b, hq].
+
+    Raises:
+      ValueError: shapes, dtypes or numbers that do not make sense; the message names them.
+      UnsupportedError: sound, but not built for this backend.
+
+    Source: arXiv:2309.06180, section 4.1.
+    """
+    operands = _operands(query, key_pages, value_pages, page_table, kv_len, None, sinks, key_scales, value_scales)
+    if operands.q.shape[0] != operands.kv_len.shape[0]:
+        raise ValueError(
+            f"query must have one token for each row of page_table, got {operands.q.shape[0]} for "
+            f"{operands.kv_len.shape[0]} rows; ragged_paged_attention takes any number"
+        )
+    out, lse = _run(operands, _spec(operands, scale, local_window_size, logits_soft_cap), implementation, config)
+    return (out, lse) if return_residual else out
+
+
+@overload
+def ragged_paged_attention(
+    query: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    kv_len: ArrayLike,
+    query_start: ArrayLike,
+    *,
+    return_residual: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Array: ...
+
+
+@overload
+def ragged_paged_attention(
+    query: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    kv_len: ArrayLike,
+    query_start: ArrayLike,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...
+
+
+def ragged_paged_attention(
+    query: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    kv_len: ArrayLike,
+    query_start: ArrayLike,
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_scales: ArrayLike | None = None,
+    value_scales: ArrayLike | None = None,
+    return_residual: bool = False,
+    implementation: Implementation | None = None,
+    config: BlockConfig | PagedConfig | None = None,
+) -> Array | tuple[Array, Array]:
+    """The new tokens of rows, any number of each, attend causally to the rows' keys and values, which lie in pages.
+
+    Chunks of prompts and single tokens of decoding rows go into one call, one behind the other without padding. As
+    paged_decode_attention, but for:
+
+    Args:
+      query: [n, hq, d], the new tokens of row 0, then those of row 1 ...
+      kv_len: i32[b], the new tokens counted: a row's queries are its last tokens.
+      query_start: i32[b + 1], rising: row r has the queries query_start[r] to query_start[r + 1]. Rows of query past
+        query_start[b] are padding and return zeros and a residual of -inf.
+
+    Returns:
+      [n, hq, dv] in query's dtype; with return_residual also f32[n, hq].
+    """
+    operands = _operands(
+        query, key_pages, value_pages, page_table, kv_len, query_start, sinks, key_scales, value_scales
+    )
+    out, lse = _run(operands, _spec(operands, scale, local_window_size, logits_soft_cap), implementation, config)
+    return (out, lse) if return_residual else out
+
+
+def _operands(
+    query, key_pages, value_pages, page_table, kv_len, query_start, sinks, key_scales, value_scales
+) -> PagedOperands:
+    query, key_pages, value_pages = (jnp.asarray(x) for x in (query, key_pages, value_pages))
+    key_scales, value_scales = (None if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
+    page_table = arguments.narrowed(page_table)
+    checks.paged_shapes(query, key_pages, value_pages, page_table, key_scales, value_scales)
+    b = page_table.shape[0]
+    if query_start is not None:
+        query_start = arguments.per_row("query_start", query_start, b + 1)
+    lengths = arguments.per_row("kv_len", kv_len, b)
+    assert lengths is not None
+    return PagedOperands(
+        q=query,
+        k_pages=key_pages,
+        v_pages=value_pages,
+        page_table=page_table.astype(jnp.int32),
+        kv_len=lengths,
+        query_start=query_start,
+        k_scales=key_scales,
+        v_scales=value_scales,
+        sinks=arguments.per_head("sinks", sinks, query.shape[1]),
+    )
+
+
+def _spec(operands: PagedOperands, scale, local_window_size, logits_soft_cap) -> AttentionSpec:
+    return AttentionSpec(
+        sm_scale=operands.q.shape[2] ** -0.5 if scale is None else float(scale),
+        causal=True,
+        window=arguments.window(local_window_size),
+        softcap=None if logits_soft_cap is None else float(logits_soft_cap),
+    )
+
+
+def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) -> tuple[Array, Array]:
+    device = probe()
+    name = backends.select(implementation, operands, spec, device, table=backends.PAGED)
+    backend = backends.PAGED[name]
+    config = given
+    if given is None:
+        config = backend.default_config(operands, device)
+    else:
+        backends.check_config(name, backend.config_type, given)
+    with jax.named_scope(f"jfa.paged_attention.{name}"):
+        return backend.run(operands, spec, config, device)

@@ -1,0 +1,113 @@
+"""Arrays of small numbers with a scale for each vector: KV caches, kernels and weights share them.
+
+Quantization is symmetric. The scale of a vector is its largest magnitude over the largest number of the kind:
+
+  int8  whole numbers to 127
+  fp8   float8_e4m3fn, to 448
+  int4  sixteen levels, -7.5, -6.5 ... 7.5, two to a byte: element i in the low half of byte i, element i + d / 2 in the
+        high half, so that a kernel unpacks a row into two whole halves
+
+Scales are bfloat16: they are rounded first, and the numbers are found by them, so that the rounding costs nothing.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
+
+# kind: dtype of the stored numbers, the largest one
+KINDS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0), "int4": (jnp.uint8, 7.5)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedArray:
+    """Vectors along the last axis, each with a scale.
+
+    Attributes:
+      values: int8, float8_e4m3fn, or uint8 with two 4-bit numbers each.
+      scales: one per vector, the shape of values without its last axis.
+    """
+
+    values: Shaped[Array, "*n stored"]
+    scales: Float[Array, "*n"]
+
+    @property
+    def kind(self) -> str:
+        """Of KINDS."""
+        return kind_of(self.values.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes, scales included."""
+        return sum(x.size * x.dtype.itemsize for x in (self.values, self.scales))
+
+
+def kind_of(dtype: DTypeLike) -> str:
+    """The kind whose numbers are stored in this dtype.
+
+    Raises:
+      ValueError: in none.
+    """
+    name = jnp.dtype(dtype).name
+    for kind, (stored, _) in KINDS.items():
+        if name == jnp.dtype(stored).name:
+            return kind
+    known = ", ".join(f"{jnp.dtype(stored).name} ({kind})" for kind, (stored, _) in KINDS.items())
+    raise ValueError(f"quantized numbers are stored as {known}; got {name}")
+
+
+def stored_size(kind: str, d: int) -> int:
+    """The last axis of the stored numbers of d elements.
+
+    Raises:
+      ValueError: int4 of an odd number.
+    """
+    if kind != "int4":
+        return d
+    if d % 2:
+        raise ValueError(f"int4 puts two numbers into a byte, so a vector must have an even length, got {d}")
+    return d // 2
+
+
+def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
+    """The nearest numbers of a kind. A vector with a NaN or an infinity comes back as NaN.
+
+    Args:
+      kind: "int8", "fp8" or "int4".
+
+    Raises:
+      ValueError: an unknown kind, or int4 of an odd length.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    dtype, largest = KINDS[kind]
+    half = stored_size(kind, x.shape[-1])
+    x = x.astype(jnp.float32)
+    scales = (jnp.abs(x).max(-1, initial=0.0) / largest).astype(jnp.bfloat16)
+    scales = jnp.where(jnp.isfinite(scales), scales, jnp.nan)
+    divisor = scales.astype(jnp.float32)[..., None]
+    x = jnp.clip(x / jnp.where(divisor == 0.0, 1.0, divisor), -largest, largest)
+    if kind == "fp8":
+        values = x
+    elif kind == "int8":
+        values = jnp.round(x)
+    else:
+        # a NaN has no level: its scale carries it
+        levels = jnp.clip(jnp.floor(jnp.where(jnp.isnan(x), 0.0, x) + 8.0), 0, 15).astype(jnp.uint8)
+        values = levels[..., :half] | (levels[..., half:] << 4)
+    return QuantizedArray(values=values.astype(dtype), scales=scales)
+
+
+def dequantize(x: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "*n d"]:
+    """The numbers times their scales, rounded once to dtype."""
+    return (numbers(x.values) * x.scales[..., None].astype(jnp.float32)).astype(dtype)
+
+
+def numbers(values: Shaped[Array, "*n stored"]) -> Float[Array, "*n d"]:
+    """Stored numbers as float32, without their scales."""
+    if kind_of(values.dtype) != "int4":
+        return values.astype(jnp.float32)
+    return jnp.concatenate([values & 15, values >> 4], axis=-1).astype(jnp.float32) - 7.5

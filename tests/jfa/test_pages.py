@@ -1,0 +1,739 @@
+"""PageAllocator: a page is written by one sequence alone, and what is reused is what was written."""
+
+import copy
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jfa.pages import Copy, PageAllocator
+from jfa.types import NULL_PAGE
+
+
+def snapshot(allocator):
+    """All that an allocator knows."""
+    return copy.deepcopy(vars(allocator))
+
+
+def assert_refused(allocator, call):
+    """The call returns None and changes nothing."""
+    before = snapshot(allocator)
+    assert call() is None
+    assert snapshot(allocator) == before
+
+
+def with_committed(num_pages, page_size, tokens, *, salt=b""):
+    """An allocator that sequence 'old' has used and left: its full pages are evictable."""
+    allocator = PageAllocator(num_pages, page_size)
+    allocator.add("old", len(tokens), salt=salt)
+    allocator.commit("old", tokens)
+    allocator.free("old")
+    return allocator
+
+
+def test_pages_are_taken_on_demand_and_the_null_page_never():
+    allocator = PageAllocator(4, 2)
+    assert allocator.add("a", 0) == 0 and allocator.pages("a") == ()
+    seen = []
+    for num_tokens in range(1, 7):
+        assert allocator.append("a") == []
+        assert allocator.num_tokens("a") == num_tokens
+        seen.append(allocator.pages("a"))
+    assert seen == [(1,), (1,), (1, 2), (1, 2), (1, 2, 3), (1, 2, 3)]
+    assert allocator.pages("a", 1) == (2, 3)
+    assert_refused(allocator, lambda: allocator.append("a"))
+    assert allocator.num_held == 3 and allocator.num_free == 0
+    allocator.free("a")
+    assert allocator.num_held == 0 and allocator.num_free == 3 and allocator.num_evictable == 0
+    assert allocator.sequences == ()
+
+
+def test_append_of_many_tokens_takes_all_pages_or_none():
+    allocator = PageAllocator(4, 2)
+    allocator.add("a", 1)
+    assert_refused(allocator, lambda: allocator.append("a", 6))
+    assert allocator.append("a", 5) == [] and len(allocator.pages("a")) == 3
+    assert allocator.append("a", 0) == []
+
+
+def test_add_leaves_the_watermark_and_append_may_use_it():
+    allocator = PageAllocator(5, 2, watermark=1)
+    assert_refused(allocator, lambda: allocator.add("a", 7))
+    assert allocator.add("a", 6) == 0 and allocator.num_free == 1
+    assert_refused(allocator, lambda: allocator.add("b", 1))
+    assert allocator.append("a") == [] and allocator.num_free == 0
+
+
+def test_an_evictable_page_that_is_taken_up_again_leaves_the_watermark_too():
+    allocator = with_committed(4, 2, [1, 2, 3, 4])
+    allocator.watermark = 1
+    assert_refused(allocator, lambda: allocator.add("a", 5, tokens=[1, 2, 3, 4, 5]))
+    assert allocator.add("a", 4, tokens=[1, 2, 3, 4, 5]) == 4
+
+
+def test_truncate_gives_back_what_only_the_forgotten_tokens_need():
+    allocator = PageAllocator(6, 2)
+    allocator.add("a", 9)
+    for num_tokens, pages in [(9, 5), (8, 4), (7, 4), (1, 1), (0, 0)]:
+        allocator.truncate("a", num_tokens)
+        assert allocator.num_held == len(allocator.pages("a")) == pages
+    assert allocator.append("a") == []
+
+
+def test_wasted_slots_counts_a_shared_page_once():
+    allocator = PageAllocator(9, 4)
+    assert allocator.wasted_slots == 0
+    allocator.add("a", 8)
+    assert allocator.wasted_slots == 0
+    allocator.fork("a", "b")
+    allocator.truncate("b", 5)
+    assert allocator.wasted_slots == 0  # 'a' fills the page that 'b' ends in
+    allocator.truncate("a", 6)
+    assert allocator.wasted_slots == 2  # the fuller of the two
+    allocator.append("b")
+    assert allocator.wasted_slots == 2 + 2 and allocator.num_held == 3
+
+
+def test_a_fork_costs_no_page_and_the_first_to_append_gets_a_copy():
+    allocator = PageAllocator(6, 2)
+    allocator.add("a", 3)
+    allocator.fork("a", "b")
+    assert allocator.pages("b") == allocator.pages("a") == (1, 2) and allocator.num_held == 2
+    assert allocator.append("b") == [Copy(source=2, destination=3)]
+    assert allocator.append("a") == []  # the only owner by now: in place
+    assert allocator.pages("a") == (1, 2) and allocator.pages("b") == (1, 3)
+
+
+def test_a_fork_with_a_full_last_page_needs_no_copy():
+    allocator = PageAllocator(6, 2)
+    allocator.add("a", 4)
+    allocator.fork("a", "b")
+    assert allocator.append("a") == allocator.append("b") == []
+    assert allocator.pages("a") == (1, 2, 3) and allocator.pages("b") == (1, 2, 4)
+
+
+def test_every_fork_but_the_last_gets_a_copy():
+    allocator = PageAllocator(9, 4)
+    allocator.add(0, 2)
+    for child in (1, 2, 3):
+        allocator.fork(0, child)
+    assert [allocator.append(name) for name in range(4)] == [[(1, 2)], [(1, 3)], [(1, 4)], []]
+
+
+def test_a_copy_that_finds_no_page_changes_nothing():
+    allocator = PageAllocator(2, 4)
+    allocator.add("a", 2)
+    allocator.fork("a", "b")
+    assert_refused(allocator, lambda: allocator.append("b"))
+    assert allocator.append("b", 0) == []  # nothing is written, so nothing need be copied
+    allocator.free("a")
+    assert allocator.append("b") == []
+
+
+def test_freeing_one_owner_leaves_the_page_to_the_other():
+    allocator = PageAllocator(3, 2)
+    allocator.add("a", 3)
+    allocator.fork("a", "b")
+    allocator.free("a")
+    assert allocator.pages("b") == (1, 2) and allocator.num_free == 0
+
+
+def test_the_longest_committed_prefix_of_full_pages_is_reused():
+    allocator = with_committed(9, 2, [1, 2, 3, 4, 5])
+    assert allocator.num_evictable == 2 and allocator.num_free == 8
+    assert allocator.add("a", 6, tokens=[1, 2, 3, 4, 5, 6]) == 4  # the page of 5 was never full
+    assert allocator.pages("a")[:2] == (1, 2)
+    assert allocator.add("b", 6, tokens=[1, 2, 9, 4, 5, 6]) == 2
+    assert allocator.pages("b")[0] == 1 and allocator.num_held == 5
+    assert allocator.add("c", 6, tokens=[9, 2, 3, 4, 5, 6]) == 0  # [3, 4] is known, but behind another token
+    assert (allocator.hit_tokens, allocator.queried_tokens) == (6, 18)
+
+
+def test_tokens_are_not_looked_for_unless_they_are_given():
+    allocator = with_committed(9, 2, [1, 2])
+    assert allocator.add("a", 3) == 0 and allocator.queried_tokens == 0
+
+
+@pytest.mark.parametrize(("num_tokens", "prompt", "reused"), [(4, 4, 2), (4, 5, 4), (5, 5, 4), (3, 5, 2), (0, 5, 0)])
+def test_the_last_token_is_computed_again(num_tokens, prompt, reused):
+    allocator = with_committed(9, 2, [1, 2, 3, 4])
+    assert allocator.add("a", num_tokens, tokens=[1, 2, 3, 4, 5][:prompt]) == reused
+
+
+def test_an_empty_prompt_reuses_nothing():
+    assert with_committed(9, 1, [1, 2]).add("a", 2, tokens=[]) == 0
+
+
+def test_what_runs_is_reused_as_well_as_what_has_ended():
+    allocator = PageAllocator(9, 2)
+    allocator.add("a", 4)
+    allocator.commit("a", [1, 2, 3, 4])
+    assert allocator.add("b", 4, tokens=[1, 2, 3, 4]) == 2
+    assert allocator.pages("a")[0] == allocator.pages("b")[0] and allocator.num_held == 3
+
+
+def test_append_behind_a_reused_prefix_copies_nothing():
+    allocator = with_committed(9, 2, [1, 2, 3, 4])
+    allocator.add("a", 4, tokens=[1, 2, 3, 4, 5])
+    assert allocator.append("a") == []
+
+
+def test_prefixes_of_different_salts_differ():
+    allocator = with_committed(9, 2, [1, 2], salt=b"adapter")
+    assert allocator.add("a", 3, tokens=[1, 2, 3]) == 0
+    assert allocator.add("b", 3, tokens=[1, 2, 3], salt=b"adapter") == 2
+
+
+def test_room_that_is_not_committed_is_not_reused():
+    allocator = PageAllocator(9, 2)
+    allocator.add("a", 6)
+    allocator.commit("a", [1, 2, 3])
+    assert allocator.add("b", 6, tokens=[1, 2, 3, 4, 5, 6]) == 2
+    allocator.commit("a", [1, 2, 3, 4])
+    assert allocator.add("c", 6, tokens=[1, 2, 3, 4, 5, 6]) == 4
+
+
+def test_of_equal_pages_the_first_stays_registered():
+    allocator = PageAllocator(9, 2)
+    for name in "ab":
+        allocator.add(name, 2)
+        allocator.commit(name, [1, 2])
+    allocator.free("b")
+    assert allocator.num_evictable == 0  # page 2 was free at once
+    assert allocator.add("c", 3, tokens=[1, 2, 3]) == 2 and allocator.pages("c")[0] == 1
+
+
+def test_a_registered_page_that_truncate_left_in_part_is_copied_before_it_is_written():
+    allocator = PageAllocator(9, 4)
+    allocator.add("a", 4)
+    allocator.commit("a", [1, 2, 3, 4])
+    allocator.truncate("a", 3)
+    assert allocator.append("a") == [(1, 2)] and allocator.num_evictable == 1
+    assert allocator.add("b", 5, tokens=[1, 2, 3, 4, 5]) == 4  # what was known is known
+
+
+def test_with_no_page_to_spare_the_content_is_given_up_instead():
+    allocator = PageAllocator(2, 4)
+    allocator.add("a", 4)
+    allocator.commit("a", [1, 2, 3, 4])
+    allocator.truncate("a", 3)
+    assert allocator.append("a") == [] and allocator.pages("a") == (1,) and allocator.evictions == 1
+    allocator.free("a")
+    assert allocator.add("b", 4, tokens=[1, 2, 3, 4, 5]) == 0
+
+
+def test_the_least_recently_used_content_goes_first_and_a_tail_before_its_head():
+    allocator = PageAllocator(6, 1)
+    for name, tokens in {"a": [1, 2], "b": [3, 4]}.items():  # pages 1, 2 and 3, 4
+        allocator.add(name, 2)
+        allocator.commit(name, tokens)
+    allocator.free("b")
+    allocator.free("a")
+    assert allocator.num_evictable == 4 and allocator.num_free == 5
+    taken = []
+    allocator.add("c", 0)
+    for _ in range(5):
+        allocator.append("c")
+        taken.append(allocator.pages("c")[-1])
+    assert taken == [5, 4, 3, 2, 1]  # the free one, then b's tail and head, then a's
+    assert allocator.evictions == 4
+
+
+def test_a_prefix_that_was_used_again_is_evicted_last():
+    allocator = PageAllocator(4, 1)
+    for name in (1, 2):
+        allocator.add(name, 1)
+        allocator.commit(name, [name])
+    allocator.free(1)
+    allocator.free(2)
+    assert allocator.add("a", 1, tokens=[1, 9]) == 1
+    allocator.free("a")
+    allocator.add("b", 2)  # the free page, then one of the two
+    assert allocator.add("c", 1, tokens=[1, 9]) == 1
+
+
+def test_a_prefix_that_add_reuses_is_not_evicted_for_its_own_sequence():
+    allocator = with_committed(4, 1, [1, 2, 3])
+    assert_refused(allocator, lambda: allocator.add("a", 4, tokens=[1, 2, 9, 9]))
+    assert allocator.add("a", 3, tokens=[1, 2, 9, 9]) == 2
+    assert allocator.pages("a") == (1, 2, 3) and allocator.evictions == 1
+
+
+def busy():
+    """Sequences 'a' of 5 tokens, 4 of them in committed pages, and its fork 'b', in pages of 2."""
+    allocator = PageAllocator(9, 2)
+    allocator.add("a", 5)
+    allocator.commit("a", [1, 2, 3, 4])
+    allocator.fork("a", "b")
+    return allocator
+
+
+def commit_other_tokens_than_the_fork():
+    allocator = PageAllocator(9, 2)
+    allocator.add("a", 2)
+    allocator.fork("a", "b")
+    allocator.commit("a", [1, 2])
+    allocator.commit("b", [1, 3])
+
+
+UNKNOWN = "there is no sequence 'x'; add or fork starts one"
+THERE = "sequence 'b' is already there; free it first or choose another name"
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "one_page": (lambda: PageAllocator(1, 2), "num_pages must be >= 2, as page 0 is never given out, got 1"),
+    "page_size_0": (
+        lambda: PageAllocator(2, 0),
+        "page_size is the number of tokens of a page and must be >= 1, got 0",
+    ),
+    "watermark_below_0": (lambda: PageAllocator(9, 2, watermark=-1), "watermark must be >= 0 .* got -1"),
+    "watermark_of_all": (
+        lambda: PageAllocator(9, 2, watermark=8),
+        "leave a page to give out, so at most 7 of 9 pages, got 8",
+    ),
+    "add_known": (lambda: busy().add("b", 1), THERE),
+    "add_negative": (lambda: busy().add("c", -1), "add starts sequence 'c' with num_tokens >= 0, got -1"),
+    "append_unknown": (lambda: busy().append("x"), UNKNOWN),
+    "append_negative": (
+        lambda: busy().append("a", -2),
+        "append adds num_tokens >= 0 to sequence 'a', got -2; see truncate",
+    ),
+    "fork_unknown": (lambda: busy().fork("x", "c"), UNKNOWN),
+    "fork_known": (lambda: busy().fork("a", "b"), THERE),
+    "truncate_unknown": (lambda: busy().truncate("x", 0), UNKNOWN),
+    "truncate_negative": (lambda: busy().truncate("a", -1), "between 0 and all 5 tokens of sequence 'a', got -1"),
+    "truncate_to_more": (lambda: busy().truncate("a", 6), "all 5 tokens of sequence 'a', got 6; append makes room"),
+    "commit_unknown": (lambda: busy().commit("x", []), UNKNOWN),
+    "commit_too_many": (
+        lambda: busy().commit("a", [1, 2, 3, 4, 5, 6]),
+        "from its first on, at least the 4 of its committed pages and at most 5, got 6; see append and truncate",
+    ),
+    "commit_only_the_new": (lambda: busy().commit("a", [5]), "tokens of sequence 'a' from its first on, .* got 1"),
+    "commit_other_tokens": (
+        commit_other_tokens_than_the_fork,
+        "sequence 'b' commits other tokens from 0 on than a sequence that shares page 1 with it; fork before append",
+    ),
+    "free_unknown": (lambda: busy().free("x"), UNKNOWN),
+    "pages_unknown": (lambda: busy().pages("x"), UNKNOWN),
+    "num_tokens_unknown": (lambda: busy().num_tokens("x"), UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_of_the_caller_is_named(name):
+    call, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def corrupt(allocator, name):
+    """Makes the books wrong in one way. 'a' and 'b' own pages 1, 2, 3; 1 and 2 are registered; 4 is evictable."""
+    match name:
+        case "count":
+            allocator._counts[3] += 1
+        case "free_and_held":
+            allocator._free.append(3)
+        case "lost":
+            allocator._free.remove(8)
+        case "twice_free":
+            allocator._free.append(8)
+        case "null_page":
+            allocator._free.append(NULL_PAGE)
+        case "evictable_unknown":
+            allocator._evictable[allocator._free.pop(0)] = None
+        case "free_registered":
+            allocator._free.append(allocator._evictable.popitem()[0])
+        case "not_found":
+            del allocator._page_of[allocator._digest_of[4]]
+        case "found_elsewhere":
+            allocator._page_of[b"other"] = 3
+        case "too_few_pages":
+            allocator._sequences["a"].num_tokens = 7
+        case "page_twice":
+            allocator._sequences["a"].pages[2] = 1
+            allocator._counts[1] += 1
+            allocator._counts[3] -= 1
+        case "commits_too_much":
+            allocator._sequences["a"].chain.append(b"")
+        case "other_tokens":
+            allocator._sequences["a"].chain[1] = b"other"
+
+
+CORRUPTIONS = {
+    "count": "page 3 has 2 owners and a count of 3",
+    "free_and_held": "page 3 is not in one state: 2 owners, 1 times free, evictable is False",
+    "lost": "page 8 is not in one state: 0 owners, 0 times free, evictable is False",
+    "twice_free": "page 8 is not in one state: 0 owners, 2 times free",
+    "null_page": "page 0 is not in one state: 0 owners, 1 times free",
+    "evictable_unknown": "page 8 is evictable, but not registered",
+    "free_registered": "page 4 is free, but registered",
+    "not_found": "page 4 is registered, but not found",
+    "found_elsewhere": "page 3 is found by a digest that is not its own",
+    "too_few_pages": "sequence 'a' of 7 tokens has 3 pages of 2",
+    "page_twice": r"sequence 'a' has a page twice: \[1, 2, 1\]",
+    "commits_too_much": "sequence 'a' has committed more than its 2 full pages",
+    "other_tokens": "page 1 of sequence 'a' holds other tokens",
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_check_names_what_is_wrong(name):
+    allocator = busy()
+    allocator.add("old", 2)
+    allocator.commit("old", [7, 8])
+    allocator.free("old")
+    allocator.check()
+    corrupt(allocator, name)
+    with pytest.raises(AssertionError, match=CORRUPTIONS[name]):
+        allocator.check()
+
+
+@dataclasses.dataclass
+class Row:
+    """A sequence as the model sees it. kv: what each token's slot must hold."""
+
+    salt: bytes
+    pages: list[int]
+    tokens: list[int]
+    kv: list[int]
+    committed: int  # tokens in pages that were committed
+
+    def copy(self):
+        return Row(self.salt, self.pages.copy(), self.tokens.copy(), self.kv.copy(), self.committed)
+
+
+class Device:
+    """A pool of pages with contents beside the allocator, whose answers are worked out again by brute force.
+
+    What a slot holds stands for a key and a value: a number that depends on the salt and on every token so far. Copies
+    and writes wait until settle, as those of an engine wait for its step, so that pages change hands in between.
+    """
+
+    def __init__(self, num_pages, page_size, watermark):
+        self.allocator = PageAllocator(num_pages, page_size, watermark=watermark)
+        self.size = page_size
+        self.slots = {page: [-1] * page_size for page in range(num_pages)}
+        self.rows: dict[str, Row] = {}
+        self.registered: dict[int, int] = {}  # kv of a page's last slot: page
+        self.idle: list[int] = []  # registered pages that nobody owns, the next to be evicted first
+        self.numbers: dict[tuple, int] = {}  # (kv before, token): kv
+        self.copies: list[Copy] = []
+        self.writes: list[tuple[str, int]] = []  # row, position
+        self.named = 0
+        self.counts = Counter()  # of operations and of what came of them
+
+    # What is so, counted anew each time.
+
+    def owned(self):
+        return {page for row in self.rows.values() for page in row.pages}
+
+    def owners(self, page):
+        return [name for name, row in self.rows.items() if page in row.pages]
+
+    def free(self):
+        return self.slots.keys() - {NULL_PAGE} - self.owned()
+
+    def kv(self, salt, tokens):
+        numbers = [self.numbers.setdefault((salt,), len(self.numbers))]
+        for token in tokens:
+            numbers.append(self.numbers.setdefault((numbers[-1], token), len(self.numbers)))
+        return numbers[1:]
+
+    def num_pages_for(self, num_tokens):
+        return (num_tokens + self.size - 1) // self.size
+
+    # What an operation does to the model.
+
+    def ask(self, fits, call):
+        """The allocator's answer, which is None if and only if there is no room, and then changes nothing."""
+        if fits:
+            answer = call()
+            assert answer is not None, f"None with {len(self.free())} free pages"
+            return answer
+        self.counts["refused"] += 1
+        assert_refused(self.allocator, call)
+        return None
+
+    def take(self, page):
+        """The allocator has given this page out: rightly?"""
+        never_used = self.free() - set(self.idle)
+        if never_used:
+            assert page in never_used, f"page {page} was given out, but {never_used} are free"
+        else:
+            assert page == self.idle.pop(0), f"page {page} was evicted out of turn"
+            self.forget(page)
+
+    def forget(self, page):
+        self.counts["evicted"] += 1
+        self.registered = {kv: other for kv, other in self.registered.items() if other != page}
+
+    def release(self, row, keep):
+        while len(row.pages) > keep:
+            page = row.pages.pop()
+            if page in self.registered.values() and not self.owners(page):
+                self.idle.append(page)
+
+    def write(self, name, tokens, kv):
+        row = self.rows[name]
+        self.writes += [(name, position) for position in range(len(row.tokens), len(row.tokens) + len(tokens))]
+        row.tokens += tokens
+        row.kv += kv
+
+    def settle(self):
+        """The step: copies in their order, then writes, each to a page that has one owner and no registration."""
+        for source, destination in self.copies:
+            self.slots[destination] = self.slots[source].copy()
+        for name, position in self.writes:
+            page = self.rows[name].pages[position // self.size]
+            assert page != NULL_PAGE and self.owners(page) == [name], f"page {page} is of {self.owners(page)}"
+            assert page not in self.registered.values(), f"page {page} is written under its registration"
+            self.slots[page][position % self.size] = self.rows[name].kv[position]
+        self.copies, self.writes = [], []
+        self.verify()
+
+    # The operations.
+
+    def add(self, tokens, num_tokens, *, salt=b"", reuse=True):
+        """Starts a row that holds tokens, cut or filled up with zeros to num_tokens."""
+        self.counts["add"] += 1
+        self.named += 1
+        name = f"row{self.named}"
+        content = (tokens + [0] * num_tokens)[:num_tokens]
+        kv = self.kv(salt, content)
+        hits = []
+        for end in range(self.size, min(num_tokens, len(tokens) - 1) + 1, self.size):
+            if not reuse or kv[end - 1] not in self.registered:
+                break
+            hits.append(self.registered[kv[end - 1]])
+        pages = self.num_pages_for(num_tokens) - len(hits) + sum(page in self.idle for page in hits)
+        prompt = tokens if reuse else None
+        reused = self.ask(
+            len(self.free()) - pages >= self.allocator.watermark,
+            lambda: self.allocator.add(name, num_tokens, tokens=prompt, salt=salt),
+        )
+        if reused is not None:
+            assert reused == len(hits) * self.size
+            self.counts["hit"] += reused
+            self.counts["queried"] += len(tokens) if reuse else 0
+            self.idle = [page for page in self.idle if page not in hits]
+            row = self.rows[name] = Row(salt, hits, content[:reused], kv[:reused], reused)
+            for page in self.allocator.pages(name, len(hits)):
+                self.take(page)
+                row.pages.append(page)
+            self.write(name, content[reused:], kv[reused:])
+
+    def append(self, name, tokens):
+        self.counts["append"] += 1
+        row = self.rows[name]
+        missing = self.num_pages_for(len(row.tokens) + len(tokens)) - len(row.pages)
+        tail = row.pages[-1] if tokens and len(row.tokens) % self.size else NULL_PAGE
+        shared, known = len(self.owners(tail)) > 1, tail in self.registered.values()
+        to_spare = len(self.free()) - missing
+        copies = self.ask(to_spare >= shared, lambda: self.allocator.append(name, len(tokens)))
+        if copies is None:
+            return False
+        pages = self.allocator.pages(name)
+        if shared or (known and to_spare):
+            assert copies == [(tail, pages[len(row.pages) - 1])]
+            self.counts["copied"] += 1
+            self.copies += copies
+            self.take(copies[0].destination)
+            self.release(row, len(row.pages) - 1)
+            row.pages.append(copies[0].destination)
+        else:
+            assert copies == []
+            if known:
+                self.counts["given up"] += 1
+                self.forget(tail)
+        for page in pages[len(row.pages) :]:
+            self.take(page)
+            row.pages.append(page)
+        kv = self.kv(row.salt, row.tokens + tokens)
+        self.write(name, tokens, kv[len(row.tokens) :])
+        return True
+
+    def fork(self, name):
+        self.settle()
+        self.counts["fork"] += 1
+        self.named += 1
+        child = f"row{self.named}"
+        self.allocator.fork(name, child)
+        self.rows[child] = self.rows[name].copy()
+
+    def truncate(self, name, num_tokens):
+        self.settle()
+        self.counts["truncate"] += 1
+        row = self.rows[name]
+        self.allocator.truncate(name, num_tokens)
+        self.release(row, self.num_pages_for(num_tokens))
+        del row.tokens[num_tokens:], row.kv[num_tokens:]
+        row.committed = min(row.committed, num_tokens // self.size * self.size)
+
+    def commit(self, name, num_tokens):
+        self.settle()
+        self.counts["commit"] += 1
+        row = self.rows[name]
+        self.allocator.commit(name, row.tokens[:num_tokens])
+        for end in range(row.committed + self.size, num_tokens + 1, self.size):
+            self.registered.setdefault(row.kv[end - 1], row.pages[end // self.size - 1])
+            row.committed = end
+
+    def drop(self, name):
+        """Frees a row, whose tokens of this step are then not written: it may be preempted."""
+        self.counts["free"] += 1
+        self.allocator.free(name)
+        self.writes = [write for write in self.writes if write[0] != name]
+        self.release(self.rows[name], 0)
+        del self.rows[name]
+
+    def verify(self):
+        """The allocator's figures are the model's, and every row reads its own tokens through its pages."""
+        allocator, owned = self.allocator, self.owned()
+        allocator.check()
+        assert allocator.sequences == tuple(self.rows)
+        assert allocator.num_free == len(self.free())
+        assert allocator.num_held == len(owned)
+        assert allocator.num_evictable == len(self.idle)
+        rows = self.rows.values()
+        used = {(row.pages[at // self.size], at % self.size) for row in rows for at in range(len(row.kv))}
+        assert allocator.wasted_slots == len(owned) * self.size - len(used)
+        assert allocator.evictions == self.counts["evicted"]
+        assert (allocator.hit_tokens, allocator.queried_tokens) == (self.counts["hit"], self.counts["queried"])
+        for name, row in self.rows.items():
+            assert allocator.pages(name) == tuple(row.pages)
+            assert allocator.num_tokens(name) == len(row.tokens)
+            if not self.writes and not self.copies:
+                read = [slot for page in row.pages for slot in self.slots[page]]
+                assert read[: len(row.kv)] == row.kv, f"{name} reads other tokens through its pages {row.pages}"
+
+
+OPERATIONS = ("add", "append", "fork", "truncate", "commit", "free")
+PROMPTS = st.lists(st.integers(0, 1), max_size=9)  # two letters: prefixes meet often
+SALTS = st.sampled_from([b"", b"adapter"])
+INDEX = st.integers(0, 99)
+has_rows = precondition(lambda self: self.device.rows)
+
+
+class PageMachine(RuleBasedStateMachine):
+    """Any order of calls, with arguments that hypothesis can make small."""
+
+    @initialize(num_pages=st.integers(2, 10), page_size=st.integers(1, 3), watermark=st.integers(0, 2))
+    def start(self, num_pages, page_size, watermark):
+        self.device = Device(num_pages, page_size, min(watermark, num_pages - 2))
+
+    def name(self, index):
+        return list(self.device.rows)[index % len(self.device.rows)]
+
+    def part(self, name, index):
+        """A length between the committed part of a row and the whole."""
+        row = self.device.rows[name]
+        return row.committed + index % (len(row.tokens) - row.committed + 1)
+
+    @rule(tokens=PROMPTS, more=st.integers(-3, 3), salt=SALTS, reuse=st.booleans())
+    def add(self, tokens, more, salt, reuse):
+        self.device.add(tokens, max(0, len(tokens) + more), salt=salt, reuse=reuse)
+
+    @has_rows
+    @rule(index=INDEX, tokens=st.lists(st.integers(0, 1), max_size=4))
+    def append(self, index, tokens):
+        self.device.append(self.name(index), tokens)
+
+    @has_rows
+    @rule(index=INDEX)
+    def fork(self, index):
+        self.device.fork(self.name(index))
+
+    @has_rows
+    @rule(index=INDEX, length=INDEX)
+    def truncate(self, index, length):
+        name = self.name(index)
+        self.device.truncate(name, length % (len(self.device.rows[name].tokens) + 1))
+
+    @has_rows
+    @rule(index=INDEX, length=INDEX)
+    def commit(self, index, length):
+        self.device.commit(self.name(index), self.part(self.name(index), length))
+
+    @has_rows
+    @rule(index=INDEX)
+    def free(self, index):
+        self.device.drop(self.name(index))
+
+    @rule(num_pages=st.integers(1, 9))
+    def evict(self, num_pages):
+        """Takes and frees many pages with no known content."""
+        before = set(self.device.rows)
+        self.device.add([], num_pages * self.device.size)
+        for name in self.device.rows.keys() - before:
+            self.device.drop(name)
+
+    @rule()
+    def settle(self):
+        self.device.settle()
+
+    @invariant()
+    def verify(self):
+        if hasattr(self, "device"):
+            self.device.verify()
+
+
+PageMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestAnyOrderOfCalls = PageMachine.TestCase
+
+
+def drive(device, rng, steps):
+    """A workload of many steps, as an engine makes them: grow, fork, roll back, end, and preempt when pages run out."""
+    trunk = [rng.randrange(2) for _ in range(6 * device.size)]  # prompts have a part of it in common
+    for _ in range(steps):
+        name = rng.choice(list(device.rows)) if device.rows else None
+        size = len(device.rows[name].tokens) if name else 0
+        match rng.random():
+            case p if p < 0.18 or name is None:
+                tokens = trunk[: rng.randrange(len(trunk))] + [rng.randrange(2) for _ in range(rng.randrange(6))]
+                num_tokens = max(0, len(tokens) + rng.choice((-2, 0, 0, 0, 2)))
+                device.add(tokens, num_tokens, salt=rng.choice((b"", b"", b"adapter")), reuse=rng.random() < 0.8)
+            case p if p < 0.5:
+                tokens = [rng.randrange(2) for _ in range(rng.choice((0, 1, 1, 1, 2, 5)))]
+                if not device.append(name, tokens):
+                    device.drop(list(device.rows)[-1])  # the newest, as schedulers preempt
+            case p if p < 0.6 and len(device.rows) < 8:
+                device.fork(name)
+            case p if p < 0.7:
+                device.truncate(name, rng.randint(size // 2, size))
+            case p if p < 0.86:
+                device.commit(name, rng.choice((size, rng.randint(device.rows[name].committed, size))))
+            case _:
+                device.drop(name)
+        if rng.random() < 0.6:
+            device.settle()
+        else:
+            device.verify()
+    device.settle()
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_operations_of_a_seeded_workload():
+    rng = random.Random(20230612)
+    total = Counter()
+    while total["done"] < 100_000:
+        num_pages = rng.choice((2, 5, 9, 16, 30, 60))
+        device = Device(num_pages, rng.randint(1, 4), rng.randint(0, min(2, num_pages - 2)))
+        drive(device, rng, 1000)
+        total += device.counts
+        total["done"] += sum(device.counts[name] for name in OPERATIONS) - device.counts["refused"]
+    # nothing that can happen was left out
+    assert min(total[name] for name in OPERATIONS) > 5_000, total
+    assert min(total[name] for name in ("refused", "evicted", "hit")) > 10_000, total
+    assert total["copied"] > 2_000 and total["given up"] > 50, total
+
+
+def test_the_same_calls_give_the_same_pages():
+    def run():
+        device = Device(12, 2, 1)
+        drive(device, random.Random(1), 300)
+        return snapshot(device.allocator)
+
+    assert run() == run()
