@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 import jfa
-from jfa import backends, tuning
+from jfa import backends, quant, tuning
 from jfa.device import probe
 from jfa.kernels.triton import flash, flash_bwd
-from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
+from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands, PagedConfig, PagedOperands
 
 from . import aot
 
@@ -114,6 +114,74 @@ def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConf
     return config
 
 
+# A batch that decodes, and the same rows with a chunk of a prompt each: 64 rows of 8192 tokens at most, 32 heads on 8.
+_PAGED_BATCH, _PAGED_CAPACITY, _PAGE_SIZE, _CHUNK = 64, 8192, 16, 64
+PAGED_DTYPES = (
+    *("bfloat16", "float16", "float32"),
+    *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
+)
+
+
+def _paged_operands(dtype: str, head_dim: int, *, ragged: bool) -> PagedOperands:
+    """dtype: of PAGED_DTYPES."""
+    of_queries, _, of_pages = dtype.partition(" on ")
+    pages_per_seq = _PAGED_CAPACITY // _PAGE_SIZE
+    pool = (_PAGED_BATCH * pages_per_seq + 1, _PAGE_SIZE, 8)
+    stored = quant.stored_size(quant.kind_of(of_pages), head_dim) if of_pages else head_dim
+    pages: Any = jax.ShapeDtypeStruct((*pool, stored), of_pages or of_queries)
+    scales: Any = jax.ShapeDtypeStruct(pool, "bfloat16") if of_pages else None
+
+    def integers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, "int32")
+
+    return PagedOperands(
+        q=jax.ShapeDtypeStruct((_PAGED_BATCH * (_CHUNK if ragged else 1), 32, head_dim), of_queries),  # type: ignore[arg-type]
+        k_pages=pages,
+        v_pages=pages,
+        page_table=integers(_PAGED_BATCH, pages_per_seq),
+        kv_len=integers(_PAGED_BATCH),
+        query_start=integers(_PAGED_BATCH + 1) if ragged else None,
+        k_scales=scales,
+        v_scales=scales,
+    )
+
+
+def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[Callable, tuple]]:
+    """The call of one of the kernels over pages."""
+
+    def call_of(dtype: str, head_dim: int, config: PagedConfig | None, variant: str) -> tuple[Callable, tuple]:
+        options: dict[str, Any] = {}
+        if variant == "window":
+            options = dict(local_window_size=1024, sinks=jnp.zeros(32))
+        elif variant == "padded head_dim":
+            head_dim = head_dim * 5 // 8
+        operands = _paged_operands(dtype, head_dim, ragged=kernel == "ragged_paged_attention")
+
+        def call(operands):
+            q, k_pages, v_pages, page_table, kv_len, query_start, k_scales, v_scales, _ = operands
+            rows = (page_table, kv_len) if query_start is None else (page_table, kv_len, query_start)
+            return getattr(jfa, kernel)(
+                *(q, k_pages, v_pages, *rows),
+                key_scales=k_scales,
+                value_scales=v_scales,
+                implementation="triton",
+                config=config,
+                **options,
+            )
+
+        return call, (operands,)
+
+    return call_of
+
+
+def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]:
+    def config(device: DeviceInfo, dtype: str, head_dim: int) -> PagedConfig:
+        operands = _paged_operands(dtype, head_dim, ragged=kernel == "ragged_paged_attention")
+        return backends.PAGED["triton"].default_config(operands, device)  # type: ignore[return-value]
+
+    return config
+
+
 # What is tried was narrowed by wider sweeps of all architectures: a sweep takes minutes, not an hour.
 
 
@@ -173,6 +241,20 @@ def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
         # gfx950 converts in one instruction
         axes["round_half_up"] = (False, True) if arch == "gfx950" else (True, False)
     return axes
+
+
+def _decode_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+    """A group of heads is 16 rows at most here, one wave's worth: more waves share the keys of a tile."""
+    return [dict(block_q=16, num_warps=warps) for warps in (1, 2, 4)]
+
+
+def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+    starts = _forward_starts(arch, dtype.partition(" on ")[0], head_dim)
+    return [{**start, "block_q": min(64, start["block_q"])} for start in starts]
+
+
+def _paged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
+    return _switches(arch, dtype.partition(" on ")[0])
 
 
 OPS = (
@@ -237,6 +319,45 @@ OPS = (
                 / (config["num_warps"] * lanes)
             ),
             alike={"float16": "bfloat16"},
+        ),
+    ),
+    Op(
+        name="paged_decode_attention",
+        direction="forward",
+        kernel="paged_decode_attention",
+        config_type=PagedConfig,
+        call=_paged("paged_decode_attention"),
+        default_config=_paged_default("paged_decode_attention"),
+        bound="memory_bound_share",
+        variants=("window", "padded head_dim"),
+        dtypes=PAGED_DTYPES,
+        sweep=Sweep(
+            starts=_decode_starts,
+            grows=("block_kv", (16, 32, 64, 128)),
+            late=_paged_switches,
+            registers=lambda config, head_dim, lanes: (
+                config["block_kv"] * head_dim / 2 / (config["num_warps"] * lanes)  # the keys of a tile in 16 bits
+            ),
+        ),
+    ),
+    Op(
+        name="ragged_paged_attention",
+        direction="forward",
+        kernel="ragged_paged_attention",
+        config_type=PagedConfig,
+        call=_paged("ragged_paged_attention"),
+        default_config=_paged_default("ragged_paged_attention"),
+        variants=("window", "padded head_dim"),
+        dtypes=PAGED_DTYPES,
+        sweep=Sweep(
+            starts=_ragged_starts,
+            grows=("block_kv", (16, 32, 64)),
+            late=_paged_switches,
+            registers=lambda config, head_dim, lanes: (
+                config["block_q"]
+                * ((1.0 if config.get("block_d") else 1.5) * head_dim + config["block_kv"])
+                / (config["num_warps"] * lanes)
+            ),
         ),
     ),
 )

@@ -76,6 +76,9 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
             return f"{name} must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
     if shape.g > MAX_GROUP_SIZE:
         return f"at most {MAX_GROUP_SIZE} query heads may share a key head, got {shape.g}"
+    if operands.k_pages.dtype == jnp.float8_e4m3fn and _unit(operands.k_pages.dtype, operands.q.dtype) == 1.0:
+        if device.arch in ("sm_80", "sm_86"):
+            return f"Triton does not cast from float8_e4m3fn to bfloat16 on {device.arch}; int8 pages are as small"
     for name, pages in (("key_pages", operands.k_pages), ("value_pages", operands.v_pages)):
         if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
             # such an array gets offsets of 32 bits with a sign (Pallas, jax 0.12)
@@ -294,13 +297,13 @@ def _paged_kernel(
             if inside is not None:
                 both = jnp.broadcast_to(inside[:, None], (block_kv, piece.size))
                 mask = both if mask is None else mask & both
-            return load(
-                ref[name].at[slots[:, None], kv_head, columns[None, :]], mask=mask, other=None if mask is None else 0
-            )
+            zero = 0.0 if jnp.issubdtype(ref[name].dtype, jnp.floating) else 0
+            place = ref[name].at[slots[:, None], kv_head, columns[None, :]]
+            return load(place, mask=mask, other=None if mask is None else zero)
 
         def scales(name: str):
             found = load(ref[name].at[slots, kv_head], mask=inside, other=None if inside is None else 0.0)
-            return found.astype(jnp.float32) * _UNIT.get(ref["k"].dtype.name, 1.0)
+            return found.astype(jnp.float32) * _unit(ref["k"].dtype, dtype)
 
         zero = later(n, k_pieces)
         scores = sum_of_products(
@@ -360,8 +363,9 @@ def _paged_kernel(
     store(lse_ref.at[(*before, query, head)], lse, mask=own)
 
 
-# What the numbers of a dtype, as _numbers gives them, still have to be multiplied by.
-_UNIT: dict[str, float] = {}
+def _unit(pages: Any, dtype: Any) -> float:
+    """What the numbers of pages, as _numbers gives them, still have to be multiplied by."""
+    return 256.0 if pages == jnp.float8_e4m3fn and dtype != jnp.bfloat16 else 1.0
 
 
 def _numbers(x: Array, dtype: Any, packed: bool) -> tuple[Array, ...]:
@@ -370,6 +374,11 @@ def _numbers(x: Array, dtype: Any, packed: bool) -> tuple[Array, ...]:
         return tuple(_exact((half.astype(jnp.float32) - 7.5), dtype) for half in (x & 15, x >> 4))
     if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
         return (_exact(x.astype(jnp.float32), dtype),)
+    if _unit(x.dtype, dtype) != 1.0:
+        # compilers go through float32: the same bits are a float16 too, but for the bias of the exponent. A NaN becomes
+        # a number, which is no loss: quant.quantize tells a NaN by the scale
+        bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
+        return (lax.bitcast_convert_type(((bits & 128) << 8) | ((bits & 127) << 7), jnp.float16).astype(dtype),)
     return (x.astype(dtype),)
 
 
