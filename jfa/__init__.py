@@ -3,6 +3,7 @@
 from jfa.backends import Explanation as Explanation
 from jfa.backends import explain as explain
 from jfa.cache.contiguous import KVCache as KVCache
+from jfa.cache.paged import PagedKVCache as PagedKVCache
 from jfa.ops import dot_product_attention as dot_product_attention
 from jfa.paged_ops import paged_decode_attention as paged_decode_attention
 from jfa.paged_ops import ragged_paged_attention as ragged_paged_attention

@@ -11,6 +11,8 @@ import jfa
 from jfa_models.config import DecoderConfig, RopeConfig
 from jfa_models.layers import Linear
 
+Cache = jfa.KVCache | jfa.PagedKVCache
+
 
 class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv:2305.13245)."""
@@ -33,9 +35,9 @@ class Attention(nnx.Module):
         x: Float[Array, "b t hidden"],
         rotation: "Rotation",
         lengths: Int[Array, " b"] | None,
-        cache: jfa.KVCache | None,
+        cache: Cache | None,
         layer: int,
-    ) -> tuple[Float[Array, "b t hidden"], jfa.KVCache | None]:
+    ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """Attends over the cache (its valid tokens, then x), or over x alone without one.
 
         Args:
@@ -47,6 +49,9 @@ class Attention(nnx.Module):
         q_len = lengths if x.shape[1] > 1 else None
         if cache is None:
             out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len)
+        elif isinstance(cache, jfa.PagedKVCache):
+            cache = cache.write(layer, k, v, lengths)
+            out = _over_pages(q, cache, layer, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)
         else:
             cache = cache.write(layer, k, v)
             out = jfa.dot_product_attention(
@@ -62,6 +67,25 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "b t size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+def _over_pages(
+    q: Float[Array, "b t hq d"], cache: jfa.PagedKVCache, layer: int, lengths: Int[Array, " b"]
+) -> Float[Array, "b t hq d"]:
+    """The new tokens, which the cache holds already behind its kv_len, over the cache."""
+    pages, kv_len = cache.arguments(layer), cache.kv_len + lengths
+    b, t = q.shape[:2]
+    if t == 1:
+        return jfa.paged_decode_attention(q[:, 0], kv_len=kv_len, **pages)[:, None]
+    start = jnp.concatenate([jnp.zeros(1, lengths.dtype), jnp.cumsum(lengths)])
+    if b == 1:
+        return jfa.ragged_paged_attention(q[0], kv_len=kv_len, query_start=start, **pages)[None]
+    # the padding of all rows goes behind the last one's tokens
+    token = jnp.arange(t)
+    place = jnp.where(token < lengths[:, None], start[:-1, None] + token, b * t)
+    together = jnp.zeros((b * t, *q.shape[2:]), q.dtype).at[place].set(q, mode="drop")
+    out = jfa.ragged_paged_attention(together, kv_len=kv_len, query_start=start, **pages)
+    return jnp.take(out, place, axis=0, mode="fill", fill_value=0)
 
 
 class Rotation:

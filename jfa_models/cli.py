@@ -20,7 +20,7 @@ from rich.table import Table
 import jfa
 from jfa.device import probe
 from jfa_models.checkpoint import Checkpoint, open_checkpoint
-from jfa_models.generate import DTYPES, LanguageModel, Session, compute_dtype, from_pretrained
+from jfa_models.generate import CACHES, DTYPES, KV_DTYPES, LanguageModel, Session, compute_dtype, from_pretrained
 from jfa_models.outputs import RequestOutput
 from jfa_models.sampling import SamplingParams
 
@@ -69,6 +69,12 @@ def commands() -> None:
     """Decoders on JAX: AMD and NVIDIA GPUs, TPUs and CPUs."""
 
 
+def cache_options(command: Callable) -> Callable:
+    """--cache and --kv-dtype."""
+    kv_dtype = click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of quantized pages.")
+    return click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)(kv_dtype(command))
+
+
 def model_options(command: Callable) -> Callable:
     """--model and --dtype."""
     dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
@@ -101,14 +107,24 @@ def sampling_options(command: Callable) -> Callable:
 @click.argument("text", required=False)
 @click.option("--prompt", help="The prompt, where it is not given as an argument.")
 @model_options
+@cache_options
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of streaming.")
-def generate(text: str | None, prompt: str | None, model: str, dtype: str | None, as_json: bool, **sampling) -> None:
+def generate(
+    text: str | None,
+    prompt: str | None,
+    model: str,
+    dtype: str | None,
+    cache: str,
+    kv_dtype: str | None,
+    as_json: bool,
+    **sampling,
+) -> None:
     """Continue TEXT."""
     given = [one for one in (text, prompt) if one is not None]
     if len(given) != 1:
         raise click.UsageError('give one prompt: jfa generate "The capital of France is", or --prompt TEXT')
-    language_model = _load(model, dtype)
+    language_model = _load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype)
     params = _sampling_params(language_model, sampling)
     if as_json:
         click.echo(json.dumps(_timed(language_model, given[0], params), ensure_ascii=False))
@@ -118,11 +134,12 @@ def generate(text: str | None, prompt: str | None, model: str, dtype: str | None
 
 @commands.command()
 @model_options
+@cache_options
 @sampling_options
 @click.option("--system", help="What the model is told before the first turn.")
-def chat(model: str, dtype: str | None, system: str | None, **sampling) -> None:
+def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system: str | None, **sampling) -> None:
     """Talk with a model. /reset forgets the conversation; /exit or Ctrl-D ends it."""
-    language_model = _load(model, dtype)
+    language_model = _load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype)
     tokenizer = language_model.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise click.UsageError(f"{model} has no chat template, so it was not made for conversations: use jfa generate")
@@ -194,7 +211,7 @@ def _sizes(checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[tuple[str, str]]
     yield "cache", f"{per_token:,} bytes per token, {full}"
 
 
-def _load(model: str, dtype: str | None) -> LanguageModel:
+def _load(model: str, **options) -> LanguageModel:
     """Loads with a line on the terminal meanwhile; compiled programs are kept for the next start."""
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfa" / "xla"
@@ -202,7 +219,7 @@ def _load(model: str, dtype: str | None) -> LanguageModel:
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
     with Console(stderr=True).status(f"loading {escape(model)}"):
-        return from_pretrained(model, dtype=dtype)
+        return from_pretrained(model, **options)
 
 
 def _sampling_params(model: LanguageModel, given: dict) -> SamplingParams:

@@ -5,8 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import jfa
-from jfa_models.attention import Attention, Rotation
+from jfa_models.attention import Attention, Cache, Rotation
 from jfa_models.config import DecoderConfig
 from jfa_models.layers import Embedding, GatedMLP, Linear, RMSNorm
 
@@ -44,8 +43,8 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b t"],
         *,
         lengths: Int[Array, " b"] | None = None,
-        cache: jfa.KVCache | None = None,
-    ) -> tuple[Float[Array, "b t hidden"], jfa.KVCache | None]:
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """The normalised hidden state of every token, and the cache with the tokens in it.
 
         Args:

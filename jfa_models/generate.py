@@ -5,7 +5,7 @@ import itertools
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 import jfa
+from jfa_models.attention import Cache
 from jfa_models.checkpoint import Checkpoint, load_params, open_checkpoint
 from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
@@ -34,21 +35,57 @@ SMALLEST_CAPACITY = 256
 TEXT_CONTEXT = 8
 
 DTYPES = ("float32", "bfloat16", "float16")
+CACHES = ("contiguous", "paged")
+KV_DTYPES = ("int8", "fp8", "int4")
 
 Prompt = str | Sequence[int]
 
 
-def from_pretrained(model: str | os.PathLike[str] = "smollm2", *, dtype: DTypeLike | None = None) -> "LanguageModel":
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """How the keys and values of a model's tokens are kept.
+
+    Attributes:
+      kind: "contiguous", or "paged".
+      kv_dtype: of pages: "int8", "fp8" or "int4" (jfa.quant); None: the model's dtype.
+      page_size: tokens of a page.
+    """
+
+    kind: Literal["contiguous", "paged"] = "contiguous"
+    kv_dtype: str | None = None
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in CACHES:
+            raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {self.kind!r}")
+        if self.kv_dtype is not None and self.kind != "paged":
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} needs cache='paged': a contiguous one is not quantized")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {self.page_size}")
+
+
+def from_pretrained(
+    model: str | os.PathLike[str] = "smollm2",
+    *,
+    dtype: DTypeLike | None = None,
+    cache: Literal["contiguous", "paged"] = "contiguous",
+    kv_dtype: str | None = None,
+    page_size: int = 16,
+) -> "LanguageModel":
     """Loads a checkpoint: a Hugging Face folder of the Llama family, a .gguf file, or "smollm2", which is a package.
 
     Args:
       dtype: float32, bfloat16 or float16, of the weights, the computation and the cache. None: float32 on a CPU, which
         has no fast 16-bit product, bfloat16 elsewhere.
+      cache, kv_dtype, page_size: CacheOptions.
 
     Raises:
       ValueError: there is no such checkpoint, it is damaged, or its architecture is unknown; the message says which.
     """
     dtype = compute_dtype(dtype)
+    options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
     checkpoint = open_checkpoint(os.fspath(model))
     config = checkpoint.config
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -59,6 +96,7 @@ def from_pretrained(model: str | os.PathLike[str] = "smollm2", *, dtype: DTypeLi
         params=tuple(params[name] for name in expected),
         tokenizer=_tokenizer(checkpoint),
         defaults=checkpoint.generation,
+        cache_options=options,
     )
 
 
@@ -85,6 +123,7 @@ class LanguageModel:
       tokenizer: None when there is no text around the model; prompts are token ids then.
       defaults: what the authors of the checkpoint advise for sampling.
       eos_token_ids: the tokens that end a text, by the defaults, else by the tokenizer.
+      cache_options: what new_cache makes.
     """
 
     def __init__(
@@ -94,12 +133,14 @@ class LanguageModel:
         params: tuple[Array, ...],
         tokenizer: Tokenizer | None = None,
         defaults: GenerationDefaults | None = None,
+        cache_options: CacheOptions | None = None,
     ):
         self.config: DecoderConfig = decoder.config
         self.params = params
         self.tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
         self.eos_token_ids = self.defaults.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
+        self.cache_options = cache_options or CacheOptions()
         self.dtype = params[0].dtype
         self.steps = Steps(decoder)
 
@@ -240,7 +281,7 @@ class LanguageModel:
         return self._prefill(requests, cache, [request.prompt_ids for request in requests])
 
     def _prefill(
-        self, requests: "Sequence[_Request]", cache: jfa.KVCache, prompts: Sequence[Sequence[int]]
+        self, requests: "Sequence[_Request]", cache: Cache, prompts: Sequence[Sequence[int]]
     ) -> tuple[DecodeState, Emitted]:
         """Brings the prompts (behind what the cache holds already) into the cache and draws each row's first token."""
         size = cache.kv_len.shape[0]
@@ -258,17 +299,23 @@ class LanguageModel:
             cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths)
         return self.steps.first(self.params, cache, hidden, rows, np.arange(size) < len(requests))
 
-    def new_cache(self, *, batch: int, capacity: int) -> jfa.KVCache:
+    def new_cache(self, *, batch: int, capacity: int) -> Cache:
         """An empty cache for at least capacity tokens a row."""
-        c = self.config
-        return jfa.KVCache.create(
-            num_layers=c.num_layers,
+        c, options = self.config, self.cache_options
+        capacity = max(SMALLEST_CAPACITY, _power_of_two(capacity))
+        shape: Any = dict(num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, dtype=self.dtype)
+        if options.kind == "contiguous":
+            return jfa.KVCache.create(batch=batch, capacity=capacity, **shape)
+        pages_per_seq = -(-capacity // options.page_size)
+        cache = jfa.PagedKVCache.create(
+            num_pages=1 + batch * pages_per_seq,
+            page_size=options.page_size,
             batch=batch,
-            capacity=max(SMALLEST_CAPACITY, _power_of_two(capacity)),
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            dtype=self.dtype,
+            pages_per_seq=pages_per_seq,
+            kv_dtype=options.kv_dtype,
+            **shape,
         )
+        return dataclasses.replace(cache, page_tables=(_own_pages(batch, pages_per_seq),))
 
     def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
         if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0):
@@ -330,10 +377,10 @@ class Session:
 
     def __init__(self) -> None:
         self._model: LanguageModel | None = None
-        self._cache: jfa.KVCache | None = None
+        self._cache: Cache | None = None
         self._ids: list[int] = []
 
-    def take(self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int) -> tuple[jfa.KVCache, int]:
+    def take(self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int) -> tuple[Cache, int]:
         """A cache with room for capacity tokens, and how many of prompt_ids it holds already (never all).
 
         Raises:
@@ -346,13 +393,13 @@ class Session:
         if cache is None:
             return model.new_cache(batch=1, capacity=capacity), 0
         if cache.capacity < capacity:
-            cache = cache.grow(_power_of_two(capacity))
+            cache = _grown(cache, _power_of_two(capacity))
         known = 0
         while known < min(len(self._ids), len(prompt_ids) - 1) and self._ids[known] == prompt_ids[known]:
             known += 1
         return dataclasses.replace(cache, kv_len=np.array([known], np.int32)), known
 
-    def give(self, cache: jfa.KVCache, ids: Sequence[int]) -> None:
+    def give(self, cache: Cache, ids: Sequence[int]) -> None:
         """Leaves a cache that holds these tokens for the next call."""
         self._cache, self._ids = cache, list(ids)
 
@@ -492,6 +539,19 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """None where a folder holds nothing of a tokenizer; where it holds a part, load_tokenizer says what is missing."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     return checkpoint.load_tokenizer() if checkpoint.metadata or any(folder.glob("tokenizer*")) else None
+
+
+def _own_pages(batch: int, pages_per_seq: int) -> np.ndarray:
+    """A page table in which every row has all its pages from the start: nothing here is shared."""
+    return np.arange(1, 1 + batch * pages_per_seq, dtype=np.int32).reshape(batch, pages_per_seq)
+
+
+def _grown(cache: Cache, capacity: int) -> Cache:
+    """The cache of one row with room for more tokens."""
+    if isinstance(cache, jfa.KVCache):
+        return cache.grow(capacity)
+    pages_per_seq = -(-capacity // cache.page_size)
+    return dataclasses.replace(cache.grow(1 + pages_per_seq), page_tables=(_own_pages(1, pages_per_seq),))
 
 
 def _power_of_two(n: int) -> int:

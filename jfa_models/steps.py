@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-import jfa
+from jfa_models.attention import Cache
 from jfa_models.decoder import Decoder
 from jfa_models.sampling import Sampled, SamplingRows, finished_by_id, sample, update
 
@@ -34,7 +34,7 @@ class DecodeState:
       active: rows that go on; the others are carried along and change nothing.
     """
 
-    cache: jfa.KVCache
+    cache: Cache
     rows: SamplingRows
     token: Int[Array, " b"]
     num_generated: Int[Array, " b"]
@@ -88,11 +88,11 @@ def _logits(decoder: Decoder, tokens: Int[Array, "b t"], lengths: Int[Array, " b
 
 def _prefill(
     decoder: Decoder,
-    cache: jfa.KVCache,
+    cache: Cache,
     hidden: Float[Array, "b hidden"],
     tokens: Int[Array, "b t"],
     lengths: Int[Array, " b"],
-) -> tuple[jfa.KVCache, Float[Array, "b hidden"]]:
+) -> tuple[Cache, Float[Array, "b hidden"]]:
     """hidden is that of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
     states, filled = decoder(tokens, lengths=lengths, cache=cache)
     assert filled is not None
@@ -102,7 +102,7 @@ def _prefill(
 
 def _first(
     decoder: Decoder,
-    cache: jfa.KVCache,
+    cache: Cache,
     hidden: Float[Array, "b hidden"],
     rows: SamplingRows,
     active: Bool[Array, " b"],

@@ -1,0 +1,234 @@
+"""A KV cache in pages: rows take them when tokens arrive, share them where they begin alike, and give them back.
+
+Which page belongs to whom is the host's affair (jfa.PageAllocator); here are the pages and the tables that say where a
+row's tokens lie. Source: arXiv:2309.06180, section 4.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jfa import quant
+from jfa.quant import QuantizedArray
+from jfa.types import NULL_PAGE
+
+Pages = Shaped[Array, "num_pages page_size hkv d"] | QuantizedArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedKVCache:
+    """The keys and values of all layers of one model. One per model; every method returns a new one.
+
+    Token t of row r lies at place t % page_size of page page_table[r, t // page_size]. Places that hold no token of a
+    row below its kv_len are garbage and never read. Nothing is ever written to NULL_PAGE, which fills the tables where
+    a row has no page. Donate it to the step that returns its successor: the writes then happen in place.
+
+    Attributes:
+      k, v: the pages of each layer, in floats or quantized.
+      page_tables: for each attention pattern of the model where its layers have their pages: layers that see a window
+        alone give pages back that the others keep.
+      kv_len: valid tokens of each row, the only truth about fullness.
+      table_of: for each layer which of page_tables is its own.
+    """
+
+    k: tuple[Pages, ...]
+    v: tuple[Pages, ...]
+    page_tables: tuple[Int[Array, "b pages_per_seq"], ...]
+    kv_len: Int[Array, " b"]
+    table_of: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        batch: int,
+        pages_per_seq: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        kv_dtype: str | None = None,
+        table_of: Sequence[int] | None = None,
+    ) -> "PagedKVCache":
+        """Empty pages, and tables without a page.
+
+        Args:
+          num_pages: NULL_PAGE counts.
+          batch, pages_per_seq: rows and columns of a page table.
+          dtype: of the pages, unless they are quantized.
+          kv_dtype: "int8", "fp8" or "int4" (jfa.quant), with a bfloat16 scale for each token and head; None: dtype.
+          table_of: for each layer the number of its page table; None: one for all.
+
+        Raises:
+          ValueError: an unknown kv_dtype, int4 of an odd head_dim, or no page beside NULL_PAGE.
+        """
+        if kv_dtype is not None and kv_dtype not in quant.KINDS:
+            raise ValueError(
+                f"kv_dtype must be one of {', '.join(quant.KINDS)}, or None for the dtype itself, got {kv_dtype!r}"
+            )
+        if num_pages < 2 or page_size < 1:
+            raise ValueError(
+                f"there must be a page beside page {NULL_PAGE}, which holds nothing, of at least one token; got "
+                f"num_pages={num_pages} and page_size={page_size}"
+            )
+        table_of = (0,) * num_layers if table_of is None else tuple(table_of)
+        if len(table_of) != num_layers:
+            raise ValueError(f"table_of must name a table for each of {num_layers} layers, got {len(table_of)}")
+        shape = (num_pages, page_size, num_kv_heads)
+
+        def pages() -> Pages:
+            if kv_dtype is None:
+                return jnp.zeros((*shape, head_dim), dtype)
+            stored, _ = quant.KINDS[kv_dtype]
+            values = jnp.zeros((*shape, quant.stored_size(kv_dtype, head_dim)), stored)
+            return QuantizedArray(values=values, scales=jnp.zeros(shape, jnp.bfloat16))
+
+        # an array of its own per layer, k, v and table: a buffer that two leaves share cannot be donated
+        k, v = (tuple(pages() for _ in range(num_layers)) for _ in "kv")
+        tables = tuple(jnp.full((batch, pages_per_seq), NULL_PAGE, jnp.int32) for _ in range(max(table_of) + 1))
+        return cls(k=k, v=v, page_tables=tables, kv_len=jnp.zeros(batch, jnp.int32), table_of=table_of)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return _values(self.k[0]).shape[1]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a layer, NULL_PAGE among them."""
+        return _values(self.k[0]).shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row of a page table can hold."""
+        return self.page_tables[0].shape[1] * self.page_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages, scales included."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v)))
+
+    def arguments(self, layer: int) -> dict[str, Any]:
+        """What a layer gives to jfa's ops over pages, by their names; kv_len is the caller's."""
+        k, v = self.k[layer], self.v[layer]
+        return {
+            "key_pages": _values(k),
+            "value_pages": _values(v),
+            "page_table": self.page_tables[self.table_of[layer]],
+            "key_scales": k.scales if isinstance(k, QuantizedArray) else None,
+            "value_scales": v.scales if isinstance(v, QuantizedArray) else None,
+        }
+
+    def write(
+        self,
+        layer: int,
+        k: Float[Array, "b t hkv d"],
+        v: Float[Array, "b t hkv d"],
+        lengths: Int[Array, " b"] | None = None,
+    ) -> "PagedKVCache":
+        """Puts t tokens of each row of one layer behind kv_len, which stays as it is until advance.
+
+        Args:
+          lengths: tokens of each row that are real; the others are written nowhere, since the page behind them may be
+            another row's. None: all.
+        """
+        b, t = k.shape[:2]
+        index = jnp.broadcast_to(jnp.arange(t), (b, t))
+        real = jnp.ones((b, t), bool) if lengths is None else index < lengths[:, None]
+        row = jnp.broadcast_to(jnp.arange(b)[:, None], (b, t))
+        slots = self._slots(layer, row.reshape(-1), index.reshape(-1), real.reshape(-1))
+        return self._put(layer, slots, *(x.reshape(b * t, *x.shape[2:]) for x in (k, v)))
+
+    def write_ragged(
+        self,
+        layer: int,
+        k: Float[Array, "n hkv d"],
+        v: Float[Array, "n hkv d"],
+        query_start: Int[Array, " b+1"],
+    ) -> "PagedKVCache":
+        """Puts the tokens query_start[r] to query_start[r + 1] behind kv_len of row r, as write does.
+
+        Tokens past the last row's are padding and written nowhere.
+        """
+        token = jnp.arange(k.shape[0])
+        row = jnp.minimum(jnp.searchsorted(query_start[1:], token, side="right"), self.kv_len.shape[0] - 1)
+        slots = self._slots(layer, row, token - query_start[row], token < query_start[-1])
+        return self._put(layer, slots, k, v)
+
+    def advance(self, num_tokens: Int[Array, " b"] | int) -> "PagedKVCache":
+        """Declares the first num_tokens of what was written behind kv_len valid, in every layer."""
+        return dataclasses.replace(self, kv_len=self.kv_len + num_tokens)
+
+    def truncate(self, kv_len: Int[Array, " b"]) -> "PagedKVCache":
+        """Forgets every token at or past kv_len. Nothing moves: rollback is this."""
+        return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len))
+
+    def copy_pages(self, source: Int[Array, " n"], destination: Int[Array, " n"], *, table: int = 0) -> "PagedKVCache":
+        """Each page of source into that of destination, in every layer of a table: what a shared page needs before one
+        of its owners writes.
+
+        All are read before one is written. Pairs (NULL_PAGE, NULL_PAGE) do nothing: pad with them.
+        """
+        nowhere = self.num_pages + jnp.arange(destination.shape[0])  # each its own: indices stay unique
+        destination = jnp.where(destination == NULL_PAGE, nowhere, destination)
+
+        def copied(pages: Pages, own: bool) -> Pages:
+            if not own:
+                return pages
+            return jax.tree.map(lambda x: x.at[destination].set(x[source], mode="drop", unique_indices=True), pages)
+
+        own = [number == table for number in self.table_of]
+        k, v = (tuple(map(copied, arrays, own)) for arrays in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v)
+
+    def grow(self, num_pages: int) -> "PagedKVCache":
+        """A copy with more pages, behind the present ones.
+
+        Raises:
+          ValueError: num_pages is below the present number.
+        """
+        more = num_pages - self.num_pages
+        if more < 0:
+            raise ValueError(f"a cache of {self.num_pages} pages cannot grow to {num_pages}")
+        k, v = jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v)
+
+    def _slots(self, layer: int, row: Int[Array, " n"], index: Int[Array, " n"], real: Bool[Array, " n"]) -> Array:
+        """Where the index-th token behind kv_len of a row goes, as page * page_size + place; outside for none."""
+        page_table = self.page_tables[self.table_of[layer]]
+        position = self.kv_len[row] + index
+        column = position // self.page_size
+        page = page_table[row, jnp.minimum(column, page_table.shape[1] - 1)]
+        real &= (column < page_table.shape[1]) & (page != NULL_PAGE)
+        slot = page * self.page_size + position % self.page_size
+        nowhere = self.num_pages * self.page_size + jnp.arange(row.shape[0])  # each its own: indices stay unique
+        return jnp.where(real, slot, nowhere)
+
+    def _put(self, layer: int, slots: Int[Array, " n"], k: Array, v: Array) -> "PagedKVCache":
+        def put(pages: Pages, x: Array) -> Pages:
+            new = quant.quantize(x, pages.kind) if isinstance(pages, QuantizedArray) else x
+
+            def into(stored: Array, x: Array) -> Array:
+                flat = stored.reshape(-1, *stored.shape[2:])
+                flat = flat.at[slots].set(x.astype(stored.dtype), mode="drop", unique_indices=True)
+                return flat.reshape(stored.shape)
+
+            return jax.tree.map(into, pages, new)
+
+        return dataclasses.replace(
+            self,
+            k=(*self.k[:layer], put(self.k[layer], k), *self.k[layer + 1 :]),
+            v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
+        )
+
+
+def _values(pages: Pages) -> Array:
+    return pages.values if isinstance(pages, QuantizedArray) else pages
