@@ -244,7 +244,7 @@ def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
 
 
 def _decode_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
-    """A group of heads is 16 rows at most here, one wave's worth: more waves share the keys of a tile."""
+    """A group of heads is 16 rows at most here, one wave's worth: more waves repeat each other's work."""
     return [dict(block_q=16, num_warps=warps) for warps in (1, 2, 4)]
 
 
@@ -253,8 +253,19 @@ def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
     return [{**start, "block_q": min(64, start["block_q"])} for start in starts]
 
 
-def _paged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    return _switches(arch, dtype.partition(" on ")[0])
+def _ragged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
+    """Those that pay in the forward kernel."""
+    return {name: values[:1] for name, values in _switches(arch, dtype.partition(" on ")[0]).items()}
+
+
+def _decode_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
+    """Memory decides, not the vector work of a few rows' scores."""
+    return {"num_stages": (1,) if aot.is_amd(arch) else (2, 1, 3)}
+
+
+_PAGED_ALIKE = {"float16": "bfloat16"} | {
+    dtype: "bfloat16 on int8" for dtype in PAGED_DTYPES if " on " in dtype and dtype != "bfloat16 on int8"
+}
 
 
 OPS = (
@@ -333,11 +344,12 @@ OPS = (
         dtypes=PAGED_DTYPES,
         sweep=Sweep(
             starts=_decode_starts,
-            grows=("block_kv", (16, 32, 64, 128)),
-            late=_paged_switches,
+            grows=("block_kv", (16, 32, 64)),
+            late=_decode_switches,
             registers=lambda config, head_dim, lanes: (
                 config["block_kv"] * head_dim / 2 / (config["num_warps"] * lanes)  # the keys of a tile in 16 bits
             ),
+            alike=_PAGED_ALIKE,
         ),
     ),
     Op(
@@ -352,12 +364,13 @@ OPS = (
         sweep=Sweep(
             starts=_ragged_starts,
             grows=("block_kv", (16, 32, 64)),
-            late=_paged_switches,
+            late=_ragged_switches,
             registers=lambda config, head_dim, lanes: (
                 config["block_q"]
                 * ((1.0 if config.get("block_d") else 1.5) * head_dim + config["block_kv"])
                 / (config["num_warps"] * lanes)
             ),
+            alike=_PAGED_ALIKE,
         ),
     ),
 )
