@@ -7,9 +7,9 @@ import click
 import jax
 
 from jfa_models.cli import command_group, model_options, run
-from jfa_models.generate import from_pretrained
+from jfa_models.generate import KV_DTYPES, from_pretrained
 
-from . import attention, compile, models, prove, record, report, tune
+from . import accuracy, attention, compile, models, paged, prove, record, report, tune
 
 
 def main() -> None:
@@ -70,6 +70,55 @@ def attention_command(batch, length, heads, kv_heads, head_dim, dtype, causal, i
         samples=samples,
     )
     click.echo(record.render(list(records), output, attention.COLUMNS))
+
+
+@commands.command("accuracy")
+@click.option("--kv-dtype", type=compile.Names("kv dtype", KV_DTYPES), default="all", show_default=True)
+@click.option("--text", type=click.File(), required=True, help="To be surprised by, such as LICENSE.")
+@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of the text.")
+@click.option(
+    "--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Greedy ones, per prompt."
+)
+@model_options
+@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -> None:
+    """What quantized pages cost a model: perplexity, and what it writes."""
+    language_models = {
+        name or "float": from_pretrained(model, dtype=dtype, cache="paged", kv_dtype=name) for name in (None, *kv_dtype)
+    }
+    records = accuracy.measure(language_models, text.read(), tokens=tokens, new_tokens=new_tokens)
+    click.echo(record.render(list(records), output, accuracy.COLUMNS))
+
+
+@commands.command("paged")
+@click.option("--batch", type=Counts(), default="1,8", show_default=True)
+@click.option("--context", type=Counts(), default="2048", show_default=True, help="Tokens of each row.")
+@click.option("--page-size", type=Counts(), default="16", show_default=True)
+@click.option("--kv-dtype", type=compile.Names("kv dtype", paged.KV_DTYPES), default="same,int8", show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--kv-heads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--head-dim", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
+@click.option("--implementation", type=click.Choice(("xla", "triton", "reference")), help="Default: jfa's choice.")
+@measurement_options
+def paged_command(
+    batch, context, page_size, kv_dtype, heads, kv_heads, head_dim, dtype, implementation, samples, output
+) -> None:
+    """Decoding over pages, beside the contiguous cache and a copy of the same bytes."""
+    if heads % kv_heads:
+        raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
+    records = paged.measure(
+        batches=batch,
+        contexts=context,
+        page_sizes=page_size,
+        kv_dtypes=kv_dtype,
+        heads=(heads, kv_heads),
+        head_dim=head_dim,
+        dtype=dtype,
+        implementation=implementation,
+        samples=samples,
+    )
+    click.echo(record.render(list(records), output, paged.COLUMNS))
 
 
 @commands.command()

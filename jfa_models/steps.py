@@ -55,6 +55,7 @@ class Steps:
 
     logits(params, tokens [b, t], lengths) -> f32[b, t, vocab], without a cache
     prefill(params, cache, hidden, tokens [b, t], lengths) -> (cache, hidden): t more tokens of each row
+    score(params, cache, tokens [b, t], lengths) -> (cache, f32[b, t, vocab]): the same, and the logits behind each
     first(params, cache, hidden, rows, active) -> (state, emitted): the token after the prompt
     decode(params, state) -> (state, emitted): one more token
     decode_many(params, state) -> (state, emitted [n, b], turns): up to n = STEPS_PER_CALL more tokens
@@ -76,6 +77,7 @@ class Steps:
 
         self.logits = step(_logits)
         self.prefill = step(_prefill, donate=(1, 2))
+        self.score = step(_score, donate=(1,))
         self.first = step(_first, donate=(1,))
         self.decode = step(_decode, donate=(1,))
         self.decode_many = step(_decode_many, donate=(1,))
@@ -98,6 +100,14 @@ def _prefill(
     assert filled is not None
     last = states[jnp.arange(tokens.shape[0]), jnp.maximum(lengths - 1, 0)]
     return filled, jnp.where((lengths > 0)[:, None], last, hidden)
+
+
+def _score(
+    decoder: Decoder, cache: Cache, tokens: Int[Array, "b t"], lengths: Int[Array, " b"]
+) -> tuple[Cache, Float[Array, "b t vocab"]]:
+    states, filled = decoder(tokens, lengths=lengths, cache=cache)
+    assert filled is not None
+    return filled, decoder.unembed(states)
 
 
 def _first(

@@ -154,6 +154,11 @@ def test_the_longest_committed_prefix_of_full_pages_is_reused():
     assert (allocator.hit_tokens, allocator.queried_tokens) == (6, 18)
 
 
+def test_a_prefix_ends_where_it_first_differs():
+    allocator = with_committed(9, 2, [1, 2, 5, 6])
+    assert allocator.add("a", 7, tokens=[1, 2, 3, 4, 5, 6, 7]) == 2
+
+
 def test_tokens_are_not_looked_for_unless_they_are_given():
     allocator = with_committed(9, 2, [1, 2])
     assert allocator.add("a", 3) == 0 and allocator.queried_tokens == 0

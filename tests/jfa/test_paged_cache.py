@@ -1,0 +1,387 @@
+"""PagedKVCache against plain Python: every write lands where its row's table says, and nothing else changes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jfa
+from jfa import quant
+from jfa.types import NULL_PAGE
+
+PAGE_SIZES = (1, 3, 16)
+KV_DTYPES = (None, *quant.KINDS)
+# row 0 has all its pages, row 1 two, row 2 none: the places of the others are NULL_PAGE
+TABLE = np.array([[7, 2, 5], [3, 6, 0], [0, 0, 0]], np.int32)
+SHAPE = dict(num_layers=2, num_pages=9, page_size=3, batch=3, pages_per_seq=3, num_kv_heads=2, head_dim=4)
+
+
+def empty(**changed):
+    return jfa.PagedKVCache.create(**(SHAPE | dict(dtype=jnp.float32) | changed))
+
+
+def filled(**changed):
+    """A cache with TABLE for every layer, in whose pages each number is another one below 0 (where they are floats)."""
+    cache = empty(**changed)
+    number = iter(range(1, 100))
+    pages = {
+        name: tuple(jax.tree.map(lambda x: garbage(x, next(number)), page) for page in getattr(cache, name))
+        for name in "kv"
+    }
+    return dataclasses.replace(cache, **pages, page_tables=tuple(jnp.asarray(TABLE) for _ in cache.page_tables))
+
+
+def garbage(x, seed):
+    random = np.random.default_rng(seed)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.asarray(random.integers(0, 100, x.shape), x.dtype)
+    return jnp.asarray(-1 - random.random(x.shape), x.dtype)
+
+
+def tokens(*shape, seed=0):
+    """k and v."""
+    random = np.random.default_rng(seed)
+    return tuple(
+        random.standard_normal((*shape, SHAPE["num_kv_heads"], SHAPE["head_dim"])).astype(np.float32) for _ in "kv"
+    )
+
+
+def stored(pages):
+    """Leaves of one layer's pages as exact numbers, each [num_pages, page_size, ...]."""
+    return [np.array(leaf, np.float64) for leaf in jax.tree.leaves(pages)]
+
+
+def written(pages, kv_dtype, table, kv_len, rows):
+    """What pages, as stored gives them, hold after each row's tokens were put behind its kv_len; plain Python."""
+    page_size = pages[0].shape[1]
+    for row, new in enumerate(rows):
+        for place, token in enumerate(new):
+            column, within = divmod(int(kv_len[row]) + place, page_size)
+            if column >= table.shape[1] or table[row, column] == NULL_PAGE:
+                continue
+            leaves = [token] if kv_dtype is None else jax.tree.leaves(quantize(token, kv_dtype))
+            for leaf, x in zip(pages, leaves, strict=True):
+                leaf[table[row, column], within] = np.asarray(x, np.float64)
+    return pages
+
+
+quantize = jax.jit(quant.quantize, static_argnames="kind")
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def write(cache, layer, k, v, lengths=None):
+    return cache.write(layer, k, v, lengths)
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def write_ragged(cache, layer, k, v, query_start):
+    return cache.write_ragged(layer, k, v, query_start)
+
+
+def assert_pages(cache, layer, want_k, want_v):
+    for pages, want in ((cache.k[layer], want_k), (cache.v[layer], want_v)):
+        for got, leaf in zip(stored(pages), want, strict=True):
+            np.testing.assert_array_equal(got, leaf)
+
+
+# Writes
+
+
+@pytest.mark.parametrize(
+    ("page_size", "kv_dtype"), [*((size, None) for size in PAGE_SIZES), *((3, kind) for kind in quant.KINDS)]
+)
+def test_writes_land_where_the_table_says_and_nowhere_else(page_size, kv_dtype):
+    cache = filled(page_size=page_size, kv_dtype=kv_dtype)
+    others = stored(cache.k[0]) + stored(cache.v[0])
+    want = [stored(cache.k[1]), stored(cache.v[1])]
+    t = 4
+    # padding, a full row, a row without pages; then across a page, past the second page; then past the table
+    for step, (kv_len, lengths) in enumerate(
+        [((0, 0, 0), (2, 4, 4)), ((2, 4, 4), (4, 3, 1)), ((3 * page_size - 2, 2 * page_size - 1, 0), (4, 4, 4))]
+    ):
+        cache = dataclasses.replace(cache, kv_len=jnp.asarray(kv_len, jnp.int32))
+        k, v = tokens(3, t, seed=step)
+        cache = write(cache, 1, k, v, jnp.asarray(lengths))
+        for pages, new in zip(want, (k, v), strict=True):
+            written(pages, kv_dtype, TABLE, kv_len, [row[:n] for row, n in zip(new, lengths, strict=True)])
+        assert_pages(cache, 1, *want)
+    assert cache.kv_len.tolist() == [3 * page_size - 2, 2 * page_size - 1, 0], "advance alone changes it"
+    for got, leaf in zip(stored(cache.k[0]) + stored(cache.v[0]), others, strict=True):
+        np.testing.assert_array_equal(got, leaf)
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_without_lengths_all_tokens_are_written(page_size):
+    cache = dataclasses.replace(filled(page_size=page_size), kv_len=jnp.array([1, 2, 0]))
+    k, v = tokens(3, 4)
+    jax.tree.map(np.testing.assert_array_equal, write(cache, 0, k, v), write(cache, 0, k, v, jnp.array([4, 4, 4])))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_write_ragged_writes_what_write_does(page_size, kv_dtype):
+    cache = filled(page_size=page_size, kv_dtype=kv_dtype)
+    k, v = tokens(3, 4)
+    for kv_len, lengths in (
+        ((0, 0, 0), (4, 4, 1)),
+        ((3 * page_size - 1, page_size, 0), (3, 1, 0)),
+        ((1, 2, 3), (0, 0, 0)),
+        ((0, 5, 0), (0, 4, 2)),
+    ):
+        cache = dataclasses.replace(cache, kv_len=jnp.asarray(kv_len, jnp.int32))
+        start = np.concatenate([[0], np.cumsum(lengths)])
+        padding = 12 - start[-1]
+        ragged = [
+            np.concatenate([*(row[:n] for row, n in zip(x, lengths, strict=True)), np.full((padding, 2, 4), np.nan)])
+            for x in (k, v)
+        ]
+        got = write_ragged(cache, 1, *ragged, jnp.asarray(start))
+        want = write(cache, 1, k, v, jnp.asarray(lengths))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_null_page_is_never_written(kv_dtype):
+    cache = dataclasses.replace(filled(kv_dtype=kv_dtype), page_tables=(jnp.zeros((3, 3), jnp.int32),))
+    k, v = tokens(3, 4)
+    for after in (
+        write(cache, 0, k, v, jnp.array([4, 4, 4])),
+        write_ragged(cache, 0, k[0], v[0], jnp.array([0, 1, 3, 4])),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, after, cache)
+
+
+@pytest.mark.parametrize("kv_dtype", quant.KINDS)
+def test_quantized_pages_hold_what_quantize_gives(kv_dtype):
+    k, v = tokens(3, 3)
+    cache = write(filled(kv_dtype=kv_dtype), 0, k, v, jnp.array([3, 3, 0]))
+    for pages, x in ((cache.k[0], k), (cache.v[0], v)):
+        want = quantize(x, kv_dtype)
+        for row, page in ((0, 7), (1, 3)):
+            np.testing.assert_array_equal(pages.values[page], want.values[row])
+            np.testing.assert_array_equal(pages.scales[page], want.scales[row])
+
+
+def test_floats_are_rounded_to_the_dtype_of_the_pages():
+    k, v = tokens(3, 3)
+    cache = write(filled(dtype=jnp.bfloat16), 0, k, v, jnp.array([3, 3, 0]))
+    assert cache.k[0].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cache.k[0][7], jnp.asarray(k[0], jnp.bfloat16))
+
+
+def test_no_tokens_and_no_rows_write_nothing():
+    cache = filled()
+    for after in (
+        cache.write(0, *tokens(3, 0)),
+        cache.write_ragged(0, *tokens(0), jnp.zeros(4, jnp.int32)),
+        cache.copy_pages(jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32)),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, after, cache)
+    none = empty(batch=0)
+    assert not none.write(0, *tokens(0, 2)).k[0].any()
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="a gather from an axis of no rows or no pages")
+@pytest.mark.parametrize("shape", [dict(batch=0), dict(pages_per_seq=0)], ids=["batch", "pages_per_seq"])
+def test_tables_of_no_rows_or_columns_write_nothing(shape):
+    cache = empty(**shape)
+    start = jnp.minimum(jnp.arange(cache.kv_len.shape[0] + 1), 2)
+    assert not cache.write_ragged(0, *tokens(2), start).k[0].any()
+
+
+# Lengths
+
+
+def test_advance_and_truncate_move_kv_len_alone():
+    cache = filled()
+    moved = cache.advance(jnp.array([3, 1, 0])).advance(2)
+    assert moved.kv_len.tolist() == [5, 3, 2]
+    back = moved.truncate(jnp.array([4, 9, 0]))
+    assert back.kv_len.tolist() == [4, 3, 0], "truncate never lengthens"
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(back, kv_len=cache.kv_len), cache)
+
+
+def test_what_was_truncated_is_written_over():
+    k, v = tokens(3, 3)
+    cache = write(filled(), 0, k, v, jnp.array([3, 3, 3])).advance(3).truncate(jnp.array([1, 3, 3]))
+    cache = write(cache, 0, 2 * k, 2 * v, jnp.array([1, 0, 0]))
+    np.testing.assert_array_equal(cache.k[0][7], np.stack([k[0, 0], 2 * k[0, 0], k[0, 2]]))
+
+
+@pytest.mark.xfail(strict=True, reason="kv_len takes the dtype of what is added, so a step would compile anew")
+def test_kv_len_stays_int32_in_double_precision():
+    with jax.enable_x64(True):
+        cache = filled()
+        assert cache.kv_len.dtype == jnp.int32
+        assert cache.advance(jnp.array([1, 2, 0])).kv_len.dtype == jnp.int32
+        assert cache.truncate(jnp.array([1, 2, 0])).kv_len.dtype == jnp.int32
+
+
+def test_writes_are_the_same_in_double_precision():
+    k, v = tokens(3, 4)
+    want = write(filled(), 0, k, v, jnp.array([1, 4, 2]))
+    with jax.enable_x64(True):
+        got = filled().write(0, jnp.asarray(k), jnp.asarray(v), jnp.array([1, 4, 2]))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert got.k[0].dtype == jnp.float32 and got.kv_len.dtype == jnp.int32
+
+
+# Pages
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_copy_pages_reads_all_before_it_writes_and_ignores_padding(kv_dtype):
+    cache = filled(kv_dtype=kv_dtype)
+    source, destination = jnp.array([3, 0, 6, 2, 0]), jnp.array([6, 0, 3, 8, 0])  # a swap, a copy, padding between
+    copied = jax.jit(lambda cache: cache.copy_pages(source, destination))(cache)
+    for before, after in zip(jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((copied.k, copied.v)), strict=True):
+        want = np.array(before)
+        want[[6, 3, 8]] = np.array(before)[[3, 6, 2]]
+        np.testing.assert_array_equal(after, want)
+    assert copied.kv_len.tolist() == [0, 0, 0]
+
+
+def test_copy_pages_touches_the_layers_of_its_table_alone():
+    cache = filled(table_of=(0, 1))
+    one = jnp.array([3]), jnp.array([6])
+    for table in (0, 1):
+        copied = cache.copy_pages(*one, table=table)
+        for layer in (0, 1):
+            same = [
+                np.array_equal(x, y) for x, y in ((copied.k[layer], cache.k[layer]), (copied.v[layer], cache.v[layer]))
+            ]
+            assert same == [layer != table] * 2
+        np.testing.assert_array_equal(copied.v[table][6], cache.v[table][3])
+
+
+def test_layers_use_the_table_that_table_of_names():
+    cache = filled(table_of=(1, 0))
+    assert len(cache.page_tables) == 2
+    other = np.full((3, 3), NULL_PAGE, np.int32)
+    other[0] = [1, 4, 8]
+    cache = dataclasses.replace(cache, page_tables=(jnp.asarray(TABLE), jnp.asarray(other)))
+    k, v = tokens(3, 1)
+    for layer, page, table in ((0, 1, other), (1, 7, TABLE)):
+        after = write(cache, layer, k, v)
+        np.testing.assert_array_equal(after.k[layer][page, 0], k[0, 0])
+        np.testing.assert_array_equal(after.arguments(layer)["page_table"], table)
+        np.testing.assert_array_equal(after.k[1 - layer], cache.k[1 - layer])
+
+
+def test_grow_keeps_pages_tables_and_lengths_and_adds_empty_pages_behind():
+    for kv_dtype in (None, "int4"):
+        cache = filled(kv_dtype=kv_dtype).advance(2)
+        more = cache.grow(12)
+        assert more.num_pages == 12 and more.capacity == cache.capacity and more.kv_len.tolist() == [2, 2, 2]
+        np.testing.assert_array_equal(more.page_tables[0], TABLE)
+        for before, after in zip(jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((more.k, more.v)), strict=True):
+            np.testing.assert_array_equal(after[:9], before)
+            assert not after[9:].any()
+    with pytest.raises(ValueError, match="a cache of 9 pages cannot grow to 8"):
+        cache.grow(8)
+
+
+# What it is
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_arguments_are_those_of_the_ops(kv_dtype):
+    cache = write(filled(kv_dtype=kv_dtype), 1, *tokens(3, 4)).advance(4)
+    arguments = cache.arguments(1)
+    assert set(arguments) == {"key_pages", "value_pages", "page_table", "key_scales", "value_scales"}
+    assert (arguments["key_scales"] is None) == (kv_dtype is None) == (arguments["value_scales"] is None)
+    out = jfa.paged_decode_attention(jnp.ones((3, 4, 4)), kv_len=jnp.array([4, 4, 0]), **arguments)
+    assert out.shape == (3, 4, 4) and out[:2].all() and not out[2].any()
+
+
+def test_its_sizes_are_those_of_its_arrays():
+    cache = empty(page_size=16, head_dim=64, dtype=jnp.bfloat16)
+    assert (cache.page_size, cache.num_pages, cache.capacity) == (16, 9, 48)
+    slots = 2 * 2 * 9 * 16 * 2  # layers, k and v, pages, tokens of a page, heads
+    for kv_dtype, bytes_of_a_vector in ((None, 2 * 64), ("int8", 64 + 2), ("fp8", 64 + 2), ("int4", 32 + 2)):
+        cache = empty(page_size=16, head_dim=64, dtype=jnp.bfloat16, kv_dtype=kv_dtype)
+        assert cache.num_bytes == slots * bytes_of_a_vector
+        assert (cache.page_size, cache.num_pages, cache.capacity) == (16, 9, 48)
+
+
+def test_empty_tables_name_no_page_and_no_two_arrays_are_one():
+    cache = empty(table_of=(0, 1), kv_dtype="int8")
+    assert all((table == NULL_PAGE).all() for table in cache.page_tables) and not cache.kv_len.any()
+    leaves = jax.tree.leaves(cache)
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(kv_dtype="int3"), "kv_dtype must be one of int8, fp8, int4, or None for the dtype itself, got 'int3'"),
+        (dict(kv_dtype="int4", head_dim=5), "int4 puts two numbers into a byte, .* even length, got 5"),
+        (
+            dict(num_pages=1),
+            "there must be a page beside page 0, which holds nothing, .* got num_pages=1 and page_size=3",
+        ),
+        (dict(page_size=0), "of at least one token; got num_pages=9 and page_size=0"),
+        (dict(table_of=(0, 0, 1)), "table_of must name a table for each of 2 layers, got 3"),
+    ],
+    ids=["kv_dtype", "odd_head_dim", "num_pages", "page_size", "table_of"],
+)
+def test_create_refuses(changed, message):
+    with pytest.raises(ValueError, match=message):
+        empty(**changed)
+
+
+# Memory
+
+
+def two_layers(step):
+    return lambda cache, *args: functools.reduce(lambda cache, layer: step(cache, layer, *args), (0, 1), cache)
+
+
+LARGE = dict(num_kv_heads=2, head_dim=64, batch=4, pages_per_seq=8)
+STEPS = {
+    "write": (two_layers(lambda cache, layer, x: cache.write(layer, x, x)), lambda: (jnp.ones((4, 1, 2, 64)),)),
+    "write_ragged": (
+        two_layers(lambda cache, layer, x, start: cache.write_ragged(layer, x, x, start)),
+        lambda: (jnp.ones((11, 2, 64)), jnp.array([0, 3, 4, 8, 10])),
+    ),
+    "copy_pages": (
+        lambda cache, source, destination: cache.copy_pages(source, destination),
+        lambda: (jnp.array([1, 2, 0]), jnp.array([2, 1, 0])),
+    ),
+}
+# on a CPU a write of one row into pages of one token goes through a copy
+COPIES = pytest.mark.xfail(strict=True, reason="XLA copies the pool when an axis of length 1 is reshaped away")
+
+
+@pytest.mark.parametrize(
+    ("step", "page_size", "kv_dtype"),
+    [
+        pytest.param(step, size, kind, marks=[COPIES] * (size == 1 and step != "copy_pages"))
+        for step in STEPS
+        for size, kind in ((1, None), (3, "int8"), (16, None), (16, "int8"), (16, "int4"))
+    ],
+)
+def test_no_step_copies_the_pool(step, page_size, kv_dtype):
+    function, arguments = STEPS[step]
+    cache = empty(**LARGE, num_pages=4800 // page_size, page_size=page_size, kv_dtype=kv_dtype)
+    cache = dataclasses.replace(cache, page_tables=(jnp.arange(1, 33, dtype=jnp.int32).reshape(4, 8),))
+    compiled = jax.jit(function, donate_argnums=0).lower(cache, *arguments()).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.num_bytes > 1e6
+    assert memory.temp_size_in_bytes < cache.num_bytes / 20
+    after = compiled(cache, *arguments())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((cache.k, cache.v)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_caches_of_many_models_are_written_by_vmap():
+    caches = [dataclasses.replace(filled(kv_dtype="int8"), kv_len=jnp.array([i, 0, 2])) for i in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    k, v = tokens(2, 3, 4)
+    got = jax.jit(jax.vmap(lambda cache, k, v: cache.write(0, k, v)))(stacked, k, v)
+    for i, cache in enumerate(caches):
+        want = write(cache, 0, k[i], v[i])
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), got, want)
