@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jfa
 from jfa_models.generate import PREFILL_CHUNK, LanguageModel
 from jfa_models.sampling import SamplingParams
 
@@ -42,10 +43,11 @@ def measure(models: dict[str, LanguageModel], text: str, *, tokens: int, new_tok
         assert model.tokenizer is not None
         ids = model.tokenizer.encode(text)[: tokens + 1]
         written = [result.outputs[0].token_ids for result in model.generate(PROMPTS, greedy)]
-        cache = model.new_cache(batch=1, capacity=256)
+        cache = model.new_cache(batch=1, capacity=1)
+        assert isinstance(cache, jfa.PagedKVCache)
         own = {
             "perplexity": perplexity(model, ids),
-            "bytes_per_token": cache.num_bytes // cache.capacity,
+            "bytes_per_token": cache.num_bytes // (cache.num_pages * cache.page_size),
             "greedy": [list(one) for one in written],
         }
         first = first or own

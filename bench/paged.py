@@ -113,7 +113,9 @@ def _contiguous(implementation, q, key, value, lengths):
 
 
 def _paged(implementation, q, cache):
-    return jfa.paged_decode_attention(q, kv_len=cache.kv_len, implementation=implementation, **cache.arguments(0))
+    return jfa.paged_decode_attention(
+        cache.rotated(q), kv_len=cache.kv_len, implementation=implementation, **cache.arguments(0)
+    )
 
 
 def _paged_cache(key: jax.Array, value: jax.Array, page_size: int, kv_dtype: str | None) -> jfa.PagedKVCache:

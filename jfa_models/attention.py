@@ -74,6 +74,7 @@ def _over_pages(
 ) -> Float[Array, "b t hq d"]:
     """The new tokens, which the cache holds already behind its kv_len, over the cache."""
     pages, kv_len = cache.arguments(layer), cache.kv_len + lengths
+    q = cache.rotated(q)
     b, t = q.shape[:2]
     if t == 1:
         return jfa.paged_decode_attention(q[:, 0], kv_len=kv_len, **pages)[:, None]
