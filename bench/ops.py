@@ -249,8 +249,9 @@ def _decode_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
 
 
 def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+    """Those of the forward kernel, without its tallest tiles: rows that decode beside a prompt fill a part of one."""
     starts = _forward_starts(arch, dtype.partition(" on ")[0], head_dim)
-    return [{**start, "block_q": min(64, start["block_q"])} for start in starts]
+    return [start for start in starts if start["block_q"] <= 128]
 
 
 def _ragged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:

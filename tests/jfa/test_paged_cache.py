@@ -13,7 +13,6 @@ from jfa import quant
 from jfa.types import NULL_PAGE
 
 PAGE_SIZES = (1, 3, 16)
-KV_DTYPES = (None, *quant.KINDS)
 # row 0 has all its pages, row 1 two, row 2 none: the places of the others are NULL_PAGE
 TABLE = np.array([[7, 2, 5], [3, 6, 0], [0, 0, 0]], np.int32)
 SHAPE = dict(num_layers=2, num_pages=9, page_size=3, batch=3, pages_per_seq=3, num_kv_heads=2, head_dim=4)
@@ -36,9 +35,8 @@ def filled(**changed):
 
 def garbage(x, seed):
     random = np.random.default_rng(seed)
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return jnp.asarray(random.integers(0, 100, x.shape), x.dtype)
-    return jnp.asarray(-1 - random.random(x.shape), x.dtype)
+    numbers = random.integers(0, 100, x.shape) if jnp.issubdtype(x.dtype, jnp.integer) else -1 - random.random(x.shape)
+    return jnp.asarray(numbers.astype(x.dtype))  # rounded by NumPy: nothing compiles
 
 
 def tokens(*shape, seed=0):
@@ -105,7 +103,7 @@ def test_writes_land_where_the_table_says_and_nowhere_else(page_size, kv_dtype):
         cache = dataclasses.replace(cache, kv_len=jnp.asarray(kv_len, jnp.int32))
         k, v = tokens(3, t, seed=step)
         cache = write(cache, 1, k, v, jnp.asarray(lengths))
-        for pages, new in zip(want, (k, v), strict=True):
+        for pages, new in zip(want, (np.asarray(cache.rotated(k)), v), strict=True):
             written(pages, kv_dtype, TABLE, kv_len, [row[:n] for row, n in zip(new, lengths, strict=True)])
         assert_pages(cache, 1, *want)
     assert cache.kv_len.tolist() == [3 * page_size - 2, 2 * page_size - 1, 0], "advance alone changes it"
@@ -113,15 +111,13 @@ def test_writes_land_where_the_table_says_and_nowhere_else(page_size, kv_dtype):
         np.testing.assert_array_equal(got, leaf)
 
 
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_without_lengths_all_tokens_are_written(page_size):
-    cache = dataclasses.replace(filled(page_size=page_size), kv_len=jnp.array([1, 2, 0]))
+def test_without_lengths_all_tokens_are_written():
+    cache = dataclasses.replace(filled(), kv_len=np.array([1, 2, 0], np.int32))
     k, v = tokens(3, 4)
     jax.tree.map(np.testing.assert_array_equal, write(cache, 0, k, v), write(cache, 0, k, v, jnp.array([4, 4, 4])))
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize(("page_size", "kv_dtype"), [(1, None), (3, "int8"), (16, None)])
 def test_write_ragged_writes_what_write_does(page_size, kv_dtype):
     cache = filled(page_size=page_size, kv_dtype=kv_dtype)
     k, v = tokens(3, 4)
@@ -143,9 +139,9 @@ def test_write_ragged_writes_what_write_does(page_size, kv_dtype):
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_null_page_is_never_written(kv_dtype):
-    cache = dataclasses.replace(filled(kv_dtype=kv_dtype), page_tables=(jnp.zeros((3, 3), jnp.int32),))
+    cache = dataclasses.replace(filled(kv_dtype=kv_dtype), page_tables=(np.zeros((3, 3), np.int32),))
     k, v = tokens(3, 4)
     for after in (
         write(cache, 0, k, v, jnp.array([4, 4, 4])),
@@ -154,15 +150,16 @@ def test_null_page_is_never_written(kv_dtype):
         jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
-@pytest.mark.parametrize("kv_dtype", quant.KINDS)
-def test_quantized_pages_hold_what_quantize_gives(kv_dtype):
-    k, v = tokens(3, 3)
-    cache = write(filled(kv_dtype=kv_dtype), 0, k, v, jnp.array([3, 3, 0]))
-    for pages, x in ((cache.k[0], k), (cache.v[0], v)):
-        want = quantize(x, kv_dtype)
-        for row, page in ((0, 7), (1, 3)):
-            np.testing.assert_array_equal(pages.values[page], want.values[row])
-            np.testing.assert_array_equal(pages.scales[page], want.scales[row])
+def test_keys_in_int4_alone_are_rotated_and_products_with_rotated_queries_stay():
+    q, k = tokens(3, 4)
+    for kv_dtype in (None, "int8", "fp8"):
+        assert empty(kv_dtype=kv_dtype).rotated(q) is q
+    cache = empty(kv_dtype="int4")
+    turned_q, turned_k = cache.rotated(q), cache.rotated(k.astype(jnp.bfloat16))
+    assert turned_q.dtype == jnp.float32 and turned_k.dtype == jnp.bfloat16
+    got, want = (turned_q * cache.rotated(k)).sum(-1), (q * k).sum(-1)
+    size = np.abs(q).max() * np.abs(k).max() * q.shape[-1] ** 2
+    np.testing.assert_allclose(got, want, rtol=0, atol=4 * float(jnp.finfo(jnp.float32).eps) * size)
 
 
 def test_floats_are_rounded_to_the_dtype_of_the_pages():
@@ -222,9 +219,9 @@ def test_kv_len_stays_int32_in_double_precision():
 
 def test_writes_are_the_same_in_double_precision():
     k, v = tokens(3, 4)
-    want = write(filled(), 0, k, v, jnp.array([1, 4, 2]))
+    want = write(filled(), 0, k, v, np.array([1, 4, 2]))
     with jax.enable_x64(True):
-        got = filled().write(0, jnp.asarray(k), jnp.asarray(v), jnp.array([1, 4, 2]))
+        got = write(filled(), 0, k, v, np.array([1, 4, 2]))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert got.k[0].dtype == jnp.float32 and got.kv_len.dtype == jnp.int32
 
@@ -232,7 +229,7 @@ def test_writes_are_the_same_in_double_precision():
 # Pages
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
 def test_copy_pages_reads_all_before_it_writes_and_ignores_padding(kv_dtype):
     cache = filled(kv_dtype=kv_dtype)
     source, destination = jnp.array([3, 0, 6, 2, 0]), jnp.array([6, 0, 3, 8, 0])  # a swap, a copy, padding between
@@ -287,13 +284,14 @@ def test_grow_keeps_pages_tables_and_lengths_and_adds_empty_pages_behind():
 # What it is
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
 def test_arguments_are_those_of_the_ops(kv_dtype):
     cache = write(filled(kv_dtype=kv_dtype), 1, *tokens(3, 4)).advance(4)
     arguments = cache.arguments(1)
     assert set(arguments) == {"key_pages", "value_pages", "page_table", "key_scales", "value_scales"}
     assert (arguments["key_scales"] is None) == (kv_dtype is None) == (arguments["value_scales"] is None)
-    out = jfa.paged_decode_attention(jnp.ones((3, 4, 4)), kv_len=jnp.array([4, 4, 0]), **arguments)
+    attend = jax.jit(functools.partial(jfa.paged_decode_attention, implementation="reference"))
+    out = attend(np.ones((3, 4, 4), np.float32), kv_len=np.array([4, 4, 0]), **arguments)
     assert out.shape == (3, 4, 4) and out[:2].all() and not out[2].any()
 
 
@@ -352,16 +350,22 @@ STEPS = {
         lambda: (jnp.array([1, 2, 0]), jnp.array([2, 1, 0])),
     ),
 }
-# on a CPU a write of one row into pages of one token goes through a copy
-COPIES = pytest.mark.xfail(strict=True, reason="XLA copies the pool when an axis of length 1 is reshaped away")
+COPIES = pytest.mark.xfail(strict=True, reason="XLA copies the pool when its axis of length 1 is reshaped away")
 
 
 @pytest.mark.parametrize(
     ("step", "page_size", "kv_dtype"),
     [
-        pytest.param(step, size, kind, marks=[COPIES] * (size == 1 and step != "copy_pages"))
-        for step in STEPS
-        for size, kind in ((1, None), (3, "int8"), (16, None), (16, "int8"), (16, "int4"))
+        pytest.param("write", 1, None, marks=COPIES),
+        ("write", 3, "int8"),
+        ("write", 16, None),
+        ("write", 16, "int4"),
+        pytest.param("write_ragged", 1, "int8", marks=COPIES),
+        ("write_ragged", 3, "int4"),
+        ("write_ragged", 16, None),
+        ("copy_pages", 1, None),
+        ("copy_pages", 3, "int8"),
+        ("copy_pages", 16, "int4"),
     ],
 )
 def test_no_step_copies_the_pool(step, page_size, kv_dtype):

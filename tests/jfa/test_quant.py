@@ -169,6 +169,16 @@ def test_is_a_pytree_and_the_same_under_jit_and_vmap_and_in_double_precision(kin
         jax.tree.map(np.testing.assert_array_equal, other, found)
 
 
+@pytest.mark.parametrize("d", [1, 2, 6, 40, 64, 80, 128])
+def test_a_rotation_is_its_own_inverse_and_of_one_magnitude_in_blocks(d):
+    turn = quant.rotation(d)
+    assert turn.shape == (d, d) and turn.dtype == np.float32
+    np.testing.assert_array_equal(turn, turn.T)
+    np.testing.assert_allclose(turn @ turn, np.eye(d), rtol=0, atol=4 * FLOAT32.eps)
+    block = d & -d
+    assert (np.count_nonzero(turn, axis=0) == block).all() and len(np.unique(np.abs(turn[turn != 0]))) == 1
+
+
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.53), ("fp8", 0.53), ("int4", 0.29)])
 def test_bytes_are_a_share_of_those_of_bfloat16_scales_included(kind, share):
     x = jax.ShapeDtypeStruct((10, 3, 64), jnp.bfloat16)

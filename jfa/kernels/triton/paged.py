@@ -15,6 +15,7 @@ Sources: arXiv:2309.06180, section 4; split-KV: "Flash-Decoding for long-context
 score is: tile.py. Tested in tests/jfa/test_paged_attention.py.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -35,9 +36,28 @@ from jfa.kernels.triton.tile import (
     later,
     output,
     product,
+    safe_config,
     sum_of_products,
 )
 from jfa.types import NULL_PAGE, AttentionSpec, DeviceInfo, PagedConfig, PagedOperands
+
+# Per head_dim, up to and including: block_q, block_kv, num_warps.
+_SAFE_DECODE = {
+    ("cdna", "16 bits"): {64: (16, 64, 1), 128: (16, 32, 1), 256: (16, 16, 1)},
+    ("cdna", "float32"): {64: (16, 32, 1), 128: (16, 16, 1), 256: (16, 16, 4)},
+    ("rdna", "16 bits"): {64: (16, 32, 1), 128: (16, 16, 2), 256: (16, 16, 4)},
+    ("rdna", "float32"): {64: (16, 16, 4), 256: (16, 16, 4)},
+    ("cuda", "16 bits"): {64: (16, 64, 4), 128: (16, 32, 4), 256: (16, 32, 4)},
+    ("cuda", "float32"): {64: (16, 32, 4), 128: (16, 16, 4), 256: (16, 16, 4)},
+}
+_SAFE_RAGGED = {
+    ("cdna", "16 bits"): {64: (128, 16, 4), 128: (128, 16, 4), 256: (64, 16, 4)},
+    ("cdna", "float32"): {64: (64, 16, 4), 128: (64, 16, 4), 256: (32, 16, 4)},
+    ("rdna", "16 bits"): {64: (64, 16, 4), 128: (64, 16, 8), 256: (32, 16, 8)},
+    ("rdna", "float32"): {64: (32, 16, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
+    ("cuda", "16 bits"): {64: (64, 32, 4), 128: (64, 32, 4), 256: (64, 16, 8)},
+    ("cuda", "float32"): {64: (32, 32, 4), 128: (32, 16, 4), 256: (32, 16, 8)},
+}
 
 MAX_GROUP_SIZE = 64
 _WAVES_PER_UNIT = 8  # of decoding, which hide each other's loads
@@ -48,22 +68,9 @@ def default_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
     """Tiles that spill nothing on all architectures of a kind that were tried; a table knows better."""
     kind, exact = kind_of(device), operands.q.dtype == jnp.float32
     widest = _shape(operands).d
-    stages = 2 if kind == "cuda" else 1
-    if operands.query_start is None:
-        block_kv, num_warps = 64 if widest <= 64 else 32, 1
-        if exact or widest > 128:
-            block_kv = 16
-        if kind != "cdna":
-            num_warps = 4 if kind == "cuda" else 2
-        return PagedConfig(block_q=16, block_kv=block_kv, num_warps=num_warps, num_stages=stages)
-    block_q = 64 if widest <= 128 and not exact else 32 if kind != "rdna" or not exact else 16
-    return PagedConfig(
-        block_q=max(block_q, pl.next_power_of_2(operands.group_size)),
-        block_kv=32 if widest <= 64 and not exact else 16,
-        num_warps=4,
-        num_stages=stages,
-        block_d=32 if kind == "rdna" and widest > 128 else None,
-    )
+    safe = _SAFE_DECODE if operands.query_start is None else _SAFE_RAGGED
+    config = safe_config(safe[kind, "float32" if exact else "16 bits"], kind, widest, block_d=None)
+    return PagedConfig(**dataclasses.asdict(config))
 
 
 def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
