@@ -100,8 +100,8 @@ def paged_shapes(
     for name, x in (("key_pages", key_pages), ("value_pages", value_pages)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [num_pages, page_size, heads, head_dim], got shape {x.shape}")
-        if x.shape[1] == 0:
-            raise ValueError(f"a page must hold at least one token, got {name} of shape {x.shape}")
+        if 0 in x.shape[:2]:
+            raise ValueError(f"there must be a page, and a token in it, got {name} of shape {x.shape}")
     if key_pages.dtype != value_pages.dtype:
         raise ValueError(
             f"key_pages and value_pages must share one dtype, got {key_pages.dtype} and {value_pages.dtype}"
@@ -172,8 +172,10 @@ def paged_values(
     if query_start is None:
         return
     start = np.asarray(query_start)
+    if start[0] != 0:
+        raise ValueError(f"query_start must begin with 0, where the queries of row 0 are, got {start[0]}")
     for row, (first, end) in enumerate(itertools.pairwise(start.tolist())):
-        if end < first or first < 0:
+        if end < first:
             raise ValueError(f"row {row}: its queries end at {end}, before they start at {first}")
         if end - first > lengths[row]:
             raise ValueError(

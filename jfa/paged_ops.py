@@ -1,5 +1,7 @@
 """The public ops over pages: check, select a backend, find its configuration, run. They have no derivatives."""
 
+import dataclasses
+import functools
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
@@ -7,9 +9,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jfa import arguments, backends, checks
+from jfa import arguments, backends, checks, quant
 from jfa.device import probe
-from jfa.types import AttentionSpec, BlockConfig, Implementation, PagedConfig, PagedOperands
+from jfa.types import (
+    AttentionSpec,
+    BlockConfig,
+    DeviceInfo,
+    Implementation,
+    PagedConfig,
+    PagedOperands,
+    UnsupportedError,
+)
 
 
 class _Options(TypedDict, total=False):
@@ -214,6 +224,11 @@ def _spec(operands: PagedOperands, scale, local_window_size, logits_soft_cap) ->
 
 
 def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) -> tuple[Array, Array]:
+    if min(operands.q.size, operands.page_table.size) == 0:
+        doubled = 2 if operands.v_scales is not None and quant.kind_of(operands.v_pages.dtype) == "int4" else 1
+        n, hq, _ = operands.q.shape
+        nothing = jnp.full((n, hq), -jnp.inf, jnp.float32)
+        return jnp.zeros((n, hq, operands.v_pages.shape[3] * doubled), operands.q.dtype), nothing
     device = probe()
     name = backends.select(implementation, operands, spec, device, table=backends.PAGED)
     backend = backends.PAGED[name]
@@ -222,5 +237,27 @@ def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) ->
         config = backend.default_config(operands, device)
     else:
         backends.check_config(name, backend.config_type, given)
-    with jax.named_scope(f"jfa.paged_attention.{name}"):
-        return backend.run(operands, spec, config, device)
+    return _computed(_Plan(backend=name, spec=spec, config=config, device=device), operands)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Everything static about one call."""
+
+    backend: str
+    spec: AttentionSpec
+    config: BlockConfig | PagedConfig | None
+    device: DeviceInfo
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _computed(plan: _Plan, operands: PagedOperands) -> tuple[Array, Array]:
+    with jax.named_scope(f"jfa.paged_attention.{plan.backend}"):
+        return backends.PAGED[plan.backend].run(operands, plan.spec, plan.config, plan.device)
+
+
+@_computed.defjvp
+def _refused(plan: _Plan, primals, tangents):
+    raise UnsupportedError(
+        "attention over pages has no derivatives: train with dot_product_attention, or stop_gradient the operands"
+    )

@@ -87,9 +87,12 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     dtype, largest = KINDS[kind]
     half = stored_size(kind, x.shape[-1])
+    top = float(jnp.finfo(x.dtype).max)
     x = x.astype(jnp.float32)
     scales = (jnp.abs(x).max(-1, initial=0.0) / largest).astype(jnp.bfloat16)
-    scales = jnp.where(jnp.isfinite(scales), scales, jnp.nan)
+    # rounded up, the largest number of x's dtype would come back as infinity; cut to 8 bits, the bound is a bfloat16
+    bound = np.float32(top / largest).view(np.uint32) & np.uint32(0xFFFF0000)
+    scales = jnp.where(jnp.isfinite(scales), jnp.minimum(scales, bound.view(np.float32).astype(scales.dtype)), jnp.nan)
     divisor = scales.astype(jnp.float32)[..., None]
     x = jnp.clip(x / jnp.where(divisor == 0.0, 1.0, divisor), -largest, largest)
     if kind == "fp8":

@@ -62,7 +62,7 @@ class KVCache:
 
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "KVCache":
         """Declares the first num_tokens of what was written behind kv_len valid, in every layer."""
-        return dataclasses.replace(self, kv_len=self.kv_len + num_tokens)
+        return dataclasses.replace(self, kv_len=(self.kv_len + num_tokens).astype(jnp.int32))
 
     def grow(self, capacity: int) -> "KVCache":
         """A copy with more slots a row.
@@ -78,4 +78,4 @@ class KVCache:
 
     def truncate(self, kv_len: Int[Array, " b"]) -> "KVCache":
         """Forgets every token at or past kv_len. Nothing moves: rollback is this."""
-        return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len))
+        return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))

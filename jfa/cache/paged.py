@@ -80,8 +80,8 @@ class PagedKVCache:
                 f"num_pages={num_pages} and page_size={page_size}"
             )
         table_of = (0,) * num_layers if table_of is None else tuple(table_of)
-        if len(table_of) != num_layers:
-            raise ValueError(f"table_of must name a table for each of {num_layers} layers, got {len(table_of)}")
+        if len(table_of) != num_layers or min(table_of, default=0) < 0:
+            raise ValueError(f"table_of must number a table from 0 for each of {num_layers} layers, got {table_of}")
         shape = (num_pages, page_size, num_kv_heads)
 
         def pages() -> Pages:
@@ -93,7 +93,8 @@ class PagedKVCache:
 
         # an array of its own per layer, k, v and table: a buffer that two leaves share cannot be donated
         k, v = (tuple(pages() for _ in range(num_layers)) for _ in "kv")
-        tables = tuple(jnp.full((batch, pages_per_seq), NULL_PAGE, jnp.int32) for _ in range(max(table_of) + 1))
+        num_tables = 1 + max(table_of, default=0)
+        tables = tuple(jnp.full((batch, pages_per_seq), NULL_PAGE, jnp.int32) for _ in range(num_tables))
         return cls(k=k, v=v, page_tables=tables, kv_len=jnp.zeros(batch, jnp.int32), table_of=table_of)
 
     @property
@@ -137,8 +138,7 @@ class PagedKVCache:
         k = self.k[0]
         if not (isinstance(k, QuantizedArray) and k.kind == "int4"):
             return x
-        turned = jnp.matmul(x.astype(jnp.float32), quant.rotation(x.shape[-1]), precision="highest")
-        return turned.astype(x.dtype)
+        return jnp.matmul(x.astype(jnp.float32), quant.rotation(x.shape[-1]), precision="highest").astype(x.dtype)
 
     def write(
         self,
@@ -157,8 +157,8 @@ class PagedKVCache:
         index = jnp.broadcast_to(jnp.arange(t), (b, t))
         real = jnp.ones((b, t), bool) if lengths is None else index < lengths[:, None]
         row = jnp.broadcast_to(jnp.arange(b)[:, None], (b, t))
-        slots = self._slots(layer, row.reshape(-1), index.reshape(-1), real.reshape(-1))
-        return self._put(layer, slots, *(x.reshape(b * t, *x.shape[2:]) for x in (k, v)))
+        places = self._places(layer, row.reshape(-1), index.reshape(-1), real.reshape(-1))
+        return self._put(layer, places, *(x.reshape(b * t, *x.shape[2:]) for x in (k, v)))
 
     def write_ragged(
         self,
@@ -169,20 +169,20 @@ class PagedKVCache:
     ) -> "PagedKVCache":
         """Puts the tokens query_start[r] to query_start[r + 1] behind kv_len of row r, as write does.
 
-        Tokens past the last row's are padding and written nowhere.
+        Tokens before the first row's and past the last row's are padding and written nowhere.
         """
         token = jnp.arange(k.shape[0])
         row = jnp.minimum(jnp.searchsorted(query_start[1:], token, side="right"), self.kv_len.shape[0] - 1)
-        slots = self._slots(layer, row, token - query_start[row], token < query_start[-1])
-        return self._put(layer, slots, k, v)
+        real = (token >= query_start[0]) & (token < query_start[-1])
+        return self._put(layer, self._places(layer, row, token - query_start[row], real), k, v)
 
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "PagedKVCache":
         """Declares the first num_tokens of what was written behind kv_len valid, in every layer."""
-        return dataclasses.replace(self, kv_len=self.kv_len + num_tokens)
+        return dataclasses.replace(self, kv_len=(self.kv_len + num_tokens).astype(jnp.int32))
 
     def truncate(self, kv_len: Int[Array, " b"]) -> "PagedKVCache":
         """Forgets every token at or past kv_len. Nothing moves: rollback is this."""
-        return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len))
+        return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
     def copy_pages(self, source: Int[Array, " n"], destination: Int[Array, " n"], *, table: int = 0) -> "PagedKVCache":
         """Each page of source into that of destination, in every layer of a table: what a shared page needs before one
@@ -190,6 +190,8 @@ class PagedKVCache:
 
         All are read before one is written. Pairs (NULL_PAGE, NULL_PAGE) do nothing: pad with them.
         """
+        if not 0 <= table < len(self.page_tables):
+            raise ValueError(f"table must be 0 to {len(self.page_tables) - 1}, a page table of this cache, got {table}")
         nowhere = self.num_pages + jnp.arange(destination.shape[0])  # each its own: indices stay unique
         destination = jnp.where(destination == NULL_PAGE, nowhere, destination)
 
@@ -214,33 +216,33 @@ class PagedKVCache:
         k, v = jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v)
 
-    def _slots(self, layer: int, row: Int[Array, " n"], index: Int[Array, " n"], real: Bool[Array, " n"]) -> Array:
-        """Where the index-th token behind kv_len of a row goes, as page * page_size + place; outside for none."""
+    def _places(
+        self, layer: int, row: Int[Array, " n"], index: Int[Array, " n"], real: Bool[Array, " n"]
+    ) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+        """Page, and place in it, of the index-th token behind kv_len of a row; a page outside of the pool for none."""
         page_table = self.page_tables[self.table_of[layer]]
+        nowhere = self.num_pages + jnp.arange(row.shape[0])  # each its own: indices stay unique
+        if page_table.size == 0:
+            return nowhere, jnp.zeros_like(row)
         position = self.kv_len[row] + index
         column = position // self.page_size
-        page = page_table[row, jnp.minimum(column, page_table.shape[1] - 1)]
-        real &= (column < page_table.shape[1]) & (page != NULL_PAGE)
-        slot = page * self.page_size + position % self.page_size
-        nowhere = self.num_pages * self.page_size + jnp.arange(row.shape[0])  # each its own: indices stay unique
-        return jnp.where(real, slot, nowhere)
+        page = page_table[row, jnp.clip(column, 0, page_table.shape[1] - 1)]
+        real &= (position >= 0) & (column < page_table.shape[1]) & (page != NULL_PAGE)
+        return jnp.where(real, page, nowhere), position % self.page_size
 
-    def _put(self, layer: int, slots: Int[Array, " n"], k: Array, v: Array) -> "PagedKVCache":
-        k = self.rotated(k)
-
+    def _put(self, layer: int, places: tuple[Int[Array, " n"], Int[Array, " n"]], k: Array, v: Array) -> "PagedKVCache":
         def put(pages: Pages, x: Array) -> Pages:
             new = quant.quantize(x, pages.kind) if isinstance(pages, QuantizedArray) else x
-
-            def into(stored: Array, x: Array) -> Array:
-                flat = stored.reshape(-1, *stored.shape[2:])
-                flat = flat.at[slots].set(x.astype(stored.dtype), mode="drop", unique_indices=True)
-                return flat.reshape(stored.shape)
-
-            return jax.tree.map(into, pages, new)
+            # two indices: for one, the pages would have to be reshaped, and those of one token would be copied for it
+            return jax.tree.map(
+                lambda stored, x: stored.at[places].set(x.astype(stored.dtype), mode="drop", unique_indices=True),
+                pages,
+                new,
+            )
 
         return dataclasses.replace(
             self,
-            k=(*self.k[:layer], put(self.k[layer], k), *self.k[layer + 1 :]),
+            k=(*self.k[:layer], put(self.k[layer], self.rotated(k)), *self.k[layer + 1 :]),
             v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
         )
 

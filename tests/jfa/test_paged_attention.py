@@ -1,8 +1,11 @@
 """Attention over pages: oracle, reference, kernels; each case on every backend."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jfa
@@ -27,7 +30,7 @@ RUNS = [
 def attend(name, dtype, backend, **more):
     known = truth(name, dtype)
     options = known.options | dict(implementation=backend, config=TILES[backend], return_residual=True) | more
-    return getattr(jfa, known.op)(*known.arrays, **options)
+    return jax.jit(functools.partial(getattr(jfa, known.op), **options))(*known.arrays)
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), RUNS)
@@ -37,6 +40,45 @@ def test_agrees_with_the_oracle_beside_poison(name, dtype, backend):
     assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
     assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_no_queries_no_rows_and_no_pages_of_a_row_give_nothing(backend):
+    q, pages = jnp.ones((3, 2, 16)), jnp.ones((2, 4, 1, 16))
+    for n, b, p in ((0, 0, 1), (0, 2, 1), (3, 0, 1), (3, 2, 0)):
+        start = jnp.zeros(b + 1, jnp.int32)
+        out, lse = jfa.ragged_paged_attention(
+            *(q[:n], pages, pages, jnp.zeros((b, p), jnp.int32), jnp.zeros(b, jnp.int32), start),
+            implementation=backend,
+            return_residual=True,
+        )
+        assert out.shape == (n, 2, 16) and not out.any() and np.isneginf(lse).all() and lse.shape == (n, 2)
+    out = jfa.paged_decode_attention(q[:0], pages, pages, jnp.zeros((0, 1), int), [], implementation=backend)
+    assert out.shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_queries_of_no_row_give_zeros_wherever_they_stand(backend):
+    out, lse = jfa.ragged_paged_attention(
+        *(jnp.ones((4, 1, 16)), jnp.ones((2, 4, 1, 16)), jnp.ones((2, 4, 1, 16)), jnp.array([[1]]), jnp.array([3])),
+        jnp.array([1, 3]),
+        implementation=backend,
+        config=TILES[backend],
+        return_residual=True,
+    )
+    np.testing.assert_array_equal(out[:, 0, 0], [0, 1, 1, 0])
+    np.testing.assert_array_equal(np.isneginf(lse[:, 0]), [True, False, False, True])
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_there_are_no_derivatives(backend):
+    known = truth("one_row", "float32")
+
+    def loss(q):
+        return jfa.paged_decode_attention(q, *known.arrays[1:], implementation=backend).sum()
+
+    with pytest.raises(jfa.UnsupportedError, match="over pages has no derivatives: train with dot_product_attention"):
+        jax.grad(loss)(known.arrays[0])
 
 
 @pytest.mark.parametrize("name", ["ragged", "sinks", "window", "int8", "chunks_and_tokens", "chunk_with_sinks"])

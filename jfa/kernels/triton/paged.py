@@ -45,7 +45,7 @@ from jfa.types import NULL_PAGE, AttentionSpec, DeviceInfo, PagedConfig, PagedOp
 _SAFE_DECODE = {
     ("cdna", "16 bits"): {64: (16, 64, 1), 128: (16, 32, 1), 256: (16, 16, 1)},
     ("cdna", "float32"): {64: (16, 32, 1), 128: (16, 16, 1), 256: (16, 16, 4)},
-    ("rdna", "16 bits"): {64: (16, 32, 1), 128: (16, 16, 2), 256: (16, 16, 4)},
+    ("rdna", "16 bits"): {64: (16, 16, 1), 128: (16, 16, 1), 256: (16, 16, 2)},
     ("rdna", "float32"): {64: (16, 16, 4), 256: (16, 16, 4)},
     ("cuda", "16 bits"): {64: (16, 64, 4), 128: (16, 32, 4), 256: (16, 32, 4)},
     ("cuda", "float32"): {64: (16, 32, 4), 128: (16, 16, 4), 256: (16, 16, 4)},
@@ -53,7 +53,7 @@ _SAFE_DECODE = {
 _SAFE_RAGGED = {
     ("cdna", "16 bits"): {64: (128, 16, 4), 128: (128, 16, 4), 256: (64, 16, 4)},
     ("cdna", "float32"): {64: (64, 16, 4), 128: (64, 16, 4), 256: (32, 16, 4)},
-    ("rdna", "16 bits"): {64: (64, 16, 4), 128: (64, 16, 8), 256: (32, 16, 8)},
+    ("rdna", "16 bits"): {64: (64, 16, 4), 128: (64, 16, 4), 256: (32, 16, 4)},
     ("rdna", "float32"): {64: (32, 16, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
     ("cuda", "16 bits"): {64: (64, 32, 4), 128: (64, 32, 4), 256: (64, 16, 8)},
     ("cuda", "float32"): {64: (32, 32, 4), 128: (32, 16, 4), 256: (32, 16, 8)},
@@ -66,10 +66,10 @@ _SHORTEST_SPLIT = 256  # keys: a program's start costs more than fewer would tak
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
     """Tiles that spill nothing on all architectures of a kind that were tried; a table knows better."""
-    kind, exact = kind_of(device), operands.q.dtype == jnp.float32
-    widest = _shape(operands).d
+    kind, widest = kind_of(device), max(operands.q.shape[2], _shape(operands).dv)
     safe = _SAFE_DECODE if operands.query_start is None else _SAFE_RAGGED
-    config = safe_config(safe[kind, "float32" if exact else "16 bits"], kind, widest, block_d=None)
+    tiles = safe[kind, "float32" if operands.q.dtype == jnp.float32 else "16 bits"]
+    config = safe_config(tiles, kind, widest, block_d=32 if kind == "rdna" and widest > 64 else None)
     return PagedConfig(**dataclasses.asdict(config))
 
 
@@ -164,7 +164,8 @@ def paged_attention(
         out, lse = _joined(out, lse, operands)
     if operands.query_start is not None:
         # no program writes what belongs to no row
-        own = jnp.arange(n) < operands.query_start[-1]
+        query = jnp.arange(n)
+        own = (query >= operands.query_start[0]) & (query < operands.query_start[-1])
         out, lse = jnp.where(own[:, None, None], out, 0), jnp.where(own[:, None], lse, -jnp.inf)
     return out, lse
 
