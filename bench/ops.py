@@ -217,7 +217,7 @@ def _dkv_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
     elif aot.is_amd(arch):
         pairs = [(16, 4), (16, 8)] if dtype == "float32" else [(32, 4), (64, 4)] if head_dim <= 128 else [(32, 4)]
     else:
-        pairs = [(32, 4), (64, 4), (128, 4), (64, 8)]
+        pairs = [(16, 4), (32, 4), (32, 8)] if dtype == "float32" else [(32, 4), (64, 4), (128, 4), (64, 8)]
     return _with_chunks(arch, dtype, head_dim, [dict(block_kv=rows, num_warps=warps) for rows, warps in pairs])
 
 
