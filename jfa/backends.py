@@ -1,6 +1,7 @@
 """Which backend serves a call: a table per platform, and a sentence for every refusal."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -211,11 +212,34 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
       device: None means the one in use.
     """
     device = device or probe()
-    row: Any = jax.ShapeDtypeStruct((1, 1024, 8, 64), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
-    operands, spec = Operands(row, row, row), AttentionSpec(sm_scale=0.125, causal=True)
-    chosen = select(None, operands, spec, device)
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+    row: Any = jax.ShapeDtypeStruct((1, 1024, 8, 64), dtype)
+    pages: Any = jax.ShapeDtypeStruct((65, 16, 8, 64), dtype)
+    numbers: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    flash = Operands(row, row, row)
+    decode = PagedOperands(jax.ShapeDtypeStruct((1, 8, 64), dtype), pages, pages, numbers, numbers)  # type: ignore[arg-type]
+    tuned = tuning.flash_config(device.arch, dtype=jnp.dtype(dtype).name, head_dim=64)
+    tuned_paged = functools.partial(
+        tuning.paged_config, arch=device.arch, dtype=jnp.dtype(dtype).name, pages=jnp.dtype(dtype).name, head_dim=64
+    )
+    return (
+        _explained("dot_product_attention", FLASH, flash, device, tuned is not None),
+        _explained("paged_decode_attention", PAGED, decode, device, tuned_paged("paged_decode_attention") is not None),
+        _explained(
+            "ragged_paged_attention",
+            PAGED,
+            decode._replace(query_start=numbers),
+            device,
+            tuned_paged("ragged_paged_attention") is not None,
+        ),
+    )
+
+
+def _explained(op: str, table: Mapping[str, Any], operands: Any, device: DeviceInfo, has_table: bool) -> Explanation:
+    spec = AttentionSpec(sm_scale=0.125, causal=True)
+    chosen = select(None, operands, spec, device, table=table)
     refused = []
-    for name, backend in FLASH.items():
+    for name, backend in table.items():
         if name == chosen:
             continue
         reason = backend.why_not(operands, spec, device)
@@ -224,9 +248,9 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
         elif reason is None and name == "triton" and device.platform == "cpu":
             reason = "interpreted on a CPU, slowly; runs when named"
         refused.append((name, reason or f"comes after {chosen} on {device.platform}; runs when named"))
-    refused += NOT_BUILT.items()
-    tuned = tuning.flash_config(device.arch, dtype=row.dtype.name, head_dim=64) if chosen == "triton" else None
-    tiles = f"tuning table of {tuning.table_arch(device.arch)}" if tuned else "defaults"
-    if chosen == "triton" and not tuned:
-        tiles = f"safe defaults, since no tuning table is for {device.arch}; jfa-bench tune makes one"
-    return (Explanation(op="dot_product_attention", backend=chosen, tiles=tiles, refused=tuple(refused)),)
+    tiles = "defaults"
+    if chosen == "triton":
+        tiles = f"tuning table of {tuning.table_arch(device.arch)}"
+        if not has_table:
+            tiles = f"safe defaults, since no tuning table is for {device.arch}; jfa-bench tune makes one"
+    return Explanation(op=op, backend=chosen, tiles=tiles, refused=(*refused, *NOT_BUILT.items()))

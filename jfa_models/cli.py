@@ -184,10 +184,12 @@ def info(model: str, dtype: str | None) -> None:
     packages = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plugin", "jax-cuda13-plugin", "libtpu")
     table.add_row("versions", ", ".join(f"{name} {version}" for name in packages if (version := _version(name))))
     table.add_row("device", escape(", ".join(dict.fromkeys((device.platform, device.arch))) + _details(device)))
+    said = None
     for op in jfa.explain(device):
         table.add_row(op.op, escape(f"{op.backend} ({op.tiles})"))
-        for backend, reason in op.refused:
+        for backend, reason in () if op.refused == said else op.refused:
             table.add_row("", escape(f"not {backend}: {reason}"))
+        said = op.refused
     try:
         checkpoint = open_checkpoint(model)
     except ValueError as error:

@@ -16,6 +16,18 @@ TILES = {
 
 @pytest.mark.parametrize("device", TILES, ids="-".join)
 def test_where_the_tiles_come_from(device):
-    [told] = jfa.explain(describe(*device))
+    told, *paged = jfa.explain(describe(*device))
     assert told.tiles == TILES[device]
-    assert told.backend == ("xla" if device[0] == "cpu" else "triton")
+    assert [one.op for one in (told, *paged)] == [
+        "dot_product_attention",
+        "paged_decode_attention",
+        "ragged_paged_attention",
+    ]
+    assert {one.backend for one in (told, *paged)} == {"xla" if device[0] == "cpu" else "triton"}
+    assert all(len(one.refused) == 4 for one in (told, *paged))
+
+
+def test_ops_over_pages_have_tables_of_their_own():
+    tiles = {one.op: one.tiles for one in jfa.explain(describe("rocm", "gfx90a"))}
+    assert tiles["dot_product_attention"] == "tuning table of gfx90a"
+    assert tiles["paged_decode_attention"].startswith("safe defaults, since no tuning table is for gfx90a")

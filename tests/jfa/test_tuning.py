@@ -31,17 +31,23 @@ DTYPES = ("bfloat16", "float16", "float32")
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 SHIPPED = {  # architectures, by kernel
     "flash_attention": (*AMD, "sm_80", "sm_90"),
-    "flash_attention_dq": AMD,
-    "flash_attention_dkv": AMD,
+    "flash_attention_dq": (*AMD, "sm_80", "sm_90"),
+    "flash_attention_dkv": (*AMD, "sm_80", "sm_90"),
 }
+PAGED = {"paged_decode_attention": ("gfx942",), "ragged_paged_attention": ("gfx942",)}
+PAGED_DTYPES = (
+    *DTYPES,
+    *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
+)
 FOLDER = resources.files("jfa") / "tuning_tables"
 TABLES = {
     (kernel, arch): json.loads((FOLDER / arch / f"{kernel}.json").read_text())
-    for kernel, archs in SHIPPED.items()
+    for kernel, archs in (SHIPPED | PAGED).items()
     for arch in archs
 }
+FLASH_TABLES = [key for key in TABLES if key[0] in SHIPPED]
 ENTRIES = [
-    pytest.param(arch, table, entry, id=f"{kernel}-{arch}-{dtype}-{head_dim}")
+    pytest.param(kernel, arch, table, entry, id=f"{kernel}-{arch}-{dtype}-{head_dim}")
     for (kernel, arch), table in TABLES.items()
     for dtype, entries in table["configs"].items()
     for head_dim, entry in entries.items()
@@ -60,20 +66,30 @@ def test_a_table_says_what_it_is(kernel, arch):
     table = TABLES[kernel, arch]
     assert (table["op"], table["arch"]) == (kernel, arch)
     assert "not measured" in table["source"]
-    assert tuple(table["configs"]) == DTYPES
+    assert tuple(table["configs"]) == (DTYPES if kernel in SHIPPED else PAGED_DTYPES)
 
 
-@pytest.mark.parametrize(("arch", "table", "entry"), ENTRIES)
-def test_an_entry_fits_its_architecture(arch, table, entry):
-    jfa.FlashConfig(**entry["config"])
+@pytest.mark.parametrize(("kernel", "arch", "table", "entry"), ENTRIES)
+def test_an_entry_fits_its_architecture(kernel, arch, table, entry):
+    (jfa.FlashConfig if kernel in SHIPPED else jfa.PagedConfig)(**entry["config"])
     platform = "rocm" if arch.startswith("gfx") else "cuda"
     served = [arch, *(name for name, neighbour in NEIGHBOURS if neighbour == arch)]
     assert 0 < entry["lds_bytes"] <= min(describe(platform, name).lds_bytes for name in served)
     assert entry["vgpr_spills"] == 0 or "spill" in table["source"]
 
 
+@pytest.mark.parametrize("dtype", PAGED_DTYPES)
+@pytest.mark.parametrize(("kernel", "arch"), [key for key in TABLES if key[0] in PAGED])
+def test_every_head_dim_over_pages_has_an_entry(kernel, arch, dtype):
+    of_queries, _, of_pages = dtype.partition(" on ")
+    for head_dim in (16, 64, 80, 256):
+        found = tuning.paged_config(kernel, arch, dtype=of_queries, pages=of_pages or of_queries, head_dim=head_dim)
+        assert isinstance(found, jfa.PagedConfig) and found.num_splits is None
+    assert tuning.paged_config(kernel, arch, dtype=of_queries, pages=of_pages or of_queries, head_dim=257) is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kernel", "arch"), TABLES)
+@pytest.mark.parametrize(("kernel", "arch"), FLASH_TABLES)
 def test_every_head_dim_of_the_kernel_has_an_entry(kernel, arch, dtype):
     for head_dim in (16, 40, 64, 80, 128, 160, 256):
         found = tuning.flash_config(arch, dtype=dtype, head_dim=head_dim, kernel=kernel)

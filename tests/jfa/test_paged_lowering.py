@@ -1,0 +1,46 @@
+"""The kernels over pages as a GPU would be given them: lowered on the CPU for cards that the machine does not have."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jfa
+from jfa_bench import aot
+from jfa_bench.ops import OPS, PAGED_DTYPES
+
+PAGED = {op.kernel: op for op in OPS if op.kernel in ("paged_decode_attention", "ragged_paged_attention")}
+ARCHS = ("gfx942", "gfx1100", "sm_90")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", PAGED_DTYPES)
+@pytest.mark.parametrize("kernel", PAGED)
+def test_a_plain_call_becomes_one_kernel(kernel, dtype, arch):
+    op = PAGED[kernel]
+    fn, args = op.call(dtype, 64, None, "")
+    [found] = aot.lower(fn, *args, arch=arch)
+    assert found.name == kernel
+    assert found.num_warps == op.default_config(aot.device(arch), dtype, 64).num_warps
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 80, 256])
+@pytest.mark.parametrize("variant", ["", "window"])
+@pytest.mark.parametrize("kernel", PAGED)
+def test_any_head_dim_and_option_lowers(kernel, variant, head_dim):
+    fn, args = PAGED[kernel].call("bfloat16 on int8", head_dim, None, variant)
+    assert len(aot.lower(fn, *args, arch="gfx942")) == 1
+
+
+def test_a_row_is_shared_out_until_the_card_is_busy():
+    def grid(batch):
+        q = jax.ShapeDtypeStruct((batch, 8, 64), jnp.bfloat16)
+        pages = jax.ShapeDtypeStruct((1000, 16, 2, 64), jnp.bfloat16)
+        table = jax.ShapeDtypeStruct((batch, 512), jnp.int32)
+        [kernel] = aot.lower(
+            jfa.paged_decode_attention, q, pages, pages, table, jax.ShapeDtypeStruct((batch,), jnp.int32), arch="gfx942"
+        )
+        return kernel.grid
+
+    assert grid(1) == (2, 32, 1)  # key heads, splits (of at least 256 tokens), rows
+    assert grid(304) == (2, 4, 304)
+    assert grid(4000) == (2, 1, 4000)
