@@ -9,7 +9,7 @@ import jax
 from jfa_models.cli import command_group, model_options, run
 from jfa_models.generate import KV_DTYPES, from_pretrained
 
-from . import accuracy, attention, compile, models, paged, prove, record, report, tune
+from . import accuracy, attention, compile, memory, models, paged, prove, record, report, tune
 
 
 def main() -> None:
@@ -88,6 +88,17 @@ def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -
     }
     records = accuracy.measure(language_models, text.read(), tokens=tokens, new_tokens=new_tokens)
     click.echo(record.render(list(records), output, accuracy.COLUMNS))
+
+
+@commands.command("memory")
+@click.option("--data", type=compile.Names("data set", tuple(memory.DATA_SETS)), default="all", show_default=True)
+@click.option("--page-size", type=Counts(), default="16", show_default=True)
+@click.option("--steps", type=click.IntRange(min=10), default=500, show_default=True)
+@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+def memory_command(data, page_size, steps, output) -> None:
+    """What pages save, by the allocator's books on simulated requests."""
+    records = list(memory.measure(data_sets=data, page_sizes=page_size, steps=steps))
+    click.echo(record.render(records, output, memory.COLUMNS))
 
 
 @commands.command("paged")

@@ -250,6 +250,8 @@ def _decode_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
 
 def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
     """Those of the forward kernel, without its tallest tiles: rows that decode beside a prompt fill a part of one."""
+    if aot.is_cdna(arch) and head_dim > 128:
+        return [dict(block_q=64, num_warps=warps) for warps in (4, 8)]
     starts = _forward_starts(arch, dtype.partition(" on ")[0], head_dim)
     return [start for start in starts if start["block_q"] <= 128]
 

@@ -22,6 +22,11 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
                 f"{name} must be [batch, length, heads, head_dim], or without batch like the other two, "
                 f"got shape {x.shape}"
             )
+        if not all(isinstance(n, int) for n in x.shape):
+            raise ValueError(
+                f"{name} must have a shape of numbers, since tiles are counted when a call is traced, got {x.shape}; "
+                "export each shape by itself"
+            )
         if x.dtype.name not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
     dtypes = {x.dtype for x in (query, key, value)}

@@ -121,3 +121,16 @@ def test_where_no_backend_can_every_reason_is_told(monkeypatch):
     message = "no attention backend on cpu:\n  triton: the head_dim of value must be 16 to 256, got 8"
     with pytest.raises(jfa.UnsupportedError, match=message):
         jfa.dot_product_attention(Q, KV, KV[..., :8])
+
+
+def test_a_symbolic_length_is_refused():
+    [length] = jax.export.symbolic_shape("length")
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    with pytest.raises(ValueError, match=r"query must have a shape of numbers, .* export each shape by itself"):
+        jax.export.export(jax.jit(jfa.dot_product_attention))(x, x, x)
+
+
+def test_a_call_of_known_shapes_is_exported():
+    x = jnp.linspace(-1, 1, 64).reshape(1, 4, 1, 16)
+    exported = jax.export.export(jax.jit(jfa.dot_product_attention))(x, x, x)
+    np.testing.assert_array_equal(exported.call(x, x, x), jax.jit(jfa.dot_product_attention)(x, x, x))
