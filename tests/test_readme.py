@@ -18,7 +18,7 @@ def example(word: str) -> str:
 
 
 def test_every_example_is_tested():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
 
 
 def test_flax_example():
@@ -32,6 +32,13 @@ def test_op_example():
     names = {"query": jnp.ones((2, 3, 4, 16)), "key": jnp.ones((2, 9, 2, 16)), "value": jnp.ones((2, 9, 2, 16))}
     exec("import jfa\n" + example("jfa.dot_product_attention"), names | {"kv_len": jnp.array([9, 5])}, names)
     assert names["out"].shape == (2, 3, 4, 16)
+
+
+def test_pages_example():
+    names = {"key": jnp.ones((1, 5, 2, 64)), "value": jnp.full((1, 5, 2, 64), 2), "query": jnp.ones((1, 8, 64))}
+    imports = "import dataclasses, jax.numpy as jnp, numpy as np, jfa\n"
+    exec(imports + example("jfa.PagedKVCache.create"), names)
+    assert names["out"].shape == (1, 8, 64) and jnp.allclose(names["out"], 2, rtol=0.01)
 
 
 @pytest.mark.slow
