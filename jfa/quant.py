@@ -85,6 +85,8 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"what is quantized must be floats, got {x.dtype}")
     dtype, largest = KINDS[kind]
     half = stored_size(kind, x.shape[-1])
     top = float(jnp.finfo(x.dtype).max)

@@ -35,7 +35,7 @@ def test_op_example():
 
 
 def test_pages_example():
-    names = {"key": jnp.ones((1, 5, 2, 64)), "value": jnp.full((1, 5, 2, 64), 2), "query": jnp.ones((1, 8, 64))}
+    names = {"key": jnp.ones((1, 5, 2, 64)), "value": jnp.full((1, 5, 2, 64), 2.0), "query": jnp.ones((1, 8, 64))}
     imports = "import dataclasses, jax.numpy as jnp, numpy as np, jfa\n"
     exec(imports + example("jfa.PagedKVCache.create"), names)
     assert names["out"].shape == (1, 8, 64) and jnp.allclose(names["out"], 2, rtol=0.01)

@@ -206,3 +206,8 @@ def test_bytes_are_a_share_of_those_of_bfloat16_scales_included(kind, share):
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match="what is quantized must be floats, got int32"):
+        quant.quantize(jnp.ones((2, 4), jnp.int32), "int8")
