@@ -5,10 +5,12 @@ from numbers import Integral
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jfa import checks
+from jfa.types import Operands, PagedOperands
 
 # No sequence is longer; a row, an offset and a window of this size add up to less than the largest int32.
 _LONGEST = 2**29
@@ -16,6 +18,7 @@ _WIDEST = 2 * _LONGEST  # from the furthest offset it still reaches the first ke
 
 
 def broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, boolean: bool) -> Array | None:
+    """x [.., .., .., ..], of scores' axes or ones; None stays None."""
     if x is None:
         return None
     x = jnp.asarray(x)
@@ -38,6 +41,7 @@ def narrowed(x: ArrayLike) -> Array:
 
 
 def per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
+    """i32[batch], clipped to what positions can be; spread: one number serves all rows."""
     if x is None:
         return None
     x = narrowed(x)
@@ -49,6 +53,7 @@ def per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False)
 
 
 def per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
+    """float[num_heads]; None stays None."""
     if x is None:
         return None
     x = jnp.asarray(x)
@@ -59,6 +64,7 @@ def per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
 def segments(
     query: ArrayLike | None, key: ArrayLike | None, query_shape: tuple, key_shape: tuple, *, one_row: bool
 ) -> dict[str, Array]:
+    """The segment ids as fields of Operands; none where none are given."""
     given = {"query_segment_ids": query, "key_value_segment_ids": key}
     if query is None and key is None:
         return {}
@@ -76,6 +82,7 @@ def segments(
 
 
 def dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
+    """Two words from a random key; None where nothing is dropped."""
     if not 0.0 < rate < 1.0:  # what is out of range is refused with the spec
         return None
     if key is None:
@@ -84,6 +91,7 @@ def dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
 
 
 def window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(left, right), from an int or a pair."""
     if size is None:
         return None
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
@@ -91,3 +99,16 @@ def window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
         raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
     left, right = (min(int(n), _WIDEST) for n in pair)
     return left, right
+
+
+def varying_alike[T: (Operands, PagedOperands)](operands: T) -> T:
+    """Inside shard_map: every operand varying over the mesh axes that any of them varies over.
+
+    The gradient of an operand that was the same on all devices of an axis is then summed over that axis.
+    """
+    own = {name: jax.typeof(x).manual_axis_type.varying for name, x in operands._asdict().items() if x is not None}
+    axes = frozenset().union(*own.values())
+    lacking = {name: tuple(axes - has) for name, has in own.items() if axes != has}
+    return operands._replace(
+        **{name: lax.pcast(getattr(operands, name), more, to="varying") for name, more in lacking.items()}
+    )

@@ -6,7 +6,6 @@ from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -170,7 +169,7 @@ def dot_product_attention(
     backend = backends.select(implementation, operands, spec, device)
     plan = _Plan(backend=backend, spec=spec, config=_config(backend, operands, device, config), device=device)
     run = _run if backend == "reference" else _differentiable
-    out, lse = run(plan, _varying_alike(operands))
+    out, lse = run(plan, arguments.varying_alike(operands))
     if one_row:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
@@ -223,16 +222,3 @@ def _config(backend: str, operands: Operands, device: DeviceInfo, given) -> Bloc
         return tuned or backends.FLASH[backend].default_config(operands, device)
     backends.check_config(backend, wanted, given)
     return given
-
-
-def _varying_alike(operands: Operands) -> Operands:
-    """Inside shard_map: every operand varying over the mesh axes that any of them varies over.
-
-    The gradient of an operand that was the same on all devices of an axis is then summed over that axis.
-    """
-    own = {name: jax.typeof(x).manual_axis_type.varying for name, x in operands._asdict().items() if x is not None}
-    axes = frozenset().union(*own.values())
-    lacking = {name: tuple(axes - has) for name, has in own.items() if axes != has}
-    return operands._replace(
-        **{name: lax.pcast(getattr(operands, name), more, to="varying") for name, more in lacking.items()}
-    )

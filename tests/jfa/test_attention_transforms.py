@@ -135,6 +135,17 @@ def test_shard_map_over_batch_and_heads():
         for got, want in zip(gradients(sharded(loss))(*arrays), gradients(loss)(*arrays)):
             np.testing.assert_allclose(got, want, atol=1e-4)
 
+        pages = jax.random.normal(keys[1], (9, 4, 2, 16))
+        rows = jnp.arange(1, 9).reshape(4, 2), jnp.array([8, 3, 0, 5])
+
+        def decode(q, pages, table, kv_len):
+            return jfa.paged_decode_attention(q, pages, pages, table, kv_len)
+
+        heads = P(None, None, "heads", None)
+        parts = (P("data", "heads", None), heads, P("data"), P("data"))  # each device has all pages of its heads
+        split = jax.shard_map(decode, mesh=mesh, in_specs=parts, out_specs=P("data", "heads", None))
+        np.testing.assert_allclose(split(q[:, 0], pages, *rows), decode(q[:, 0], pages, *rows), atol=1e-5)
+
         # interpreted kernels do not run under shard_map's check; they lower
         from jax.sharding import AbstractDevice, AbstractMesh, AxisType
         device = AbstractDevice(device_kind="gfx942", num_cores=None, platform="rocm")
@@ -143,7 +154,9 @@ def test_shard_map_over_batch_and_heads():
         mesh = AbstractMesh((4, 2), ("data", "heads"), axis_types=auto, abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
             lowered = gradients(sharded(kernel)).trace(*arrays).lower(lowering_platforms=("rocm",)).as_text()
-        assert lowered.count("@__gpu$xla.gpu.triton") == 4
+            split = jax.shard_map(decode, mesh=mesh, in_specs=parts, out_specs=P("data", "heads", None))
+            paged = jax.jit(split).trace(q[:, 0], pages, *rows).lower(lowering_platforms=("rocm",)).as_text()
+        assert lowered.count("@__gpu$xla.gpu.triton") == 4 and paged.count("@__gpu$xla.gpu.triton") == 1
     """
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
