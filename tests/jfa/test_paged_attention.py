@@ -17,13 +17,16 @@ TILES = {
     "xla": jfa.BlockConfig(block_q=16, block_kv=16, widen=True),
     "triton": jfa.PagedConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1, num_splits=1),
 }
-# float16 and bfloat16 differ in rounding alone, so half of the cases run in each
+# float16 and bfloat16 differ in rounding alone, so half of the cases run in each; an interpreted kernel takes seconds,
+# and most of what float32 could show there is in the other one
 DTYPES = {name: ("float32", ("bfloat16", "float16")[i % 2]) for i, name in enumerate(CASES)}
+IN_FLOAT32 = ("ragged", "head_dim_80", "int8_odd", "int4_odd", "chunks_and_tokens")
 RUNS = [
     pytest.param(name, dtype, backend, id=f"{name}-{dtype}-{backend}")
     for name in CASES
     for dtype in DTYPES[name]
     for backend in TILES
+    if backend != "triton" or dtype != "float32" or name in IN_FLOAT32
 ]
 
 
