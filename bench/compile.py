@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+import jfa
+
 from . import aot, machine_code, pool, record
 from .ops import OPS, Op, named
 
@@ -55,7 +57,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     """The `compile` record of one row: what it is, status, reason, seconds, and machine_code.FIELDS.
 
     status: "ok"; "spills", registers live in memory; "over_lds", no card would start it; "failed", no code. All but
-    "ok" say why in reason.
+    "ok" say why in reason. "unsupported": the kernel refuses the call there.
     """
     start = time.perf_counter()
     op = case.op
@@ -74,6 +76,8 @@ def compile_case(case: Case) -> dict[str, Any]:
     }
     try:
         compiled = aot.compile_kernel(_kernel(case, asked), arch=case.arch)
+    except jfa.UnsupportedError as error:
+        return row | _without_code(str(error)) | {"status": "unsupported", "seconds": None}
     except aot.CompileError as error:
         return row | _without_code(str(error)) | {"seconds": round(time.perf_counter() - start, 2)}
     figures = machine_code.read(compiled)
@@ -202,7 +206,7 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
         parts += [
             f"{row['arch']} {row['dtype']} {row['head_dim']}: {row['status']}: {row['reason']}"
             for row in rows
-            if row["status"] in ("over_lds", "failed")
+            if row["status"] in ("over_lds", "failed", "unsupported")
         ]
     return "\n".join(parts)
 

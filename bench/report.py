@@ -21,6 +21,7 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     executed: every proof in these dtypes held; compiled: machine code that a card would start; a number of spilled
     registers is that of the worst configuration.
     """
+    compiled = [row for row in compiled if row["status"] != "unsupported"]
     kernels = dict.fromkeys(row["kernel"] for row in compiled)
     lines = [["kernel", *aot.ARCHS], ["---"] * (1 + len(aot.ARCHS))]
     for kernel in kernels:

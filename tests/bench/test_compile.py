@@ -112,6 +112,14 @@ def test_spilled_registers_are_a_status_with_their_number():
     assert record["reason"].startswith(f"{record['vgpr_spills']} registers live in memory")
 
 
+def test_a_call_that_the_kernel_refuses_is_a_row_and_not_an_end():
+    refused = Case(kernel="paged_decode_attention", dtype="bfloat16 on float8_e4m3fn", head_dim=64, arch="sm_80")
+    [record] = compile_all([refused], processes=0)
+    assert (record["status"], record["vgpr"]) == ("unsupported", None)
+    assert "does not cast from float8_e4m3fn to bfloat16 on sm_80" in record["reason"]
+    assert "unsupported" in compile.render([record], "md")
+
+
 def test_a_kernel_that_is_not_compiled_is_a_failed_row(monkeypatch):
     def fails(kernel, *, arch):
         raise aot.CompileError(f"triton made no code for {arch}: PassManager::run failed")
