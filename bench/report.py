@@ -8,9 +8,14 @@ from typing import Any
 import click
 
 from . import aot
+from .ops import PAGED_DTYPES
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"16 bits": ("bfloat16", "float16"), "float32": ("float32",)}
+DTYPES = {
+    "16 bits": ("bfloat16", "float16"),
+    "16 bits on quantized pages": tuple(dtype for dtype in PAGED_DTYPES if " on " in dtype),
+    "float32": ("float32",),
+}
 
 Record = Mapping[str, Any]
 
@@ -26,6 +31,8 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     lines = [["kernel", *aot.ARCHS], ["---"] * (1 + len(aot.ARCHS))]
     for kernel in kernels:
         for name, dtypes in DTYPES.items():
+            if not any(row["kernel"] == kernel and row["dtype"] in dtypes for row in compiled):
+                continue
             cells = [
                 _cell(
                     [r for r in compiled if (r["kernel"], r["arch"]) == (kernel, arch) and r["dtype"] in dtypes],
