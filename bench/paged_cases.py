@@ -181,7 +181,7 @@ def _pool(random: np.random.Generator, case: PagedCase, table: np.ndarray, num_p
             stored = np.clip(np.round(x * 40), -127, 127).astype(np.int8)
             numbers = stored.astype(np.float64)
         elif pages == "fp8":
-            stored = np.asarray(x * 100).astype(ml_dtypes.float8_e4m3fn)
+            stored = np.clip(x * 100, -448, 448).astype(ml_dtypes.float8_e4m3fn)
             numbers = stored.astype(np.float64)
         else:
             levels = random.integers(0, 16, x.shape)
