@@ -56,7 +56,9 @@ def test_no_queries_no_rows_and_no_pages_of_a_row_give_nothing(backend):
             return_residual=True,
         )
         assert out.shape == (n, 2, 16) and not out.any() and np.isneginf(lse).all() and lse.shape == (n, 2)
-    out = jfa.paged_decode_attention(q[:0], pages, pages, jnp.zeros((0, 1), int), [], implementation=backend)
+    out = jfa.paged_decode_attention(
+        q[:0], pages, pages, jnp.zeros((0, 1), int), jnp.zeros(0, int), implementation=backend
+    )
     assert out.shape == (0, 2, 16)
 
 
