@@ -75,13 +75,13 @@ def measure(
             cache = _paged_cache(key, value, page_size, None if kv_dtype == "same" else kv_dtype)
             run = functools.partial(jax.jit(functools.partial(_paged, implementation)), q, cache)
             found[name] = case | {"page_size": page_size, "kv_dtype": kv_dtype}
-            num_bytes[name] = cache.num_bytes
+            num_bytes[name], runs[name] = cache.num_bytes, run
+        for name, run in list(runs.items()):
             try:
                 jax.block_until_ready(run())
             except jfa.UnsupportedError as error:
                 refused[name] = str(error).splitlines()[0]
-                continue
-            runs[name] = run
+                del runs[name]
         taken = timing.in_turns(runs, samples=samples)
         medians = {name: float(np.median(ms)) for name, ms in taken.items()}
         copied = num_bytes["copy"] / medians["copy"] / 1e6
@@ -91,7 +91,8 @@ def measure(
             if name in medians:
                 rate = num_bytes[name] / medians[name] / 1e6
                 own |= timing.summary(taken[name]) | {"gb_per_s": rate, "share_of_peak": rate / copied}
-                own |= {"slowdown": None if name == "copy" else medians[name] / medians["contiguous"]}
+                if name != "copy" and "contiguous" in medians:
+                    own |= {"slowdown": medians[name] / medians["contiguous"]}
             yield shared | own
 
 

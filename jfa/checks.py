@@ -117,7 +117,7 @@ def paged_shapes(
             f"got {key_pages.shape} and {value_pages.shape}"
         )
     _page_scales(key_pages, value_pages, key_scales, value_scales)
-    held = key_pages.shape[3] * (2 if key_scales is not None and quant.kind_of(key_pages.dtype) == "int4" else 1)
+    held = quant.width(key_pages, key_scales)
     if query.shape[2] != held or held == 0 or value_pages.shape[3] == 0:
         raise ValueError(
             f"query and key_pages must have the same head_dim, at least 1, got {query.shape[2]} and {held}"

@@ -225,10 +225,9 @@ def _spec(operands: PagedOperands, scale, local_window_size, logits_soft_cap) ->
 
 def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) -> tuple[Array, Array]:
     if min(operands.q.size, operands.page_table.size) == 0:
-        doubled = 2 if operands.v_scales is not None and quant.kind_of(operands.v_pages.dtype) == "int4" else 1
-        n, hq, _ = operands.q.shape
-        nothing = jnp.full((n, hq), -jnp.inf, jnp.float32)
-        return jnp.zeros((n, hq, operands.v_pages.shape[3] * doubled), operands.q.dtype), nothing
+        shape = operands.q.shape[:2]
+        dv = quant.width(operands.v_pages, operands.v_scales)
+        return jnp.zeros((*shape, dv), operands.q.dtype), jnp.full(shape, -jnp.inf, jnp.float32)
     device = probe()
     name = backends.select(implementation, operands, spec, device, table=backends.PAGED)
     backend = backends.PAGED[name]

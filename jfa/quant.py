@@ -12,6 +12,7 @@ Scales are bfloat16: they are rounded first, and the numbers are found by them, 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,12 @@ def stored_size(kind: str, d: int) -> int:
     if d % 2:
         raise ValueError(f"int4 puts two numbers into a byte, so a vector must have an even length, got {d}")
     return d // 2
+
+
+def width(values: Any, scales: Any) -> int:
+    """How many numbers a vector of stored ones is; without scales they are floats."""
+    doubled = scales is not None and kind_of(values.dtype) == "int4"
+    return values.shape[-1] * (2 if doubled else 1)
 
 
 def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:

@@ -43,9 +43,13 @@ def test_pages_stand_beside_a_copy_and_the_contiguous_cache():
 def test_what_a_kernel_does_not_serve_is_a_row_and_not_an_end():
     found = records(
         *("paged", "--batch", 1, "--context", 16, "--heads", 2, "--kv-heads", 1, "--head-dim", 8, "--samples", 1),
-        *("--kv-dtype", "int8"),
+        *("--kv-dtype", "int8", "--implementation", "triton"),
     )
-    assert found[-1]["status"] == "ok"
+    assert [r["status"] for r in found] == ["ok", "unsupported", "unsupported"]
+    assert "head_dim must be 16 to 256, got 8" in found[-1]["reason"]
+
+
+def test_heads_that_do_not_divide_are_refused():
     done = CliRunner().invoke(cli.commands, ["paged", "--heads", "8", "--kv-heads", "3"])
     assert done.exit_code == 2 and "3 key heads do not divide 8 query heads" in done.stderr
 

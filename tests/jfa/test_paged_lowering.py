@@ -23,6 +23,14 @@ def test_a_plain_call_becomes_one_kernel(kernel, dtype, arch):
     assert found.num_warps == op.default_config(aot.device(arch), dtype, 64).num_warps
 
 
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx950", "gfx1201", "sm_80", "sm_100"])
+@pytest.mark.parametrize("kernel", PAGED)
+def test_other_cards_get_it_as_well(kernel, arch):
+    for dtype in ("bfloat16", "bfloat16 on int8", "float16 on uint8"):
+        fn, args = PAGED[kernel].call(dtype, 64, None, "")
+        assert [found.name for found in aot.lower(fn, *args, arch=arch)] == [kernel]
+
+
 @pytest.mark.parametrize("head_dim", [16, 40, 80, 256])
 @pytest.mark.parametrize("variant", ["", "window"])
 @pytest.mark.parametrize("kernel", PAGED)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jfa import quant
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton.tile import (
     LOG2_E,
@@ -114,10 +115,8 @@ def paged_attention(
     """
     shape = _shape(operands)
     n = shape.tq
-    if min(operands.q.size, operands.v_pages.size, operands.page_table.size) == 0:
-        return jnp.zeros((n, shape.hq, shape.dv), operands.q.dtype), jnp.full((n, shape.hq), -jnp.inf, jnp.float32)
     decodes = operands.query_start is None
-    rows = pl.next_power_of_2(max(16, shape.g)) if decodes else max(config.block_q, pl.next_power_of_2(shape.g))
+    rows = max(config.block_q, pl.next_power_of_2(shape.g))
     tokens = 1 if decodes else rows // shape.g
     arrays: dict[str, Any] = {
         "q": operands.q,
@@ -172,7 +171,6 @@ def paged_attention(
 
 def _shape(operands: PagedOperands) -> Shape:
     n, hq, d = operands.q.shape
-    doubled = 2 if operands.v_scales is not None and operands.v_pages.dtype == jnp.uint8 else 1
     return Shape(
         b=operands.kv_len.shape[0],
         tq=n,
@@ -180,7 +178,7 @@ def _shape(operands: PagedOperands) -> Shape:
         hq=hq,
         hkv=operands.k_pages.shape[2],
         d=d,
-        dv=operands.v_pages.shape[3] * doubled,
+        dv=quant.width(operands.v_pages, operands.v_scales),
     )
 
 

@@ -26,10 +26,9 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        _, page_size, hkv, stored = self.pages.shape
-        doubled = self.scales is not None and quant.kind_of(self.pages.dtype) == "int4"
+        _, page_size, hkv, _ = self.pages.shape
         b, pages_per_seq = self.page_table.shape
-        return b, pages_per_seq * page_size, hkv, 2 * stored if doubled else stored
+        return b, pages_per_seq * page_size, hkv, quant.width(self.pages, self.scales)
 
     def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
         """The tokens [start, start + size) of each row."""
@@ -68,7 +67,6 @@ def paged_attention(
         out, lse = flash.flash_attention(_one_query_each(operands), spec=spec, config=config)
         return out[:, 0], lse[:, 0]
     n, hq, _ = operands.q.shape
-    b = operands.kv_len.shape[0]
     dv = _rows(operands).v.shape[3]
     block_q = max(1, min(config.block_q, n))
     start = operands.query_start
@@ -95,7 +93,7 @@ def paged_attention(
         return tuple(x.at[index].set(new[0], mode="drop") for x, new in zip(done, found, strict=True))
 
     done = jnp.zeros((n, hq, dv), operands.q.dtype), jnp.full((n, hq), -jnp.inf, jnp.float32)
-    return lax.fori_loop(0, tiles.sum(), tile, done) if b and n else done
+    return lax.fori_loop(0, tiles.sum(), tile, done)
 
 
 def _one_query_each(operands: PagedOperands) -> Operands:
