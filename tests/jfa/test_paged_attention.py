@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import jfa
 from jfa_bench.numerics import assert_within, limit
-from jfa_bench.paged_cases import CASES, truth
+from jfa_bench.paged_cases import CASES, PagedCase, truth, truth_of
 
 TILES = {
     "reference": None,
@@ -91,5 +93,45 @@ def test_a_row_whose_keys_are_shared_out_gives_the_same(name):
     known = truth(name, "bfloat16")
     config = dataclasses.replace(TILES["triton"], num_splits=3)
     out, lse = attend(name, "bfloat16", "triton", config=config)
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
+    assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
+
+
+@st.composite
+def drawn_cases(draw) -> PagedCase:
+    """A case of any shape, pages and options that make sense together."""
+    hkv, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 8, 16]))
+    kv_len = draw(st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40, 61]), min_size=1, max_size=4))
+    ragged = draw(st.booleans())
+    options: dict = {}
+    if draw(st.booleans()):
+        options["local_window_size"] = draw(st.integers(0, 70))
+    if draw(st.booleans()):
+        options["logits_soft_cap"] = draw(st.floats(0.5, 20))
+    if draw(st.booleans()):
+        options["scale"] = draw(st.floats(-0.5, 0.5))
+    return PagedCase(
+        kv_len=tuple(kv_len),
+        queries=tuple(draw(st.integers(0, length)) for length in kv_len) if ragged else None,
+        padding=draw(st.integers(0, 3)) if ragged else 0,
+        heads=(hkv * group, hkv),
+        head_dim=draw(st.sampled_from([8, 16, 40])),
+        value_head_dim=draw(st.sampled_from([None, 8, 24])),
+        page_size=draw(st.sampled_from([1, 3, 16, 64])),
+        pages=draw(st.sampled_from([None, "int8", "fp8", "int4", "float32", "bfloat16"])),
+        sinks=draw(st.booleans()),
+        options=options,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=drawn_cases())
+def test_drawn_shapes_and_options_agree_with_the_oracle(dtype, backend, case):
+    known = truth_of(case, dtype, seed=1)
+    options = known.options | dict(implementation=backend, config=TILES[backend], return_residual=True)
+    out, lse = jax.jit(functools.partial(getattr(jfa, known.op), **options))(*known.arrays)
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
     assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
