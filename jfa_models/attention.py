@@ -35,6 +35,7 @@ class Attention(nnx.Module):
         x: Float[Array, "b t hidden"],
         rotation: "Rotation",
         lengths: Int[Array, " b"] | None,
+        query_start: Int[Array, " rows+1"] | None,
         cache: Cache | None,
         layer: int,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
@@ -42,6 +43,7 @@ class Attention(nnx.Module):
 
         Args:
           lengths: valid tokens of each row of x; the rest is padding on the right. None: all.
+          query_start: x is one row, in which the new tokens of each row of a paged cache begin here.
           layer: which arrays of the cache are this layer's.
         """
         q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
@@ -49,6 +51,13 @@ class Attention(nnx.Module):
         q_len = lengths if x.shape[1] > 1 else None
         if cache is None:
             out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len)
+        elif query_start is not None:
+            assert isinstance(cache, jfa.PagedKVCache), "rows of different lengths need pages"
+            cache = cache.write_ragged(layer, k[0], v[0], query_start)
+            kv_len = cache.kv_len + jnp.diff(query_start)
+            pages = cache.arguments(layer)
+            q = cache.rotated(q[0])
+            out = jfa.ragged_paged_attention(q, kv_len=kv_len, query_start=query_start, **pages)[None]
         elif isinstance(cache, jfa.PagedKVCache):
             cache = cache.write(layer, k, v, lengths)
             out = _over_pages(q, cache, layer, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)

@@ -19,8 +19,8 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, rotation, lengths, cache, layer):
-        attended, cache = self.attention(self.attention_norm(x), rotation, lengths, cache, layer)
+    def __call__(self, x, rotation, lengths, query_start, cache, layer):
+        attended, cache = self.attention(self.attention_norm(x), rotation, lengths, query_start, cache, layer)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -43,6 +43,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b t"],
         *,
         lengths: Int[Array, " b"] | None = None,
+        query_start: Int[Array, " rows+1"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """The normalised hidden state of every token, and the cache with the tokens in it.
@@ -51,15 +52,25 @@ class Decoder(nnx.Module):
           tokens: the next tokens of each row, at positions kv_len, kv_len + 1, ... of the cache (0, 1, ... without).
           lengths: how many tokens of each row are real; the rest is padding on the right, its states mean nothing and
             it does not enter the cache's kv_len. None: all.
+          query_start: tokens is [1, t], in which row r of a paged cache has the tokens query_start[r] to
+            query_start[r + 1]: any number each, without padding between them.
         """
         t = tokens.shape[1]
-        start = 0 if cache is None else cache.kv_len[:, None]
-        rotation = Rotation(self.config.rope, self.config.head_dim, start + jnp.arange(t)[None, :])
+        if query_start is not None:
+            assert cache is not None and lengths is None
+            new = jnp.diff(query_start)
+            row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right")
+            offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens behind the last row are of no row
+            positions = (offset[row] + jnp.arange(t))[None, :]
+        else:
+            new = t if lengths is None else lengths
+            positions = (0 if cache is None else cache.kv_len[:, None]) + jnp.arange(t)[None, :]
+        rotation = Rotation(self.config.rope, self.config.head_dim, positions)
         x = self.embed(tokens)
         for i, block in enumerate(self.layers):
-            x, cache = block(x, rotation, lengths, cache, i)
+            x, cache = block(x, rotation, lengths, query_start, cache, i)
         if cache is not None:
-            cache = cache.advance(t if lengths is None else lengths)
+            cache = cache.advance(new)
         return self.norm(x), cache
 
     def unembed(self, hidden: Float[Array, "*b hidden"]) -> Float[Array, "*b vocab"]:

@@ -1,7 +1,6 @@
 """A checkpoint that writes text: load, the whole forward, batches offline, and one prompt streamed."""
 
 import dataclasses
-import itertools
 import operator
 import os
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,11 @@ from jaxtyping import Array, Float
 import jfa
 from jfa_models.attention import Cache
 from jfa_models.checkpoint import Checkpoint, load_params, open_checkpoint
+from jfa_models.completion import Completion
 from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
-from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
-from jfa_models.sampling import Sampled, SamplingParams, check_token_ids, sampling_rows
+from jfa_models.outputs import RequestOutput
+from jfa_models.sampling import SamplingParams, check_token_ids, sampling_rows
 from jfa_models.steps import DecodeState, Emitted, Steps
 from jfa_models.tokenizer import Tokenizer
 
@@ -29,10 +29,6 @@ from jfa_models.tokenizer import Tokenizer
 PREFILL_CHUNK = 512
 SMALLEST_CHUNK = 16
 SMALLEST_CAPACITY = 256
-
-# The last tokens of a prompt, enough to end in whole characters: they decide how the first new token is spelled (after
-# a word it keeps its leading space, at the start of a text some tokenizers drop it).
-TEXT_CONTEXT = 8
 
 DTYPES = ("float32", "bfloat16", "float16")
 CACHES = ("contiguous", "paged")
@@ -244,15 +240,15 @@ class LanguageModel:
         try:
             while not request.finished:
                 shown = emitted
-                if request.num_tokens + 1 < request.max_tokens:
+                if len(request.completion.token_ids) + 1 < request.max_tokens:
                     # the next step runs while the host reads and prints this one
                     state, emitted = self.steps.decode(self.params, state)
                 shown = jax.device_get(shown)
-                request.push(shown.sampled, 0, bool(shown.active[0]))
+                request.completion.push(shown.sampled, 0)
                 yield request.output()
         finally:
             # every token but the last entered the cache; a step that ran ahead added the last one too, or nothing
-            held = [*prompt_ids, *request.token_ids[:-1]]
+            held = [*prompt_ids, *request.completion.token_ids[:-1]]
             session.give(state.cache, held)
 
     def _run_batch(self, requests: "Sequence[_Request]") -> None:
@@ -273,7 +269,7 @@ class LanguageModel:
             sampled = jax.tree.map(lambda x, turn=turn: x[turn], emitted.sampled)
             for row, request in enumerate(requests):
                 if not request.finished:
-                    request.push(sampled, row, bool(emitted.active[turn, row]))
+                    request.completion.push(sampled, row)
 
     def _start(self, requests: "Sequence[_Request]") -> tuple[DecodeState, Emitted]:
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
@@ -287,7 +283,7 @@ class LanguageModel:
         size = cache.kv_len.shape[0]
         empty = [_EMPTY] * (size - len(requests))
         rows = sampling_rows(
-            [*(request.params for request in requests), *empty],
+            [*(dataclasses.replace(request.params, max_tokens=request.max_tokens) for request in requests), *empty],
             vocab_size=self.config.vocab_size,
             prompt_ids=[*(request.prompt_ids for request in requests), *([0] for _ in empty)],
             eos_token_ids=self.eos_token_ids,
@@ -318,8 +314,7 @@ class LanguageModel:
         return dataclasses.replace(cache, page_tables=(_own_pages(batch, pages_per_seq),))
 
     def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
-        if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0):
-            prompts = [prompts]
+        prompts = as_prompts(prompts)
         if sampling_params is None:
             sampling_params = self.default_params()
         if isinstance(sampling_params, SamplingParams):
@@ -333,8 +328,20 @@ class LanguageModel:
         return [self._request(i, prompt, params, seed) for i, (prompt, params) in enumerate(pairs)]
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, seed: int) -> "_Request":
-        if self.tokenizer is None and params.stop:
-            raise ValueError("this model has no tokenizer, so stop strings cannot be seen: use stop_token_ids")
+        for name, value, none in (("n", params.n, 1), ("prompt_logprobs", params.prompt_logprobs, None)):
+            if value != none:
+                raise ValueError(f"{name} must be {none} here, got {value}; jfa_models.LLM serves it")
+        ids = self.prompt_ids(prompt, name=f"prompt {index}")
+        completion = self.completion(ids, params, name=f"prompt {index}")
+        text = prompt if isinstance(prompt, str) else None
+        return _Request(index=index, prompt=text, prompt_ids=ids, completion=completion, seed=seed)
+
+    def prompt_ids(self, prompt: Prompt, *, name: str = "the prompt") -> list[int]:
+        """The token ids of a prompt, which may be token ids already.
+
+        Raises:
+          ValueError: there are none, the vocabulary lacks one, or there is a text but no tokenizer; name says of whom.
+        """
         if not isinstance(prompt, str):
             ids = [operator.index(i) for i in prompt]
         elif self.tokenizer is None:
@@ -342,23 +349,32 @@ class LanguageModel:
         else:
             ids = self.tokenizer.encode(prompt)
         if not ids:
-            raise ValueError(f"prompt {index} is empty: there is nothing to continue; give at least one token")
+            raise ValueError(f"{name} is empty: there is nothing to continue; give at least one token")
         self._check_ids(np.asarray(ids))
+        return ids
+
+    def completion(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int = 0, name: str = "the prompt"
+    ) -> Completion:
+        """What will grow behind a prompt.
+
+        Raises:
+          ValueError: params ask for what this model does not have, or for more than its context.
+        """
+        if self.tokenizer is None and params.stop:
+            raise ValueError("this model has no tokenizer, so stop strings cannot be seen: use stop_token_ids")
         check_token_ids(params, vocab_size=self.config.vocab_size)
-        room = self.config.context_length - len(ids)
+        room = self.config.context_length - len(prompt_ids)
         if room < 1 or (params.max_tokens or 1) > room:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens and max_tokens is {params.max_tokens}, together more than the "
+                f"{name} has {len(prompt_ids)} tokens and max_tokens is {params.max_tokens}, together more than the "
                 f"model's context of {self.config.context_length}; shorten the prompt or lower max_tokens"
             )
-        max_tokens = params.max_tokens or room
-        return _Request(
+        return Completion(
+            prompt_ids,
+            params,
+            max_tokens=params.max_tokens or room,
             index=index,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_ids=ids,
-            params=dataclasses.replace(params, max_tokens=max_tokens),
-            max_tokens=max_tokens,
-            seed=seed,
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
         )
@@ -367,6 +383,13 @@ class LanguageModel:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {wrong}")
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one or many."""
+    if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
 
 
 class Session:
@@ -404,118 +427,31 @@ class Session:
         self._cache, self._ids = cache, list(ids)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Request:
-    """One prompt on its way: what it has emitted, as ids and as text."""
+    """One prompt on its way."""
 
-    def __init__(
-        self,
-        *,
-        index: int,
-        prompt: str | None,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        max_tokens: int,
-        seed: int,
-        tokenizer: Tokenizer | None,
-        eos_token_ids: Sequence[int],
-    ):
-        self.index = index
-        self.prompt = prompt
-        self.prompt_ids = prompt_ids
-        self.params = params
-        self.max_tokens = max_tokens
-        self.seed = seed
-        self.token_ids: list[int] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self._stop_reason: str | int | None = None
-        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self._cumulative = 0.0
-        self._tokenizer = tokenizer
-        self._stream = tokenizer.stream() if tokenizer else None
-        if self._stream:
-            for token in prompt_ids[-TEXT_CONTEXT:]:
-                self._stream.push(token)
-        self._text = ""
-        self._stops_from = 0
-        self._eos_token_ids = frozenset(eos_token_ids)
+    index: int
+    prompt: str | None
+    prompt_ids: list[int]
+    completion: Completion
+    seed: int
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
+    def params(self) -> SamplingParams:
+        return self.completion.params
+
+    @property
+    def max_tokens(self) -> int:
+        return self.completion.max_tokens
 
     @property
     def finished(self) -> bool:
-        return self.finish_reason is not None
-
-    def push(self, sampled: Sampled, row: int, active: bool) -> None:
-        """Takes the token that the device chose; active: the device would go on."""
-        token = int(sampled.token[row])
-        self.token_ids.append(token)
-        if self._logprobs is not None:
-            self._push_logprobs(self._logprobs, sampled, row, token)
-        ended_by_id = not active and self._ends(token)
-        if self._stream and not ended_by_id:
-            self._text += self._stream.push(token)
-        if ended_by_id:
-            self.finish_reason = "stop"
-            self._stop_reason = None if token in self._eos_token_ids else token
-        elif not active:
-            self.finish_reason = "length"
-        if self.finished and self._stream:
-            self._text += self._stream.flush()
-        if self.num_tokens > self.params.min_tokens:
-            self._cut_at_stop_string()
-        else:
-            self._stops_from = len(self._text)
+        return self.completion.finished
 
     def output(self) -> RequestOutput:
-        """The result so far. While it grows, text that may turn out to begin a stop string is held back."""
-        text = self._text if self.finished else self._text[: len(self._text) - self._undecided()]
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=tuple(self.token_ids),
-            cumulative_logprob=None if self._logprobs is None else self._cumulative,
-            logprobs=None if self._logprobs is None else tuple(self._logprobs),
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
-        )
-        return RequestOutput(prompt=self.prompt, prompt_token_ids=tuple(self.prompt_ids), outputs=(completion,))
-
-    def _ends(self, token: int) -> bool:
-        is_eos = token in self._eos_token_ids and not self.params.ignore_eos
-        return is_eos or token in self.params.stop_token_ids
-
-    def _cut_at_stop_string(self) -> None:
-        found = [(at, stop) for stop in self.params.stop if (at := self._text.find(stop, self._stops_from)) >= 0]
-        if found:
-            at, stop = min(found)
-            self._text = self._text[:at]
-            self.finish_reason, self._stop_reason = "stop", stop
-
-    def _undecided(self) -> int:
-        """The length of the longest end of the text that is the beginning of a stop string."""
-        return max(
-            (n for stop in self.params.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
-        )
-
-    def _push_logprobs(self, into: list[dict[int, Logprob]], sampled: Sampled, row: int, token: int) -> None:
-        assert sampled.logprob is not None and sampled.rank is not None
-        chosen, rank = float(sampled.logprob[row]), int(sampled.rank[row])
-        entries = {}
-        if sampled.top_ids is not None and sampled.top_logprobs is not None:
-            likeliest = zip(sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist(), strict=True)
-            for place, (other, logprob) in enumerate(itertools.islice(likeliest, self.params.logprobs), start=1):
-                entries[other] = Logprob(logprob=logprob, rank=place, decoded_token=self._token_text(other))
-        entries.setdefault(token, Logprob(logprob=chosen, rank=rank, decoded_token=self._token_text(token)))
-        into.append(entries)
-        self._cumulative += chosen
-
-    def _token_text(self, token: int) -> str | None:
-        # a model may have more rows than its tokenizer has tokens
-        if self._tokenizer is None or self._tokenizer.core.id_to_token(token) is None:
-            return None
-        return self._tokenizer.token_text(token)
+        outputs = (self.completion.output(),)
+        return RequestOutput(prompt=self.prompt, prompt_token_ids=tuple(self.prompt_ids), outputs=outputs)
 
 
 _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)

@@ -44,7 +44,8 @@ class SamplingParams:
     it. With `ignore_eos` the model's end tokens neither end the request nor are banned by `min_tokens`. `max_tokens`
     None means up to the model's context. `logprobs` is how many of the likeliest tokens to report per token, 0 for the
     chosen one only; they are those of the raw logits. `logit_bias` maps token ids to what is added to their logit; it
-    is kept as a tuple of pairs. `n` above 1 and `prompt_logprobs` are refused.
+    is kept as a tuple of pairs. `n` continuations of one prompt draw independently of each other; the first is what
+    n = 1 gives. `prompt_logprobs` is `logprobs` for the tokens of the prompt. Engine and LLM serve these two.
 
     Raises:
       ValueError: a field is out of its range; the message names it. Ids are checked against a vocabulary by
@@ -70,13 +71,6 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
 
     def __post_init__(self) -> None:
-        if self.n != 1:
-            raise ValueError(f"n must be 1, got {self.n!r}; send the prompt several times with different seeds")
-        if self.prompt_logprobs is not None:
-            raise ValueError(
-                f"prompt_logprobs must be None, got {self.prompt_logprobs!r}; "
-                "take the logits of the prompt from LanguageModel.logits"
-            )
         checked: dict[str, object] = {
             "temperature": _number("temperature", self.temperature, 0, None, "use 0 for greedy, 0.7 to 1 for variety"),
             "top_p": _number("top_p", self.top_p, 0, 1, "use 1 to keep all tokens", low_is_allowed=False),
@@ -87,6 +81,7 @@ class SamplingParams:
                 "repetition_penalty", self.repetition_penalty, 0, None, "use 1 for none", low_is_allowed=False
             ),
             "top_k": _integer("top_k", self.top_k, -1, None, "use 0 to keep all tokens"),
+            "n": _integer("n", self.n, 1, None, "use 1 for one continuation"),
             "min_tokens": _integer("min_tokens", self.min_tokens, 0, None, "use 0 for no minimum"),
             "stop": _stop_strings(self.stop),
             "stop_token_ids": tuple(
@@ -102,9 +97,9 @@ class SamplingParams:
                     f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}; "
                     "lower the one or raise the other"
                 )
-        if self.logprobs is not None:
-            advice = "use None for no log-probabilities"
-            checked["logprobs"] = _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, advice)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                checked[name] = _integer(name, value, 0, MAX_LOGPROBS, "use None for no log-probabilities")
         if self.seed is not None:
             checked["seed"] = _integer("seed", self.seed, 0, 2**64 - 1, "use None for a seed of the engine's choice")
         if self.logit_bias is not None:
@@ -118,6 +113,42 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken and nothing is drawn."""
         return self.temperature < GREEDY_BELOW
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How one request is searched for its likeliest continuations. Names and meanings are vLLM's and transformers'.
+
+    The `beam_width` best of all continuations of the present beams are kept, by their summed log-probability, until
+    `beam_width` have ended with the model's end token (`ignore_eos`: it counts as any other) or have `max_tokens`.
+    Results are ordered by that sum over their length to the power of `length_penalty` (above 0 favours long ones; the
+    end token counts). `early_stopping` True ends as soon as `beam_width` have ended; False, when no present beam can
+    become better at its present length than the worst of them. Each token brings its 2 * `beam_width` likeliest
+    successors, which at least as many live beams need, so `beam_width` is at most MAX_LOGPROBS / 2.
+
+    Source: the search of transformers' `generate(num_beams=...)`; arXiv:1609.08144, section 7, for the penalty.
+
+    Raises:
+      ValueError: a field is out of its range; the message names it.
+    """
+
+    beam_width: int = 4
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        largest = MAX_LOGPROBS // 2
+        width = _integer("beam_width", self.beam_width, 1, largest, f"there are {MAX_LOGPROBS} candidates per beam")
+        length = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, "say how long a continuation may get")
+        penalty = _number("length_penalty", self.length_penalty, -10, 10, "use 0 for none, 1 for the mean")
+        for name in ("early_stopping", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        object.__setattr__(self, "beam_width", width)
+        object.__setattr__(self, "max_tokens", length)
+        object.__setattr__(self, "length_penalty", penalty)
 
 
 def check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
@@ -205,34 +236,83 @@ def sampling_rows(
         )
     for one in params:
         check_token_ids(one, vocab_size=vocab_size)
-
-    def column(values: Sequence[int] | Sequence[float], dtype: type[np.generic]) -> Array:
-        return jnp.asarray(np.asarray(values, dtype))
-
-    filters = [(0, 1.0, 0.0) if one.is_greedy else (one.top_k, one.top_p, one.min_p) for one in params]
-    top_k = [k if 0 < k < vocab_size else 0 for k, _, _ in filters]
+    seeds = [seed_sequence(one, default_seed, i) for one, i in zip(params, request_ids, strict=True)]
+    columns = _columns(params, seeds, eos_token_ids, vocab_size)
     has_repetition = any(one.repetition_penalty != 1 for one in params)
     has_penalty = has_repetition or any(one.presence_penalty or one.frequency_penalty for one in params)
     num_logprobs = max((one.logprobs for one in params if one.logprobs is not None), default=None)
     return SamplingRows(
-        temperature=column([0.0 if one.is_greedy else one.temperature for one in params], np.float32),
-        top_k=column(top_k, np.int32),
-        top_p=column([p for _, p, _ in filters], np.float32),
-        min_p=column([p for _, _, p in filters], np.float32),
-        presence_penalty=column([one.presence_penalty for one in params], np.float32),
-        frequency_penalty=column([one.frequency_penalty for one in params], np.float32),
-        repetition_penalty=column([one.repetition_penalty for one in params], np.float32),
-        key=jnp.asarray(_key_data(params, default_seed, request_ids)),
-        stop_ids=jnp.asarray(_padded_stop_ids(params, eos_token_ids)),
-        max_tokens=column([MAX_INT32 if one.max_tokens is None else one.max_tokens for one in params], np.int32),
-        min_tokens=column([one.min_tokens for one in params], np.int32) if any(p.min_tokens for p in params) else None,
-        logit_bias=jnp.asarray(_dense_bias(params, vocab_size)) if any(p.logit_bias for p in params) else None,
-        prompt_seen=jnp.asarray(_seen(prompt_ids, vocab_size)) if has_repetition else None,
+        **jax.tree.map(jnp.asarray, columns),
+        min_tokens=_min_tokens(params) if any(p.min_tokens for p in params) else None,
+        logit_bias=jnp.asarray(dense_bias(params, vocab_size)) if any(p.logit_bias for p in params) else None,
+        prompt_seen=jnp.asarray(seen(prompt_ids, vocab_size)) if has_repetition else None,
         output_counts=jnp.zeros((len(params), vocab_size), jnp.int32) if has_penalty else None,
         greedy=all(one.is_greedy for one in params),
-        truncates=any(top_k) or any(top_p < 1 or min_p > 0 for _, top_p, min_p in filters),
+        truncates=bool(columns["top_k"].any() or (columns["top_p"] < 1).any() or (columns["min_p"] > 0).any()),
         num_logprobs=MAX_LOGPROBS if num_logprobs else num_logprobs,
     )
+
+
+def slot_rows(
+    params: Sequence[SamplingParams],
+    seeds: Sequence[np.random.SeedSequence],
+    *,
+    vocab_size: int,
+    eos_token_ids: Sequence[int],
+) -> SamplingRows:
+    """The rows of an engine's step, whose dense arrays are kept by slot (steps.Slots): of eight kinds and no more.
+
+    min_tokens is there as soon as one of them adjusts its logits.
+    """
+    greedy = all(one.is_greedy for one in params)
+    return SamplingRows(
+        **jax.tree.map(jnp.asarray, _columns(params, seeds, eos_token_ids, vocab_size)),
+        min_tokens=_min_tokens(params) if any(map(adjusts, params)) else None,
+        logit_bias=None,
+        prompt_seen=None,
+        output_counts=None,
+        greedy=greedy,
+        truncates=not greedy,
+        num_logprobs=None if all(one.logprobs is None for one in params) else MAX_LOGPROBS,
+    )
+
+
+def adjusts(params: SamplingParams) -> bool:
+    """Whether a request changes its logits before the draw: by a bias, a penalty, or a ban of end tokens."""
+    penalties = (params.repetition_penalty - 1, params.frequency_penalty, params.presence_penalty)
+    return bool(params.logit_bias or params.min_tokens or any(penalties))
+
+
+def _columns(
+    params: Sequence[SamplingParams],
+    seeds: Sequence[np.random.SeedSequence],
+    eos_token_ids: Sequence[int],
+    vocab_size: int,
+) -> dict[str, np.ndarray]:
+    """The fields of SamplingRows that hold one number or a few for each row."""
+    filters = [(0, 1.0, 0.0) if one.is_greedy else (one.top_k, one.top_p, one.min_p) for one in params]
+    floats = {
+        "temperature": [0.0 if one.is_greedy else one.temperature for one in params],
+        "top_p": [p for _, p, _ in filters],
+        "min_p": [p for _, _, p in filters],
+        "presence_penalty": [one.presence_penalty for one in params],
+        "frequency_penalty": [one.frequency_penalty for one in params],
+        "repetition_penalty": [one.repetition_penalty for one in params],
+    }
+    integers = {
+        "top_k": [k if 0 < k < vocab_size else 0 for k, _, _ in filters],
+        "max_tokens": [MAX_INT32 if one.max_tokens is None else one.max_tokens for one in params],
+    }
+    return {
+        **{name: np.asarray(values, np.float32) for name, values in floats.items()},
+        **{name: np.asarray(values, np.int32) for name, values in integers.items()},
+        "key": np.stack([sequence.generate_state(2, np.uint32) for sequence in seeds]),
+        "stop_ids": _padded_stop_ids(params, eos_token_ids),
+    }
+
+
+def _min_tokens(params: Sequence[SamplingParams]) -> Int32[Array, " b"]:
+    return jnp.asarray([one.min_tokens for one in params], jnp.int32)
 
 
 def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: Int[Array, " b"]) -> Sampled:
@@ -257,7 +337,7 @@ def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: I
         token = jnp.where(has_mass & (rows.temperature > 0), _draw(weights, rows.key, num_generated), token)
     if rows.num_logprobs is None:
         return Sampled(token=token)
-    return _with_logprobs(token, raw, min(rows.num_logprobs, vocab_size))
+    return with_logprobs(token, raw, min(rows.num_logprobs, vocab_size))
 
 
 def update(rows: SamplingRows, token: Int[Array, " b"], active: Bool[Array, " b"]) -> SamplingRows:
@@ -413,7 +493,8 @@ def _high_half_of_product(x: UInt32[Array, " b"], y: UInt32[Array, " b"]) -> UIn
     return x_high * y_high + (middle >> 16) + carry
 
 
-def _with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num_top: int) -> Sampled:
+def with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num_top: int) -> Sampled:
+    """A token of each row of raw logits with its log-probability and rank, and the num_top likeliest ones."""
     base = jnp.maximum(jnp.max(raw, axis=-1, keepdims=True), -MAX_LOGIT)
     log_sum = jnp.log(jnp.sum(jnp.exp(raw - base), axis=-1, keepdims=True))
 
@@ -431,14 +512,12 @@ def _with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], nu
     )
 
 
-def _key_data(params: Sequence[SamplingParams], default_seed: int, request_ids: Sequence[int]) -> np.ndarray:
-    sequences = [
-        np.random.SeedSequence(default_seed, spawn_key=(request_id,))
-        if one.seed is None
-        else np.random.SeedSequence(one.seed)
-        for one, request_id in zip(params, request_ids, strict=True)
-    ]
-    return np.stack([sequence.generate_state(2, np.uint32) for sequence in sequences])
+def seed_sequence(params: SamplingParams, default_seed: int, request_id: int, index: int = 0) -> np.random.SeedSequence:
+    """What the draws of one continuation follow: its seed, or the caller's and the request's number; and its index."""
+    own = (index,) if index else ()
+    if params.seed is None:
+        return np.random.SeedSequence(default_seed, spawn_key=(request_id, *own))
+    return np.random.SeedSequence(params.seed, spawn_key=own)
 
 
 def _padded_stop_ids(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> np.ndarray:
@@ -448,7 +527,8 @@ def _padded_stop_ids(params: Sequence[SamplingParams], eos_token_ids: Sequence[i
     return np.asarray([row + [-1] * (width - len(row)) for row in ids], np.int32)
 
 
-def _dense_bias(params: Sequence[SamplingParams], vocab_size: int) -> np.ndarray:
+def dense_bias(params: Sequence[SamplingParams], vocab_size: int) -> np.ndarray:
+    """What each request adds to its logits, f32[b, vocab]."""
     bias = np.zeros((len(params), vocab_size), np.float32)
     for row, one in enumerate(params):
         for token_id, value in _bias_pairs(one.logit_bias or ()):
@@ -456,11 +536,12 @@ def _dense_bias(params: Sequence[SamplingParams], vocab_size: int) -> np.ndarray
     return bias
 
 
-def _seen(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    seen = np.zeros((len(prompt_ids), vocab_size), np.bool_)
+def seen(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """Which tokens each prompt has, bool[b, vocab]."""
+    found = np.zeros((len(prompt_ids), vocab_size), np.bool_)
     for row, ids in enumerate(prompt_ids):
-        seen[row, np.asarray(ids, np.int64)] = True
-    return seen
+        found[row, np.asarray(ids, np.int64)] = True
+    return found
 
 
 def _bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

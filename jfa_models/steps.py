@@ -14,12 +14,24 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+import jfa
 from jfa_models.attention import Cache
 from jfa_models.decoder import Decoder
-from jfa_models.sampling import Sampled, SamplingRows, finished_by_id, sample, update
+from jfa_models.sampling import (
+    MAX_LOGPROBS,
+    Sampled,
+    SamplingRows,
+    finished_by_id,
+    sample,
+    update,
+    with_logprobs,
+)
 
 # Decoded tokens between two looks of the host at the texts of an offline batch (for stop strings).
 STEPS_PER_CALL = 32
+
+# Tokens of a prompt whose logits are there at a time.
+LOGPROB_ROWS = 64
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +62,37 @@ class Emitted:
     active: Bool[Array, " b"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step of an engine: the new tokens of some rows, any number of each, one behind the other.
+
+    Attributes:
+      tokens: a negative one stands for the last token of its row's slot, which the host does not know yet.
+      query_start: where each row's tokens begin; None: there is one of each row.
+      slot: of each row; one that does not exist for rows that are padding.
+      last: the place in tokens of the one whose successor a row wants; one past the end for none.
+      next_tokens: what follows each token, where the log-probabilities of a prompt are wanted.
+    """
+
+    tokens: Int[Array, " n"]
+    query_start: Int[Array, " b+1"] | None
+    slot: Int[Array, " b"]
+    last: Int[Array, " b"]
+    next_tokens: Int[Array, " n"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """What an engine keeps for each request that runs. The last three are there once a request adjusts its logits."""
+
+    last_token: Int[Array, " slots"]
+    prompt_seen: Bool[Array, "slots vocab"] | None = None
+    output_counts: Int[Array, "slots vocab"] | None = None
+    logit_bias: Float[Array, "slots vocab"] | None = None
+
+
 class Steps:
     """The compiled steps of one decoder.
 
@@ -60,7 +103,13 @@ class Steps:
     decode(params, state) -> (state, emitted): one more token
     decode_many(params, state) -> (state, emitted [n, b], turns): up to n = STEPS_PER_CALL more tokens
 
-    Cache and state are donated, and the hidden state of prefill.
+    and those of an engine, whose rows come and go (Batch, Slots):
+    advance(params, cache, last_token, batch) -> (cache, f32[b, vocab], Sampled | None)
+    draw(slots, logits, rows, slot, samples, num_generated) -> (slots, Sampled): a token of each row that samples
+    adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: what a request brings to its slot
+    copy_pages(cache, source, destination) -> cache
+
+    Cache, state and slots are donated, and the hidden state of prefill.
     """
 
     def __init__(self, decoder: Decoder):
@@ -81,6 +130,10 @@ class Steps:
         self.first = step(_first, donate=(1,))
         self.decode = step(_decode, donate=(1,))
         self.decode_many = step(_decode_many, donate=(1,))
+        self.advance = step(_advance, donate=(1,))
+        self.draw = jax.jit(_draw, donate_argnums=0)
+        self.adjust = jax.jit(_adjust, donate_argnums=0)
+        self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0)
 
 
 def _logits(decoder: Decoder, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None) -> Float[Array, "b t vocab"]:
@@ -157,3 +210,66 @@ def _decode_many(decoder: Decoder, state: DecodeState) -> tuple[DecodeState, Emi
         return state, jax.tree.map(lambda x, y: x.at[turn].set(y), emitted, new), turn + 1
 
     return lax.while_loop(goes_on, turn_once, (state, emitted, jnp.int32(0)))
+
+
+def _advance(
+    decoder: Decoder, cache: jfa.PagedKVCache, last_token: Int[Array, " slots"], batch: Batch
+) -> tuple[Cache, Float[Array, "b vocab"], Sampled | None]:
+    """The logits behind each row's wanted token; with next_tokens also their log-probabilities, a row per token."""
+    n, b = batch.tokens.shape[0], batch.slot.shape[0]
+    if batch.query_start is None:
+        lengths = (batch.slot < last_token.shape[0]).astype(jnp.int32)
+        first, shape = jnp.arange(b), (b, 1)
+    else:
+        # a row without tokens begins where the next one does, whose first token is not its own
+        lengths, has_tokens = None, jnp.diff(batch.query_start) > 0
+        first, shape = jnp.where(has_tokens, batch.query_start[:-1], n), (1, n)
+    known = jnp.take(batch.tokens, first, mode="clip")
+    token = jnp.where(known < 0, jnp.take(last_token, batch.slot, mode="clip"), known)
+    tokens = batch.tokens.at[first].set(token, mode="drop").reshape(shape)
+    states, filled = decoder(tokens, lengths=lengths, query_start=batch.query_start, cache=cache)
+    assert filled is not None
+    states = states.reshape(n, -1)
+    logits = decoder.unembed(jnp.take(states, batch.last, axis=0, mode="clip"))
+    if batch.next_tokens is None:
+        return filled, logits, None
+
+    def block(part):
+        states, tokens = part
+        raw = decoder.unembed(states).astype(jnp.float32)
+        return with_logprobs(tokens, raw, min(MAX_LOGPROBS, raw.shape[-1]))
+
+    # all logits of a chunk at a time could outweigh the model
+    parts = jax.tree.map(lambda x: x.reshape(-1, min(n, LOGPROB_ROWS), *x.shape[1:]), (states, batch.next_tokens))
+    return filled, logits, jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), lax.map(block, parts))
+
+
+def _draw(
+    slots: Slots,
+    logits: Float[Array, "b vocab"],
+    rows: SamplingRows,
+    slot: Int[Array, " b"],
+    samples: Bool[Array, " b"],
+    num_generated: Int[Array, " b"],
+) -> tuple[Slots, Sampled]:
+    """Rows that sample leave their token in their slot. With min_tokens logits are adjusted, and the tokens counted."""
+    adjusts = rows.min_tokens is not None
+    if adjusts:
+        mine = {
+            name: jnp.take(getattr(slots, name), slot, axis=0, mode="clip")
+            for name in ("prompt_seen", "output_counts", "logit_bias")
+        }
+        rows = dataclasses.replace(rows, **mine)
+    sampled = sample(logits, rows, num_generated)
+    place = jnp.where(samples, slot, slots.last_token.shape[0])
+    slots = dataclasses.replace(slots, last_token=slots.last_token.at[place].set(sampled.token, mode="drop"))
+    if adjusts:
+        assert slots.output_counts is not None, "a slot has counts before a row adjusts its logits"
+        counts = slots.output_counts.at[place, sampled.token].add(1, mode="drop")
+        slots = dataclasses.replace(slots, output_counts=counts)
+    return slots, sampled
+
+
+def _adjust(slots: Slots, slot, prompt_seen, output_counts, logit_bias) -> Slots:
+    new = {"prompt_seen": prompt_seen, "output_counts": output_counts, "logit_bias": logit_bias}
+    return dataclasses.replace(slots, **{name: getattr(slots, name).at[slot].set(x) for name, x in new.items()})

@@ -345,10 +345,10 @@ def test_what_nobody_uses_is_not_there():
 
 
 REFUSED = {  # name: (fields, the whole message)
-    "n": ({"n": 2}, "n must be 1, got 2; send the prompt several times with different seeds"),
+    "n": ({"n": 0}, "n must be an integer >= 1, got 0; use 1 for one continuation"),
     "prompt_logprobs": (
-        {"prompt_logprobs": 1},
-        "prompt_logprobs must be None, got 1; take the logits of the prompt from LanguageModel.logits",
+        {"prompt_logprobs": 21},
+        "prompt_logprobs must be an integer from 0 to 20, got 21; use None for no log-probabilities",
     ),
     "temperature": (
         {"temperature": -0.5},

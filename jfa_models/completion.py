@@ -1,0 +1,138 @@
+"""One continuation as it grows on the host: its tokens, its text, and when it ends."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from jfa_models.outputs import CompletionOutput, FinishReason, Logprob
+from jfa_models.sampling import Sampled, SamplingParams
+from jfa_models.tokenizer import Tokenizer
+
+# The last tokens of a prompt, enough to end in whole characters: they decide how the first new token is spelled (after
+# a word it keeps its leading space, at the start of a text some tokenizers drop it).
+TEXT_CONTEXT = 8
+
+
+class Completion:
+    """What a prompt is continued with: token by token in, text out.
+
+    Attributes:
+      token_ids: every token so far, the one that ended it included.
+      finish_reason: None while it grows.
+      max_tokens: when it ends at the latest.
+      cumulative_logprob: the sum over its tokens, where somebody keeps it.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        index: int = 0,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Sequence[int],
+    ):
+        self.params = params
+        self.max_tokens = max_tokens
+        self.index = index
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._stop_reason: str | int | None = None
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream() if tokenizer else None
+        if self._stream:
+            for token in prompt_ids[-TEXT_CONTEXT:]:
+                self._stream.push(token)
+        self._text = ""
+        self._stops_from = 0
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens are taken."""
+        return self.finish_reason is not None
+
+    def push(self, sampled: Sampled, row: int) -> None:
+        """Takes the token that the device chose for a row."""
+        token = int(sampled.token[row])
+        if self._logprobs is not None and self.cumulative_logprob is not None:
+            entries = logprobs_of(sampled, row, self.params.logprobs, self._tokenizer)
+            self._logprobs.append(entries)
+            self.cumulative_logprob += entries[token].logprob
+        self.take(token)
+
+    def take(self, token: int) -> None:
+        """Takes a token that somebody chose."""
+        self.token_ids.append(token)
+        ended_by_id = self._ends(token)
+        if self._stream and not ended_by_id:
+            self._text += self._stream.push(token)
+        if ended_by_id:
+            self.finish_reason = "stop"
+            self._stop_reason = None if token in self._eos_token_ids else token
+        elif len(self.token_ids) >= self.max_tokens:
+            self.finish_reason = "length"
+        if self.finished and self._stream:
+            self._text += self._stream.flush()
+        if len(self.token_ids) > self.params.min_tokens:
+            self._cut_at_stop_string()
+        else:
+            self._stops_from = len(self._text)
+
+    def end(self, reason: FinishReason) -> None:
+        """Ends it where it stands, if it has not ended."""
+        if not self.finished:
+            self.finish_reason = reason
+
+    def output(self) -> CompletionOutput:
+        """The result so far. While it grows, text that may turn out to begin a stop string is held back."""
+        text = self._text if self.finished else self._text[: len(self._text) - self._undecided()]
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tuple(self.token_ids),
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+
+    def _ends(self, token: int) -> bool:
+        is_eos = token in self._eos_token_ids and not self.params.ignore_eos
+        return is_eos or token in self.params.stop_token_ids
+
+    def _cut_at_stop_string(self) -> None:
+        found = [(at, stop) for stop in self.params.stop if (at := self._text.find(stop, self._stops_from)) >= 0]
+        if found:
+            at, stop = min(found)
+            self._text = self._text[:at]
+            self.finish_reason, self._stop_reason = "stop", stop
+
+    def _undecided(self) -> int:
+        """The length of the longest end of the text that is the beginning of a stop string."""
+        return max(
+            (n for stop in self.params.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
+        )
+
+
+def logprobs_of(sampled: Any, row: int, num_top: int | None, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """The num_top likeliest tokens of a row of Sampled, and always its token, by their ids."""
+    assert sampled.logprob is not None and sampled.rank is not None
+    token, chosen, rank = int(sampled.token[row]), float(sampled.logprob[row]), int(sampled.rank[row])
+    entries = {}
+    if sampled.top_ids is not None and sampled.top_logprobs is not None:
+        likeliest = zip(sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist(), strict=True)
+        for place, (other, logprob) in enumerate(itertools.islice(likeliest, num_top), start=1):
+            entries[other] = Logprob(logprob=logprob, rank=place, decoded_token=_token_text(tokenizer, other))
+    entries.setdefault(token, Logprob(logprob=chosen, rank=rank, decoded_token=_token_text(tokenizer, token)))
+    return entries
+
+
+def _token_text(tokenizer: Tokenizer | None, token: int) -> str | None:
+    # a model may have more rows than its tokenizer has tokens
+    if tokenizer is None or tokenizer.core.id_to_token(token) is None:
+        return None
+    return tokenizer.token_text(token)
