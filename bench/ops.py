@@ -245,7 +245,7 @@ def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
 
 def _decode_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
     """A group of heads is 16 rows at most here, one wave's worth: more waves repeat each other's work."""
-    return [dict(block_q=16, num_warps=warps) for warps in (1, 2, 4)]
+    return _with_chunks(arch, dtype, head_dim, [dict(block_q=16, num_warps=warps) for warps in (1, 2, 4)])
 
 
 def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
@@ -253,6 +253,8 @@ def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
     if aot.is_cdna(arch) and head_dim > 128:
         return [dict(block_q=64, num_warps=warps) for warps in (4, 8)]
     starts = _forward_starts(arch, dtype.partition(" on ")[0], head_dim)
+    if arch.startswith("gfx1") and head_dim > 128:
+        starts = [dict(block_q=16, num_warps=4, block_d=32), *starts]  # numbers on their way to floats need room
     return [start for start in starts if start["block_q"] <= 128]
 
 

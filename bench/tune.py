@@ -5,10 +5,9 @@ spills, loses waves or gets slower, then its late axes, one at a time, on the be
 another, the best ALIKE of that one. Then:
 
 AMD: wanted is what fits the LDS, spills nothing and leaves two waves on a SIMD or more; of that the most FLOP per cycle
-(the order of matrix_bound, which also exists where no matrix instruction serves a dtype). Spills outside the main loop
-cost a row once and not every tile: up to OUTSIDE of them are borne for GAIN times the FLOP per cycle of what spills
-nothing. Within TIE two candidates are equal; then workgroups that do not wait for each other come first (two or more on
-a compute unit), then the larger tile, which reads less, fewer waves, fewer stages.
+(the order of matrix_bound, which also exists where no matrix instruction serves a dtype). Within TIE two candidates are
+equal; then workgroups that do not wait for each other come first (two or more on a compute unit), then the larger tile,
+which reads less, fewer waves, fewer stages.
 
 NVIDIA, whose cycles cannot be counted: what fits the shared memory, also that of neighbours who use the table, spills
 nothing and leaves eight warps on a multiprocessor (two per scheduler) or more; of that the largest tile up to 128 x 128
@@ -46,8 +45,8 @@ from .ops import Op, named
 
 LANE_REGISTERS = 255  # that a tile may take: of CDNA's 512, half is what leaves two waves on a SIMD
 WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
-OUTSIDE, GAIN = 32, 1.75
-SPILLING = 2.5
+GAIN = 1.75
+SPILLING, FEW = 2.5, 32
 TIE = 0.97
 LATE, ALIKE = 2, 3  # candidates on which late axes are tried; that are tried for a dtype like another
 TRIED, LOSS = 6, 0.75  # how many candidates, and how far below the best, before a variant is given up
@@ -59,10 +58,9 @@ _NVIDIA_REGISTERS = 65_536  # of a multiprocessor. Source: CUDA C programming gu
 
 RULES = {
     "rocm": (
-        "of the configurations that fit the LDS, spill nothing (or little, outside of the main loop, where that gains "
-        f"three quarters) and keep {WAVES} waves per SIMD, also in the kernel's other calls (windows, lengths, padded "
-        "head_dims), the one with the most FLOP per cycle in its main loop, the larger tile on a tie; where a note "
-        "says so nothing was as wanted, and the entry is the least bad"
+        f"of the configurations that fit the LDS, spill nothing and keep {WAVES} waves per SIMD, also in the kernel's "
+        "other calls (windows, lengths, padded head_dims), the one with the most FLOP per cycle in its main loop, the "
+        "larger tile on a tie; where a note says so nothing was as wanted, and the entry is the least bad"
     ),
     "cuda": (
         "of the configurations that fit the shared memory, spill nothing and keep "
@@ -238,9 +236,9 @@ def ranked(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return
     clean = [one for one in left if not one["vgpr_spills"]]
     enough = GAIN * max(map(_merit, clean), default=0.0)
-    bearable = [one for one in left if not one["vgpr_spills"] or _merit(one) > enough]
-    first = [one for one in bearable if wanted(one)]
-    second = [one for one in clean if one not in first] if bearable == clean else []
+    first = [one for one in clean if wanted(one)]
+    gains = any(_merit(one) > enough for one in left if one["vgpr_spills"])
+    second = [one for one in clean if one not in first and (first or not gains)]
     yield from _best_of_equals(first)
     yield from _best_of_equals(second)
     yield from _least_bad([one for one in left if one not in first and one not in second])
@@ -252,8 +250,7 @@ def wanted(one: Mapping[str, Any]) -> bool:
         return False
     if not aot.is_amd(one["arch"]):
         return not one["vgpr_spills"] and _resident_warps(one) >= WARPS
-    in_loop = (one["loop_cycles"] or {}).get("scratch", 0)
-    return not in_loop and one["vgpr_spills"] <= OUTSIDE and one["waves_per_simd"] >= WAVES
+    return not one["vgpr_spills"] and one["waves_per_simd"] >= WAVES
 
 
 def _best_of_equals(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -289,7 +286,7 @@ def _nvidia_preference(one: Mapping[str, Any]) -> tuple:
 def _least_bad(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """On AMD."""
     fewest = min((one["vgpr_spills"] for one in records), default=0)
-    near = [one for one in records if one["vgpr_spills"] <= SPILLING * max(fewest, OUTSIDE)]
+    near = [one for one in records if one["vgpr_spills"] <= SPILLING * max(fewest, FEW)]
     yield from _best_of_equals(near)
     yield from sorted((one for one in records if one not in near), key=lambda one: (one["vgpr_spills"], _text(one)))
 

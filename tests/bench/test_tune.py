@@ -55,19 +55,13 @@ def test_the_most_flop_per_cycle_wins():
     [
         dict(waves_per_simd=1),
         dict(vgpr_spills=3, loop_cycles={"scratch": 4}),
-        dict(vgpr_spills=33),
+        dict(vgpr_spills=1, loop_cycles={}),
         dict(status="over_lds", lds_bytes=70_000),
         dict(status="failed", vgpr=None, lds_bytes=None, flop_per_cycle=None),
     ],
 )
 def test_what_lacks_something_loses_to_what_does_not(lacking):
     assert first(row(tile=LARGE, **{"flop_per_cycle": 500.0} | lacking), row(tile=SMALL)) == SMALL
-
-
-def test_spills_outside_of_the_main_loop_are_borne_for_three_quarters_more():
-    """gfx1100 at head_dim 128: six spilled registers outside of the loop, or waves that repeat each other's scores."""
-    assert first(row(tile=LARGE, vgpr_spills=6, flop_per_cycle=180.0), row(tile=SMALL)) == LARGE
-    assert first(row(tile=LARGE, vgpr_spills=6, flop_per_cycle=170.0), row(tile=SMALL)) == SMALL
 
 
 def test_a_single_wave_counts_half_beside_what_spills():
@@ -242,13 +236,10 @@ def test_a_variant_that_spills_is_borne_if_the_call_itself_spills():
     def spills(case, config):
         return dict(vgpr_spills=20 if case.variant else 10 * (config["block_q"] == 128), flop_per_cycle=512.0)
 
-    def fast(case, config):
-        return spills(case, config) | ({} if config["block_q"] == 128 else dict(flop_per_cycle=100.0))
-
     fragile = tune.offline(OP, "gfx942", Paper(spills))["bfloat16", 64]
     assert fragile.note is not None and not fragile.chosen["vgpr_spills"]
-    borne = tune.offline(OP, "gfx942", Paper(fast))["bfloat16", 64]
-    assert borne.note is None and borne.chosen["vgpr_spills"] == 10
+    everywhere = Paper(lambda case, config: dict(vgpr_spills=20 if case.variant else 10))
+    assert tune.offline(OP, "gfx942", everywhere)["bfloat16", 64].note.startswith("nothing tried was as wanted")
 
 
 def test_what_an_entry_lacks_stands_in_its_note():
