@@ -1,5 +1,6 @@
 """The `jfa-bench` command."""
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import jax
 from jfa_models.cli import command_group, model_options, run
 from jfa_models.generate import KV_DTYPES, from_pretrained
 
-from . import accuracy, attention, compile, memory, models, paged, prove, record, report, tune
+from . import accuracy, attention, compile, memory, models, paged, prove, record, report, throughput, tune
 
 
 def main() -> None:
@@ -154,6 +155,66 @@ def decode(batch, prompt, model, dtype, samples, output) -> None:
     language_model = from_pretrained(model, dtype=dtype)
     records = list(models.decode(language_model, model, batches=batch, prompts=prompt, samples=samples))
     click.echo(record.render(records, output, models.COLUMNS))
+
+
+@commands.command("throughput")
+@click.option("--num-prompts", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--lengths", type=click.Choice(throughput.LENGTHS), default="skewed", show_default=True)
+@click.option("--input-len", type=click.IntRange(min=1), default=64, show_default=True, help="The longest prompt.")
+@click.option("--output-len", type=click.IntRange(min=1), default=256, show_default=True, help="The longest answer.")
+@click.option(
+    "--request-rate", type=click.FloatRange(min=0, min_open=True), default=math.inf, help="Per second; all at once."
+)
+@click.option("--max-concurrency", type=click.IntRange(min=1), help="Requests in the engine at a time.")
+@click.option("--max-num-seqs", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a step.")
+@click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of quantized pages.")
+@click.option("--page-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--implementation", type=compile.Names("implementation", throughput.IMPLEMENTATIONS), default="static,engine"
+)
+@model_options
+@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+def throughput_command(
+    num_prompts,
+    lengths,
+    input_len,
+    output_len,
+    request_rate,
+    max_concurrency,
+    max_num_seqs,
+    kv_dtype,
+    page_size,
+    seed,
+    implementation,
+    model,
+    dtype,
+    output,
+) -> None:
+    """Requests of all lengths through the engine, beside batches that wait for their longest row."""
+    language_model = from_pretrained(model, dtype=dtype)
+    arrivals = throughput.trace(
+        num_prompts=num_prompts,
+        lengths=lengths,
+        input_len=input_len,
+        output_len=output_len,
+        request_rate=request_rate,
+        vocab_size=language_model.config.vocab_size,
+        seed=seed,
+    )
+    case = {"model": model, "dtype": language_model.dtype.name, "num_prompts": num_prompts, "lengths": lengths}
+    case |= {"input_len": input_len, "output_len": output_len, "max_num_seqs": max_num_seqs, "seed": seed}
+    case |= {"request_rate": request_rate if math.isfinite(request_rate) else None, "kv_dtype": kv_dtype}
+    records = throughput.measure(
+        language_model,
+        arrivals,
+        case=case | {"max_concurrency": max_concurrency, "page_size": page_size},
+        implementations=implementation,
+        max_num_seqs=max_num_seqs,
+        max_concurrency=max_concurrency,
+        engine_options={"kv_dtype": kv_dtype, "page_size": page_size},
+    )
+    click.echo(record.render(list(records), output, throughput.COLUMNS))
 
 
 commands.add_command(compile.command)

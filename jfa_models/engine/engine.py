@@ -42,7 +42,7 @@ from jfa_models.steps import Batch, Slots
 SMALLEST_STEP = 32  # tokens of a step with prompts: its shapes are the powers of two from here on
 SMALLEST_COPY = 8  # pages that are copied at a time
 FREE_MEMORY = 0.85  # of what the device has left, for pages
-HOST_CACHE_BYTES = 2**31  # for pages where the device does not say how much memory it has
+HOST_CACHE_BYTES = 2**30  # for pages where the device does not say how much memory it has
 WATERMARK = 0.01  # of the pages, left for those that run when a prompt is admitted
 
 Params = SamplingParams | BeamSearchParams
@@ -113,7 +113,7 @@ class Engine:
 
         Args:
           kv_dtype: of the pages: "int8", "fp8" or "int4"; None: the model's dtype.
-          num_pages: of page_size tokens each; None: what fits most of the device's free memory, or 2 GiB of the host's,
+          num_pages: of page_size tokens each; None: what fits most of the device's free memory, or 1 GiB of the host's,
             and no more than max_num_seqs of max_model_len need.
           max_num_seqs: continuations that run at a time.
           max_num_batched_tokens: of a step; None: 512 on a CPU, 2048 elsewhere.
@@ -239,6 +239,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether step has something to do."""
         return bool(self._requests)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the pool holds."""
+        return (self._scheduler.allocator.num_pages - 1) * self._scheduler.allocator.page_size
 
     def step(self) -> list[RequestOutput]:
         """Launches a step and reads the results of the one before. The requests that ended, in the order they did."""
@@ -386,8 +391,8 @@ class Engine:
             raise ValueError(
                 f"the prompt has {len(request.prompt_ids)} tokens and max_tokens is {max_tokens}, together more than "
                 f"max_model_len={self.max_model_len} (the model's context is {self.model.config.context_length}, the "
-                f"pool has {self._scheduler.allocator.num_pages - 1} pages of {self._scheduler.allocator.page_size} "
-                "tokens); shorten the prompt, lower max_tokens, or give the engine more pages"
+                f"pool holds {self.num_slots} tokens); shorten the prompt, lower max_tokens, or "
+                "give the engine more pages"
             )
 
     def _receive(self) -> list[Request]:

@@ -1,6 +1,5 @@
 """Generation: a real model against an independent implementation, and everything else on a tiny seeded one."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -12,18 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import BYTES, SPECIAL, byte_tokenizer, sentence_piece_tokenizer
+from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sentence_piece_tokenizer, sharp_decoder
 
 from jfa_bench.numerics import assert_within
 from jfa_models.config import DecoderConfig, GenerationDefaults, RopeConfig
-from jfa_models.decoder import Decoder
 from jfa_models.generate import LanguageModel, Session, from_pretrained
 from jfa_models.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TIE = 5e-3  # top-1 minus top-2 logit under which another order of sums may choose the other token
 
-PRINTABLE = [len(SPECIAL) + BYTES.index(chr(code)) for code in range(33, 127)]
 
 CONFIG = DecoderConfig(
     vocab_size=272,  # more rows than the tokenizer has tokens, as in many checkpoints
@@ -53,19 +50,9 @@ SAMPLED = SamplingParams(
 PROMPTS = ["Hi", "a longer prompt of 30 letters.", "x", "seven c"]
 
 
-def seeded_decoder():
-    """Writes printable letters: weights are large enough for sharp choices, and the head is zero for other tokens."""
-    decoder = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    nnx.update(decoder, jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, nnx.state(decoder)))
-    head = decoder.lm_head.weight
-    is_printable = jnp.isin(jnp.arange(CONFIG.vocab_size), jnp.array(PRINTABLE))
-    head[...] = jnp.where(is_printable[:, None], head[...], 0)
-    return decoder
-
-
 @pytest.fixture(scope="module")
 def model():
-    decoder = seeded_decoder()
+    decoder = sharp_decoder(CONFIG)
     params = tuple(jax.tree.leaves(nnx.split(decoder)[1]))
     return LanguageModel(decoder=decoder, params=params, tokenizer=byte_tokenizer())
 
@@ -76,22 +63,6 @@ def greedy_text(model):
     [result] = model.generate("Hi", GREEDY)
     assert len(set(result.outputs[0].text)) > 5 and result.outputs[0].finish_reason == "length"
     return result.outputs[0].text
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    """A list that grows with every program that XLA compiles."""
-    seconds = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seconds
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def last(results):
@@ -309,7 +280,7 @@ def test_max_tokens_none_means_up_to_the_context(model):
 
 def test_eos_tokens_come_from_the_defaults_else_from_the_tokenizer(model):
     assert model.eos_token_ids == (1,)
-    parts = dict(decoder=seeded_decoder(), params=model.params)
+    parts = dict(decoder=sharp_decoder(CONFIG), params=model.params)
     assert LanguageModel(**parts).eos_token_ids == ()
     advised = LanguageModel(**parts, tokenizer=model.tokenizer, defaults=GenerationDefaults(eos_token_ids=(7, 8)))
     assert advised.eos_token_ids == (7, 8)

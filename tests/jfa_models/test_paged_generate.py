@@ -1,6 +1,5 @@
 """Generation over pages: the texts of a contiguous cache, and nearly its numbers where pages are quantized."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -12,18 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import BYTES, SPECIAL, byte_tokenizer, folder_with_text
+from tiny_model import byte_tokenizer, counted_compilations, folder_with_text, sharp_decoder
 
 import jfa
 from jfa import quant
 from jfa_models import cli
 from jfa_models.config import DecoderConfig, RopeConfig
-from jfa_models.decoder import Decoder
 from jfa_models.generate import KV_DTYPES, CacheOptions, LanguageModel, Session, from_pretrained
 from jfa_models.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-PRINTABLE = [len(SPECIAL) + BYTES.index(chr(code)) for code in range(33, 127)]
 CONFIG = DecoderConfig(
     vocab_size=272,
     hidden_size=32,
@@ -51,12 +48,7 @@ def small_shapes():
 
 @pytest.fixture(scope="module")
 def decoder():
-    """Writes printable letters, with sharp choices."""
-    decoder = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    nnx.update(decoder, jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, nnx.state(decoder)))
-    head = decoder.lm_head.weight
-    head[...] = jnp.where(jnp.isin(jnp.arange(CONFIG.vocab_size), jnp.array(PRINTABLE))[:, None], head[...], 0)
-    return decoder
+    return sharp_decoder(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +71,6 @@ def make(decoder):
 @pytest.fixture(scope="module")
 def contiguous(make):
     return make().generate(PROMPTS, GREEDY)
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    """A list that grows with every program that XLA compiles."""
-    seconds = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seconds
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def last(results):

@@ -1,16 +1,23 @@
 """Models of a few thousand numbers, with text around them."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from tokenizers import pre_tokenizers
 
+from jfa_models.config import DecoderConfig
+from jfa_models.decoder import Decoder
 from jfa_models.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())  # printable ASCII comes first
+PRINTABLE = [len(SPECIAL) + BYTES.index(chr(code)) for code in range(33, 127)]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}|{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
@@ -51,3 +58,29 @@ def folder_with_text(weights: Path, to: Path) -> Path:
     names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
+
+
+def sharp_decoder(config: DecoderConfig) -> Decoder:
+    """Writes printable letters: weights are large enough for sharp choices, and the head is zero for other tokens."""
+    decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    nnx.update(decoder, jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, nnx.state(decoder)))
+    assert decoder.lm_head is not None
+    head = decoder.lm_head.weight
+    head[...] = jnp.where(jnp.isin(jnp.arange(config.vocab_size), jnp.array(PRINTABLE))[:, None], head[...], 0)
+    return decoder
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    """A list that grows with every program that XLA compiles."""
+    seconds = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
