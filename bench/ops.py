@@ -254,7 +254,7 @@ def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
         return [dict(block_q=64, num_warps=warps) for warps in (4, 8)]
     starts = _forward_starts(arch, dtype.partition(" on ")[0], head_dim)
     if arch.startswith("gfx1") and head_dim > 128:
-        starts = [dict(block_q=16, num_warps=4, block_d=32), *starts]  # numbers on their way to floats need room
+        starts = [*_with_chunks(arch, dtype, head_dim, [dict(block_q=16, num_warps=4)]), *starts]  # pages in numbers
     return [start for start in starts if start["block_q"] <= 128]
 
 

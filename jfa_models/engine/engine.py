@@ -49,6 +49,7 @@ Params = SamplingParams | BeamSearchParams
 
 GREEDY = SamplingParams(temperature=0.0)
 _CANDIDATES = SamplingParams(temperature=0.0, logprobs=MAX_LOGPROBS)  # of a beam
+_NO_TABLES, _NO_LENGTHS = (np.zeros((1, 1), np.int32),), np.zeros(1, np.int32)
 _NO_SEED = np.random.SeedSequence(0)
 
 
@@ -177,10 +178,11 @@ class Engine:
     def _start(self) -> None:
         """Nothing runs, nothing is known."""
         slots = self._scheduler.max_num_seqs
-        self._cache = self._new_cache()
+        self._cache = dataclasses.replace(self._new_cache(), page_tables=_NO_TABLES, kv_len=_NO_LENGTHS)
         self._slots = Slots(last_token=jnp.zeros(slots, jnp.int32))
         self._tables = np.full((slots, self._pages_per_seq), NULL_PAGE, np.int32)
         self._num_pages = np.zeros(slots, np.int64)  # of each slot that stand in its table
+        self._adjusted: set[int] = set()  # slots whose logits somebody adjusts
         self._rows: tuple[object, SamplingRows | None] = (None, None)  # of the last step, and what they are made of
         self._requests: dict[str, Request] = {}
         self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()
@@ -208,7 +210,7 @@ class Engine:
           ValueError: the request can never be served; the message says why, with the numbers.
         """
         count = next(self._numbers)
-        request_id = str(count) if request_id is None else request_id
+        request_id = f"request-{count}" if request_id is None else request_id
         if request_id in self._requests:
             raise ValueError(f"there is a request {request_id!r} already; wait for its end or choose another id")
         params = self.model.default_params() if params is None else params
@@ -426,7 +428,7 @@ class Engine:
         self._copy([copy for chunk in chunks for copy in chunk.copies])
         total = sum(chunk.num_tokens for chunk in chunks)
         rows = [(chunk, one) for chunk in chunks for one in (chunk.of, *chunk.followers)]
-        one_each = total == len(rows) and not any(map(_wants_prompt, chunks))
+        one_each = total == len(chunks) == len(rows) and not any(map(_wants_prompt, chunks))
         b = _bucket(len(rows), 1, most) if one_each else most
         n = b if one_each else _bucket(total, SMALLEST_STEP, self._scheduler.max_num_batched_tokens)
         tokens, next_tokens = np.zeros(n, np.int32), np.zeros(n, np.int32)
@@ -463,9 +465,11 @@ class Engine:
 
     def _advance(self, batch: Batch, table: np.ndarray, kv_len: np.ndarray) -> tuple[jax.Array, Sampled | None]:
         cache = dataclasses.replace(self._cache, page_tables=(table,), kv_len=kv_len)
-        self._cache, logits, prompt_logprobs = self.model.steps.advance(
+        cache, logits, prompt_logprobs = self.model.steps.advance(
             self.model.params, cache, self._slots.last_token, batch
         )
+        # between steps the tables are the host's: of one shape here, whatever the step's was
+        self._cache = dataclasses.replace(cache, page_tables=_NO_TABLES, kv_len=_NO_LENGTHS)
         return logits, prompt_logprobs
 
     def _draw(self, logits, rows: SamplingRows, slot, samples, generated) -> Sampled:
@@ -480,7 +484,7 @@ class Engine:
 
     def _sampling_rows(self, who: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
         made_of, rows = self._rows
-        key = (b, [(id(params), id(seed)) for params, seed in who])
+        key = (b, tuple(who))
         if rows is None or made_of != key:
             params, seeds = zip(*who, *[(GREEDY, _NO_SEED)] * (b - len(who)), strict=True)
             vocab_size, eos = self.model.config.vocab_size, self.model.eos_token_ids
@@ -495,6 +499,10 @@ class Engine:
         self._num_pages[one.slot] = 0
         if adjusts(one.params):
             self._adjust(one.slot, one.params, one.request.prompt_ids, one.tokens[one.num_prompt :])
+            self._adjusted.add(one.slot)
+        elif one.slot in self._adjusted:  # by who had it before
+            self._adjust(one.slot, GREEDY, (), ())
+            self._adjusted.remove(one.slot)
 
     def _make_counts(self) -> None:
         if self._slots.output_counts is None:

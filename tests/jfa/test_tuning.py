@@ -34,7 +34,9 @@ SHIPPED = {  # architectures, by kernel
     "flash_attention_dq": (*AMD, "sm_80", "sm_90"),
     "flash_attention_dkv": (*AMD, "sm_80", "sm_90"),
 }
-PAGED = {"paged_decode_attention": ("gfx942",), "ragged_paged_attention": ("gfx942",)}
+PAGED = dict.fromkeys(
+    ("paged_decode_attention", "ragged_paged_attention"), ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+)
 PAGED_DTYPES = (
     *DTYPES,
     *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),

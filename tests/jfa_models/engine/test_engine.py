@@ -1,0 +1,450 @@
+"""The engine on a tiny model: every request gets what it would get alone, whatever happens around it."""
+
+import dataclasses
+import functools
+import itertools
+import random
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_model import byte_tokenizer, counted_compilations, sharp_decoder
+
+from jfa_models import BeamSearchParams, DecoderConfig, Engine, LanguageModel, SamplingParams
+from jfa_models.config import RopeConfig
+from jfa_models.generate import CacheOptions
+
+CONFIG = DecoderConfig(
+    vocab_size=272,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context_length=128,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=10_000.0),
+)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+TIE = 1e-3
+SMALL = dict(max_num_seqs=4, page_size=4, num_pages=33, max_num_batched_tokens=32)
+
+
+@functools.cache
+def language_model(kv_dtype=None):
+    """The model; its own generate works on pages of the kind."""
+    decoder = sharp_decoder(CONFIG)
+    return LanguageModel(
+        decoder=decoder,
+        params=tuple(jax.tree.leaves(nnx.split(decoder)[1])),
+        tokenizer=byte_tokenizer(),
+        cache_options=CacheOptions(kind="paged" if kv_dtype else "contiguous", kv_dtype=kv_dtype),
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return language_model()
+
+
+@pytest.fixture(scope="module")
+def shared(model):
+    """An engine for tests that leave it empty."""
+    return Engine(model, **SMALL)
+
+
+@pytest.fixture
+def engine(shared):
+    yield shared
+    assert_clean(shared)
+
+
+def assert_clean(engine):
+    while engine.has_unfinished or engine._launched is not None:
+        engine.step()
+    allocator = engine._scheduler.allocator
+    allocator.check()
+    assert not allocator.sequences and engine.metrics().running == engine.metrics().waiting == 0
+
+
+def run(engine, *requests, **options):
+    """The results of (prompt, params), in their order."""
+    ids = [engine.add_request(prompt, params, **options) for prompt, params in requests]
+    results = {result.request_id: result for result in engine.run()}
+    return [results[i] for i in ids]
+
+
+def assert_same(model, got, want):
+    """The same tokens and texts, up to a choice that rounding may decide."""
+    for one, other in zip(got, want, strict=True):
+        ours, theirs = one.outputs[0].token_ids, other.outputs[0].token_ids
+        if ours == theirs:
+            assert one.outputs[0].text == other.outputs[0].text
+            assert one.outputs[0].finish_reason == other.outputs[0].finish_reason
+            continue
+        same = next(i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y)
+        logits = model.logits(np.array([[*one.prompt_token_ids, *ours[:same]]]))[0, -1]
+        assert abs(float(logits[ours[same]] - logits[theirs[same]])) < TIE, (one.request_id, same, ours, theirs)
+
+
+def drawn(rng, count, *, longest=24, most=16):
+    """Prompts that often begin alike, and how long each may get."""
+    stems = [[rng.randrange(3, 250) for _ in range(12)] for _ in range(3)]
+    prompts = []
+    for _ in range(count):
+        stem = rng.choice([*stems, []])[: rng.randint(1, 12)]
+        prompts.append([*stem, *(rng.randrange(3, 250) for _ in range(rng.randint(1, longest - 12)))])
+    params = [SamplingParams(temperature=0, max_tokens=rng.randint(1, most), ignore_eos=True) for _ in prompts]
+    return prompts, params
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_greedy_tokens_are_those_of_generate_alone(model, caching):
+    prompts, params = drawn(random.Random(0), 24)
+    engine = Engine(model, **SMALL | dict(num_pages=20), enable_prefix_caching=caching)
+    got = run(engine, *zip(prompts, params, strict=True))
+    assert_same(model, got, model.generate(prompts, params))
+    metrics = engine.metrics()
+    assert metrics.preemptions > 0 and (metrics.prefix_hits > 0) == caching
+    assert metrics.finished_requests == 24 and metrics.generated_tokens == sum(one.max_tokens for one in params)
+    assert metrics.prompt_tokens == sum(map(len, prompts))
+    assert_clean(engine)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
+def test_quantized_pages_give_what_generate_gives_on_them(kv_dtype):
+    model = language_model(kv_dtype)
+    prompts, params = drawn(random.Random(1), 8)
+    engine = Engine(model, kv_dtype=kv_dtype, **SMALL | dict(num_pages=24))
+    want = model.generate(prompts, params)
+    got = run(engine, *zip(prompts, params, strict=True))
+    # rounding that another batch size changes may change what a page holds, and with it more than a tie: not often
+    assert sum(x.outputs[0].token_ids == y.outputs[0].token_ids for x, y in zip(got, want, strict=True)) >= 7
+    assert_clean(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_thousand_requests_that_come_and_go(model, seed):
+    """Random arrivals, priorities, samples, beams and aborts over a pool that holds four of them."""
+    rng = random.Random(seed)
+    prompts, params = drawn(rng, 1000)
+    want = model.generate(prompts, params, max_batch=64)
+    engine = Engine(model, **SMALL | dict(num_pages=14, max_num_seqs=5), max_model_len=40)
+    left, got, aborted, extras = list(range(1000)), {}, set(), 0
+    while left or engine.has_unfinished:
+        for _ in range(min(len(left), rng.choice([0, 0, 1, 3]))):
+            i = left.pop()
+            engine.add_request(prompts[i], params[i], request_id=str(i), priority=rng.choice([0, 0, 0, 1]))
+            if rng.random() < 0.05:
+                aborted.add(str(i))
+        if rng.random() < 0.02:
+            extra = rng.choice(
+                [SamplingParams(n=3, max_tokens=9, seed=1), BeamSearchParams(beam_width=3, max_tokens=6)]
+            )
+            engine.add_request(prompts[0], extra)
+            extras += 1
+        if aborted and rng.random() < 0.2:
+            engine.abort(rng.choice(sorted(aborted)))
+        for result in engine.step():
+            got[result.request_id] = result
+        engine._scheduler.allocator.check()
+    assert len(got) == 1000 + extras
+    ended = [i for i in range(1000) if got[str(i)].outputs[0].finish_reason != "abort"]
+    assert len(ended) >= 940
+    assert_same(model, [got[str(i)] for i in ended], [want[i] for i in ended])
+    assert engine.metrics().preemptions > 20
+    assert_clean(engine)
+
+
+def test_draws_do_not_depend_on_company(model, engine):
+    kinds = [
+        dict(temperature=1.3, seed=5, top_k=60, top_p=0.95, min_p=0.01),
+        dict(temperature=0.0),
+        dict(temperature=0.8, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2, seed=1),
+        dict(temperature=0.0, logit_bias={40: 3.0}, min_tokens=4, stop_token_ids=[40]),
+        dict(temperature=1.0, seed=9, logprobs=2),
+    ]
+    params = [SamplingParams(max_tokens=14, **kind) for kind in kinds]
+    prompts = ["Hi", "a longer prompt", "x", "seven c", "another"]
+    want = model.generate(prompts, params)
+    got = run(engine, *zip(prompts, params, strict=True))
+    assert [one.outputs[0].token_ids for one in got] == [one.outputs[0].token_ids for one in want]
+    for one, other in zip(got[4].outputs[0].logprobs, want[4].outputs[0].logprobs, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[i].logprob == pytest.approx(other[i].logprob, abs=1e-4) for i in one)
+    assert got[0].outputs[0].logprobs is None
+
+
+def test_penalties_survive_a_preemption(model):
+    params = SamplingParams(temperature=0.7, seed=2, max_tokens=20, frequency_penalty=0.8, repetition_penalty=1.3)
+    prompts = ["abcdefgh", "ijklmnop", "qrstuvwx"]
+    engine = Engine(model, **SMALL | dict(num_pages=12), max_model_len=40)
+    got = run(engine, *((prompt, params) for prompt in prompts))
+    assert engine.metrics().preemptions > 0
+    want = model.generate(prompts, params)
+    assert [one.outputs[0].token_ids for one in got] == [one.outputs[0].token_ids for one in want]
+
+
+def test_samples_of_a_prompt_draw_apart_and_the_first_is_that_of_one(model, engine):
+    params = SamplingParams(temperature=1.5, seed=3, max_tokens=10, n=6)
+    [six] = run(engine, ("many ways on", params))
+    [one] = model.generate("many ways on", dataclasses.replace(params, n=1))
+    assert six.outputs[0].token_ids == one.outputs[0].token_ids
+    assert [output.index for output in six.outputs] == list(range(6))
+    assert len({output.token_ids for output in six.outputs}) == 6
+    assert run(engine, ("many ways on", params))[0].outputs == six.outputs
+
+
+def brute_force(model, prompt, params):
+    """The rules of beam search with the logits of whole sequences."""
+    live, ended = [((), 0.0)], []
+    ids = model.prompt_ids(prompt)
+    for length in range(1, params.max_tokens + 1):
+        logits = np.asarray(model.logits(np.array([[*ids, *tokens] for tokens, _ in live]))[:, -1], np.float64)
+        logprobs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        logprobs -= logits.max(1, keepdims=True)
+        candidates = [
+            (total + logprobs[row, token], (*tokens, token))
+            for row, (tokens, total) in enumerate(live)
+            for token in np.argsort(-logprobs[row])[: 2 * params.beam_width].tolist()
+        ]
+        candidates.sort(reverse=True)
+        for total, tokens in candidates[: params.beam_width]:
+            if tokens[-1] in model.eos_token_ids:
+                ended.append((total / length**params.length_penalty, tokens))
+        live = [(tokens, total) for total, tokens in candidates if tokens[-1] not in model.eos_token_ids]
+        live = live[: params.beam_width]
+    ended += [(total / params.max_tokens**params.length_penalty, tokens) for tokens, total in live]
+    return sorted(ended, reverse=True)[: params.beam_width]
+
+
+@pytest.mark.parametrize("num_pages", [33, 10])
+def test_beams_are_those_of_a_search_without_a_cache(model, num_pages):
+    params = BeamSearchParams(beam_width=4, max_tokens=7)
+    engine = Engine(model, **SMALL | dict(num_pages=num_pages), max_model_len=24)
+    company = [("other", GREEDY), ("one more", GREEDY)]
+    prompt = "where to go"
+    found, *others = run(engine, (prompt, params), *company)
+    want = brute_force(model, prompt, params)
+    assert [output.token_ids for output in found.outputs] == [tokens for _, tokens in want]
+    for output, (score, tokens) in zip(found.outputs, want, strict=True):
+        assert output.cumulative_logprob == pytest.approx(score * len(tokens), abs=1e-3)
+        assert output.finish_reason == "length" and len(output.text) == 7
+    assert_same(model, others, model.generate([prompt for prompt, _ in company], GREEDY))
+    assert (engine.metrics().preemptions > 0) == (num_pages == 10)
+    assert_clean(engine)
+
+
+def test_beams_share_their_prompt(model):
+    engine = Engine(model, **SMALL | dict(max_num_seqs=6))
+    engine.add_request("a prompt of thirty-two characters"[:32], BeamSearchParams(beam_width=6, max_tokens=6))
+    most = 0
+    while engine.has_unfinished:
+        engine.step()
+        most = max(most, engine._scheduler.allocator.num_held)
+    assert most <= 8 + 6 * 2 < 6 * 8
+
+
+def test_prompt_logprobs_are_those_of_the_whole_forward(model, engine):
+    prompt = model.prompt_ids("a prompt that takes several chunks of thirty-two tokens")
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2)
+    for _ in range(2):  # the second finds nothing of the prompt in the cache
+        [result] = run(engine, (prompt, params))
+        assert result.prompt_logprobs[0] is None and len(result.prompt_logprobs) == len(prompt)
+        logits = np.asarray(model.logits(np.array([prompt]))[0], np.float64)
+        logprobs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        logprobs -= logits.max(1, keepdims=True)
+        for place, entries in enumerate(result.prompt_logprobs[1:], start=1):
+            assert prompt[place] in entries and 2 <= len(entries) <= 3
+            for token, entry in entries.items():
+                assert entry.logprob == pytest.approx(logprobs[place - 1, token], abs=2e-3)
+                assert entry.rank == 1 + (logits[place - 1] > logits[place - 1, token]).sum()
+    [alone] = run(engine, ("x", params))
+    assert alone.prompt_logprobs == (None,)
+
+
+def test_nothing_compiles_after_warm_up(model):
+    rng = random.Random(7)
+    engine = Engine(model, **SMALL | dict(num_pages=24, max_num_seqs=6), max_model_len=48)
+    kinds = [
+        dict(temperature=0.0),
+        dict(temperature=0.9),
+        dict(temperature=0.7, top_k=9, top_p=0.8, seed=4),
+        dict(temperature=0.0, logprobs=3),
+        dict(temperature=0.0, presence_penalty=1.0),
+        dict(temperature=1.0, min_tokens=2, stop="e"),
+        dict(temperature=0.0, prompt_logprobs=1),
+    ]
+    engine.warm_up([SamplingParams(**kind) for kind in kinds])
+    with counted_compilations() as compilations:
+        for _ in range(500):
+            params = SamplingParams(**rng.choice(kinds), max_tokens=rng.randint(2, 12), n=rng.choice([1, 1, 1, 2, 4]))
+            engine.add_request([rng.randrange(3, 250) for _ in range(rng.randint(1, 30))], params)
+            if rng.random() < 0.5:
+                engine.step()
+        assert len(list(engine.run())) > 400
+        run(engine, ("beams", BeamSearchParams(beam_width=3, max_tokens=4)))
+    assert not compilations
+    assert_clean(engine)
+
+
+def test_no_step_copies_the_pool(model, engine):
+    run(engine, ("Hi", GREEDY))
+    before = engine._cache
+    engine.add_request("Hi", GREEDY)
+    engine.step()
+    assert all(x.is_deleted() for x in (*before.k, *before.v))
+    list(engine.run())
+
+
+def test_a_stop_string_across_tokens_ends_a_request(model, engine):
+    [whole] = run(engine, ("Hi", GREEDY))
+    text = whole.outputs[0].text
+    [cut] = run(engine, ("Hi", dataclasses.replace(GREEDY, stop=text[3:6])))
+    assert cut.outputs[0].text == text[:3] and cut.outputs[0].finish_reason == "stop"
+    assert cut.outputs[0].stop_reason == text[3:6] and len(cut.outputs[0].token_ids) == 6
+
+
+def test_a_stream_grows_and_others_run_beside_it(model, engine):
+    other = engine.add_request("other", GREEDY)
+    texts = [result.outputs[0].text for result in engine.stream("Hi", GREEDY)]
+    assert len(texts) == GREEDY.max_tokens and all(b.startswith(a) for a, b in itertools.pairwise(texts))
+    assert texts[-1] == model.generate("Hi", GREEDY)[0].outputs[0].text
+    assert other not in engine._requests  # it ended meanwhile
+
+
+def test_a_stream_that_is_closed_aborts_its_request(engine):
+    stream = engine.stream("Hi", GREEDY)
+    next(stream)
+    stream.close()
+    [result] = engine.run()
+    assert result.outputs[0].finish_reason == "abort" and 1 <= len(result.outputs[0].token_ids) < GREEDY.max_tokens
+
+
+def test_abort_ends_a_request_in_any_state(engine):
+    running = [engine.add_request(f"prompt {i}", GREEDY) for i in range(4)]
+    waiting = engine.add_request("waits", GREEDY)
+    beams = engine.add_request("beams", BeamSearchParams(beam_width=2, max_tokens=4), priority=-1)
+    fresh = engine.add_request("fresh", GREEDY, request_id="mine")
+    engine.abort(fresh)
+    for _ in range(3):
+        engine.step()
+    for one in (running[0], waiting, beams, "unknown"):
+        engine.abort(one)
+    results = {result.request_id: result for result in engine.run()}
+    reasons = {i: [output.finish_reason for output in result.outputs] for i, result in results.items()}
+    assert reasons[running[0]] == reasons[waiting] == ["abort"]
+    assert all(reasons[i] == ["length"] for i in running[1:])
+
+
+def test_a_callback_that_raises_ends_its_request_alone(model, engine):
+    def angry(result):
+        if len(result.outputs[0].token_ids) == 3:
+            raise ZeroDivisionError("no more")
+
+    first = engine.add_request("Hi", GREEDY, on_output=angry)
+    second = engine.add_request("Hi", GREEDY)
+    results = {result.request_id: result for result in engine.run()}
+    assert results[first].outputs[0].finish_reason == "error"
+    assert results[first].error == "on_output raised ZeroDivisionError('no more')"
+    assert results[second].outputs == model.generate("Hi", GREEDY)[0].outputs and results[second].error is None
+
+
+def test_metrics_tell_times_on_the_engine_s_clock(model):
+    now = [100.0]
+    engine = Engine(model, **SMALL, clock=lambda: now[0])
+    engine.add_request("Hi", dataclasses.replace(GREEDY, max_tokens=3))
+    results = []
+    while not results:
+        now[0] += 1.0
+        results = engine.step()
+    times = results[0].metrics
+    assert (times.arrival, times.first_token, times.finished) == (100.0, 102.0, 104.0)
+    metrics = engine.metrics()
+    assert (metrics.time_to_first_token, metrics.time_per_output_token) == (2.0, 1.0)
+    assert metrics.cache_use == 0.0 and metrics.steps == 3
+
+
+def test_an_idle_engine_waits_for_company(model):
+    engine = Engine(model, **SMALL, max_wait_ms=10_000)
+    for prompt in ("one", "two", "three"):
+        engine.add_request(prompt, GREEDY)
+    timer = threading.Timer(0.05, engine.add_request, ("four", GREEDY))
+    timer.start()
+    engine.step()  # four fill the rows, so the wait ends long before its time
+    assert engine.metrics().running == 4
+    list(engine.run())
+    timer.join()
+
+
+def test_reset_forgets_everything(model, engine):
+    engine.add_request("Hi", GREEDY)
+    engine.step()
+    engine.reset()
+    assert not engine.has_unfinished
+    assert_same(model, run(engine, ("Hi", GREEDY)), model.generate("Hi", GREEDY))
+
+
+REFUSED_REQUESTS = {
+    "too_long": (
+        "x" * 100,
+        GREEDY,
+        "the prompt has 100 tokens and max_tokens is 12, together more than max_model_len=48 (the model's context is "
+        "128, the pool holds 128 tokens); shorten the prompt, lower max_tokens, or give the engine more pages",
+    ),
+    "empty": ([], GREEDY, "the prompt is empty: there is nothing to continue; give at least one token"),
+    "unknown_token": ([300], GREEDY, "token ids must be 0 to 271, got 300"),
+    "beams_too_long": ("x" * 40, BeamSearchParams(max_tokens=20), "the prompt has 40 tokens and max_tokens is 20"),
+    "stop_token": ("x", SamplingParams(stop_token_ids=[272]), "stop_token_ids must hold ids from 0 to 271"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_REQUESTS)
+def test_a_request_that_can_never_be_served_is_refused_at_once(model, case):
+    engine = Engine(model, **SMALL, max_model_len=48)
+    prompt, params, message = REFUSED_REQUESTS[case]
+    with pytest.raises(ValueError) as error:
+        engine.add_request(prompt, params)
+    assert str(error.value).startswith(message) and not engine.has_unfinished
+
+
+def test_a_request_larger_than_the_pool_is_refused(model):
+    engine = Engine(model, **SMALL | dict(num_pages=5))
+    assert engine.max_model_len == 16
+    with pytest.raises(ValueError, match="the pool holds 16 tokens"):
+        engine.add_request("x" * 10, GREEDY)
+    assert len(run(engine, ("x" * 10, dataclasses.replace(GREEDY, max_tokens=None)))[0].outputs[0].token_ids) <= 6
+
+
+def test_an_id_is_used_once(engine):
+    engine.add_request("x", GREEDY, request_id="mine")
+    with pytest.raises(ValueError, match="there is a request 'mine' already; wait for its end or choose another id"):
+        engine.add_request("x", GREEDY, request_id="mine")
+
+
+def test_warm_up_does_not_disturb_requests(engine):
+    engine.add_request("x", GREEDY)
+    with pytest.raises(RuntimeError, match="warm_up runs steps of its own: call it before the first request"):
+        engine.warm_up()
+
+
+REFUSED_ENGINES = {
+    "max_model_len": (dict(max_model_len=129), "max_model_len must be from 1 to 128, the model's context, got 129"),
+    "max_wait_ms": (dict(max_wait_ms=-1), "max_wait_ms must be at least 0, got -1"),
+    "kv_dtype": (dict(kv_dtype="int3"), "kv_dtype must be one of int8, fp8, int4, or None"),
+    "page_size": (dict(page_size=0), "there must be a page beside page 0"),
+    "num_pages": (dict(num_pages=1), "num_pages must be >= 2"),
+    "max_num_seqs": (dict(max_num_seqs=0), "max_num_seqs must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_ENGINES)
+def test_an_engine_is_refused(model, case):
+    options, message = REFUSED_ENGINES[case]
+    with pytest.raises(ValueError) as error:
+        Engine(model, **SMALL | options)
+    assert str(error.value).startswith(message)

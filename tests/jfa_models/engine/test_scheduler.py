@@ -1,0 +1,226 @@
+"""The scheduler alone: a device that answers at once is a few lines of Python."""
+
+import random
+
+import pytest
+
+from jfa.pages import PageAllocator
+from jfa_models.engine.request import Continuation, Request
+from jfa_models.engine.scheduler import Scheduler
+from jfa_models.sampling import SamplingParams, seed_sequence
+
+PARAMS = SamplingParams()
+SEED = seed_sequence(PARAMS, 0, 0)
+
+
+class Machine:
+    """Runs a scheduler as an engine does: results are known one step late."""
+
+    def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, **options):
+        self.allocator = PageAllocator(num_pages, page_size)
+        self.scheduler = Scheduler(
+            self.allocator, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, **options
+        )
+        self.requests = 0
+        self.live: list[Continuation] = []
+        self.on_its_way = []
+        self.ended = []
+
+    def add(self, prompt, max_tokens, *, priority=0, n=1):
+        """A prompt's continuations; max_tokens: of each, where it ends."""
+        number, self.requests = self.requests, self.requests + 1
+        request = Request(
+            id=str(number), number=number, prompt=None, prompt_ids=tuple(prompt), priority=priority, arrival=0.0
+        )
+        ones = [
+            Continuation(request, i, prompt, limit=len(prompt) + max_tokens, params=PARAMS, seed=SEED) for i in range(n)
+        ]
+        ones[0].followers = ones[1:]
+        self.live += ones
+        self.scheduler.add(ones[0])
+        return ones[0]
+
+    def step(self):
+        """Schedules, checks and runs a step, then learns what the one before it drew."""
+        chunks = self.scheduler.schedule()
+        self.allocator.check()
+        self.check(chunks)
+        before, self.on_its_way = (
+            self.on_its_way,
+            [one for chunk in chunks if chunk.samples for one in (chunk.of, *chunk.followers)],
+        )
+        for one in before:
+            if one.finished:
+                continue
+            one.tokens.append(1000 + len(one.tokens))
+            if len(one.tokens) >= one.limit:
+                self.scheduler.finish(one)
+                self.ended.append(one)
+        return chunks
+
+    def check(self, chunks):
+        scheduler, rows = self.scheduler, [one for chunk in chunks for one in (chunk.of, *chunk.followers)]
+        assert sum(chunk.num_tokens for chunk in chunks) <= scheduler.max_num_batched_tokens
+        assert len({one.slot for one in rows}) == len(rows) <= scheduler.max_num_seqs
+        assert all(one.slot is not None for one in rows)
+        assert len({chunk.of for chunk in chunks}) == len(chunks)
+        for chunk in chunks:
+            assert chunk.num_tokens >= 1
+            assert self.allocator.num_tokens(chunk.of) >= chunk.start + chunk.num_tokens == chunk.of.num_computed
+            # a token whose id is not known yet is the last one of a step's row, and alone
+            assert chunk.start + chunk.num_tokens <= len(chunk.of.tokens) or chunk.num_tokens == 1
+        written = {}  # pages that two continuations write in one step, a place twice: none
+        for chunk in chunks:
+            pages = self.allocator.pages(chunk.of)
+            for place in range(chunk.start, chunk.start + chunk.num_tokens):
+                key = pages[place // self.allocator.page_size], place % self.allocator.page_size
+                assert key not in written, f"{chunk.of} and {written[key]} write the same place"
+                written[key] = chunk.of
+
+    def run(self, steps=10_000):
+        for _ in range(steps):
+            if all(one.finished for one in self.live):
+                return
+            self.step()
+        raise AssertionError(f"somebody starves: {[one for one in self.live if not one.finished]}")
+
+
+def summary(chunks):
+    return [(chunk.of.request.number, chunk.start, chunk.num_tokens) for chunk in chunks]
+
+
+def test_prompts_fill_the_budget_in_the_order_of_arrival_and_decoding_goes_first():
+    machine = Machine(max_num_batched_tokens=10)
+    machine.add(range(8), 5)
+    machine.add(range(100, 107), 5)
+    assert summary(machine.step()) == [(0, 0, 8), (1, 0, 2)]
+    assert summary(machine.step()) == [(0, 8, 1), (1, 2, 5)]
+    machine.add(range(200, 220), 5)
+    assert summary(machine.step()) == [(0, 9, 1), (1, 7, 1), (2, 0, 8)]
+    assert summary(machine.step()) == [(0, 10, 1), (1, 8, 1), (2, 8, 8)]
+
+
+def test_a_place_is_taken_within_two_steps_of_its_owner_s_last_token():
+    machine = Machine(max_num_seqs=1)
+    machine.add([1, 2], 2)
+    machine.add([3], 1)
+    assert [summary(machine.step()) for _ in range(4)] == [[(0, 0, 2)], [(0, 2, 1)], [], [(1, 0, 1)]]
+
+
+def test_smaller_priorities_go_first_whenever_they_arrive():
+    machine = Machine(max_num_seqs=1)
+    machine.add([1], 2)
+    machine.step()
+    machine.add([2], 1)
+    machine.add([3], 1, priority=-1)
+    machine.run()
+    assert [one.request.number for one in machine.ended] == [0, 2, 1]
+
+
+def test_nobody_overtakes_a_prompt_that_waits_for_pages():
+    machine = Machine(num_pages=9, max_num_seqs=8, max_num_batched_tokens=32)
+    machine.add(range(16), 4)
+    machine.add(range(100, 124), 4)  # six pages, of which four are left
+    machine.add([7], 4)
+    order = [chunk.of.request.number for _ in range(30) for chunk in machine.step() if chunk.start == 0]
+    assert order == [0, 1, 2]
+
+
+def test_the_newest_gives_way_and_is_computed_anew():
+    machine = Machine(num_pages=7, max_num_seqs=4)
+    first, second = machine.add(range(8), 12), machine.add(range(100, 108), 12)
+    machine.run()
+    assert machine.scheduler.num_preemptions > 0
+    assert machine.ended == [first, second]
+    assert second.tokens == [*range(100, 108), *range(1008, 1020)]
+
+
+def test_a_preempted_continuation_finds_its_full_pages_again():
+    machine = Machine(num_pages=9, max_num_seqs=4)
+    machine.add(range(8), 12)
+    machine.add(range(100, 108), 12)
+    hits = machine.allocator.hit_tokens
+    machine.run()
+    assert machine.scheduler.num_preemptions > 0 and machine.allocator.hit_tokens > hits
+
+
+def test_equal_prompts_share_their_full_pages_even_in_the_step_that_computes_them():
+    machine = Machine(max_num_batched_tokens=32)
+    machine.add(range(10), 2)
+    machine.add(range(10), 2)
+    assert summary(machine.step()) == [(0, 0, 10), (1, 8, 2)]
+    assert machine.allocator.num_held == 4
+    machine.run()
+
+
+def test_without_a_prefix_cache_every_prompt_is_computed():
+    machine = Machine(max_num_batched_tokens=32, enable_prefix_caching=False)
+    machine.add(range(10), 2)
+    machine.add(range(10), 2)
+    assert summary(machine.step()) == [(0, 0, 10), (1, 0, 10)]
+
+
+def test_samples_of_a_prompt_share_it_and_copy_what_they_write():
+    machine = Machine()
+    machine.add(range(10), 4, n=3)
+    [chunk] = machine.step()
+    assert len(chunk.followers) == 2 and machine.allocator.num_held == 3
+    chunks = machine.step()
+    assert summary(chunks) == [(0, 10, 1)] * 3
+    assert [len(chunk.copies) for chunk in chunks] == [1, 1, 0]  # the last owner writes into the page itself
+    assert machine.allocator.num_held == 5
+    machine.run()
+
+
+def test_samples_without_a_slot_wait_and_find_the_prompt():
+    machine = Machine(max_num_seqs=2)
+    machine.add(range(10), 4, n=5)
+    [chunk] = machine.step()
+    assert len(chunk.followers) == 1
+    machine.run()
+    assert len(machine.ended) == 5 and machine.allocator.hit_tokens == 3 * 8
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_everybody_ends_and_the_books_are_clean(seed, caching):
+    """Random arrivals, priorities, samples and aborts in a pool of a few pages; every step is checked."""
+    rng = random.Random(seed)
+    machine = Machine(
+        num_pages=rng.randint(9, 20),
+        page_size=rng.choice([1, 3, 4]),
+        max_num_seqs=rng.randint(1, 6),
+        max_num_batched_tokens=rng.randint(6, 20),
+        enable_prefix_caching=caching,
+    )
+    room = (machine.allocator.num_pages - 1) * machine.allocator.page_size
+    for _ in range(150):
+        if rng.random() < 0.4:
+            length = rng.randint(1, room // 2)
+            prompt = [rng.randrange(2) for _ in range(length)]  # many begin alike
+            machine.add(prompt, rng.randint(1, room - length), priority=rng.choice([0, 0, 1]), n=rng.choice([1, 1, 3]))
+        if rng.random() < 0.1 and (living := [one for one in machine.live if not one.finished]):
+            for one in ((victim := rng.choice(living)).request,):
+                for other in machine.live:
+                    if other.request is one:
+                        machine.scheduler.finish(other)
+            assert victim.finished
+        machine.step()
+    machine.run()
+    assert not machine.allocator.sequences and machine.scheduler.num_running == machine.scheduler.num_waiting == 0
+    assert all(len(one.tokens) <= one.limit for one in machine.live)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_num_seqs=0), "max_num_seqs must be at least 1, got 0"),
+        (
+            dict(max_num_seqs=8, max_num_batched_tokens=7),
+            "max_num_batched_tokens must be at least max_num_seqs, a token of each that decodes, got 7 and 8",
+        ),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        Machine(**options)
