@@ -15,16 +15,20 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import jfa
 from jfa.device import probe
+from jfa_models import batch
 from jfa_models.checkpoint import Checkpoint, open_checkpoint
+from jfa_models.engine import Engine
 from jfa_models.generate import CACHES, DTYPES, KV_DTYPES, LanguageModel, Session, compute_dtype, from_pretrained
 from jfa_models.outputs import RequestOutput
 from jfa_models.sampling import SamplingParams
 
 DEFAULT_MODEL = "smollm2"
+SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
 
 
 def main() -> None:
@@ -110,7 +114,14 @@ def sampling_options(command: Callable) -> Callable:
 @cache_options
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of streaming.")
+@click.option(
+    "--batch-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Prompts, a JSON object a line."
+)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Results of --batch-file, appended.")
+@click.option("--max-num-seqs", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of a batch.")
+@click.pass_context
 def generate(
+    context: click.Context,
     text: str | None,
     prompt: str | None,
     model: str,
@@ -118,9 +129,19 @@ def generate(
     cache: str,
     kv_dtype: str | None,
     as_json: bool,
+    batch_file: Path | None,
+    output: Path | None,
+    max_num_seqs: int,
     **sampling,
 ) -> None:
-    """Continue TEXT."""
+    """Continue TEXT, or each prompt of a --batch-file: the same command goes on after an interruption.
+
+    Lines of a batch file look like {"prompt": "The capital of France is", "max_tokens": 20}: prompt (or
+    prompt_token_ids), and as they like an id and fields of SamplingParams, which otherwise are those of the options.
+    """
+    if batch_file is not None or output is not None:
+        _batch(context, batch_file, output, max_num_seqs)
+        return
     given = [one for one in (text, prompt) if one is not None]
     if len(given) != 1:
         raise click.UsageError('give one prompt: jfa generate "The capital of France is", or --prompt TEXT')
@@ -130,6 +151,40 @@ def generate(
         click.echo(json.dumps(_timed(language_model, given[0], params), ensure_ascii=False))
     else:
         _print_growth(language_model.stream(given[0], params), after=click.style(given[0], dim=True))
+
+
+def _batch(context: click.Context, batch_file: Path | None, output: Path | None, max_num_seqs: int) -> None:
+    """generate with --batch-file."""
+    options = dict(context.params)
+    if batch_file is None or output is None:
+        raise click.UsageError("--batch-file and --output go together")
+    for name in ("text", "prompt", "as_json", "cache"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE and options[name] != "paged":
+            raise click.UsageError(f"--{name.removeprefix('as_')} is not for a --batch-file, which runs over pages")
+    lines = batch.read(batch_file)
+    left = batch.done(output, lines)
+    lines = [line for line in lines if line.number not in left]
+    if not lines:
+        click.echo(f"all {len(left)} results are in {output}", err=True)
+        return
+    language_model = _load(options["model"], dtype=options["dtype"])
+    params = _sampling_params(language_model, {name: options[name] for name in SAMPLING_OPTIONS})
+    engine = Engine(language_model, max_num_seqs=max_num_seqs, kv_dtype=options["kv_dtype"])
+    console, errors, written = Console(stderr=True), 0, 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("generating", total=len(lines) + len(left), completed=len(left))
+            for result in batch.run(engine, lines, output, params):
+                written += 1
+                errors += "error" in result
+                bar.advance(task)
+    except KeyboardInterrupt:
+        where = f"{len(left) + written} of {len(left) + len(lines)} results are in {output}"
+        click.echo(f"\ninterrupted: {where}; the same command writes the others", err=True)
+        context.exit(130)
+    refused = f", {errors} of them errors" if errors else ""
+    click.echo(f"{written} results written to {output}{refused}", err=True)
 
 
 @commands.command()

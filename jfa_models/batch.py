@@ -1,0 +1,127 @@
+"""A file of prompts to a file of results, which an interruption leaves whole: the same call goes on where it ended."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jfa_models.engine import Engine
+from jfa_models.outputs import RequestOutput
+from jfa_models.sampling import SamplingParams
+
+PROMPTS = ("prompt", "prompt_token_ids")
+FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a batch file: its number from 1 on, and what it asks for or why it cannot be served."""
+
+    number: int
+    given: dict[str, Any]
+    error: str | None = None
+
+    @property
+    def prompt(self) -> Any:
+        """Text or token ids."""
+        return next((self.given[name] for name in PROMPTS if name in self.given), None)
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a batch file; blank ones are left out.
+
+    Each is a JSON object with "prompt" or "prompt_token_ids", and as it likes an "id" and fields of SamplingParams.
+    """
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    return [_line(number, text) for number, text in lines if text.strip()]
+
+
+def _line(number: int, text: str) -> Line:
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        return Line(number=number, given={}, error=f"no JSON: {error}")
+    if not isinstance(given, dict) or sum(name in given for name in PROMPTS) != 1:
+        return Line(number=number, given={}, error=f"not an object with one of {' and '.join(PROMPTS)}")
+    error = None
+    if unknown := given.keys() - {*PROMPTS, "id", *FIELDS}:
+        error = f"unknown fields {', '.join(sorted(unknown))}; known are id and those of SamplingParams"
+    elif not isinstance(given.get("prompt", ""), str):
+        error = f"prompt must be text, got {given['prompt']!r}; token ids are prompt_token_ids"
+    elif not all(type(token) is int for token in given.get("prompt_token_ids", ())):
+        error = f"prompt_token_ids must be a list of whole numbers, got {given['prompt_token_ids']!r}"
+    return Line(number=number, given=given, error=error)
+
+
+def done(path: Path, lines: list[Line]) -> set[int]:
+    """The numbers of the lines whose results are in the file. A last line that was cut off is removed from it.
+
+    Raises:
+      ValueError: the file is not the result of these lines.
+    """
+    if not path.exists():
+        return set()
+    whole, _, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + bool(whole))
+    by_number = {line.number: line for line in lines}
+    found = set()
+    for text in whole.decode().splitlines():
+        try:
+            result = json.loads(text)
+            line = by_number[result["line"]]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} holds something else than results of this batch: {text[:60]!r}") from None
+        if line.prompt is not None and line.error is None and line.prompt != result.get(_prompt_name(line)):
+            raise ValueError(
+                f"{path} has the results of another batch: line {line.number} had another prompt; give another --output"
+            )
+        found.add(line.number)
+    return found
+
+
+def run(engine: Engine, lines: list[Line], output: Path, defaults: SamplingParams) -> Iterator[dict[str, Any]]:
+    """Appends a line for each line's result to the output as soon as it is there, and yields it.
+
+    What cannot be served has an "error" in its place.
+    """
+    waiting: dict[str, Line] = {}
+    with output.open("a", encoding="utf-8") as file:
+
+        def write(result: dict[str, Any]) -> dict[str, Any]:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
+            return result
+
+        for line in lines:
+            error = line.error
+            if error is None:
+                try:
+                    fields = {name: value for name, value in line.given.items() if name in FIELDS}
+                    params = dataclasses.replace(defaults, **fields)
+                    waiting[engine.add_request(line.prompt, params, number=line.number)] = line
+                except (ValueError, TypeError) as refused:
+                    error = str(refused)
+            if error is not None:
+                yield write(_about(line) | {"error": error})
+        for result in engine.run():
+            assert result.request_id is not None
+            yield write(_about(waiting[result.request_id]) | _result(result))
+
+
+def _prompt_name(line: Line) -> str:
+    return next(name for name in PROMPTS if name in line.given)
+
+
+def _about(line: Line) -> dict[str, Any]:
+    return {"line": line.number} | {name: line.given[name] for name in ("id", *PROMPTS) if name in line.given}
+
+
+def _result(result: RequestOutput) -> dict[str, Any]:
+    outputs = [
+        {"text": one.text, "token_ids": list(one.token_ids), "finish_reason": one.finish_reason}
+        for one in result.outputs
+    ]
+    return outputs[0] if len(outputs) == 1 else {"outputs": outputs}

@@ -1,0 +1,130 @@
+"""A file of prompts to a file of results: nothing lost, nothing twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_model import folder_with_text
+
+from jfa_models import Engine, SamplingParams, batch, from_pretrained
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return folder_with_text(GOLDEN / "llama3", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(from_pretrained(folder), max_num_seqs=4, num_pages=33, page_size=4, max_num_batched_tokens=32)
+
+
+def written(path, *lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def results(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_line_gets_its_result_with_its_own_params(engine, tmp_path):
+    prompts = written(
+        tmp_path / "in",
+        {"prompt": "Hi", "id": "first"},
+        "",
+        {"prompt_token_ids": [70, 71], "max_tokens": 2},
+        {"prompt": "two", "n": 2, "temperature": 1.0, "seed": 4},
+    )
+    output = tmp_path / "out"
+    lines = batch.read(prompts)
+    assert len(list(batch.run(engine, lines, output, GREEDY))) == 3
+    first, second, third = sorted(results(output), key=lambda one: one["line"])
+    [want] = engine.model.generate("Hi", GREEDY)
+    assert first == {
+        "line": 1,
+        "id": "first",
+        "prompt": "Hi",
+        "text": want.outputs[0].text,
+        "token_ids": list(want.outputs[0].token_ids),
+        "finish_reason": "length",
+    }
+    assert second["line"] == 3 and second["prompt_token_ids"] == [70, 71] and len(second["token_ids"]) == 2
+    assert third["line"] == 4 and len(third["outputs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("oops", "no JSON: Expecting value"),
+        ("[1]", "not an object with one of prompt and prompt_token_ids"),
+        ({"prompt": "x", "prompt_token_ids": [5]}, "not an object with one of prompt and prompt_token_ids"),
+        ({"prompt": "x", "temprature": 1}, "unknown fields temprature; known are id and those of SamplingParams"),
+        ({"prompt": "x", "temperature": -1}, "temperature must be a finite number >= 0, got -1"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": 5}, "prompt must be text, got 5; token ids are prompt_token_ids"),
+        ({"prompt_token_ids": "ab"}, "prompt_token_ids must be a list of whole numbers, got 'ab'"),
+        ({"prompt": "x" * 200}, "the prompt has 200 tokens and max_tokens is 5, together more than max_model_len=128"),
+    ],
+)
+def test_a_line_that_cannot_be_served_says_why_in_its_place(engine, tmp_path, line, message):
+    prompts = written(tmp_path / "in", {"prompt": "Hi"}, line)
+    found = list(batch.run(engine, batch.read(prompts), tmp_path / "out", GREEDY))
+    assert [one["line"] for one in found] == [2, 1]
+    assert found[0]["error"].startswith(message) and "text" in found[1]
+
+
+def test_what_is_done_is_not_done_again_and_a_torn_line_is_removed(engine, tmp_path):
+    lines = batch.read(written(tmp_path / "in", *({"prompt": f"{i}"} for i in range(4))))
+    output = tmp_path / "out"
+    assert batch.done(output, lines) == set()
+    list(batch.run(engine, lines[:2], output, GREEDY))
+    whole = output.read_text()
+    output.write_text(whole + '{"line": 3, "prom')
+    assert batch.done(output, lines) == {1, 2} and output.read_text() == whole
+    output.write_text('{"li')
+    assert batch.done(output, lines) == set() and output.read_text() == ""
+
+
+def test_results_of_another_batch_are_not_continued(tmp_path):
+    lines = batch.read(written(tmp_path / "in", {"prompt": "a"}))
+    output = written(tmp_path / "out", {"line": 1, "prompt": "b", "text": ""})
+    with pytest.raises(ValueError, match="has the results of another batch: line 1 had another prompt; give another"):
+        batch.done(output, lines)
+    for other in ({"line": 2}, {"prompt": "a"}, "no json"):
+        with pytest.raises(ValueError, match="holds something else than results of this batch"):
+            batch.done(written(output, other), lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_command_goes_on_where_it_ended(folder, tmp_path, how):
+    count = 60
+    prompts = written(tmp_path / "in", *({"prompt": f"prompt {i}", "max_tokens": 40} for i in range(count)))
+    output = tmp_path / "out"
+    program = "from jfa_models import cli; cli.main()"
+    command = [sys.executable, "-c", program, "generate", "--model", str(folder), "--max-num-seqs", "2"]
+    command += ["--batch-file", str(prompts), "--output", str(output)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not output.exists() or output.read_text().count("\n") < 3:
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.02)
+    first.send_signal(how)
+    _, said = first.communicate()
+    early = results(output)[:3]
+    if how is signal.SIGINT:
+        assert first.returncode == 130 and "the same command writes the others" in said
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    found = results(output)
+    assert sorted(one["line"] for one in found) == list(range(1, count + 1))
+    assert found[:3] == early and all(len(one["token_ids"]) <= 40 for one in found)

@@ -1,0 +1,127 @@
+"""The face of the engine: lists in, lists out."""
+
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+from tiny_model import CHAT_TEMPLATE, byte_tokenizer, sharp_decoder
+
+from jfa_models import LLM, BeamSearchParams, DecoderConfig, LanguageModel, SamplingParams
+from jfa_models.config import RopeConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=272,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=1,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context_length=64,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=10_000.0),
+)
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def model():
+    decoder = sharp_decoder(CONFIG)
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    return LLM(model, page_size=4, num_pages=40, max_num_seqs=4, max_num_batched_tokens=32)
+
+
+def texts(results):
+    return [result.outputs[0].text for result in results]
+
+
+def test_results_come_in_the_order_of_the_prompts(model, llm, capsys):
+    prompts = ["one", [70, 71, 72], "a longer one", "x", "yz", "the sixth"]
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (9, 2, 5, 1, 3, 4)]
+    order = []
+    results = llm.generate(prompts, params, on_finished=lambda place, result: order.append(place))
+    assert texts(results) == texts(model.generate(prompts, params))
+    assert [result.prompt for result in results] == ["one", None, "a longer one", "x", "yz", "the sixth"]
+    assert sorted(order) == list(range(6)) != order
+    assert capsys.readouterr().err == ""  # no bar where there is no terminal
+
+
+def test_a_single_prompt_is_a_list_of_one(model, llm):
+    assert texts(llm.generate("one", GREEDY)) == texts(model.generate("one", GREEDY))
+    assert texts(llm.generate([70, 71], GREEDY)) == texts(model.generate([70, 71], GREEDY))
+
+
+def test_no_prompts_give_no_results(llm):
+    assert llm.generate([], GREEDY) == []
+
+
+def test_without_seeds_a_call_repeats_itself(model, llm):
+    params = SamplingParams(temperature=1.2, max_tokens=8)
+    prompts = ["same", "same", "same"]
+    first, second = llm.generate(prompts, params), llm.generate(prompts, params)
+    assert texts(first) == texts(second) == texts(model.generate(prompts, params))
+    assert len(set(texts(first))) == 3
+
+
+def test_default_params_are_those_of_the_model(model, llm):
+    assert texts(llm.generate(["one"])) == texts(model.generate(["one"]))
+
+
+def test_beams_and_samples_go_together(llm):
+    found = llm.generate(["ab", "cd"], [BeamSearchParams(beam_width=3, max_tokens=4), SamplingParams(n=2, seed=1)])
+    assert [len(result.outputs) for result in found] == [3, 2]
+    scores = [output.cumulative_logprob for output in found[0].outputs]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_chat_takes_a_conversation_or_several(llm):
+    conversation = [{"role": "user", "content": "hello"}]
+    [one] = llm.chat(conversation, GREEDY)
+    two = llm.chat([conversation, [*conversation, {"role": "user", "content": "again"}]], GREEDY)
+    assert two[0].outputs == one.outputs and len(two) == 2
+    assert llm.model.tokenizer.decode(one.prompt_token_ids).endswith("u:hello|a:")
+
+
+def test_a_callback_that_raises_leaves_a_fresh_engine(model, llm):
+    def angry(place, result):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["one", "two"], GREEDY, on_finished=angry)
+    assert not llm.engine.has_unfinished
+    assert texts(llm.generate(["one", "two"], GREEDY)) == texts(model.generate(["one", "two"], GREEDY))
+
+
+def test_refuses(model, llm):
+    with pytest.raises(ValueError, match="prompt 1: the prompt has 60 tokens and max_tokens is 6, together more than"):
+        llm.generate(["one", "x" * 60], GREEDY)
+    assert not llm.engine.has_unfinished
+    with pytest.raises(ValueError, match="there must be one params, or one for each prompt, got 1 for 2"):
+        llm.generate(["one", "two"], [GREEDY])
+    with pytest.raises(ValueError, match="dtype='bfloat16' came too late: the model is loaded, in float32"):
+        LLM(model, dtype="bfloat16")
+    llm.engine.add_request("x", GREEDY)
+    with pytest.raises(RuntimeError, match="the engine is busy with requests of its own"):
+        llm.generate("one", GREEDY)
+    llm.engine.reset()
+    plain = LanguageModel(decoder=sharp_decoder(CONFIG), params=model.params)
+    with pytest.raises(ValueError, match="this model has no chat template, so it was not made for conversations"):
+        LLM(plain, page_size=4, num_pages=40, max_num_seqs=4).chat([{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (SamplingParams(n=2), "n must be 1 here, got 2; jfa_models.LLM serves it"),
+        (SamplingParams(prompt_logprobs=0), "prompt_logprobs must be None here, got 0; jfa_models.LLM serves it"),
+    ],
+)
+def test_the_simple_loop_names_who_serves_what_it_does_not(model, params, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate("x", params)
