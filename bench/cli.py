@@ -166,7 +166,9 @@ def decode(batch, prompt, model, dtype, samples, output) -> None:
     "--request-rate", type=click.FloatRange(min=0, min_open=True), default=math.inf, help="Per second; all at once."
 )
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Requests in the engine at a time.")
-@click.option("--max-num-seqs", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a step.")
+@click.option("--max-num-seqs", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of a step.")
+@click.option("--n", type=click.IntRange(min=1), default=1, show_default=True, help="Samples of each prompt.")
+@click.option("--beam-width", type=click.IntRange(1, 10), help="Search instead of sampling.")
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of quantized pages.")
 @click.option("--page-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -183,6 +185,8 @@ def throughput_command(
     request_rate,
     max_concurrency,
     max_num_seqs,
+    n,
+    beam_width,
     kv_dtype,
     page_size,
     seed,
@@ -192,6 +196,8 @@ def throughput_command(
     output,
 ) -> None:
     """Requests of all lengths through the engine, beside batches that wait for their longest row."""
+    if n > 1 and beam_width is not None:
+        raise click.UsageError("--n and --beam-width exclude each other")
     language_model = from_pretrained(model, dtype=dtype)
     arrivals = throughput.trace(
         num_prompts=num_prompts,
@@ -208,10 +214,12 @@ def throughput_command(
     records = throughput.measure(
         language_model,
         arrivals,
-        case=case | {"max_concurrency": max_concurrency, "page_size": page_size},
+        case=case | {"max_concurrency": max_concurrency, "page_size": page_size, "n": n, "beam_width": beam_width},
         implementations=implementation,
         max_num_seqs=max_num_seqs,
         max_concurrency=max_concurrency,
+        n=n,
+        beam_width=beam_width,
         engine_options={"kv_dtype": kv_dtype, "page_size": page_size},
     )
     click.echo(record.render(list(records), output, throughput.COLUMNS))

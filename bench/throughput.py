@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from jfa_models import Engine, LanguageModel, RequestOutput, SamplingParams
+from jfa_models import BeamSearchParams, Engine, LanguageModel, RequestOutput, SamplingParams
 
 from . import record
 from .memory import DATA_SETS, SIGMA
 
-IMPLEMENTATIONS = ("engine", "static", "sequential")
+IMPLEMENTATIONS = ("static", "engine", "sequential")
 LENGTHS = ("fixed", "sharegpt", "skewed")
 SHORTEST = 8  # tokens of a skewed prompt or answer
 PERCENTILES = (50, 90, 99)
@@ -36,6 +36,7 @@ COLUMNS = {
     "tpot_ms.p50": "TPOT",
     "itl_ms.p99": "ITL p99",
     "wasted_share": "wasted",
+    "saved_share": "shared",
 }
 
 
@@ -85,37 +86,41 @@ def measure(
     implementations: Sequence[str],
     max_num_seqs: int,
     max_concurrency: int | None,
+    n: int = 1,
+    beam_width: int | None = None,
     engine_options: Mapping[str, Any],
 ) -> Iterator[dict]:
     """A record for each implementation; what it needs is compiled before its clock starts.
 
     tokens_per_s: generated ones over the time from the first arrival to the last token. wasted_share: of the places in
-    held pages, those without a token, and reserved_share: the most places held over those that rows of a batch take
-    which all reserve the longest request; both of the engine.
+    held pages, those without a token; saved_share: of the pages that would be held without sharing, those it saves;
+    reserved_share: the most places held over those that as many rows take which all reserve the longest request.
     """
     shared = record.circumstances() | {"benchmark": "throughput", "case": dict(case)}
     static = None
-    for name in implementations:
+    asked = [_params(one, n) if beam_width is None else _beams(one, beam_width) for one in arrivals]
+    for name in sorted(implementations, key=IMPLEMENTATIONS.index):
         if name == "engine":
-            figures = _engine(model, arrivals, max_num_seqs, max_concurrency, engine_options)
-        elif arrivals[-1].at > 0:
-            yield shared | {
-                "implementation": name,
-                "status": "unsupported",
-                "reason": "batches need all requests at once",
-            }
+            figures = _engine(model, arrivals, asked, max_num_seqs, max_concurrency, engine_options)
+        elif arrivals[-1].at > 0 or n > 1 or beam_width is not None:
+            reason = "a batch takes single continuations, all at once"
+            yield shared | {"implementation": name, "status": "unsupported", "reason": reason}
             continue
         else:
             figures = _batches(model, arrivals, max_num_seqs if name == "static" else 1)
-        rate = sum(one.output_len for one in arrivals) / figures["seconds"]
+        rate = (beam_width or n) * sum(one.output_len for one in arrivals) / figures["seconds"]
         static = rate if name == "static" else static
         figures |= {"tokens_per_s": rate, "requests_per_s": len(arrivals) / figures["seconds"]}
         figures |= {"speedup": static and rate / static}
         yield shared | {"implementation": name, "status": "ok", "reason": None} | figures
 
 
-def _params(one: Arrival) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=one.output_len, ignore_eos=True)
+def _params(one: Arrival, n: int = 1) -> SamplingParams:
+    return SamplingParams(temperature=0.0 if n == 1 else 1.0, n=n, max_tokens=one.output_len, ignore_eos=True)
+
+
+def _beams(one: Arrival, width: int) -> BeamSearchParams:
+    return BeamSearchParams(beam_width=width, max_tokens=one.output_len, ignore_eos=True)
 
 
 def _batches(model: LanguageModel, arrivals: Sequence[Arrival], size: int) -> dict[str, Any]:
@@ -135,15 +140,17 @@ def _batches(model: LanguageModel, arrivals: Sequence[Arrival], size: int) -> di
 def _engine(
     model: LanguageModel,
     arrivals: Sequence[Arrival],
+    asked: Sequence[SamplingParams | BeamSearchParams],
     max_num_seqs: int,
     max_concurrency: int | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     engine = Engine(model, max_num_seqs=max_num_seqs, **options)
-    engine.warm_up()
+    kinds = [one for one in asked[:1] if isinstance(one, SamplingParams)]
+    engine.warm_up(kinds or [SamplingParams(temperature=0.0, logprobs=1)])
     seen: dict[int, list[float]] = {}  # of each request: its arrival, then its tokens
-    left = list(enumerate(arrivals))
-    wasted, steps, most = 0.0, 0, 0.0
+    left, ended = list(enumerate(arrivals)), 0
+    wasted, saved, steps, most = 0.0, 0.0, 0, 0.0
     start = time.perf_counter()
 
     def clock(index: int) -> Callable[[RequestOutput], None]:
@@ -151,23 +158,25 @@ def _engine(
 
     while left or engine.has_unfinished:
         now = time.perf_counter() - start
-        running = sum(len(times) <= arrivals[i].output_len for i, times in seen.items())
+        running = len(seen) - ended
         while left and left[0][1].at <= now and (max_concurrency is None or running < max_concurrency):
             index, one = left.pop(0)
             seen[index] = [one.at]
-            engine.add_request(one.prompt, _params(one), on_output=clock(index))
+            engine.add_request(one.prompt, asked[index], on_output=clock(index))
             running += 1
         if engine.has_unfinished:
-            engine.step()
+            ended += len(engine.step())
             metrics = engine.metrics()
             if metrics.cache_use:
-                wasted, steps, most = wasted + metrics.cache_waste, steps + 1, max(most, metrics.cache_use)
+                wasted, saved = wasted + metrics.cache_waste, saved + metrics.cache_saved
+                steps, most = steps + 1, max(most, metrics.cache_use)
         elif left:
             time.sleep(max(0.0, left[0][1].at - now))
     times = list(seen.values())
     gaps = [gap for one in times for gap in np.diff(one[1:])]
     longest = max(len(one.prompt) + one.output_len for one in arrivals)
-    reserved = min(max_num_seqs, len(arrivals)) * longest
+    width = max(one.beam_width if isinstance(one, BeamSearchParams) else one.n for one in asked)
+    reserved = min(max_num_seqs, width * len(arrivals)) * longest
     return {
         "seconds": max(one[-1] for one in times),
         "ttft_ms": _percentiles([(one[1] - one[0]) * 1e3 for one in times]),
@@ -175,6 +184,7 @@ def _engine(
         "itl_ms": _percentiles([gap * 1e3 for gap in gaps]),
         "e2e_ms": _percentiles([(one[-1] - one[0]) * 1e3 for one in times]),
         "wasted_share": wasted / max(1, steps),
+        "saved_share": saved / max(1, steps),
         "reserved_share": most * engine.num_slots / reserved,
         "metrics": dataclasses.asdict(engine.metrics()),
     }

