@@ -1,13 +1,14 @@
 """A file of prompts to a file of results, which an interruption leaves whole: the same call goes on where it ended."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jfa_models.engine import Engine
-from jfa_models.outputs import RequestOutput
+from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
 from jfa_models.sampling import SamplingParams
 
 PROMPTS = ("prompt", "prompt_token_ids")
@@ -33,11 +34,11 @@ def read(path: Path) -> list[Line]:
 
     Each is a JSON object with "prompt" or "prompt_token_ids", and as it likes an "id" and fields of SamplingParams.
     """
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    lines = enumerate(path.read_bytes().split(b"\n"), start=1)
     return [_line(number, text) for number, text in lines if text.strip()]
 
 
-def _line(number: int, text: str) -> Line:
+def _line(number: int, text: bytes) -> Line:
     try:
         given = json.loads(text)
     except ValueError as error:
@@ -49,9 +50,16 @@ def _line(number: int, text: str) -> Line:
         error = f"unknown fields {', '.join(sorted(unknown))}; known are id and those of SamplingParams"
     elif not isinstance(given.get("prompt", ""), str):
         error = f"prompt must be text, got {given['prompt']!r}; token ids are prompt_token_ids"
-    elif not all(type(token) is int for token in given.get("prompt_token_ids", ())):
+    elif not _are_whole(given.get("prompt_token_ids", [])):
         error = f"prompt_token_ids must be a list of whole numbers, got {given['prompt_token_ids']!r}"
+    elif isinstance(bias := given.get("logit_bias"), dict):
+        with contextlib.suppress(ValueError):  # the names of a JSON object are strings
+            given["logit_bias"] = {int(token): value for token, value in bias.items()}
     return Line(number=number, given=given, error=error)
+
+
+def _are_whole(tokens: Any) -> bool:
+    return isinstance(tokens, list) and all(type(token) is int for token in tokens)
 
 
 def done(path: Path, lines: list[Line]) -> set[int]:
@@ -68,7 +76,7 @@ def done(path: Path, lines: list[Line]) -> set[int]:
             file.truncate(len(whole) + bool(whole))
     by_number = {line.number: line for line in lines}
     found = set()
-    for text in whole.decode().splitlines():
+    for text in whole.split(b"\n") if whole else ():
         try:
             result = json.loads(text)
             line = by_number[result["line"]]
@@ -91,7 +99,7 @@ def run(engine: Engine, lines: list[Line], output: Path, defaults: SamplingParam
     with output.open("a", encoding="utf-8") as file:
 
         def write(result: dict[str, Any]) -> dict[str, Any]:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.write(json.dumps(result) + "\n")  # in ASCII: half a surrogate pair, or a line separator, harms nothing
             file.flush()
             return result
 
@@ -120,8 +128,24 @@ def _about(line: Line) -> dict[str, Any]:
 
 
 def _result(result: RequestOutput) -> dict[str, Any]:
-    outputs = [
-        {"text": one.text, "token_ids": list(one.token_ids), "finish_reason": one.finish_reason}
-        for one in result.outputs
-    ]
-    return outputs[0] if len(outputs) == 1 else {"outputs": outputs}
+    found = [_completion(one) for one in result.outputs]
+    whole: dict[str, Any] = found[0] if len(found) == 1 else {"outputs": found}
+    if result.prompt_logprobs is not None:
+        whole["prompt_logprobs"] = [None if one is None else _logprobs(one) for one in result.prompt_logprobs]
+    return whole if result.error is None else whole | {"error": result.error}
+
+
+def _completion(one: CompletionOutput) -> dict[str, Any]:
+    about: dict[str, Any] = {"text": one.text, "token_ids": list(one.token_ids), "finish_reason": one.finish_reason}
+    if one.stop_reason is not None:
+        about["stop_reason"] = one.stop_reason
+    if one.logprobs is not None:
+        about |= {
+            "cumulative_logprob": one.cumulative_logprob,
+            "logprobs": [_logprobs(entry) for entry in one.logprobs],
+        }
+    return about
+
+
+def _logprobs(entries: Mapping[int, Logprob]) -> dict[int, float]:
+    return {token: entry.logprob for token, entry in entries.items()}

@@ -98,15 +98,13 @@ class LLM:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         shown = sys.stderr.isatty() if progress is None else progress
+        places = self._add_all(prompts, params)
         try:
-            places = {
-                self._add(place, prompt, one): place
-                for place, (prompt, one) in enumerate(zip(prompts, params, strict=True))
-            }
             with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
                 task = bar.add_task("generating", total=len(prompts))
                 for result in self.engine.run():
-                    assert result.request_id is not None
+                    if result.request_id not in places:
+                        continue  # of somebody who never asked for it
                     place = places[result.request_id]
                     results[place] = result
                     if on_finished is not None:
@@ -142,8 +140,15 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, **options)
 
-    def _add(self, place: int, prompt: Prompt, params: Params | None) -> str:
-        try:
-            return self.engine.add_request(prompt, params, number=place)
-        except ValueError as error:
-            raise ValueError(f"prompt {place}: {error}") from error
+    def _add_all(self, prompts: Sequence[Prompt], params: Sequence[Params | None]) -> dict[str, int]:
+        """The place of each request by its id; all of them, or none."""
+        places: dict[str, int] = {}
+        for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                places[self.engine.add_request(prompt, one, number=place)] = place
+            except ValueError as error:
+                for request_id in places:
+                    self.engine.abort(request_id)
+                self.engine.step()
+                raise ValueError(f"prompt {place}: {error}") from error
+        return places

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
 
+MAX_SAMPLES = 10_000  # of one prompt
 MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API give by default
 GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: distances divided by it leave float32
 MAX_INT32 = np.iinfo(np.int32).max
@@ -78,10 +79,10 @@ class SamplingParams:
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -2, 2, "use 0 for none"),
             "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for none"),
             "repetition_penalty": _number(
-                "repetition_penalty", self.repetition_penalty, 0, None, "use 1 for none", low_is_allowed=False
+                "repetition_penalty", self.repetition_penalty, 0, 1000, "use 1 for none", low_is_allowed=False
             ),
             "top_k": _integer("top_k", self.top_k, -1, None, "use 0 to keep all tokens"),
-            "n": _integer("n", self.n, 1, None, "use 1 for one continuation"),
+            "n": _integer("n", self.n, 1, MAX_SAMPLES, "use 1 for one continuation"),
             "min_tokens": _integer("min_tokens", self.min_tokens, 0, None, "use 0 for no minimum"),
             "stop": _stop_strings(self.stop),
             "stop_token_ids": tuple(
@@ -514,10 +515,9 @@ def with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num
 
 def seed_sequence(params: SamplingParams, default_seed: int, request_id: int, index: int = 0) -> np.random.SeedSequence:
     """What the draws of one continuation follow: its seed, or the caller's and the request's number; and its index."""
-    own = (index,) if index else ()
     if params.seed is None:
-        return np.random.SeedSequence(default_seed, spawn_key=(request_id, *own))
-    return np.random.SeedSequence(params.seed, spawn_key=own)
+        return np.random.SeedSequence(default_seed, spawn_key=(request_id, index) if index else (request_id,))
+    return np.random.SeedSequence(params.seed, spawn_key=(0, 0, index) if index else ())
 
 
 def _padded_stop_ids(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> np.ndarray:

@@ -240,8 +240,13 @@ def _advance(
         return with_logprobs(tokens, raw, min(MAX_LOGPROBS, raw.shape[-1]))
 
     # all logits of a chunk at a time could outweigh the model
-    parts = jax.tree.map(lambda x: x.reshape(-1, min(n, LOGPROB_ROWS), *x.shape[1:]), (states, batch.next_tokens))
-    return filled, logits, jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), lax.map(block, parts))
+    rows = min(n, LOGPROB_ROWS)
+
+    def in_blocks(x):
+        return jnp.pad(x, [(0, -n % rows), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, rows, *x.shape[1:])
+
+    found = lax.map(block, jax.tree.map(in_blocks, (states, batch.next_tokens)))
+    return filled, logits, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
 
 
 def _draw(

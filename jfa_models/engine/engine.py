@@ -5,9 +5,11 @@ with last tokens that are still on the device, and only then the results of the 
 ends is therefore noticed one step late, its surplus token is dropped, and its place is taken in the step after.
 """
 
+import collections
 import dataclasses
 import itertools
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -55,16 +57,17 @@ _NO_SEED = np.random.SeedSequence(0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineMetrics:
-    """A snapshot. Tokens and counts are since the engine was made; times are means in seconds.
+    """A snapshot. Tokens and counts are since the engine was made or reset; times are means in seconds.
 
     Attributes:
-      running, waiting: continuations that hold pages, and that want them.
+      running, waiting: continuations that hold pages, and that will.
       cache_use: share of the pages that continuations hold.
       cache_waste: share of the held places without a token.
       cache_saved: share of the pages that continuations would hold without sharing, which sharing saves.
-      prefix_hits: share of the prompts' tokens that were found in the cache.
+      prefix_hits: share of the tokens that were looked up and found in the cache; who was preempted looks again.
       preemptions: how often a continuation gave up its pages.
-      time_to_first_token, time_per_output_token: of requests that have ended; None before the first.
+      time_to_first_token: of requests that have one.
+      time_per_output_token: behind the first one, of continuations that have ended by themselves.
     """
 
     running: int
@@ -91,8 +94,14 @@ class _Launched(NamedTuple):
     prompt_logprobs: Sampled | None
 
 
+class _Abort(NamedTuple):
+    """The wish to end a request."""
+
+    request: Request
+
+
 class Engine:
-    """Continuous batching over a paged cache. Any thread may call add_request and abort; one at a time calls step.
+    """Continuous batching over a paged cache. Any thread may call its methods; a step is one thread's at a time.
 
     A request's tokens do not depend on what else runs, but for ties that the rounding of another batch size decides.
     """
@@ -172,13 +181,12 @@ class Engine:
         self._scheduler = self._new_scheduler()
         self.max_model_len = min(longest, (num_pages - 1 - watermark) * page_size)
         self._pages_per_seq = -(-self.max_model_len // page_size)
-        self._steps = self._prompt_tokens = self._generated_tokens = self._finished_requests = 0
-        self._seconds_to_first = self._seconds_after = 0.0
-        self._tokens_after = 0
+        self._turning = threading.RLock()
+        self._entering = threading.Lock()
         self._start()
 
     def _start(self) -> None:
-        """Nothing runs, nothing is known."""
+        """Nothing runs, nothing is known, nothing has been counted."""
         slots = self._scheduler.max_num_seqs
         self._cache = dataclasses.replace(self._new_cache(), page_tables=_NO_TABLES, kv_len=_NO_LENGTHS)
         self._slots = Slots(last_token=jnp.zeros(slots, jnp.int32))
@@ -187,8 +195,13 @@ class Engine:
         self._adjusted: set[int] = set()  # slots whose logits somebody adjusts
         self._rows: tuple[object, SamplingRows | None] = (None, None)  # of the last step, and what they are made of
         self._requests: dict[str, Request] = {}
-        self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | _Abort] = queue.SimpleQueue()
+        self._ended: collections.deque[RequestOutput] = collections.deque()  # that nobody was given yet
         self._launched: _Launched | None = None
+        self._is_broken = False
+        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._finished_requests = self._begun_requests = self._tokens_after = 0
+        self._seconds_to_first = self._seconds_after = 0.0
 
     def add_request(
         self,
@@ -211,102 +224,137 @@ class Engine:
         Raises:
           ValueError: the request can never be served; the message says why, with the numbers.
         """
+        return self._submit(prompt, params, request_id, priority, number, on_output).id
+
+    def _submit(
+        self, prompt, params, request_id=None, priority=0, number=None, on_output=None, is_streamed=False
+    ) -> Request:
+        self._check_whole()
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be a whole number, smaller ones go first, got {priority!r}")
         count = next(self._numbers)
-        request_id = f"request-{count}" if request_id is None else request_id
-        if request_id in self._requests:
-            raise ValueError(f"there is a request {request_id!r} already; wait for its end or choose another id")
         params = self.model.default_params() if params is None else params
         ids = self.model.prompt_ids(prompt)
-        number = count if number is None else number
         request = Request(
-            id=request_id,
+            id=f"request-{count}" if request_id is None else request_id,
             number=count,
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_ids=tuple(ids),
             priority=priority,
             arrival=self._clock(),
             on_output=on_output,
+            is_streamed=is_streamed,
         )
         if isinstance(params, BeamSearchParams):
             self._begin_beams(request, params)
         else:
-            self._begin(request, params, number)
-        self._requests[request_id] = request
-        self._inbox.put(request)
-        return request_id
+            self._begin(request, params, count if number is None else number)
+        with self._entering:
+            while request_id is None and request.id in self._requests:
+                request.id += "+"  # somebody has chosen this name
+            if request.id in self._requests:
+                raise ValueError(f"there is a request {request_id!r} already; wait for its end or choose another id")
+            self._requests[request.id] = request
+            self._inbox.put(request)
+        return request
 
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it is, with finish_reason "abort"; one that has ended stays as it is."""
-        self._inbox.put(request_id)
+        if (request := self._requests.get(request_id)) is not None:
+            self._inbox.put(_Abort(request))
 
     @property
     def has_unfinished(self) -> bool:
         """Whether step has something to do."""
         return bool(self._requests)
 
+    def step(self) -> list[RequestOutput]:
+        """Launches a step and reads the results of the one before.
+
+        Returns the requests that have ended since the last call, in the order they did, but for those of streams.
+
+        Raises:
+          RuntimeError: an earlier step was interrupted, so that nobody knows what the cache holds: call reset.
+        """
+        self._turn()
+        return [self._ended.popleft() for _ in range(len(self._ended))]
+
+    def run(self) -> Iterator[RequestOutput]:
+        """Steps until nothing is left; every request as it ends, as step has them."""
+        while self._ended or self.has_unfinished:
+            if not self._ended:
+                self._turn()
+            while self._ended:
+                yield self._ended.popleft()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: Params | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        number: int | None = None,
+    ) -> "Stream":
+        """One request's results as they grow; others run beside it. Arguments and errors are those of add_request."""
+        stream = Stream(self)
+        stream.request = self._submit(prompt, params, request_id, priority, number, stream.grown.append, True)
+        return stream
+
+    def reset(self) -> None:
+        """Forgets all requests and empties the cache: for who was interrupted inside step."""
+        with self._turning:
+            self._scheduler = self._new_scheduler()
+            del self._cache, self._slots, self._launched  # there may be no memory for another pool beside it
+            self._start()
+
+    def _check_whole(self) -> None:
+        if self._is_broken:
+            raise RuntimeError("a step was interrupted, and nobody knows what the cache holds: call reset() first")
+
+    def _turn(self) -> None:
+        with self._turning:
+            self._check_whole()
+            try:
+                self._receive()
+                chunks = self._scheduler.schedule()
+                while not chunks and self._launched is None and self._scheduler.make_way():
+                    chunks = self._scheduler.schedule()
+                launched = self._launch(chunks) if chunks else None
+                before, self._launched = self._launched, launched
+                if before is not None:
+                    self._collect(before)
+                if not self._requests:
+                    self._launched = None  # surplus tokens of those that have ended
+            except BaseException:
+                self._is_broken = True
+                raise
+
     @property
     def num_slots(self) -> int:
         """Tokens that the pool holds."""
         return (self._scheduler.allocator.num_pages - 1) * self._scheduler.allocator.page_size
 
-    def step(self) -> list[RequestOutput]:
-        """Launches a step and reads the results of the one before. The requests that ended, in the order they did."""
-        ended = self._receive()
-        chunks = self._scheduler.schedule()
-        while not chunks and self._launched is None and self._scheduler.make_way():
-            chunks = self._scheduler.schedule()
-        launched = self._launch(chunks) if chunks else None
-        before, self._launched = self._launched, launched
-        if before is not None:
-            ended += self._collect(before)
-        return [request.output() for request in ended]
-
-    def run(self) -> Iterator[RequestOutput]:
-        """Steps until nothing is left; every request as it ends."""
-        while self.has_unfinished:
-            yield from self.step()
-
-    def stream(self, prompt: Prompt, params: Params | None = None, **options) -> Iterator[RequestOutput]:
-        """One request's results as they grow, while others run beside it; closing it aborts the request.
-
-        Raises:
-          ValueError: as add_request, before the first result.
-        """
-        grown: list[RequestOutput] = []
-        request_id = self.add_request(prompt, params, on_output=grown.append, **options)
-        return self._stream(request_id, grown)
-
-    def _stream(self, request_id: str, grown: list[RequestOutput]) -> Iterator[RequestOutput]:
-        try:
-            while request_id in self._requests:
-                self.step()
-                yield from grown
-                grown.clear()
-        finally:
-            self.abort(request_id)
-
-    def reset(self) -> None:
-        """Forgets all requests and empties the cache: for who was interrupted inside step."""
-        self._scheduler = self._new_scheduler()
-        self._start()
-
-    def warm_up(self, params: Sequence[SamplingParams] = (GREEDY,)) -> None:
+    def warm_up(self, params: Sequence[Params] = (GREEDY,)) -> None:
         """Compiles what any mixture of requests like these needs, so that nothing compiles later.
 
         Raises:
           RuntimeError: requests are on their way.
         """
-        if self.has_unfinished or self._launched is not None:
-            raise RuntimeError(
-                "warm_up runs steps of its own: call it before the first request, or when all have ended"
-            )
+        with self._turning:
+            if self.has_unfinished:
+                raise RuntimeError("warm_up runs steps of its own: call it before or after all requests")
+            self._warm_up([_CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params])
+
+    def _warm_up(self, params: Sequence[SamplingParams]) -> None:
         most = self._scheduler.max_num_seqs
-        wants_prompt = {one.prompt_logprobs is not None for one in params}
+        wants_prompt = {False} | {one.prompt_logprobs is not None for one in params}
         mixtures = list(
             itertools.product(
                 {one.is_greedy for one in params},
                 {one.logprobs is None for one in params},
                 {adjusts(one) for one in params},
+                {one.stop_token_ids for one in params},  # how many decides a shape
             )
         )
         shapes: list[tuple[int, int | None]] = [(b, None) for b in _buckets(1, most)]
@@ -321,11 +369,12 @@ class Engine:
             )
             logits, _ = self._advance(batch, np.zeros((b, self._pages_per_seq), np.int32), np.zeros(b, np.int32))
             if n in (None, SMALLEST_STEP):
-                for greedy, no_logprobs, adjusting in mixtures:
+                for greedy, no_logprobs, adjusting, stops in mixtures:
                     like = SamplingParams(
                         temperature=0.0 if greedy else 1.0,
                         logprobs=None if no_logprobs else 0,
                         min_tokens=int(adjusting),
+                        stop_token_ids=stops,
                     )
                     rows = self._sampling_rows([(like, _NO_SEED)], b)
                     self._draw(logits, rows, batch.slot, np.zeros(b, bool), np.zeros(b, np.int32))
@@ -336,23 +385,27 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         """How things stand."""
-        allocator = self._scheduler.allocator
-        held, shared, ended = allocator.num_held, allocator.num_shared, self._finished_requests
-        return EngineMetrics(
-            running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
-            cache_use=held / (allocator.num_pages - 1),
-            cache_waste=allocator.wasted_slots / (held * allocator.page_size) if held else 0.0,
-            cache_saved=shared / (held + shared) if held else 0.0,
-            prefix_hits=allocator.hit_tokens / max(1, allocator.queried_tokens),
-            preemptions=self._scheduler.num_preemptions,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            finished_requests=ended,
-            time_to_first_token=self._seconds_to_first / ended if ended else None,
-            time_per_output_token=self._seconds_after / self._tokens_after if self._tokens_after else None,
-        )
+        with self._turning:
+            allocator = self._scheduler.allocator
+            held, shared = allocator.num_held, allocator.num_shared
+            with self._entering:
+                living = [one for request in self._requests.values() for one in request.continuations]
+            running = self._scheduler.num_running
+            return EngineMetrics(
+                running=running,
+                waiting=sum(not one.finished for one in living) - running,
+                cache_use=held / (allocator.num_pages - 1),
+                cache_waste=allocator.wasted_slots / (held * allocator.page_size) if held else 0.0,
+                cache_saved=shared / (held + shared) if held else 0.0,
+                prefix_hits=allocator.hit_tokens / max(1, allocator.queried_tokens),
+                preemptions=self._scheduler.num_preemptions,
+                steps=self._steps,
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens,
+                finished_requests=self._finished_requests,
+                time_to_first_token=self._seconds_to_first / self._begun_requests if self._begun_requests else None,
+                time_per_output_token=self._seconds_after / self._tokens_after if self._tokens_after else None,
+            )
 
     # How a request begins.
 
@@ -400,28 +453,25 @@ class Engine:
                 "give the engine more pages"
             )
 
-    def _receive(self) -> list[Request]:
-        """Takes what other threads sent; an idle engine waits a while for company. Those that were aborted."""
-        ended = []
-        deadline = None
+    def _receive(self) -> None:
+        """Takes what other threads sent; an idle engine waits a while for company."""
+        until = None
         while True:
+            wait = 0.0
+            if until is not None and 0 < self._scheduler.num_waiting < self._scheduler.max_num_seqs:
+                wait = max(0.0, until - self._clock())
             try:
-                if deadline is None or self._scheduler.num_running or self._launched:
-                    message = self._inbox.get_nowait()
-                elif self._scheduler.num_waiting >= self._scheduler.max_num_seqs:
-                    break
-                else:
-                    message = self._inbox.get(timeout=max(0.0, deadline - self._clock()))
+                message = self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait()
             except queue.Empty:
-                break
-            if isinstance(message, Request):
-                self._scheduler.add(message.continuations[0])
-                self._prompt_tokens += len(message.prompt_ids)
-                deadline = deadline or (self.max_wait and message.arrival + self.max_wait) or None
-            elif (request := self._requests.get(message)) is not None and not request.finished:
-                self._end(request, "abort")
-                ended.append(request)
-        return ended
+                return
+            if isinstance(message, _Abort):
+                if not message.request.finished:
+                    self._end(message.request, "abort")
+                continue
+            if self.max_wait and until is None and self._launched is None and not self._scheduler.num_running:
+                until = message.arrival + self.max_wait
+            self._scheduler.add(message.continuations[0])
+            self._prompt_tokens += len(message.prompt_ids)
 
     # A step on its way to the device.
 
@@ -544,8 +594,8 @@ class Engine:
 
     # What a step has brought.
 
-    def _collect(self, launched: _Launched) -> list[Request]:
-        """Reads the results of a step and passes them on; the requests that ended."""
+    def _collect(self, launched: _Launched) -> None:
+        """Reads the results of a step and passes them on."""
         sampled, prompt_logprobs = jax.device_get((launched.sampled, launched.prompt_logprobs))
         now = self._clock()
         tokenizer = self.model.tokenizer
@@ -560,20 +610,33 @@ class Engine:
                 continue  # drawn before its end was known
             if request.first_token is None:
                 request.first_token = now
+                self._begun_requests += 1
+                self._seconds_to_first += now - request.arrival
             grown[request] = None
-            if request.beams is not None:
-                self._report(request, request.beams, one, sampled, row)
-            else:
-                self._push(one, sampled, row)
-        return [request for request in grown if self._show(request)]
+            try:
+                if request.beams is not None:
+                    self._report(request, request.beams, one, sampled, row)
+                else:
+                    self._push(one, sampled, row, now)
+            except Exception as error:  # its text cannot be made: the others go on
+                self._fail(request, error)
+        for request in grown:
+            if not request.finished:
+                self._show(request)
 
-    def _push(self, one: Continuation, sampled: Sampled, row: int) -> None:
+    def _push(self, one: Continuation, sampled: Sampled, row: int, now: float) -> None:
         assert one.completion is not None
         one.completion.push(sampled, row)
         one.tokens.append(one.completion.token_ids[-1])
         self._generated_tokens += 1
         if one.completion.finished:
             self._scheduler.finish(one)
+            self._count(one.request, one.completion, now)
+
+    def _count(self, request: Request, completion: Completion, now: float) -> None:
+        assert request.first_token is not None
+        self._seconds_after += now - request.first_token
+        self._tokens_after += len(completion.token_ids) - 1
 
     def _report(self, request: Request, beams: BeamSearch, one: Continuation, sampled: Sampled, row: int) -> None:
         """A beam's successors; with those of the last one the next beams are chosen."""
@@ -584,7 +647,6 @@ class Engine:
         if not beams.report(parents.index(one), list(zip(ids, logprobs, strict=True))):
             return
         chosen = beams.choose()
-        self._generated_tokens += len(chosen)
         heirs = {place: token for place, token in reversed(chosen)}  # the first child goes on as its parent
         for place, parent in enumerate(parents):
             if place not in heirs:
@@ -601,9 +663,11 @@ class Engine:
         request.continuations = live
         if beams.done:
             request.completions = [
-                self._completion_of(request, index, hypothesis.beam)
-                for index, hypothesis in enumerate(beams.hypotheses)
+                self._completion_of(request, index, found.beam) for index, found in enumerate(beams.hypotheses)
             ]
+            self._generated_tokens += request.num_generated
+            for completion in request.completions[:1]:
+                self._count(request, completion, self._clock())
 
     def _completion_of(self, request: Request, index: int, beam: Beam) -> Completion:
         assert request.beams is not None
@@ -616,8 +680,8 @@ class Engine:
         completion.cumulative_logprob = beam.total
         return completion
 
-    def _show(self, request: Request) -> bool:
-        """Calls who wants to see a request that grew; whether it has ended."""
+    def _show(self, request: Request) -> None:
+        """Shows a request that grew to who wants to see it, and ends it if it is done."""
         done = request.beams.done if request.beams is not None else all(one.finished for one in request.completions)
         if done:
             self._end(request)
@@ -625,30 +689,64 @@ class Engine:
             try:
                 request.on_output(request.output())
             except Exception as error:  # somebody else's code: its request ends, the others go on
-                request.error = f"on_output raised {error!r}"
-                self._end(request, "error")
-        return request.finished
+                self._fail(request, error, "on_output raised ")
+
+    def _fail(self, request: Request, error: Exception, what: str = "") -> None:
+        request.error = f"{what}{error!r}"
+        self._end(request, "error")
 
     def _end(self, request: Request, reason: FinishReason | None = None) -> None:
-        """Gives back all that a request has."""
+        """Gives back all that a request has. reason: of what has not ended by itself."""
         request.ended = self._clock()
         for one in request.continuations:
             if not one.finished:
                 self._scheduler.finish(one)
+        if reason is not None and request.beams is not None:
+            found = [*(one.beam for one in request.beams.hypotheses), *request.beams.live]
+            request.completions = [
+                self._completion_of(request, index, beam)
+                for index, beam in enumerate(found[: request.beams.params.beam_width])
+            ]
         for completion in request.completions:
             if reason is not None:
                 completion.end(reason)
         del self._requests[request.id]
         self._finished_requests += 1
-        if request.first_token is not None:
-            self._seconds_to_first += request.first_token - request.arrival
-            self._seconds_after += request.ended - request.first_token
-            self._tokens_after += max(0, request.num_generated - 1)
         if request.on_output is not None and reason != "error":
             try:
                 request.on_output(request.output())
             except Exception as error:
                 request.error = f"on_output raised {error!r}"
+        if not request.is_streamed:
+            self._ended.append(request.output())
+
+
+class Stream:
+    """One request's results as they grow: an iterator. Closing it, or letting it go, aborts the request."""
+
+    def __init__(self, engine: Engine):
+        self.grown: collections.deque[RequestOutput] = collections.deque()
+        self.request: Request | None = None
+        self._engine = engine
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> RequestOutput:
+        while not self.grown:
+            with self._engine._turning:  # another thread's turn may have brought it
+                if not self.grown:
+                    if self.request is None or self.request.finished:
+                        raise StopIteration
+                    self._engine._turn()
+        return self.grown.popleft()
+
+    def close(self) -> None:
+        """Aborts the request, if it has not ended."""
+        if self.request is not None and not self.request.finished:
+            self._engine.abort(self.request.id)
+
+    __del__ = close
 
 
 def _batch(tokens, query_start, slot, last, next_tokens) -> Batch:

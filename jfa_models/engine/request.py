@@ -80,6 +80,7 @@ class Request:
     priority: int
     arrival: float
     on_output: OnOutput | None = None
+    is_streamed: bool = False  # its results go to on_output alone
     num_prompt_logprobs: int | None = None
     continuations: list[Continuation] = dataclasses.field(default_factory=list)  # those that live
     completions: list[Completion] = dataclasses.field(default_factory=list)

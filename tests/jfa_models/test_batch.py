@@ -71,6 +71,7 @@ def test_each_line_gets_its_result_with_its_own_params(engine, tmp_path):
         ({"prompt": "x", "temperature": -1}, "temperature must be a finite number >= 0, got -1"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 5}, "prompt must be text, got 5; token ids are prompt_token_ids"),
+        ({"prompt_token_ids": None}, "prompt_token_ids must be a list of whole numbers, got None"),
         ({"prompt_token_ids": "ab"}, "prompt_token_ids must be a list of whole numbers, got 'ab'"),
         ({"prompt": "x" * 200}, "the prompt has 200 tokens and max_tokens is 5, together more than max_model_len=128"),
     ],
@@ -102,6 +103,23 @@ def test_results_of_another_batch_are_not_continued(tmp_path):
     for other in ({"line": 2}, {"prompt": "a"}, "no json"):
         with pytest.raises(ValueError, match="holds something else than results of this batch"):
             batch.done(written(output, other), lines)
+
+
+def test_any_character_survives(engine, tmp_path):
+    asked = [{"prompt": f"a{separator}b", "id": "\ud800"} for separator in ("\u2028", "\x85", "\x1e", "\ud800")]
+    lines = batch.read(written(tmp_path / "in", *asked, '{"prompt": "raw \u2028 line"}'))
+    output = tmp_path / "out"
+    list(batch.run(engine, lines, output, GREEDY))
+    assert batch.done(output, lines) == {1, 2, 3, 4, 5}
+    assert sum("error" in one for one in results(output)) <= 1
+
+
+def test_a_line_may_ask_for_all_that_requests_can(engine, tmp_path):
+    asked = {"prompt": "Hi", "logit_bias": {"70": 90}, "logprobs": 1, "prompt_logprobs": 0, "stop_token_ids": [70]}
+    [result] = batch.run(engine, batch.read(written(tmp_path / "in", asked)), tmp_path / "out", GREEDY)
+    assert result["token_ids"] == [70] and result["stop_reason"] == 70 and result["cumulative_logprob"] < 0
+    assert 70 in result["logprobs"][0] and result["prompt_logprobs"][0] is None and len(result["prompt_logprobs"]) == 2
+    assert results(tmp_path / "out")[0]["logprobs"][0].keys() == {str(i) for i in result["logprobs"][0]}
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_a_callback_that_raises_leaves_a_fresh_engine(model, llm):
 def test_refuses(model, llm):
     with pytest.raises(ValueError, match="prompt 1: the prompt has 60 tokens and max_tokens is 6, together more than"):
         llm.generate(["one", "x" * 60], GREEDY)
-    assert not llm.engine.has_unfinished
+    assert not llm.engine.has_unfinished and texts(llm.generate("one", GREEDY)) == texts(model.generate("one", GREEDY))
     with pytest.raises(ValueError, match="there must be one params, or one for each prompt, got 1 for 2"):
         llm.generate(["one", "two"], [GREEDY])
     with pytest.raises(ValueError, match="dtype='bfloat16' came too late: the model is loaded, in float32"):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import random
 import threading
+import time
 
 import jax
 import numpy as np
@@ -63,8 +64,7 @@ def engine(shared):
 
 
 def assert_clean(engine):
-    while engine.has_unfinished or engine._launched is not None:
-        engine.step()
+    list(engine.run())
     allocator = engine._scheduler.allocator
     allocator.check()
     assert not allocator.sequences and engine.metrics().running == engine.metrics().waiting == 0
@@ -77,8 +77,8 @@ def run(engine, *requests, **options):
     return [results[i] for i in ids]
 
 
-def assert_same(model, got, want):
-    """The same tokens and texts, up to a choice that rounding may decide."""
+def assert_same(got, want, tie=TIE):
+    """The same tokens and texts, up to a choice that rounding may decide; want has the log-probabilities."""
     for one, other in zip(got, want, strict=True):
         ours, theirs = one.outputs[0].token_ids, other.outputs[0].token_ids
         if ours == theirs:
@@ -86,8 +86,15 @@ def assert_same(model, got, want):
             assert one.outputs[0].finish_reason == other.outputs[0].finish_reason
             continue
         same = next(i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y)
-        logits = model.logits(np.array([[*one.prompt_token_ids, *ours[:same]]]))[0, -1]
-        assert abs(float(logits[ours[same]] - logits[theirs[same]])) < TIE, (one.request_id, same, ours, theirs)
+        likely = other.outputs[0].logprobs[same]
+        assert ours[same] in likely, (one.request_id, same, ours, theirs)
+        assert likely[theirs[same]].logprob - likely[ours[same]].logprob < tie, (one.request_id, same, ours, theirs)
+
+
+def alone(model, prompts, params, **options):
+    """What the simple loop gives, with log-probabilities."""
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    return model.generate(prompts, [dataclasses.replace(one, logprobs=20) for one in params], **options)
 
 
 def drawn(rng, count, *, longest=24, most=16):
@@ -106,7 +113,7 @@ def test_greedy_tokens_are_those_of_generate_alone(model, caching):
     prompts, params = drawn(random.Random(0), 24)
     engine = Engine(model, **SMALL | dict(num_pages=20), enable_prefix_caching=caching)
     got = run(engine, *zip(prompts, params, strict=True))
-    assert_same(model, got, model.generate(prompts, params))
+    assert_same(got, alone(model, prompts, params))
     metrics = engine.metrics()
     assert metrics.preemptions > 0 and (metrics.prefix_hits > 0) == caching
     assert metrics.finished_requests == 24 and metrics.generated_tokens == sum(one.max_tokens for one in params)
@@ -114,27 +121,26 @@ def test_greedy_tokens_are_those_of_generate_alone(model, caching):
     assert_clean(engine)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
-def test_quantized_pages_give_what_generate_gives_on_them(kv_dtype):
-    model = language_model(kv_dtype)
-    prompts, params = drawn(random.Random(1), 8)
-    engine = Engine(model, kv_dtype=kv_dtype, **SMALL | dict(num_pages=24))
-    want = model.generate(prompts, params)
-    got = run(engine, *zip(prompts, params, strict=True))
-    # rounding that another batch size changes may change what a page holds, and with it more than a tie: not often
-    assert sum(x.outputs[0].token_ids == y.outputs[0].token_ids for x, y in zip(got, want, strict=True)) >= 7
-    assert_clean(engine)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_a_thousand_requests_that_come_and_go(model, seed):
+@pytest.mark.parametrize(
+    ("kv_dtype", "seed", "count", "tie"),
+    [
+        (None, 0, 1000, TIE),
+        (None, 1, 400, TIE),
+        # the rounding of another batch size may change a number in a page by one step of its kind
+        ("int8", 2, 200, 0.05),
+        ("fp8", 3, 200, 0.2),
+        ("int4", 4, 200, 0.5),
+    ],
+)
+def test_two_thousand_requests_that_come_and_go(kv_dtype, seed, count, tie):
     """Random arrivals, priorities, samples, beams and aborts over a pool that holds four of them."""
     rng = random.Random(seed)
-    prompts, params = drawn(rng, 1000)
-    want = model.generate(prompts, params, max_batch=64)
-    engine = Engine(model, **SMALL | dict(num_pages=14, max_num_seqs=5), max_model_len=40)
-    left, got, aborted, extras = list(range(1000)), {}, set(), 0
+    model = language_model(kv_dtype)
+    prompts, params = drawn(rng, count)
+    want = alone(model, prompts, params, max_batch=64)
+    engine = Engine(model, **SMALL | dict(num_pages=14, max_num_seqs=5), max_model_len=40, kv_dtype=kv_dtype)
+    left, got, aborted, extras = list(range(count)), {}, set(), 0
     while left or engine.has_unfinished:
         for _ in range(min(len(left), rng.choice([0, 0, 1, 3]))):
             i = left.pop()
@@ -142,9 +148,8 @@ def test_a_thousand_requests_that_come_and_go(model, seed):
             if rng.random() < 0.05:
                 aborted.add(str(i))
         if rng.random() < 0.02:
-            extra = rng.choice(
-                [SamplingParams(n=3, max_tokens=9, seed=1), BeamSearchParams(beam_width=3, max_tokens=6)]
-            )
+            beams = BeamSearchParams(beam_width=3, max_tokens=6)
+            extra = rng.choice([SamplingParams(n=3, max_tokens=9, seed=1), beams])
             engine.add_request(prompts[0], extra)
             extras += 1
         if aborted and rng.random() < 0.2:
@@ -152,11 +157,11 @@ def test_a_thousand_requests_that_come_and_go(model, seed):
         for result in engine.step():
             got[result.request_id] = result
         engine._scheduler.allocator.check()
-    assert len(got) == 1000 + extras
-    ended = [i for i in range(1000) if got[str(i)].outputs[0].finish_reason != "abort"]
-    assert len(ended) >= 940
-    assert_same(model, [got[str(i)] for i in ended], [want[i] for i in ended])
-    assert engine.metrics().preemptions > 20
+    assert len(got) == count + extras
+    ended = [i for i in range(count) if got[str(i)].outputs[0].finish_reason != "abort"]
+    assert len(ended) >= 0.9 * count
+    assert_same([got[str(i)] for i in ended], [want[i] for i in ended], tie)
+    assert engine.metrics().preemptions > count / 50
     assert_clean(engine)
 
 
@@ -234,7 +239,7 @@ def test_beams_are_those_of_a_search_without_a_cache(model, num_pages):
     for output, (score, tokens) in zip(found.outputs, want, strict=True):
         assert output.cumulative_logprob == pytest.approx(score * len(tokens), abs=1e-3)
         assert output.finish_reason == "length" and len(output.text) == 7
-    assert_same(model, others, model.generate([prompt for prompt, _ in company], GREEDY))
+    assert_same(others, alone(model, [prompt for prompt, _ in company], GREEDY))
     assert (engine.metrics().preemptions > 0) == (num_pages == 10)
     assert_clean(engine)
 
@@ -269,7 +274,7 @@ def test_prompt_logprobs_are_those_of_the_whole_forward(model, engine):
 
 def test_nothing_compiles_after_warm_up(model):
     rng = random.Random(7)
-    engine = Engine(model, **SMALL | dict(num_pages=24, max_num_seqs=6), max_model_len=48)
+    engine = Engine(model, **SMALL | dict(num_pages=24, max_num_seqs=6, max_num_batched_tokens=40), max_model_len=48)
     kinds = [
         dict(temperature=0.0),
         dict(temperature=0.9),
@@ -278,8 +283,9 @@ def test_nothing_compiles_after_warm_up(model):
         dict(temperature=0.0, presence_penalty=1.0),
         dict(temperature=1.0, min_tokens=2, stop="e"),
         dict(temperature=0.0, prompt_logprobs=1),
+        dict(temperature=0.0, stop_token_ids=range(250, 262)),
     ]
-    engine.warm_up([SamplingParams(**kind) for kind in kinds])
+    engine.warm_up([*(SamplingParams(**kind) for kind in kinds), BeamSearchParams()])
     with counted_compilations() as compilations:
         for _ in range(500):
             params = SamplingParams(**rng.choice(kinds), max_tokens=rng.randint(2, 12), n=rng.choice([1, 1, 1, 2, 4]))
@@ -317,12 +323,45 @@ def test_a_stream_grows_and_others_run_beside_it(model, engine):
     assert other not in engine._requests  # it ended meanwhile
 
 
-def test_a_stream_that_is_closed_aborts_its_request(engine):
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_stream_that_is_closed_aborts_its_request(engine, begun):
     stream = engine.stream("Hi", GREEDY)
-    next(stream)
+    if begun:
+        next(stream)
     stream.close()
-    [result] = engine.run()
-    assert result.outputs[0].finish_reason == "abort" and 1 <= len(result.outputs[0].token_ids) < GREEDY.max_tokens
+    assert list(engine.run()) == [] and not engine.has_unfinished
+    *_, last = stream
+    assert last.outputs[0].finish_reason == "abort" and len(last.outputs[0].token_ids) < GREEDY.max_tokens
+
+
+def test_streams_may_be_read_in_any_order_and_give_nobody_else_s_results_away(model, engine):
+    streams = [engine.stream(prompt, GREEDY, request_id="again") for prompt in ("Hi",)]
+    streams += [engine.stream("Yo", GREEDY)]
+    plain = [engine.add_request(prompt, GREEDY) for prompt in ("one", "two")]
+    first, second = [list(stream) for stream in streams]
+    assert len(first) == len(second) == GREEDY.max_tokens
+    assert second[-1].outputs == model.generate("Yo", GREEDY)[0].outputs
+    for result in engine.run():
+        assert result.request_id == plain.pop(0)
+        break
+    assert [result.request_id for result in engine.run()] == plain
+    assert list(engine.stream("Hi", GREEDY, request_id="again"))[-1].outputs == first[-1].outputs
+
+
+def test_streams_of_several_threads(model, engine):
+    prompts = ["one", "two", "three", "four", "five"]
+    found = {}
+
+    def read(prompt):
+        found[prompt] = list(engine.stream(prompt, GREEDY))
+
+    threads = [threading.Thread(target=read, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for prompt, want in zip(prompts, model.generate(prompts, GREEDY), strict=True):
+        assert len(found[prompt]) == GREEDY.max_tokens and found[prompt][-1].outputs == want.outputs
 
 
 def test_abort_ends_a_request_in_any_state(engine):
@@ -331,13 +370,13 @@ def test_abort_ends_a_request_in_any_state(engine):
     beams = engine.add_request("beams", BeamSearchParams(beam_width=2, max_tokens=4), priority=-1)
     fresh = engine.add_request("fresh", GREEDY, request_id="mine")
     engine.abort(fresh)
-    for _ in range(3):
-        engine.step()
+    early = [result for _ in range(3) for result in engine.step()]
     for one in (running[0], waiting, beams, "unknown"):
         engine.abort(one)
-    results = {result.request_id: result for result in engine.run()}
+    results = {result.request_id: result for result in (*early, *engine.run())}
     reasons = {i: [output.finish_reason for output in result.outputs] for i, result in results.items()}
-    assert reasons[running[0]] == reasons[waiting] == ["abort"]
+    assert reasons[running[0]] == reasons[waiting] == reasons["mine"] == ["abort"]
+    assert reasons[beams] in (["abort"], ["abort"] * 2)
     assert all(reasons[i] == ["length"] for i in running[1:])
 
 
@@ -352,6 +391,59 @@ def test_a_callback_that_raises_ends_its_request_alone(model, engine):
     assert results[first].outputs[0].finish_reason == "error"
     assert results[first].error == "on_output raised ZeroDivisionError('no more')"
     assert results[second].outputs == model.generate("Hi", GREEDY)[0].outputs and results[second].error is None
+
+
+def test_an_abort_that_comes_late_does_not_hit_the_next_of_that_name(engine):
+    for _ in range(2):
+        [result] = [run(engine, ("Hi", GREEDY), request_id="mine")[0]]
+        assert result.outputs[0].finish_reason == "length"
+        engine.abort("mine")
+
+
+def test_a_text_that_cannot_be_made_ends_its_request_alone(model, engine, monkeypatch):
+    bad = engine.add_request("Hi", GREEDY)
+    good = engine.add_request("Yo", GREEDY)
+    monkeypatch.setattr(engine._requests[bad].completions[0], "take", lambda token: 1 / 0)
+    results = {result.request_id: result for result in engine.run()}
+    assert results[bad].error == "ZeroDivisionError('division by zero')"
+    assert results[good].outputs == model.generate("Yo", GREEDY)[0].outputs
+
+
+@pytest.mark.parametrize("where", ["_launch", "_collect"])
+def test_after_an_interruption_inside_a_step_the_engine_says_so_until_it_is_reset(model, monkeypatch, where):
+    engine = Engine(model, **SMALL)
+    engine.add_request("Hi", GREEDY)
+    engine.step()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.run())
+    for call in (engine.step, lambda: engine.add_request("Hi", GREEDY), lambda: list(engine.run())):
+        with pytest.raises(
+            RuntimeError, match="a step was interrupted, and nobody knows what the cache holds: call reset"
+        ):
+            call()
+    engine.reset()
+    assert_same(run(engine, ("Hi", GREEDY)), alone(model, ["Hi"], GREEDY))
+
+
+def test_times_are_those_of_requests_that_have_them(model):
+    now = [0.0]
+    engine = Engine(model, **SMALL, clock=lambda: now[0])
+    for i in range(3):
+        engine.add_request("aborted", GREEDY, request_id=f"{i}")
+        engine.abort(f"{i}")
+    engine.add_request("Hi", SamplingParams(temperature=1.0, n=4, max_tokens=5, ignore_eos=True))
+    while engine.has_unfinished:
+        now[0] += 1.0
+        engine.step()
+    metrics = engine.metrics()
+    assert (metrics.time_to_first_token, metrics.time_per_output_token) == (2.0, 1.0)
+    assert metrics.finished_requests == 4 and metrics.generated_tokens == 20
 
 
 def test_metrics_tell_times_on_the_engine_s_clock(model):
@@ -379,6 +471,11 @@ def test_an_idle_engine_waits_for_company(model):
     assert engine.metrics().running == 4
     list(engine.run())
     timer.join()
+    one = engine.add_request("five", GREEDY)
+    engine.abort(one)
+    started = time.monotonic()
+    engine.step()  # nobody is left to wait for
+    assert time.monotonic() - started < 5
 
 
 def test_reset_forgets_everything(model, engine):
@@ -386,7 +483,7 @@ def test_reset_forgets_everything(model, engine):
     engine.step()
     engine.reset()
     assert not engine.has_unfinished
-    assert_same(model, run(engine, ("Hi", GREEDY)), model.generate("Hi", GREEDY))
+    assert_same(run(engine, ("Hi", GREEDY)), alone(model, ["Hi"], GREEDY))
 
 
 REFUSED_REQUESTS = {
@@ -420,7 +517,14 @@ def test_a_request_larger_than_the_pool_is_refused(model):
     assert len(run(engine, ("x" * 10, dataclasses.replace(GREEDY, max_tokens=None)))[0].outputs[0].token_ids) <= 6
 
 
+def test_a_priority_is_a_whole_number(engine):
+    with pytest.raises(ValueError, match="priority must be a whole number, smaller ones go first, got None"):
+        engine.add_request("x", GREEDY, priority=None)
+
+
 def test_an_id_is_used_once(engine):
+    chosen = [engine.add_request("x", GREEDY, request_id=f"request-{next(engine._numbers) + 2}") for _ in range(2)]
+    assert engine.add_request("x", GREEDY) not in chosen
     engine.add_request("x", GREEDY, request_id="mine")
     with pytest.raises(ValueError, match="there is a request 'mine' already; wait for its end or choose another id"):
         engine.add_request("x", GREEDY, request_id="mine")
@@ -428,7 +532,7 @@ def test_an_id_is_used_once(engine):
 
 def test_warm_up_does_not_disturb_requests(engine):
     engine.add_request("x", GREEDY)
-    with pytest.raises(RuntimeError, match="warm_up runs steps of its own: call it before the first request"):
+    with pytest.raises(RuntimeError, match="warm_up runs steps of its own: call it before or after all requests"):
         engine.warm_up()
 
 
