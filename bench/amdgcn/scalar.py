@@ -171,7 +171,7 @@ def bind(gang: "Gang", instruction: Instruction) -> "Step":
     operation = OPERATIONS[name]
     left, right = (side.split() for side in operation.signature.split("="))
     texts = list(operands if not left or _ACCUMULATING.fullmatch(name) else operands[1:])
-    if re.search(r"k_(co_)?i32$", name):
+    if re.search(r"k_(co_|[a-z]{2}_)?i32$", name):
         # sixteen bits with a sign, which the text may show without it
         texts[-1] = str(np.array(int(texts[-1], 0) & 0xFFFF, np.uint16).view(np.int16))
     sources = [source(gang, text, type) for text, type in zip([*texts, "scc"], right, strict=False)]

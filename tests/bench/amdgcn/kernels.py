@@ -298,7 +298,7 @@ def branch(x, out, BLOCK: tl.constexpr):
     choice = tl.load(x + row)
     if choice > 0:
         tl.store(out + row * BLOCK + at, at * choice)
-    elif choice < -5:
+    elif choice < -500:  # a constant of sixteen bits
         tl.store(out + row * BLOCK + at, at - choice)
 
 

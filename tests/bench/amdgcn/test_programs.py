@@ -51,11 +51,11 @@ def test_while_loops_end_when_each_program_says(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_branches_on_a_number_from_memory(arch):
-    x = np.array([3, -9, 0, 1, -5, -6], np.int32)
+    x = np.array([3, -900, 0, 1, -500, -501, 70_000, -70_000], np.int32)
     out = poisoned((len(x), 256), np.int32)
     got = build(kernels.branch, arch, "*i32 *i32", BLOCK=256).run(x, out, grid=(len(x),)).outputs[1]
     at = np.arange(256)
-    want = [at * n if n > 0 else at - n if n < -5 else np.full(256, -1) for n in x]
+    want = [at * n if n > 0 else at - n if n < -500 else np.full(256, -1) for n in x]
     assert np.array_equal(got, want)
 
 
