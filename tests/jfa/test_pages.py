@@ -85,6 +85,19 @@ def test_truncate_gives_back_what_only_the_forgotten_tokens_need():
     assert allocator.append("a") == []
 
 
+def test_num_shared_counts_what_each_of_its_own_would_take_besides():
+    allocator = PageAllocator(num_pages=16, page_size=4)
+    allocator.add("a", 10)
+    assert allocator.num_shared == 0
+    allocator.fork("a", "b")
+    allocator.fork("a", "c")
+    assert allocator.num_shared == 6
+    allocator.append("b", 1)  # a copy of the last page
+    assert allocator.num_shared == 5
+    allocator.free("a")
+    assert allocator.num_shared == 2
+
+
 def test_wasted_slots_counts_a_shared_page_once():
     allocator = PageAllocator(9, 4)
     assert allocator.wasted_slots == 0
