@@ -371,7 +371,10 @@ REFUSED = {  # name: (fields, the whole message)
     "min_p": ({"min_p": -0.1}, "min_p must be a number in [0, 1], got -0.1; use 0 to keep all tokens"),
     "presence": ({"presence_penalty": 3}, "presence_penalty must be a number in [-2, 2], got 3; use 0 for none"),
     "frequency": ({"frequency_penalty": -3}, "frequency_penalty must be a number in [-2, 2], got -3; use 0 for none"),
-    "repetition": ({"repetition_penalty": 0}, "repetition_penalty must be a number in (0, 1000], got 0; use 1 for none"),
+    "repetition": (
+        {"repetition_penalty": 0},
+        "repetition_penalty must be a number in (0, 1000], got 0; use 1 for none",
+    ),
     "top_k": ({"top_k": -2}, "top_k must be an integer >= -1, got -2; use 0 to keep all tokens"),
     "top_k_float": ({"top_k": 1.5}, "top_k must be an integer >= -1, got 1.5; use 0 to keep all tokens"),
     "top_k_bool": ({"top_k": True}, "top_k must be an integer >= -1, got True; use 0 to keep all tokens"),
