@@ -57,7 +57,7 @@ def test_arrivals_are_a_poisson_process():
     assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.2)
 
 
-OPTIONS = ("--num-prompts", 6, "--input-len", 20, "--output-len", 12, "--max-num-seqs", 4, "-o", "json")
+OPTIONS = ("--num-prompts", 6, "--input-len", 20, "--output-len", 12, "--max-num-seqs", 3, "-o", "json")
 
 
 @pytest.mark.slow

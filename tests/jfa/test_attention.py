@@ -14,13 +14,15 @@ TILES = {
     "xla": jfa.BlockConfig(block_q=16, block_kv=16, widen=True),
     "triton": jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1),
 }
-# float16 and bfloat16 differ in rounding alone, so half of the cases run in each
+# float16 and bfloat16 differ in rounding alone, so half of the cases run in each; an interpreted kernel takes seconds,
+# and most of what float32 could show there is in the other one
 DTYPES = {name: ("float32", ("bfloat16", "float16")[i % 2]) for i, name in enumerate(CASES)}
 RUNS = [
     pytest.param(name, dtype, backend, id=f"{name}-{dtype}-{backend}")
-    for name in CASES
+    for i, name in enumerate(CASES)
     for dtype in DTYPES[name]
     for backend in TILES
+    if backend != "triton" or dtype != "float32" or i % 4 == 0
 ]
 
 

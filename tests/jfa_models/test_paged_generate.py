@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import byte_tokenizer, counted_compilations, folder_with_text, sharp_decoder
+from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, folder_with_text, sharp_decoder
 
 import jfa
 from jfa import quant

@@ -274,7 +274,7 @@ def test_prompt_logprobs_are_those_of_the_whole_forward(model, engine):
 
 def test_nothing_compiles_after_warm_up(model):
     rng = random.Random(7)
-    engine = Engine(model, **SMALL | dict(num_pages=24, max_num_seqs=6, max_num_batched_tokens=40), max_model_len=48)
+    engine = Engine(model, **SMALL | dict(num_pages=24, max_num_seqs=3, max_num_batched_tokens=40), max_model_len=48)
     kinds = [
         dict(temperature=0.0),
         dict(temperature=0.9),
