@@ -115,7 +115,8 @@ def dot_product_attention(
       logits_soft_cap: scores become cap * tanh(score / cap).
       sinks: [hq], a logit per head in natural units that joins the softmax's denominator and has no value; the
         residual leaves it out.
-      alibi_slopes: [hq]; a score gets -slope * |position of the query - key|.
+      alibi_slopes: [hq]; a score gets -slope * |position of the query - key|. Where all keys that a query sees are
+        thousands of places away (query_offset), gradients lose digits, that of the slopes most of them.
       query_segment_ids, key_value_segment_ids: i32[b, tq] and i32[b, tk], both or none: a query sees the keys of its
         own segment, so that documents can be packed in a row.
       query_offset: i32[b] or int, position of the first query among the keys, as cached chunks need; None: 0.
