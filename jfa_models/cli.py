@@ -142,6 +142,8 @@ def generate(
     if batch_file is not None or output is not None:
         _batch(context, batch_file, output, max_num_seqs)
         return
+    if context.get_parameter_source("max_num_seqs") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--max-num-seqs is for a --batch-file: a single prompt is a row of its own")
     given = [one for one in (text, prompt) if one is not None]
     if len(given) != 1:
         raise click.UsageError('give one prompt: jfa generate "The capital of France is", or --prompt TEXT')

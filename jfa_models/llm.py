@@ -110,7 +110,7 @@ class LLM:
                     if on_finished is not None:
                         on_finished(place, result)
                     bar.advance(task)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the requests are this call's alone, and nobody would end them
             self.engine.reset()
             raise
         return [results[place] for place in range(len(prompts))]

@@ -326,7 +326,7 @@ class Engine:
                     self._collect(before)
                 if not self._requests:
                     self._launched = None  # surplus tokens of those that have ended
-            except BaseException:
+            except BaseException:  # Ctrl-C too: books and device may have parted anywhere above; told on, never hidden
                 self._is_broken = True
                 raise
 
@@ -770,7 +770,7 @@ def _buckets(smallest: int, largest: int) -> Iterator[int]:
     while smallest < largest:
         yield smallest
         smallest *= 2
-    yield max(smallest, largest) if smallest == largest else largest
+    yield largest
 
 
 def _default_num_pages(most: int, page_bytes: int) -> int:

@@ -182,3 +182,9 @@ def test_an_interrupt_is_quiet(jfa, monkeypatch):
     monkeypatch.setattr(cli, "from_pretrained", interrupted)
     status, out, err = jfa("generate", "x")
     assert (status, out, err.strip()) == (130, "", "")
+
+
+def test_rows_of_a_batch_are_no_option_of_a_single_prompt(jfa, folder):
+    status, out, err = jfa("generate", "Hi", "--model", folder, "--max-num-seqs", 4)
+    assert (status, out) == (2, "")
+    assert err == "jfa: --max-num-seqs is for a --batch-file: a single prompt is a row of its own\n"

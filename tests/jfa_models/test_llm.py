@@ -5,23 +5,11 @@ import dataclasses
 import jax
 import pytest
 from flax import nnx
-from tiny_model import CHAT_TEMPLATE, byte_tokenizer, sharp_decoder
+from tiny_model import CHAT_TEMPLATE, byte_tokenizer, sharp_decoder, tiny_config
 
-from jfa_models import LLM, BeamSearchParams, DecoderConfig, LanguageModel, SamplingParams
-from jfa_models.config import RopeConfig
+from jfa_models import LLM, BeamSearchParams, LanguageModel, SamplingParams
 
-CONFIG = DecoderConfig(
-    vocab_size=272,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=1,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=64,
-    norm_eps=1e-5,
-    rope=RopeConfig(theta=10_000.0),
-)
+CONFIG = tiny_config(num_layers=1, context_length=64)
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 
 

@@ -11,28 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, folder_with_text, sharp_decoder
+from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, folder_with_text, sharp_decoder, tiny_config
 
 import jfa
 from jfa import quant
 from jfa_models import cli
-from jfa_models.config import DecoderConfig, RopeConfig
 from jfa_models.generate import KV_DTYPES, CacheOptions, LanguageModel, Session, from_pretrained
 from jfa_models.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIG = DecoderConfig(
-    vocab_size=272,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=128,
-    norm_eps=1e-5,
-    rope=RopeConfig(theta=10_000.0),
-)
+CONFIG = tiny_config(num_layers=2, context_length=128)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = ["Hi", "a prompt of more than one chunk.", "seven c"]
 

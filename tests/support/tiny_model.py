@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import pre_tokenizers
 
-from jfa_models.config import DecoderConfig
+from jfa_models.config import DecoderConfig, RopeConfig
 from jfa_models.decoder import Decoder
 from jfa_models.tokenizer import Tokenizer
 
@@ -58,6 +58,22 @@ def folder_with_text(weights: Path, to: Path) -> Path:
     names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
+
+
+def tiny_config(*, num_layers: int, context_length: int) -> DecoderConfig:
+    """More rows of the vocabulary than the tokenizer of bytes has tokens, as in many checkpoints."""
+    return DecoderConfig(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=num_layers,
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        context_length=context_length,
+        norm_eps=1e-5,
+        rope=RopeConfig(theta=10_000.0),
+    )
 
 
 def sharp_decoder(config: DecoderConfig) -> Decoder:

@@ -34,7 +34,7 @@ class Rows:
         """The tokens [start, start + size) of each row, where flash.py's tiles begin."""
         page_size, page_table = self.pages.shape[1], self.page_table
         if self.scales is None and size % page_size == 0:
-            # whole pages: on a CPU a third faster for floats, but slower for numbers (bench/LOG.md)
+            # whole pages: on a CPU faster for floats at batch 1; numbers gain nothing (bench/LOG.md)
             own = lax.dynamic_slice_in_dim(page_table, start // page_size, size // page_size, axis=1)
             return self.pages[own].reshape(len(page_table), size, *self.pages.shape[2:]).astype(self.dtype)
         token = start + jnp.arange(size)

@@ -11,24 +11,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_model import byte_tokenizer, counted_compilations, sharp_decoder
+from tiny_model import byte_tokenizer, counted_compilations, sharp_decoder, tiny_config
 
-from jfa_models import BeamSearchParams, DecoderConfig, Engine, LanguageModel, SamplingParams
-from jfa_models.config import RopeConfig
+from jfa_models import BeamSearchParams, Engine, LanguageModel, SamplingParams
 from jfa_models.generate import CacheOptions
 
-CONFIG = DecoderConfig(
-    vocab_size=272,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context_length=128,
-    norm_eps=1e-5,
-    rope=RopeConfig(theta=10_000.0),
-)
+CONFIG = tiny_config(num_layers=2, context_length=128)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 TIE = 1e-3
 SMALL = dict(max_num_seqs=4, page_size=4, num_pages=33, max_num_batched_tokens=32)
