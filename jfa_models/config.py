@@ -1,103 +1,64 @@
-"""What a decoder is: the numbers that a checkpoint states about its model, checked once, here.
-
-Two spellings are read: config.json and generation_config.json of Hugging Face, and the metadata of a GGUF file.
-"""
+"""What a decoder is, in numbers, and how its authors advise to sample from it."""
 
 import dataclasses
 import json
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-from jaxtyping import Float
+from jfa_models.rope import RopeConfig, check_positive
 
-SUPPORTED_ARCHITECTURES = {"llama": "Llama 2, Llama 3, SmolLM2"}  # name in a checkpoint: who uses it
-
-Activation = Literal["silu"]
-
-# What a config.json from before `rope_theta` leaves out: the first two generations of Llama share this base.
-_ROPE_THETA_UNSTATED = 10_000.0
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Norm = Literal["rms", "rms_plus_one", "layer"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Every rotation slowed by one factor. Source: arXiv:2306.15595."""
+class ExpertsConfig:
+    """A mixture of experts in place of an MLP: a router sends each token to a few of them. Source: arXiv:2401.04088.
 
-    factor: float
-
-    def __post_init__(self) -> None:
-        _check_positive("rope scaling", factor=self.factor)
-
-    def divisors(self, inverse_frequencies: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """What each inverse frequency is divided by."""
-        return np.full_like(inverse_frequencies, self.factor)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Slow rotations divided by `factor`, fast ones kept, a linear blend between the two. Source: arXiv:2407.21783.
-
-    A rotation is slow if it turns less than `low_freq_factor` times within `original_context_length` positions,
-    and fast if it turns more than `high_freq_factor` times.
+    Attributes:
+      num_experts, experts_per_token: in a layer, and how many of them a token goes to.
+      intermediate_size: of one expert.
+      normalize: the weights of a token's experts are made to sum to 1.
+      dense_layers: the layers that keep an MLP.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context_length: int
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalize: bool = True
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_positive("rope scaling", **dataclasses.asdict(self))
-        if self.high_freq_factor <= self.low_freq_factor:
+        _check_fields(self)
+        if self.experts_per_token > self.num_experts:
             raise ValueError(
-                f"rope scaling: high_freq_factor must be larger than low_freq_factor, "
-                f"got {self.high_freq_factor} and {self.low_freq_factor}"
+                f"experts_per_token must be at most num_experts, got {self.experts_per_token} and {self.num_experts}"
             )
-
-    def divisors(self, inverse_frequencies: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """What each inverse frequency is divided by: from 1 (fast) to `factor` (slow)."""
-        turns = self.original_context_length * inverse_frequencies / (2 * math.pi)
-        fast = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        fast = np.clip(fast, 0.0, 1.0)
-        return 1.0 / (fast + (1.0 - fast) / self.factor)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ListedScaling:
-    """One divisor per rotation, as a GGUF file stores the outcome of any scaling."""
-
-    values: tuple[float, ...]  # head_dim / 2 of them
-
-    def __post_init__(self) -> None:
-        _check_positive("rope scaling", smallest_divisor=min(self.values, default=0.0))
-
-    def divisors(self, inverse_frequencies: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """What each inverse frequency is divided by."""
-        return np.asarray(self.values)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary positions: pair `i` of a head turns by `position * inverse_frequencies[i]` radians."""
-
-    theta: float
-    scaling: LinearScaling | Llama3Scaling | ListedScaling | None = None
-
-    def __post_init__(self) -> None:
-        _check_positive("rope", theta=self.theta)
-
-    def inverse_frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
-        """Radians per position of each pair, float32, scaling included."""
-        exact = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
-        return (exact if self.scaling is None else exact / self.scaling.divisors(exact)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder of the Llama family. Hashable: it may be a static argument of jit."""
+    """The shape of a decoder. Hashable: it may be a static argument of jit.
 
+    Attributes:
+      architecture: whose names its tensors have in files, and which model_type a config.json of it says: a key of
+        families.FAMILIES.
+      context_length: tokens, prompt and answer together.
+      norm: "rms"; "rms_plus_one", whose scale is stored less 1; or "layer", with a bias.
+      gated_mlp: down(act(gate(x)) * up(x)), and not down(act(up(x))).
+      parallel_block: attention and MLP both read the block's one norm, and both are added to its input.
+      post_norms: what attention and MLP give is normalised before it is added.
+      qk_norm: the queries and keys of each head are normalised before they are turned.
+      scale_embeddings: embeddings are multiplied by sqrt(hidden_size).
+      query_scale: of the scores; None: head_dim ** -0.5.
+      attention_soft_cap, logits_soft_cap: c tanh(x / c) of the scores, and of the logits.
+      windows: for each layer how many tokens a query sees, itself among them; None for all. Empty: all in every layer.
+      local_rope: of the layers with a window; None: theirs is rope too.
+      experts: None: every layer has an MLP.
+    """
+
+    architecture: str = "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -105,136 +66,92 @@ class DecoderConfig:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    context_length: int  # tokens, prompt and answer together
+    context_length: int
     norm_eps: float
     rope: RopeConfig
-    tie_word_embeddings: bool = False
+    norm: Norm = "rms"
     hidden_act: Activation = "silu"
-    attention_bias: bool = False
+    gated_mlp: bool = True
+    parallel_block: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
+    tie_word_embeddings: bool = False
+    scale_embeddings: bool = False
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logits_soft_cap: float | None = None
+    windows: tuple[int | None, ...] = ()
+    local_rope: RopeConfig | None = None
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} must be true or false, got {value!r}")
-        _check_positive("config", norm_eps=self.norm_eps)
+        _check_fields(self)
+        check_positive("config", norm_eps=self.norm_eps)
+        for name in ("query_scale", "attention_soft_cap", "logits_soft_cap"):
+            if getattr(self, name) is not None:
+                check_positive("config", **{name: getattr(self, name)})
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads must be a multiple of num_kv_heads, got {self.num_q_heads} and {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, because rope turns pairs of numbers, got {self.head_dim}")
-        if isinstance(self.rope.scaling, ListedScaling) and len(self.rope.scaling.values) != self.head_dim // 2:
-            raise ValueError(
-                f"rope scaling must list head_dim / 2 = {self.head_dim // 2} divisors, "
-                f"got {len(self.rope.scaling.values)}"
-            )
-        if self.hidden_act not in get_args(Activation):
-            raise ValueError(f"hidden_act must be one of {', '.join(get_args(Activation))}, got {self.hidden_act!r}")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
+        for name, allowed in (("hidden_act", Activation), ("norm", Norm)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"windows must be one for each of {self.num_layers} layers, got {len(self.windows)}")
+        if any(window is not None and (type(window) is not int or window < 1) for window in self.windows):
+            raise ValueError(f"a window must be a whole number of at least 1, or None, got {self.windows}")
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of this layer sees, itself among them; None: all."""
+        return self.windows[layer] if self.windows else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer is a mixture."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    def with_layers(self, num_layers: int) -> "DecoderConfig":
+        """The same decoder with its first num_layers layers alone.
+
+        Raises:
+          ValueError: there are not as many.
+        """
+        if not 1 <= num_layers <= self.num_layers:
+            raise ValueError(f"num_layers must be 1 to {self.num_layers}, the model's, got {num_layers}")
+        return dataclasses.replace(self, num_layers=num_layers, windows=self.windows[:num_layers])
 
     @property
     def num_params(self) -> int:
         """Numbers in all weights; a tied head counts once."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, vocab = self.hidden_size, self.vocab_size
         q_size, kv_size = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = 2 * hidden * (q_size + kv_size) + self.attention_bias * (q_size + 2 * kv_size + hidden)
-        mlp = 3 * hidden * inner + self.mlp_bias * (2 * inner + hidden)
-        heads = 1 if self.tie_word_embeddings else 2
-        return self.num_layers * (attention + mlp + 2 * hidden) + hidden + heads * self.vocab_size * hidden
+        norm = 2 * hidden if self.norm == "layer" else hidden
+        norms = (1 if self.parallel_block else 2) + 2 * self.post_norms
+        attention = 2 * hidden * (q_size + kv_size) + self.qkv_bias * (q_size + 2 * kv_size) + self.out_bias * hidden
+        each = attention + norms * norm + 2 * self.head_dim * self.qk_norm
+        head = 0 if self.tie_word_embeddings else vocab * hidden
+        total = vocab * hidden + norm + head + self.head_bias * vocab + self.num_layers * each
+        ins = 2 if self.gated_mlp else 1
+        for layer in range(self.num_layers):
+            if self.experts is not None and self.has_experts(layer):
+                expert = (ins + 1) * hidden * self.experts.intermediate_size
+                total += self.experts.num_experts * (expert + hidden)
+            else:
+                inner = self.intermediate_size
+                total += (ins + 1) * hidden * inner + self.mlp_bias * (ins * inner + hidden)
+        return total
 
     @property
     def cache_elements_per_token(self) -> int:
         """Numbers that one token leaves in a KV cache."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
-        """Reads a config.json of Hugging Face, in its older or its newer spelling of rope.
-
-        Raises:
-          ValueError: an architecture, rope type or quantization that is not supported, or a key is missing or wrong.
-        """
-        check_architecture(config.get("model_type"), "config.json: model_type")
-        if config.get("quantization_config"):
-            raise ValueError(
-                "config.json: quantization_config is not supported; "
-                "use the unquantized checkpoint or a GGUF file of the model"
-            )
-        _require(
-            config,
-            "config.json",
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "rms_norm_eps",
-        )
-        num_q_heads = config["num_attention_heads"]
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_q_heads=num_q_heads,
-            num_kv_heads=_stated(config, "num_key_value_heads", num_q_heads),
-            head_dim=_stated(config, "head_dim", None) or _head_dim(config["hidden_size"], num_q_heads),
-            context_length=config["max_position_embeddings"],
-            norm_eps=config["rms_norm_eps"],
-            rope=_rope_from_hf(config),
-            tie_word_embeddings=_stated(config, "tie_word_embeddings", False),
-            hidden_act=_stated(config, "hidden_act", "silu"),
-            attention_bias=_stated(config, "attention_bias", False),
-            mlp_bias=_stated(config, "mlp_bias", False),
-        )
-
-    @classmethod
-    def from_gguf(
-        cls,
-        metadata: Mapping[str, Any],
-        tensor_names: Collection[str],
-        rope_divisors: tuple[float, ...] | None = None,
-    ) -> "DecoderConfig":
-        """Reads the metadata of a GGUF file.
-
-        Three facts are not in the metadata and follow from the tensors: tied embeddings (no `output.weight`), biases,
-        and the rope scaling of Llama 3, which is the tensor `rope_freqs.weight`: pass it as `rope_divisors`.
-
-        Raises:
-          ValueError: an architecture or rope type that is not supported, or a key is missing or wrong.
-        """
-        check_architecture(metadata.get("general.architecture"), "GGUF metadata: general.architecture")
-        names = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
-        _require(metadata, "GGUF metadata", *(f"llama.{n}" for n in (*names, "attention.layer_norm_rms_epsilon")))
-        hidden_size, intermediate_size, num_layers, num_q_heads, context_length = (
-            metadata[f"llama.{n}"] for n in names
-        )
-        head_dim = _stated(metadata, "llama.attention.key_length", None) or _head_dim(hidden_size, num_q_heads)
-        rotated = metadata.get("llama.rope.dimension_count", head_dim)
-        if rotated != head_dim:
-            raise ValueError(
-                f"GGUF metadata: llama.rope.dimension_count must be head_dim ({head_dim}), got {rotated}; "
-                "rotating a part of a head is not supported"
-            )
-        return cls(
-            vocab_size=metadata.get("llama.vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_layers=num_layers,
-            num_q_heads=num_q_heads,
-            num_kv_heads=_stated(metadata, "llama.attention.head_count_kv", num_q_heads),
-            head_dim=head_dim,
-            context_length=context_length,
-            norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
-            rope=_rope_from_gguf(metadata, rope_divisors),
-            tie_word_embeddings="output.weight" not in tensor_names,
-            attention_bias="blk.0.attn_q.bias" in tensor_names,
-            mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,76 +208,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_architecture(name: object, where: str) -> None:
-    """Raises ValueError unless a checkpoint's architecture is one that we build."""
-    if not isinstance(name, str) or name not in SUPPORTED_ARCHITECTURES:
-        supported = ", ".join(f"{name} ({users})" for name, users in SUPPORTED_ARCHITECTURES.items())
-        raise ValueError(f"{where} {name!r} is not supported; supported architectures: {supported}")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object as a file, for people to read too."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _require(source: Mapping[str, Any], where: str, *keys: str) -> None:
-    missing = [key for key in keys if source.get(key) is None]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; take the file that belongs to these weights")
-
-
-def _stated(source: Mapping[str, Any], key: str, otherwise: Any) -> Any:
-    value = source.get(key)  # null counts as unstated
-    return otherwise if value is None else value
-
-
-def _check_positive(where: str, **values: float) -> None:
-    for name, value in values.items():
-        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{where}: {name} must be a finite number > 0, got {value!r}")
-
-
-def _head_dim(hidden_size: int, num_q_heads: int) -> int:
-    _check_positive("config", hidden_size=hidden_size, num_q_heads=num_q_heads)
-    if hidden_size % num_q_heads:
-        raise ValueError(
-            f"the hidden size must be a multiple of the number of heads, got {hidden_size} and {num_q_heads}; "
-            "a model of another shape must state its head_dim"
-        )
-    return hidden_size // num_q_heads
-
-
-def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"config.json: the parameters of rope must be an object, got {rope!r}")
-    rotated = _stated(rope, "partial_rotary_factor", _stated(config, "partial_rotary_factor", 1.0))
-    if rotated != 1.0:
-        raise ValueError(
-            f"config.json: partial_rotary_factor must be 1, got {rotated}; rotating a part of a head is not supported"
-        )
-    theta = _stated(rope, "rope_theta", _stated(config, "rope_theta", _ROPE_THETA_UNSTATED))
-    match rope.get("rope_type") or rope.get("type") or "default":
-        case "default":
-            scaling = None
-        case "linear":
-            _require(rope, "config.json: rope scaling", "factor")
-            scaling = LinearScaling(factor=rope["factor"])
-        case "llama3":
-            keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            _require(rope, "config.json: rope scaling", *keys)
-            factor, low, high, original = (rope[key] for key in keys)
-            scaling = Llama3Scaling(
-                factor=factor, low_freq_factor=low, high_freq_factor=high, original_context_length=original
-            )
-        case other:
-            raise ValueError(f"config.json: rope type must be default, linear or llama3, got {other!r}")
-    return RopeConfig(theta=theta, scaling=scaling)
-
-
-def _rope_from_gguf(metadata: Mapping[str, Any], divisors: tuple[float, ...] | None) -> RopeConfig:
-    kind = _stated(metadata, "llama.rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise ValueError(f"GGUF metadata: llama.rope.scaling.type must be none or linear, got {kind!r}")
-    factor = _stated(metadata, "llama.rope.scaling.factor", _stated(metadata, "llama.rope.scale_linear", 1.0))
-    linear = LinearScaling(factor=1.0 if kind == "none" else factor)
-    if divisors is not None:
-        scaling = ListedScaling(values=tuple(linear.factor * value for value in divisors))
-    else:
-        scaling = None if linear.factor == 1.0 else linear
-    return RopeConfig(theta=_stated(metadata, "llama.rope.freq_base", _ROPE_THETA_UNSTATED), scaling=scaling)
+def _check_fields(config: Any) -> None:
+    """Raises ValueError unless counts are counts and flags are flags."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and (type(value) is not int or value < 1):
+            raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+        if field.type is bool and type(value) is not bool:
+            raise ValueError(f"{field.name} must be true or false, got {value!r}")

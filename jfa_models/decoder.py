@@ -1,5 +1,8 @@
 """The decoder: one readable file for every family; a family is a DecoderConfig and a table of tensor names."""
 
+import functools
+import math
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -7,36 +10,54 @@ from jaxtyping import Array, Float, Int
 
 from jfa_models.attention import Attention, Cache, Rotation
 from jfa_models.config import DecoderConfig
-from jfa_models.layers import Embedding, GatedMLP, Linear, RMSNorm
+from jfa_models.layers import MLP, Embedding, Experts, Linear, make_norm
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or both of one norm(x), in a parallel block (GPT-J's)."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None
+    ):
+        hidden = config.hidden_size
+        self.attention_norm = make_norm(config, hidden, dtype=dtype)
+        self.attention = Attention(config, layer, dtype=dtype, rngs=rngs, implementation=implementation)
+        self.attention_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
+        self.mlp_norm = None if config.parallel_block else make_norm(config, hidden, dtype=dtype)
+        self.mlp = (Experts if config.has_experts(layer) else MLP)(config, dtype=dtype, rngs=rngs)
+        self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
 
-    def __call__(self, x, rotation, lengths, query_start, cache, layer):
-        attended, cache = self.attention(self.attention_norm(x), rotation, lengths, query_start, cache, layer)
+    def __call__(self, x, rotation, lengths, query_start, cache):
+        normed = self.attention_norm(x)
+        attended, cache = self.attention(normed, rotation, lengths, query_start, cache)
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        out = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+        return x + (out if self.mlp_post_norm is None else self.mlp_post_norm(out)), cache
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer as a pure function: parameters in, nothing hidden, the cache goes in and comes out."""
+    """A decoder-only transformer as a pure function: parameters in, nothing hidden, the cache goes in and comes out.
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    attention_implementation: what jfa's ops are asked for by name; None: they choose.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        attention_implementation: str | None = None,
+    ):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        tied = config.tie_word_embeddings
-        self.lm_head = (
-            None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
-        )
+        block = functools.partial(Block, dtype=dtype, rngs=rngs, implementation=attention_implementation)
+        self.layers = nnx.List([block(config, i) for i in range(config.num_layers)])
+        self.norm = make_norm(config, config.hidden_size, dtype=dtype)
+        head = functools.partial(Linear, config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.lm_head = None if config.tie_word_embeddings else head(dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -65,10 +86,14 @@ class Decoder(nnx.Module):
         else:
             new = t if lengths is None else lengths
             positions = (0 if cache is None else cache.kv_len[:, None]) + jnp.arange(t)[None, :]
-        rotation = Rotation(self.config.rope, self.config.head_dim, positions)
+        config = self.config
+        rotation = Rotation(config, config.rope, positions)
+        local = rotation if config.local_rope is None else Rotation(config, config.local_rope, positions)
         x = self.embed(tokens)
+        if config.scale_embeddings:
+            x = x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype)
         for i, block in enumerate(self.layers):
-            x, cache = block(x, rotation, lengths, query_start, cache, i)
+            x, cache = block(x, rotation if config.window(i) is None else local, lengths, query_start, cache)
         if cache is not None:
             cache = cache.advance(new)
         return self.norm(x), cache
@@ -76,4 +101,6 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: Float[Array, "*b hidden"]) -> Float[Array, "*b vocab"]:
         """Logits over the vocabulary, float32."""
         head = self.embed.attend if self.lm_head is None else self.lm_head
-        return head(hidden).astype(jnp.float32)
+        logits = head(hidden).astype(jnp.float32)
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

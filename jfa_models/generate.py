@@ -3,7 +3,9 @@
 import dataclasses
 import operator
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -15,11 +17,13 @@ from jaxtyping import Array, Float
 
 import jfa
 from jfa_models.attention import Cache
-from jfa_models.checkpoint import Checkpoint, load_params, open_checkpoint
+from jfa_models.checkpoint import load_params, open_checkpoint, save_checkpoint
 from jfa_models.completion import Completion
 from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
+from jfa_models.locate import PACKAGED
 from jfa_models.outputs import RequestOutput
+from jfa_models.presets import PRESETS, preset
 from jfa_models.sampling import SamplingParams, check_token_ids, sampling_rows
 from jfa_models.steps import DecodeState, Emitted, Steps
 from jfa_models.tokenizer import Tokenizer
@@ -29,6 +33,7 @@ from jfa_models.tokenizer import Tokenizer
 PREFILL_CHUNK = 512
 SMALLEST_CHUNK = 16
 SMALLEST_CAPACITY = 256
+SLACK = 128  # tokens that a layer with a window keeps behind it: so far a session can go back
 
 DTYPES = ("float32", "bfloat16", "float16")
 CACHES = ("contiguous", "paged")
@@ -69,30 +74,54 @@ def from_pretrained(
     cache: Literal["contiguous", "paged"] = "contiguous",
     kv_dtype: str | None = None,
     page_size: int = 16,
+    context_length: int | None = None,
 ) -> "LanguageModel":
-    """Loads a checkpoint: a Hugging Face folder of the Llama family, a .gguf file, or "smollm2", which is a package.
+    """Loads a model of one of the families (families.FAMILIES).
 
     Args:
+      model: a Hugging Face folder, a .safetensors or .gguf file, "smollm2" or "gemma-3-270m", which are packages, the
+        name of a preset (presets.PRESETS), which gets random weights, or a repository of Hugging Face, "owner/name".
       dtype: float32, bfloat16 or float16, of the weights, the computation and the cache. None: float32 on a CPU, which
         has no fast 16-bit product, bfloat16 elsewhere.
       cache, kv_dtype, page_size: CacheOptions.
+      context_length: tokens of a prompt and its answer, if fewer than the model's own. A model with two rope scalings
+        (Phi-3 for 128,000 tokens) takes the one that was made for so many.
 
     Raises:
       ValueError: there is no such checkpoint, it is damaged, or its architecture is unknown; the message says which.
     """
     dtype = compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
-    checkpoint = open_checkpoint(os.fspath(model))
-    config = checkpoint.config
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    expected = _named_leaves(abstract)
+    name = os.fspath(model)
+    if name.lower() in PRESETS and name.lower() not in PACKAGED and not os.path.exists(name):
+        warnings.warn(f"{name} is the shape of a model: its weights are random", stacklevel=2)
+        config = _with_context(preset(name), context_length)
+        return LanguageModel.random(config, dtype=dtype, cache_options=options)
+    checkpoint = open_checkpoint(name)
+    abstract = _abstract(_with_context(checkpoint.config, context_length), dtype)
+    expected = named_leaves(abstract)
     params = load_params(checkpoint, expected)
     return LanguageModel(
         decoder=abstract,
         params=tuple(params[name] for name in expected),
-        tokenizer=_tokenizer(checkpoint),
+        tokenizer=checkpoint.load_tokenizer(),
         defaults=checkpoint.generation,
         cache_options=options,
+    )
+
+
+def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderConfig:
+    if context_length is None:
+        return config
+    if not 1 <= context_length <= config.context_length:
+        raise ValueError(f"context_length must be 1 to {config.context_length}, the model's own, got {context_length}")
+    return dataclasses.replace(config, context_length=context_length)
+
+
+def _abstract(config: DecoderConfig, dtype: DTypeLike, implementation: str | None = None) -> Decoder:
+    """A decoder with shapes in the place of parameters."""
+    return nnx.eval_shape(
+        lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), attention_implementation=implementation)
     )
 
 
@@ -132,6 +161,7 @@ class LanguageModel:
         cache_options: CacheOptions | None = None,
     ):
         self.config: DecoderConfig = decoder.config
+        self._names = tuple(named_leaves(decoder))
         self.params = params
         self.tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
@@ -139,6 +169,45 @@ class LanguageModel:
         self.cache_options = cache_options or CacheOptions()
         self.dtype = params[0].dtype
         self.steps = Steps(decoder)
+
+    @classmethod
+    def random(
+        cls,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike | None = None,
+        seed: int = 0,
+        attention_implementation: str | None = None,
+        cache_options: CacheOptions | None = None,
+    ) -> "LanguageModel":
+        """A model that knows nothing, without a tokenizer: weights from a normal distribution, made in a moment.
+
+        Args:
+          dtype: as in from_pretrained.
+          attention_implementation: what jfa's ops are asked for by name; None: they choose.
+        """
+        dtype = compute_dtype(dtype)
+        abstract = _abstract(config, dtype, attention_implementation)
+        # one piece of noise is laid over all weights, so long and odd that no two rows of one are alike
+        noise = (0.02 * np.random.default_rng(seed).standard_normal(1_000_003)).astype(dtype)
+        params, start = [], 0
+        for name, shape in named_leaves(abstract).items():
+            if name.endswith(("scale", "bias")):
+                is_one = name.endswith("scale") and config.norm != "rms_plus_one"
+                params.append(jnp.full(shape.shape, float(is_one), dtype))
+            else:
+                params.append(jax.device_put(np.resize(np.roll(noise, start), shape.shape)))
+                start += 7919
+        return cls(decoder=abstract, params=tuple(params), cache_options=cache_options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes what from_pretrained and Hugging Face load: config.json, safetensors, the tokenizer and its template.
+
+        Raises:
+          ValueError: config.json cannot say what the model is.
+        """
+        named = dict(zip(self._names, self.params, strict=True))
+        save_checkpoint(Path(folder), self.config, named, generation=self.defaults, tokenizer=self.tokenizer)
 
     def logits(self, input_ids: ArrayLike, lengths: ArrayLike | None = None) -> Float[Array, "b t vocab"]:
         """The next-token logits behind every token, without a cache.
@@ -301,7 +370,7 @@ class LanguageModel:
         capacity = max(SMALLEST_CAPACITY, _power_of_two(capacity))
         shape: Any = dict(num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, dtype=self.dtype)
         if options.kind == "contiguous":
-            return jfa.KVCache.create(batch=batch, capacity=capacity, **shape)
+            return jfa.KVCache.create(batch=batch, capacity=capacity, windows=c.windows, slack=SLACK, **shape)
         pages_per_seq = -(-capacity // options.page_size)
         cache = jfa.PagedKVCache.create(
             num_pages=1 + batch * pages_per_seq,
@@ -471,12 +540,6 @@ def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tupl
         start += t
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """None where a folder holds nothing of a tokenizer; where it holds a part, load_tokenizer says what is missing."""
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return checkpoint.load_tokenizer() if checkpoint.metadata or any(folder.glob("tokenizer*")) else None
-
-
 def _own_pages(batch: int, pages_per_seq: int) -> np.ndarray:
     """A page table in which every row has all its pages from the start: nothing here is shared."""
     return np.arange(1, 1 + batch * pages_per_seq, dtype=np.int32).reshape(batch, pages_per_seq)
@@ -495,7 +558,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _named_leaves(abstract: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+def named_leaves(abstract: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter by its dotted name, in the order of the steps' flat tuple."""
     state = nnx.to_pure_dict(nnx.split(abstract)[1])
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}

@@ -1,6 +1,7 @@
 """The parts of a decoder that are not attention. Modules hold parameters only; weights lie [out, in] as on disk."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jfa_models.config import DecoderConfig
+from jfa_models.config import Activation, DecoderConfig
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -42,21 +43,51 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32, returned in the dtype of x.
 
+    Where 1 is added to what is stored of the scale, the product is in float32 too, as its models were trained.
     Source: arXiv:1910.07467.
+    """
+
+    def __init__(self, size: int, *, eps: float, plus_one: bool = False, dtype: DTypeLike):
+        self.eps = eps
+        self.plus_one = plus_one
+        self.scale = nnx.Param(jnp.full(size, 0.0 if plus_one else 1.0, dtype))
+
+    def __call__(self, x: Float[Array, "*b size"]) -> Float[Array, "*b size"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (wide * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias, in float32, returned in the dtype of x.
+
+    Source: arXiv:1607.06450.
     """
 
     def __init__(self, size: int, *, eps: float, dtype: DTypeLike):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones(size, dtype))
+        self.bias = nnx.Param(jnp.zeros(size, dtype))
 
     def __call__(self, x: Float[Array, "*b size"]) -> Float[Array, "*b size"]:
         wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.scale[...]
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (wide * scale + bias).astype(x.dtype)
 
 
-class GatedMLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)).
+def make_norm(config: DecoderConfig, size: int, *, dtype: DTypeLike) -> RMSNorm | LayerNorm:
+    """The kind of norm that a decoder has."""
+    if config.norm == "layer":
+        return LayerNorm(size, eps=config.norm_eps, dtype=dtype)
+    return RMSNorm(size, eps=config.norm_eps, plus_one=config.norm == "rms_plus_one", dtype=dtype)
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
     Source: arXiv:2002.05202.
     """
@@ -64,15 +95,102 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
         linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = linear(hidden, inner)
+        self.act = _ACTIVATIONS[config.hidden_act]
+        self.gate = linear(hidden, inner) if config.gated_mlp else None
         self.up = linear(hidden, inner)
         self.down = linear(inner, hidden)
 
     def __call__(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b hidden"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        up = self.up(x)
+        return self.down(self.act(up) if self.gate is None else self.act(self.gate(x)) * up)
+
+
+class Experts(nnx.Module):
+    """A mixture of gated MLPs: every token goes to a few of them, and their sum is weighted by the router.
+
+    Source: arXiv:2401.04088, section 2.1.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        assert config.experts is not None
+        self.config = config.experts
+        self.act = _ACTIVATIONS[config.hidden_act]
+        hidden, inner = config.hidden_size, config.experts.intermediate_size
+        stacked = functools.partial(StackedLinear, config.experts.num_experts, dtype=dtype, rngs=rngs)
+        self.router = Linear(hidden, config.experts.num_experts, bias=False, dtype=dtype, rngs=rngs)
+        self.gate = stacked(hidden, inner)
+        self.up = stacked(hidden, inner)
+        self.down = stacked(inner, hidden)
+
+    def __call__(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b hidden"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
+        weights, chosen = lax.top_k(weights, self.config.experts_per_token)
+        if self.config.normalize:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        out = for_each_expert(self._expert, tokens, chosen, self.config.num_experts)
+        return jnp.einsum("nkh,nk->nh", out, weights.astype(x.dtype), precision=_precision(x)).reshape(x.shape)
+
+    def _expert(self, x: Float[Array, "rows hidden"], expert: Int[Array, ""]) -> Float[Array, "rows hidden"]:
+        return self.down(self.act(self.gate(x, expert)) * self.up(x, expert), expert)
+
+
+class StackedLinear(nnx.Module):
+    """One weight for each expert."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_normal(rngs.params(), (num_experts, out_features, in_features), dtype))
+
+    def __call__(self, x: Float[Array, "rows in"], expert: Int[Array, ""]) -> Float[Array, "rows out"]:
+        return _times_rows(x, self.weight[...][expert])
+
+
+def for_each_expert(
+    function: Callable[[Float[Array, "rows hidden"], Int[Array, ""]], Float[Array, "rows hidden"]],
+    tokens: Float[Array, "n hidden"],
+    chosen: Int[Array, "n k"],
+    num_experts: int,
+) -> Float[Array, "n k hidden"]:
+    """function(rows, expert) of every token and each expert it has chosen.
+
+    Tokens are sorted by their expert and cut into blocks that belong to one each; blocks without a token are skipped.
+    So a token costs k experts, however many there are: XLA's own ragged_dot costs all of them on CPUs and most GPUs
+    (bench/LOG.md). Source: arXiv:2211.15841, section 5.
+    """
+    n, k = chosen.shape
+    expert = chosen.reshape(-1)
+    rows = min(128, max(1, n * k // num_experts))  # of a block: half of the last one of an expert is empty on average
+    num_blocks = n * k // rows + min(num_experts, n * k)
+    count = jnp.zeros(num_experts, jnp.int32).at[expert].add(1)
+    blocks = -(-count // rows)
+    first_block = jnp.cumsum(blocks) - blocks
+    order = jnp.argsort(expert, stable=True)
+    rank = jnp.arange(n * k) - (jnp.cumsum(count) - count)[expert[order]]
+    place = jnp.zeros(n * k, jnp.int32).at[order].set(first_block[expert[order]] * rows + rank)
+    token_of = jnp.full(num_blocks * rows, n, jnp.int32).at[place].set(jnp.arange(n * k) // k)
+    expert_of = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(num_blocks), side="right")
+
+    def block(_, which):
+        token, expert = which
+        x = jnp.take(tokens, token, axis=0, mode="fill", fill_value=0)
+        return None, lax.cond(expert < num_experts, lambda: function(x, expert), lambda: jnp.zeros_like(x))
+
+    _, out = lax.scan(block, None, (token_of.reshape(num_blocks, rows), expert_of))
+    return out.reshape(num_blocks * rows, -1)[place].reshape(n, k, -1)
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def _times_rows(x: Float[Array, "*b in"], weight: Float[Array, "out in"]) -> Float[Array, "*b out"]:
     """x weight^T. Contracting the last axis of both reads the weight as it lies; no transposed copy is made."""
-    precision = "highest" if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=_precision(x))
+
+
+def _precision(x: Float[Array, "..."]) -> str | None:
+    return "highest" if x.dtype == jnp.float32 else None  # else float32 may be rounded to tf32

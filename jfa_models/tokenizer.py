@@ -17,7 +17,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jfa_models.config import GenerationDefaults, read_json
+from jfa_models.config import GenerationDefaults, read_json, write_json
 
 # Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
@@ -145,6 +145,15 @@ class Tokenizer:
             special_tokens={name: tokens[i] for name, i in ids.items()},
             chat_template=metadata.get("tokenizer.chat_template"),
         )
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that from_folder and Hugging Face read."""
+        self.core.save(str(folder / "tokenizer.json"))
+        # what tokenizer.json does about the begin of text is all there is to do
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        write_json(folder / "tokenizer_config.json", config)
 
     @property
     def vocab_size(self) -> int:

@@ -1,11 +1,12 @@
 """A KV cache that reserves every slot of every row in advance: simple, and the fastest to write to."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -16,49 +17,116 @@ class KVCache:
     Slots at or past kv_len hold garbage and are never read. Donate it to the step that returns its successor: the
     writes then happen in place.
 
+    Layers that see a window alone are rings: they keep the window and a slack, and position j lies in slot j modulo
+    their slots. Rollback reaches as far as the slack; a ring that was never full forgets nothing.
+
     Attributes:
       k, v: an array per layer, slot j of a row holding the token at position j.
       kv_len: valid tokens of each row, the only truth about fullness.
+      capacity: tokens that a row can hold.
+      ring_sizes: for each layer the slots that it needs at most; None: capacity.
     """
 
-    k: tuple[Float[Array, "b capacity hkv d"], ...]
-    v: tuple[Float[Array, "b capacity hkv d"], ...]
+    k: tuple[Float[Array, "b slots hkv d"], ...]
+    v: tuple[Float[Array, "b slots hkv d"], ...]
     kv_len: Int[Array, " b"]
+    capacity: int = dataclasses.field(metadata=dict(static=True))
+    ring_sizes: tuple[int | None, ...] = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
     def create(
-        cls, *, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+        cls,
+        *,
+        num_layers: int,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        windows: Sequence[int | None] = (),
+        slack: int = 0,
     ) -> "KVCache":
-        """An empty cache of capacity tokens a row."""
-        shape = (batch, capacity, num_kv_heads, head_dim)
-        # an array of its own per layer, k and v: a buffer that two leaves share cannot be donated
-        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in "kv")
-        return cls(k=k, v=v, kv_len=jnp.zeros(batch, jnp.int32))
+        """An empty cache of capacity tokens a row.
 
-    @property
-    def capacity(self) -> int:
-        """Slots of a row."""
-        return self.k[0].shape[1]
+        Args:
+          windows: for each layer how many tokens a query sees, itself among them; None: all. Empty: all in each layer.
+          slack: tokens that truncate may forget where a layer has a window.
+
+        Raises:
+          ValueError: windows are not one for each layer.
+        """
+        if len(windows) not in (0, num_layers):
+            raise ValueError(f"windows must be one for each of {num_layers} layers, got {len(windows)}")
+        ring_sizes = tuple(None if window is None else window + slack for window in windows) or (None,) * num_layers
+
+        # an array of its own per layer, k and v: a buffer that two leaves share cannot be donated
+        def slots(size: int | None) -> Array:
+            return jnp.zeros((batch, _slots(capacity, size), num_kv_heads, head_dim), dtype)
+
+        k, v = (tuple(map(slots, ring_sizes)) for _ in "kv")
+        return cls(k=k, v=v, kv_len=jnp.zeros(batch, jnp.int32), capacity=capacity, ring_sizes=ring_sizes)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all slots."""
         return sum(x.size * x.dtype.itemsize for x in (*self.k, *self.v))
 
-    def write(self, layer: int, k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"]) -> "KVCache":
-        """Puts t tokens of one layer behind kv_len, which stays as it is until advance. What overruns is dropped."""
-        t = k.shape[1]
-        row = jnp.arange(k.shape[0])[:, None]
-        slot = self.kv_len[:, None] + jnp.arange(t)
+    def is_ring(self, layer: int) -> bool:
+        """Whether a layer has fewer slots than a row can have tokens."""
+        return self.k[layer].shape[1] < self.capacity
 
-        def put(slots, new):
-            return slots.at[row, slot].set(new.astype(slots.dtype), mode="drop", unique_indices=True)
+    def write(
+        self,
+        layer: int,
+        k: Float[Array, "b t hkv d"],
+        v: Float[Array, "b t hkv d"],
+        lengths: Int[Array, " b"] | None = None,
+    ) -> "KVCache":
+        """Puts t tokens of one layer behind kv_len, which stays as it is until advance. What overruns is dropped.
+
+        lengths: how many of them are real in each row, None: all; the others must not enter a ring.
+        """
+        t, slots = k.shape[1], self.k[layer].shape[1]
+        row = jnp.arange(k.shape[0])[:, None]
+        token = jnp.arange(t)
+        slot = self.kv_len[:, None] + token
+        if self.is_ring(layer):
+            real = t if lengths is None else lengths[:, None]
+            # of more tokens than slots the last ones; the others get places outside, each its own
+            slot = jnp.where((token < real) & (token >= real - slots), slot % slots, slots + token)
+
+        def put(array, new):
+            return array.at[row, slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
 
         return dataclasses.replace(
             self,
             k=(*self.k[:layer], put(self.k[layer], k), *self.k[layer + 1 :]),
             v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
         )
+
+    def slots_seen(self, layer: int, window: int) -> tuple[Bool[Array, "b slots"], Int[Array, " b"]]:
+        """Which slots of a ring the token at kv_len sees once it is written, and how many slots are filled then."""
+        slots = self.k[layer].shape[1]
+        position = self.kv_len[:, None]
+        age = (position - jnp.arange(slots)) % slots
+        return (age < window) & (age <= position), jnp.minimum(self.kv_len + 1, slots)
+
+    def followed_by(
+        self, layer: int, k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"]
+    ) -> tuple[Float[Array, "b n hkv d"], Float[Array, "b n hkv d"], Int[Array, " b"]]:
+        """The tokens that a ring holds in their order, t new ones behind them, and how many stand before these."""
+        b, t, slots = *k.shape[:2], self.k[layer].shape[1]
+        held = jnp.minimum(self.kv_len, slots)
+        oldest = jnp.where(self.kv_len > slots, self.kv_len % slots, 0)
+        slot = (oldest[:, None] + jnp.arange(slots)) % slots
+        row = jnp.arange(b)[:, None]
+
+        def join(array, new):
+            both = jnp.pad(array[row, slot], ((0, 0), (0, t), (0, 0), (0, 0)))
+            new = new.astype(array.dtype)
+            return both.at[row, held[:, None] + jnp.arange(t)].set(new, unique_indices=True)
+
+        return join(self.k[layer], k), join(self.v[layer], v), held
 
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "KVCache":
         """Declares the first num_tokens of what was written behind kv_len valid, in every layer."""
@@ -72,10 +140,17 @@ class KVCache:
         """
         if capacity < self.capacity:
             raise ValueError(f"a cache of {self.capacity} slots cannot grow to {capacity}; truncate forgets tokens")
-        more = ((0, 0), (0, capacity - self.capacity), (0, 0), (0, 0))
-        k, v = (tuple(jnp.pad(x, more) for x in arrays) for arrays in (self.k, self.v))
-        return dataclasses.replace(self, k=k, v=v)
+
+        def padded(array: Array, size: int | None) -> Array:  # a ring that grows was never full
+            return jnp.pad(array, ((0, 0), (0, _slots(capacity, size) - array.shape[1]), (0, 0), (0, 0)))
+
+        k, v = (tuple(map(padded, arrays, self.ring_sizes)) for arrays in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, capacity=capacity)
 
     def truncate(self, kv_len: Int[Array, " b"]) -> "KVCache":
-        """Forgets every token at or past kv_len. Nothing moves: rollback is this."""
+        """Forgets every token at or past kv_len, in a full ring at most as many as its slack. Nothing moves."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
+
+
+def _slots(capacity: int, ring_size: int | None) -> int:
+    return capacity if ring_size is None else min(capacity, ring_size)

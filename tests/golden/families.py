@@ -282,10 +282,11 @@ def all_cases() -> dict[str, Case]:
         "gemma3_six": Case(
             config=transformers.Gemma3TextConfig(
                 **SMALL
-                | {"hidden_size": 24, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1},
-                head_dim=12,
+                | {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 6}
+                | {"num_attention_heads": 2, "num_key_value_heads": 1},
+                head_dim=16,
                 sliding_window=6,
-                query_pre_attn_scalar=12,
+                query_pre_attn_scalar=16,
                 rope_parameters=gemma3_rope(),
             ),
             wrong=gemma3_mistakes(6),

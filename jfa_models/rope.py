@@ -1,0 +1,196 @@
+"""Rotary positions: how fast each pair of a head turns, and the scalings that stretch a trained context.
+
+Source: arXiv:2104.09864.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Float
+
+Frequencies = Float[np.ndarray, " pairs"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Every rotation slowed by one factor. Source: arXiv:2306.15595."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_positive("rope scaling", factor=self.factor)
+
+    def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
+        """What each inverse frequency is divided by."""
+        return np.full_like(exact, self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Slow rotations divided by `factor`, fast ones kept, a linear blend between the two. Source: arXiv:2407.21783.
+
+    A rotation is slow if it turns less than `low_freq_factor` times within `original_context_length` positions,
+    and fast if it turns more than `high_freq_factor` times.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_length: int
+
+    def __post_init__(self) -> None:
+        check_positive("rope scaling", **dataclasses.asdict(self))
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope scaling: high_freq_factor must be larger than low_freq_factor, "
+                f"got {self.high_freq_factor} and {self.low_freq_factor}"
+            )
+
+    def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
+        """What each inverse frequency is divided by: from 1 (fast) to `factor` (slow)."""
+        turns = self.original_context_length * exact / (2 * math.pi)
+        fast = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return _blend(np.clip(fast, 0.0, 1.0), self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """The slow pairs divided by `factor`, the fast ones kept, a ramp over the pairs between. Source: arXiv:2309.00071.
+
+    Pairs are fast that turn `beta_fast` times and more within `original_context_length` positions, and slow that turn
+    `beta_slow` times or less.
+    """
+
+    factor: float
+    original_context_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1, as in the paper
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        check_positive("rope scaling", **given)
+
+    def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
+        """What each inverse frequency is divided by: from 1 (fast) to `factor` (slow)."""
+        pairs = len(exact)
+        # exact[i] is theta ** -(i / pairs): the place of the pair that turns so often, a fraction between two
+        log_step = -math.log(exact[1]) if pairs > 1 else 1.0
+        first, last = (
+            math.log(self.original_context_length / (turns * 2 * math.pi)) / log_step
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)
+        slow = np.clip((np.arange(pairs) - first) / (last - first if last != first else 1e-3), 0.0, 1.0)
+        return _blend(1.0 - slow, self.factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """A divisor for each pair, from a list for contexts up to the original one or from another for longer ones.
+
+    The model's context_length decides, once for all its texts: a cache whose keys were turned by both lists would be
+    wrong. Source: arXiv:2402.13753.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_context_length: int
+    attention_factor: float
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "rope scaling",
+            smallest_divisor=min((*self.short, *self.long), default=0.0),
+            original_context_length=self.original_context_length,
+            attention_factor=self.attention_factor,
+        )
+        if len(self.short) != len(self.long):
+            raise ValueError(
+                f"rope scaling: the lists for short and long contexts must have one length, got {len(self.short)} "
+                f"and {len(self.long)}"
+            )
+
+    def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
+        """What each inverse frequency is divided by."""
+        return np.asarray(self.long if context_length > self.original_context_length else self.short)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedScaling:
+    """One divisor per pair, as a GGUF file stores the outcome of Llama 3's scaling."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_positive("rope scaling", smallest_divisor=min(self.values, default=0.0))
+
+    def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
+        """What each inverse frequency is divided by."""
+        return np.asarray(self.values)
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | ListedScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions: pair `i` of a head turns by `position * inverse_frequencies[i]` radians.
+
+    rotary_dim: the first numbers of a head, which turn; the others stay. None: the whole head.
+    """
+
+    theta: float
+    scaling: Scaling | None = None
+    rotary_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("rope", theta=self.theta)
+
+    def check(self, head_dim: int) -> None:
+        """Raises ValueError unless heads of this size can be turned so."""
+        turned = head_dim if self.rotary_dim is None else self.rotary_dim
+        if turned % 2:
+            raise ValueError(
+                f"{'head_dim' if self.rotary_dim is None else 'rotary_dim'} must be even, because rope turns pairs of "
+                f"numbers, got {turned}"
+            )
+        if not 2 <= turned <= head_dim:
+            raise ValueError(f"rotary_dim must be 2 to head_dim ({head_dim}), got {turned}")
+        listed = {ListedScaling: "values", LongRopeScaling: "short"}.get(type(self.scaling))
+        if listed is not None and len(getattr(self.scaling, listed)) != turned // 2:
+            raise ValueError(
+                f"rope scaling must list a divisor for each of {turned // 2} pairs, got "
+                f"{len(getattr(self.scaling, listed))}"
+            )
+
+    def inverse_frequencies(self, head_dim: int, context_length: int) -> Frequencies:
+        """Radians per position of each pair that turns, float32, scaling included."""
+        size = head_dim if self.rotary_dim is None else self.rotary_dim
+        exact = self.theta ** -(np.arange(0, size, 2) / size)
+        if self.scaling is not None:
+            exact = exact / self.scaling.divisors(exact, context_length)
+        return exact.astype(np.float32)
+
+    @property
+    def attention_factor(self) -> float:
+        """What turned queries and keys are multiplied by."""
+        match self.scaling:
+            case YarnScaling(attention_factor=None, factor=factor):
+                return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+            case YarnScaling(attention_factor=float(stated)) | LongRopeScaling(attention_factor=stated):
+                return stated
+        return 1.0
+
+
+def check_positive(where: str, **values: float) -> None:
+    """Raises ValueError, with the name, unless all are finite numbers above 0."""
+    for name, value in values.items():
+        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{where}: {name} must be a finite number > 0, got {value!r}")
+
+
+def _blend(kept: Frequencies, factor: float) -> Frequencies:
+    """Divisors where `kept` is the share of a frequency that stays as it is."""
+    return 1.0 / (kept + (1.0 - kept) / factor)

@@ -1,0 +1,295 @@
+"""Every family against transformers, and both spellings of a configuration."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jfa_models.config import DecoderConfig
+from jfa_models.families import FAMILIES, config_from_gguf, config_from_hf, config_to_hf
+from jfa_models.generate import LanguageModel, from_pretrained
+from jfa_models.presets import PRESETS
+from jfa_models.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
+from jfa_models.sampling import SamplingParams
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = sorted(file.stem for file in GOLDEN.glob("*.npz"))
+CONTEXT = {"phi3_short": 64}  # what transformers decides by the length of a text is the context's affair here
+CLOSE = 1e-4  # of the spread of the logits
+
+
+@functools.cache
+def loaded(name, suffix="", cache="contiguous", kv_dtype=None):
+    path = GOLDEN / f"{name}{suffix}"
+    return from_pretrained(path, dtype="float32", cache=cache, kv_dtype=kv_dtype, context_length=CONTEXT.get(name))
+
+
+@functools.cache
+def truth(name):
+    return dict(np.load(GOLDEN / f"{name}.npz"))
+
+
+def distance(got, want):
+    return np.abs(np.asarray(got) - want).max() / want.std()
+
+
+def continued(model, tokens):
+    """The logits behind each token, from a cache: a chunk, and then token by token."""
+    batch, length = tokens.shape
+    cache = model.new_cache(batch=batch, capacity=length)
+    first, lengths = 13, np.full(batch, 13, np.int32)
+    cache, logits = model.steps.score(model.params, cache, tokens[:, :first], lengths)
+    parts = [logits]
+    for i in range(first, length):
+        cache, logits = model.steps.score(model.params, cache, tokens[:, i : i + 1], np.ones(batch, np.int32))
+        parts.append(logits)
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_what_transformers_computes(name, monkeypatch):
+    monkeypatch.setattr("jfa_models.generate.SLACK", 2)  # so that the rings of windows turn over
+    model, want = loaded(name), truth(name)
+    assert distance(model.logits(want["input_ids"]), want["logits"]) < CLOSE
+
+    # the same text in two rows of different lengths: transformers pads on the left, we on the right
+    real = want["padded_mask"].astype(bool)
+    rows = np.stack([np.roll(row, -(~mask).sum()) for row, mask in zip(want["padded_input_ids"], real, strict=True)])
+    got = np.asarray(model.logits(rows, lengths=real.sum(1)))
+    for row, mask in enumerate(real):
+        assert distance(got[row, : mask.sum()], want["padded_logits"][row][mask]) < CLOSE
+
+    # prompt and greedy answer once more, out of a cache
+    tokens = np.concatenate([want["input_ids"], want["greedy"]], axis=1).astype(np.int32)
+    got = continued(model, tokens)
+    length = want["input_ids"].shape[1]
+    assert distance(got[:, :length], want["logits"]) < CLOSE
+    assert np.array_equal(got[:, length - 1 : -1].argmax(-1), want["greedy"])
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in GOLDEN.glob("*.gguf")))
+def test_a_gguf_file_is_the_same_model(name):
+    assert distance(loaded(name, ".gguf").logits(truth(name)["input_ids"]), truth(name)["logits"]) < CLOSE
+
+
+PAGES = [("mistral", None), ("phi2", None), ("qwen3_moe", None)] + [
+    ("gemma3", kind) for kind in (None, "int8", "fp8", "int4")
+]
+ROUNDED = {None: CLOSE, "int8": 0.02, "fp8": 0.06, "int4": 0.3}  # mean distance, of the spread of the logits
+
+
+@pytest.mark.parametrize(("name", "kv_dtype"), PAGES)
+def test_a_family_on_pages(name, kv_dtype):
+    got, want = loaded(name, cache="paged", kv_dtype=kv_dtype), truth(name)
+    got = continued(got, want["input_ids"].astype(np.int32))
+    assert np.abs(got - want["logits"]).mean() / want["logits"].std() < ROUNDED[kv_dtype]
+
+
+HF = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+}
+GGUF = {
+    "general.architecture": "llama",
+    "llama.vocab_size": 256,
+    "llama.embedding_length": 96,
+    "llama.feed_forward_length": 192,
+    "llama.block_count": 3,
+    "llama.attention.head_count": 6,
+    "llama.attention.head_count_kv": 2,
+    "llama.context_length": 512,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 500_000.0,
+    "llama.rope.dimension_count": 16,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SCALED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=64)
+CONFIG = DecoderConfig(
+    vocab_size=256,
+    hidden_size=96,
+    intermediate_size=192,
+    num_layers=3,
+    num_q_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    context_length=512,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=500_000.0),
+)
+TENSORS = ("token_embd.weight", "output.weight")
+
+
+def test_hugging_face_and_gguf_say_the_same():
+    assert config_from_hf(HF) == CONFIG
+    assert config_from_gguf(GGUF, TENSORS) == CONFIG
+
+
+ROPE_SPELLINGS = {  # name: (keys of config.json, scaling)
+    "older_without_scaling": ({"rope_theta": 500_000.0, "rope_scaling": None}, None),
+    "older_llama3": ({"rope_theta": 500_000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, SCALED),
+    "oldest_key_of_the_type": (
+        {"rope_theta": 500_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        LinearScaling(factor=4.0),
+    ),
+    "newer_default": ({"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}, None),
+    "newer_llama3": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500_000.0, **LLAMA3}}, SCALED),
+}
+
+
+@pytest.mark.parametrize("name", ROPE_SPELLINGS)
+def test_each_spelling_of_rope_is_read(name):
+    keys, scaling = ROPE_SPELLINGS[name]
+    config = {key: value for key, value in HF.items() if key != "rope_theta"} | keys
+    assert config_from_hf(config).rope == RopeConfig(theta=500_000.0, scaling=scaling)
+
+
+def test_what_older_checkpoints_leave_out_has_the_meaning_it_had():
+    unstated = {"num_key_value_heads": None, "rope_theta": None, "head_dim": None}
+    config = config_from_hf(HF | unstated)
+    assert (config.num_kv_heads, config.head_dim, config.rope.theta) == (6, 16, 10_000.0)
+    assert not (config.tie_word_embeddings or config.qkv_bias or config.out_bias or config.mlp_bias)
+
+
+def test_gguf_facts_that_only_the_tensors_tell():
+    biased = ["blk.0.attn_q.bias", "blk.0.attn_output.bias", "blk.0.ffn_up.bias"]
+    config = config_from_gguf(GGUF, biased, {"rope_freqs.weight": (1.0,) * 8})
+    assert config.tie_word_embeddings and config.qkv_bias and config.out_bias and config.mlp_bias
+    assert config.rope.scaling == ListedScaling(values=(1.0,) * 8)
+
+
+def test_gguf_without_vocab_size_counts_the_tokens():
+    metadata = {key: value for key, value in GGUF.items() if key != "llama.vocab_size"}
+    assert config_from_gguf(metadata | {"tokenizer.ggml.tokens": ["a"] * 7}, TENSORS).vocab_size == 7
+
+
+GGUF_ROPE = {  # name: (metadata, divisors of the file, scaling)
+    "linear": (
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        None,
+        LinearScaling(factor=4.0),
+    ),
+    "linear_in_old_files": ({"llama.rope.scale_linear": 2.0}, None, LinearScaling(factor=2.0)),
+    "none_wins_over_a_factor": ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None, None),
+    "listed_and_linear": (
+        {"llama.rope.scale_linear": 2.0},
+        {"rope_freqs.weight": (1.0,) * 8},
+        ListedScaling(values=(2.0,) * 8),
+    ),
+    "yarn": (
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 128,
+        },
+        None,
+        YarnScaling(factor=4.0, original_context_length=128),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GGUF_ROPE)
+def test_gguf_rope_scaling(name):
+    metadata, divisors, scaling = GGUF_ROPE[name]
+    assert config_from_gguf(GGUF | metadata, TENSORS, divisors).rope.scaling == scaling
+
+
+REFUSED_HF = {  # name: (changed keys, message)
+    "architecture": (
+        {"model_type": "gpt2"},
+        r"model_type 'gpt2' is not supported; supported architectures: llama \(Llama 2, Llama 3, SmolLM2\), mistral",
+    ),
+    "no_architecture": ({"model_type": None}, "model_type None is not supported; supported architectures: llama"),
+    "quantized": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "quantization_config is not supported; use the unquantized checkpoint or a GGUF file",
+    ),
+    "missing": (
+        {"vocab_size": None, "rms_norm_eps": None},
+        "config.json lacks vocab_size, rms_norm_eps; take the file that belongs to these weights",
+    ),
+    "rope_type": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope type must be default, linear, llama3, yarn or longrope, got 'dynamic'",
+    ),
+    "rope_keys": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+        "rope scaling lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
+    ),
+    "rope_text": ({"rope_scaling": "linear"}, "the parameters of rope must be an object, got 'linear'"),
+    "partial": ({"partial_rotary_factor": 1.5}, r"rotary_dim must be 2 to head_dim \(16\), got 24"),
+    "activation": (
+        {"hidden_act": "quick_gelu"},
+        "hidden_act must be one of silu, swish, gelu, gelu_pytorch_tanh, .*relu, got 'quick_gelu'",
+    ),
+    "eyes_only": ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
+    "layer_types": (
+        {"model_type": "gemma2", "sliding_window": 8, "layer_types": ["chunked_attention"] * 3},
+        "layer_types must be full_attention or sliding_attention, got chunked_attention",
+    ),
+    "head_norm": ({"model_type": "phi", "qk_layernorm": True}, "qk_layernorm is not supported, got True"),
+    "both_ways": (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        "use_bidirectional_attention is not supported, got True",
+    ),
+    "experts": ({"model_type": "mixtral"}, "config.json lacks num_experts, num_experts_per_tok"),
+    "late_windows": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+        "config.json lacks max_window_layers",
+    ),
+    "ramp": (
+        {"rope_scaling": {"type": "yarn", "truncate": False, "original_max_position_embeddings": 8}},
+        "truncate=false of yarn is not supported",
+    ),
+    "head_dim": (
+        {"hidden_size": 100},
+        "the hidden size must be a multiple of the number of heads, got 100 and 6; a model of another shape must state",
+    ),
+    "no_heads": ({"num_attention_heads": 0}, "num_q_heads must be a finite number > 0, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_HF)
+def test_a_config_json_that_is_not_supported_is_refused(name):
+    changed, message = REFUSED_HF[name]
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(HF | changed)
+
+
+REFUSED_GGUF = {  # name: (changed keys, message)
+    "architecture": ({"general.architecture": "mamba"}, "general.architecture 'mamba' is not supported; supported"),
+    "missing": ({"llama.block_count": None}, "GGUF metadata lacks llama.block_count"),
+    "partial": (
+        {"llama.rope.dimension_count": 18},
+        r"rotary_dim must be 2 to head_dim \(16\), got 18",
+    ),
+    "rope_type": (
+        {"llama.rope.scaling.type": "magic"},
+        "llama.rope.scaling.type must be none, linear, yarn or longrope, got 'magic'",
+    ),
+    "value_length": ({"llama.attention.value_length": 8}, "llama.attention.value_length must be key_length, 16"),
+    "experts": ({"llama.expert_count": 4}, "GGUF metadata lacks llama.expert_used_count"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_GGUF)
+def test_gguf_metadata_that_is_not_supported_is_refused(name):
+    changed, message = REFUSED_GGUF[name]
+    with pytest.raises(ValueError, match=message):
+        config_from_gguf(GGUF | changed, TENSORS)
