@@ -47,7 +47,7 @@ def measure(models: dict[str, LanguageModel], text: str, *, tokens: int, new_tok
         assert isinstance(cache, jfa.PagedKVCache)
         own = {
             "perplexity": perplexity(model, ids),
-            "bytes_per_token": cache.num_bytes // (cache.num_pages * cache.page_size),
+            "bytes_per_token": cache.num_bytes // (cache.num_pages[0] * cache.page_size),
             "greedy": [list(one) for one in written],
         }
         first = first or own

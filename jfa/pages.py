@@ -40,6 +40,7 @@ class _Sequence:
     pages: list[int]
     num_tokens: int
     chain: list[bytes]  # digest of the salt, then of every full page whose tokens were committed
+    gone: int = 0  # pages at its begin that it gave back: NULL_PAGE stands in their places
 
 
 class PageAllocator:
@@ -96,16 +97,7 @@ class PageAllocator:
         self._check_new(sequence)
         if num_tokens < 0:
             raise ValueError(f"add starts sequence {sequence!r} with num_tokens >= 0, got {num_tokens}")
-        pages: list[int] = []
-        chain = [hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()]
-        if tokens is not None:
-            for index in range(min(num_tokens, len(tokens) - 1) // self.page_size):
-                digest = self._digest(chain[-1], tokens, index)
-                page = self._page_of.get(digest)
-                if page is None:
-                    break
-                pages.append(page)
-                chain.append(digest)
+        pages, chain = self._known(() if tokens is None else tokens, num_tokens, salt)
         missing = -(-num_tokens // self.page_size) - len(pages)
         if self.num_free - missing - sum(page in self._evictable for page in pages) < self.watermark:
             return None
@@ -117,6 +109,10 @@ class PageAllocator:
             self.queried_tokens += len(tokens)
             self.hit_tokens += hit
         return hit
+
+    def known_tokens(self, tokens: Sequence[int], num_tokens: int, *, salt: bytes = b"") -> int:
+        """How many of the tokens `add` would find now."""
+        return len(self._known(tokens, num_tokens, salt)[0]) * self.page_size
 
     def append(self, sequence: Hashable, num_tokens: int = 1) -> list[Copy] | None:
         """Makes room for num_tokens more tokens, and says what must be copied before they are written.
@@ -130,12 +126,7 @@ class PageAllocator:
         if num_tokens < 0:
             raise ValueError(f"append adds num_tokens >= 0 to sequence {sequence!r}, got {num_tokens}; see truncate")
         length = books.num_tokens + num_tokens
-        missing = -(-length // self.page_size) - len(books.pages)
-        shared = registered = False
-        if num_tokens and books.num_tokens % self.page_size:
-            tail = books.pages[-1]
-            shared = self._counts[tail] > 1
-            registered = self._digest_of[tail] is not None
+        missing, shared, registered = self._wants(books, num_tokens)
         if not (missing or shared or registered):
             books.num_tokens = length
             return []
@@ -153,6 +144,11 @@ class PageAllocator:
         books.num_tokens = length
         return copies
 
+    def fits(self, sequence: Hashable, num_tokens: int) -> bool:
+        """Whether append would find the pages for num_tokens more tokens."""
+        missing, shared, _ = self._wants(self._books(sequence), num_tokens)
+        return missing + shared <= self.num_free
+
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """Starts a sequence with the tokens of another, on the same pages; whoever appends first gets a copy.
 
@@ -160,8 +156,25 @@ class PageAllocator:
         """
         books = self._books(parent)
         self._check_new(child)
-        self._share(books.pages)
-        self._sequences[child] = _Sequence(books.pages.copy(), books.num_tokens, books.chain.copy())
+        self._share(books.pages[books.gone :])
+        self._sequences[child] = _Sequence(books.pages.copy(), books.num_tokens, books.chain.copy(), books.gone)
+
+    def slide(self, sequence: Hashable, first_token: int) -> None:
+        """Gives back the pages whose tokens all lie before first_token: a layer with a window sees them no more.
+
+        NULL_PAGE takes their places among the pages of the sequence; what is known of their contents stays known.
+        """
+        books = self._books(sequence)
+        if not 0 <= first_token <= books.num_tokens:
+            raise ValueError(
+                f"slide keeps the tokens of sequence {sequence!r} from one on that is at most its "
+                f"{books.num_tokens}th, got {first_token}"
+            )
+        gone = first_token // self.page_size
+        if gone > books.gone:
+            self._release(books.pages[books.gone : gone])
+            books.pages[books.gone : gone] = [NULL_PAGE] * (gone - books.gone)
+            books.gone = gone
 
     def truncate(self, sequence: Hashable, num_tokens: int) -> None:
         """Keeps the first num_tokens tokens of a sequence and gives back the pages that only the others need."""
@@ -170,6 +183,11 @@ class PageAllocator:
             raise ValueError(
                 f"truncate keeps between 0 and all {books.num_tokens} tokens of sequence {sequence!r}, "
                 f"got {num_tokens}; append makes room for more"
+            )
+        if num_tokens < books.gone * self.page_size:
+            raise ValueError(
+                f"truncate to {num_tokens} tokens needs pages of sequence {sequence!r} that slide gave back, up to "
+                f"token {books.gone * self.page_size}; free it and add it anew"
             )
         num_pages = -(-num_tokens // self.page_size)
         self._release(books.pages[num_pages:])
@@ -192,6 +210,9 @@ class PageAllocator:
         for index in range(committed // self.page_size, len(tokens) // self.page_size):
             page = books.pages[index]
             digest = self._digest(books.chain[-1], tokens, index)
+            if page == NULL_PAGE:
+                books.chain.append(digest)
+                continue
             if self._digest_of[page] not in (None, digest):
                 raise ValueError(
                     f"sequence {sequence!r} commits other tokens from {index * self.page_size} on than a sequence that "
@@ -203,12 +224,20 @@ class PageAllocator:
 
     def free(self, sequence: Hashable) -> None:
         """Forgets a sequence. Pages that nobody else owns become evictable if they are registered, else free."""
-        self._release(self._books(sequence).pages)
+        books = self._books(sequence)
+        self._release(books.pages[books.gone :])
         del self._sequences[sequence]
 
     def pages(self, sequence: Hashable, start: int = 0) -> tuple[int, ...]:
-        """The pages of a sequence in order, from the one at index start on: its row of the page table."""
+        """The pages of a sequence in order, from the one at index start on: its row of the page table.
+
+        NULL_PAGE stands for those that slide gave back.
+        """
         return tuple(self._books(sequence).pages[start:])
+
+    def num_gone(self, sequence: Hashable) -> int:
+        """The pages at the begin of a sequence that slide gave back."""
+        return self._books(sequence).gone
 
     def num_tokens(self, sequence: Hashable) -> int:
         """The tokens that a sequence has room for: its kv_len once they are written."""
@@ -237,7 +266,7 @@ class PageAllocator:
     @property
     def num_shared(self) -> int:
         """Pages that sequences would hold besides, had each its own. Costs time per sequence."""
-        return sum(len(books.pages) for books in self._sequences.values()) - self.num_held
+        return sum(len(books.pages) - books.gone for books in self._sequences.values()) - self.num_held
 
     @property
     def wasted_slots(self) -> int:
@@ -255,7 +284,7 @@ class PageAllocator:
         Raises:
           AssertionError: they do not add up; the message names the page or the sequence.
         """
-        owners = Counter(page for books in self._sequences.values() for page in books.pages)
+        owners = Counter(page for books in self._sequences.values() for page in books.pages[books.gone :])
         free = Counter(self._free)
         for page, digest in enumerate(self._digest_of):
             evictable = page in self._evictable
@@ -276,10 +305,33 @@ class PageAllocator:
             assert len(books.pages) == full + (rest > 0), (
                 f"sequence {name!r} of {books.num_tokens} tokens has {len(books.pages)} pages of {self.page_size}"
             )
-            assert len(set(books.pages)) == len(books.pages), f"sequence {name!r} has a page twice: {books.pages}"
+            held = books.pages[books.gone :]
+            assert books.pages[: books.gone] == [NULL_PAGE] * books.gone, f"sequence {name!r} holds what it gave back"
+            assert len(set(held)) == len(held), f"sequence {name!r} has a page twice: {books.pages}"
             assert len(books.chain) - 1 <= full, f"sequence {name!r} has committed more than its {full} full pages"
-            for page, digest in zip(books.pages, books.chain[1:], strict=False):
+            for page, digest in zip(held, books.chain[1 + books.gone :], strict=False):
                 assert self._digest_of[page] in (None, digest), f"page {page} of sequence {name!r} holds other tokens"
+
+    def _known(self, tokens: Sequence[int], num_tokens: int, salt: bytes) -> tuple[list[int], list[bytes]]:
+        """The pages of the longest prefix that the pool holds, and the digests of the salt and of each of them."""
+        pages: list[int] = []
+        chain = [hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()]
+        for index in range(min(num_tokens, len(tokens) - 1) // self.page_size):
+            digest = self._digest(chain[-1], tokens, index)
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            pages.append(page)
+            chain.append(digest)
+        return pages, chain
+
+    def _wants(self, books: _Sequence, num_tokens: int) -> tuple[int, bool, bool]:
+        """Pages that more tokens take, and whether the last page, which they fill up, is shared or registered."""
+        missing = -(-(books.num_tokens + num_tokens) // self.page_size) - len(books.pages)
+        if not num_tokens or not books.num_tokens % self.page_size:
+            return missing, False, False
+        tail = books.pages[-1]
+        return missing, self._counts[tail] > 1, self._digest_of[tail] is not None
 
     def _digest(self, parent: bytes, tokens: Sequence[int], index: int) -> bytes:
         """Names a full page by its tokens and all before them. 32 bytes: no two contents meet, not even by intent."""

@@ -1,6 +1,7 @@
 """Self-attention of a decoder: projections, rotary positions, and the meeting of jfa's op with a cache."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,31 @@ from jfa_models.layers import Linear, make_norm
 from jfa_models.rope import RopeConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
+
+
+def paged_cache(
+    config: DecoderConfig,
+    *,
+    num_pages: Sequence[int],
+    page_size: int,
+    batch: int,
+    pages_per_seq: int,
+    dtype: DTypeLike,
+    kv_dtype: str | None,
+) -> jfa.PagedKVCache:
+    """An empty cache for a decoder, with a page table, and so many pages, for each of its patterns."""
+    return jfa.PagedKVCache.create(
+        num_layers=config.num_layers,
+        num_pages=num_pages,
+        page_size=page_size,
+        batch=batch,
+        pages_per_seq=pages_per_seq,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        table_of=[config.patterns.index(config.window(i)) for i in range(config.num_layers)],
+    )
 
 
 class Attention(nnx.Module):

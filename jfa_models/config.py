@@ -113,6 +113,11 @@ class DecoderConfig:
         """How many tokens a query of this layer sees, itself among them; None: all."""
         return self.windows[layer] if self.windows else None
 
+    @property
+    def patterns(self) -> tuple[int | None, ...]:
+        """The windows that occur, each once, in the order of the layers: what has pages of its own in a paged cache."""
+        return tuple(dict.fromkeys(map(self.window, range(self.num_layers))))
+
     def has_experts(self, layer: int) -> bool:
         """Whether this layer is a mixture."""
         return self.experts is not None and layer not in self.experts.dense_layers

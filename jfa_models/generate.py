@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 import jfa
-from jfa_models.attention import Cache
+from jfa_models.attention import Cache, paged_cache
 from jfa_models.checkpoint import load_params, open_checkpoint, save_checkpoint
 from jfa_models.completion import Completion
 from jfa_models.config import DecoderConfig, GenerationDefaults
@@ -366,21 +366,30 @@ class LanguageModel:
 
     def new_cache(self, *, batch: int, capacity: int) -> Cache:
         """An empty cache for at least capacity tokens a row."""
-        c, options = self.config, self.cache_options
+        config, options = self.config, self.cache_options
         capacity = max(SMALLEST_CAPACITY, _power_of_two(capacity))
-        shape: Any = dict(num_layers=c.num_layers, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, dtype=self.dtype)
         if options.kind == "contiguous":
-            return jfa.KVCache.create(batch=batch, capacity=capacity, windows=c.windows, slack=SLACK, **shape)
-        pages_per_seq = -(-capacity // options.page_size)
-        cache = jfa.PagedKVCache.create(
-            num_pages=1 + batch * pages_per_seq,
+            return jfa.KVCache.create(
+                num_layers=config.num_layers,
+                batch=batch,
+                capacity=capacity,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                dtype=self.dtype,
+                windows=config.windows,
+                slack=SLACK,
+            )
+        own = _own_pages(config, batch, capacity, options.page_size)
+        cache = paged_cache(
+            config,
+            num_pages=[1 + int(table.max(initial=0)) for table in own],
             page_size=options.page_size,
             batch=batch,
-            pages_per_seq=pages_per_seq,
+            pages_per_seq=own[0].shape[1],
+            dtype=self.dtype,
             kv_dtype=options.kv_dtype,
-            **shape,
         )
-        return dataclasses.replace(cache, page_tables=(_own_pages(batch, pages_per_seq),))
+        return dataclasses.replace(cache, page_tables=own)
 
     def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
         prompts = as_prompts(prompts)
@@ -485,10 +494,13 @@ class Session:
         if cache is None:
             return model.new_cache(batch=1, capacity=capacity), 0
         if cache.capacity < capacity:
-            cache = _grown(cache, _power_of_two(capacity))
+            cache = _grown(model.config, cache, _power_of_two(capacity))
         known = 0
         while known < min(len(self._ids), len(prompt_ids) - 1) and self._ids[known] == prompt_ids[known]:
             known += 1
+        windows = [window for window in model.config.patterns if window is not None]
+        if windows and len(self._ids) - known > SLACK and len(self._ids) > min(windows):
+            known = 0  # what these tokens would see has left a window
         return dataclasses.replace(cache, kv_len=np.array([known], np.int32)), known
 
     def give(self, cache: Cache, ids: Sequence[int]) -> None:
@@ -540,17 +552,26 @@ def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tupl
         start += t
 
 
-def _own_pages(batch: int, pages_per_seq: int) -> np.ndarray:
-    """A page table in which every row has all its pages from the start: nothing here is shared."""
-    return np.arange(1, 1 + batch * pages_per_seq, dtype=np.int32).reshape(batch, pages_per_seq)
+def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int) -> tuple[np.ndarray, ...]:
+    """Page tables in which every row has its pages from the start: nothing here is shared.
+
+    A row goes round in the pages of a window: those that slid out take the next tokens.
+    """
+    columns = -(-capacity // page_size)
+    tables = []
+    for window in config.patterns:
+        # a chunk is written before its first token looks back
+        kept = columns if window is None else min(columns, 1 + -(-(window + PREFILL_CHUNK + SLACK) // page_size))
+        tables.append(1 + kept * np.arange(batch)[:, None] + np.arange(columns) % kept)
+    return tuple(table.astype(np.int32) for table in tables)
 
 
-def _grown(cache: Cache, capacity: int) -> Cache:
+def _grown(config: DecoderConfig, cache: Cache, capacity: int) -> Cache:
     """The cache of one row with room for more tokens."""
     if isinstance(cache, jfa.KVCache):
         return cache.grow(capacity)
-    pages_per_seq = -(-capacity // cache.page_size)
-    return dataclasses.replace(cache.grow(1 + pages_per_seq), page_tables=(_own_pages(1, pages_per_seq),))
+    own = _own_pages(config, 1, capacity, cache.page_size)
+    return dataclasses.replace(cache.grow([1 + int(table.max()) for table in own]), page_tables=own)
 
 
 def _power_of_two(n: int) -> int:

@@ -107,7 +107,7 @@ class Steps:
     advance(params, cache, last_token, batch) -> (cache, f32[b, vocab], Sampled | None)
     draw(slots, logits, rows, slot, samples, num_generated) -> (slots, Sampled): a token of each row that samples
     adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: what a request brings to its slot
-    copy_pages(cache, source, destination) -> cache
+    copy_pages(cache, source, destination, table=0) -> cache
 
     Cache, state and slots are donated, and the hidden state of prefill.
     """
@@ -133,7 +133,7 @@ class Steps:
         self.advance = step(_advance, donate=(1,))
         self.draw = jax.jit(_draw, donate_argnums=0)
         self.adjust = jax.jit(_adjust, donate_argnums=0)
-        self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0)
+        self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0, static_argnames="table")
 
 
 def _logits(decoder: Decoder, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None) -> Float[Array, "b t vocab"]:

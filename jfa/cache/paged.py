@@ -48,7 +48,7 @@ class PagedKVCache:
         cls,
         *,
         num_layers: int,
-        num_pages: int,
+        num_pages: int | Sequence[int],
         page_size: int,
         batch: int,
         pages_per_seq: int,
@@ -61,7 +61,7 @@ class PagedKVCache:
         """Empty pages, and tables without a page.
 
         Args:
-          num_pages: NULL_PAGE counts.
+          num_pages: of each layer, or for each page table of the layers that have their pages there; NULL_PAGE counts.
           batch, pages_per_seq: rows and columns of a page table.
           dtype: of the pages, unless they are quantized.
           kv_dtype: "int8", "fp8" or "int4" (jfa.quant), with a bfloat16 scale for each token and head; None: dtype.
@@ -74,17 +74,21 @@ class PagedKVCache:
             raise ValueError(
                 f"kv_dtype must be one of {', '.join(quant.KINDS)}, or None for the dtype itself, got {kv_dtype!r}"
             )
-        if num_pages < 2 or page_size < 1:
+        table_of = (0,) * num_layers if table_of is None else tuple(table_of)
+        if len(table_of) != num_layers or min(table_of, default=0) < 0:
+            raise ValueError(f"table_of must number a table from 0 for each of {num_layers} layers, got {table_of}")
+        num_tables = 1 + max(table_of, default=0)
+        pools = (num_pages,) * num_tables if isinstance(num_pages, int) else tuple(num_pages)
+        if len(pools) != num_tables:
+            raise ValueError(f"num_pages must be one for each of {num_tables} page tables, got {pools}")
+        if min(pools) < 2 or page_size < 1:
             raise ValueError(
                 f"there must be a page beside page {NULL_PAGE}, which holds nothing, of at least one token; got "
                 f"num_pages={num_pages} and page_size={page_size}"
             )
-        table_of = (0,) * num_layers if table_of is None else tuple(table_of)
-        if len(table_of) != num_layers or min(table_of, default=0) < 0:
-            raise ValueError(f"table_of must number a table from 0 for each of {num_layers} layers, got {table_of}")
-        shape = (num_pages, page_size, num_kv_heads)
 
-        def pages() -> Pages:
+        def pages(table: int) -> Pages:
+            shape = (pools[table], page_size, num_kv_heads)
             if kv_dtype is None:
                 return jnp.zeros((*shape, head_dim), dtype)
             stored, _ = quant.KINDS[kv_dtype]
@@ -92,8 +96,7 @@ class PagedKVCache:
             return QuantizedArray(values=values, scales=jnp.zeros(shape, jnp.bfloat16))
 
         # an array of its own per layer, k, v and table: a buffer that two leaves share cannot be donated
-        k, v = (tuple(pages() for _ in range(num_layers)) for _ in "kv")
-        num_tables = 1 + max(table_of, default=0)
+        k, v = (tuple(map(pages, table_of)) for _ in "kv")
         tables = tuple(jnp.full((batch, pages_per_seq), NULL_PAGE, jnp.int32) for _ in range(num_tables))
         return cls(k=k, v=v, page_tables=tables, kv_len=jnp.zeros(batch, jnp.int32), table_of=table_of)
 
@@ -103,9 +106,10 @@ class PagedKVCache:
         return _values(self.k[0]).shape[1]
 
     @property
-    def num_pages(self) -> int:
-        """Pages of a layer, NULL_PAGE among them."""
-        return _values(self.k[0]).shape[0]
+    def num_pages(self) -> tuple[int, ...]:
+        """For each page table the pages of its layers, NULL_PAGE among them."""
+        sizes = dict(zip(self.table_of, (_values(k).shape[0] for k in self.k), strict=True))
+        return tuple(sizes.get(table, 0) for table in range(len(self.page_tables)))
 
     @property
     def capacity(self) -> int:
@@ -192,7 +196,7 @@ class PagedKVCache:
         """
         if not 0 <= table < len(self.page_tables):
             raise ValueError(f"table must be 0 to {len(self.page_tables) - 1}, a page table of this cache, got {table}")
-        nowhere = self.num_pages + jnp.arange(destination.shape[0])  # each its own: indices stay unique
+        nowhere = self.num_pages[table] + jnp.arange(destination.shape[0])  # each its own: indices stay unique
         destination = jnp.where(destination == NULL_PAGE, nowhere, destination)
 
         def copied(pages: Pages, own: bool) -> Pages:
@@ -204,24 +208,32 @@ class PagedKVCache:
         k, v = (tuple(map(copied, arrays, own)) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v)
 
-    def grow(self, num_pages: int) -> "PagedKVCache":
-        """A copy with more pages, behind the present ones.
+    def grow(self, num_pages: int | Sequence[int]) -> "PagedKVCache":
+        """A copy with more pages, behind the present ones; num_pages as in create.
 
         Raises:
           ValueError: num_pages is below the present number.
         """
-        more = num_pages - self.num_pages
-        if more < 0:
-            raise ValueError(f"a cache of {self.num_pages} pages cannot grow to {num_pages}")
-        k, v = jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), (self.k, self.v))
+        pools = (num_pages,) * len(self.page_tables) if isinstance(num_pages, int) else tuple(num_pages)
+        if len(pools) != len(self.page_tables) or any(
+            new < old for new, old in zip(pools, self.num_pages, strict=True)
+        ):
+            raise ValueError(f"a cache of {self.num_pages} pages cannot grow to {pools}")
+
+        def padded(pages: Pages, table: int) -> Pages:
+            more = pools[table] - _values(pages).shape[0]
+            return jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), pages)
+
+        k, v = (tuple(map(padded, arrays, self.table_of)) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v)
 
     def _places(
         self, layer: int, row: Int[Array, " n"], index: Int[Array, " n"], real: Bool[Array, " n"]
     ) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
         """Page, and place in it, of the index-th token behind kv_len of a row; a page outside of the pool for none."""
-        page_table = self.page_tables[self.table_of[layer]]
-        nowhere = self.num_pages + jnp.arange(row.shape[0])  # each its own: indices stay unique
+        table = self.table_of[layer]
+        page_table = self.page_tables[table]
+        nowhere = self.num_pages[table] + jnp.arange(row.shape[0])  # each its own: indices stay unique
         if page_table.size == 0:
             return nowhere, jnp.zeros_like(row)
         position = self.kv_len[row] + index

@@ -5,6 +5,7 @@ with last tokens that are still on the device, and only then the results of the 
 ends is therefore noticed one step late, its surplus token is dropped, and its place is taken in the step after.
 """
 
+import bisect
 import collections
 import dataclasses
 import itertools
@@ -21,8 +22,10 @@ import numpy as np
 import jfa
 from jfa.pages import Copy
 from jfa.types import NULL_PAGE
+from jfa_models.attention import paged_cache
 from jfa_models.completion import Completion, logprobs_of
 from jfa_models.engine.beams import Beam, BeamSearch
+from jfa_models.engine.pools import Pool, Pools
 from jfa_models.engine.request import Continuation, OnOutput, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
 from jfa_models.generate import LanguageModel, Prompt
@@ -51,7 +54,7 @@ Params = SamplingParams | BeamSearchParams
 
 GREEDY = SamplingParams(temperature=0.0)
 _CANDIDATES = SamplingParams(temperature=0.0, logprobs=MAX_LOGPROBS)  # of a beam
-_NO_TABLES, _NO_LENGTHS = (np.zeros((1, 1), np.int32),), np.zeros(1, np.int32)
+_NO_LENGTHS = np.zeros(1, np.int32)
 _NO_SEED = np.random.SeedSequence(0)
 
 
@@ -148,30 +151,53 @@ class Engine:
             raise ValueError(f"max_wait_ms must be at least 0, got {max_wait_ms}")
         longest = max_model_len or config.context_length
 
-        def new_cache(num_pages: int) -> jfa.PagedKVCache:
-            return jfa.PagedKVCache.create(
-                num_layers=config.num_layers,
+        def new_cache(num_pages: Sequence[int]) -> jfa.PagedKVCache:
+            return paged_cache(
+                config,
                 num_pages=num_pages,
                 page_size=page_size,
                 batch=1,
                 pages_per_seq=1,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
                 dtype=model.dtype,
                 kv_dtype=kv_dtype,
             )
 
-        page_bytes = jax.eval_shape(lambda: new_cache(2)).num_bytes // 2  # refuses what no cache can be
+        def num_bytes(num_pages: Sequence[int]) -> int:
+            return jax.eval_shape(lambda: new_cache(num_pages)).num_bytes
+
+        windows = config.patterns
+        num_bytes([2] * len(windows))  # refuses what no cache can be
+        # of a window all that run keep as much, a page that it begins in and one to write to, and a step's tokens
+        step = -(-max_num_batched_tokens // page_size)
+        of_one = [None if w is None else 2 - (-w // page_size) for w in windows]
+
+        def pools_of(num_pages: int) -> list[int]:
+            return [num_pages if n is None else min(num_pages, 1 + max_num_seqs * n + step) for n in of_one]
+
         if num_pages is None:
-            num_pages = _default_num_pages(max_num_seqs * -(-longest // page_size), page_bytes)
-        # a pool of a few pages has none to spare
-        watermark = int(WATERMARK * max(0, num_pages - 2))
+            most = 1 + max_num_seqs * -(-longest // page_size)
+            num_pages = _most_pages(most, lambda n: num_bytes(pools_of(n)))
+        pools = pools_of(num_pages)
+        # a pool of a few pages has none to spare; one of windows has what all need, beside another
+        is_alone = None not in windows
+        watermarks = [
+            int(WATERMARK * max(0, n - 2)) if w is None or is_alone else 0 for n, w in zip(pools, windows, strict=True)
+        ]
+        room = [n - 1 - watermark for n, watermark in zip(pools, watermarks, strict=True)]
+        needed = [None if n is None else n + step for n in of_one]  # for a sequence of any length
+        limits = [n * page_size for n, enough in zip(room, needed, strict=True) if enough is None or n < enough]
+        self.max_model_len = min([longest, *limits])
         self.model = model
         self.seed = seed
         self.max_wait = max_wait_ms / 1e3
-        self._new_cache = lambda: new_cache(num_pages)
+        self._new_cache = lambda: new_cache(pools)
         self._new_scheduler = lambda: Scheduler(
-            jfa.PageAllocator(num_pages, page_size, watermark=watermark),
+            Pools(
+                [
+                    Pool(jfa.PageAllocator(n, page_size, watermark=watermark), window)
+                    for n, watermark, window in zip(pools, watermarks, windows, strict=True)
+                ]
+            ),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
@@ -179,7 +205,6 @@ class Engine:
         self._clock = clock
         self._numbers = itertools.count()
         self._scheduler = self._new_scheduler()
-        self.max_model_len = min(longest, (num_pages - 1 - watermark) * page_size)
         self._pages_per_seq = -(-self.max_model_len // page_size)
         self._turning = threading.RLock()
         self._entering = threading.Lock()
@@ -188,10 +213,13 @@ class Engine:
     def _start(self) -> None:
         """Nothing runs, nothing is known, nothing has been counted."""
         slots = self._scheduler.max_num_seqs
-        self._cache = dataclasses.replace(self._new_cache(), page_tables=_NO_TABLES, kv_len=_NO_LENGTHS)
+        pools = self._scheduler.pools.pools
+        self._no_tables = tuple(np.zeros((1, 1), np.int32) for _ in pools)
+        self._cache = dataclasses.replace(self._new_cache(), page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         self._slots = Slots(last_token=jnp.zeros(slots, jnp.int32))
-        self._tables = np.full((slots, self._pages_per_seq), NULL_PAGE, np.int32)
-        self._num_pages = np.zeros(slots, np.int64)  # of each slot that stand in its table
+        # for each pool: the pages of each slot, and how many of them stand there
+        self._tables = np.full((len(pools), slots, self._pages_per_seq), NULL_PAGE, np.int32)
+        self._num_pages = np.zeros((len(pools), slots), np.int64)
         self._adjusted: set[int] = set()  # slots whose logits somebody adjusts
         self._rows: tuple[object, SamplingRows | None] = (None, None)  # of the last step, and what they are made of
         self._requests: dict[str, Request] = {}
@@ -332,8 +360,9 @@ class Engine:
 
     @property
     def num_slots(self) -> int:
-        """Tokens that the pool holds."""
-        return (self._scheduler.allocator.num_pages - 1) * self._scheduler.allocator.page_size
+        """Tokens that the largest pool holds."""
+        pools = self._scheduler.pools
+        return (max(pool.allocator.num_pages for pool in pools.pools) - 1) * pools.page_size
 
     def warm_up(self, params: Sequence[Params] = (GREEDY,)) -> None:
         """Compiles what any mixture of requests like these needs, so that nothing compiles later.
@@ -367,7 +396,8 @@ class Engine:
                 np.full(b, n or b, np.int32),
                 np.zeros(n, np.int32) if with_prompt and n else None,
             )
-            logits, _ = self._advance(batch, np.zeros((b, self._pages_per_seq), np.int32), np.zeros(b, np.int32))
+            tables = np.zeros((len(self._no_tables), b, self._pages_per_seq), np.int32)
+            logits, _ = self._advance(batch, tables, np.zeros(b, np.int32))
             if n in (None, SMALLEST_STEP):
                 for greedy, no_logprobs, adjusting, stops in mixtures:
                     like = SamplingParams(
@@ -378,26 +408,26 @@ class Engine:
                     )
                     rows = self._sampling_rows([(like, _NO_SEED)], b)
                     self._draw(logits, rows, batch.slot, np.zeros(b, bool), np.zeros(b, np.int32))
-        for n in _buckets(SMALLEST_COPY, most):
-            self._copy([Copy(NULL_PAGE, NULL_PAGE)] * n)
+        for n, pool in itertools.product(_buckets(SMALLEST_COPY, most), range(len(self._no_tables))):
+            self._copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
         if any(map(adjusts, params)):
             self._adjust(most, GREEDY, (), ())
 
     def metrics(self) -> EngineMetrics:
         """How things stand."""
         with self._turning:
-            allocator = self._scheduler.allocator
-            held, shared = allocator.num_held, allocator.num_shared
+            pools = self._scheduler.pools
+            held, shared = pools.num_held, pools.num_shared
             with self._entering:
                 living = [one for request in self._requests.values() for one in request.continuations]
             running = self._scheduler.num_running
             return EngineMetrics(
                 running=running,
                 waiting=sum(not one.finished for one in living) - running,
-                cache_use=held / (allocator.num_pages - 1),
-                cache_waste=allocator.wasted_slots / (held * allocator.page_size) if held else 0.0,
+                cache_use=held / pools.num_pages,
+                cache_waste=pools.wasted_slots / (held * pools.page_size) if held else 0.0,
                 cache_saved=shared / (held + shared) if held else 0.0,
-                prefix_hits=allocator.hit_tokens / max(1, allocator.queried_tokens),
+                prefix_hits=pools.hit_tokens / max(1, pools.queried_tokens),
                 preemptions=self._scheduler.num_preemptions,
                 steps=self._steps,
                 prompt_tokens=self._prompt_tokens,
@@ -485,7 +515,7 @@ class Engine:
         b = _bucket(len(rows), 1, most) if one_each else most
         n = b if one_each else _bucket(total, SMALLEST_STEP, self._scheduler.max_num_batched_tokens)
         tokens, next_tokens = np.zeros(n, np.int32), np.zeros(n, np.int32)
-        table = np.full((b, self._pages_per_seq), NULL_PAGE, np.int32)
+        tables = np.full((len(self._no_tables), b, self._pages_per_seq), NULL_PAGE, np.int32)
         kv_len, generated = np.zeros(b, np.int32), np.zeros(b, np.int32)
         start, slot, last = np.full(b + 1, total, np.int32), np.full(b, most, np.int32), np.full(b, n, np.int32)
         samples = np.zeros(b, bool)
@@ -502,12 +532,12 @@ class Engine:
                     follow = one.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, one.num_prompt)]
                     next_tokens[end : end + len(follow)] = follow
                     prompts.append((one.request, chunk.start + 1, end, len(follow)))
-                kv_len[row], table[row] = chunk.start, self._table(one)
+                kv_len[row], tables[:, row] = chunk.start, self._pages_of(one)
                 end += chunk.num_tokens
             if chunk.samples:
                 last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
         batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None)
-        logits, prompt_logprobs = self._advance(batch, table, kv_len)
+        logits, prompt_logprobs = self._advance(batch, tables, kv_len)
         sampled, who = None, [(row, one) for row, (chunk, one) in enumerate(rows) if chunk.samples]
         if who:
             of_rows = self._sampling_rows([(one.params, one.seed) for _, one in rows], b)
@@ -516,13 +546,13 @@ class Engine:
             x.copy_to_host_async()
         return _Launched(who, sampled, prompts, prompt_logprobs)
 
-    def _advance(self, batch: Batch, table: np.ndarray, kv_len: np.ndarray) -> tuple[jax.Array, Sampled | None]:
-        cache = dataclasses.replace(self._cache, page_tables=(table,), kv_len=kv_len)
+    def _advance(self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray) -> tuple[jax.Array, Sampled | None]:
+        cache = dataclasses.replace(self._cache, page_tables=tuple(tables), kv_len=kv_len)
         cache, logits, prompt_logprobs = self.model.steps.advance(
             self.model.params, cache, self._slots.last_token, batch
         )
         # between steps the tables are the host's: of one shape here, whatever the step's was
-        self._cache = dataclasses.replace(cache, page_tables=_NO_TABLES, kv_len=_NO_LENGTHS)
+        self._cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         return logits, prompt_logprobs
 
     def _draw(self, logits, rows: SamplingRows, slot, samples, generated) -> Sampled:
@@ -549,7 +579,7 @@ class Engine:
         """A continuation takes its slot."""
         assert one.slot is not None
         one.is_new = False
-        self._num_pages[one.slot] = 0
+        self._num_pages[:, one.slot] = 0
         if adjusts(one.params):
             self._adjust(one.slot, one.params, one.request.prompt_ids, one.tokens[one.num_prompt :])
             self._adjusted.add(one.slot)
@@ -576,21 +606,29 @@ class Engine:
             self._slots, slot, seen([prompt], vocab_size)[0], counts, dense_bias([params], vocab_size)[0]
         )
 
-    def _table(self, one: Continuation) -> np.ndarray:
-        """Its row of the page table; since the last step its last page may be another one, and there may be more."""
-        assert one.slot is not None
-        start = max(0, int(self._num_pages[one.slot]) - 1)
-        pages = self._scheduler.allocator.pages(one, start)
-        self._tables[one.slot, start : start + len(pages)] = pages
-        self._num_pages[one.slot] = start + len(pages)
-        return self._tables[one.slot]
+    def _pages_of(self, one: Continuation) -> np.ndarray:
+        """Its row of each page table.
 
-    def _copy(self, copies: Sequence[Copy]) -> None:
-        if copies:
-            n = _bucket(len(copies), SMALLEST_COPY, self._scheduler.max_num_seqs)
-            pairs = np.full((2, n), NULL_PAGE, np.int32)
-            pairs[:, : len(copies)] = np.transpose(copies)
-            self._cache = self.model.steps.copy_pages(self._cache, *pairs)
+        Since the last step its last page may be another one, there may be more, and some may have left a window.
+        """
+        assert one.slot is not None
+        for i, (allocator, window) in enumerate(self._scheduler.pools.pools):
+            table = self._tables[i, one.slot]
+            start = max(0, int(self._num_pages[i, one.slot]) - 1)
+            pages = allocator.pages(one, start)
+            table[start : start + len(pages)] = pages
+            if window is not None:
+                table[: allocator.num_gone(one)] = NULL_PAGE
+            self._num_pages[i, one.slot] = start + len(pages)
+        return self._tables[:, one.slot]
+
+    def _copy(self, copies: Sequence[tuple[int, Copy]]) -> None:
+        for i in range(len(self._no_tables)):
+            if of_pool := [copy for number, copy in copies if number == i]:
+                n = _bucket(len(of_pool), SMALLEST_COPY, self._scheduler.max_num_seqs)
+                pairs = np.full((2, n), NULL_PAGE, np.int32)
+                pairs[:, : len(of_pool)] = np.transpose(of_pool)
+                self._cache = self.model.steps.copy_pages(self._cache, *pairs, table=i)
 
     # What a step has brought.
 
@@ -773,9 +811,9 @@ def _buckets(smallest: int, largest: int) -> Iterator[int]:
     yield largest
 
 
-def _default_num_pages(most: int, page_bytes: int) -> int:
+def _most_pages(most: int, num_bytes: Callable[[int], int]) -> int:
     """Pages for most of what the device has left, at most as many as can be used."""
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     room = HOST_CACHE_BYTES if limit is None else int(FREE_MEMORY * (limit - stats.get("bytes_in_use", 0)))
-    return max(2, min(1 + most, room // page_bytes))
+    return max(2, bisect.bisect_right(range(1 + most), room, key=num_bytes, lo=2) - 1)

@@ -16,7 +16,8 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jfa.pages import Copy, PageAllocator
+from jfa.pages import Copy
+from jfa_models.engine.pools import Pools
 from jfa_models.engine.request import Continuation
 
 
@@ -24,7 +25,8 @@ class Chunk(NamedTuple):
     """Tokens of one continuation in a step.
 
     start: how many were computed before. samples: the chunk ends with its last token, so the next one is drawn, and for
-    each of the followers, which begin here, too. generated: tokens drawn before that.
+    each of the followers, which begin here, too. generated: tokens drawn before that. copies: of pages, with the number
+    of their pool.
     """
 
     of: Continuation
@@ -32,7 +34,7 @@ class Chunk(NamedTuple):
     num_tokens: int
     samples: bool
     generated: int
-    copies: Sequence[Copy]
+    copies: Sequence[tuple[int, Copy]]
     followers: Sequence[Continuation] = ()
 
 
@@ -45,7 +47,7 @@ class Scheduler:
 
     def __init__(
         self,
-        allocator: PageAllocator,
+        pools: Pools,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -58,7 +60,7 @@ class Scheduler:
                 f"max_num_batched_tokens must be at least max_num_seqs, a token of each that decodes, got "
                 f"{max_num_batched_tokens} and {max_num_seqs}"
             )
-        self.allocator = allocator
+        self.pools = pools
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
@@ -92,7 +94,7 @@ class Scheduler:
         if parent.slot is None or not self._slots:
             self.add(child)
             return False
-        self.allocator.fork(parent, child)
+        self.pools.fork(parent, child)
         child.num_computed = parent.num_computed
         self._run(child)
         return True
@@ -116,6 +118,8 @@ class Scheduler:
         """The next step; empty if nothing can run before results are known."""
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
+        for one in self._running:
+            self.pools.slide(one, one.num_computed)
         for prompts in (False, True):
             for one in self._running.copy():
                 num_tokens = min(one.num_new, budget)
@@ -128,7 +132,7 @@ class Scheduler:
         while budget and self._slots and (one := self._next_waiting()) is not None:
             # of a prompt whose log-probabilities are wanted every token must be computed
             look_up = self.enable_prefix_caching and one.request.num_prompt_logprobs is None
-            hit = self.allocator.add(one, one.num_tokens, tokens=one.tokens if look_up else None)
+            hit = self.pools.add(one, one.num_tokens, budget, tokens=one.tokens if look_up else None)
             if hit is None:
                 break
             heapq.heappop(self._waiting)
@@ -147,19 +151,16 @@ class Scheduler:
             return None
         return self._waiting[0][1]
 
-    def _make_room(self, one: Continuation, num_tokens: int) -> Sequence[Copy] | None:
+    def _make_room(self, one: Continuation, num_tokens: int) -> Sequence[tuple[int, Copy]] | None:
         """Room for its next tokens, if need be by preemption; None if it was preempted itself."""
-        missing = one.num_computed + num_tokens - self.allocator.num_tokens(one)
-        if missing <= 0:
-            return ()
-        while (copies := self.allocator.append(one, missing)) is None:
+        while (copies := self.pools.make_room(one, one.num_computed + num_tokens)) is None:
             newest = self._running[-1]
             self._preempt(newest)
             if newest is one:
                 return None
         return copies
 
-    def _chunk(self, one: Continuation, num_tokens: int, copies: Sequence[Copy]) -> Chunk:
+    def _chunk(self, one: Continuation, num_tokens: int, copies: Sequence[tuple[int, Copy]]) -> Chunk:
         start = one.num_computed
         one.num_computed += num_tokens
         samples = one.num_computed == one.num_tokens
@@ -179,17 +180,17 @@ class Scheduler:
 
     def _commit(self, one: Continuation, start: int) -> None:
         """Makes the pages that this step fills known to others: those who share them come later, or read behind it."""
-        size = self.allocator.page_size
+        size = self.pools.page_size
         known = min(one.num_computed, len(one.tokens))
         if known // size > max(0, start - 1) // size:  # the last token of an earlier step may have been unknown then
-            self.allocator.commit(one, one.tokens[:known])
+            self.pools.commit(one, one.tokens[:known])
 
     def _run(self, one: Continuation) -> None:
         one.slot, one.is_new = self._slots.pop(), True
         bisect.insort(self._running, one, key=lambda other: other.order)
 
     def _release(self, one: Continuation) -> None:
-        self.allocator.free(one)
+        self.pools.free(one)
         assert one.slot is not None
         self._slots.append(one.slot)
         one.slot = None

@@ -270,7 +270,7 @@ def test_grow_keeps_pages_tables_and_lengths_and_adds_empty_pages_behind():
     for kv_dtype in (None, "int4"):
         cache = filled(kv_dtype=kv_dtype).advance(2)
         more = cache.grow(12)
-        assert more.num_pages == 12 and more.capacity == cache.capacity and more.kv_len.tolist() == [2, 2, 2]
+        assert more.num_pages == (12,) and more.capacity == cache.capacity and more.kv_len.tolist() == [2, 2, 2]
         np.testing.assert_array_equal(more.page_tables[0], TABLE)
         for before, after in zip(jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((more.k, more.v)), strict=True):
             np.testing.assert_array_equal(after[:9], before)
@@ -295,12 +295,12 @@ def test_arguments_are_those_of_the_ops(kv_dtype):
 
 def test_its_sizes_are_those_of_its_arrays():
     cache = empty(page_size=16, head_dim=64, dtype=jnp.bfloat16)
-    assert (cache.page_size, cache.num_pages, cache.capacity) == (16, 9, 48)
+    assert (cache.page_size, cache.num_pages, cache.capacity) == (16, (9,), 48)
     slots = 2 * 2 * 9 * 16 * 2  # layers, k and v, pages, tokens of a page, heads
     for kv_dtype, bytes_of_a_vector in ((None, 2 * 64), ("int8", 64 + 2), ("fp8", 64 + 2), ("int4", 32 + 2)):
         cache = empty(page_size=16, head_dim=64, dtype=jnp.bfloat16, kv_dtype=kv_dtype)
         assert cache.num_bytes == slots * bytes_of_a_vector
-        assert (cache.page_size, cache.num_pages, cache.capacity) == (16, 9, 48)
+        assert (cache.page_size, cache.num_pages, cache.capacity) == (16, (9,), 48)
 
 
 def test_empty_tables_name_no_page_and_no_two_arrays_are_one():

@@ -298,6 +298,23 @@ def test_what_follows_a_truncate_is_committed_as_it_is():
     assert allocator.add("c", 5, tokens=[1, 2, 3, 4, 9]) == 4  # still there, but evictable until now
 
 
+def test_what_slid_out_of_a_window_is_given_back_once():
+    allocator = PageAllocator(9, 2)
+    allocator.add("a", 7)
+    pages = allocator.pages("a")
+    allocator.fork("a", "b")
+    allocator.slide("a", 5)
+    assert allocator.pages("a") == (NULL_PAGE, NULL_PAGE, *pages[2:]) and allocator.num_held == 4
+    allocator.slide("b", 3)
+    assert allocator.pages("b") == (NULL_PAGE, *pages[1:]) and allocator.num_held == 3
+    allocator.slide("a", 0)  # what is gone stays gone
+    assert (allocator.num_gone("a"), allocator.num_gone("b"), allocator.num_tokens("a")) == (2, 1, 7)
+    allocator.free("a")
+    allocator.free("b")
+    allocator.check()
+    assert allocator.num_held == 0
+
+
 def busy():
     """Sequences 'a' of 5 tokens, 4 of them in committed pages, and its fork 'b', in pages of 2."""
     allocator = PageAllocator(9, 2)
@@ -313,6 +330,12 @@ def commit_other_tokens_than_the_fork():
     allocator.fork("a", "b")
     allocator.commit("a", [1, 2])
     allocator.commit("b", [1, 3])
+
+
+def truncate_what_slid():
+    allocator = busy()
+    allocator.slide("a", 5)
+    allocator.truncate("a", 3)
 
 
 UNKNOWN = "there is no sequence 'x'; add or fork starts one"
@@ -340,6 +363,12 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "truncate_unknown": (lambda: busy().truncate("x", 0), UNKNOWN),
     "truncate_negative": (lambda: busy().truncate("a", -1), "between 0 and all 5 tokens of sequence 'a', got -1"),
     "truncate_to_more": (lambda: busy().truncate("a", 6), "all 5 tokens of sequence 'a', got 6; append makes room"),
+    "slide_unknown": (lambda: busy().slide("x", 0), UNKNOWN),
+    "slide_too_far": (lambda: busy().slide("a", 6), "keeps the tokens of sequence 'a' from .* its 5th, got 6"),
+    "truncate_what_slid": (
+        truncate_what_slid,
+        "truncate to 3 tokens needs pages of sequence 'a' that slide gave back, up to token 4; free it and add",
+    ),
     "commit_unknown": (lambda: busy().commit("x", []), UNKNOWN),
     "commit_too_many": (
         lambda: busy().commit("a", [1, 2, 3, 4, 5, 6]),
@@ -434,9 +463,10 @@ class Row:
     tokens: list[int]
     kv: list[int]
     committed: int  # tokens in pages that were committed
+    gone: int = 0  # pages at its begin that it gave back
 
     def copy(self):
-        return Row(self.salt, self.pages.copy(), self.tokens.copy(), self.kv.copy(), self.committed)
+        return Row(self.salt, self.pages.copy(), self.tokens.copy(), self.kv.copy(), self.committed, self.gone)
 
 
 class Device:
@@ -462,10 +492,10 @@ class Device:
     # What is so, counted anew each time.
 
     def owned(self):
-        return {page for row in self.rows.values() for page in row.pages}
+        return {page for row in self.rows.values() for page in row.pages[row.gone :]}
 
     def owners(self, page):
-        return [name for name, row in self.rows.items() if page in row.pages]
+        return [name for name, row in self.rows.items() if page in row.pages[row.gone :]]
 
     def free(self):
         return self.slots.keys() - {NULL_PAGE} - self.owned()
@@ -606,13 +636,26 @@ class Device:
         del row.tokens[num_tokens:], row.kv[num_tokens:]
         row.committed = min(row.committed, num_tokens // self.size * self.size)
 
+    def slide(self, name, first_token):
+        self.settle()
+        self.counts["slide"] += 1
+        row = self.rows[name]
+        self.allocator.slide(name, first_token)
+        gone = max(row.gone, first_token // self.size)
+        for index in reversed(range(row.gone, gone)):
+            page, row.pages[index] = row.pages[index], NULL_PAGE
+            if page in self.registered.values() and not any(page in other.pages for other in self.rows.values()):
+                self.idle.append(page)
+        row.gone = gone
+
     def commit(self, name, num_tokens):
         self.settle()
         self.counts["commit"] += 1
         row = self.rows[name]
         self.allocator.commit(name, row.tokens[:num_tokens])
         for end in range(row.committed + self.size, num_tokens + 1, self.size):
-            self.registered.setdefault(row.kv[end - 1], row.pages[end // self.size - 1])
+            if end // self.size > row.gone:
+                self.registered.setdefault(row.kv[end - 1], row.pages[end // self.size - 1])
             row.committed = end
 
     def drop(self, name):
@@ -632,7 +675,8 @@ class Device:
         assert allocator.num_held == len(owned)
         assert allocator.num_evictable == len(self.idle)
         rows = self.rows.values()
-        used = {(row.pages[at // self.size], at % self.size) for row in rows for at in range(len(row.kv))}
+        places = [(row, at) for row in rows for at in range(row.gone * self.size, len(row.kv))]
+        used = {(row.pages[at // self.size], at % self.size) for row, at in places}
         assert allocator.wasted_slots == len(owned) * self.size - len(used)
         assert allocator.evictions == self.counts["evicted"]
         assert (allocator.hit_tokens, allocator.queried_tokens) == (self.counts["hit"], self.counts["queried"])
@@ -641,10 +685,11 @@ class Device:
             assert allocator.num_tokens(name) == len(row.tokens)
             if not self.writes and not self.copies:
                 read = [slot for page in row.pages for slot in self.slots[page]]
-                assert read[: len(row.kv)] == row.kv, f"{name} reads other tokens through its pages {row.pages}"
+                kept = slice(row.gone * self.size, len(row.kv))
+                assert read[kept] == row.kv[kept], f"{name} reads other tokens through its pages {row.pages}"
 
 
-OPERATIONS = ("add", "append", "fork", "truncate", "commit", "free")
+OPERATIONS = ("add", "append", "fork", "truncate", "slide", "commit", "free")
 LETTERS = st.lists(st.integers(0, 1), max_size=3)
 PROMPTS = st.builds(lambda n, letters: [0] * n + letters, st.integers(0, 6), LETTERS)  # prefixes meet often
 SALTS = st.sampled_from([b"", b"", b"adapter"])
@@ -696,7 +741,14 @@ class PageMachine(RuleBasedStateMachine):
     @rule(index=INDEX, forgotten=st.integers(0, 5))
     def truncate(self, index, forgotten):
         name = self.name(index)
-        self.device.truncate(name, max(0, len(self.device.rows[name].tokens) - forgotten))
+        row = self.device.rows[name]
+        self.device.truncate(name, max(row.gone * self.device.size, len(row.tokens) - forgotten))
+
+    @has_rows
+    @rule(index=INDEX, kept=st.integers(0, 5))
+    def slide(self, index, kept):
+        name = self.name(index)
+        self.device.slide(name, max(0, len(self.device.rows[name].tokens) - kept))
 
     @has_rows
     @rule(index=INDEX, unwritten=st.integers(0, 3))
@@ -753,8 +805,10 @@ def drive(device, rng, steps):
             case p if p < 0.6 and len(device.rows) < 8:
                 device.fork(name)
             case p if p < 0.7:
-                device.truncate(name, rng.randint(size // 2, size))
-            case p if p < 0.86:
+                device.truncate(name, rng.randint(max(size // 2, device.rows[name].gone * device.size), size))
+            case p if p < 0.76:
+                device.slide(name, rng.randint(0, size))
+            case p if p < 0.9:
                 device.commit(name, rng.choice((size, rng.randint(device.rows[name].committed, size))))
             case _:
                 device.drop(name)

@@ -1,20 +1,15 @@
 """Every family against transformers, and both spellings of a configuration."""
 
-import dataclasses
 import functools
-import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from jfa_models.config import DecoderConfig
-from jfa_models.families import FAMILIES, config_from_gguf, config_from_hf, config_to_hf
-from jfa_models.generate import LanguageModel, from_pretrained
-from jfa_models.presets import PRESETS
+from jfa_models.families import config_from_gguf, config_from_hf
+from jfa_models.generate import from_pretrained
 from jfa_models.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
-from jfa_models.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(file.stem for file in GOLDEN.glob("*.npz"))
@@ -79,7 +74,7 @@ def test_a_gguf_file_is_the_same_model(name):
 PAGES = [("mistral", None), ("phi2", None), ("qwen3_moe", None)] + [
     ("gemma3", kind) for kind in (None, "int8", "fp8", "int4")
 ]
-ROUNDED = {None: CLOSE, "int8": 0.02, "fp8": 0.06, "int4": 0.3}  # mean distance, of the spread of the logits
+ROUNDED = {None: CLOSE, "int8": 0.01, "fp8": 0.05, "int4": 0.15}  # mean distance, of the spread of the logits
 
 
 @pytest.mark.parametrize(("name", "kv_dtype"), PAGES)

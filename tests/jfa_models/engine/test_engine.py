@@ -53,9 +53,10 @@ def engine(shared):
 
 def assert_clean(engine):
     list(engine.run())
-    allocator = engine._scheduler.allocator
-    allocator.check()
-    assert not allocator.sequences and engine.metrics().running == engine.metrics().waiting == 0
+    for pool in engine._scheduler.pools.pools:
+        pool.allocator.check()
+        assert not pool.allocator.sequences
+    assert engine.metrics().running == engine.metrics().waiting == 0
 
 
 def run(engine, *requests, **options):
@@ -144,7 +145,7 @@ def test_two_thousand_requests_that_come_and_go(kv_dtype, seed, count, tie):
             engine.abort(rng.choice(sorted(aborted)))
         for result in engine.step():
             got[result.request_id] = result
-        engine._scheduler.allocator.check()
+        engine._scheduler.pools.pools[0].allocator.check()
     assert len(got) == count + extras
     ended = [i for i in range(count) if got[str(i)].outputs[0].finish_reason != "abort"]
     assert len(ended) >= 0.9 * count
@@ -238,7 +239,7 @@ def test_beams_share_their_prompt(model):
     most = 0
     while engine.has_unfinished:
         engine.step()
-        most = max(most, engine._scheduler.allocator.num_held)
+        most = max(most, engine._scheduler.pools.num_held)
     assert most <= 8 + 6 * 2 < 6 * 8
 
 
@@ -540,3 +541,33 @@ def test_an_engine_is_refused(model, case):
     with pytest.raises(ValueError) as error:
         Engine(model, **SMALL | options)
     assert str(error.value).startswith(message)
+
+
+WINDOWS = {"some": (6, None), "all": (6, 6)}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_give_pages_back_while_a_request_runs(name):
+    """Prompts of several chunks, samples that share, a pool that some must wait for: the tokens are generate's."""
+    decoder = sharp_decoder(dataclasses.replace(CONFIG, windows=WINDOWS[name]))
+    model = LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])))
+    engine = Engine(
+        model, max_num_seqs=4, page_size=4, num_pages=33 if None in WINDOWS[name] else 21, max_num_batched_tokens=16
+    )
+    assert engine.max_model_len == 128
+    rng = random.Random(3)
+    prompts = [[rng.randrange(CONFIG.vocab_size) for _ in range(n)] for n in (70, 5, 90, 33, 90, 70)]
+    prompts[4][:60] = prompts[2][:60]  # and one begins like another
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=20)
+    sampled = SamplingParams(n=3, temperature=1.0, max_tokens=20, ignore_eos=True, seed=1)
+    ids = [engine.add_request(prompt, params) for prompt in prompts]
+    several = engine.add_request(prompts[0], sampled)
+    ended, most = {}, 0
+    while engine.has_unfinished:
+        ended |= {result.request_id: result for result in engine.step()}
+        most = max(most, engine._scheduler.pools.pools[-1 if name == "all" else 0].allocator.num_held)
+    # a window of 6 begins and ends in a page of 4, beside a step's tokens and copies of shared pages
+    assert most <= 4 * 4 + 16 // 4
+    assert_same([ended[i] for i in ids], model.generate(prompts, params))
+    assert len({output.token_ids for output in ended[several].outputs}) > 1
+    assert_clean(engine)

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from jfa.pages import PageAllocator
+from jfa_models.engine.pools import Pool, Pools
 from jfa_models.engine.request import Continuation, Request
 from jfa_models.engine.scheduler import Scheduler
 from jfa_models.sampling import SamplingParams, seed_sequence
@@ -19,7 +20,10 @@ class Machine:
     def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, **options):
         self.allocator = PageAllocator(num_pages, page_size)
         self.scheduler = Scheduler(
-            self.allocator, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, **options
+            Pools([Pool(self.allocator)]),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            **options,
         )
         self.requests = 0
         self.live: list[Continuation] = []

@@ -1,0 +1,104 @@
+"""The pages of an engine: a pool for each attention pattern of its model.
+
+Layers that see all keep every page of a sequence. Layers with a window get pages when a step needs them, and give back
+what slid out: their pool is as small as the windows of all that run.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from jfa.pages import Copy, PageAllocator
+
+
+class Pool(NamedTuple):
+    """Pages, and how many tokens the layers that use them see; None: all."""
+
+    allocator: PageAllocator
+    window: int | None = None
+
+
+class Pools:
+    """The pools of one model: what is added, grown and freed is so in all of them.
+
+    Attributes:
+      queried_tokens, hit_tokens: tokens that were looked for in the prefix cache, and those that all pools held.
+    """
+
+    def __init__(self, pools: Sequence[Pool]):
+        self.pools = tuple(pools)
+        self.page_size = pools[0].allocator.page_size
+        self.queried_tokens = self.hit_tokens = 0
+
+    def add(
+        self, sequence: Hashable, num_tokens: int, at_once: int, *, tokens: Sequence[int] | None = None
+    ) -> int | None:
+        """Starts a sequence of num_tokens, and says how many of them need not be computed; None: too few pages.
+
+        Args:
+          at_once: tokens of its first step: pools of windows make room for these alone.
+          tokens: to look for.
+        """
+        hit = 0 if tokens is None else min(pool.allocator.known_tokens(tokens, num_tokens) for pool in self.pools)
+        for i, (allocator, window) in enumerate(self.pools):
+            room = num_tokens if window is None else min(num_tokens, hit + at_once)
+            if allocator.add(sequence, room, tokens=None if tokens is None else tokens[: hit + 1]) is None:
+                for pool in self.pools[:i]:
+                    pool.allocator.free(sequence)
+                return None
+        self.queried_tokens += len(tokens or ())
+        self.hit_tokens += hit
+        return hit
+
+    def make_room(self, sequence: Hashable, num_tokens: int) -> list[tuple[int, Copy]] | None:
+        """Room for its first num_tokens, and the copies that this needs with the number of their pool.
+
+        None: too few pages in one of the pools, and nothing has changed.
+        """
+        missing = [max(0, num_tokens - pool.allocator.num_tokens(sequence)) for pool in self.pools]
+        if not all(pool.allocator.fits(sequence, n) for pool, n in zip(self.pools, missing, strict=True)):
+            return None
+        copies = []
+        for i, (pool, n) in enumerate(zip(self.pools, missing, strict=True)):
+            copies += [(i, copy) for copy in (pool.allocator.append(sequence, n) if n else None) or ()]
+        return copies
+
+    def slide(self, sequence: Hashable, num_computed: int) -> None:
+        """Gives back what no token from num_computed on sees."""
+        for allocator, window in self.pools:
+            if window is not None and num_computed >= window:
+                allocator.slide(sequence, num_computed - window + 1)
+
+    def fork(self, parent: Hashable, child: Hashable) -> None:
+        """Starts a sequence on the pages of another."""
+        for pool in self.pools:
+            pool.allocator.fork(parent, child)
+
+    def commit(self, sequence: Hashable, tokens: Sequence[int]) -> None:
+        """Makes its first tokens known to who looks for them."""
+        for pool in self.pools:
+            pool.allocator.commit(sequence, tokens)
+
+    def free(self, sequence: Hashable) -> None:
+        """Forgets a sequence."""
+        for pool in self.pools:
+            pool.allocator.free(sequence)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that can be held."""
+        return sum(pool.allocator.num_pages - 1 for pool in self.pools)
+
+    @property
+    def num_held(self) -> int:
+        """Pages that sequences own, a shared one counted once."""
+        return sum(pool.allocator.num_held for pool in self.pools)
+
+    @property
+    def num_shared(self) -> int:
+        """Pages that sequences would hold besides, had each its own."""
+        return sum(pool.allocator.num_shared for pool in self.pools)
+
+    @property
+    def wasted_slots(self) -> int:
+        """Places of held pages without a token."""
+        return sum(pool.allocator.wasted_slots for pool in self.pools)
