@@ -189,7 +189,12 @@ class Checkpoint:
         """
         if self.metadata:
             has_vocabulary = self.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
-            return Tokenizer.from_gguf(self.metadata) if has_vocabulary else None
+            if not has_vocabulary:
+                return None
+            tokenizer, template = Tokenizer.from_gguf(self.metadata), FAMILIES[self.config.architecture].chat_template
+            if tokenizer.chat_template is None and template is not None:
+                return dataclasses.replace(tokenizer, chat_template=template)
+            return tokenizer
         folder = self.path if self.path.is_dir() else self.path.parent
         return Tokenizer.from_folder(folder) if any(folder.glob("tokenizer*")) else None
 
@@ -445,7 +450,9 @@ def save_checkpoint(
     if "temperature" in advised:
         advised["do_sample"] = advised["temperature"] > 0
         advised = {name: value for name, value in advised.items() if name != "temperature" or value > 0}
-    written["eos_token_id"] = advised.get("eos_token_id")
+    # stated even where there is none: the defaults of transformers may lie outside of the vocabulary
+    written |= {"eos_token_id": advised.get("eos_token_id"), "pad_token_id": None}
+    written["bos_token_id"] = None if tokenizer is None else tokenizer.bos_token_id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", written)
     write_json(folder / "generation_config.json", advised)

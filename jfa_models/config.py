@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args
 
 from jfa_models.rope import RopeConfig, check_positive
 
+# Of Gemma, of ChatML (Qwen, SmolLM2), of Llama 3 and of Phi-3.
+_ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Norm = Literal["rms", "rms_plus_one", "layer"]
 
@@ -193,9 +196,16 @@ class GenerationDefaults:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "GenerationDefaults":
-        """Reads the ends of text, of turn and of message; a GGUF file says nothing about sampling."""
-        keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
-        return cls(eos_token_ids=tuple(dict.fromkeys(metadata[key] for key in keys if key in metadata)))
+        """Reads the ends of text, of turn and of message; a GGUF file says nothing about sampling.
+
+        An end of turn that the file does not name is known by its text.
+        """
+        keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
+        ends = [metadata[key] for key in keys if key in metadata]
+        tokens = metadata.get("tokenizer.ggml.tokens", ())
+        if keys[1] not in metadata:
+            ends += [tokens.index(text) for text in _ENDS_OF_TURN if text in tokens]
+        return cls(eos_token_ids=tuple(dict.fromkeys(ends)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -26,6 +26,13 @@ from jfa_models.rope import (
 
 Names = dict[str, str | tuple[str, ...]]
 
+
+def _instead(names: Names, other: Names) -> Names:
+    """A table in which some of our modules have other names."""
+    renamed = {part for ours in other.values() for part in ([ours] if isinstance(ours, str) else ours)}
+    return {theirs: ours for theirs, ours in names.items() if ours not in renamed} | other
+
+
 _LLAMA: Names = {
     "embed_tokens": "embed",
     "layers.#.input_layernorm": "layers.#.attention_norm",
@@ -44,41 +51,47 @@ _QWEN3 = _LLAMA | {
     "layers.#.self_attn.q_norm": "layers.#.attention.q_norm",
     "layers.#.self_attn.k_norm": "layers.#.attention.k_norm",
 }
-_GEMMA2 = _LLAMA | {
+_GEMMA2 = {
     "layers.#.post_attention_layernorm": "layers.#.attention_post_norm",
     "layers.#.pre_feedforward_layernorm": "layers.#.mlp_norm",
     "layers.#.post_feedforward_layernorm": "layers.#.mlp_post_norm",
 }
-_HUGGING_FACE: Mapping[str, Names] = {
-    "mixtral": _LLAMA
-    | {
-        "layers.#.block_sparse_moe.gate": "layers.#.mlp.router",
-        "layers.#.block_sparse_moe.experts.*.w1": "layers.#.mlp.gate",
-        "layers.#.block_sparse_moe.experts.*.w3": "layers.#.mlp.up",
-        "layers.#.block_sparse_moe.experts.*.w2": "layers.#.mlp.down",
-    },
+_HUGGING_FACE: dict[str, Names] = {
+    "mixtral": _instead(
+        _LLAMA,
+        {
+            "layers.#.block_sparse_moe.gate": "layers.#.mlp.router",
+            "layers.#.block_sparse_moe.experts.*.w1": "layers.#.mlp.gate",
+            "layers.#.block_sparse_moe.experts.*.w3": "layers.#.mlp.up",
+            "layers.#.block_sparse_moe.experts.*.w2": "layers.#.mlp.down",
+        },
+    ),
     "qwen3": _QWEN3,
-    "qwen3_moe": _QWEN3
-    | {
+    "qwen3_moe": {
+        **_QWEN3,  # some layers have an MLP
         "layers.#.mlp.gate": "layers.#.mlp.router",
         "layers.#.mlp.experts.*.gate_proj": "layers.#.mlp.gate",
         "layers.#.mlp.experts.*.up_proj": "layers.#.mlp.up",
         "layers.#.mlp.experts.*.down_proj": "layers.#.mlp.down",
     },
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2 | _QWEN3 | _GEMMA2,
-    "phi": _LLAMA
-    | {
-        "layers.#.self_attn.dense": "layers.#.attention.o",
-        "layers.#.mlp.fc1": "layers.#.mlp.up",
-        "layers.#.mlp.fc2": "layers.#.mlp.down",
-        "final_layernorm": "norm",
-    },
-    "phi3": _LLAMA
-    | {
-        "layers.#.self_attn.qkv_proj": ("layers.#.attention.q", "layers.#.attention.k", "layers.#.attention.v"),
-        "layers.#.mlp.gate_up_proj": ("layers.#.mlp.gate", "layers.#.mlp.up"),
-    },
+    "gemma2": _instead(_LLAMA, _GEMMA2),
+    "gemma3_text": _instead(_QWEN3, _GEMMA2),
+    "phi": _instead(
+        _LLAMA,
+        {
+            "layers.#.self_attn.dense": "layers.#.attention.o",
+            "layers.#.mlp.fc1": "layers.#.mlp.up",
+            "layers.#.mlp.fc2": "layers.#.mlp.down",
+            "final_layernorm": "norm",
+        },
+    ),
+    "phi3": _instead(
+        _LLAMA,
+        {
+            "layers.#.self_attn.qkv_proj": ("layers.#.attention.q", "layers.#.attention.k", "layers.#.attention.v"),
+            "layers.#.mlp.gate_up_proj": ("layers.#.mlp.gate", "layers.#.mlp.up"),
+        },
+    ),
 }
 
 _GGUF: Names = {  # the same names in every family; what one lacks, its files do not have
@@ -119,6 +132,7 @@ class Family:
       windows: which layers have a window where one is stated: "all"; "late", from max_window_layers on; or "pattern",
         all but every n-th one. None: the family has no windows.
       permuted: rows of q and k lie interleaved in GGUF files.
+      chat_template: how its members for conversations read one, for files that do not say it.
     """
 
     users: str
@@ -128,8 +142,17 @@ class Family:
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     windows: Literal["all", "late", "pattern"] | None = None
     permuted: bool = False
+    chat_template: str | None = None
 
 
+# https://ai.google.dev/gemma/docs/core/prompt-structure; what the system says stands in front of the first turn
+_GEMMA_TURNS = (
+    "{{ bos_token }}{% set said = namespace(first='') %}{% for message in messages %}"
+    "{% if message.role == 'system' %}{% set said.first = (message.content | trim) ~ '\n\n' %}{% else %}"
+    "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{{ said.first }}{{ message.content | trim }}<end_of_turn>\n{% set said.first = '' %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 _GEMMA = dict(norm="rms_plus_one", scale_embeddings=True)
 _GEMMA_DEFAULTS = dict(tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
 _PHI_BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
@@ -163,12 +186,18 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         windows="all",
     ),
     "gemma": Family(
-        users="Gemma", class_name="GemmaForCausalLM", gguf="gemma", always=_GEMMA, defaults=_GEMMA_DEFAULTS
+        users="Gemma",
+        class_name="GemmaForCausalLM",
+        gguf="gemma",
+        chat_template=_GEMMA_TURNS,
+        always=_GEMMA,
+        defaults=_GEMMA_DEFAULTS,
     ),
     "gemma2": Family(
         users="Gemma 2",
         class_name="Gemma2ForCausalLM",
         gguf="gemma2",
+        chat_template=_GEMMA_TURNS,
         always=_GEMMA | dict(post_norms=True),
         defaults=_GEMMA_DEFAULTS
         | dict(
@@ -184,6 +213,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         users="Gemma 3",
         class_name="Gemma3ForCausalLM",
         gguf="gemma3",
+        chat_template=_GEMMA_TURNS,
         always=_GEMMA | dict(post_norms=True, qk_norm=True),
         defaults=_GEMMA_DEFAULTS
         | dict(
@@ -330,8 +360,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if "qkv_bias" not in family.always:
         written["attention_bias"], written["mlp_bias"] = config.qkv_bias, config.mlp_bias
     if "query_pre_attn_scalar" in family.defaults:
-        scale = config.query_scale or config.head_dim**-0.5
-        written["query_pre_attn_scalar"] = round(scale**-2, 6)
+        # transformers takes nothing but a whole number
+        written["query_pre_attn_scalar"] = round((config.query_scale or config.head_dim**-0.5) ** -2)
         written["attn_logit_softcapping"] = config.attention_soft_cap
         written["final_logit_softcapping"] = config.logits_soft_cap
     written |= _rope_to_hf(config)

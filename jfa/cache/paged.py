@@ -218,7 +218,8 @@ class PagedKVCache:
         if len(pools) != len(self.page_tables) or any(
             new < old for new, old in zip(pools, self.num_pages, strict=True)
         ):
-            raise ValueError(f"a cache of {self.num_pages} pages cannot grow to {pools}")
+            old, new = (", ".join(map(str, sizes)) for sizes in (self.num_pages, pools))
+            raise ValueError(f"a cache of {old} pages cannot grow to {new}")
 
         def padded(pages: Pages, table: int) -> Pages:
             more = pools[table] - _values(pages).shape[0]

