@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,9 +22,19 @@ from rich.table import Table
 import jfa
 from jfa.device import probe
 from jfa_models import batch
-from jfa_models.checkpoint import Checkpoint, open_checkpoint
+from jfa_models.checkpoint import open_checkpoint
 from jfa_models.engine import Engine
-from jfa_models.generate import CACHES, DTYPES, KV_DTYPES, LanguageModel, Session, compute_dtype, from_pretrained
+from jfa_models.families import FAMILIES
+from jfa_models.generate import (
+    CACHES,
+    DTYPES,
+    KV_DTYPES,
+    LanguageModel,
+    Session,
+    compute_dtype,
+    from_pretrained,
+    shape_of,
+)
 from jfa_models.outputs import RequestOutput
 from jfa_models.sampling import SamplingParams
 
@@ -83,7 +94,10 @@ def model_options(command: Callable) -> Callable:
     """--model and --dtype."""
     dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
     model = click.option(
-        "--model", default=DEFAULT_MODEL, show_default=True, help="A folder of safetensors, a .gguf file, or smollm2."
+        "--model",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="A folder of safetensors, a .gguf file, owner/name at Hugging Face, smollm2 or gemma-3-270m.",
     )
     return model(dtype(command))
 
@@ -248,26 +262,32 @@ def info(model: str, dtype: str | None) -> None:
             table.add_row("", escape(f"not {backend}: {reason}"))
         said = op.refused
     try:
-        checkpoint = open_checkpoint(model)
+        sizes = list(_sizes(model, compute_dtype(dtype)))
     except ValueError as error:
         if model != DEFAULT_MODEL:
             raise
         # nobody asked for this model by name: the rest is worth printing without it
-        table.add_row("model", escape(str(error)))
-    else:
-        for name, text in _sizes(checkpoint, compute_dtype(dtype)):
-            table.add_row(name, escape(text))
+        sizes = [("model", str(error))]
+    for name, text in sizes:
+        table.add_row(name, escape(text))
     console.print(table)
 
 
-def _sizes(checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[tuple[str, str]]:
-    config = checkpoint.config
-    name = f"{checkpoint.path.stem}: {config.num_params / 1e6:,.1f} M parameters, stored as {checkpoint.stored_dtype}"
-    yield "model", name
+def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
+    if (config := shape_of(model)) is not None:
+        name, stored = model, "without weights"
+    else:
+        checkpoint = open_checkpoint(model)
+        config, name, stored = checkpoint.config, checkpoint.path.stem, f"stored as {checkpoint.stored_dtype}"
+    users = FAMILIES[config.architecture].users
+    yield "model", f"{name} ({users}): {config.num_params / 1e6:,.1f} M parameters, {stored}"
     yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
-    per_token = config.cache_elements_per_token * dtype.itemsize
-    full = f"{per_token * config.context_length / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
-    yield "cache", f"{per_token:,} bytes per token, {full}"
+    whole = config.cache_elements(config.context_length) * dtype.itemsize
+    context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
+    yield "cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
+    if window := next(filter(None, config.windows), None):
+        local = sum(each is not None for each in config.windows)
+        yield "", f"{local} of {config.num_layers} layers see {window:,} tokens and keep no more"
 
 
 def _load(model: str, **options) -> LanguageModel:
@@ -277,8 +297,12 @@ def _load(model: str, **options) -> LanguageModel:
         with contextlib.suppress(OSError):  # where it cannot be written, every start compiles
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
-    with Console(stderr=True).status(f"loading {escape(model)}"):
-        return from_pretrained(model, **options)
+    with Console(stderr=True).status(f"loading {escape(model)}"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        loaded = from_pretrained(model, **options)
+    for warning in said:
+        click.echo(f"jfa: {warning.message}", err=True)
+    return loaded
 
 
 def _sampling_params(model: LanguageModel, given: dict) -> SamplingParams:

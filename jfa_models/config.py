@@ -159,7 +159,12 @@ class DecoderConfig:
     @property
     def cache_elements_per_token(self) -> int:
         """Numbers that one token leaves in a KV cache."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return self.cache_elements(1)
+
+    def cache_elements(self, num_tokens: int) -> int:
+        """Numbers in a KV cache of so many tokens, of which layers with a window keep the window."""
+        kept = sum(min(num_tokens, self.window(i) or num_tokens) for i in range(self.num_layers))
+        return 2 * kept * self.num_kv_heads * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

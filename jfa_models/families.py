@@ -51,7 +51,7 @@ _QWEN3 = _LLAMA | {
     "layers.#.self_attn.q_norm": "layers.#.attention.q_norm",
     "layers.#.self_attn.k_norm": "layers.#.attention.k_norm",
 }
-_GEMMA2 = {
+_GEMMA2: Names = {
     "layers.#.post_attention_layernorm": "layers.#.attention_post_norm",
     "layers.#.pre_feedforward_layernorm": "layers.#.mlp_norm",
     "layers.#.post_feedforward_layernorm": "layers.#.mlp_post_norm",

@@ -23,7 +23,7 @@ from jfa_models.config import DecoderConfig, GenerationDefaults
 from jfa_models.decoder import Decoder
 from jfa_models.locate import PACKAGED
 from jfa_models.outputs import RequestOutput
-from jfa_models.presets import PRESETS, preset
+from jfa_models.presets import PRESETS
 from jfa_models.sampling import SamplingParams, check_token_ids, sampling_rows
 from jfa_models.steps import DecodeState, Emitted, Steps
 from jfa_models.tokenizer import Tokenizer
@@ -93,10 +93,9 @@ def from_pretrained(
     dtype = compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
     name = os.fspath(model)
-    if name.lower() in PRESETS and name.lower() not in PACKAGED and not os.path.exists(name):
+    if (config := shape_of(name)) is not None:
         warnings.warn(f"{name} is the shape of a model: its weights are random", stacklevel=2)
-        config = _with_context(preset(name), context_length)
-        return LanguageModel.random(config, dtype=dtype, cache_options=options)
+        return LanguageModel.random(_with_context(config, context_length), dtype=dtype, cache_options=options)
     checkpoint = open_checkpoint(name)
     abstract = _abstract(_with_context(checkpoint.config, context_length), dtype)
     expected = named_leaves(abstract)
@@ -108,6 +107,12 @@ def from_pretrained(
         defaults=checkpoint.generation,
         cache_options=options,
     )
+
+
+def shape_of(name: str) -> DecoderConfig | None:
+    """The preset that a name stands for where nothing has weights by that name."""
+    has_weights = name.lower() in PACKAGED or os.path.exists(name)
+    return None if has_weights else PRESETS.get(name.lower())
 
 
 def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderConfig:

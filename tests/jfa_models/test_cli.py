@@ -125,9 +125,12 @@ def test_without_arguments_it_prints_its_help(jfa):
 
 
 WRONG = {  # name: (arguments, the line without "jfa: ")
-    "no model": (["generate", "x", "--model", "no/where"], "there is no model at 'no/where': give a folder of safet"),
-    "no model for info": (["info", "--model", "no/where"], "there is no model at 'no/where'"),
-    "no model for chat": (["chat", "--model", "no/where"], "there is no model at 'no/where'"),
+    "no model": (
+        ["generate", "x", "--model", "./no/where"],
+        "there is no model at './no/where': give a folder of safet",
+    ),
+    "no model for info": (["info", "--model", "./no/where"], "there is no model at './no/where'"),
+    "no model for chat": (["chat", "--model", "./no/where"], "there is no model at './no/where'"),
     "no tokenizer": (
         ["generate", "x", "--model", GOLDEN / "llama3"],
         "this model has no tokenizer: give the prompt as",
