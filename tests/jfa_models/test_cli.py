@@ -127,7 +127,7 @@ def test_without_arguments_it_prints_its_help(jfa):
 WRONG = {  # name: (arguments, the line without "jfa: ")
     "no model": (
         ["generate", "x", "--model", "./no/where"],
-        "there is no model at './no/where': give a folder of safet",
+        "there is no model at './no/where': give a folder",
     ),
     "no model for info": (["info", "--model", "./no/where"], "there is no model at './no/where'"),
     "no model for chat": (["chat", "--model", "./no/where"], "there is no model at './no/where'"),

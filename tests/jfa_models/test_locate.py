@@ -54,7 +54,7 @@ def test_a_path_that_is_not_there_is_no_repository(calls, name):
     if name == "":
         name = "  "
     with pytest.raises(
-        ValueError, match=r"there is no model at .*a repository of Hugging Face .owner/name., or one of"
+        ValueError, match=r"there is no model at .*a repository of Hugging Face \(owner/name\), or"
     ):
         locate(name)
     assert not calls
