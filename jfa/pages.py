@@ -84,35 +84,46 @@ class PageAllocator:
         self._page_of: dict[bytes, int] = {}
 
     def add(
-        self, sequence: Hashable, num_tokens: int, *, tokens: Sequence[int] | None = None, salt: bytes = b""
+        self,
+        sequence: Hashable,
+        num_tokens: int,
+        *,
+        tokens: Sequence[int] | None = None,
+        salt: bytes = b"",
+        window: int | None = None,
     ) -> int | None:
         """Starts a sequence with room for num_tokens tokens and returns how many of them need not be computed.
 
         With tokens, the ids from the first on, the longest prefix that the pool holds in full pages is shared. The last
         token is never among it, as its logits are wanted. What lies past num_tokens is not reused either. The salt
         stands for whatever else the cached values depend on (an adapter, an image): prefixes of different salts differ.
+        With a window, of so many tokens with the query, only the pages that the next token sees must be there;
+        NULL_PAGE stands for those before, as behind slide.
 
         None: fewer than `watermark` pages would be left.
         """
         self._check_new(sequence)
         if num_tokens < 0:
             raise ValueError(f"add starts sequence {sequence!r} with num_tokens >= 0, got {num_tokens}")
-        pages, chain = self._known(() if tokens is None else tokens, num_tokens, salt)
+        pages, chain = self._known(() if tokens is None else tokens, num_tokens, salt, window)
+        gone = pages.count(NULL_PAGE)
         missing = -(-num_tokens // self.page_size) - len(pages)
         if self.num_free - missing - sum(page in self._evictable for page in pages) < self.watermark:
             return None
         hit = len(pages) * self.page_size
-        self._share(pages)
+        self._share(pages[gone:])
         pages += [self._take() for _ in range(missing)]
-        self._sequences[sequence] = _Sequence(pages, num_tokens, chain)
+        self._sequences[sequence] = _Sequence(pages, num_tokens, chain, gone)
         if tokens is not None:
             self.queried_tokens += len(tokens)
             self.hit_tokens += hit
         return hit
 
-    def known_tokens(self, tokens: Sequence[int], num_tokens: int, *, salt: bytes = b"") -> int:
+    def known_tokens(
+        self, tokens: Sequence[int], num_tokens: int, *, salt: bytes = b"", window: int | None = None
+    ) -> int:
         """How many of the tokens `add` would find now."""
-        return len(self._known(tokens, num_tokens, salt)[0]) * self.page_size
+        return len(self._known(tokens, num_tokens, salt, window)[0]) * self.page_size
 
     def append(self, sequence: Hashable, num_tokens: int = 1) -> list[Copy] | None:
         """Makes room for num_tokens more tokens, and says what must be copied before they are written.
@@ -312,18 +323,26 @@ class PageAllocator:
             for page, digest in zip(held, books.chain[1 + books.gone :], strict=False):
                 assert self._digest_of[page] in (None, digest), f"page {page} of sequence {name!r} holds other tokens"
 
-    def _known(self, tokens: Sequence[int], num_tokens: int, salt: bytes) -> tuple[list[int], list[bytes]]:
+    def _known(
+        self, tokens: Sequence[int], num_tokens: int, salt: bytes, window: int | None
+    ) -> tuple[list[int], list[bytes]]:
         """The pages of the longest prefix that the pool holds, and the digests of the salt and of each of them."""
-        pages: list[int] = []
+        found: list[int] = []
         chain = [hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()]
         for index in range(min(num_tokens, len(tokens) - 1) // self.page_size):
-            digest = self._digest(chain[-1], tokens, index)
-            page = self._page_of.get(digest)
-            if page is None:
+            chain.append(self._digest(chain[-1], tokens, index))
+            page = self._page_of.get(chain[-1], NULL_PAGE)
+            if page == NULL_PAGE and window is None:
                 break
-            pages.append(page)
-            chain.append(digest)
-        return pages, chain
+            found.append(page)
+        size = len(found)
+        while size and window is not None:
+            first = max(0, size * self.page_size - window + 1) // self.page_size
+            lacking = [index for index in range(first, size) if found[index] == NULL_PAGE]
+            if not lacking:
+                return [NULL_PAGE] * first + found[first:size], chain[: 1 + size]
+            size = lacking[-1]  # a longer prefix would lack this page too, or one behind it
+        return found[:size], chain[: 1 + size]
 
     def _wants(self, books: _Sequence, num_tokens: int) -> tuple[int, bool, bool]:
         """Pages that more tokens take, and whether the last page, which they fill up, is shared or registered."""

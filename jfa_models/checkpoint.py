@@ -427,6 +427,8 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 _SHARD_BYTES = 5 * 10**9
+_OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _WRITTEN_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -440,9 +442,13 @@ def save_checkpoint(
 ) -> None:
     """Writes a folder that Hugging Face and open_checkpoint read; one tensor of the device at a time on the host.
 
+    What was there of another model and its tokenizer is replaced.
+
     Raises:
-      ValueError: config.json cannot say what the model is.
+      ValueError: config.json cannot say what the model is, or there is a file in the place of the folder.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to save into")
     written = config_to_hf(config) | {"dtype": str(next(iter(params.values())).dtype)}
     advised = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
     eos = advised.pop("eos_token_ids")
@@ -456,6 +462,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", written)
     write_json(folder / "generation_config.json", advised)
+    for name in _OF_A_TOKENIZER:
+        (folder / name).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder)
     _save_tensors(folder, _pieces(config, params))
@@ -526,9 +534,10 @@ def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
         )
     for name, shard in zip(names, shards, strict=True):
         _write_safetensors(folder / name, shard)
-    for file in folder.glob("model*.safetensors*"):  # of what was saved here before
-        if file.name not in (*names, "model.safetensors.index.json") or (len(names) == 1 and file.suffix == ".json"):
-            file.unlink()
+    index = () if len(names) == 1 else ("model.safetensors.index.json",)
+    for file in folder.iterdir():
+        if _OF_A_MODEL.fullmatch(file.name) and file.name not in (*names, *index):
+            file.unlink()  # of what was saved here before, and would be read
 
 
 def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:

@@ -285,9 +285,9 @@ def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
     whole = config.cache_elements(config.context_length) * dtype.itemsize
     context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
     yield "cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
-    if window := next(filter(None, config.windows), None):
-        local = sum(each is not None for each in config.windows)
-        yield "", f"{local} of {config.num_layers} layers see {window:,} tokens and keep no more"
+    windows = [window for i in range(config.num_layers) if (window := config.window(i)) is not None]
+    if windows:
+        yield "", f"{len(windows)} of {config.num_layers} layers see {windows[0]:,} tokens and keep no more"
 
 
 def _load(model: str, **options) -> LanguageModel:

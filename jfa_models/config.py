@@ -112,9 +112,14 @@ class DecoderConfig:
         if any(window is not None and (type(window) is not int or window < 1) for window in self.windows):
             raise ValueError(f"a window must be a whole number of at least 1, or None, got {self.windows}")
 
+    def is_local(self, layer: int) -> bool:
+        """Whether this layer has a window, be it as long as the context."""
+        return bool(self.windows) and self.windows[layer] is not None
+
     def window(self, layer: int) -> int | None:
-        """How many tokens a query of this layer sees, itself among them; None: all."""
-        return self.windows[layer] if self.windows else None
+        """How many tokens a query of this layer sees, itself among them; None: all that there can be."""
+        window = self.windows[layer] if self.windows else None
+        return None if window is None or window >= self.context_length else window
 
     @property
     def patterns(self) -> tuple[int | None, ...]:

@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype)
         for i, block in enumerate(self.layers):
-            x, cache = block(x, rotation if config.window(i) is None else local, lengths, query_start, cache)
+            x, cache = block(x, local if config.is_local(i) else rotation, lengths, query_start, cache)
         if cache is not None:
             cache = cache.advance(new)
         return self.norm(x), cache

@@ -129,8 +129,8 @@ class Family:
       gguf: general.architecture.
       always: fields of DecoderConfig that are the same in all of them.
       defaults: keys that a config.json may leave out.
-      windows: which layers have a window where one is stated: "all"; "late", from max_window_layers on; or "pattern",
-        all but every n-th one. None: the family has no windows.
+      windows: which layers have a window where one is stated and layer_types are not: "all"; "late", from
+        max_window_layers on; or "pattern", all but every n-th one. None: the family has no windows.
       permuted: rows of q and k lie interleaved in GGUF files.
       chat_template: how its members for conversations read one, for files that do not say it.
     """
@@ -154,12 +154,20 @@ _GEMMA_TURNS = (
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 _GEMMA = dict(norm="rms_plus_one", scale_embeddings=True)
-_GEMMA_DEFAULTS = dict(tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
+_GEMMA_DEFAULTS = dict(tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh", head_dim=256)
+_UNUSED_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
 _PHI_BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
 
 FAMILIES: dict[str, Family] = {  # by model_type of config.json
     "llama": Family(users="Llama 2, Llama 3, SmolLM2", class_name="LlamaForCausalLM", gguf="llama", permuted=True),
-    "mistral": Family(users="Mistral", class_name="MistralForCausalLM", gguf="llama", windows="all", permuted=True),
+    "mistral": Family(
+        users="Mistral",
+        class_name="MistralForCausalLM",
+        gguf="llama",
+        defaults=dict(sliding_window=4096),
+        windows="all",
+        permuted=True,
+    ),
     "mixtral": Family(
         users="Mixtral",
         class_name="MixtralForCausalLM",
@@ -173,16 +181,23 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="Qwen2ForCausalLM",
         gguf="qwen2",
         always=dict(qkv_bias=True, out_bias=False),
+        defaults=_UNUSED_WINDOW,
         windows="late",
     ),
     "qwen3": Family(
-        users="Qwen3", class_name="Qwen3ForCausalLM", gguf="qwen3", always=dict(qk_norm=True), windows="late"
+        users="Qwen3",
+        class_name="Qwen3ForCausalLM",
+        gguf="qwen3",
+        always=dict(qk_norm=True),
+        defaults=_UNUSED_WINDOW | dict(head_dim=128),
+        windows="late",
     ),
     "qwen3_moe": Family(
         users="Qwen3-MoE",
         class_name="Qwen3MoeForCausalLM",
         gguf="qwen3moe",
         always=dict(qk_norm=True),
+        defaults=_UNUSED_WINDOW,
         windows="all",
     ),
     "gemma": Family(
@@ -218,13 +233,13 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         defaults=_GEMMA_DEFAULTS
         | dict(
             sliding_window_pattern=6,
+            sliding_window=4096,
             rope_theta=1e6,
             rope_local_base_freq=1e4,
             query_pre_attn_scalar=256,
             vocab_size=262_208,
             num_attention_heads=8,
             num_key_value_heads=4,
-            head_dim=256,
             max_position_embeddings=131_072,
             rms_norm_eps=1e-6,
         ),
@@ -250,6 +265,18 @@ _ACTIVATIONS: Mapping[str, Activation] = {  # in config.json; the first name of 
     "relu": "relu",
 }
 _FULL, _WINDOW = "full_attention", "sliding_attention"
+_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null: without; unstated: the default
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "sliding_window_pattern",
+    "decoder_sparse_step",
+)
 _ROPE_THETA_UNSTATED = 10_000.0  # in config.json and GGUF files alike
 
 
@@ -286,6 +313,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         if config.get(key):
             raise ValueError(f"config.json: {key} is not supported, got {config[key]!r}")
     source = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    source |= {key: None for key in _OFF if key in config and config[key] is None}
     eps = "layer_norm_eps" if family.always.get("norm") == "layer" else "rms_norm_eps"
     _require(
         source,
@@ -298,6 +326,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         "max_position_embeddings",
         eps,
     )
+    _check_counts(source, "config.json", *_COUNTS)
     num_q_heads, num_layers = source["num_attention_heads"], source["num_hidden_layers"]
     head_dim = source.get("head_dim") or _head_dim(source["hidden_size"], num_q_heads)
     rope, local_rope = _ropes_from_hf(source, head_dim)
@@ -316,7 +345,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         context_length=source["max_position_embeddings"],
         norm_eps=source[eps],
         rope=rope,
-        local_rope=local_rope if any(windows) else None,
+        local_rope=local_rope if windows else None,
         tie_word_embeddings=source.get("tie_word_embeddings", False),
         hidden_act=_activation(source, str(architecture)),
         qkv_bias=source.get("attention_bias", False),
@@ -335,9 +364,23 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """A config.json that Hugging Face reads, in the spelling that its older and newer versions know.
 
     Raises:
-      ValueError: the rope scaling is that of a GGUF file, which config.json cannot say.
+      ValueError: config.json cannot say what the decoder is; the message names the fields.
     """
-    family = FAMILIES[config.architecture]
+    family = _family(config.architecture, "architecture", {name: name for name in FAMILIES})
+    written = _written_for_hf(config, family)
+    read = config_from_hf(written)
+    lost = [
+        field.name for field in dataclasses.fields(config) if getattr(read, field.name) != getattr(config, field.name)
+    ]
+    if lost:
+        differ = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        raise ValueError(
+            f"a {config.architecture} checkpoint cannot have {differ}; choose another architecture to save it"
+        )
+    return written
+
+
+def _written_for_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
     activation = next(name for name, ours in _ACTIVATIONS.items() if ours == config.hidden_act)
     eps = "layer_norm_eps" if config.norm == "layer" else "rms_norm_eps"
     written: dict[str, Any] = {
@@ -355,7 +398,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": activation,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
-    if "hidden_activation" in family.defaults:
+    if config.architecture in ("gemma2", "gemma3_text"):
         written["hidden_activation"] = activation
     if "qkv_bias" not in family.always:
         written["attention_bias"], written["mlp_bias"] = config.qkv_bias, config.mlp_bias
@@ -369,9 +412,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         window = next(filter(None, config.windows), None)
         written["sliding_window"] = window
         if family.windows != "all":
-            written["use_sliding_window"] = window is not None
-            written["layer_types"] = [_WINDOW if config.window(i) else _FULL for i in range(config.num_layers)]
-        elif config.architecture == "qwen3_moe":
+            written["layer_types"] = [_WINDOW if config.is_local(i) else _FULL for i in range(config.num_layers)]
+        if "use_sliding_window" in family.defaults:
             written["use_sliding_window"] = window is not None
     if config.experts is not None:
         experts = config.experts
@@ -411,8 +453,12 @@ def config_from_gguf(
     if architecture == "llama" and source.get("expert_count"):
         architecture = "mixtral"
     eps = "attention.layer_norm_epsilon" if family.always.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
-    names = ("embedding_length", "block_count", "attention.head_count", "context_length", eps)
+    counts = ("embedding_length", "block_count", "attention.head_count", "context_length")
+    names = (*counts, eps)
     _require(metadata, "GGUF metadata", *(f"{stated}.{name}" for name in names))
+    _check_counts(metadata, "GGUF metadata", *(f"{stated}.{name}" for name in (*counts, "attention.key_length")))
+    if source.get("attention.sliding_window"):
+        _check_counts(metadata, "GGUF metadata", f"{stated}.attention.sliding_window")
     hidden_size, num_layers, num_q_heads, context_length, norm_eps = (source[name] for name in names)
     head_dim = source.get("attention.key_length") or _head_dim(hidden_size, num_q_heads)
     if source.get("attention.value_length", head_dim) != head_dim:
@@ -471,6 +517,22 @@ def _require(source: Mapping[str, Any], where: str, *keys: str) -> None:
         raise ValueError(f"{where} lacks {', '.join(missing)}; take the file that belongs to these weights")
 
 
+def _check_counts(source: Mapping[str, Any], where: str, *keys: str) -> None:
+    """Raises ValueError unless what is stated of these is a whole number of at least 1."""
+    for key in keys:
+        value = source.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{where}: {key} must be a whole number of at least 1, got {value!r}")
+
+
+def _list(value: object, kind: type | tuple[type, ...], where: str) -> tuple[Any, ...]:
+    """Raises ValueError unless it is a list of this kind."""
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, kind) for entry in value):
+        names = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
+        raise ValueError(f"{where} must be a list of {names}, got {value!r}")
+    return tuple(value)
+
+
 def _head_dim(hidden_size: int, num_q_heads: int) -> int:
     check_positive("config", hidden_size=hidden_size, num_q_heads=num_q_heads)
     if hidden_size % num_q_heads:
@@ -485,7 +547,7 @@ def _activation(source: Mapping[str, Any], architecture: str) -> Activation:
     name = source.get("hidden_activation") or source.get("hidden_act", "silu")
     if architecture == "gemma" and name == "gelu":
         name = "gelu_pytorch_tanh"  # the first files said the one and were trained with the other
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
     return _ACTIVATIONS[name]
 
@@ -494,7 +556,7 @@ def _experts_from_hf(source: Mapping[str, Any], num_layers: int) -> ExpertsConfi
     count = "num_local_experts" if "num_local_experts" in source else "num_experts"
     _require(source, "config.json", count, "num_experts_per_tok")
     step = source.get("decoder_sparse_step", 1)
-    listed = source.get("mlp_only_layers", ())
+    listed = _list(source.get("mlp_only_layers", ()), int, "config.json: mlp_only_layers")
     return ExpertsConfig(
         num_experts=source[count],
         experts_per_token=source["num_experts_per_tok"],
@@ -505,30 +567,30 @@ def _experts_from_hf(source: Mapping[str, Any], num_layers: int) -> ExpertsConfi
 
 
 def _windows_from_hf(source: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
-    window = source.get("sliding_window")
-    is_used = source.get("use_sliding_window", family.gguf not in ("qwen2", "qwen3", "qwen3moe"))
-    if family.windows is None or window is None or not is_used or window >= source["max_position_embeddings"]:
+    window, kinds = source.get("sliding_window"), source.get("layer_types")
+    if family.windows is None:
         return ()
-    kinds = source.get("layer_types") if family.windows != "all" else None
     if kinds is None:
-        match family.windows:
-            case "all":
-                first, every = 0, num_layers + 1
-            case "late":
-                _require(source, "config.json", "max_window_layers")
-                first, every = source["max_window_layers"], num_layers + 1
-            case "pattern":
-                first, every = 0, source["sliding_window_pattern"]
+        first, every = 0, num_layers + 1
+        if family.windows == "late":
+            first = source["max_window_layers"]
+        if family.windows == "pattern":
+            every = source["sliding_window_pattern"]
         kinds = [_WINDOW if i >= first and (i + 1) % every else _FULL for i in range(num_layers)]
-    if wrong := sorted(set(kinds) - {_FULL, _WINDOW}):
-        raise ValueError(f"config.json: layer_types must be {_FULL} or {_WINDOW}, got {', '.join(wrong)}")
-    windows = tuple(window if kind == _WINDOW else None for kind in kinds)
-    return windows if any(windows) else ()
+    kinds = _list(kinds, str, "config.json: layer_types")
+    if len(kinds) != num_layers or set(kinds) - {_FULL, _WINDOW}:
+        raise ValueError(
+            f"config.json: layer_types must be {_FULL} or {_WINDOW} for each of {num_layers} layers, "
+            f"got {len(kinds)}: {', '.join(sorted(set(kinds)))}"
+        )
+    if window is None or not source.get("use_sliding_window", True) or _WINDOW not in kinds:
+        return ()
+    return tuple(window if kind == _WINDOW else None for kind in kinds)
 
 
 def _windows_from_gguf(source: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
     window = source.get("attention.sliding_window")
-    if family.windows in (None, "late") or not window or window >= source["context_length"]:
+    if family.windows in (None, "late") or not window:
         return ()
     pattern = source.get("attention.sliding_window_pattern", family.defaults.get("sliding_window_pattern"))
     if isinstance(pattern, Sequence):
@@ -539,24 +601,28 @@ def _windows_from_gguf(source: Mapping[str, Any], family: Family, num_layers: in
 def _ropes_from_hf(source: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
     """That of layers that see all, and that of layers with a window where it is another one."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"config.json: the parameters of rope must be an object, got {rope!r}")
-    if _FULL in rope:
+    if isinstance(rope, Mapping) and _FULL in rope:
         full, local = (_rope_from_hf(source, rope.get(kind) or {}, head_dim) for kind in (_FULL, _WINDOW))
-        return full, (None if local == full else local)
-    full = _rope_from_hf(source, rope, head_dim)
-    if "rope_local_base_freq" not in source:
-        return full, None
-    return full, RopeConfig(theta=source["rope_local_base_freq"])
+    else:
+        full = local = _rope_from_hf(source, rope, head_dim)
+        if "rope_local_base_freq" in source:
+            local = RopeConfig(theta=source["rope_local_base_freq"])
+    return full, (None if local == full else local)
 
 
 def _rope_from_hf(source: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: the parameters of rope must be an object, got {rope!r}")
+    _check_counts(rope, "config.json: rope scaling", "original_max_position_embeddings")
     theta = rope.get("rope_theta") or source.get("rope_theta", _ROPE_THETA_UNSTATED)
     part = rope.get("partial_rotary_factor") or source.get("partial_rotary_factor", 1.0)
     check_positive("config.json", partial_rotary_factor=part)
     original: Any = rope.get("original_max_position_embeddings") or source.get("original_max_position_embeddings")
     longest, where, scaling = source["max_position_embeddings"], "config.json: rope scaling", None
-    match rope.get("rope_type") or rope.get("type") or "default":
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "su" or (kind == "yarn" and source["model_type"] == "phi3"):
+        kind = "longrope"  # as the first files of Phi-3 call it
+    match kind:
         case "default":
             pass
         case "linear":
@@ -569,15 +635,14 @@ def _rope_from_hf(source: Mapping[str, Any], rope: Mapping[str, Any], head_dim: 
             scaling = Llama3Scaling(
                 factor=factor, low_freq_factor=low, high_freq_factor=high, original_context_length=original
             )
-        case "yarn" if source["model_type"] != "phi3":
-            _require(rope, where, "original_max_position_embeddings")
-            scaling = _yarn_from_hf(rope, longest)
-        case "longrope" | "su" | "yarn":
+        case "yarn":
+            scaling = _yarn_from_hf(rope, longest, original or longest)
+        case "longrope":
             _require(rope, where, "short_factor", "long_factor")
             _require({"original_max_position_embeddings": original}, where, "original_max_position_embeddings")
             scaling = LongRopeScaling(
-                short=tuple(rope["short_factor"]),
-                long=tuple(rope["long_factor"]),
+                short=_list(rope["short_factor"], (int, float), f"{where}: short_factor"),
+                long=_list(rope["long_factor"], (int, float), f"{where}: long_factor"),
                 original_context_length=original,
                 attention_factor=rope.get("attention_factor") or _longrope_attention(longest, original),
             )
@@ -586,9 +651,9 @@ def _rope_from_hf(source: Mapping[str, Any], rope: Mapping[str, Any], head_dim: 
     return RopeConfig(theta=theta, scaling=scaling, rotary_dim=None if part == 1.0 else int(head_dim * part))
 
 
-def _yarn_from_hf(rope: Mapping[str, Any], longest: int) -> YarnScaling:
-    original = rope["original_max_position_embeddings"]
+def _yarn_from_hf(rope: Mapping[str, Any], longest: int, original: int) -> YarnScaling:
     factor = rope.get("factor") or longest / original
+    check_positive("config.json: rope scaling", factor=factor)
     if rope.get("truncate") is False:
         raise ValueError("config.json: rope scaling: truncate=false of yarn is not supported")
     stated = rope.get("attention_factor")
@@ -606,7 +671,7 @@ def _yarn_from_hf(rope: Mapping[str, Any], longest: int) -> YarnScaling:
 
 def _longrope_attention(longest: int, original: int) -> float:
     """Source: arXiv:2402.13753, section 3; a context that is not stretched has 1."""
-    check_positive("rope scaling", max_position_embeddings=longest, original_max_position_embeddings=original)
+    check_positive("rope scaling", max_position_embeddings=longest, original_max_position_embeddings=original - 1)
     return math.sqrt(1.0 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
 
 
@@ -614,7 +679,9 @@ def _rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
     rope = config.rope
     written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": _scaling_to_hf(rope.scaling)}
     if rope.rotary_dim is not None:
-        written["partial_rotary_factor"] = rope.rotary_dim / config.head_dim
+        part = rope.rotary_dim / config.head_dim
+        # readers cut the product to a whole number
+        written["partial_rotary_factor"] = part if int(config.head_dim * part) == rope.rotary_dim else part * (1 + 1e-9)
     if isinstance(rope.scaling, LongRopeScaling):
         written["original_max_position_embeddings"] = rope.scaling.original_context_length
     if config.architecture == "gemma3_text":

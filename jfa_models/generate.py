@@ -381,7 +381,7 @@ class LanguageModel:
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 dtype=self.dtype,
-                windows=config.windows,
+                windows=[config.window(i) for i in range(config.num_layers)],
                 slack=SLACK,
             )
         own = _own_pages(config, batch, capacity, options.page_size)

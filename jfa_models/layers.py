@@ -158,6 +158,8 @@ def for_each_expert(
     (bench/LOG.md). Source: arXiv:2211.15841, section 5.
     """
     n, k = chosen.shape
+    if n == 0:
+        return jnp.zeros((0, k, tokens.shape[1]), tokens.dtype)
     expert = chosen.reshape(-1)
     rows = min(128, max(1, n * k // num_experts))  # of a block: half of the last one of an expert is empty on average
     num_blocks = n * k // rows + min(num_experts, n * k)

@@ -1,5 +1,6 @@
 """Where a model is: a path, a package that holds one, or a repository of Hugging Face, which is downloaded."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # owner/name, a GGUF file in it, a revision; a missing local file looks much like it
-_REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.gguf)?(@[\w./-]+)?")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.gguf)?(@[\w./-]+)?")
 # What a decoder needs: no pickles, and no second copy of the weights in another layout.
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 _UNWANTED = ["consolidated*", "original/*", "*/*"]
@@ -62,8 +63,10 @@ def locate(model: str | Path) -> Path:
       ValueError: nothing is there, the package is not installed, or the download failed; the message says what to do.
     """
     name = str(model)
-    if (path := Path(model).expanduser()).exists():
-        return path
+    path = Path(model).expanduser()
+    with contextlib.suppress(OSError):  # a name that no file can have
+        if name and path.exists():
+            return path
     if package := PACKAGED.get(name.lower()):
         found = package.find(package.name)
         if found is None:

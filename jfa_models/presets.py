@@ -65,7 +65,7 @@ PRESETS: Mapping[str, DecoderConfig] = {
     "smollm2-1.7b": _model("llama", 49_152, 2048, 8192, 24, 32, 32, 8192, 130_000, **_TIED),
     # mistralai/Mistral-7B-v0.1, -v0.3
     "mistral-7b": _model("mistral", 32_000, 4096, 14_336, 32, 32, 8, 32_768, 1e4, sliding_window=4096),
-    "mistral-7b-v0.3": _model("mistral", 32_768, 4096, 14_336, 32, 32, 8, 32_768, 1e6),
+    "mistral-7b-v0.3": _model("mistral", 32_768, 4096, 14_336, 32, 32, 8, 32_768, 1e6, sliding_window=None),
     # mistralai/Mixtral-8x7B-v0.1
     "mixtral-8x7b": _model(
         "mixtral", 32_000, 4096, 14_336, 32, 32, 8, 32_768, 1e6, num_local_experts=8, num_experts_per_tok=2

@@ -25,7 +25,7 @@ from jfa.types import NULL_PAGE
 from jfa_models.attention import paged_cache
 from jfa_models.completion import Completion, logprobs_of
 from jfa_models.engine.beams import Beam, BeamSearch
-from jfa_models.engine.pools import Pool, Pools
+from jfa_models.engine.pools import Pools, make_pools, pool_sizes
 from jfa_models.engine.request import Continuation, OnOutput, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
 from jfa_models.generate import LanguageModel, Prompt
@@ -48,7 +48,6 @@ SMALLEST_STEP = 32  # tokens of a step with prompts: its shapes are the powers o
 SMALLEST_COPY = 8  # pages that are copied at a time
 FREE_MEMORY = 0.85  # of what the device has left, for pages
 HOST_CACHE_BYTES = 2**30  # for pages where the device does not say how much memory it has
-WATERMARK = 0.01  # of the pages, left for those that run when a prompt is admitted
 
 Params = SamplingParams | BeamSearchParams
 
@@ -167,37 +166,32 @@ class Engine:
 
         windows = config.patterns
         num_bytes([2] * len(windows))  # refuses what no cache can be
-        # of a window all that run keep as much, a page that it begins in and one to write to, and a step's tokens
-        step = -(-max_num_batched_tokens // page_size)
-        of_one = [None if w is None else 2 - (-w // page_size) for w in windows]
 
-        def pools_of(num_pages: int) -> list[int]:
-            return [num_pages if n is None else min(num_pages, 1 + max_num_seqs * n + step) for n in of_one]
+        def sizes(num_pages: int) -> list[int]:
+            return pool_sizes(
+                num_pages,
+                windows,
+                page_size=page_size,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            )
 
         if num_pages is None:
             most = 1 + max_num_seqs * -(-longest // page_size)
-            num_pages = _most_pages(most, lambda n: num_bytes(pools_of(n)))
-        pools = pools_of(num_pages)
-        # a pool of a few pages has none to spare; one of windows has what all need, beside another
-        is_alone = None not in windows
-        watermarks = [
-            int(WATERMARK * max(0, n - 2)) if w is None or is_alone else 0 for n, w in zip(pools, windows, strict=True)
-        ]
-        room = [n - 1 - watermark for n, watermark in zip(pools, watermarks, strict=True)]
-        needed = [None if n is None else n + step for n in of_one]  # for a sequence of any length
-        limits = [n * page_size for n, enough in zip(room, needed, strict=True) if enough is None or n < enough]
-        self.max_model_len = min([longest, *limits])
+            num_pages = _most_pages(most, lambda n: num_bytes(sizes(n)))
+        pools = sizes(num_pages)
+
+        def new_pools() -> Pools:
+            return make_pools(pools, windows, page_size=page_size)
+
+        most_tokens = new_pools().most_tokens(max_num_batched_tokens)
+        self.max_model_len = longest if most_tokens is None else min(longest, most_tokens)
         self.model = model
         self.seed = seed
         self.max_wait = max_wait_ms / 1e3
         self._new_cache = lambda: new_cache(pools)
         self._new_scheduler = lambda: Scheduler(
-            Pools(
-                [
-                    Pool(jfa.PageAllocator(n, page_size, watermark=watermark), window)
-                    for n, watermark, window in zip(pools, watermarks, windows, strict=True)
-                ]
-            ),
+            new_pools(),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,

@@ -4,10 +4,13 @@ Layers that see all keep every page of a sequence. Layers with a window get page
 what slid out: their pool is as small as the windows of all that run.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from jfa.pages import Copy, PageAllocator
+
+WATERMARK = 0.01  # of the pages, left for those that run when a prompt is admitted
 
 
 class Pool(NamedTuple):
@@ -38,16 +41,36 @@ class Pools:
           at_once: tokens of its first step: pools of windows make room for these alone.
           tokens: to look for.
         """
-        hit = 0 if tokens is None else min(pool.allocator.known_tokens(tokens, num_tokens) for pool in self.pools)
+        hit = 0 if tokens is None else self._known_tokens(tokens, num_tokens)
         for i, (allocator, window) in enumerate(self.pools):
             room = num_tokens if window is None else min(num_tokens, hit + at_once)
-            if allocator.add(sequence, room, tokens=None if tokens is None else tokens[: hit + 1]) is None:
+            known = None if tokens is None else tokens[: hit + 1]
+            if allocator.add(sequence, room, tokens=known, window=window) is None:
                 for pool in self.pools[:i]:
                     pool.allocator.free(sequence)
                 return None
         self.queried_tokens += len(tokens or ())
         self.hit_tokens += hit
         return hit
+
+    def _known_tokens(self, tokens: Sequence[int], num_tokens: int) -> int:
+        """The longest prefix that all pools hold."""
+        hit, before = min(num_tokens, len(tokens) - 1), -1
+        while hit != before:  # where one pool has a gap, another may lack a shorter prefix
+            before = hit
+            for allocator, window in self.pools:
+                hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, window=window)
+        return hit
+
+    def most_tokens(self, max_num_batched_tokens: int) -> int | None:
+        """The longest sequence that fits, alone, in steps of at most so many tokens; None: any."""
+        size = self.page_size
+        limits = [
+            room * size
+            for allocator, window in self.pools
+            if (room := allocator.num_pages - 1 - allocator.watermark) < _kept(window, size, max_num_batched_tokens)
+        ]
+        return min(limits, default=None)
 
     def make_room(self, sequence: Hashable, num_tokens: int) -> list[tuple[int, Copy]] | None:
         """Room for its first num_tokens, and the copies that this needs with the number of their pool.
@@ -102,3 +125,42 @@ class Pools:
     def wasted_slots(self) -> int:
         """Places of held pages without a token."""
         return sum(pool.allocator.wasted_slots for pool in self.pools)
+
+
+def pool_sizes(
+    num_pages: int,
+    windows: Sequence[int | None],
+    *,
+    page_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> list[int]:
+    """Pages of each pool, num_pages of those that keep all.
+
+    A window needs no more than what all that run keep of it, together with the tokens of a step.
+    """
+    step = -(-max_num_batched_tokens // page_size)
+    return [
+        num_pages if window is None else min(num_pages, 1 + max_num_seqs * int(_kept(window, page_size)) + step)
+        for window in windows
+    ]
+
+
+def make_pools(sizes: Sequence[int], windows: Sequence[int | None], *, page_size: int) -> Pools:
+    """Empty pools.
+
+    One of a few pages has none to spare for a watermark, and one of windows has what all need, beside a pool that
+    admits.
+    """
+    is_alone = None not in windows
+    watermarks = [
+        int(WATERMARK * max(0, n - 2)) if window is None or is_alone else 0
+        for n, window in zip(sizes, windows, strict=True)
+    ]
+    allocators = [PageAllocator(n, page_size, watermark=w) for n, w in zip(sizes, watermarks, strict=True)]
+    return Pools([Pool(allocator, window) for allocator, window in zip(allocators, windows, strict=True)])
+
+
+def _kept(window: int | None, page_size: int, new_tokens: int = 0) -> float:
+    """Pages that a sequence keeps of a window: its tokens, where it begins, where it is written, and new ones."""
+    return math.inf if window is None else 2 + -(-window // page_size) + -(-new_tokens // page_size)

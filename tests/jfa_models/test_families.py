@@ -1,5 +1,6 @@
 """Every family against transformers, and both spellings of a configuration."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -179,6 +180,32 @@ def test_gguf_facts_that_only_the_tensors_tell():
     assert config.rope.scaling == ListedScaling(values=(1.0,) * 8)
 
 
+UNSAID = {  # name: (config.json, what transformers takes for granted)
+    "mistral": ({"model_type": "mistral"}, dict(windows=(4096,) * 3)),
+    "mistral_null": ({"model_type": "mistral", "sliding_window": None}, dict(windows=())),
+    "qwen3": ({"model_type": "qwen3"}, dict(head_dim=128)),
+    "gemma2": ({"model_type": "gemma2"}, dict(head_dim=256, attention_soft_cap=50.0, windows=(4096, None, 4096))),
+    "gemma2_null": ({"model_type": "gemma2", "attn_logit_softcapping": None}, dict(attention_soft_cap=None)),
+    "gemma3": ({"model_type": "gemma3_text"}, dict(windows=(4096,) * 3, local_rope=RopeConfig(theta=1e4))),
+    "gemma_of_old": ({"model_type": "gemma", "hidden_act": "gelu"}, dict(hidden_act="gelu_tanh")),
+    "yarn": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+        dict(rope=RopeConfig(theta=5e5, scaling=YarnScaling(factor=2.0, original_context_length=512))),
+    ),
+    "layer_types_of_mistral": (
+        {"model_type": "mistral", "sliding_window": 8, "layer_types": ["full_attention"] * 3},
+        dict(windows=()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_what_a_family_leaves_unsaid(name):
+    stated, taken = UNSAID[name]
+    config = config_from_hf({key: value for key, value in HF.items() if key != "head_dim"} | stated)
+    assert {key: getattr(config, key) for key in taken} == taken
+
+
 def test_gguf_without_vocab_size_counts_the_tokens():
     metadata = {key: value for key, value in GGUF.items() if key != "llama.vocab_size"}
     assert config_from_gguf(metadata | {"tokenizer.ggml.tokens": ["a"] * 7}, TENSORS).vocab_size == 7
@@ -246,18 +273,42 @@ REFUSED_HF = {  # name: (changed keys, message)
     "eyes_only": ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
     "layer_types": (
         {"model_type": "gemma2", "sliding_window": 8, "layer_types": ["chunked_attention"] * 3},
-        "layer_types must be full_attention or sliding_attention, got chunked_attention",
+        "must be full_attention or sliding_attention for each of 3 layers, got 3: chunked_attention",
     ),
+    "few_layer_types": (
+        {"model_type": "qwen3", "layer_types": ["full_attention"]},
+        "layer_types must be .* for each of 3 layers, got 1: full_attention",
+    ),
+    "layer_types_text": (
+        {"model_type": "gemma2", "layer_types": "all"},
+        "layer_types must be a list of str, got 'all'",
+    ),
+    "window_text": (
+        {"model_type": "mistral", "sliding_window": "6"},
+        "sliding_window must be a whole number of at least 1, got '6'",
+    ),
+    "window_0": ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a whole number .* got 0"),
+    "pattern_0": ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern must .* got 0"),
+    "layers_text": ({"num_hidden_layers": "3"}, "num_hidden_layers must be a whole number of at least 1, got '3'"),
+    "factors": (
+        {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": 1, "long_factor": [1.0]}},
+        "config.json: rope scaling lacks original_max_position_embeddings",
+    ),
+    "factor_texts": (
+        {
+            "model_type": "phi3",
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"type": "su", "short_factor": ["a"], "long_factor": [1.0]},
+        },
+        r"short_factor must be a list of int or float, got \['a'\]",
+    ),
+    "gemma_activation": ({"model_type": "gemma", "hidden_act": "foo"}, "hidden_act must be one of .* got 'foo'"),
     "head_norm": ({"model_type": "phi", "qk_layernorm": True}, "qk_layernorm is not supported, got True"),
     "both_ways": (
         {"model_type": "gemma3_text", "use_bidirectional_attention": True},
         "use_bidirectional_attention is not supported, got True",
     ),
     "experts": ({"model_type": "mixtral"}, "config.json lacks num_experts, num_experts_per_tok"),
-    "late_windows": (
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
-        "config.json lacks max_window_layers",
-    ),
     "ramp": (
         {"rope_scaling": {"type": "yarn", "truncate": False, "original_max_position_embeddings": 8}},
         "truncate=false of yarn is not supported",
@@ -266,7 +317,7 @@ REFUSED_HF = {  # name: (changed keys, message)
         {"hidden_size": 100},
         "the hidden size must be a multiple of the number of heads, got 100 and 6; a model of another shape must state",
     ),
-    "no_heads": ({"num_attention_heads": 0}, "num_q_heads must be a finite number > 0, got 0"),
+    "no_heads": ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1, got 0"),
 }
 
 
@@ -290,6 +341,10 @@ REFUSED_GGUF = {  # name: (changed keys, message)
     ),
     "value_length": ({"llama.attention.value_length": 8}, "llama.attention.value_length must be key_length, 16"),
     "experts": ({"llama.expert_count": 4}, "GGUF metadata lacks llama.expert_used_count"),
+    "context_text": (
+        {"llama.context_length": "a"},
+        "llama.context_length must be a whole number of at least 1, got 'a'",
+    ),
 }
 
 
@@ -386,6 +441,50 @@ def test_text_and_advice_are_saved_too(tmp_path):
     assert again.tokenizer.encode("Hello") == model.tokenizer.encode("Hello")
     turn = [{"role": "user", "content": "Hi"}]
     assert again.tokenizer.apply_chat_template(turn) == model.tokenizer.apply_chat_template(turn)
+
+
+def test_what_another_model_left_in_the_folder_is_replaced_and_nothing_else(tmp_path):
+    others = [tmp_path / name for name in ("model_backup.safetensors", "model.safetensors.md5", "notes.json")]
+    for file in others:
+        file.write_text("mine")
+    folder = folder_with_text(GOLDEN / "llama3", tmp_path / "with_text")
+    from_pretrained(folder).save_pretrained(tmp_path)
+    loaded("qwen2").save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).tokenizer is None and all(file.read_text() == "mine" for file in others)
+    with pytest.raises(ValueError, match=r"notes.json is a file; give a folder to save into"):
+        loaded("qwen2").save_pretrained(tmp_path / "notes.json")
+
+
+UNSAYABLE = {  # name: (changed fields of a decoder of the Llama family, what is named)
+    "windows": (dict(windows=(4, 4)), r"windows=\(4, 4\)"),
+    "scale": (dict(query_scale=2.0), "query_scale=2.0"),
+    "cap": (dict(logits_soft_cap=0.5), "logits_soft_cap=0.5"),
+    "head_norm": (dict(qk_norm=True), "qk_norm=True"),
+    "some_biases": (dict(qkv_bias=True), "out_bias=False"),
+}
+
+
+@pytest.mark.parametrize("name", UNSAYABLE)
+def test_what_config_json_cannot_say_is_not_saved(name, tmp_path):
+    changed, named = UNSAYABLE[name]
+    config = dataclasses.replace(loaded("llama3_tiny").config, num_layers=2, **changed)
+    with pytest.raises(ValueError, match=f"a llama checkpoint cannot have {named}; choose another architecture"):
+        LanguageModel.random(config).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_part_of_a_head_is_saved_as_it_is():
+    for head_dim, part in ((44, 30), (52, 30), (80, 32), (88, 60)):
+        config = dataclasses.replace(CONFIG, head_dim=head_dim, rope=RopeConfig(theta=1e4, rotary_dim=part))
+        assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_a_window_as_long_as_the_context_still_has_its_own_rope():
+    model = from_pretrained(GOLDEN / "gemma3", dtype="float32", context_length=6)  # the window is 6
+    assert model.config.patterns == (None,) and model.config.is_local(0)
+    tokens = truth("gemma3")["input_ids"][:, :6]
+    assert distance(model.logits(tokens), truth("gemma3")["logits"][:, :6]) < CLOSE
+    assert config_from_hf(config_to_hf(model.config)) == model.config
 
 
 def test_a_list_of_divisors_cannot_be_saved(tmp_path):

@@ -571,3 +571,16 @@ def test_windows_give_pages_back_while_a_request_runs(name):
     assert_same([ended[i] for i in ids], model.generate(prompts, params))
     assert len({output.token_ids for output in ended[several].outputs}) > 1
     assert_clean(engine)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_known_prefix_longer_than_the_pool_of_a_window(name):
+    """What left the window is not asked for; what is seen of the prefix is found."""
+    decoder = sharp_decoder(dataclasses.replace(CONFIG, windows=WINDOWS[name]))
+    model = LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])))
+    engine = Engine(model, max_num_seqs=1, page_size=4, max_num_batched_tokens=8)
+    prompt = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 60).tolist()
+    for length in (24, 60, 60):
+        [result] = run(engine, (prompt[:length], GREEDY))
+        assert_same([result], model.generate([prompt[:length]], dataclasses.replace(GREEDY, logprobs=20)))
+    assert engine._scheduler.pools.hit_tokens == 24 + 56
