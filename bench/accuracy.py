@@ -16,7 +16,7 @@ import jfa
 from jfa_models.generate import PREFILL_CHUNK, LanguageModel
 from jfa_models.sampling import SamplingParams
 
-from . import record
+from . import machine
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "def fibonacci(n):\n")
 
@@ -36,7 +36,7 @@ def measure(models: dict[str, LanguageModel], text: str, *, tokens: int, new_tok
 
     greedy_same: of new_tokens behind each of PROMPTS, how many come before the first that differs.
     """
-    shared = record.circumstances() | {"benchmark": "accuracy"}
+    shared = machine.circumstances() | {"benchmark": "accuracy"}
     greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     first: dict = {}
     for name, model in models.items():

@@ -1,16 +1,32 @@
 """The `jfa-bench` command."""
 
+import itertools
 import math
 import sys
-from collections.abc import Callable
 
 import click
-import jax
 
+from jfa.device import probe
 from jfa_models.cli import command_group, model_options, run
 from jfa_models.generate import KV_DTYPES, from_pretrained
 
-from . import accuracy, attention, compile, memory, models, paged, prove, record, report, throughput, tune
+from . import (
+    accuracy,
+    attention,
+    compile,
+    memory,
+    models,
+    options,
+    paged,
+    peers,
+    plot,
+    prove,
+    record,
+    report,
+    throughput,
+    tune,
+)
+from .output import measurement_options
 
 
 def main() -> None:
@@ -18,59 +34,78 @@ def main() -> None:
     sys.exit(run(commands, "jfa-bench"))
 
 
+DTYPE_NAMES = compile.Names("dtype", ("float16", "bfloat16", "float32"))
+
+
 @command_group
 def commands() -> None:
     """Measures jfa on this machine."""
 
 
-class Counts(click.ParamType):
-    """Whole numbers above 0, separated by commas."""
-
-    name = "N,N,..."
-
-    def convert(self, value, param, ctx) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a list of whole numbers above 0, such as 1,8", param, ctx)
-        return tuple(int(part) for part in parts)
-
-
-def measurement_options(command: Callable) -> Callable:
-    """-o and --samples."""
-    output = click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
-    samples = click.option("--samples", type=click.IntRange(min=1), default=15, show_default=True)
-    return output(samples(command))
+SHAPES = ("seq_lens", "batch", "heads", "kv_heads", "head_dim", "causal")  # what a grid decides
 
 
 @commands.command("attention")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--length", type=Counts(), default="512,2048", show_default=True, help="Of queries and keys.")
-@click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "--seq-lens", type=options.Counts(), default="256:4096:64", show_default=True, help="Of queries and keys."
+)
+@click.option("--batch", type=options.Counts(), default="1", show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--kv-heads", type=click.IntRange(min=1), default=None, help="As many as --heads.")
-@click.option("--head-dim", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
+@click.option("--head-dim", type=options.Counts(), default="128", show_default=True)
+@click.option("--dtype", type=DTYPE_NAMES, default="float16", show_default=True)
 @click.option("--causal/--no-causal", default=True, show_default=True)
-@click.option("--implementation", type=compile.Names("implementation", attention.IMPLEMENTATIONS), default=None)
+@click.option("--grid", type=click.Choice(("fa2",)), help="The shapes of the FlashAttention papers instead.")
+@click.option(
+    "--direction", type=compile.Names("direction", peers.DIRECTIONS), default="forward,backward", show_default=True
+)
+@click.option(
+    "--implementation",
+    type=compile.Names("implementation", tuple(peers.PEERS)),
+    default=None,
+    help="Default: those that are installed and made for this platform.",
+)
+@click.option("--device-time", is_flag=True, help="Add the profiler's time on the device.")
 @measurement_options
-def attention_command(batch, length, heads, kv_heads, head_dim, dtype, causal, implementation, samples, output) -> None:
-    """The op beside the plain formula and jax.nn's, forward and with its gradient."""
-    if implementation is None:  # interpreted kernels are no measurement
-        implementation = [n for n in attention.IMPLEMENTATIONS if n != "triton" or jax.default_backend() == "gpu"]
+@click.pass_context
+def attention_command(
+    context,
+    seq_lens,
+    batch,
+    heads,
+    kv_heads,
+    head_dim,
+    dtype,
+    causal,
+    grid,
+    direction,
+    implementation,
+    device_time,
+    samples,
+    output,
+) -> None:
+    """The op beside the plain formula and what others have; right before it is fast."""
     if heads % (kv_heads or heads):
         raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
+    given = [name for name in SHAPES if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if grid and given:
+        raise click.UsageError(f"--grid has shapes of its own: leave out --{given[0].replace('_', '-')}")
+    shapes = itertools.product(dtype, head_dim, batch, seq_lens)
+    cases = [
+        attention.Case(
+            batch=b, length=n, heads=heads, kv_heads=kv_heads or heads, head_dim=d, dtype=name, causal=causal
+        )
+        for name, d, b, n in shapes
+    ]
+    if grid:
+        cases = [case for name in dtype for case in attention.fa_grid(name)]
+    if implementation is None:
+        implementation = peers.usual(probe().platform)
     records = attention.measure(
-        batch=batch,
-        lengths=length,
-        heads=(heads, kv_heads or heads),
-        head_dim=head_dim,
-        dtype=dtype,
-        causal=causal,
-        implementations=implementation,
-        samples=samples,
+        cases, directions=direction, implementations=implementation, samples=samples, device_time=device_time
     )
-    click.echo(record.render(list(records), output, attention.COLUMNS))
+    total = len(cases) * len(direction) * len(implementation)
+    output.present(records, attention.COLUMNS, total=total, doing="attention", table=attention.table)
 
 
 @commands.command("accuracy")
@@ -93,7 +128,7 @@ def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -
 
 @commands.command("memory")
 @click.option("--data", type=compile.Names("data set", tuple(memory.DATA_SETS)), default="all", show_default=True)
-@click.option("--page-size", type=Counts(), default="16", show_default=True)
+@click.option("--page-size", type=options.Counts(), default="16", show_default=True)
 @click.option("--steps", type=click.IntRange(min=10), default=500, show_default=True)
 @click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
 def memory_command(data, page_size, steps, output) -> None:
@@ -103,9 +138,9 @@ def memory_command(data, page_size, steps, output) -> None:
 
 
 @commands.command("paged")
-@click.option("--batch", type=Counts(), default="1,8", show_default=True)
-@click.option("--context", type=Counts(), default="2048", show_default=True, help="Tokens of each row.")
-@click.option("--page-size", type=Counts(), default="16", show_default=True)
+@click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
+@click.option("--context", type=options.Counts(), default="2048", show_default=True, help="Tokens of each row.")
+@click.option("--page-size", type=options.Counts(), default="16", show_default=True)
 @click.option("--kv-dtype", type=compile.Names("kv dtype", paged.KV_DTYPES), default="same,int8", show_default=True)
 @click.option("--heads", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--kv-heads", type=click.IntRange(min=1), default=2, show_default=True)
@@ -134,8 +169,8 @@ def paged_command(
 
 
 @commands.command()
-@click.option("--batch", type=Counts(), default="1", show_default=True)
-@click.option("--prompt", type=Counts(), default="512", show_default=True, help="Tokens of the prompt.")
+@click.option("--batch", type=options.Counts(), default="1", show_default=True)
+@click.option("--prompt", type=options.Counts(), default="512", show_default=True, help="Tokens of the prompt.")
 @model_options
 @measurement_options
 def prefill(batch, prompt, model, dtype, samples, output) -> None:
@@ -146,8 +181,8 @@ def prefill(batch, prompt, model, dtype, samples, output) -> None:
 
 
 @commands.command()
-@click.option("--batch", type=Counts(), default="1,8", show_default=True)
-@click.option("--prompt", type=Counts(), default="128", show_default=True, help="Tokens in the cache before.")
+@click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
+@click.option("--prompt", type=options.Counts(), default="128", show_default=True, help="Tokens in the cache before.")
 @model_options
 @measurement_options
 def decode(batch, prompt, model, dtype, samples, output) -> None:
@@ -226,6 +261,7 @@ def throughput_command(
 
 
 commands.add_command(compile.command)
+commands.add_command(plot.command)
 commands.add_command(prove.command)
 commands.add_command(report.command)
 commands.add_command(tune.command)

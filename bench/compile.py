@@ -14,7 +14,7 @@ import click
 
 import jfa
 
-from . import aot, machine_code, pool, record
+from . import aot, machine, machine_code, pool, record
 from .ops import OPS, Op, named
 
 
@@ -154,14 +154,14 @@ HEAD_DIMS = Names("head_dim", tuple(dict.fromkeys(str(d) for op in OPS for d in 
 @click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
 def command(arch, op, direction, dtype, head_dim, processes, output) -> None:
     """Registers, spills, LDS and the bound of each kernel on an architecture, compiled without the card."""
-    circumstances = {"versions": versions(), **{k: v for k, v in record.circumstances().items() if k in ABOUT}}
+    circumstances = {"versions": versions(), **{k: v for k, v in machine.circumstances().items() if k in ABOUT}}
     note = warn_of_unmet_triton()
     rows = cases(arch, ops=named(op, direction), dtypes=dtype, head_dims=[int(d) for d in head_dim])
     records = [row | circumstances | {"note": note} for row in compile_all(rows, processes=processes)]
     click.echo(render(records, output))
 
 
-ABOUT = ("git_commit", "date")  # of record.circumstances; the device here is not the one that is compiled for
+ABOUT = ("git_commit", "date")  # of machine.circumstances; the device here is not the one that is compiled for
 
 
 def versions() -> dict[str, str]:

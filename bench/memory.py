@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import jfa
 
-from . import record
+from . import machine
 
 DATA_SETS = {"ShareGPT": (161.31, 337.99), "Alpaca": (19.31, 58.45)}  # mean tokens of prompts and of answers
 SIGMA = 0.8  # of the logarithm of a length
@@ -39,7 +39,7 @@ def measure(*, data_sets: tuple[str, ...], page_sizes: tuple[int, ...], steps: i
     without sharing, those that sharing saves. reserved_share: held slots over those of a cache that reserves 2048
     tokens for every sequence. Means over all steps behind the first fifth.
     """
-    shared = record.circumstances() | {"benchmark": "memory"}
+    shared = machine.circumstances() | {"benchmark": "memory"}
     ways = (("one", 1), *itertools.product(("parallel", "beams"), (2, 4, 6)))
     for data, page_size, (sampling, width) in itertools.product(data_sets, page_sizes, ways):
         pool = _Pool(data, page_size, sampling, width, seed)

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from jfa_models.generate import LanguageModel, prefill_chunks
 from jfa_models.sampling import SamplingParams
 
-from . import record, timing
+from . import machine, timing
 
 WARM_UP = 3
 HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
@@ -98,7 +98,7 @@ def _beside_products(
     weights = _matrices(model, with_head=benchmark == "decode")
     runs = {"matrix products": lambda: products(weights), "jfa": step}
     taken = timing.in_turns(runs, samples=samples, warm_up=WARM_UP)
-    shared = record.circumstances() | {"benchmark": benchmark, "case": case, "status": "ok", "reason": None}
+    shared = machine.circumstances() | {"benchmark": benchmark, "case": case, "status": "ok", "reason": None}
     limit = float(np.median(taken["matrix products"]))
     for implementation, series in taken.items():
         figures = timing.summary(series)

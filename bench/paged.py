@@ -15,7 +15,7 @@ import numpy as np
 
 import jfa
 
-from . import record, timing
+from . import machine, timing
 
 KV_DTYPES = ("same", "int8", "fp8", "int4")
 
@@ -52,7 +52,7 @@ def measure(
     heads: of queries and of keys. gb_per_s counts the keys and values that are read, scales included; of the copy what
     it reads and writes.
     """
-    shared = record.circumstances() | {"benchmark": "paged"}
+    shared = machine.circumstances() | {"benchmark": "paged"}
     for batch, context in itertools.product(batches, contexts):
         case = {"batch": batch, "context": context, "heads": heads[0], "kv_heads": heads[1], "head_dim": head_dim}
         case |= {"dtype": dtype, "page_size": None, "kv_dtype": None}

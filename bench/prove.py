@@ -15,7 +15,7 @@ import click
 
 from jfa import quant
 
-from . import aot, cases, emulate, ops, paged_cases, pool, record
+from . import aot, cases, emulate, machine, ops, paged_cases, pool, record
 from .compile import ABOUT, DIRECTIONS, Names, versions, warn_of_unmet_triton
 from .proofs import Verdict, backward, forward, over_pages, paged_tile_cases, tile_cases
 
@@ -177,7 +177,7 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
 @click.pass_context
 def command(ctx, arch, op, direction, quick, processes, output) -> None:
     """Each kernel as AMD machine code on this CPU, beside an oracle; exit status 1 if one is wrong."""
-    circumstances = {"versions": versions(), **{k: v for k, v in record.circumstances().items() if k in ABOUT}}
+    circumstances = {"versions": versions(), **{k: v for k, v in machine.circumstances().items() if k in ABOUT}}
     circumstances["note"] = warn_of_unmet_triton()
     found = pool.each(
         prove_row, rows(arch, op, direction, quick=quick), crashed=_crashed, doing="proving", processes=processes

@@ -1,32 +1,17 @@
-"""What a measurement says about itself, and how a list of them is printed."""
+"""Records: how a list of them is printed, kept in a file and read again, and what an error makes of one."""
 
 import csv
-import datetime
-import importlib.metadata
 import io
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jfa.device import probe
+import jfa
 
 FORMATS = ("md", "csv", "json", "jsonl")
 
-
-def circumstances() -> dict[str, Any]:
-    """The fields that every record of one run shares: device, versions, flags, commit, date."""
-    device = probe()
-    return {
-        "device": {"platform": device.platform, "arch": device.arch, "host": _processor(), "cpus": os.cpu_count()},
-        "versions": {name: importlib.metadata.version(name) for name in ("jfa", "jax", "jaxlib", "flax")},
-        "flags": os.environ.get("XLA_FLAGS", ""),
-        "git_commit": _git_commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+Record = dict[str, Any]
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[str, str]) -> str:
@@ -45,38 +30,84 @@ def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[s
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def _cell(record: Mapping[str, Any], field: str) -> str:
+def field(record: Mapping[str, Any], path: str) -> Any:
+    """What a record says under a name with dots; None where it says nothing."""
     value: Any = record
-    for part in field.split("."):
+    for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _cell(record: Mapping[str, Any], path: str) -> str:
+    value = field(record, path)
     if value is None:
         return ""
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _processor() -> str:
-    """The processor's name as Linux states it, else as Python does."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
+def refusals(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line for every reason why an implementation has no figures, and how many records it stands for."""
+    counts: dict[str, int] = {}
+    for record in records:
+        if record["status"] != "ok":
+            line = f"{record['implementation']}: {record['status']}: {record['reason']}"
+            counts[line] = counts.get(line, 0) + 1
+    return "\n".join(line if count == 1 else f"{line} ({count} times)" for line, count in counts.items())
 
 
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
+# What a call that cannot serve, or a library that does not know the device, ends in. An AssertionError is not among
+# them: it is a mistake of ours and ends the run.
+REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError, MemoryError, ImportError, OSError, ExceptionGroup)
+
+
+def outcome(error: BaseException) -> Record:
+    """The status and the reason of a record whose implementation has ended in one of REFUSALS."""
+    text = str(error).strip() or type(error).__name__
+    reason = text.splitlines()[0]
+    if isinstance(error, ImportError):
+        return {"status": "missing", "reason": reason}
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return {"status": "oom", "reason": reason}
+    if not isinstance(error, jfa.UnsupportedError):
+        reason = f"{type(error).__name__}: {reason}"
+    return {"status": "unsupported", "reason": reason}
+
+
+class File:
+    """A JSON file of records that is whole after each of them: an end at any time loses none."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._end = 0
+        self._file.write(b"[]\n")
+        self._file.flush()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Appends one."""
+        self._file.seek(self._end)
+        self._file.write((b",\n" if self._end else b"[\n") + json.dumps(record).encode())
+        self._end = self._file.tell()
+        self._file.write(b"\n]\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._file.close()
+
+
+def load(path: Path) -> list[Record]:
+    """The records of a JSON file, or of one with a record a line.
+
+    Raises:
+      ValueError: it holds no records.
+    """
+    text = path.read_text()
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: line {error.lineno}, {error.msg}") from None
+    if not all(isinstance(one, dict) and "benchmark" in one and "case" in one for one in found):
+        raise ValueError(f"{path} holds no benchmark records, which have the fields benchmark and case")
+    return found

@@ -17,7 +17,7 @@ import numpy as np
 
 from jfa_models import BeamSearchParams, Engine, LanguageModel, RequestOutput, SamplingParams
 
-from . import record
+from . import machine
 from .memory import DATA_SETS, SIGMA
 
 IMPLEMENTATIONS = ("static", "engine", "sequential")
@@ -96,7 +96,7 @@ def measure(
     held pages, those without a token; saved_share: of the pages that would be held without sharing, those it saves;
     reserved_share: the most places held over those that as many rows take which all reserve the longest request.
     """
-    shared = record.circumstances() | {"benchmark": "throughput", "case": dict(case)}
+    shared = machine.circumstances() | {"benchmark": "throughput", "case": dict(case)}
     static = None
     asked = [_params(one, n) if beam_width is None else _beams(one, beam_width) for one in arrivals]
     for name in sorted(implementations, key=IMPLEMENTATIONS.index):

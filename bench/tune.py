@@ -39,7 +39,7 @@ import numpy as np
 from jfa import tuning
 from jfa.device import describe, probe
 
-from . import aot, pool, record, timing
+from . import aot, machine, pool, record, timing
 from .compile import ARCHS, DIRECTIONS, OP_NAMES, Case, compile_all, given, tile, versions, warn_of_unmet_triton
 from .ops import Op, named
 
@@ -473,7 +473,7 @@ def tuned(op: Op, arch: str, *, processes: int, samples: int | None) -> tuple[st
 
 def measured_source(arch: str) -> str:
     """The sentence of a table that was measured."""
-    circumstances = record.circumstances()
+    circumstances = machine.circumstances()
     made_with = ", ".join(f"{name} {circumstances['versions'][name]}" for name in ("jax", "jaxlib"))
     return (
         f"Measured on {jax.devices()[0].device_kind} ({arch}) on {circumstances['date'][:10]} with {made_with}: the "

@@ -1,0 +1,36 @@
+"""The two ceilings of a machine, measured where they are compared with: matrix products, and copies of memory."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import record, timing
+
+SAMPLES = 7
+
+
+def ceilings(dtype: str, *, clock: timing.Clock = time.perf_counter) -> dict[str, float | None]:
+    """matrix_tflops of a square product in a dtype, and copy_gb_per_s, read and written bytes together.
+
+    A machine that has no product in the dtype has None there. float32 is multiplied as exactly as the kernels do it.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    size, num_bytes = (2048, 256 * 2**20) if on_cpu else (8192, 2**30)
+    x = jnp.ones((size, size), dtype)
+    precision = "highest" if dtype == "float32" else None
+    product = functools.partial(jax.jit(lambda a, b: jnp.dot(a, b, precision=precision)), x, x)
+    source = jnp.zeros(num_bytes // 4, jnp.float32)
+    copy = functools.partial(jax.jit(lambda a: a + 1), source)
+    runs = {"matrix": product, "copy": copy}
+    try:
+        jax.block_until_ready(product())
+    except record.REFUSALS:
+        del runs["matrix"]
+    taken = {name: float(np.median(ms)) for name, ms in timing.in_turns(runs, samples=SAMPLES, clock=clock).items()}
+    return {
+        "matrix_tflops": 2 * size**3 / taken["matrix"] / 1e9 if "matrix" in taken else None,
+        "copy_gb_per_s": 2 * source.nbytes / taken["copy"] / 1e6,
+    }
