@@ -23,16 +23,15 @@ FLOP = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # in those of the forward
 
 COLUMNS = {
     "case.length": "length",
-    "pass": "pass",
+    "dir": "dir",
     "implementation": "what",
-    "shown": "ms",
+    "ms": "ms",
     "spread": "±",
     "tflops": "TFLOP/s",
-    "share_of_peak": "of peak",
-    "speedup": "x ref.",
+    "peak": "peak",
+    "speedup": "x ref",
     "peak_mib": "MiB",
 }
-PASSES = {"forward": "fwd", "backward": "bwd", "both": "both"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +192,7 @@ def table(records: Sequence[record.Record]) -> str:
     """A table for each kind of call, and why some implementations have no times."""
     parts = []
     for heading, rows in itertools.groupby(records, _heading):
-        shown = [{**row, **_shown(row)} for row in rows]
+        shown = list(rows)
         batches = {row["case"]["batch"] for row in shown}
         columns = {"case.batch": "batch", **COLUMNS} if len(batches) > 1 else COLUMNS
         peak = shown[0]["ceilings"]["matrix_tflops"]
@@ -206,16 +205,3 @@ def _heading(row: Mapping[str, Any]) -> str:
     case = row["case"]
     heads = f"{case['heads']} heads" + (f" over {case['kv_heads']}" if case["kv_heads"] != case["heads"] else "")
     return f"{case['dtype']}, {heads} of {case['head_dim']}, {'causal' if case['causal'] else 'all keys'}"
-
-
-def _shown(row: Mapping[str, Any]) -> record.Record:
-    own: record.Record = {"pass": PASSES[row["case"]["direction"]]}
-    if row["status"] != "ok":
-        return own | {"shown": row["status"]}
-    spread = (row["time_ms_p80"] - row["time_ms_p20"]) / 2 / row["time_ms_p50"]
-    held = row["peak_bytes"]
-    return own | {
-        "shown": row["time_ms_p50"],
-        "spread": f"{spread:.0%}",
-        "peak_mib": None if held is None else held / 2**20,
-    }

@@ -13,20 +13,22 @@ from jfa_models.generate import KV_DTYPES, from_pretrained
 from . import (
     accuracy,
     attention,
+    compare,
     compile,
+    decode,
     memory,
-    models,
     options,
     paged,
     peers,
     plot,
+    prefill,
     prove,
-    record,
     report,
+    suite,
     throughput,
     tune,
 )
-from .output import measurement_options
+from .output import measurement_options, output_options
 
 
 def main() -> None:
@@ -116,25 +118,25 @@ def attention_command(
     "--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Greedy ones, per prompt."
 )
 @model_options
-@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+@output_options
 def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -> None:
     """What quantized pages cost a model: perplexity, and what it writes."""
     language_models = {
         name or "float": from_pretrained(model, dtype=dtype, cache="paged", kv_dtype=name) for name in (None, *kv_dtype)
     }
     records = accuracy.measure(language_models, text.read(), tokens=tokens, new_tokens=new_tokens)
-    click.echo(record.render(list(records), output, accuracy.COLUMNS))
+    output.present(records, accuracy.COLUMNS, total=len(language_models), doing="accuracy")
 
 
 @commands.command("memory")
 @click.option("--data", type=compile.Names("data set", tuple(memory.DATA_SETS)), default="all", show_default=True)
 @click.option("--page-size", type=options.Counts(), default="16", show_default=True)
 @click.option("--steps", type=click.IntRange(min=10), default=500, show_default=True)
-@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+@output_options
 def memory_command(data, page_size, steps, output) -> None:
     """What pages save, by the allocator's books on simulated requests."""
-    records = list(memory.measure(data_sets=data, page_sizes=page_size, steps=steps))
-    click.echo(record.render(records, output, memory.COLUMNS))
+    records = memory.measure(data_sets=data, page_sizes=page_size, steps=steps)
+    output.present(records, memory.COLUMNS, total=len(data) * len(page_size) * len(memory.WAYS), doing="memory")
 
 
 @commands.command("paged")
@@ -165,31 +167,8 @@ def paged_command(
         implementation=implementation,
         samples=samples,
     )
-    click.echo(record.render(list(records), output, paged.COLUMNS))
-
-
-@commands.command()
-@click.option("--batch", type=options.Counts(), default="1", show_default=True)
-@click.option("--prompt", type=options.Counts(), default="512", show_default=True, help="Tokens of the prompt.")
-@model_options
-@measurement_options
-def prefill(batch, prompt, model, dtype, samples, output) -> None:
-    """A prompt's way into the cache, beside its matrix products alone."""
-    language_model = from_pretrained(model, dtype=dtype)
-    records = list(models.prefill(language_model, model, batches=batch, prompts=prompt, samples=samples))
-    click.echo(record.render(records, output, models.COLUMNS))
-
-
-@commands.command()
-@click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
-@click.option("--prompt", type=options.Counts(), default="128", show_default=True, help="Tokens in the cache before.")
-@model_options
-@measurement_options
-def decode(batch, prompt, model, dtype, samples, output) -> None:
-    """One token after another, beside the matrix products of a step alone."""
-    language_model = from_pretrained(model, dtype=dtype)
-    records = list(models.decode(language_model, model, batches=batch, prompts=prompt, samples=samples))
-    click.echo(record.render(records, output, models.COLUMNS))
+    total = len(batch) * len(context) * (2 + len(page_size) * len(kv_dtype))
+    output.present(records, paged.COLUMNS, total=total, doing="paged")
 
 
 @commands.command("throughput")
@@ -211,7 +190,7 @@ def decode(batch, prompt, model, dtype, samples, output) -> None:
     "--implementation", type=compile.Names("implementation", throughput.IMPLEMENTATIONS), default="static,engine"
 )
 @model_options
-@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+@output_options
 def throughput_command(
     num_prompts,
     lengths,
@@ -257,11 +236,15 @@ def throughput_command(
         beam_width=beam_width,
         engine_options={"kv_dtype": kv_dtype, "page_size": page_size},
     )
-    click.echo(record.render(list(records), output, throughput.COLUMNS))
+    output.present(records, throughput.COLUMNS, total=len(implementation), doing="throughput")
 
 
+commands.add_command(compare.command)
 commands.add_command(compile.command)
+commands.add_command(decode.command)
 commands.add_command(plot.command)
+commands.add_command(prefill.command)
 commands.add_command(prove.command)
 commands.add_command(report.command)
+commands.add_command(suite.command)
 commands.add_command(tune.command)

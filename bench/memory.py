@@ -31,6 +31,9 @@ COLUMNS = {
     "reserved_share": "held, of a reserved cache",
 }
 
+# Of sampling, and how wide.
+WAYS = (("one", 1), *itertools.product(("parallel", "beams"), (2, 4, 6)))
+
 
 def measure(*, data_sets: tuple[str, ...], page_sizes: tuple[int, ...], steps: int, seed: int = 0) -> Iterator[dict]:
     """A record for each data set, page size and way of sampling.
@@ -40,8 +43,7 @@ def measure(*, data_sets: tuple[str, ...], page_sizes: tuple[int, ...], steps: i
     tokens for every sequence. Means over all steps behind the first fifth.
     """
     shared = machine.circumstances() | {"benchmark": "memory"}
-    ways = (("one", 1), *itertools.product(("parallel", "beams"), (2, 4, 6)))
-    for data, page_size, (sampling, width) in itertools.product(data_sets, page_sizes, ways):
+    for data, page_size, (sampling, width) in itertools.product(data_sets, page_sizes, WAYS):
         pool = _Pool(data, page_size, sampling, width, seed)
         for _ in range(steps // 5):
             pool.step()

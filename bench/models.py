@@ -1,124 +1,84 @@
-"""`jfa-bench prefill` and `jfa-bench decode`: whole models beside what their matrix products alone would take.
+"""Whole models by name, and what their matrix products alone would take: `prefill` and `decode` measure beside it.
 
-The products are those of the model's own weights, chained so that each waits for the one before, in the same run and
-in turns with the model: their time is the least that a forward pass of that shape could take on this machine.
+Weights are random: a name is a shape here, and nothing is downloaded.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import click
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jfa_models.generate import LanguageModel, prefill_chunks
-from jfa_models.sampling import SamplingParams
+from jfa_models.checkpoint import open_checkpoint
+from jfa_models.cli import DEFAULT_MODEL
+from jfa_models.config import DecoderConfig
+from jfa_models.generate import LanguageModel
+from jfa_models.presets import PRESETS
 
-from . import machine, timing
-
-WARM_UP = 3
-HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
-
-COLUMNS = {
-    "benchmark": "benchmark",
-    "case.batch": "batch",
-    "case.prompt": "prompt",
-    "implementation": "what",
-    "time_ms_p50": "ms",
-    "time_ms_p20": "p20",
-    "time_ms_p80": "p80",
-    "tokens_per_s": "tokens/s",
-    "share_of_peak": "of limit",
-    "host_ms_per_step": "host ms",
-}
+IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton")  # of attention; jfa: what it chooses
+LIMIT = "matrix products"
 
 
-def prefill(
-    model: LanguageModel, name: str, *, batches: Sequence[int], prompts: Sequence[int], samples: int
-) -> Iterator[dict]:
-    """A record for the products and one for the model (called name), for each batch and prompt length.
+class Models(click.ParamType):
+    """Presets by name, folders of safetensors or .gguf files, separated by commas."""
 
-    A prompt enters the cache in the chunks of generate; the logits behind it belong to decoding.
+    name = "MODEL,..."
+
+    def convert(self, value, param, ctx) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        for name in names:
+            if name not in PRESETS and name != DEFAULT_MODEL and not Path(name).exists():
+                known = ", ".join(dict.fromkeys((*PRESETS, DEFAULT_MODEL)))
+                self.fail(f"there is no model {name!r}; known: {known}; or a folder, or a .gguf file", param, ctx)
+        return names
+
+
+def config_of(name: str, num_layers: int | None = None) -> DecoderConfig:
+    """Of a preset, or of a checkpoint on disk; with its first layers alone where a number is given.
+
+    Raises:
+      ValueError: it has not as many.
     """
-    for batch, prompt in itertools.product(batches, prompts):
-        state = model.start([[1] * prompt] * batch, SamplingParams(max_tokens=1))
-        rows = state.token.shape[0]
-        chunks = list(prefill_chunks([[1] * prompt] * batch, rows))
-        held = {"cache": state.cache}
-
-        def step(held=held, rows=rows, chunks=chunks):
-            cache = held["cache"].truncate(jnp.zeros(rows, jnp.int32))
-            hidden = jnp.zeros((rows, model.config.hidden_size), model.dtype)
-            for tokens, lengths in chunks:
-                cache, hidden = model.steps.prefill(model.params, cache, hidden, tokens, lengths)
-            held["cache"] = cache
-            return hidden
-
-        case = _case(model, name, batch, prompt)
-        yield from _beside_products("prefill", model, case, step, prompt, samples)
+    config = PRESETS[name] if name in PRESETS else open_checkpoint(name).config
+    return config if num_layers is None else config.with_layers(num_layers)
 
 
-def decode(
-    model: LanguageModel, name: str, *, batches: Sequence[int], prompts: Sequence[int], samples: int
-) -> Iterator[dict]:
-    """The same for one decoded token per row, logits included, behind a prompt of each length."""
-    for batch, prompt in itertools.product(batches, prompts):
-        # the first token, one step of _host_ms, and those that are timed
-        params = SamplingParams(temperature=0.0, max_tokens=2 + WARM_UP + samples, ignore_eos=True)
-        state = model.start([[1 + i] * prompt for i in range(batch)], params)
-        held = {"state": state}
-        host_ms = _host_ms(model, held)
-
-        def step(held=held):
-            held["state"], emitted = model.steps.decode(model.params, held["state"])
-            return jax.device_get(emitted.sampled.token)
-
-        case = _case(model, name, batch, prompt)
-        yield from _beside_products("decode", model, case, step, 1, samples, host_ms)
+def build(config: DecoderConfig, *, dtype: str | None, implementations: Sequence[str]) -> dict[str, LanguageModel]:
+    """A model with random weights for each implementation of attention; they share the weights."""
+    built: dict[str, LanguageModel] = {}
+    for name in implementations:
+        chosen: Any = None if name == "jfa" else name
+        model = LanguageModel.random(config, dtype=dtype, attention_implementation=chosen)
+        model.params = next(iter(built.values()), model).params
+        built[name] = model
+    return built
 
 
-def _case(model: LanguageModel, name: str, batch: int, prompt: int) -> dict:
-    return {"model": name, "dtype": model.dtype.name, "batch": batch, "prompt": prompt}
+def case(name: str, config: DecoderConfig, *, of_layers: int, dtype: str) -> dict[str, Any]:
+    """The fields of a case that say what was measured."""
+    return {"model": name, "layers": config.num_layers, "of_layers": of_layers, "dtype": dtype}
 
 
-def _beside_products(
-    benchmark: str,
-    model: LanguageModel,
-    case: dict,
-    step: Callable,
-    tokens: int,
-    samples: int,
-    host_ms: float | None = None,
-) -> Iterator[dict]:
-    batch = case["batch"]
-    products = jax.jit(functools.partial(_products, rows=batch * tokens))
-    weights = _matrices(model, with_head=benchmark == "decode")
-    runs = {"matrix products": lambda: products(weights), "jfa": step}
-    taken = timing.in_turns(runs, samples=samples, warm_up=WARM_UP)
-    shared = machine.circumstances() | {"benchmark": benchmark, "case": case, "status": "ok", "reason": None}
-    limit = float(np.median(taken["matrix products"]))
-    for implementation, series in taken.items():
-        figures = timing.summary(series)
-        median = float(np.median(series))
-        own = {
-            "implementation": implementation,
-            "tokens_per_s": batch * tokens / median * 1e3,
-            "share_of_peak": limit / median,
-        }
-        if implementation == "jfa" and host_ms is not None:
-            own["host_ms_per_step"] = host_ms
-        yield shared | own | figures
-
-
-def _matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:
+def matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:
     """The weights of all layers, and the one that makes logits; [out, in]."""
     # in the order of their names: embed, layers, lm_head
     embed, *layers = (x for x in model.params if x.ndim == 2)
     head = embed if model.config.tie_word_embeddings else layers.pop()
     return [*layers, head] if with_head else layers
+
+
+def products(weights: Sequence[Array], *, rows: int) -> Callable[[], object]:
+    """All products of so many rows with the weights, chained so that each waits for the one before: the least that a
+    forward pass of that shape could take on this machine."""
+    run = jax.jit(functools.partial(_products, rows=rows))
+    return lambda: run(weights)
 
 
 def _products(weights: Sequence[Array], *, rows: int) -> Array:
@@ -130,19 +90,3 @@ def _products(weights: Sequence[Array], *, rows: int) -> Array:
         x = jnp.ones((rows, weight.shape[1]), weight.dtype) + before * 0
         before = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision)[0, 0]
     return before
-
-
-def _host_ms(model: LanguageModel, held: dict) -> float:
-    """The median of a step that computes nothing: the same arguments in, the same results out and read."""
-    state, _ = model.steps.decode(model.params, held["state"])
-
-    @functools.partial(jax.jit, donate_argnums=(1,))
-    def nothing(params, state):
-        return lax.optimization_barrier((state, state.token))
-
-    def step():
-        held["state"], token = nothing(model.params, held["state"])
-        return jax.device_get(token)
-
-    held["state"] = state
-    return float(np.median(timing.in_turns({"nothing": step}, samples=HOST_SAMPLES)["nothing"]))

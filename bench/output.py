@@ -66,7 +66,7 @@ class Output:
         if kept:
             kept.close()
         if self.format == "md":
-            click.echo((table or table_of(columns))(came))
+            click.echo((table or record.table_of(columns))(came))
         elif self.format != "jsonl":
             click.echo(record.render(came, self.format, columns))
         if self.plot and came:
@@ -74,15 +74,6 @@ class Output:
         if interrupted:
             click.echo(f"interrupted: {len(came)} of {total} records were kept", err=True)
             click.get_current_context().exit(130)
-
-
-def table_of(columns: Mapping[str, str]) -> Render:
-    """One table of columns, and under it why some rows have no figures."""
-
-    def render(records: Sequence[record.Record]) -> str:
-        return "\n\n".join(part for part in (record.render(records, "md", columns), record.refusals(records)) if part)
-
-    return render
 
 
 def output_options(command: Callable) -> Callable:

@@ -15,7 +15,7 @@ import numpy as np
 
 import jfa
 
-from . import machine, timing
+from . import machine, record, timing
 
 KV_DTYPES = ("same", "int8", "fp8", "int4")
 
@@ -63,31 +63,27 @@ def measure(
         )
         key, value = (_filled(x) for x in (contiguous.k[0], contiguous.v[0]))
         found, num_bytes = {"copy": case, "contiguous": case}, {"copy": 4 * key.nbytes, "contiguous": 2 * key.nbytes}
+        copies = range(timing.copies_past_cache(2 * key.nbytes))
+        rows = [(jnp.copy(key), jnp.copy(value)) for _ in copies]
         runs: dict[str, Callable] = {
-            "copy": functools.partial(jax.jit(lambda k, v: (k + 1, v + 1)), key, value),
-            "contiguous": functools.partial(
-                jax.jit(functools.partial(_contiguous, implementation)), q, key, value, lengths
+            "copy": timing.rotating(jax.jit(lambda k, v: (k + 1, v + 1)), rows),
+            "contiguous": timing.rotating(
+                jax.jit(functools.partial(_contiguous, implementation)), [(q, k, v, lengths) for k, v in rows]
             ),
         }
-        refused = {}
         for page_size, kv_dtype in itertools.product(page_sizes, kv_dtypes):
             name = f"pages of {page_size}, {kv_dtype}"
             cache = _paged_cache(key, value, page_size, None if kv_dtype == "same" else kv_dtype)
-            run = functools.partial(jax.jit(functools.partial(_paged, implementation)), q, cache)
+            pools = [(q, jax.tree.map(jnp.copy, cache)) for _ in copies]
+            run = timing.rotating(jax.jit(functools.partial(_paged, implementation)), pools)
             found[name] = case | {"page_size": page_size, "kv_dtype": kv_dtype}
             num_bytes[name], runs[name] = cache.num_bytes, run
-        for name, run in list(runs.items()):
-            try:
-                jax.block_until_ready(run())
-            except jfa.UnsupportedError as error:
-                refused[name] = str(error).splitlines()[0]
-                del runs[name]
+        status, runs = record.tried(runs)
         taken = timing.in_turns(runs, samples=samples)
         medians = {name: float(np.median(ms)) for name, ms in taken.items()}
         copied = num_bytes["copy"] / medians["copy"] / 1e6
         for name, about in found.items():
-            own: dict[str, Any] = {"case": about, "implementation": name.partition(" ")[0]}
-            own |= {"status": "unsupported" if name in refused else "ok", "reason": refused.get(name)}
+            own: dict[str, Any] = {"case": about, "implementation": name.partition(" ")[0]} | status[name]
             if name in medians:
                 rate = num_bytes[name] / medians[name] / 1e6
                 own |= timing.summary(taken[name]) | {"gb_per_s": rate, "share_of_peak": rate / copied}

@@ -68,22 +68,8 @@ def of_jax(attend_for: Callable[[bool], Callable]) -> Callable[..., Program]:
 
     def program(call: Call, q, k, v, d_out) -> Program:
         attend = attend_for(call.causal)
-
-        def both(q, k, v, d_out):
-            out, pull = jax.vjp(attend, q, k, v)
-            return out, *pull(d_out)
-
-        if call.direction == "backward":
-            forward = _compiled(lambda q, k, v: jax.vjp(attend, q, k, v)[1], q, k, v)
-
-            def prepare(q, k, v, d_out):
-                return forward(q, k, v), d_out
-
-            run = _compiled(lambda pull, d_out: pull(d_out), *prepare(q, k, v, d_out))
-        elif call.direction == "both":
-            prepare, run = _all_of_it, _compiled(both, q, k, v, d_out)
-        else:
-            prepare, run = _without_cotangent, _compiled(attend, q, k, v)
+        function, prepare = {"forward": _forward, "backward": _backward, "both": _both}[call.direction](attend, q, k, v)
+        run = _compiled(function, *prepare(q, k, v, d_out))
         return Program(
             prepare=prepare,
             run=run,
@@ -95,12 +81,22 @@ def of_jax(attend_for: Callable[[bool], Callable]) -> Callable[..., Program]:
     return program
 
 
-def _all_of_it(q, k, v, d_out):
-    return q, k, v, d_out
+def _forward(attend: Callable, q, k, v) -> tuple[Callable, Callable]:
+    """What to compile, and what makes its arguments of (q, k, v, d_out)."""
+    return attend, lambda q, k, v, d_out: (q, k, v)
 
 
-def _without_cotangent(q, k, v, d_out):
-    return q, k, v
+def _backward(attend: Callable, q, k, v) -> tuple[Callable, Callable]:
+    residuals = _compiled(lambda q, k, v: jax.vjp(attend, q, k, v)[1], q, k, v)
+    return lambda pull, d_out: pull(d_out), lambda q, k, v, d_out: (residuals(q, k, v), d_out)
+
+
+def _both(attend: Callable, q, k, v) -> tuple[Callable, Callable]:
+    def both(q, k, v, d_out):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    return both, lambda *arrays: arrays
 
 
 def _compiled(function: Callable, *arrays):

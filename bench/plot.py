@@ -23,7 +23,8 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "os^Dv<>PX"
 DASHES = ((), (5, 2), (1, 1.5), (5, 2, 1, 2), (8, 2), (3, 1), (2, 2), (6, 1, 1, 1), (1, 3))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "---", "**")
-KNOWN = (*peers.PEERS, "jfa", "matrix products", "copy", "contiguous", "pages", "engine", "static", "sequential")
+LOOKS = dict(zip(peers.PEERS, itertools.count(), strict=False))
+LOOKS |= {"jfa": 2, "matrix products": 7, "copy": 7, "contiguous": 3, "engine": 2, "static": 0, "sequential": 6}
 SAID = {"reference": "reference (plain formula)", "jax.nn": "jax.nn (xla)", "cudnn": "jax.nn (cudnn)"}
 
 Records = Sequence[Mapping[str, Any]]
@@ -126,7 +127,8 @@ def _tflops(ax: Any, rows: Records) -> None:
         ax.axhline(peak, color="#444444", linewidth=1, dashes=(6, 3))
         at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         ax.annotate("matrix product, measured", (0.99, peak), fontsize=8, **at)
-        ax.set_ylim(top=peak * 1.12)
+        # above the line there is room for the legend
+        ax.set_ylim(top=1.4 * max(peak, *(row["tflops"] for row in rows)))
     ax.set_title(f"Throughput, {_call(rows[0])}", fontsize=10)
 
 
@@ -234,9 +236,8 @@ def _panels(rows: int, columns: int) -> tuple[Any, Any]:
 
 def _lines(ax: Any, rows: Records, x: str, y: str, x_label: str, y_label: str, *, zero: bool = True) -> None:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    for name in names:
+    for name, looks in _looks(names).items():
         points = sorted((record.field(row, x), row[y]) for row in rows if row["implementation"] == name)
-        looks = _looks(name, names)
         ax.plot(
             *zip(*points, strict=True),
             label=SAID.get(name, name),
@@ -267,9 +268,8 @@ def _bars(ax: Any, rows: Records, groups: Sequence[str], group_of: Callable, y: 
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     width = 0.84 / len(names)
     tallest = max(row[y] for row in rows)
-    for index, name in enumerate(names):
+    for index, (name, looks) in enumerate(_looks(names).items()):
         own = [row for row in rows if row["implementation"] == name]
-        looks = _looks(name, names)
         places = [groups.index(group_of(row)) + (index - (len(names) - 1) / 2) * width for row in own]
         bars = ax.bar(
             places,
@@ -295,9 +295,11 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _looks(name: str, names: Sequence[str]) -> int:
-    """The place of a name among the colours; one that is not known takes a place by its order."""
-    return (KNOWN.index(name) if name in KNOWN else len(KNOWN) + names.index(name)) % len(COLOURS)
+def _looks(names: Sequence[str]) -> dict[str, int]:
+    """The place of each name among the colours; those that are not known take the places that are left."""
+    looks = {name: LOOKS[name] for name in names if name in LOOKS}
+    left = itertools.cycle([place for place in range(len(COLOURS)) if place not in looks.values()])
+    return {name: looks[name] if name in looks else next(left) for name in names}
 
 
 def _grouped(records: Records, fields: Sequence[str]) -> list[list[Mapping[str, Any]]]:

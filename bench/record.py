@@ -3,9 +3,11 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import jfa
 
@@ -20,14 +22,44 @@ def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[s
         return json.dumps(records)
     if output == "jsonl":
         return "\n".join(json.dumps(record) for record in records)
-    rows = [[_cell(record, field) for field in columns] for record in records]
-    text = io.StringIO()
+    shown = [{**_shown(record), **record} for record in records]
     if output == "csv":
+        text = io.StringIO()
+        rows = [[field(record, path) for path in columns] for record in shown]
         csv.writer(text, lineterminator="\n").writerows([list(columns.values()), *rows])
         return text.getvalue().rstrip("\n")
+    rows = [[_cell(record, path) for path in columns] for record in shown]
     lines = [list(columns.values()), ["---"] * len(columns), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _shown(record: Mapping[str, Any]) -> Record:
+    """What a table says of a measurement in fewer words than its fields have."""
+    status = record.get("status")
+    found: Record = {"ms": record.get("time_ms_p50", "n/a" if status in ("unsupported", "missing") else status)}
+    if direction := field(record, "case.direction"):
+        found["dir"] = {"forward": "fwd", "backward": "bwd"}.get(direction, direction)
+    if record.get("share_of_peak") is not None:
+        found["peak"] = f"{record['share_of_peak']:.0%}"
+    if record.get("time_ms_p50"):
+        found["spread"] = f"{(record['time_ms_p80'] - record['time_ms_p20']) / 2 / record['time_ms_p50']:.0%}"
+    if record.get("tokens_per_s_mean"):
+        mean, deviation = record["tokens_per_s_mean"], record["tokens_per_s_deviation"]
+        digits = 0 if mean >= 100 else 1
+        found["t/s"] = f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+    if record.get("peak_bytes") is not None:
+        found["peak_mib"] = record["peak_bytes"] / 2**20
+    return found
+
+
+def table_of(columns: Mapping[str, str]) -> Callable[[Sequence[Record]], str]:
+    """What makes one Markdown table of records, and under it says why some rows have no figures."""
+
+    def table(records: Sequence[Record]) -> str:
+        return "\n\n".join(part for part in (render(records, "md", columns), refusals(records)) if part)
+
+    return table
 
 
 def field(record: Mapping[str, Any], path: str) -> Any:
@@ -73,6 +105,19 @@ def outcome(error: BaseException) -> Record:
     if not isinstance(error, jfa.UnsupportedError):
         reason = f"{type(error).__name__}: {reason}"
     return {"status": "unsupported", "reason": reason}
+
+
+def tried(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Record], dict[str, Callable[[], Any]]]:
+    """Calls each once: the status and reason of all, and the runs that serve."""
+    found, serve = {}, {}
+    for name, run in runs.items():
+        try:
+            jax.block_until_ready(run())
+        except REFUSALS as refusal:
+            found[name] = outcome(refusal)
+        else:
+            found[name], serve[name] = {"status": "ok", "reason": None}, run
+    return found, serve
 
 
 class File:

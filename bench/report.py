@@ -1,5 +1,11 @@
-"""`jfa-bench report`: the support table, from what `compile` and `prove` have recorded and from nothing else."""
+"""`jfa-bench report`: what records say, in tables, in pictures and on one page.
 
+Without a folder it is the support table, from what `compile` and `prove` have recorded and from nothing else.
+"""
+
+import base64
+import html
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +13,7 @@ from typing import Any
 
 import click
 
-from . import aot
+from . import accuracy, aot, attention, decode, memory, paged, plot, prefill, record, throughput
 from .ops import PAGED_DTYPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -15,6 +21,22 @@ DTYPES = {
     "16 bits": ("bfloat16", "float16"),
     "16 bits on quantized pages": tuple(dtype for dtype in PAGED_DTYPES if " on " in dtype),
     "float32": ("float32",),
+}
+
+# What a benchmark's records look like in a table; those of others are left to their own commands.
+TABLES = {
+    "attention": attention.table,
+    **{
+        name: record.table_of(columns)
+        for name, columns in {
+            "prefill": prefill.COLUMNS,
+            "decode": decode.COLUMNS,
+            "paged": paged.COLUMNS,
+            "throughput": throughput.COLUMNS,
+            "memory": memory.COLUMNS,
+            "accuracy": accuracy.COLUMNS,
+        }.items()
+    },
 }
 
 Record = Mapping[str, Any]
@@ -61,7 +83,98 @@ def load(name: str) -> list[Record]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def gather(folder: Path) -> dict[str, list[record.Record]]:
+    """The records of a folder's .json and .jsonl files by benchmark, those that have a table.
+
+    Raises:
+      ValueError: there are none.
+    """
+    found: dict[str, list[record.Record]] = {name: [] for name in TABLES}
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")]):
+        for one in record.load(file):
+            found.get(one["benchmark"], []).append(one)
+    found = {name: records for name, records in found.items() if records}
+    if not found:
+        raise ValueError(f"there are no records of {', '.join(TABLES)} in {folder}; jfa-bench all makes some")
+    return found
+
+
+def markdown(found: Mapping[str, Sequence[record.Record]]) -> str:
+    """A section for each benchmark, as README takes it."""
+    return "\n\n".join(f"### {name}\n\n{about(records)}\n\n{TABLES[name](records)}" for name, records in found.items())
+
+
+def about(records: Sequence[Record]) -> str:
+    """The circumstances in a sentence."""
+    first = records[0]
+    device = first["device"]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    return f"{device.get('name', device['arch'])}, {device['host']}; {versions}; {first['date'][:10]}."
+
+
+def page(found: Mapping[str, Sequence[record.Record]]) -> str:
+    """One HTML document with everything in it: pictures, tables and the records' circumstances."""
+    sections = []
+    for name, records in found.items():
+        figures = "".join(_picture(records, kind) for kind in _kinds(name, records))
+        text = html.escape(TABLES[name](records))
+        sections.append(
+            f"<section><h2>{name}</h2><p>{html.escape(about(records))}</p>{figures}"
+            f"<details><summary>{len(records)} records</summary><pre>{text}</pre></details></section>"
+        )
+    return _PAGE.replace("@sections@", "\n".join(sections))
+
+
+def _kinds(name: str, records: Sequence[Record]) -> list[str]:
+    """The pictures of a benchmark: all that it has, where any record has figures."""
+    if not any(one["status"] == "ok" for one in records):
+        return []
+    return [kind for kind, (drawn, _) in plot.KINDS.items() if drawn == name and kind not in ("speedup", "tflops")]
+
+
+def _picture(records: Sequence[Record], kind: str) -> str:
+    drawn = io.BytesIO()
+    plot.figure(records, kind).savefig(drawn, format="svg")
+    inside = base64.b64encode(drawn.getvalue()).decode()
+    return f'<img alt="{kind}" src="data:image/svg+xml;base64,{inside}">'
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>jfa-bench</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
+  h1, h2 { line-height: 1.2; }
+  img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+  pre { overflow-x: auto; font-size: 13px; line-height: 1.35; }
+  summary { cursor: pointer; }
+</style>
+<h1>jfa-bench</h1>
+@sections@
+</html>
+"""
+
+
 @click.command("report")
-def command() -> None:
-    """The support table, from the records in bench/results."""
-    click.echo(support(load("compile"), load("prove")))
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+def command(folder) -> None:
+    """Tables of the records in FOLDER, and a page of them with pictures: FOLDER/report.html.
+
+    Without a folder: the support table, from the records in bench/results.
+    """
+    if folder is None:
+        click.echo(support(load("compile"), load("prove")))
+        return
+    write(folder)
+
+
+def write(folder: Path) -> None:
+    """Prints the tables of a folder's records and writes its page."""
+    place = folder / "report.html"
+    plot.check(place.with_suffix(".svg"))
+    found = gather(folder)
+    place.write_text(page(found))
+    click.echo(markdown(found))
+    click.echo(f"{place} written", err=True)

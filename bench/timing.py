@@ -18,7 +18,7 @@ WARM_UP_SECONDS = 2.0
 
 # More than the last cache of any processor that we know keeps (MI300X: 256 MiB), and a bound on small inputs.
 CACHE_BYTES = 512 * 2**20
-MOST_COPIES = 32
+MOST_COPIES = 256
 
 Run = Callable[[], object]
 Clock = Callable[[], float]  # seconds

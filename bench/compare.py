@@ -1,0 +1,133 @@
+"""`jfa-bench compare`: what moved between two files of records, beyond the noise of both.
+
+A time has moved when the medians differ by more than a threshold and the middles of the samples, from p20 to p80, do
+not overlap. A status that changed has moved too.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import record
+
+THRESHOLD = 0.03
+# Of the circumstances; what differs between two files is said above what moved.
+ABOUT = ("device.name", "device.arch", "device.host", "device.driver", "device.power", "runtime", "flags", "versions")
+
+COLUMNS = {
+    "benchmark": "benchmark",
+    "what": "case",
+    "implementation": "what",
+    "before": "before",
+    "after": "after",
+    "change": "change",
+    "verdict": "verdict",
+}
+
+Record = Mapping[str, Any]
+
+
+def moved(before: Sequence[Record], after: Sequence[Record], *, threshold: float = THRESHOLD) -> Iterator[dict]:
+    """A record of each case whose time or status is another in `after`; cases that only one side has are left out."""
+    known = {_key(one): one for one in before}
+    for one in after:
+        old = known.get(_key(one))
+        verdict = old and _verdict(old, one, threshold)
+        if old and verdict:
+            yield {
+                **{name: one[name] for name in ("benchmark", "case", "implementation")},
+                "before": _shown(old),
+                "after": _shown(one),
+                "ratio": _ratio(old, one),
+                "verdict": verdict,
+            }
+
+
+def _key(one: Record) -> str:
+    return json.dumps([one["benchmark"], one["implementation"], one["case"]], sort_keys=True)
+
+
+def _verdict(old: Record, new: Record, threshold: float) -> str | None:
+    if old["status"] != new["status"]:
+        return "mended" if new["status"] == "ok" else "broken" if old["status"] == "ok" else "other status"
+    ratio = _ratio(old, new)
+    if ratio is None or 1 / (1 + threshold) <= ratio <= 1 + threshold:
+        return None
+    if ratio > 1:
+        return "slower" if new["time_ms_p20"] > old["time_ms_p80"] else None
+    return "faster" if new["time_ms_p80"] < old["time_ms_p20"] else None
+
+
+def _ratio(old: Record, new: Record) -> float | None:
+    """Of the medians; None where one has no time."""
+    times = old.get("time_ms_p50"), new.get("time_ms_p50")
+    return times[1] / times[0] if times[0] and times[1] else None
+
+
+def _shown(one: Record) -> str:
+    return f"{one['time_ms_p50']:.4g} ms" if one["status"] == "ok" else one["status"]
+
+
+def other_circumstances(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
+    """A line for each fact of ABOUT that is not the same in both."""
+    lines = []
+    for path in ABOUT:
+        old, new = (_facts(records, path) for records in (before, after))
+        if old != new:
+            lines.append(f"{path}: {', '.join(old) or 'unknown'} -> {', '.join(new) or 'unknown'}")
+    return lines
+
+
+def _facts(records: Sequence[Record], path: str) -> list[str]:
+    found = (record.field(one, path) for one in records)
+    return sorted({fact if isinstance(fact, str) else json.dumps(fact) for fact in found if fact})
+
+
+def _differing(rows: Sequence[Record]) -> list[str]:
+    """The fields of the cases that tell rows apart."""
+    names = dict.fromkeys(name for row in rows for name in row["case"])
+    return [name for name in names if len({json.dumps(row["case"].get(name)) for row in rows}) > 1]
+
+
+def table(rows: Sequence[Record]) -> str:
+    """Markdown; a case is told by the fields that differ."""
+    names = _differing(rows)
+    shown = [
+        {
+            **row,
+            "what": ", ".join(f"{name} {row['case'].get(name)}" for name in names),
+            "change": None if row["ratio"] is None else f"{row['ratio'] - 1:+.1%}",
+        }
+        for row in rows
+    ]
+    return record.render(shown, "md", COLUMNS)
+
+
+@click.command("compare")
+@click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--threshold",
+    type=click.FloatRange(min=0),
+    default=THRESHOLD,
+    show_default=True,
+    help="Share of a time below which nothing counts.",
+)
+@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+def command(before, after, threshold, output) -> None:
+    """What moved beyond the noise from BEFORE to AFTER, two files of records."""
+    old, new = record.load(before), record.load(after)
+    rows = list(moved(old, new, threshold=threshold))
+    for line in other_circumstances(old, new):
+        click.echo(f"note: {line}", err=True)
+    common = len({_key(one) for one in old} & {_key(one) for one in new})
+    click.echo(f"note: {common} cases are in both, {len(old)} before and {len(new)} after", err=True)
+    if not common:
+        raise click.ClickException("the files have no case in common")
+    if output != "md":
+        click.echo(record.render(rows, output, COLUMNS))
+    else:
+        click.echo(table(rows) if rows else f"nothing moved by more than {threshold:.0%} and the noise")

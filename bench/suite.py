@@ -1,0 +1,60 @@
+"""`jfa-bench all`: every measurement, one after another, each into a file of a folder; then the report of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from . import plot, report
+
+# File to the command line that fills it. What a machine cannot do becomes rows that say so.
+FULL: Mapping[str, str] = {
+    "attention": "attention --direction all",
+    "attention-fa2": "attention --grid fa2 --dtype bfloat16",
+    "paged": "paged --batch 1,8,64,256 --context 1024,8192 --page-size 16,64 --kv-dtype all --dtype bfloat16 "
+    "--heads 32 --kv-heads 8 --head-dim 128",
+    "prefill": "prefill",
+    "decode": "decode --models mistral-7b,llama-3-8b,phi-2 --batch 1,8,64 --context 128,1024",
+    "throughput": "throughput",
+    "memory": "memory",
+}
+
+# The same on two cores in ten minutes: the shapes are small, and one layer stands for a model.
+QUICK: Mapping[str, str] = {
+    "attention": "attention --seq-lens 256:1024:256 --heads 8 --head-dim 64 --dtype float32 --samples 5",
+    "paged": "paged --batch 1,8 --context 1024 --samples 5",
+    "prefill": "prefill --models mistral-7b,phi-2 --layers 1 --seq-lens 128,256 --samples 5",
+    "decode": "decode --models mistral-7b,phi-2 --layers 1 --samples 5",
+    "throughput": "throughput --num-prompts 8 --output-len 32",
+    "memory": "memory --steps 100",
+}
+
+
+@click.command("all")
+@click.option("--quick", is_flag=True, help="Small shapes: ten minutes on two cores.")
+@click.option(
+    "--into",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="jfa-bench-results",
+    show_default=True,
+    help="Of the records and the page.",
+)
+@click.pass_context
+def command(context, quick, folder) -> None:
+    """Every measurement, and a page of them: --quick, or a night on a GPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot.check(folder / "report.svg")
+    assert context.parent is not None
+    commands = context.parent.command
+    for name, line in (QUICK if quick else FULL).items():
+        click.echo(f"jfa-bench {line}", err=True)
+        arguments = [*line.split(), "--save", str(folder / f"{name}.json")]
+        try:
+            status = commands.main(arguments, prog_name="jfa-bench", standalone_mode=False)
+        except (click.ClickException, ValueError, RuntimeError, OSError) as error:
+            click.echo(f"{name}: {' '.join(str(error).split())}", err=True)  # the others are worth having
+            continue
+        if status:  # Ctrl-C
+            context.exit(status)
+    report.write(folder)
