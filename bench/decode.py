@@ -22,8 +22,6 @@ from . import compile, machine, models, options, output, record, roofline, timin
 HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
 
 COLUMNS = {
-    "case.model": "model",
-    "case.layers": "layers",
     "case.batch": "batch",
     "case.context": "context",
     "implementation": "what",
@@ -33,6 +31,7 @@ COLUMNS = {
     "share_of_peak": "of limit",
     "host_ms_per_step": "host ms",
 }
+table = record.table_of(COLUMNS, models.heading)
 
 
 def measure(
@@ -52,14 +51,11 @@ def measure(
     """
     shared = machine.circumstances() | {"benchmark": "decode"}
     for name in names:
-        config = models.config_of(name)
-        built = models.build(models.config_of(name, layers), dtype=dtype, implementations=implementations)
-        first = next(iter(built.values()))
-        ceilings = roofline.ceilings(first.dtype.name, clock=clock)
-        about = models.case(name, first.config, of_layers=config.num_layers, dtype=first.dtype.name)
+        about, built, refused = models.build(name, layers=layers, dtype=dtype, implementations=implementations)
+        ceilings = roofline.ceilings(about["dtype"], clock=clock)
         for batch, context in itertools.product(batches, contexts):
             case = about | {"batch": batch, "context": context}
-            for one in _of_shape(built, batch, context, samples, ceilings, clock):
+            for one in refused or _of_shape(built, batch, context, samples, ceilings, clock):
                 yield shared | {"case": case, "ceilings": ceilings} | one
 
 
@@ -151,4 +147,4 @@ def command(names, layers, batch, context, implementation, dtype, samples, outpu
         samples=samples,
     )
     total = len(names) * len(batch) * len(context) * (1 + len(implementation))
-    output.present(records, COLUMNS, total=total, doing="decode")
+    output.present(records, COLUMNS, total=total, doing="decode", table=table)

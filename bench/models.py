@@ -4,7 +4,7 @@ Weights are random: a name is a shape here, and nothing is downloaded.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from jaxtyping import Array
 from jfa_models.checkpoint import open_checkpoint
 from jfa_models.cli import DEFAULT_MODEL
 from jfa_models.config import DecoderConfig
-from jfa_models.generate import LanguageModel
+from jfa_models.generate import LanguageModel, compute_dtype
 from jfa_models.presets import PRESETS
+
+from . import machine, record
 
 IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton")  # of attention; jfa: what it chooses
 LIMIT = "matrix products"
@@ -50,20 +52,49 @@ def config_of(name: str, num_layers: int | None = None) -> DecoderConfig:
     return config if num_layers is None else config.with_layers(num_layers)
 
 
-def build(config: DecoderConfig, *, dtype: str | None, implementations: Sequence[str]) -> dict[str, LanguageModel]:
-    """A model with random weights for each implementation of attention; they share the weights."""
+def build(
+    name: str, *, layers: int | None, dtype: str | None, implementations: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, LanguageModel], list[record.Record]]:
+    """The fields of a case that say what is measured, and a model for each implementation of attention; where there is
+    no room for them, what their records say instead.
+
+    The models share their weights.
+    """
+    config, dtype_name = config_of(name, layers), compute_dtype(dtype).name
+    about = {"model": name, "layers": config.num_layers, "of_layers": config_of(name).num_layers, "dtype": dtype_name}
     built: dict[str, LanguageModel] = {}
-    for name in implementations:
-        chosen: Any = None if name == "jfa" else name
-        model = LanguageModel.random(config, dtype=dtype, attention_implementation=chosen)
-        model.params = next(iter(built.values()), model).params
-        built[name] = model
-    return built
+    try:
+        _check_room(config, compute_dtype(dtype).itemsize)
+        for implementation in implementations:
+            chosen = None if implementation == "jfa" else implementation
+            model = LanguageModel.random(config, dtype=dtype, attention_implementation=chosen)
+            model.params = next(iter(built.values()), model).params
+            built[implementation] = model
+    except (MemoryError, jax.errors.JaxRuntimeError) as refusal:
+        why = record.outcome(refusal)
+        return about, {}, [{"implementation": each} | why for each in (LIMIT, *implementations)]
+    return about, built, []
 
 
-def case(name: str, config: DecoderConfig, *, of_layers: int, dtype: str) -> dict[str, Any]:
-    """The fields of a case that say what was measured."""
-    return {"model": name, "layers": config.num_layers, "of_layers": of_layers, "dtype": dtype}
+def _check_room(config: DecoderConfig, itemsize: int) -> None:
+    """Raises MemoryError where a CPU has no room: there, unlike on a GPU, the whole process would end."""
+    free = machine.free_bytes() if jax.default_backend() == "cpu" else None
+    needs = 2 * config.num_params * itemsize  # a second copy for a moment, while a model is built
+    if free is not None and needs > free:
+        raise MemoryError(f"needs {needs / 2**30:.1f} GiB for its weights, {free / 2**30:.1f} are free; try --layers")
+
+
+def heading(one: Mapping[str, Any]) -> str:
+    """What a record has measured, above a table of such records."""
+    about = one["case"]
+    return f"{about['model']}, {layers(about)}, {about['dtype']}"
+
+
+def layers(about: Mapping[str, Any]) -> str:
+    """How much of a model a case has."""
+    return (
+        "all layers" if about["layers"] == about["of_layers"] else f"{about['layers']} of {about['of_layers']} layers"
+    )
 
 
 def matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:

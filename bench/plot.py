@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from . import peers, record
+from . import models, peers, record
 
 FORMATS = (".png", ".svg", ".pdf")
 WIDTH, HEIGHT = 5.2, 3.6  # of a panel, in inches
@@ -152,7 +152,7 @@ def _roofline(ax: Any, rows: Records) -> None:
 
 def _prefill(records: Records) -> Any:
     """A panel for each model, a group of bars for each length."""
-    groups = _grouped(records, ("model", "layers", "dtype", "batch"))
+    groups = _grouped(records, ("model", "layers", "dtype"))
     fig, axes = _panels(1, len(groups))
     for ax, rows in zip(axes.flat, groups, strict=True):
         lengths = sorted({row["case"]["seq_len"] for row in rows})
@@ -323,12 +323,7 @@ def _heads(case: Mapping[str, Any]) -> str:
 
 def _model(row: Mapping[str, Any]) -> str:
     case = row["case"]
-    return f"{case['model']}\n{layers(case)}, {case['dtype']}"
-
-
-def layers(case: Mapping[str, Any]) -> str:
-    """How much of a model was measured, in words."""
-    return "all layers" if case["layers"] == case["of_layers"] else f"{case['layers']} of {case['of_layers']} layers"
+    return f"{case['model']}\n{models.layers(case)}, {case['dtype']}"
 
 
 def _circumstances(records: Records) -> str:

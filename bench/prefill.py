@@ -16,8 +16,6 @@ from jfa_models.generate import DTYPES, LanguageModel
 from . import compile, machine, models, options, output, record, timing
 
 COLUMNS = {
-    "case.model": "model",
-    "case.layers": "layers",
     "case.seq_len": "tokens",
     "implementation": "what",
     "ms": "ms",
@@ -26,6 +24,7 @@ COLUMNS = {
     "share_of_peak": "of limit",
     "speedup": "x ref.",
 }
+table = record.table_of(COLUMNS, models.heading)
 
 
 def measure(
@@ -45,23 +44,10 @@ def measure(
     """
     shared = machine.circumstances() | {"benchmark": "prefill"}
     for name in names:
-        config = models.config_of(name)
-        try:
-            built = models.build(models.config_of(name, layers), dtype=dtype, implementations=implementations)
-        except record.REFUSALS as refusal:
-            if record.outcome(refusal)["status"] != "oom":
-                raise
-            about = {"model": name, "layers": layers or config.num_layers, "of_layers": config.num_layers}
-            for seq_len in seq_lens:
-                case = about | {"dtype": dtype, "batch": batch, "seq_len": seq_len}
-                for each in (models.LIMIT, *implementations):
-                    yield shared | {"case": case, "implementation": each} | record.outcome(refusal)
-            continue
-        first = next(iter(built.values()))
-        about = models.case(name, first.config, of_layers=config.num_layers, dtype=first.dtype.name)
+        about, built, refused = models.build(name, layers=layers, dtype=dtype, implementations=implementations)
         for seq_len in seq_lens:
             case = about | {"batch": batch, "seq_len": seq_len}
-            for one in _of_length(built, batch, seq_len, samples, clock):
+            for one in refused or _of_length(built, batch, seq_len, samples, clock):
                 yield shared | {"case": case} | one
 
 
@@ -131,4 +117,4 @@ def command(names, layers, seq_lens, batch, implementation, dtype, samples, outp
         samples=samples,
     )
     total = len(names) * len(seq_lens) * (1 + len(implementation))
-    output.present(records, COLUMNS, total=total, doing="prefill")
+    output.present(records, COLUMNS, total=total, doing="prefill", table=table)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import jfa
 FORMATS = ("md", "csv", "json", "jsonl")
 
 Record = dict[str, Any]
+Heading = Callable[[Mapping[str, Any]], str]
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[str, str]) -> str:
@@ -53,11 +55,17 @@ def _shown(record: Mapping[str, Any]) -> Record:
     return found
 
 
-def table_of(columns: Mapping[str, str]) -> Callable[[Sequence[Record]], str]:
-    """What makes one Markdown table of records, and under it says why some rows have no figures."""
+def table_of(columns: Mapping[str, str], heading: Heading | None = None) -> Callable[[Sequence[Record]], str]:
+    """What makes a Markdown table of records, and under it says why some rows have no figures.
+
+    heading: of a record; those with the same one, side by side, make a table of their own.
+    """
 
     def table(records: Sequence[Record]) -> str:
-        return "\n\n".join(part for part in (render(records, "md", columns), refusals(records)) if part)
+        parts = []
+        for head, rows in itertools.groupby(records, heading or (lambda one: "")):
+            parts += [head, render(list(rows), "md", columns)]
+        return "\n\n".join(part for part in (*parts, refusals(records)) if part)
 
     return table
 

@@ -26,11 +26,11 @@ DTYPES = {
 # What a benchmark's records look like in a table; those of others are left to their own commands.
 TABLES = {
     "attention": attention.table,
+    "prefill": prefill.table,
+    "decode": decode.table,
     **{
         name: record.table_of(columns)
         for name, columns in {
-            "prefill": prefill.COLUMNS,
-            "decode": decode.COLUMNS,
             "paged": paged.COLUMNS,
             "throughput": throughput.COLUMNS,
             "memory": memory.COLUMNS,

@@ -1,6 +1,18 @@
-"""The support table says no more than its records."""
+"""The support table says no more than its records, and a folder of records becomes a page."""
 
-from jfa_bench import aot, report
+import base64
+import importlib.util
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from jfa_bench import aot, cli, report
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="the extra plot is not installed"
+)
 
 
 def compiled(arch="gfx942", **more):
@@ -32,3 +44,53 @@ def test_spills_are_those_of_the_worst_configuration():
 def test_what_does_not_compile_or_start_is_lowered_only():
     assert cell([compiled(), compiled(status="over_lds")], [proven()]) == "lowered"
     assert cell([compiled()], [], arch="sm_90") == "lowered"  # no record
+
+
+def measured(benchmark, **case):
+    return {
+        "benchmark": benchmark,
+        "case": {"model": "phi-2", "layers": 1, "of_layers": 32, "dtype": "bfloat16", "batch": 1, "seq_len": 512}
+        | case,
+        "implementation": "jfa",
+        "status": "ok",
+        "reason": None,
+        **{"time_ms_p20": 9.0, "time_ms_p50": 10.0, "time_ms_p80": 11.0},
+        "device": {"platform": "rocm", "arch": "gfx942", "name": "MI300X", "host": "a <processor>"},
+        "versions": {"jfa": "0.1.0", "jax": "0.12.0"},
+        "git_commit": "abc1234",
+        "date": "2026-11-21T00:00:00+00:00",
+    }
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.commands, ["report", *map(str, arguments)])
+
+
+@needs_matplotlib
+def test_a_folder_becomes_one_page_and_tables(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([measured("prefill"), measured("prefill", seq_len=1024)]))
+    refused = {key: value for key, value in measured("prefill", seq_len=2048).items() if "time" not in key}
+    (tmp_path / "b.jsonl").write_text(json.dumps(refused | {"status": "oom", "reason": "too much"}))
+    done = run(tmp_path)
+    assert done.exit_code == 0
+    assert done.stdout.startswith(
+        "### prefill\n\nMI300X, a <processor>; jfa 0.1.0, jax 0.12.0; 2026-11-21.\n\nphi-2, 1 of"
+    )
+    assert "| 1024   | jfa  | 10  |" in done.stdout and "jfa: oom: too much" in done.stdout
+    page = (tmp_path / "report.html").read_text()
+    [picture] = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert b"</svg>" in base64.b64decode(picture)
+    assert "a &lt;processor&gt;" in page and "<h2>prefill</h2>" in page and "jfa: oom: too much" in page
+    # self-contained: nothing is fetched
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+@needs_matplotlib
+def test_a_folder_without_records_says_how_to_make_some(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([measured("compile")]))
+    with pytest.raises(ValueError, match=r"there are no records of attention, prefill.*; jfa-bench all makes some"):
+        report.gather(tmp_path)
+
+
+def test_without_a_folder_it_is_the_support_table():
+    assert run().stdout == report.support(report.load("compile"), report.load("prove")) + "\n"
