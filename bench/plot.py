@@ -6,6 +6,7 @@ matplotlib is an extra and is imported when a picture is drawn.
 
 import importlib.util
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +20,14 @@ FORMATS = (".png", ".svg", ".pdf")
 WIDTH, HEIGHT = 5.2, 3.6  # of a panel, in inches
 
 # Okabe and Ito's colours, which are told apart with any eyes. A name has the same looks in every picture.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#B8A800")
 MARKERS = "os^Dv<>PX"
 DASHES = ((), (5, 2), (1, 1.5), (5, 2, 1, 2), (8, 2), (3, 1), (2, 2), (6, 1, 1, 1), (1, 3))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "---", "**")
 LOOKS = dict(zip(peers.PEERS, itertools.count(), strict=False))
 LOOKS |= {"jfa": 2, "matrix products": 7, "copy": 7, "contiguous": 3, "engine": 2, "static": 0, "sequential": 6}
+# Of a legend where no place in the axes is free for sure.
+BELOW: Mapping[str, Any] = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}
 SAID = {"reference": "reference (plain formula)", "jax.nn": "jax.nn (xla)", "cudnn": "jax.nn (cudnn)"}
 
 Records = Sequence[Mapping[str, Any]]
@@ -147,6 +150,11 @@ def _roofline(ax: Any, rows: Records) -> None:
         ax.annotate(f"{copy:.0f} GB/s", roof[0], ha="left", va="bottom", fontsize=8, **beside)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ys = [point["tflops"] for point in points] + [peak] * bool(peak)
+    ax.set_ylim(10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(1.2 * max(ys))))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+    ax.legend(**BELOW, ncols=3)
     ax.set_title(f"Roofline, {_call(rows[0])}", fontsize=10)
 
 
@@ -282,17 +290,19 @@ def _bars(ax: Any, rows: Records, groups: Sequence[str], group_of: Callable, y: 
             linewidth=0.8,
             alpha=0.9,
         )
-        ax.bar_label(bars, [_number(row[y]) for row in own], fontsize=8, padding=2)
+        ax.bar_label(bars, [_label(row, row[y]) for row in own], fontsize=8, padding=2)
     ax.set_xticks(range(len(groups)), groups)
-    ax.set_ylim(0, tallest * 1.1)
+    ax.set_ylim(0, tallest * 1.18)
     ax.grid(axis="x", visible=False)
     ax.set_axisbelow(True)
-    # outside: over the bars there is no place that is free for sure
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(3, len(names)), frameon=False)
+    ax.legend(**BELOW, ncols=min(3, len(names)))
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _label(row: Mapping[str, Any], value: float) -> str:
+    """A bar's figure, and how many times as fast as the reference it is."""
+    text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    speedup = row.get("speedup") if row["implementation"] not in ("reference", "static") else None
+    return f"{text}\n{speedup:.2f} x" if speedup else text
 
 
 def _looks(names: Sequence[str]) -> dict[str, int]:

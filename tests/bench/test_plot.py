@@ -42,7 +42,7 @@ def model(benchmark, **case):
 
 
 PREFILL = [
-    model("prefill", seq_len=length) | {"implementation": name, "time_ms_p50": length / (1 + i)}
+    model("prefill", seq_len=length) | {"implementation": name, "time_ms_p50": length / (1 + i), "speedup": i / 2 + 0.5}
     for length in (512, 1024)
     for i, name in enumerate(("matrix products", "reference", "jfa"))
 ]
@@ -131,7 +131,7 @@ def test_bars_are_labelled_and_say_how_many_layers():
     [ax] = plot.figure(PREFILL).axes
     assert ax.get_title() == "Prefill, phi-2\n1 of 32 layers, bfloat16"
     assert [text.get_text() for text in ax.get_xticklabels()] == ["512", "1,024"]
-    assert {"512", "256", "171", "1,024"} <= {text.get_text() for text in ax.texts}
+    assert {"512\n0.50 x", "256", "171\n1.50 x"} <= {text.get_text() for text in ax.texts}
     assert len({patch.get_hatch() for patch in ax.patches}) == 3
 
 

@@ -1,0 +1,66 @@
+"""`jfa-bench all`: every line of its plans is one that the commands take, and what fails does not end the others."""
+
+import json
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from jfa_bench import cli, plot, report, suite
+
+
+@pytest.mark.parametrize("plan", [suite.QUICK, suite.FULL], ids=["quick", "full"])
+def test_every_line_is_a_command(plan, tmp_path):
+    """Options, choices and models are parsed; nothing runs."""
+    for name, line in plan.items():
+        command, *arguments = line.split()
+        found = cli.commands.commands[command]
+        context = found.make_context(command, [*arguments, "--save", str(tmp_path / f"{name}.json")])
+        assert str(context.params["save"]) == str(tmp_path / f"{name}.json")
+    assert {line.split()[0] for line in plan.values()} == {
+        *("attention", "paged", "prefill", "decode", "throughput", "memory")
+    }
+
+
+def planned(monkeypatch, tmp_path, **actions):
+    """Runs `all` with commands that do as they are told; the report writes nothing."""
+    plan = {}
+    for name, action in actions.items():
+
+        @click.command(name)
+        @click.option("--save")
+        @click.pass_context
+        def command(context, save, action=action):
+            action(context, save)
+
+        monkeypatch.setitem(cli.commands.commands, name, command)
+        plan[name] = name
+    monkeypatch.setattr(suite, "QUICK", plan)
+    monkeypatch.setattr(plot, "check", lambda path: None)
+    monkeypatch.setattr(report, "write", lambda folder: click.echo("reported"))
+    return CliRunner().invoke(cli.commands, ["all", "--quick", "--into", str(tmp_path / "new" / "results")])
+
+
+def writes(context, save):
+    with open(save, "w") as file:
+        json.dump([], file)
+
+
+def fails(context, save):
+    raise ValueError("there is\nno such thing")
+
+
+def ends(context, save):
+    context.exit(130)
+
+
+def test_what_fails_is_a_line_and_the_others_go_on(monkeypatch, tmp_path):
+    done = planned(monkeypatch, tmp_path, one=fails, two=writes)
+    assert done.exit_code == 0 and done.stdout == "reported\n"
+    assert done.stderr == "jfa-bench one\none: there is no such thing\njfa-bench two\n"
+    assert (tmp_path / "new" / "results" / "two.json").exists()
+
+
+def test_ctrl_c_ends_all_of_it(monkeypatch, tmp_path):
+    done = planned(monkeypatch, tmp_path, one=ends, two=writes)
+    assert done.exit_code == 130 and done.stdout == "" and "jfa-bench two" not in done.stderr
