@@ -139,19 +139,18 @@ def _roofline(ax: Any, rows: Records) -> None:
     peak, copy = (record.field(rows[0], f"ceilings.{name}") for name in ("matrix_tflops", "copy_gb_per_s"))
     points = [{**row, "intensity": row["flop"] / row["bytes"]} for row in rows]
     _lines(ax, points, "intensity", "tflops", "FLOP per byte of q, k, v and output", "TFLOP/s", zero=False)
+    ys = [point["tflops"] for point in points] + [peak] * bool(peak)
+    lowest, highest = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(1.2 * max(ys)))
     if peak and copy:
-        knee = peak * 1e3 / copy
-        last = max(2 * knee, *(2 * point["intensity"] for point in points))
-        first = min(knee / 10, *(point["intensity"] / 2 for point in points))
-        roof = [(x, min(peak, copy * x / 1e3)) for x in (first, knee, last)]
+        knee, last = peak * 1e3 / copy, 2 * max(point["intensity"] for point in points)
+        roof = [(lowest * 1e3 / copy, lowest), (knee, peak), (max(last, 2 * knee), peak)]
         ax.plot(*zip(*roof, strict=True), color="#444444", linewidth=1.5, zorder=1)
-        ax.annotate(f"{peak:.3g} TFLOP/s", (last, peak), ha="right", va="bottom", fontsize=8)
-        beside = {"xytext": (8, 8), "textcoords": "offset points"}
-        ax.annotate(f"{copy:.0f} GB/s", roof[0], ha="left", va="bottom", fontsize=8, **beside)
+        ax.annotate(f"{peak:.3g} TFLOP/s", roof[-1], ha="right", va="bottom", fontsize=8)
+        beside = {"xytext": (8, -8), "textcoords": "offset points"}
+        ax.annotate(f"{copy:.3g} GB/s", (knee / 2, peak / 2), ha="left", va="top", fontsize=8, **beside)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ys = [point["tflops"] for point in points] + [peak] * bool(peak)
-    ax.set_ylim(10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(1.2 * max(ys))))
+    ax.set_ylim(lowest, highest)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
     ax.legend(**BELOW, ncols=3)
@@ -166,7 +165,7 @@ def _prefill(records: Records) -> Any:
         lengths = sorted({row["case"]["seq_len"] for row in rows})
         _bars(ax, rows, [f"{length:,}" for length in lengths], lambda row: f"{row['case']['seq_len']:,}", "time_ms_p50")
         ax.set_xlabel("tokens of the prompt")
-        ax.set_ylabel("ms, the median")
+        ax.set_ylabel("ms, the median\n(x: as fast as the reference)")
         ax.set_title(f"Prefill, {_model(rows[0])}", fontsize=10)
     return fig
 

@@ -27,7 +27,6 @@ PERCENTILES = (50, 90, 99)
 
 COLUMNS = {
     "implementation": "what",
-    "status": "status",
     "seconds": "s",
     "tokens_per_s": "tokens/s",
     "speedup": "x static",
