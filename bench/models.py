@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jfa_models.checkpoint import open_checkpoint
-from jfa_models.cli import DEFAULT_MODEL
 from jfa_models.config import DecoderConfig
 from jfa_models.generate import LanguageModel, compute_dtype
+from jfa_models.locate import PACKAGED
 from jfa_models.presets import PRESETS
 
 from . import machine, record
@@ -36,8 +36,8 @@ class Models(click.ParamType):
             return value
         names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
         for name in names:
-            if name not in PRESETS and name != DEFAULT_MODEL and not Path(name).exists():
-                known = ", ".join(dict.fromkeys((*PRESETS, DEFAULT_MODEL)))
+            if name not in PRESETS and name not in PACKAGED and not Path(name).exists():
+                known = ", ".join(dict.fromkeys((*PRESETS, *PACKAGED)))
                 self.fail(f"there is no model {name!r}; known: {known}; or a folder, or a .gguf file", param, ctx)
         return names
 

@@ -17,6 +17,7 @@ import click
 from . import models, peers, record
 
 FORMATS = (".png", ".svg", ".pdf")
+MOST_LABELS = 24  # of the bars of a panel; more would lie over each other
 WIDTH, HEIGHT = 5.2, 3.6  # of a panel, in inches
 
 # Okabe and Ito's colours, which are told apart with any eyes. A name has the same looks in every picture.
@@ -176,24 +177,24 @@ def _decode(records: Records) -> Any:
     for ax, rows in zip(axes.flat, groups, strict=True):
         labels = list(dict.fromkeys(_decoded(row) for row in rows))
         _bars(ax, rows, labels, _decoded, "tokens_per_s")
-        ax.set_xlabel("rows, tokens in the cache of each")
+        ax.set_xlabel("rows × tokens in the cache of each")
         ax.set_ylabel("tokens per second")
         ax.set_title(f"Decoding, {_model(rows[0])}", fontsize=10)
     return fig
 
 
 def _decoded(row: Mapping[str, Any]) -> str:
-    return f"{row['case']['batch']}, {row['case']['context']:,}"
+    return f"{row['case']['batch']} × {row['case']['context']:,}"
 
 
 def _paged(records: Records) -> Any:
     groups = _grouped(records, ("heads", "kv_heads", "head_dim", "dtype"))
-    fig, axes = _panels(1, len(groups))
+    fig, axes = _panels(len(groups), 1, width=max(1.0, max(map(len, groups)) / MOST_LABELS))
     for ax, rows in zip(axes.flat, groups, strict=True):
         named = [{**row, "implementation": _pages(row)} for row in rows]
         labels = list(dict.fromkeys(_decoded(row) for row in named))
         _bars(ax, named, labels, _decoded, "gb_per_s")
-        ax.set_xlabel("rows, tokens of each")
+        ax.set_xlabel("rows × tokens of each")
         ax.set_ylabel("GB/s of keys and values")
         case = rows[0]["case"]
         ax.set_title(
@@ -205,7 +206,7 @@ def _paged(records: Records) -> Any:
 
 def _pages(row: Mapping[str, Any]) -> str:
     case = row["case"]
-    kind = "" if case["kv_dtype"] in (None, "same") else f" {case['kv_dtype']}"
+    kind = "" if case["kv_dtype"] in (None, "same") else f", {case['kv_dtype']}"
     return f"{row['implementation']} of {case['page_size']}{kind}" if case["page_size"] else row["implementation"]
 
 
@@ -215,7 +216,7 @@ def _throughput(records: Records) -> Any:
     for ax, rows in zip(axes.flat, groups, strict=True):
         case = rows[0]["case"]
         _bars(ax, rows, [""], lambda row: "", "tokens_per_s")
-        ax.set_ylabel("generated tokens per second")
+        ax.set_ylabel("generated tokens per second\n(x: as fast as static batches)")
         ax.set_title(f"{case['model']}, {case['num_prompts']} requests, {case['lengths']} lengths", fontsize=10)
     return fig
 
@@ -233,10 +234,11 @@ KINDS: dict[str, tuple[str, Callable[[Records], Any]]] = {
 }
 
 
-def _panels(rows: int, columns: int) -> tuple[Any, Any]:
+def _panels(rows: int, columns: int, *, width: float = 1.0) -> tuple[Any, Any]:
+    """A Figure and its axes; width: of a panel, in those of the others."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.2), layout="constrained")
+    fig = Figure(figsize=(WIDTH * width * columns, HEIGHT * rows + 0.2), layout="constrained")
     fig.get_layout_engine().set(rect=(0, 0.2 / fig.get_figheight(), 1, 1 - 0.2 / fig.get_figheight()))  # type: ignore[union-attr]
     return fig, fig.subplots(rows, columns, squeeze=False)
 
@@ -289,7 +291,8 @@ def _bars(ax: Any, rows: Records, groups: Sequence[str], group_of: Callable, y: 
             linewidth=0.8,
             alpha=0.9,
         )
-        ax.bar_label(bars, [_label(row, row[y]) for row in own], fontsize=8, padding=2)
+        if len(groups) * len(names) <= MOST_LABELS:
+            ax.bar_label(bars, [_label(row, row[y]) for row in own], fontsize=8, padding=2)
     ax.set_xticks(range(len(groups)), groups)
     ax.set_ylim(0, tallest * 1.18)
     ax.grid(axis="x", visible=False)

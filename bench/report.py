@@ -108,8 +108,17 @@ def about(records: Sequence[Record]) -> str:
     """The circumstances in a sentence."""
     first = records[0]
     device = first["device"]
-    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    return f"{device.get('name', device['arch'])}, {device['host']}; {versions}; {first['date'][:10]}."
+    name = device.get("name", device["arch"])
+    parts = [
+        device["host"] if name == "cpu" else f"{name} ({device['arch']}), {device['host']}",
+        device.get("driver"),
+        ", ".join(f"{what} {value}" for what, value in device.get("power", {}).items()),
+        ", ".join(f"{package} {number}" for package, number in first["versions"].items()),
+        first["flags"],
+        f"commit {first['git_commit']}",
+        first["date"][:10],
+    ]
+    return "; ".join(part for part in parts if part) + "."
 
 
 def page(found: Mapping[str, Sequence[record.Record]]) -> str:

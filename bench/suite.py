@@ -11,7 +11,7 @@ from . import plot, report
 FULL: Mapping[str, str] = {
     "attention": "attention --direction all",
     "attention-fa2": "attention --grid fa2 --dtype bfloat16",
-    "paged": "paged --batch 1,8,64,256 --context 1024,8192 --page-size 16,64 --kv-dtype all --dtype bfloat16 "
+    "paged": "paged --batch 1,8,64,256 --context 1024,8192 --page-size 16 --kv-dtype all --dtype bfloat16 "
     "--heads 32 --kv-heads 8 --head-dim 128",
     "prefill": "prefill",
     "decode": "decode --models mistral-7b,llama-3-8b,phi-2 --batch 1,8,64 --context 128,1024",
