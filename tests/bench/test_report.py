@@ -55,7 +55,11 @@ def measured(benchmark, **case):
         "status": "ok",
         "reason": None,
         **{"time_ms_p20": 9.0, "time_ms_p50": 10.0, "time_ms_p80": 11.0},
-        "device": {"platform": "rocm", "arch": "gfx942", "name": "MI300X", "host": "a <processor>"},
+        "device": {
+            **{"platform": "rocm", "arch": "gfx942", "name": "MI300X", "host": "a <processor>"},
+            **{"driver": "amdgpu 6.14", "power": {"clock": "2100Mhz"}},
+        },
+        "flags": "",
         "versions": {"jfa": "0.1.0", "jax": "0.12.0"},
         "git_commit": "abc1234",
         "date": "2026-11-21T00:00:00+00:00",
@@ -74,7 +78,8 @@ def test_a_folder_becomes_one_page_and_tables(tmp_path):
     done = run(tmp_path)
     assert done.exit_code == 0
     assert done.stdout.startswith(
-        "### prefill\n\nMI300X, a <processor>; jfa 0.1.0, jax 0.12.0; 2026-11-21.\n\nphi-2, 1 of"
+        "### prefill\n\nMI300X (gfx942), a <processor>; amdgpu 6.14; clock 2100Mhz; jfa 0.1.0, jax 0.12.0; commit abc1234; "
+        "2026-11-21.\n\nphi-2, 1 of"
     )
     assert "| 1024   | jfa  | 10  |" in done.stdout and "jfa: oom: too much" in done.stdout
     page = (tmp_path / "report.html").read_text()
