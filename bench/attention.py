@@ -195,7 +195,7 @@ def table(records: Sequence[record.Record]) -> str:
         shown = list(rows)
         batches = {row["case"]["batch"] for row in shown}
         columns = {"case.batch": "batch", **COLUMNS} if len(batches) > 1 else COLUMNS
-        peak = shown[0]["ceilings"]["matrix_tflops"]
+        peak = record.field(shown[0], "ceilings.matrix_tflops")
         measured = f"; matrix peak {peak:.3g} TFLOP/s, measured" if peak else ""
         parts.append(f"{heading}{measured}\n\n{record.render(shown, 'md', columns)}")
     return "\n\n".join([*parts, record.refusals(records)]).rstrip()

@@ -106,6 +106,18 @@ def table(rows: Sequence[Record]) -> str:
     return record.render(shown, "md", COLUMNS)
 
 
+def _timed(path: Path) -> list[record.Record]:
+    """The records of a file that have a time or could have one: those of compile and prove have neither.
+
+    Raises:
+      ClickException: there are none.
+    """
+    found = [one for one in record.load(path) if "case" in one and "implementation" in one]
+    if not found:
+        raise click.ClickException(f"{path} holds no records of measurements")
+    return found
+
+
 @click.command("compare")
 @click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -119,7 +131,7 @@ def table(rows: Sequence[Record]) -> str:
 @click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
 def command(before, after, threshold, output) -> None:
     """What moved beyond the noise from BEFORE to AFTER, two files of records."""
-    old, new = record.load(before), record.load(after)
+    old, new = _timed(before), _timed(after)
     rows = list(moved(old, new, threshold=threshold))
     for line in other_circumstances(old, new):
         click.echo(f"note: {line}", err=True)

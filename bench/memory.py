@@ -27,8 +27,8 @@ COLUMNS = {
     "case.sampling": "sampling",
     "case.width": "width",
     "wasted_share": "wasted",
-    "saved_share": "saved by sharing",
-    "reserved_share": "held, of a reserved cache",
+    "saved_share": "shared",
+    "reserved_share": "of reserved",
 }
 
 # Of sampling, and how wide.

@@ -144,7 +144,8 @@ def _roofline(ax: Any, rows: Records) -> None:
     lowest, highest = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(1.2 * max(ys)))
     if peak and copy:
         knee, last = peak * 1e3 / copy, 2 * max(point["intensity"] for point in points)
-        roof = [(lowest * 1e3 / copy, lowest), (knee, peak), (max(last, 2 * knee), peak)]
+        first = max(lowest * 1e3 / copy, min(knee, *(point["intensity"] for point in points)) / 10)
+        roof = [(first, copy * first / 1e3), (knee, peak), (max(last, 2 * knee), peak)]
         ax.plot(*zip(*roof, strict=True), color="#444444", linewidth=1.5, zorder=1)
         ax.annotate(f"{peak:.3g} TFLOP/s", roof[-1], ha="right", va="bottom", fontsize=8)
         beside = {"xytext": (8, -8), "textcoords": "offset points"}

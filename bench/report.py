@@ -6,6 +6,7 @@ Without a folder it is the support table, from what `compile` and `prove` have r
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,10 +127,10 @@ def page(found: Mapping[str, Sequence[record.Record]]) -> str:
     sections = []
     for name, records in found.items():
         figures = "".join(_picture(records, kind) for kind in _kinds(name, records))
-        text = html.escape(TABLES[name](records))
+        text = _tables(TABLES[name](records))
         sections.append(
             f"<section><h2>{name}</h2><p>{html.escape(about(records))}</p>{figures}"
-            f"<details><summary>{len(records)} records</summary><pre>{text}</pre></details></section>"
+            f"<details><summary>{len(records)} records</summary>{text}</details></section>"
         )
     return _PAGE.replace("@sections@", "\n".join(sections))
 
@@ -148,6 +149,22 @@ def _picture(records: Sequence[Record], kind: str) -> str:
     return f'<img alt="{kind}" src="data:image/svg+xml;base64,{inside}">'
 
 
+def _tables(text: str) -> str:
+    """Markdown tables, and the lines between them, as HTML."""
+    parts = []
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            head, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+            parts.append(f"<table>{_row('th', head)}{''.join(_row('td', row) for row in rows)}</table>")
+        else:
+            parts += [f"<p>{html.escape(line)}</p>" for line in lines if line]
+    return "\n".join(parts)
+
+
+def _row(kind: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -157,7 +174,8 @@ _PAGE = """<!doctype html>
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
   h1, h2 { line-height: 1.2; }
   img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-  pre { overflow-x: auto; font-size: 13px; line-height: 1.35; }
+  table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+  th, td { border-bottom: 1px solid #ccc; padding: 0.15rem 0.7rem; text-align: left; }
   summary { cursor: pointer; }
 </style>
 <h1>jfa-bench</h1>

@@ -83,6 +83,11 @@ def test_nothing_moved_is_a_sentence(tmp_path):
     assert done.stdout == "nothing moved by more than 3% and the noise\n"
 
 
+def test_records_without_times_are_refused(tmp_path):
+    done = run(tmp_path, [{"benchmark": "compile", "kernel": "x"}], records(0))
+    assert done.exit_code == 1 and "a.json holds no records of measurements" in done.stderr
+
+
 def test_files_without_a_case_in_common_are_refused(tmp_path):
     other = [one | {"benchmark": "decode"} for one in records(0)]
     done = run(tmp_path, records(0), other)

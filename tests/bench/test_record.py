@@ -110,8 +110,8 @@ def test_a_file_of_lines_is_read_too(tmp_path):
     ("text", "message"),
     [
         ('[{"benchmark": ', "is not JSON: line 1"),
-        ("[1]", "holds no benchmark records, which have the fields benchmark and case"),
-        ('{"a": 1}', "holds no benchmark records"),
+        ("[1]", "holds no records: they are objects with a field benchmark"),
+        ('{"a": 1}', "holds no records"),
     ],
 )
 def test_what_is_no_file_of_records_is_refused(tmp_path, text, message):

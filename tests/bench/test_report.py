@@ -78,13 +78,14 @@ def test_a_folder_becomes_one_page_and_tables(tmp_path):
     done = run(tmp_path)
     assert done.exit_code == 0
     assert done.stdout.startswith(
-        "### prefill\n\nMI300X (gfx942), a <processor>; amdgpu 6.14; clock 2100Mhz; jfa 0.1.0, jax 0.12.0; commit abc1234; "
-        "2026-11-21.\n\nphi-2, 1 of"
+        "### prefill\n\nMI300X (gfx942), a <processor>; amdgpu 6.14; clock 2100Mhz; jfa 0.1.0, jax 0.12.0; "
+        "commit abc1234; 2026-11-21.\n\nphi-2, 1 of"
     )
     assert "| 1024   | jfa  | 10  |" in done.stdout and "jfa: oom: too much" in done.stdout
     page = (tmp_path / "report.html").read_text()
     [picture] = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
     assert b"</svg>" in base64.b64decode(picture)
+    assert "<th>tokens</th>" in page and "<tr><td>1024</td><td>jfa</td><td>10</td>" in page
     assert "a &lt;processor&gt;" in page and "<h2>prefill</h2>" in page and "jfa: oom: too much" in page
     # self-contained: nothing is fetched
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
