@@ -62,14 +62,24 @@ def figure(records: Records, kind: str | None = None) -> Any:
     from matplotlib import rc_context
 
     kind = kind or usual_kind(records)
-    benchmark, draw = KINDS[kind]
-    drawn = [one for one in records if one["benchmark"] == benchmark and one["status"] == "ok"]
+    drawn = _drawn(records, kind)
     if not drawn:
-        raise ValueError(f"there is no {benchmark} record with figures, which {kind!r} draws")
+        benchmark, figure_drawn, _ = KINDS[kind]
+        raise ValueError(f"there is no {benchmark} record with {figure_drawn}, which {kind!r} draws")
     with rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.35, "hatch.linewidth": 0.6}):
-        found = draw(drawn)
+        found = KINDS[kind][2](drawn)
         found.text(0.995, 0.005, _circumstances(drawn), ha="right", va="bottom", fontsize=7, color="#444444")
     return found
+
+
+def _drawn(records: Records, kind: str) -> Records:
+    benchmark, name, _ = KINDS[kind]
+    return [one for one in records if one["benchmark"] == benchmark and one.get(name) is not None]
+
+
+def kinds(records: Records) -> list[str]:
+    """The kinds that have something to draw."""
+    return [kind for kind in KINDS if _drawn(records, kind)]
 
 
 def usual_kind(records: Records) -> str:
@@ -79,10 +89,10 @@ def usual_kind(records: Records) -> str:
       ValueError: no kind draws that benchmark.
     """
     benchmark = records[0]["benchmark"] if records else None
-    for kind, (drawn, _) in KINDS.items():
+    for kind, (drawn, *_) in KINDS.items():
         if drawn == benchmark:
             return kind
-    known = ", ".join(dict.fromkeys(drawn for drawn, _ in KINDS.values()))
+    known = ", ".join(dict.fromkeys(drawn for drawn, *_ in KINDS.values()))
     raise ValueError(f"no picture is known for records of {benchmark!r}; there are some for {known}")
 
 
@@ -222,16 +232,16 @@ def _throughput(records: Records) -> Any:
     return fig
 
 
-# kind: the benchmark that it draws, and how. The first of a benchmark is what suits it.
-KINDS: dict[str, tuple[str, Callable[[Records], Any]]] = {
-    "attention": ("attention", _attention),
-    "speedup": ("attention", _alone(_speedup)),
-    "tflops": ("attention", _alone(_tflops)),
-    "roofline": ("attention", _alone(_roofline)),
-    "prefill": ("prefill", _prefill),
-    "decode": ("decode", _decode),
-    "paged": ("paged", _paged),
-    "throughput": ("throughput", _throughput),
+# kind: the benchmark and the figure that it draws, and how. The first of a benchmark is what suits it.
+KINDS: dict[str, tuple[str, str, Callable[[Records], Any]]] = {
+    "attention": ("attention", "tflops", _attention),
+    "speedup": ("attention", "speedup", _alone(_speedup)),
+    "tflops": ("attention", "tflops", _alone(_tflops)),
+    "roofline": ("attention", "bytes", _alone(_roofline)),
+    "prefill": ("prefill", "time_ms_p50", _prefill),
+    "decode": ("decode", "tokens_per_s", _decode),
+    "paged": ("paged", "gb_per_s", _paged),
+    "throughput": ("throughput", "tokens_per_s", _throughput),
 }
 
 

@@ -40,6 +40,8 @@ TABLES = {
     },
 }
 
+PARTS = ("speedup", "tflops")  # kinds of pictures that another one shows too
+
 Record = Mapping[str, Any]
 
 
@@ -126,20 +128,13 @@ def page(found: Mapping[str, Sequence[record.Record]]) -> str:
     """One HTML document with everything in it: pictures, tables and the records' circumstances."""
     sections = []
     for name, records in found.items():
-        figures = "".join(_picture(records, kind) for kind in _kinds(name, records))
+        figures = "".join(_picture(records, kind) for kind in plot.kinds(records) if kind not in PARTS)
         text = _tables(TABLES[name](records))
         sections.append(
             f"<section><h2>{name}</h2><p>{html.escape(about(records))}</p>{figures}"
             f"<details><summary>{len(records)} records</summary>{text}</details></section>"
         )
     return _PAGE.replace("@sections@", "\n".join(sections))
-
-
-def _kinds(name: str, records: Sequence[Record]) -> list[str]:
-    """The pictures of a benchmark: all that it has, where any record has figures."""
-    if not any(one["status"] == "ok" for one in records):
-        return []
-    return [kind for kind, (drawn, _) in plot.KINDS.items() if drawn == name and kind not in ("speedup", "tflops")]
 
 
 def _picture(records: Sequence[Record], kind: str) -> str:

@@ -144,12 +144,13 @@ def test_saved_records_alone_make_a_picture(tmp_path):
 
 @needs_matplotlib
 def test_records_that_a_kind_does_not_draw_are_refused():
-    with pytest.raises(ValueError, match="no attention record with figures, which 'roofline' draws"):
+    with pytest.raises(ValueError, match="no attention record with bytes, which 'roofline' draws"):
         plot.figure(PREFILL, "roofline")
     with pytest.raises(ValueError, match="no picture is known for records of 'memory'; there are some for attention"):
         plot.figure([{"benchmark": "memory"}])
-    refused = [one | {"status": "oom"} for one in PREFILL]
-    with pytest.raises(ValueError, match="no prefill record with figures"):
+    refused = [one | {"status": "oom", "time_ms_p50": None} for one in PREFILL]
+    assert plot.kinds(refused) == [] and plot.kinds(PREFILL) == ["prefill"]
+    with pytest.raises(ValueError, match="no prefill record with time_ms_p50"):
         plot.figure(refused)
 
 
