@@ -57,6 +57,7 @@ def measure(
             case = about | {"batch": batch, "context": context}
             for one in refused or _of_shape(built, batch, context, samples, ceilings, clock):
                 yield shared | {"case": case, "ceilings": ceilings} | one
+        built.clear()  # the next model may need its room
 
 
 def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[record.Record]:
@@ -64,9 +65,14 @@ def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[recor
     weights = models.matrices(first, with_head=True)
     runs: dict[str, timing.Run] = {models.LIMIT: models.products(weights, rows=batch)}
     host_ms = {}
+    refused: dict[str, record.Record] = {}
     for name, model in built.items():
-        runs[name], host_ms[name] = _step(model, batch, context, samples, clock)
+        try:
+            runs[name], host_ms[name] = _step(model, batch, context, samples, clock)
+        except record.REFUSALS as refusal:
+            refused[name] = record.outcome(refusal)
     found, runs = record.tried(runs)
+    found |= refused
     taken = timing.in_turns(runs, samples=samples, clock=clock)
     limit = float(np.median(taken[models.LIMIT])) if models.LIMIT in taken else None
     read = {name: sum(x.nbytes for x in weights) + _kv_bytes(model, batch, context) for name, model in built.items()}
@@ -88,11 +94,14 @@ def _kv_bytes(model: LanguageModel, batch: int, context: int) -> int:
     return 2 * batch * context * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
 
 
+def _tokens(samples: int) -> int:
+    """The first one, that of a step in _host_ms, the one that is tried, and those that are timed."""
+    return 3 + timing.WARM_UP_CALLS + samples
+
+
 def _step(model: LanguageModel, batch: int, context: int, samples: int, clock) -> tuple[timing.Run, float]:
     """A run of one step, and the milliseconds of the host in it."""
-    # the first token, one step of _host_ms, the one that is tried, and those that are timed
-    calls = 3 + timing.WARM_UP_CALLS + samples
-    params = SamplingParams(temperature=0.0, max_tokens=calls, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=_tokens(samples), ignore_eos=True)
     held = {"state": model.start([[1 + i] * context for i in range(batch)], params)}
     host_ms = _host_ms(model, held, clock)
 
@@ -136,7 +145,12 @@ def _host_ms(model: LanguageModel, held: dict, clock: timing.Clock) -> float:
 def command(names, layers, batch, context, implementation, dtype, samples, output) -> None:
     """One token after another, beside the matrix products of a step alone and the bandwidth of a copy."""
     for name in names:
-        models.config_of(name, layers)
+        room = models.config_of(name, layers).context_length - _tokens(samples)
+        if max(context) > room:
+            raise click.BadParameter(
+                f"{name} has room for {room} tokens and those that are timed, got {max(context)}",
+                param_hint="--context",
+            )
     records = measure(
         names,
         layers=layers,

@@ -98,7 +98,7 @@ def layers(about: Mapping[str, Any]) -> str:
 
 
 def matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:
-    """The weights of all layers, and the one that makes logits; [out, in]."""
+    """The weights of all layers, and the one that makes logits; [out, in]. Experts are not among them."""
     # in the order of their names: embed, layers, lm_head
     embed, *layers = (x for x in model.params if x.ndim == 2)
     head = embed if model.config.tie_word_embeddings else layers.pop()

@@ -43,7 +43,7 @@ class Output:
           total: how many will come.
           table: what makes the Markdown of them, where it is not one table of columns.
         """
-        kept = record.File(self.save) if self.save else None
+        kept = _opened(self.save) if self.save else None
         came: list[record.Record] = []
         console = Console(stderr=True)
         parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -74,6 +74,13 @@ class Output:
         if interrupted:
             click.echo(f"interrupted: {len(came)} of {total} records were kept", err=True)
             click.get_current_context().exit(130)
+
+
+def _opened(path: Path) -> record.File:
+    try:
+        return record.File(path)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
 
 
 def output_options(command: Callable) -> Callable:

@@ -49,6 +49,7 @@ def measure(
             case = about | {"batch": batch, "seq_len": seq_len}
             for one in refused or _of_length(built, batch, seq_len, samples, clock):
                 yield shared | {"case": case} | one
+        built.clear()  # the next model may need its room
 
 
 def _of_length(

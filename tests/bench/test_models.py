@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import jfa
 from jfa_bench import cli, models, record, roofline
 from jfa_models.generate import LanguageModel
 
@@ -95,12 +96,20 @@ def test_implementations_share_their_weights_and_differ_in_attention(monkeypatch
     assert chosen == [None, "reference"] and built["jfa"].params is built["reference"].params
 
 
-def test_an_implementation_that_refuses_is_a_row(bench):
-    asked = ("--models", LLAMA3, "--seq-lens", "16", "--samples", 1, "--implementation", "triton,jfa")
-    status, out, _ = bench("prefill", *asked, "-o", "json")
+@pytest.mark.parametrize(("command", "length"), [("prefill", "--seq-lens"), ("decode", "--context")])
+def test_an_implementation_that_refuses_is_a_row(bench, monkeypatch, command, length):
+    def refuses(*args, implementation=None, **options):
+        if implementation == "triton":
+            raise jfa.UnsupportedError("not on this card")
+        return attend(*args, implementation=implementation, **options)
+
+    attend = jfa.dot_product_attention
+    monkeypatch.setattr(jfa, "dot_product_attention", refuses)
+    asked = ("--models", LLAMA3, length, "16", "--samples", 1, "--implementation", "triton,jfa", "--layers", 1)
+    status, out, _ = bench(command, *asked, "-o", "json")
     rows = {one["implementation"]: one for one in json.loads(out)}
-    assert status == 0 and rows["jfa"]["status"] == "ok" and rows["jfa"]["speedup"] is None
-    assert rows["triton"]["status"] in ("unsupported", "ok")
+    assert status == 0 and rows["jfa"]["status"] == "ok" and not rows["jfa"].get("speedup")
+    assert (rows["triton"]["status"], rows["triton"]["reason"]) == ("unsupported", "not on this card")
 
 
 def test_a_model_without_room_is_rows(bench, monkeypatch):
@@ -125,10 +134,16 @@ def test_a_model_without_room_is_rows(bench, monkeypatch):
         (["prefill", "--models", LLAMA3, "--layers", "40"], "num_layers must be 1 to 3, the model's, got 40"),
         (["decode", "--models", LLAMA3, "--layers", "40"], "num_layers must be 1 to 3, the model's, got 40"),
         (["prefill", "--models", LLAMA3, "--seq-lens", "513"], "has a context of 512 tokens, got 513"),
-        (["decode", "--models", LLAMA3, "--context", "512"], "together more than the model's context of 512"),
+        (
+            ["decode", "--models", LLAMA3, "--context", "512"],
+            "has room for 484 tokens and those that are timed, got 512",
+        ),
         (["prefill", "--implementation", "magic"], "'magic' is no implementation here; known: jfa, reference, xla"),
         (["compose"], "No such command 'compose'"),
-        (["decode", "--save", "/no/such/folder/a.json"], "No such file or directory: '/no/such/folder/a.json'"),
+        (
+            ["decode", "--save", "/no/such/folder/a.json"],
+            "cannot write /no/such/folder/a.json: No such file or directory",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(bench, arguments, message):
