@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import machine, numerics, oracle, peers, record, roofline, timing
+from jfa import backends
+
+from . import machine, numerics, oracle, peers, record, roofline, timing, used
 
 ROWS = 8  # of queries that are checked, the first and the last among them
 GRADIENT_PRODUCTS = 3  # the scores, their cotangent and the gradient's own
@@ -129,6 +131,9 @@ def _checked(
         else:
             found[name] = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes}
             runs[name] = timing.rotating(program.run, inputs)
+            if name in backends.FLASH:
+                backward = direction != "forward"
+                found[name]["config"] = used.attention(name, *arrays[:3], causal=case.causal, backward=backward)
     return found, runs
 
 

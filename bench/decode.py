@@ -17,7 +17,7 @@ from jax import lax
 from jfa_models.generate import DTYPES, LanguageModel
 from jfa_models.sampling import SamplingParams
 
-from . import compile, machine, models, options, output, record, roofline, timing
+from . import compile, machine, models, options, output, record, roofline, timing, used
 
 HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
 
@@ -83,8 +83,9 @@ def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[recor
             own |= timing.summary(taken[name]) | timing.rate(batch, taken[name])
             own |= {"gb_per_s": read[name] / median / 1e6, "share_of_peak": limit and limit / median}
             own |= {"share_of_bandwidth": own["gb_per_s"] / ceilings["copy_gb_per_s"]}
-            if name in host_ms:
-                own |= {"host_ms_per_step": host_ms[name]}
+            if name in built:
+                config = used.in_model(first, models.chosen(name), batch=batch, queries=1, keys=context)
+                own |= {"host_ms_per_step": host_ms[name], "config": config}
         yield {"implementation": name} | own
 
 

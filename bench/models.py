@@ -66,14 +66,18 @@ def build(
     try:
         _check_room(config, compute_dtype(dtype).itemsize)
         for implementation in implementations:
-            chosen = None if implementation == "jfa" else implementation
-            model = LanguageModel.random(config, dtype=dtype, attention_implementation=chosen)
+            model = LanguageModel.random(config, dtype=dtype, attention_implementation=chosen(implementation))
             model.params = next(iter(built.values()), model).params
             built[implementation] = model
     except (MemoryError, jax.errors.JaxRuntimeError) as refusal:
         why = record.outcome(refusal)
         return about, {}, [{"implementation": each} | why for each in (LIMIT, *implementations)]
     return about, built, []
+
+
+def chosen(implementation: str) -> str | None:
+    """What the ops are asked for by name; None: they choose."""
+    return None if implementation == "jfa" else implementation
 
 
 def _check_room(config: DecoderConfig, itemsize: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 import jfa
 
-from . import machine, record, timing
+from . import machine, record, timing, used
 
 KV_DTYPES = ("same", "int8", "fp8", "int4")
 
@@ -69,12 +69,14 @@ def measure(
                 jax.jit(functools.partial(_contiguous, implementation)), [(q, k, v, lengths) for k, v in rows]
             ),
         }
+        caches = {}
         for page_size, kv_dtype in itertools.product(page_sizes, kv_dtypes):
             name = f"pages of {page_size}, {kv_dtype}"
             cache = _paged_cache(key, value, page_size, None if kv_dtype == "same" else kv_dtype)
             pools = [(q, jax.tree.map(jnp.copy, cache)) for _ in copies]
             run = timing.rotating(jax.jit(functools.partial(_paged, implementation)), pools)
             found[name] = case | {"page_size": page_size, "kv_dtype": kv_dtype}
+            caches[name] = cache
             num_bytes[name], runs[name] = cache.num_bytes, run
         status, runs = record.tried(runs)
         taken = timing.in_turns(runs, samples=samples)
@@ -82,6 +84,8 @@ def measure(
         copied = num_bytes["copy"] / medians["copy"] / 1e6
         for name, about in found.items():
             own: dict[str, Any] = {"case": about, "implementation": name.partition(" ")[0]} | status[name]
+            if name in medians and name in caches:
+                own |= {"config": used.paged(implementation, q, caches[name])}
             if name in medians:
                 rate = num_bytes[name] / medians[name] / 1e6
                 own |= timing.summary(taken[name]) | {"gb_per_s": rate, "share_of_peak": rate / copied}

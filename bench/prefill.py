@@ -13,7 +13,7 @@ import numpy as np
 
 from jfa_models.generate import DTYPES, LanguageModel
 
-from . import compile, machine, models, options, output, record, timing
+from . import compile, machine, models, options, output, record, timing, used
 
 COLUMNS = {
     "case.seq_len": "tokens",
@@ -65,6 +65,9 @@ def _of_length(
     medians = {name: float(np.median(ms)) for name, ms in taken.items()}
     limit, plain = (medians.get(name) for name in (models.LIMIT, "reference"))
     for name, own in found.items():
+        if name in taken and name in built:
+            implementation = models.chosen(name)
+            own |= {"config": used.in_model(first, implementation, batch=batch, queries=seq_len, keys=seq_len)}
         if name in taken:
             own |= timing.summary(taken[name]) | timing.rate(batch * seq_len, taken[name])
             own |= {"share_of_peak": limit and limit / medians[name]}

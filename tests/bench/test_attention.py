@@ -43,8 +43,11 @@ def test_a_record_for_each_length_direction_and_implementation():
         assert r["flop"] == flop * {"forward": 1, "backward": 2.5, "both": 3.5}[r["case"]["direction"]]
         assert r["tflops"] == pytest.approx(r["flop"] / r["time_ms_p50"] / 1e9, rel=0.01)
         assert r["share_of_peak"] == pytest.approx(r["tflops"] / 2)
+        assert r["implementation"] == "jax.nn" or r["config"]["backend"] == r["implementation"]
         assert 0 < r["max_error"] < 1e-5 and r["ceilings"]["copy_gb_per_s"] == 10
         assert (r["speedup"] == 1) == (r["implementation"] == "reference")
+    assert records[1]["config"]["forward"]["block_kv"] > 0 and "backward" not in records[1]["config"]
+    assert records[4]["config"]["backward"]["block_kv"] > 0 and records[0]["config"]["forward"] is None
     # q and the output of 4 heads, k and v of 2
     assert records[0]["bytes"] == 24 * 16 * 4 * (2 * 4 + 2 * 2)
 

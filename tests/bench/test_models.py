@@ -44,7 +44,7 @@ def test_decode_records_say_what_was_measured_beside_what(bench):
     assert told == [(b, 5, name) for b in (1, 3) for name in (models.LIMIT, "jfa")]
     more = {"gb_per_s", "share_of_bandwidth", "ceilings"}
     for one in records:
-        assert set(one) == FIELDS | more | ({"host_ms_per_step"} if one["implementation"] == "jfa" else set())
+        assert set(one) == FIELDS | more | ({"host_ms_per_step", "config"} if one["implementation"] == "jfa" else set())
         assert (one["benchmark"], one["status"], one["reason"]) == ("decode", "ok", None)
         assert (one["case"]["model"], one["case"]["dtype"]) == (str(LLAMA3), "float32")
         assert one["case"]["layers"] == one["case"]["of_layers"] == models.config_of(str(LLAMA3)).num_layers
@@ -67,9 +67,10 @@ def test_prefill_stands_beside_its_products_and_the_plain_formula(bench):
     assert (status, err) == (0, "")
     products, plain, jfa = (json.loads(line) for line in out.splitlines())
     assert [one["implementation"] for one in (products, plain, jfa)] == [models.LIMIT, "reference", "jfa"]
-    assert set(products) == FIELDS and set(jfa) == set(plain) == FIELDS | {"speedup"}
+    assert set(products) == FIELDS and set(jfa) == set(plain) == FIELDS | {"speedup", "config"}
     assert jfa["case"]["layers"] == 2 and jfa["case"]["of_layers"] == models.config_of(str(LLAMA3)).num_layers
     assert jfa["tokens_per_s"] == pytest.approx(2 * 20 / jfa["time_ms_p50"] * 1e3, rel=1e-2)
+    assert jfa["config"]["backend"] == "xla" and plain["config"] == {"backend": "reference", "forward": None}
     assert products["share_of_peak"] == 1 and plain["speedup"] == 1
     assert jfa["share_of_peak"] == pytest.approx(products["time_ms_p50"] / jfa["time_ms_p50"], rel=1e-2)
     assert jfa["speedup"] == pytest.approx(plain["time_ms_p50"] / jfa["time_ms_p50"], rel=1e-2)

@@ -35,6 +35,7 @@ def test_pages_stand_beside_a_copy_and_the_contiguous_cache():
     ]
     for r in found:
         assert r["status"] == "ok" and len(r["samples_ms"]) == 2 and r["gb_per_s"] > 0
+    assert {r["config"]["backend"] for r in found[2:]} == {"xla"} and "config" not in found[0]
     assert found[0]["share_of_peak"] == 1 and found[1]["slowdown"] == 1
     # keys and values of 2 rows of 40 tokens, 2 heads of 16 float32
     assert found[1]["gb_per_s"] == pytest.approx(2 * 2 * 40 * 2 * 16 * 4 / found[1]["time_ms_p50"] / 1e6, rel=0.01)
