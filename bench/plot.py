@@ -306,6 +306,7 @@ def _bars(ax: Any, rows: Records, groups: Sequence[str], group_of: Callable, y: 
             ax.bar_label(bars, [_label(row, row[y]) for row in own], fontsize=8, padding=2)
     ax.set_xticks(range(len(groups)), groups)
     ax.set_ylim(0, tallest * 1.18)
+    ax.yaxis.set_major_formatter("{x:,g}")
     ax.grid(axis="x", visible=False)
     ax.set_axisbelow(True)
     ax.legend(**BELOW, ncols=min(3, len(names)))
