@@ -91,8 +91,7 @@ def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[recor
 
 def _kv_bytes(model: LanguageModel, batch: int, context: int) -> int:
     """Of keys and values that a step reads."""
-    c = model.config
-    return 2 * batch * context * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+    return batch * model.config.cache_elements(context) * model.dtype.itemsize
 
 
 def _tokens(samples: int) -> int:

@@ -497,13 +497,10 @@ def _pieces(config: DecoderConfig, params: Mapping[str, Array]) -> list[_Piece]:
     for theirs, ours in hugging_face_names(config.architecture).items():
         modules = (ours,) if isinstance(ours, str) else ours
         for layer in range(config.num_layers) if "#" in theirs else [0]:
-            is_mixture = config.has_experts(layer) and modules[0].startswith("layers.#.mlp.")
-            if is_mixture != ("*" in theirs or modules[0].endswith(".router")) and "layers.#.mlp." in modules[0]:
-                continue  # under this name in the other kind of layer
             for kind, stored in (("weight", "weight"), ("scale", "weight"), ("bias", "bias")):
                 names = [f"{module.replace('#', str(layer))}.{kind}" for module in modules]
-                if names[0] not in params:
-                    continue
+                if names[0] not in params or (params[names[0]].ndim == 3) != ("*" in theirs):
+                    continue  # not in this model, or under another name where a layer is a mixture
                 prefix = "" if theirs == "lm_head" else "model."
                 name = f"{prefix}{theirs.replace('#', str(layer))}.{stored}"
                 sources = tuple(params[name] for name in names)

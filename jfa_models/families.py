@@ -488,9 +488,7 @@ def config_from_gguf(
         rope=_rope_from_gguf(source, str(stated), head_dim, rope_divisors or {}),
         local_rope=_local_rope_from_gguf(source) if architecture == "gemma3_text" and any(windows) else None,
         tie_word_embeddings="output.weight" not in tensor_names,
-        hidden_act="silu"
-        if architecture in ("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3")
-        else "gelu_tanh",
+        hidden_act=_activation(family.defaults, architecture),
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         out_bias="blk.0.attn_output.bias" in tensor_names,
         mlp_bias="blk.0.ffn_up.bias" in tensor_names,
