@@ -137,7 +137,7 @@ class Family:
 
     users: str
     class_name: str
-    gguf: str | None
+    gguf: str
     always: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     windows: Literal["all", "late", "pattern"] | None = None
@@ -446,7 +446,9 @@ def config_from_gguf(
       ValueError: an architecture or rope type that is not supported, or a key is missing or wrong.
     """
     stated = metadata.get("general.architecture")
-    architectures = {str(family.gguf): name for name, family in reversed(FAMILIES.items())}
+    architectures: dict[str, str] = {}
+    for name, family in FAMILIES.items():
+        architectures.setdefault(family.gguf, name)
     family = _family(stated, "GGUF metadata: general.architecture", architectures)
     architecture = architectures[str(stated)]
     source = {key.removeprefix(f"{stated}."): value for key, value in metadata.items() if key.startswith(f"{stated}.")}

@@ -155,7 +155,7 @@ def test_bfloat16_stays_near_float32(logits, tokens):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_config_counts_the_numbers_of_weights_and_cache(tied, biased):
-    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied, attention_bias=biased, mlp_bias=biased)
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied, qkv_bias=biased, out_bias=biased, mlp_bias=biased)
     leaves = jax.tree.leaves(nnx.eval_shape(lambda: nnx.state(Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))))
     assert config.num_params == sum(leaf.size for leaf in leaves)
     cache = empty_cache(batch=3, capacity=32)

@@ -60,6 +60,7 @@ def continued(model, tokens):
 def test_a_family_is_what_transformers_computes(name, monkeypatch):
     monkeypatch.setattr("jfa_models.generate.SLACK", 2)  # so that the rings of windows turn over
     model, want = loaded(name), truth(name)
+    assert model.config.num_params == sum(x.size for x in model.params)
     assert distance(model.logits(want["input_ids"]), want["logits"]) < CLOSE
 
     # the same text in two rows of different lengths: transformers pads on the left, we on the right

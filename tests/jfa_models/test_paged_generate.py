@@ -89,7 +89,7 @@ def test_new_caches_have_pages_for_every_token_and_no_row_shares_one(make):
         cache = make(kind="paged", page_size=page_size).new_cache(batch=2, capacity=100)
         assert isinstance(cache, jfa.PagedKVCache) and cache.page_size == page_size and cache.capacity >= 128
         [table] = cache.page_tables
-        assert sorted(table.reshape(-1).tolist()) == list(range(1, cache.num_pages))
+        assert sorted(table.reshape(-1).tolist()) == list(range(1, cache.num_pages[0]))
     assert isinstance(make().new_cache(batch=2, capacity=100), jfa.KVCache)
 
 
