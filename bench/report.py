@@ -40,6 +40,9 @@ TABLES = {
     },
 }
 
+# Fields of a case that a table is told by; records of earlier versions lack some.
+NEEDS = {"prefill": ("model", "layers", "seq_len"), "decode": ("model", "layers", "context")}
+
 PARTS = ("speedup", "tflops")  # kinds of pictures that another one shows too
 
 Record = Mapping[str, Any]
@@ -89,12 +92,20 @@ def load(name: str) -> list[Record]:
 def gather(folder: Path) -> dict[str, list[record.Record]]:
     """The records of a folder's .json and .jsonl files by benchmark, those that have a table.
 
+    Those of earlier versions, whose cases lack a field, are left out with a line on stderr.
+
     Raises:
       ValueError: there are none.
     """
     found: dict[str, list[record.Record]] = {name: [] for name in TABLES}
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")]):
-        for one in record.load(file):
+        records = record.load(file)
+        usable = [one for one in records if all(name in one["case"] for name in NEEDS.get(one["benchmark"], ()))]
+        if len(usable) < len(records):
+            click.echo(
+                f"{file}: {len(records) - len(usable)} records are of an earlier version, and left out", err=True
+            )
+        for one in usable:
             found.get(one["benchmark"], []).append(one)
     found = {name: records for name, records in found.items() if records}
     if not found:

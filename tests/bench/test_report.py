@@ -100,3 +100,11 @@ def test_a_folder_without_records_says_how_to_make_some(tmp_path):
 
 def test_without_a_folder_it_is_the_support_table():
     assert run().stdout == report.support(report.load("compile"), report.load("prove")) + "\n"
+
+
+def test_records_of_an_earlier_version_are_left_out_with_a_line(tmp_path, capsys):
+    old = measured("prefill")
+    old["case"] = {"model": "phi-2", "dtype": "bfloat16", "batch": 1, "prompt": 512}
+    (tmp_path / "mixed.json").write_text(json.dumps([old, measured("prefill")]))
+    assert len(report.gather(tmp_path)["prefill"]) == 1
+    assert "mixed.json: 1 records are of an earlier version, and left out" in capsys.readouterr().err
