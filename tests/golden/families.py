@@ -16,6 +16,8 @@ logits, and when padding moves them.
 Packages: python 3.11, torch==2.13.0 (CPU), transformers==5.23.0, accelerate, gguf==0.19.0, safetensors,
           numpy.
 Run:      python tests/golden/families.py [NAME ...]
+          python tests/golden/families.py --saved FOLDER     loads FOLDER/NAME, what save_pretrained of jfa wrote of
+                                                             NAME, and compares its logits with NAME.npz
 
 Another transformers, or another torch, may write other bytes.
 """
@@ -80,6 +82,19 @@ def main(names: list[str]) -> None:
     cases = all_cases()
     for name in names or cases:
         write_case(name, cases[name])
+
+
+def check_saved(folder: Path) -> None:
+    """Ends with an error unless transformers loads what was saved of each case whole, and computes the same."""
+    for saved in sorted(path for path in folder.iterdir() if path.is_dir()):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            saved, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(loading.values()), (saved.name, loading)
+        arrays = dict(np.load(HERE / f"{saved.name}.npz"))
+        found = difference(run(model, arrays), arrays["logits"])
+        print(f"{saved.name}: {found:.0e}")
+        assert found < SAME, saved.name
 
 
 def write_case(name: str, case: Case) -> None:
@@ -640,4 +655,7 @@ def llama3_divisors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["--saved"]:
+        check_saved(Path(sys.argv[2]))
+    else:
+        main(sys.argv[1:])

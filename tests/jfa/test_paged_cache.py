@@ -392,3 +392,14 @@ def test_caches_of_many_models_are_written_by_vmap():
     for i, cache in enumerate(caches):
         want = write(cache, 0, k[i], v[i])
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), got, want)
+
+
+def test_each_page_table_has_pages_of_its_own_number():
+    shape = dict(num_layers=3, page_size=2, batch=1, pages_per_seq=4, num_kv_heads=1, head_dim=2, dtype=jnp.float32)
+    cache = jfa.PagedKVCache.create(num_pages=(5, 9), table_of=(1, 0, 1), **shape)
+    assert cache.num_pages == (5, 9) and [k.shape[0] for k in cache.k] == [9, 5, 9]
+    assert [k.shape[0] for k in cache.grow((5, 12)).k] == [12, 5, 12]
+    with pytest.raises(ValueError, match="a cache of 5, 9 pages cannot grow to 6, 8"):
+        cache.grow((6, 8))
+    with pytest.raises(ValueError, match=r"num_pages must be one for each of 2 page tables, got \(5,\)"):
+        jfa.PagedKVCache.create(num_pages=(5,), table_of=(1, 0, 1), **shape)

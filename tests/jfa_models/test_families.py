@@ -398,7 +398,7 @@ def test_gemma_3_270m_talks_in_turns():
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_saved_is_what_was_loaded(name, tmp_path):
-    """Tensors and meaning are those of transformers' own folder; families.py --check has transformers load them."""
+    """Its tensors are those of transformers' own folder; golden/families.py --saved has transformers load them."""
     model = loaded(name)
     model.save_pretrained(tmp_path)
     ours, theirs = ({}, {})
