@@ -53,6 +53,8 @@ def flash_attention(
     q = operands.q
     b, tq, hq, _ = q.shape
     hkv, g, d = operands.k.shape[2], operands.group_size, operands.v.shape[3]
+    if config.packed:
+        operands = operands._replace(k=_flat(operands.k), v=_flat(operands.v))
     grid = _Grid.of(operands, config)
 
     def q_tile(i, done):
@@ -277,6 +279,8 @@ def _score_tile(
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
     if config.packed:
+        # made once: XLA on a CPU would make a tile anew for each of its uses below
+        k_block, v_block = lax.optimization_barrier((k_block, v_block))
         scores = _dot("brc,bkc->brk", _block_diagonal(q_block), _merge_heads(k_block))
         # the zeros of the other heads times inf or NaN are NaN: then each head must be by itself
         scores = lax.cond(
@@ -351,8 +355,29 @@ def _block_diagonal(q_block: Float[Array, "b hkv g bq d"]) -> Float[Array, "b ro
     return rows.reshape(b, -1, hkv * d)
 
 
+class _Flat(NamedTuple):
+    """Keys or values with their heads in one axis, where a tile is one run of numbers: XLA on a CPU copies that in half
+    the time (bench/LOG.md)."""
+
+    merged: Float[Array, "b tk hkv*d"]
+    hkv: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, tk, width = self.merged.shape
+        return b, tk, self.hkv, width // self.hkv
+
+    def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
+        tile = lax.optimization_barrier(_rows(self.merged, start, size))  # or the loop would run over the result's axes
+        return tile.reshape(*tile.shape[:2], *self.shape[2:])
+
+
+def _flat(x: Any) -> Any:
+    return x if hasattr(x, "rows") else _Flat(_merge_heads(x), x.shape[2])
+
+
 def _merge_heads(x: Float[Array, "b bk hkv d"]) -> Float[Array, "b bk hkv*d"]:
-    return x.reshape(*x.shape[:2], -1)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -388,7 +413,7 @@ def _per_row(x: Array) -> Array:
 
 
 def _rows(x: Any, start, size: int) -> Array:
-    if hasattr(x, "rows"):  # not an array: paged.Rows, which gathers them
+    if hasattr(x, "rows"):  # not an array: _Flat, or paged.Rows, which gathers them
         return x.rows(start, size)
     return x if x.shape[1] == size else lax.dynamic_slice_in_dim(x, start, size, axis=1)
 

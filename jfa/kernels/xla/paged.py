@@ -4,6 +4,7 @@ A tile is gathered, and its numbers get their scales, when it is needed: no row'
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +14,10 @@ from jaxtyping import Array, Float, Int, Shaped
 from jfa import quant
 from jfa.kernels.xla import flash
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOperands
+
+# XLA on a CPU splits a gather among threads where the pool is large, however little is taken, and waking them takes
+# longer than a small tile does. As many pages are sliced instead; joining more takes longer still (bench/LOG.md).
+_MOST_SLICES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,18 +37,16 @@ class Rows:
 
     def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
         """The tokens [start, start + size) of each row, where flash.py's tiles begin."""
-        page_size, page_table = self.pages.shape[1], self.page_table
-        if self.scales is None and size % page_size == 0:
-            # whole pages: on a CPU faster for floats at batch 1; numbers gain nothing (bench/LOG.md)
-            own = lax.dynamic_slice_in_dim(page_table, start // page_size, size // page_size, axis=1)
-            return self.pages[own].reshape(len(page_table), size, *self.pages.shape[2:]).astype(self.dtype)
-        token = start + jnp.arange(size)
-        slot = page_table[:, token // page_size] * page_size + token % page_size
-        found = self.pages.reshape(-1, *self.pages.shape[2:])[slot]
-        if self.scales is None:
-            return found.astype(self.dtype)
-        scales = self.scales.reshape(-1, self.scales.shape[2])[slot]
-        return (quant.numbers(found) * scales[..., None].astype(jnp.float32)).astype(self.dtype)
+        page_size = self.pages.shape[1]
+        run = math.gcd(size, page_size)  # tokens that lie beside each other wherever a tile starts
+        token = start + run * jnp.arange(size // run)
+        page = self.page_table[:, token // page_size]
+        index = page * (page_size // run) + token % page_size // run
+        found = _runs(self.pages, index, run)
+        if self.scales is not None:
+            scales = _runs(self.scales, index, run)
+            found = quant.numbers(found) * scales[..., None].astype(jnp.float32)
+        return found.astype(self.dtype)
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
@@ -98,6 +101,20 @@ def paged_attention(
 
     done = jnp.zeros((n, hq, dv), operands.q.dtype), jnp.full((n, hq), -jnp.inf, jnp.float32)
     return lax.fori_loop(0, tiles.sum(), tile, done)
+
+
+def _runs(
+    x: Shaped[Array, "num_pages page_size *rest"], index: Int[Array, "b m"], run: int
+) -> Shaped[Array, "b m*run *rest"]:
+    """The tokens [run * i, run * i + run) of the pool for each i of a row, one behind the other."""
+    if index.size <= _MOST_SLICES and run == x.shape[1]:
+        pages = [lax.dynamic_slice_in_dim(x, i, 1).reshape(1, -1) for i in index.reshape(-1)]
+        found = jnp.concatenate(pages)
+    else:
+        runs = x.reshape(x.shape[0] * x.shape[1] // run, -1)
+        found = runs.at[index].get(mode="promise_in_bounds")
+    found = lax.optimization_barrier(found)  # or XLA's loop would run over the short axes of the result: twice as long
+    return found.reshape(len(index), -1, *x.shape[2:])
 
 
 def _one_query_each(operands: PagedOperands) -> Operands:
