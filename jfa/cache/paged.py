@@ -65,6 +65,7 @@ class PagedKVCache:
           batch, pages_per_seq: rows and columns of a page table.
           dtype: of the pages, unless they are quantized.
           kv_dtype: "int8", "fp8" or "int4" (jfa.quant), with a bfloat16 scale for each token and head; None: dtype.
+            On a CPU, where XLA moves no 8-bit floats, every step copies fp8 pages: int8 serves there.
           table_of: for each layer the number of its page table; None: one for all.
 
         Raises:
@@ -202,7 +203,11 @@ class PagedKVCache:
         def copied(pages: Pages, own: bool) -> Pages:
             if not own:
                 return pages
-            return jax.tree.map(lambda x: x.at[destination].set(x[source], mode="drop", unique_indices=True), pages)
+
+            def copy(x):
+                return x.at[destination].set(x[source], mode="drop", unique_indices=True)
+
+            return jax.tree.map(lambda x: quant.on_bits(copy, x), pages)
 
         own = [number == table for number in self.table_of]
         k, v = (tuple(map(copied, arrays, own)) for arrays in (self.k, self.v))
@@ -223,7 +228,11 @@ class PagedKVCache:
 
         def padded(pages: Pages, table: int) -> Pages:
             more = pools[table] - _values(pages).shape[0]
-            return jax.tree.map(lambda x: jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)), pages)
+
+            def pad(x):
+                return jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1))
+
+            return jax.tree.map(lambda x: quant.on_bits(pad, x), pages)
 
         k, v = (tuple(map(padded, arrays, self.table_of)) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v)
@@ -246,12 +255,12 @@ class PagedKVCache:
     def _put(self, layer: int, places: tuple[Int[Array, " n"], Int[Array, " n"]], k: Array, v: Array) -> "PagedKVCache":
         def put(pages: Pages, x: Array) -> Pages:
             new = quant.quantize(x, pages.kind) if isinstance(pages, QuantizedArray) else x
-            # two indices: for one, the pages would have to be reshaped, and those of one token would be copied for it
-            return jax.tree.map(
-                lambda stored, x: stored.at[places].set(x.astype(stored.dtype), mode="drop", unique_indices=True),
-                pages,
-                new,
-            )
+
+            def scatter(stored, x):
+                # two indices: for one, the pages would have to be reshaped, and those of one token be copied for it
+                return stored.at[places].set(x, mode="drop", unique_indices=True)
+
+            return jax.tree.map(lambda stored, x: quant.on_bits(scatter, stored, x.astype(stored.dtype)), pages, new)
 
         return dataclasses.replace(
             self,

@@ -5,6 +5,7 @@ import functools
 import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -129,6 +130,14 @@ def test_other_kinds_hold_one_number_an_element_up_to_their_largest(kind, dtype)
     found, _ = round_trip(x, kind)
     assert found.values.dtype == dtype and quant.stored_size(kind, 5) == 5
     np.testing.assert_array_equal(quant.numbers(found.values), x)
+
+
+def test_all_codes_of_fp8_are_the_numbers_that_they_stand_for():
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    got = np.asarray(jax.jit(quant.numbers)(codes))
+    want = codes.astype(np.float32)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.signbit(got), np.signbit(want))
 
 
 @pytest.mark.parametrize("kind", quant.KINDS)

@@ -4,6 +4,7 @@ A tile is gathered, and its numbers get their scales, when it is needed: no row'
 """
 
 import dataclasses
+import functools
 import math
 
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class Rows:
         token = start + run * jnp.arange(size // run)
         page = self.page_table[:, token // page_size]
         index = page * (page_size // run) + token % page_size // run
-        found = _runs(self.pages, index, run)
+        found = quant.on_bits(functools.partial(_runs, index=index, run=run), self.pages)
         if self.scales is not None:
             scales = _runs(self.scales, index, run)
             found = quant.numbers(found) * scales[..., None].astype(jnp.float32)
