@@ -148,8 +148,8 @@ def numbers(values: Shaped[Array, "*n stored"]) -> Float[Array, "*n d"]:
 def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:
     """function(*arrays), which moves numbers of one dtype and computes nothing.
 
-    XLA on a CPU moves no 8-bit floats: it would make a whole pool of them float16, and back. There they are moved as
-    uint8, for which XLA copies the pool: int8 pages are the ones that no step copies on a CPU.
+    XLA on a CPU moves no 8-bit floats: it would make all of them float16, and back. There they are moved as uint8; what
+    is scattered into is copied for that.
     """
     dtype = arrays[0].dtype
     if dtype != jnp.float8_e4m3fn:

@@ -65,7 +65,7 @@ class PagedKVCache:
           batch, pages_per_seq: rows and columns of a page table.
           dtype: of the pages, unless they are quantized.
           kv_dtype: "int8", "fp8" or "int4" (jfa.quant), with a bfloat16 scale for each token and head; None: dtype.
-            On a CPU, where XLA moves no 8-bit floats, every step copies fp8 pages: int8 serves there.
+            On a CPU, where XLA moves no 8-bit floats, every write copies fp8 pages: int8 serves there.
           table_of: for each layer the number of its page table; None: one for all.
 
         Raises:

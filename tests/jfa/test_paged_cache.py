@@ -388,6 +388,19 @@ def test_no_step_copies_the_pool(step, page_size, kv_dtype):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
 
+@pytest.mark.parametrize("kv_dtype", [None, *quant.KINDS])
+def test_no_read_copies_or_widens_the_pool(kv_dtype):
+    cache = empty(**LARGE, num_pages=600, page_size=64, kv_dtype=kv_dtype)  # rows of four tiles
+
+    def read(cache, q):
+        return jfa.paged_decode_attention(
+            cache.rotated(q), kv_len=cache.kv_len, implementation="xla", **cache.arguments(0)
+        )
+
+    q = jnp.ones((4, 2, 64))
+    assert jax.jit(read).lower(cache, q).compile().memory_analysis().temp_size_in_bytes < cache.num_bytes / 10
+
+
 def test_caches_of_many_models_are_written_by_vmap():
     caches = [dataclasses.replace(filled(kv_dtype="int8"), kv_len=jnp.array([i, 0, 2])) for i in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

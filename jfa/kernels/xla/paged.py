@@ -43,7 +43,9 @@ class Rows:
         token = start + run * jnp.arange(size // run)
         page = self.page_table[:, token // page_size]
         index = page * (page_size // run) + token % page_size // run
-        found = quant.on_bits(functools.partial(_runs, index=index, run=run), self.pages)
+        # bound to the tile: XLA would take the bytes of all pages in fp8 once, before the loop
+        pages, index = lax.optimization_barrier((self.pages, index))
+        found = quant.on_bits(functools.partial(_runs, index=index, run=run), pages)
         if self.scales is not None:
             scales = _runs(self.scales, index, run)
             found = quant.numbers(found) * scales[..., None].astype(jnp.float32)
