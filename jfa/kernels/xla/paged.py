@@ -56,7 +56,9 @@ def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
     """Of one query a row what flash.py takes; else tiles of about a row's queries."""
     b = operands.kv_len.shape[0]
     if operands.query_start is None:
-        return flash.default_config(_one_query_each(operands), device)
+        config = flash.default_config(_one_query_each(operands), device)
+        # a page of up to 256 tokens in one piece: half of one would be gathered
+        return dataclasses.replace(config, block_kv=max(config.block_kv, min(256, operands.k_pages.shape[1])))
     n = operands.q.shape[0]
     block_q = 16
     while block_q < min(256, n // max(b, 1)):
