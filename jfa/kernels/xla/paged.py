@@ -17,7 +17,8 @@ from jfa.kernels.xla import flash
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOperands
 
 # XLA on a CPU splits a gather among threads where the pool is large, however little is taken, and waking them takes
-# longer than a small tile does. As many pages are sliced instead; joining more takes longer still (bench/LOG.md).
+# longer than a small tile does. Up to so many pages of a tile are sliced instead; joining more takes longer still
+# (bench/LOG.md).
 _MOST_SLICES = 8
 
 
