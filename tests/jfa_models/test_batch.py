@@ -128,7 +128,9 @@ def test_an_interrupted_command_goes_on_where_it_ended(folder, tmp_path, how):
     count = 30
     prompts = written(tmp_path / "in", *({"prompt": f"prompt {i}", "max_tokens": 20} for i in range(count)))
     output = tmp_path / "out"
-    program = "from jfa_models import cli; cli.main()"
+    # a shell's background jobs are started deaf to Ctrl-C, and so would be what the tests start there
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program += "; from jfa_models import cli; cli.main()"
     command = [sys.executable, "-c", program, "generate", "--model", str(folder), "--max-num-seqs", "2"]
     command += ["--batch-file", str(prompts), "--output", str(output)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
