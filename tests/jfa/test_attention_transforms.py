@@ -146,6 +146,23 @@ def test_shard_map_over_batch_and_heads():
         split = jax.shard_map(decode, mesh=mesh, in_specs=parts, out_specs=P("data", "heads", None))
         np.testing.assert_allclose(split(q[:, 0], pages, *rows), decode(q[:, 0], pages, *rows), atol=1e-5)
 
+        def ragged(q, pages, table, kv_len, start):
+            return jfa.ragged_paged_attention(q, pages, pages, table, kv_len, start, implementation="xla")
+
+        start = jnp.array([0, 1, 3, 3, 4])
+        by_head = (P(None, "heads", None), heads, P(), P(), P())
+        split = jax.shard_map(ragged, mesh=mesh, in_specs=by_head, out_specs=P(None, "heads", None))
+        np.testing.assert_allclose(split(q[:, 0], pages, *rows, start), ragged(q[:, 0], pages, *rows, start), atol=1e-5)
+
+        # heads that the compiler shards: no device is sent the pages of the others' heads
+        place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
+        large = place(jnp.ones((500, 16, 2, 64)), *heads)
+        table = jnp.arange(1, 81).reshape(4, 20)
+        for op, more in ((decode, ()), (ragged, (start,))):
+            wide = place(jnp.ones((4, 4, 64)), None, "heads", None)
+            compiled = jax.jit(op).lower(wide, large, table, jnp.full(4, 300), *more).compile()
+            assert compiled.memory_analysis().temp_size_in_bytes < large.nbytes / 4, op
+
         # interpreted kernels do not run under shard_map's check; they lower
         from jax.sharding import AbstractDevice, AbstractMesh, AxisType
         device = AbstractDevice(device_kind="gfx942", num_cores=None, platform="rocm")

@@ -77,7 +77,7 @@ def flash_attention(
             return acc * rescale[..., None] + _times_values(p, tile, config), m_next, l
 
         rows = (b, hkv, g, grid.block_q)
-        carry = (_float32(q, (*rows, d)), _float32(q, rows, -jnp.inf), _float32(q, rows))
+        carry = (float32(q, (*rows, d)), float32(q, rows, -jnp.inf), float32(q, rows))
         acc, m, l = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
         empty = l == 0.0
         l = jnp.where(empty, 1.0, l)
@@ -92,14 +92,14 @@ def flash_attention(
         return _put_rows(out, out_block, start), _put_rows(lse, lse_block, start)
 
     if q.size == 0 or grid.num_kv == 0:
-        return jnp.zeros((b, tq, hq, d), q.dtype), _float32(q, (b, tq, hq), -jnp.inf)
+        return jnp.zeros((b, tq, hq, d), q.dtype), float32(q, (b, tq, hq), -jnp.inf)
     if grid.num_q == 1:
         return q_tile(0, None)
     if grid.num_q == 2:  # a loop would copy more than it is worth to the chunks that prompts come in
         pairs = zip(q_tile(0, None), q_tile(1, None), strict=True)
         out, lse = (jnp.concatenate([x, y[:, grid.block_q - tq :]], axis=1) for x, y in pairs)
         return out, lse
-    done = (_float32(q, (b, tq, hq, d)).astype(q.dtype), _float32(q, (b, tq, hq)))
+    done = (float32(q, (b, tq, hq, d)).astype(q.dtype), float32(q, (b, tq, hq)))
     return lax.fori_loop(0, grid.num_q, q_tile, done)
 
 
@@ -176,13 +176,13 @@ def flash_attention_bwd(
             return dq_block, dk, dv, d_bias, d_slopes
 
         dq, *rest = grads
-        carry = (_float32(q, q_block.shape), *rest)
+        carry = (float32(q, q_block.shape), *rest)
         dq_block, *rest = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
         return _add_rows(dq, _rows_first(dq_block), start), *rest
 
     slopes = operands.alibi_slopes
-    d_bias, d_slopes = (None if x is None else _float32(q, x.shape) for x in (bias, slopes))
-    grads = (*(_float32(q, x.shape) for x in (q, k, v)), d_bias, d_slopes)
+    d_bias, d_slopes = (None if x is None else float32(q, x.shape) for x in (bias, slopes))
+    grads = (*(float32(q, x.shape) for x in (q, k, v)), d_bias, d_slopes)
     if q.size and grid.num_kv:
         grads = _loop(0, grid.num_q, grid.num_q, q_tile, grads)
     dq, dk, dv, d_bias, d_slopes = grads
@@ -393,7 +393,7 @@ def _loop(first, end, most: int, body, carry):
     return lax.fori_loop(first, end, body, carry)
 
 
-def _float32(like: Array, shape: tuple[int, ...], value: float = 0.0) -> Array:
+def float32(like: Array, shape: tuple[int, ...], value: float = 0.0) -> Array:
     """float32 also where JAX's default is float64; inside shard_map it varies over the mesh axes that `like` does."""
     axes = jax.typeof(like).manual_axis_type.varying
     full = jnp.full(shape, value, jnp.float32)

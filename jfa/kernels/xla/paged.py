@@ -54,11 +54,13 @@ class Rows:
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
-    """Of one query a row what flash.py takes; else tiles of about a row's queries."""
+    """Of one query a row what flash.py takes, and whole pages on a CPU; else tiles of about a row's queries."""
     b = operands.kv_len.shape[0]
     if operands.query_start is None:
         config = flash.default_config(_one_query_each(operands), device)
-        # a page of up to 256 tokens in one piece: half of one would be gathered
+        if not config.packed:
+            return config
+        # pages of up to 256 tokens in one piece, so that _runs can slice them
         return dataclasses.replace(config, block_kv=max(config.block_kv, min(256, operands.k_pages.shape[1])))
     n = operands.q.shape[0]
     block_q = 16
@@ -105,7 +107,10 @@ def paged_attention(
         )
         return tuple(x.at[index].set(new[0], mode="drop") for x, new in zip(done, found, strict=True))
 
-    done = jnp.zeros((n, hq, dv), operands.q.dtype), jnp.full((n, hq), -jnp.inf, jnp.float32)
+    done = (
+        flash.float32(operands.q, (n, hq, dv)).astype(operands.q.dtype),
+        flash.float32(operands.q, (n, hq), -jnp.inf),
+    )
     return lax.fori_loop(0, tiles.sum(), tile, done)
 
 
@@ -113,14 +118,16 @@ def _runs(
     x: Shaped[Array, "num_pages page_size *rest"], index: Int[Array, "b m"], run: int
 ) -> Shaped[Array, "b m*run *rest"]:
     """The tokens [run * i, run * i + run) of the pool for each i of a row, one behind the other."""
-    if index.size <= _MOST_SLICES and run == x.shape[1]:
-        pages = [lax.dynamic_slice_in_dim(x, i, 1).reshape(1, -1) for i in index.reshape(-1)]
+    num_pages, page_size, *rest = x.shape
+    # all heads of a token in one axis until the barrier: XLA on a CPU takes twice as long to loop over short axes. Not
+    # its tokens too: heads that are sharded would be gathered from all devices
+    width = math.prod(rest)
+    if index.size <= _MOST_SLICES and run == page_size:
+        pages = [lax.dynamic_slice_in_dim(x, i, 1).reshape(1, run, width) for i in index.reshape(-1)]
         found = jnp.concatenate(pages)
     else:
-        runs = x.reshape(x.shape[0] * x.shape[1] // run, -1)
-        found = runs.at[index].get(mode="promise_in_bounds")
-    found = lax.optimization_barrier(found)  # or XLA's loop would run over the short axes of the result: twice as long
-    return found.reshape(len(index), -1, *x.shape[2:])
+        found = x.reshape(num_pages * page_size // run, run, width).at[index].get(mode="promise_in_bounds")
+    return lax.optimization_barrier(found).reshape(len(index), -1, *rest)
 
 
 def _one_query_each(operands: PagedOperands) -> Operands:
