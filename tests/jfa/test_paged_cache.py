@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -381,8 +382,10 @@ def test_no_step_copies_the_pool(step, page_size, kv_dtype):
     compiled = jax.jit(function, donate_argnums=0).lower(cache, *arguments()).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.num_bytes > 1e6
-    # XLA on a CPU moves no 8-bit floats: they are copied as bytes, but not widened
-    assert memory.temp_size_in_bytes < cache.num_bytes * (1.0 if kv_dtype == "fp8" else 0.05)
+    if kv_dtype == "fp8":  # XLA on a CPU moves no 8-bit floats: they are copied as bytes, but not widened
+        assert not re.search(rf"\bf16\[{4800 // page_size},", compiled.as_text())
+    else:
+        assert memory.temp_size_in_bytes < cache.num_bytes / 20
     after = compiled(cache, *arguments())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((cache.k, cache.v)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
