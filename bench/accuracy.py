@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
-from jfa_models.generate import PREFILL_CHUNK, LanguageModel
-from jfa_models.sampling import SamplingParams
+from jfa_models.decoding.language_model import PREFILL_CHUNK, LanguageModel
+from jfa_models.decoding.sampling import SamplingParams
 
 from . import machine
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from jfa_models.generate import DTYPES, LanguageModel
-from jfa_models.sampling import SamplingParams
+from jfa_models.decoding.language_model import DTYPES, LanguageModel
+from jfa_models.decoding.sampling import SamplingParams
 
 from . import compile, machine, models, options, output, record, roofline, timing, used
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jfa_models.checkpoint import open_checkpoint
-from jfa_models.config import DecoderConfig
-from jfa_models.generate import LanguageModel, compute_dtype
-from jfa_models.locate import PACKAGED
-from jfa_models.presets import PRESETS
+from jfa_models.checkpoints.checkpoint import open_checkpoint
+from jfa_models.checkpoints.locate import PACKAGED
+from jfa_models.checkpoints.presets import PRESETS
+from jfa_models.decoding.language_model import LanguageModel, compute_dtype
+from jfa_models.model.config import DecoderConfig
 
 from . import machine, record
 
@@ -117,7 +117,7 @@ def products(weights: Sequence[Array], *, rows: int) -> Callable[[], object]:
 
 
 def _products(weights: Sequence[Array], *, rows: int) -> Array:
-    # the precision of jfa_models.layers
+    # the precision of jfa_models.model.layers
     precision = "highest" if weights[0].dtype == jnp.float32 else None
     before = jnp.zeros((), weights[0].dtype)
     for weight in weights:

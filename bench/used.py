@@ -9,7 +9,7 @@ import jfa
 from jfa import backends, ops
 from jfa.device import probe
 from jfa.types import AttentionSpec, Operands, PagedOperands
-from jfa_models.generate import LanguageModel
+from jfa_models.decoding.language_model import LanguageModel
 
 
 def attention(implementation: str | None, q: Any, k: Any, v: Any, *, causal: bool, backward: bool) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jfa_models.decoding.outputs import CompletionOutput, Logprob, RequestOutput
+from jfa_models.decoding.sampling import SamplingParams
 from jfa_models.engine import Engine
-from jfa_models.outputs import CompletionOutput, Logprob, RequestOutput
-from jfa_models.sampling import SamplingParams
 
 PROMPTS = ("prompt", "prompt_token_ids")
 FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))

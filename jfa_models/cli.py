@@ -22,10 +22,9 @@ from rich.table import Table
 import jfa
 from jfa.device import probe
 from jfa_models import batch
-from jfa_models.checkpoint import open_checkpoint
-from jfa_models.engine import Engine
-from jfa_models.families import FAMILIES
-from jfa_models.generate import (
+from jfa_models.checkpoints.checkpoint import open_checkpoint
+from jfa_models.checkpoints.families import FAMILIES
+from jfa_models.decoding.language_model import (
     CACHES,
     DTYPES,
     KV_DTYPES,
@@ -35,8 +34,9 @@ from jfa_models.generate import (
     from_pretrained,
     shape_of,
 )
-from jfa_models.outputs import RequestOutput
-from jfa_models.sampling import SamplingParams
+from jfa_models.decoding.outputs import RequestOutput
+from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.engine import Engine
 
 DEFAULT_MODEL = "smollm2"
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")

@@ -22,15 +22,10 @@ import numpy as np
 import jfa
 from jfa.pages import Copy
 from jfa.types import NULL_PAGE
-from jfa_models.attention import paged_cache
-from jfa_models.completion import Completion, logprobs_of
-from jfa_models.engine.beams import Beam, BeamSearch
-from jfa_models.engine.pools import Pools, make_pools, pool_sizes
-from jfa_models.engine.request import Continuation, OnOutput, Request
-from jfa_models.engine.scheduler import Chunk, Scheduler
-from jfa_models.generate import LanguageModel, Prompt
-from jfa_models.outputs import FinishReason, RequestOutput
-from jfa_models.sampling import (
+from jfa_models.decoding.completion import Completion, logprobs_of
+from jfa_models.decoding.language_model import LanguageModel, Prompt
+from jfa_models.decoding.outputs import FinishReason, RequestOutput
+from jfa_models.decoding.sampling import (
     MAX_LOGPROBS,
     BeamSearchParams,
     Sampled,
@@ -42,7 +37,12 @@ from jfa_models.sampling import (
     seen,
     slot_rows,
 )
-from jfa_models.steps import Batch, Slots
+from jfa_models.decoding.steps import Batch, Slots
+from jfa_models.engine.beams import Beam, BeamSearch
+from jfa_models.engine.pools import Pools, make_pools, pool_sizes
+from jfa_models.engine.request import Continuation, OnOutput, Request
+from jfa_models.engine.scheduler import Chunk, Scheduler
+from jfa_models.model.attention import paged_cache
 
 SMALLEST_STEP = 32  # tokens of a step with prompts: its shapes are the powers of two from here on
 SMALLEST_COPY = 8  # pages that are copied at a time

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jfa_models.completion import Completion
-from jfa_models.outputs import Logprob, RequestMetrics, RequestOutput
-from jfa_models.sampling import SamplingParams
+from jfa_models.decoding.completion import Completion
+from jfa_models.decoding.outputs import Logprob, RequestMetrics, RequestOutput
+from jfa_models.decoding.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jfa_models.engine.beams import BeamSearch

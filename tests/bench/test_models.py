@@ -9,7 +9,7 @@ import pytest
 
 import jfa
 from jfa_bench import cli, models, record, roofline
-from jfa_models.generate import LanguageModel
+from jfa_models.decoding.language_model import LanguageModel
 
 LLAMA3 = Path(__file__).parents[1] / "golden" / "llama3"
 FIELDS = {  # README, "The house", and every record of the two benchmarks

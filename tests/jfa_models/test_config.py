@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from jfa_models.config import DecoderConfig, ExpertsConfig, GenerationDefaults, read_json
-from jfa_models.presets import preset
-from jfa_models.rope import ListedScaling, RopeConfig
+from jfa_models.checkpoints.presets import preset
+from jfa_models.model.config import DecoderConfig, ExpertsConfig, GenerationDefaults, read_json
+from jfa_models.model.rope import ListedScaling, RopeConfig
 
 CONFIG = DecoderConfig(
     vocab_size=256,

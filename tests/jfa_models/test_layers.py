@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from tiny_model import tiny_config
 
-from jfa_models.config import ExpertsConfig
-from jfa_models.layers import Experts, for_each_expert
+from jfa_models.model.config import ExpertsConfig
+from jfa_models.model.layers import Experts, for_each_expert
 
 SCALES = jnp.array([1.0, 10.0, 100.0, 1000.0])
 

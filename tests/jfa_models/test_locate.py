@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from jfa_models.locate import locate
+from jfa_models.checkpoints.locate import locate
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jfa_models.rope import LinearScaling, ListedScaling, Llama3Scaling, LongRopeScaling, RopeConfig, YarnScaling
+from jfa_models.model.rope import LinearScaling, ListedScaling, Llama3Scaling, LongRopeScaling, RopeConfig, YarnScaling
 
 SCALED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=64)
 

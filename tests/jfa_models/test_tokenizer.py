@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from jfa_models.checkpoint import open_checkpoint
-from jfa_models.tokenizer import Tokenizer
+from jfa_models.checkpoints.checkpoint import open_checkpoint
+from jfa_models.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 needs_smollm2 = pytest.mark.skipif(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import pre_tokenizers
 
-from jfa_models.config import DecoderConfig, RopeConfig
-from jfa_models.decoder import Decoder
-from jfa_models.tokenizer import Tokenizer
+from jfa_models.model.config import DecoderConfig, RopeConfig
+from jfa_models.model.decoder import Decoder
+from jfa_models.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>"]

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from jfa_models.decoding.sampling import BeamSearchParams
 from jfa_models.engine.beams import BeamSearch
-from jfa_models.sampling import BeamSearchParams
 
 EOS = 0
 

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from jfa.pages import PageAllocator
+from jfa_models.decoding.sampling import SamplingParams, seed_sequence
 from jfa_models.engine.pools import Pool, Pools
 from jfa_models.engine.request import Continuation, Request
 from jfa_models.engine.scheduler import Scheduler
-from jfa_models.sampling import SamplingParams, seed_sequence
 
 PARAMS = SamplingParams()
 SEED = seed_sequence(PARAMS, 0, 0)

@@ -15,9 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 import jfa
-from jfa_models.attention import Cache
-from jfa_models.decoder import Decoder
-from jfa_models.sampling import (
+from jfa_models.decoding.sampling import (
     MAX_LOGPROBS,
     Sampled,
     SamplingRows,
@@ -26,6 +24,8 @@ from jfa_models.sampling import (
     update,
     with_logprobs,
 )
+from jfa_models.model.attention import Cache
+from jfa_models.model.decoder import Decoder
 
 # Decoded tokens between two looks of the host at the texts of an offline batch (for stop strings).
 STEPS_PER_CALL = 32

@@ -16,17 +16,17 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 import jfa
-from jfa_models.attention import Cache, paged_cache
-from jfa_models.checkpoint import load_params, open_checkpoint, save_checkpoint
-from jfa_models.completion import Completion
-from jfa_models.config import DecoderConfig, GenerationDefaults
-from jfa_models.decoder import Decoder
-from jfa_models.locate import PACKAGED
-from jfa_models.outputs import RequestOutput
-from jfa_models.presets import PRESETS
-from jfa_models.sampling import SamplingParams, check_token_ids, sampling_rows
-from jfa_models.steps import DecodeState, Emitted, Steps
-from jfa_models.tokenizer import Tokenizer
+from jfa_models.checkpoints.checkpoint import load_params, open_checkpoint, save_checkpoint
+from jfa_models.checkpoints.locate import PACKAGED
+from jfa_models.checkpoints.presets import PRESETS
+from jfa_models.decoding.completion import Completion
+from jfa_models.decoding.outputs import RequestOutput
+from jfa_models.decoding.sampling import SamplingParams, check_token_ids, sampling_rows
+from jfa_models.decoding.steps import DecodeState, Emitted, Steps
+from jfa_models.model.attention import Cache, paged_cache
+from jfa_models.model.config import DecoderConfig, GenerationDefaults
+from jfa_models.model.decoder import Decoder
+from jfa_models.text.tokenizer import Tokenizer
 
 # Prompts enter the cache in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; caches hold a power
 # of two of tokens, batches a power of two of rows. So few shapes exist, and each compiles once.

@@ -12,8 +12,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from jfa_models.config import Activation, DecoderConfig, ExpertsConfig
-from jfa_models.rope import (
+from jfa_models.model.config import Activation, DecoderConfig, ExpertsConfig
+from jfa_models.model.rope import (
     LinearScaling,
     ListedScaling,
     Llama3Scaling,

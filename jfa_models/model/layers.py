@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jfa_models.config import Activation, DecoderConfig
+from jfa_models.model.config import Activation, DecoderConfig
 
 _normal = jax.nn.initializers.normal(0.02)
 

@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 import jfa
-from jfa_models.config import DecoderConfig
-from jfa_models.layers import Linear, make_norm
-from jfa_models.rope import RopeConfig
+from jfa_models.model.config import DecoderConfig
+from jfa_models.model.layers import Linear, make_norm
+from jfa_models.model.rope import RopeConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
 

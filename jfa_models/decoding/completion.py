@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from jfa_models.outputs import CompletionOutput, FinishReason, Logprob
-from jfa_models.sampling import Sampled, SamplingParams
-from jfa_models.tokenizer import Tokenizer
+from jfa_models.decoding.outputs import CompletionOutput, FinishReason, Logprob
+from jfa_models.decoding.sampling import Sampled, SamplingParams
+from jfa_models.text.tokenizer import Tokenizer
 
 # The last tokens of a prompt, enough to end in whole characters: they decide how the first new token is spelled (after
 # a word it keeps its leading space, at the start of a text some tokenizers drop it).

@@ -30,8 +30,7 @@ from gguf.quants import dequantize
 from jaxtyping import Array, Shaped
 from safetensors import SafetensorError, safe_open
 
-from jfa_models.config import DecoderConfig, GenerationDefaults, read_json, write_json
-from jfa_models.families import (
+from jfa_models.checkpoints.families import (
     FAMILIES,
     Names,
     config_from_gguf,
@@ -40,8 +39,9 @@ from jfa_models.families import (
     gguf_names,
     hugging_face_names,
 )
-from jfa_models.locate import locate
-from jfa_models.tokenizer import Tokenizer
+from jfa_models.checkpoints.locate import locate
+from jfa_models.model.config import DecoderConfig, GenerationDefaults, read_json, write_json
+from jfa_models.text.tokenizer import Tokenizer
 
 # Of a GGUF file; part of its configuration rather than of its weights.
 _ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")

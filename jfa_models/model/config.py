@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jfa_models.rope import RopeConfig, check_positive
+from jfa_models.model.rope import RopeConfig, check_positive
 
 # Of Gemma, of ChatML (Qwen, SmolLM2), of Llama 3 and of Phi-3.
 _ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")

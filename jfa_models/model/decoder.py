@@ -8,9 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jfa_models.attention import Attention, Cache, Rotation
-from jfa_models.config import DecoderConfig
-from jfa_models.layers import MLP, Embedding, Experts, Linear, make_norm
+from jfa_models.model.attention import Attention, Cache, Rotation
+from jfa_models.model.config import DecoderConfig
+from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 
 
 class Block(nnx.Module):

@@ -17,7 +17,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jfa_models.config import GenerationDefaults, read_json, write_json
+from jfa_models.model.config import GenerationDefaults, read_json, write_json
 
 # Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6

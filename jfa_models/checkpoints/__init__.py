@@ -1,0 +1,1 @@
+"""Where models are, and what is on disk."""
