@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
-from jfa_models.decoding.language_model import PREFILL_CHUNK, LanguageModel
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.decoding.caches import PREFILL_CHUNK
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.params import SamplingParams
 
 from . import machine
 

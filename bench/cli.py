@@ -8,7 +8,8 @@ import click
 
 from jfa.device import probe
 from jfa_models.cli import command_group, model_options, run
-from jfa_models.decoding.language_model import KV_DTYPES, from_pretrained
+from jfa_models.decoding.options import KV_DTYPES
+from jfa_models.decoding.pretrained import from_pretrained
 
 from . import (
     accuracy,

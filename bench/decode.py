@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax import lax
 
-from jfa_models.decoding.language_model import DTYPES, LanguageModel
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.options import DTYPES
+from jfa_models.decoding.params import SamplingParams
 
 from . import compile, machine, models, options, output, record, roofline, timing, used
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jfa_models.checkpoints.checkpoint import open_checkpoint
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
+from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel, compute_dtype
 from jfa_models.model.config import DecoderConfig
 

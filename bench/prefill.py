@@ -11,7 +11,8 @@ import click
 import jax.numpy as jnp
 import numpy as np
 
-from jfa_models.decoding.language_model import DTYPES, LanguageModel
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.options import DTYPES
 
 from . import compile, machine, models, options, output, record, timing, used
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jfa_models.decoding.outputs import CompletionOutput, Logprob, RequestOutput
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.decoding.params import SamplingParams
 from jfa_models.engine import Engine
 
 PROMPTS = ("prompt", "prompt_token_ids")

@@ -22,20 +22,13 @@ from rich.table import Table
 import jfa
 from jfa.device import probe
 from jfa_models import batch
-from jfa_models.checkpoints.checkpoint import open_checkpoint
 from jfa_models.checkpoints.families import FAMILIES
-from jfa_models.decoding.language_model import (
-    CACHES,
-    DTYPES,
-    KV_DTYPES,
-    LanguageModel,
-    Session,
-    compute_dtype,
-    from_pretrained,
-    shape_of,
-)
+from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.decoding.language_model import LanguageModel, Session, compute_dtype
+from jfa_models.decoding.options import CACHES, DTYPES, KV_DTYPES
 from jfa_models.decoding.outputs import RequestOutput
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained, shape_of
 from jfa_models.engine import Engine
 
 DEFAULT_MODEL = "smollm2"

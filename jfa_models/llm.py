@@ -9,9 +9,10 @@ from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jfa_models.decoding.language_model import LanguageModel, Prompt, as_prompts, from_pretrained
+from jfa_models.decoding.language_model import LanguageModel, Prompt, as_prompts
 from jfa_models.decoding.outputs import RequestOutput
-from jfa_models.decoding.sampling import BeamSearchParams, SamplingParams
+from jfa_models.decoding.params import BeamSearchParams, SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.engine import Engine
 
 Params = SamplingParams | BeamSearchParams

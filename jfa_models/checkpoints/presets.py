@@ -6,7 +6,7 @@ Each stands here as what its config.json says, less what is the same in its whol
 from collections.abc import Mapping
 from typing import Any
 
-from jfa_models.checkpoints.families import config_from_hf
+from jfa_models.checkpoints.hf_config import config_from_hf
 from jfa_models.model.config import DecoderConfig
 
 _KEYS = (

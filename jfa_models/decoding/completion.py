@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jfa_models.decoding.outputs import CompletionOutput, FinishReason, Logprob
-from jfa_models.decoding.sampling import Sampled, SamplingParams
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.sampling import Sampled
 from jfa_models.text.tokenizer import Tokenizer
 
 # The last tokens of a prompt, enough to end in whole characters: they decide how the first new token is spelled (after

@@ -1,12 +1,10 @@
-"""A checkpoint that writes text: load, the whole forward, batches offline, and one prompt streamed."""
+"""A decoder that writes text: the whole forward, batches offline, and one prompt streamed."""
 
 import dataclasses
 import operator
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,115 +13,24 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
-import jfa
-from jfa_models.checkpoints.checkpoint import load_params, open_checkpoint, save_checkpoint
-from jfa_models.checkpoints.locate import PACKAGED
-from jfa_models.checkpoints.presets import PRESETS
+from jfa_models.checkpoints.generation import GenerationDefaults
+from jfa_models.checkpoints.save import save_checkpoint
+from jfa_models.decoding import caches
 from jfa_models.decoding.completion import Completion
+from jfa_models.decoding.options import DTYPES, CacheOptions
 from jfa_models.decoding.outputs import RequestOutput
-from jfa_models.decoding.sampling import SamplingParams, check_token_ids, sampling_rows
+from jfa_models.decoding.params import SamplingParams, check_token_ids
+from jfa_models.decoding.sampling import sampling_rows
 from jfa_models.decoding.steps import DecodeState, Emitted, Steps
-from jfa_models.model.attention import Cache, paged_cache
-from jfa_models.model.config import DecoderConfig, GenerationDefaults
+from jfa_models.model.attention import Cache
+from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.text.tokenizer import Tokenizer
-
-# Prompts enter the cache in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; caches hold a power
-# of two of tokens, batches a power of two of rows. So few shapes exist, and each compiles once.
-PREFILL_CHUNK = 512
-SMALLEST_CHUNK = 16
-SMALLEST_CAPACITY = 256
-SLACK = 128  # tokens that a layer with a window keeps behind it: so far a session can go back
-
-DTYPES = ("float32", "bfloat16", "float16")
-CACHES = ("contiguous", "paged")
-KV_DTYPES = ("int8", "fp8", "int4")
 
 Prompt = str | Sequence[int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheOptions:
-    """How the keys and values of a model's tokens are kept.
-
-    Attributes:
-      kind: "contiguous", or "paged".
-      kv_dtype: of pages: "int8", "fp8" or "int4" (jfa.quant); None: the model's dtype.
-      page_size: tokens of a page.
-    """
-
-    kind: Literal["contiguous", "paged"] = "contiguous"
-    kv_dtype: str | None = None
-    page_size: int = 16
-
-    def __post_init__(self) -> None:
-        if self.kind not in CACHES:
-            raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {self.kind!r}")
-        if self.kv_dtype is not None and self.kind != "paged":
-            raise ValueError(f"kv_dtype={self.kv_dtype!r} needs cache='paged': a contiguous one is not quantized")
-        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
-        if self.page_size < 1:
-            raise ValueError(f"page_size must be at least 1, got {self.page_size}")
-
-
-def from_pretrained(
-    model: str | os.PathLike[str] = "smollm2",
-    *,
-    dtype: DTypeLike | None = None,
-    cache: Literal["contiguous", "paged"] = "contiguous",
-    kv_dtype: str | None = None,
-    page_size: int = 16,
-    context_length: int | None = None,
-) -> "LanguageModel":
-    """Loads a model of one of the families (families.FAMILIES).
-
-    Args:
-      model: a Hugging Face folder, a .safetensors or .gguf file, "smollm2" or "gemma-3-270m", which are packages, the
-        name of a preset (presets.PRESETS), which gets random weights, or a repository of Hugging Face, "owner/name".
-      dtype: float32, bfloat16 or float16, of the weights, the computation and the cache. None: float32 on a CPU, which
-        has no fast 16-bit product, bfloat16 elsewhere.
-      cache, kv_dtype, page_size: CacheOptions.
-      context_length: tokens of a prompt and its answer, if fewer than the model's own. A model with two rope scalings
-        (Phi-3 for 128,000 tokens) takes the one that was made for so many.
-
-    Raises:
-      ValueError: there is no such checkpoint, it is damaged, or its architecture is unknown; the message says which.
-    """
-    dtype = compute_dtype(dtype)
-    options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
-    name = os.fspath(model)
-    if (config := shape_of(name)) is not None:
-        warnings.warn(f"{name} is the shape of a model: its weights are random", stacklevel=2)
-        return LanguageModel.random(_with_context(config, context_length), dtype=dtype, cache_options=options)
-    checkpoint = open_checkpoint(name)
-    abstract = _abstract(_with_context(checkpoint.config, context_length), dtype)
-    expected = named_leaves(abstract)
-    params = load_params(checkpoint, expected)
-    return LanguageModel(
-        decoder=abstract,
-        params=tuple(params[name] for name in expected),
-        tokenizer=checkpoint.load_tokenizer(),
-        defaults=checkpoint.generation,
-        cache_options=options,
-    )
-
-
-def shape_of(name: str) -> DecoderConfig | None:
-    """The preset that a name stands for where nothing has weights by that name."""
-    has_weights = name.lower() in PACKAGED or os.path.exists(name)
-    return None if has_weights else PRESETS.get(name.lower())
-
-
-def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderConfig:
-    if context_length is None:
-        return config
-    if not 1 <= context_length <= config.context_length:
-        raise ValueError(f"context_length must be 1 to {config.context_length}, the model's own, got {context_length}")
-    return dataclasses.replace(config, context_length=context_length)
-
-
-def _abstract(config: DecoderConfig, dtype: DTypeLike, implementation: str | None = None) -> Decoder:
+def abstract_decoder(config: DecoderConfig, dtype: DTypeLike, implementation: str | None = None) -> Decoder:
     """A decoder with shapes in the place of parameters."""
     return nnx.eval_shape(
         lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), attention_implementation=implementation)
@@ -192,7 +99,7 @@ class LanguageModel:
           attention_implementation: what jfa's ops are asked for by name; None: they choose.
         """
         dtype = compute_dtype(dtype)
-        abstract = _abstract(config, dtype, attention_implementation)
+        abstract = abstract_decoder(config, dtype, attention_implementation)
         # one piece of noise is laid over all weights, so long and odd that no two rows of one are alike
         noise = (0.02 * np.random.default_rng(seed).standard_normal(1_000_003)).astype(dtype)
         params, start = [], 0
@@ -347,7 +254,7 @@ class LanguageModel:
 
     def _start(self, requests: "Sequence[_Request]") -> tuple[DecodeState, Emitted]:
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        cache = self.new_cache(batch=_power_of_two(len(requests)), capacity=longest)
+        cache = self.new_cache(batch=caches.power_of_two(len(requests)), capacity=longest)
         return self._prefill(requests, cache, [request.prompt_ids for request in requests])
 
     def _prefill(
@@ -371,30 +278,7 @@ class LanguageModel:
 
     def new_cache(self, *, batch: int, capacity: int) -> Cache:
         """An empty cache for at least capacity tokens a row."""
-        config, options = self.config, self.cache_options
-        capacity = max(SMALLEST_CAPACITY, _power_of_two(capacity))
-        if options.kind == "contiguous":
-            return jfa.KVCache.create(
-                num_layers=config.num_layers,
-                batch=batch,
-                capacity=capacity,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                dtype=self.dtype,
-                windows=[config.window(i) for i in range(config.num_layers)],
-                slack=SLACK,
-            )
-        own = _own_pages(config, batch, capacity, options.page_size)
-        cache = paged_cache(
-            config,
-            num_pages=[1 + int(table.max(initial=0)) for table in own],
-            page_size=options.page_size,
-            batch=batch,
-            pages_per_seq=own[0].shape[1],
-            dtype=self.dtype,
-            kv_dtype=options.kv_dtype,
-        )
-        return dataclasses.replace(cache, page_tables=own)
+        return caches.new_cache(self.config, self.cache_options, batch=batch, capacity=capacity, dtype=self.dtype)
 
     def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
         prompts = as_prompts(prompts)
@@ -499,12 +383,12 @@ class Session:
         if cache is None:
             return model.new_cache(batch=1, capacity=capacity), 0
         if cache.capacity < capacity:
-            cache = _grown(model.config, cache, _power_of_two(capacity))
+            cache = caches.grown(model.config, cache, caches.power_of_two(capacity))
         known = 0
         while known < min(len(self._ids), len(prompt_ids) - 1) and self._ids[known] == prompt_ids[known]:
             known += 1
         windows = [window for window in model.config.patterns if window is not None]
-        if windows and len(self._ids) - known > SLACK and len(self._ids) > min(windows):
+        if windows and len(self._ids) - known > caches.SLACK and len(self._ids) > min(windows):
             known = 0  # what these tokens would see has left a window
         return dataclasses.replace(cache, kv_len=np.array([known], np.int32)), known
 
@@ -548,40 +432,13 @@ def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tupl
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:
-        t = min(PREFILL_CHUNK, max(SMALLEST_CHUNK, _power_of_two(longest - start)))
+        t = min(caches.PREFILL_CHUNK, max(caches.SMALLEST_CHUNK, caches.power_of_two(longest - start)))
         tokens, lengths = np.zeros((size, t), np.int32), np.zeros(size, np.int32)
         for row, prompt in enumerate(prompts):
             part = prompt[start : start + t]
             tokens[row, : len(part)], lengths[row] = part, len(part)
         yield tokens, lengths
         start += t
-
-
-def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int) -> tuple[np.ndarray, ...]:
-    """Page tables in which every row has its pages from the start: nothing here is shared.
-
-    A row goes round in the pages of a window: those that slid out take the next tokens.
-    """
-    columns = -(-capacity // page_size)
-    tables = []
-    for window in config.patterns:
-        # a chunk is written before its first token looks back
-        kept = columns if window is None else min(columns, 1 + -(-(window + PREFILL_CHUNK + SLACK) // page_size))
-        tables.append(1 + kept * np.arange(batch)[:, None] + np.arange(columns) % kept)
-    return tuple(table.astype(np.int32) for table in tables)
-
-
-def _grown(config: DecoderConfig, cache: Cache, capacity: int) -> Cache:
-    """The cache of one row with room for more tokens."""
-    if isinstance(cache, jfa.KVCache):
-        return cache.grow(capacity)
-    own = _own_pages(config, 1, capacity, cache.page_size)
-    return dataclasses.replace(cache.grow([1 + int(table.max()) for table in own]), page_tables=own)
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def named_leaves(abstract: Decoder) -> dict[str, jax.ShapeDtypeStruct]:

@@ -15,15 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 import jfa
-from jfa_models.decoding.sampling import (
-    MAX_LOGPROBS,
-    Sampled,
-    SamplingRows,
-    finished_by_id,
-    sample,
-    update,
-    with_logprobs,
-)
+from jfa_models.decoding.params import MAX_LOGPROBS
+from jfa_models.decoding.sampling import Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
 from jfa_models.model.attention import Cache
 from jfa_models.model.decoder import Decoder
 

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jfa_models.decoding.sampling import BeamSearchParams
+from jfa_models.decoding.params import BeamSearchParams
 
 
 class Beam(NamedTuple):

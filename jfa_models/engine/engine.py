@@ -25,18 +25,8 @@ from jfa.types import NULL_PAGE
 from jfa_models.decoding.completion import Completion, logprobs_of
 from jfa_models.decoding.language_model import LanguageModel, Prompt
 from jfa_models.decoding.outputs import FinishReason, RequestOutput
-from jfa_models.decoding.sampling import (
-    MAX_LOGPROBS,
-    BeamSearchParams,
-    Sampled,
-    SamplingParams,
-    SamplingRows,
-    adjusts,
-    dense_bias,
-    seed_sequence,
-    seen,
-    slot_rows,
-)
+from jfa_models.decoding.params import MAX_LOGPROBS, BeamSearchParams, SamplingParams
+from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seed_sequence, seen, slot_rows
 from jfa_models.decoding.steps import Batch, Slots
 from jfa_models.engine.beams import Beam, BeamSearch
 from jfa_models.engine.pools import Pools, make_pools, pool_sizes
@@ -376,7 +366,7 @@ class Engine:
             itertools.product(
                 {one.is_greedy for one in params},
                 {one.logprobs is None for one in params},
-                {adjusts(one) for one in params},
+                {one.adjusts_logits for one in params},
                 {one.stop_token_ids for one in params},  # how many decides a shape
             )
         )
@@ -404,7 +394,7 @@ class Engine:
                     self._draw(logits, rows, batch.slot, np.zeros(b, bool), np.zeros(b, np.int32))
         for n, pool in itertools.product(_buckets(SMALLEST_COPY, most), range(len(self._no_tables))):
             self._copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
-        if any(map(adjusts, params)):
+        if any(one.adjusts_logits for one in params):
             self._adjust(most, GREEDY, (), ())
 
     def metrics(self) -> EngineMetrics:
@@ -574,7 +564,7 @@ class Engine:
         assert one.slot is not None
         one.is_new = False
         self._num_pages[:, one.slot] = 0
-        if adjusts(one.params):
+        if one.params.adjusts_logits:
             self._adjust(one.slot, one.params, one.request.prompt_ids, one.tokens[one.num_prompt :])
             self._adjusted.add(one.slot)
         elif one.slot in self._adjusted:  # by who had it before

@@ -8,7 +8,7 @@ import numpy as np
 
 from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.outputs import Logprob, RequestMetrics, RequestOutput
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.decoding.params import SamplingParams
 
 if TYPE_CHECKING:
     from jfa_models.engine.beams import BeamSearch

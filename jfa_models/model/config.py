@@ -1,15 +1,9 @@
 """What a decoder is, in numbers, and how its authors advise to sample from it."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jfa_models.model.rope import RopeConfig, check_positive
-
-# Of Gemma, of ChatML (Qwen, SmolLM2), of Llama 3 and of Phi-3.
-_ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Norm = Literal["rms", "rms_plus_one", "layer"]
@@ -170,72 +164,6 @@ class DecoderConfig:
         """Numbers in a KV cache of so many tokens, of which layers with a window keep the window."""
         kept = sum(min(num_tokens, self.window(i) or num_tokens) for i in range(self.num_layers))
         return 2 * kept * self.num_kv_heads * self.head_dim
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """How the authors of a model advise to sample from it. None: they say nothing."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    temperature: float | None = None  # 0: greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-    @classmethod
-    def from_hf(cls, generation: Mapping[str, Any], config: Mapping[str, Any]) -> "GenerationDefaults":
-        """Reads generation_config.json (empty if there is none); the end of text may stand in config.json instead.
-
-        Raises:
-          ValueError: eos_token_id is neither a token id nor a list of them.
-        """
-        eos = generation.get("eos_token_id")
-        eos = config.get("eos_token_id") if eos is None else eos
-        eos_token_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        if not all(type(token_id) is int and token_id >= 0 for token_id in eos_token_ids):
-            raise ValueError(f"generation_config.json: eos_token_id must be a token id or a list of them, got {eos!r}")
-        return cls(
-            eos_token_ids=eos_token_ids,
-            temperature=0.0 if generation.get("do_sample") is False else generation.get("temperature"),
-            top_k=generation.get("top_k") or None,  # 0 also means that the authors do not use it
-            top_p=generation.get("top_p"),
-            min_p=generation.get("min_p"),
-            repetition_penalty=generation.get("repetition_penalty"),
-        )
-
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> "GenerationDefaults":
-        """Reads the ends of text, of turn and of message; a GGUF file says nothing about sampling.
-
-        An end of turn that the file does not name is known by its text.
-        """
-        keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
-        ends = [metadata[key] for key in keys if key in metadata]
-        tokens = metadata.get("tokenizer.ggml.tokens", ())
-        if keys[1] not in metadata:
-            ends += [tokens.index(text) for text in _ENDS_OF_TURN if text in tokens]
-        return cls(eos_token_ids=tuple(dict.fromkeys(ends)))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      ValueError: the file does not hold one.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON object as a file, for people to read too."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_fields(config: Any) -> None:

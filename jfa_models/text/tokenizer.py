@@ -5,57 +5,20 @@ tokenizer, the rules for adding the begin and end of text, streaming, and chat t
 """
 
 import dataclasses
-import datetime
-import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import processors
 
-from jfa_models.model.config import GenerationDefaults, read_json, write_json
-
-# Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+from jfa_models.text import chat
+from jfa_models.text.files import read_json, write_json
+from jfa_models.text.gguf_vocabulary import core_of, end_token_ids
 
 # Names in chat templates -> names in tokenizer.ggml.*_token_id.
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-_SPACE = "\u2581"  # how SentencePiece writes a space
 _HALF_A_CHARACTER = "\ufffd"  # what bytes decode to while their character is incomplete
-
-
-class _Dialect(NamedTuple):
-    """How one family of byte-level BPE cuts text before it merges."""
-
-    pattern: str | None = None  # what a piece of text is; None: GPT-2's rule, which ByteLevel has built in
-    single_digits: bool = False
-    whole_words: bool = False  # a piece that is a token by itself is not merged up from letters
-    compose: bool = False  # Unicode NFC first
-    add_bos: bool = False  # unless the file says otherwise
-
-
-# tokenizer.ggml.pre. Patterns: tokenizer.json of Meta-Llama-3-8B and of Qwen2-7B.
-_DIALECTS = {
-    "default": _Dialect(),
-    "gpt-2": _Dialect(),
-    "smollm": _Dialect(single_digits=True),
-    "llama-bpe": _Dialect(
-        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        whole_words=True,
-        add_bos=True,
-    ),
-    "qwen2": _Dialect(
-        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        compose=True,
-    ),
-}
 
 
 @final
@@ -110,29 +73,8 @@ class Tokenizer:
         Raises:
           ValueError: there is no vocabulary, or it is of a kind that is not supported.
         """
-        kind = metadata.get("tokenizer.ggml.model")
-        if kind not in ("gpt2", "llama"):
-            raise ValueError(f"GGUF metadata: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
-        needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
-        if missing := [key for key in needed if f"tokenizer.ggml.{key}" not in metadata]:
-            raise ValueError(
-                f"GGUF metadata lacks {', '.join(f'tokenizer.ggml.{key}' for key in missing)}; "
-                "convert the model again, with its vocabulary"
-            )
-        if kind == "gpt2":
-            dialect = _dialect(metadata.get("tokenizer.ggml.pre", "default"))
-            core, add_bos = _byte_level(metadata, dialect), dialect.add_bos
-        else:
-            core, add_bos = _sentence_piece(metadata), True
-
+        core, add_bos = core_of(metadata)
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        core.add_tokens(
-            [
-                AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-                for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
-                if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
-            ]
-        )
         ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
         ids = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
         bos, eos = ids.get("bos_token"), ids.get("eos_token")
@@ -141,7 +83,7 @@ class Tokenizer:
         return cls(
             core=core,
             bos_token_id=bos,
-            eos_token_ids=GenerationDefaults.from_gguf(metadata).eos_token_ids,
+            eos_token_ids=end_token_ids(metadata),
             special_tokens={name: tokens[i] for name, i in ids.items()},
             chat_template=metadata.get("tokenizer.chat_template"),
         )
@@ -213,12 +155,7 @@ class Tokenizer:
                 "or put a chat_template.jinja beside its tokenizer.json"
             )
         given = {"tools": None, "documents": None, **self.special_tokens, **extra}
-        try:
-            return _compile(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **given
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+        return chat.render(self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt, **given)
 
 
 @final
@@ -287,87 +224,3 @@ def _surround(bos: int | None, eos: int | None, add_bos: bool, add_eos: bool) ->
     single = ["bos"] * add_bos + ["$A"] + ["eos"] * add_eos
     known = [(name, token_id) for name, (token_id, add) in wanted.items() if add and token_id is not None]
     return processors.TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=known)
-
-
-def _dialect(name: str) -> _Dialect:
-    if name not in _DIALECTS:
-        raise ValueError(
-            f"GGUF metadata: tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(_DIALECTS)}"
-        )
-    return _DIALECTS[name]
-
-
-def _byte_level(metadata: Mapping[str, Any], dialect: _Dialect) -> tokenizers.Tokenizer:
-    """GPT-2's scheme: text becomes bytes, bytes become printable letters, letters are merged."""
-    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect.whole_words))
-    if dialect.compose:
-        core.normalizer = normalizers.NFC()
-    cuts: list[pre_tokenizers.PreTokenizer] = []
-    if dialect.single_digits:
-        cuts.append(pre_tokenizers.Digits(individual_digits=True))
-    if dialect.pattern is not None:
-        cuts.append(pre_tokenizers.Split(Regex(dialect.pattern), "isolated"))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=dialect.pattern is None))
-    core.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-    core.decoder = decoders.ByteLevel()
-    return core
-
-
-def _sentence_piece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Llama 2's scheme: characters are merged, the highest score first; what has no token becomes bytes."""
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata["tokenizer.ggml.token_type"]
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    core = tokenizers.Tokenizer(
-        models.BPE(
-            {token: i for i, token in enumerate(tokens)},
-            _merges_from_scores(tokens, types, metadata["tokenizer.ggml.scores"]),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
-    texts: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend(_SPACE))
-        texts.append(decoders.Strip(content=" ", left=1))
-    core.normalizer = normalizers.Sequence(spaces)
-    core.decoder = decoders.Sequence(texts)
-    return core
-
-
-def _merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, the best scored third first."""
-    outside = (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
-    mergeable = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind not in outside}
-    best_first = sorted(mergeable, key=lambda token: -mergeable[token])
-    return [
-        (whole[:cut], whole[cut:])
-        for whole in best_first
-        for cut in range(1, len(whole))
-        if whole[:cut] in mergeable and whole[cut:] in mergeable
-    ]
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    """A chat template in the dialect of Hugging Face. Templates come with weights, so they run in a sandbox."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes for HTML, which no model was trained on.
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

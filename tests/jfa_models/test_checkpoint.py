@@ -16,8 +16,10 @@ import pytest
 import safetensors.numpy
 from gguf import GGMLQuantizationType
 
-from jfa_models.checkpoints.checkpoint import StoredTensor, load_params, open_checkpoint
+from jfa_models.checkpoints.checkpoint import load_params
 from jfa_models.checkpoints.locate import locate
+from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.checkpoints.tensors import StoredTensor
 
 LLAMA3 = Path(__file__).parents[1] / "golden" / "llama3"
 needs_smollm2 = pytest.mark.skipif(
@@ -222,7 +224,7 @@ def can_dequantize(kind):
 
 @pytest.mark.parametrize("kind", list(filter(can_dequantize, GGMLQuantizationType)), ids=lambda kind: kind.name)
 def test_every_type_that_gguf_dequantizes_is_read_over_several_chunks(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("jfa_models.checkpoints.checkpoint._CHUNK_ELEMENTS", 1 << 11)
+    monkeypatch.setattr("jfa_models.checkpoints.tensors._CHUNK_ELEMENTS", 1 << 11)
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     row_bytes = 512 // block_elements * block_bytes
     # any bytes make a block; below 60, so that those read as float16 are small numbers
@@ -525,7 +527,8 @@ def test_smollm2_is_read_as_gguf_s_own_reader_and_dequantizer_see_it():
 MEASURE = """
 import sys
 import jax, numpy as np
-from jfa_models.checkpoints.checkpoint import load_params, open_checkpoint
+from jfa_models.checkpoints.checkpoint import load_params
+from jfa_models.checkpoints.reader import open_checkpoint
 
 def resident_kib(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])

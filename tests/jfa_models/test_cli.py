@@ -10,8 +10,8 @@ import pytest
 from tiny_model import folder_with_text
 
 from jfa_models import cli
-from jfa_models.decoding.language_model import from_pretrained
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 JSON_KEYS = "prompt prompt_token_ids text token_ids finish_reason prefill_ms decode_ms tokens_per_s".split()

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.presets import preset
-from jfa_models.model.config import DecoderConfig, ExpertsConfig, GenerationDefaults, read_json
+from jfa_models.model.config import DecoderConfig, ExpertsConfig
 from jfa_models.model.rope import ListedScaling, RopeConfig
+from jfa_models.text.files import read_json
 
 CONFIG = DecoderConfig(
     vocab_size=256,

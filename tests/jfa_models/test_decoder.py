@@ -11,10 +11,11 @@ from flax import nnx
 
 import jfa
 from jfa_bench.numerics import assert_within
-from jfa_models.decoding.language_model import from_pretrained
-from jfa_models.decoding.sampling import SamplingParams
-from jfa_models.model.config import DecoderConfig, RopeConfig
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
+from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
+from jfa_models.model.rope import RopeConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = DecoderConfig(

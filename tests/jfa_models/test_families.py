@@ -14,11 +14,13 @@ import safetensors.numpy
 from safetensors import safe_open
 from tiny_model import folder_with_text
 
-from jfa_models.checkpoints.checkpoint import open_checkpoint
-from jfa_models.checkpoints.families import config_from_gguf, config_from_hf, config_to_hf
+from jfa_models.checkpoints.gguf_config import config_from_gguf
+from jfa_models.checkpoints.hf_config import config_from_hf, config_to_hf
 from jfa_models.checkpoints.presets import PRESETS
-from jfa_models.decoding.language_model import LanguageModel, from_pretrained
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
 
@@ -58,7 +60,7 @@ def continued(model, tokens):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_family_is_what_transformers_computes(name, monkeypatch):
-    monkeypatch.setattr("jfa_models.decoding.language_model.SLACK", 2)  # so that the rings of windows turn over
+    monkeypatch.setattr("jfa_models.decoding.caches.SLACK", 2)  # so that the rings of windows turn over
     model, want = loaded(name), truth(name)
     assert model.config.num_params == sum(x.size for x in model.params)
     assert distance(model.logits(want["input_ids"]), want["logits"]) < CLOSE
@@ -419,7 +421,7 @@ def test_what_is_saved_is_what_was_loaded(name, tmp_path):
 
 
 def test_a_large_model_is_saved_in_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("jfa_models.checkpoints.checkpoint._SHARD_BYTES", 40_000)
+    monkeypatch.setattr("jfa_models.checkpoints.save._SHARD_BYTES", 40_000)
     loaded("qwen3_moe").save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2

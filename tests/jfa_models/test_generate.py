@@ -14,9 +14,12 @@ from flax import nnx
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sentence_piece_tokenizer, sharp_decoder
 
 from jfa_bench.numerics import assert_within
-from jfa_models.decoding.language_model import LanguageModel, Session, from_pretrained
-from jfa_models.decoding.sampling import SamplingParams
-from jfa_models.model.config import DecoderConfig, GenerationDefaults, RopeConfig
+from jfa_models.checkpoints.generation import GenerationDefaults
+from jfa_models.decoding.language_model import LanguageModel, Session
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
+from jfa_models.model.config import DecoderConfig
+from jfa_models.model.rope import RopeConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TIE = 5e-3  # top-1 minus top-2 logit under which another order of sums may choose the other token

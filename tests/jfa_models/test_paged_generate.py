@@ -16,8 +16,10 @@ from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, folder_w
 import jfa
 from jfa import quant
 from jfa_models import cli
-from jfa_models.decoding.language_model import KV_DTYPES, CacheOptions, LanguageModel, Session, from_pretrained
-from jfa_models.decoding.sampling import SamplingParams
+from jfa_models.decoding.language_model import LanguageModel, Session
+from jfa_models.decoding.options import KV_DTYPES, CacheOptions
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = tiny_config(num_layers=2, context_length=128)
@@ -29,8 +31,8 @@ PROMPTS = ["Hi", "a prompt of more than one chunk.", "seven c"]
 def small_shapes():
     """Chunks of 16 tokens, and caches that start at 64: prompts of a line take several chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jfa_models.decoding.language_model.PREFILL_CHUNK", 16)
-        patch.setattr("jfa_models.decoding.language_model.SMALLEST_CAPACITY", 64)
+        patch.setattr("jfa_models.decoding.caches.PREFILL_CHUNK", 16)
+        patch.setattr("jfa_models.decoding.caches.SMALLEST_CAPACITY", 64)
         yield
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jfa_models.decoding import sampling
-from jfa_models.decoding.sampling import SamplingParams, check_token_ids, finished_by_id, sample, sampling_rows, update
+from jfa_models.decoding.params import SamplingParams, check_token_ids
+from jfa_models.decoding.sampling import finished_by_id, sample, sampling_rows, update
 
 EOS = 2
 VOCAB = 12  # of the property test

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from jfa_models.checkpoints.checkpoint import open_checkpoint
+from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"

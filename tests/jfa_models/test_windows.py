@@ -10,7 +10,7 @@ from flax import nnx
 from tiny_model import sharp_decoder, tiny_config
 
 from jfa_models import LanguageModel, SamplingParams, Session
-from jfa_models.decoding.language_model import CacheOptions
+from jfa_models.decoding.options import CacheOptions
 
 CONFIG = tiny_config(num_layers=3, context_length=256)
 WINDOWS = (6, None, 6)
@@ -32,8 +32,8 @@ def model(cache="ring"):
 @pytest.fixture
 def small(monkeypatch):
     """Rings and pages that a text of 100 tokens goes round many times."""
-    monkeypatch.setattr("jfa_models.decoding.language_model.SLACK", 3)
-    monkeypatch.setattr("jfa_models.decoding.language_model.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("jfa_models.decoding.caches.SLACK", 3)
+    monkeypatch.setattr("jfa_models.decoding.caches.PREFILL_CHUNK", 16)
 
 
 def prompt(length, seed=0):

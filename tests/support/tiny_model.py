@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import pre_tokenizers
 
-from jfa_models.model.config import DecoderConfig, RopeConfig
+from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
+from jfa_models.model.rope import RopeConfig
 from jfa_models.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6

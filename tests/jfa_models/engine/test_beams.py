@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from jfa_models.decoding.sampling import BeamSearchParams
+from jfa_models.decoding.params import BeamSearchParams
 from jfa_models.engine.beams import BeamSearch
 
 EOS = 0

@@ -14,7 +14,7 @@ from flax import nnx
 from tiny_model import byte_tokenizer, counted_compilations, sharp_decoder, tiny_config
 
 from jfa_models import BeamSearchParams, Engine, LanguageModel, SamplingParams
-from jfa_models.decoding.language_model import CacheOptions
+from jfa_models.decoding.options import CacheOptions
 
 CONFIG = tiny_config(num_layers=2, context_length=128)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from jfa.pages import PageAllocator
-from jfa_models.decoding.sampling import SamplingParams, seed_sequence
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.sampling import seed_sequence
 from jfa_models.engine.pools import Pool, Pools
 from jfa_models.engine.request import Continuation, Request
 from jfa_models.engine.scheduler import Scheduler

@@ -1,0 +1,75 @@
+"""Fields of a configuration file: found, checked, and turned into ours. What both spellings share."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jfa_models.checkpoints.families import FAMILIES, Family
+from jfa_models.model.config import Activation
+from jfa_models.model.rope import check_positive
+
+ACTIVATIONS: Mapping[str, Activation] = {  # in config.json; the first name of each is the one that is written
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+ROPE_THETA_UNSTATED = 10_000.0  # in config.json and GGUF files alike
+
+
+def family_of(name: object, where: str, known: Mapping[str, str]) -> Family:
+    """Raises ValueError unless an architecture is one that we build."""
+    if not isinstance(name, str) or name not in known:
+        supported = ", ".join(f"{key} ({FAMILIES[ours].users})" for key, ours in known.items())
+        raise ValueError(f"{where} {name!r} is not supported; supported architectures: {supported}")
+    return FAMILIES[known[name]]
+
+
+def require(source: Mapping[str, Any], where: str, *keys: str) -> None:
+    missing = [key for key in keys if source.get(key) is None]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; take the file that belongs to these weights")
+
+
+def check_counts(source: Mapping[str, Any], where: str, *keys: str) -> None:
+    """Raises ValueError unless what is stated of these is a whole number of at least 1."""
+    for key in keys:
+        value = source.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{where}: {key} must be a whole number of at least 1, got {value!r}")
+
+
+def list_of(value: object, kind: type | tuple[type, ...], where: str) -> tuple[Any, ...]:
+    """Raises ValueError unless it is a list of this kind."""
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, kind) for entry in value):
+        names = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
+        raise ValueError(f"{where} must be a list of {names}, got {value!r}")
+    return tuple(value)
+
+
+def default_head_dim(hidden_size: int, num_q_heads: int) -> int:
+    check_positive("config", hidden_size=hidden_size, num_q_heads=num_q_heads)
+    if hidden_size % num_q_heads:
+        raise ValueError(
+            f"the hidden size must be a multiple of the number of heads, got {hidden_size} and {num_q_heads}; "
+            "a model of another shape must state its head_dim"
+        )
+    return hidden_size // num_q_heads
+
+
+def activation_of(source: Mapping[str, Any], architecture: str) -> Activation:
+    name = source.get("hidden_activation") or source.get("hidden_act", "silu")
+    if architecture == "gemma" and name == "gelu":
+        name = "gelu_pytorch_tanh"  # the first files said the one and were trained with the other
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def longrope_attention(longest: int, original: int) -> float:
+    """Source: arXiv:2402.13753, section 3; a context that is not stretched has 1."""
+    check_positive("rope scaling", max_position_embeddings=longest, original_max_position_embeddings=original - 1)
+    return math.sqrt(1.0 + math.log(longest / original) / math.log(original)) if longest > original else 1.0

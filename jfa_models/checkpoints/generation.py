@@ -1,0 +1,45 @@
+"""How the authors of a model advise to sample from it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jfa_models.text.gguf_vocabulary import end_token_ids
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """How the authors of a model advise to sample from it. None: they say nothing."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @classmethod
+    def from_hf(cls, generation: Mapping[str, Any], config: Mapping[str, Any]) -> "GenerationDefaults":
+        """Reads generation_config.json (empty if there is none); the end of text may stand in config.json instead.
+
+        Raises:
+          ValueError: eos_token_id is neither a token id nor a list of them.
+        """
+        eos = generation.get("eos_token_id")
+        eos = config.get("eos_token_id") if eos is None else eos
+        eos_token_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(type(token_id) is int and token_id >= 0 for token_id in eos_token_ids):
+            raise ValueError(f"generation_config.json: eos_token_id must be a token id or a list of them, got {eos!r}")
+        return cls(
+            eos_token_ids=eos_token_ids,
+            temperature=0.0 if generation.get("do_sample") is False else generation.get("temperature"),
+            top_k=generation.get("top_k") or None,  # 0 also means that the authors do not use it
+            top_p=generation.get("top_p"),
+            min_p=generation.get("min_p"),
+            repetition_penalty=generation.get("repetition_penalty"),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "GenerationDefaults":
+        """Reads the ends of text, of turn and of message; a GGUF file says nothing about sampling."""
+        return cls(eos_token_ids=end_token_ids(metadata))

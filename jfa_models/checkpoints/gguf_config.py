@@ -1,0 +1,137 @@
+"""The metadata of GGUF files, read as a DecoderConfig."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from jfa_models.checkpoints.families import FAMILIES, Family
+from jfa_models.checkpoints.fields import (
+    ROPE_THETA_UNSTATED,
+    activation_of,
+    check_counts,
+    default_head_dim,
+    family_of,
+    longrope_attention,
+    require,
+)
+from jfa_models.model.config import DecoderConfig, ExpertsConfig
+from jfa_models.model.rope import LinearScaling, ListedScaling, LongRopeScaling, RopeConfig, Scaling, YarnScaling
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str],
+    rope_divisors: Mapping[str, tuple[float, ...]] | None = None,
+) -> DecoderConfig:
+    """Reads the metadata of a GGUF file.
+
+    Three facts are not in the metadata and follow from the tensors: tied embeddings (no `output.weight`), biases, and
+    rope scalings that are tensors: pass `rope_freqs.weight`, `rope_factors_short.weight` and `rope_factors_long.weight`
+    as `rope_divisors`.
+
+    Raises:
+      ValueError: an architecture or rope type that is not supported, or a key is missing or wrong.
+    """
+    stated = metadata.get("general.architecture")
+    architectures: dict[str, str] = {}
+    for name, family in FAMILIES.items():
+        architectures.setdefault(family.gguf, name)
+    family = family_of(stated, "GGUF metadata: general.architecture", architectures)
+    architecture = architectures[str(stated)]
+    source = {key.removeprefix(f"{stated}."): value for key, value in metadata.items() if key.startswith(f"{stated}.")}
+    if architecture == "llama" and source.get("expert_count"):
+        architecture = "mixtral"
+    eps = "attention.layer_norm_epsilon" if family.always.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
+    counts = ("embedding_length", "block_count", "attention.head_count", "context_length")
+    names = (*counts, eps)
+    require(metadata, "GGUF metadata", *(f"{stated}.{name}" for name in names))
+    check_counts(metadata, "GGUF metadata", *(f"{stated}.{name}" for name in (*counts, "attention.key_length")))
+    if source.get("attention.sliding_window"):
+        check_counts(metadata, "GGUF metadata", f"{stated}.attention.sliding_window")
+    hidden_size, num_layers, num_q_heads, context_length, norm_eps = (source[name] for name in names)
+    head_dim = source.get("attention.key_length") or default_head_dim(hidden_size, num_q_heads)
+    if source.get("attention.value_length", head_dim) != head_dim:
+        raise ValueError(f"GGUF metadata: {stated}.attention.value_length must be key_length, {head_dim}")
+    experts = None
+    if num_experts := source.get("expert_count"):
+        inner = source.get("expert_feed_forward_length") or source.get("feed_forward_length")
+        require(metadata, "GGUF metadata", f"{stated}.expert_used_count")
+        experts = ExpertsConfig(
+            num_experts=num_experts, experts_per_token=source["expert_used_count"], intermediate_size=inner or 0
+        )
+    if experts is None:
+        require(metadata, "GGUF metadata", f"{stated}.feed_forward_length")
+    windows = _windows_from_gguf(source, family, num_layers)
+    # two sizes divide by what the file does not say
+    odd_scale = (stated, num_layers) in (("gemma2", 46), ("gemma3", 62))
+    read: dict[str, Any] = dict(
+        vocab_size=source.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
+        hidden_size=hidden_size,
+        intermediate_size=source.get("feed_forward_length") or (experts.intermediate_size if experts else 0),
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=source.get("attention.head_count_kv", num_q_heads),
+        head_dim=head_dim,
+        context_length=context_length,
+        norm_eps=norm_eps,
+        rope=_rope_from_gguf(source, str(stated), head_dim, rope_divisors or {}),
+        local_rope=_local_rope_from_gguf(source) if architecture == "gemma3_text" and any(windows) else None,
+        tie_word_embeddings="output.weight" not in tensor_names,
+        hidden_act=activation_of(family.defaults, architecture),
+        qkv_bias="blk.0.attn_q.bias" in tensor_names,
+        out_bias="blk.0.attn_output.bias" in tensor_names,
+        mlp_bias="blk.0.ffn_up.bias" in tensor_names,
+        query_scale=(hidden_size / num_q_heads) ** -0.5 if odd_scale else None,
+        attention_soft_cap=source.get("attn_logit_softcapping"),
+        logits_soft_cap=source.get("final_logit_softcapping"),
+        windows=windows,
+        experts=experts,
+    )
+    return DecoderConfig(architecture=architecture, **(read | family.always))
+
+
+def _windows_from_gguf(source: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
+    window = source.get("attention.sliding_window")
+    if family.windows in (None, "late") or not window:
+        return ()
+    pattern = source.get("attention.sliding_window_pattern", family.defaults.get("sliding_window_pattern"))
+    if isinstance(pattern, Sequence):
+        return tuple(window if is_local else None for is_local in pattern)
+    return tuple(None if pattern and (i + 1) % pattern == 0 else window for i in range(num_layers))
+
+
+def _rope_from_gguf(
+    source: Mapping[str, Any], stated: str, head_dim: int, divisors: Mapping[str, tuple[float, ...]]
+) -> RopeConfig:
+    theta = source.get("rope.freq_base", ROPE_THETA_UNSTATED)
+    turned = source.get("rope.dimension_count", head_dim)
+    kind = source.get("rope.scaling.type", "linear")
+    factor = source.get("rope.scaling.factor", source.get("rope.scale_linear", 1.0))
+    original: Any = source.get("rope.scaling.original_context_length")
+    longest = source["context_length"]
+    scaling: Scaling | None = None
+    if long := divisors.get("rope_factors_long.weight"):
+        require(source, f"GGUF metadata: {stated}", "rope.scaling.original_context_length")
+        scaling = LongRopeScaling(
+            short=divisors.get("rope_factors_short.weight", ()),
+            long=long,
+            original_context_length=original,
+            attention_factor=source.get("rope.scaling.attn_factor") or longrope_attention(longest, original),
+        )
+    elif kind == "yarn":
+        require(source, f"GGUF metadata: {stated}", "rope.scaling.original_context_length")
+        scaling = YarnScaling(factor=factor, original_context_length=original)
+    elif kind in ("none", "linear"):
+        linear = LinearScaling(factor=1.0 if kind == "none" else factor)
+        if listed := divisors.get("rope_freqs.weight"):
+            scaling = ListedScaling(values=tuple(linear.factor * value for value in listed))
+        elif linear.factor != 1.0:
+            scaling = linear
+    else:
+        raise ValueError(
+            f"GGUF metadata: {stated}.rope.scaling.type must be none, linear, yarn or longrope, got {kind!r}"
+        )
+    return RopeConfig(theta=theta, scaling=scaling, rotary_dim=None if turned == head_dim else turned)
+
+
+def _local_rope_from_gguf(source: Mapping[str, Any]) -> RopeConfig:
+    return RopeConfig(theta=source.get("rope.freq_base_swa", FAMILIES["gemma3_text"].defaults["rope_local_base_freq"]))

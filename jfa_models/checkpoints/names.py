@@ -1,0 +1,65 @@
+"""Tensors of a file under the names of our parameters."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+from jfa_models.checkpoints.families import Names
+from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
+from jfa_models.model.config import DecoderConfig
+
+# Of a GGUF file; part of its configuration rather than of its weights.
+ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+
+# Tables that can be computed from the configuration, which older checkpoints store all the same.
+_DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|" + "|".join(map(re.escape, ROPE_DIVISORS)))
+
+# Of a model that also sees: what stands in front of the names of its decoder, and the tensors of its eyes.
+_PREFIX = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?")
+_OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+
+
+def by_our_names(
+    tensors: Mapping[str, StoredTensor], table: Names, config: DecoderConfig
+) -> tuple[dict[str, StoredTensor | StackedTensors], tuple[StoredTensor, ...]]:
+    """Tensors by our names, and those that the table does not know."""
+    known: dict[str, StoredTensor | StackedTensors] = {}
+    stacks: dict[str, dict[int, StoredTensor]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        module, _, kind = name.removeprefix(_PREFIX.match(name)[0]).rpartition(".")  # type: ignore[index]
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
+        for mark in "#*":
+            module = re.sub(r"(?<=\.)\d+(?=\.)", mark, module, count=1)
+        ours = table.get(module)
+        parts = (ours,) if isinstance(ours, str) else ours or ()
+        pieces = _split(tensor, [_num_rows(part, config) for part in parts]) if len(parts) > 1 else [tensor]
+        if pieces is None or not parts:
+            if not (_DERIVED.fullmatch(name) or _OTHER_SENSES.fullmatch(name)):
+                unknown.append(tensor)
+            continue
+        for part, piece in zip(parts, pieces, strict=True):
+            renamed = "scale" if part.endswith("norm") and kind == "weight" else kind
+            target = f"{part.replace('#', numbers[0]) if numbers else part}.{renamed}"
+            if "*" in module:
+                stacks.setdefault(target, {})[int(numbers[1])] = piece
+            else:
+                known[target] = piece
+    for target, stack in stacks.items():
+        known[target] = StackedTensors(parts=tuple(stack[i] for i in sorted(stack)))
+    return known, tuple(unknown)
+
+
+def _num_rows(module: str, config: DecoderConfig) -> int:
+    """Rows of a weight that shares its tensor with others."""
+    q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner = config.intermediate_size
+    return {"q": q_size, "k": kv_size, "v": kv_size, "gate": inner, "up": inner}[module.rpartition(".")[2]]
+
+
+def _split(tensor: StoredTensor, num_rows: Sequence[int]) -> list[StoredTensor] | None:
+    """A tensor cut into these numbers of rows; None if it has another number of them."""
+    ends = list(itertools.accumulate(num_rows))
+    if not tensor.shape or tensor.shape[0] != ends[-1]:
+        return None
+    return [tensor.rows(end - n, end) for n, end in zip(num_rows, ends, strict=True)]

@@ -1,0 +1,28 @@
+"""Opens a checkpoint of any format.
+
+A checkpoint is a folder of safetensors with its config.json (one file, or shards with an index), one .safetensors file
+beside its config.json, or one .gguf file.
+"""
+
+from pathlib import Path
+
+from jfa_models.checkpoints.checkpoint import Checkpoint
+from jfa_models.checkpoints.gguf import open_gguf
+from jfa_models.checkpoints.locate import locate
+from jfa_models.checkpoints.safetensors import open_safetensors, safetensors_files
+
+
+def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Reads what a checkpoint is, without its weights.
+
+    Raises:
+      ValueError: there is no checkpoint, a file is damaged, or the model is of a kind that is not supported.
+    """
+    path = locate(name_or_path)
+    if path.is_dir():
+        return open_safetensors(path, path, safetensors_files(path))
+    if path.suffix == ".safetensors":
+        return open_safetensors(path, path.parent, [path])
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    raise ValueError(f"{path} is not a model: give a folder of safetensors, a .safetensors or a .gguf file")

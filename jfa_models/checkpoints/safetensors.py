@@ -1,0 +1,102 @@
+"""Reads folders of safetensors. Source: the format section of the README of github.com/huggingface/safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from jfa_models.checkpoints.checkpoint import Checkpoint
+from jfa_models.checkpoints.families import hugging_face_names
+from jfa_models.checkpoints.generation import GenerationDefaults
+from jfa_models.checkpoints.hf_config import config_from_hf
+from jfa_models.checkpoints.names import by_our_names
+from jfa_models.checkpoints.tensors import StoredTensor, check_length, damaged, main_encoding
+from jfa_models.text.files import read_json
+
+
+def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
+    """The checkpoint at a path, whose config.json lies in a folder and whose tensors lie in these files.
+
+    Raises:
+      ValueError: a file is missing or damaged, or the model is of a kind that is not supported.
+    """
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json; put the one that belongs to these weights beside them")
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    decoder = config_from_hf(config)
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        stored |= _read_safetensors_header(file)
+    tensors, unknown = by_our_names(stored, hugging_face_names(decoder.architecture), decoder)
+    return Checkpoint(
+        path=path,
+        config=decoder,
+        generation=GenerationDefaults.from_hf(read_json(generation) if generation.exists() else {}, config),
+        stored_dtype=config.get("dtype") or config.get("torch_dtype") or main_encoding(stored),
+        tensors=tensors,
+        unknown=unknown,
+    )
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder.
+
+    Raises:
+      ValueError: there are none, or some are missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
+        shards = sorted(set(weight_map.values()))
+        if missing := [shard for shard in shards if not (folder / shard).exists()]:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names; download them again")
+        return [folder / shard for shard in shards]
+    if (single := folder / "model.safetensors").exists():
+        return [single]
+    held = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".gguf"))
+    if held and held[0].endswith(".gguf"):
+        raise ValueError(f"{folder} holds GGUF files; name one of them: {', '.join(held)}")
+    if held:
+        raise ValueError(
+            f"{folder} holds only pickled weights ({held[0]}), which may run code when read; "
+            "convert them to safetensors (save_pretrained does it) or download the safetensors"
+        )
+    raise ValueError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; give another folder")
+
+
+def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
+    """Eight bytes with the length of the header, the header in JSON, the tensors."""
+    on_disk = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        start = 8 + length
+        if start > on_disk:
+            raise damaged(file, f"its header needs {start} bytes, the file has {on_disk}")
+        header = stream.read(length)
+    try:
+        entries: dict[str, Any] = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: StoredTensor(
+                file=file,
+                name=name,
+                shape=tuple(entry["shape"]),
+                encoding=entry["dtype"],
+                offset=start + entry["data_offsets"][0],
+                num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise damaged(file, f"its header cannot be read ({error})") from None
+    check_length(file, tensors, on_disk)
+    try:  # the library checks the rest: shapes against sizes, no gaps, no overlaps
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise damaged(file, str(error)) from None
+    return tensors

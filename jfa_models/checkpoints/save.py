@@ -1,0 +1,152 @@
+"""Writes a checkpoint that Hugging Face reads: config.json, safetensors, the tokenizer and its chat template."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from jfa_models.checkpoints.families import hugging_face_names
+from jfa_models.checkpoints.generation import GenerationDefaults
+from jfa_models.checkpoints.hf_config import config_to_hf
+from jfa_models.model.config import DecoderConfig
+from jfa_models.text.files import write_json
+from jfa_models.text.tokenizer import Tokenizer
+
+_SHARD_BYTES = 5 * 10**9
+_OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_WRITTEN_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def save_checkpoint(
+    folder: Path,
+    config: DecoderConfig,
+    params: Mapping[str, Array],
+    *,
+    generation: GenerationDefaults,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes a folder that Hugging Face and open_checkpoint read; one tensor of the device at a time on the host.
+
+    What was there of another model and its tokenizer is replaced.
+
+    Raises:
+      ValueError: config.json cannot say what the model is, or there is a file in the place of the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to save into")
+    written = config_to_hf(config) | {"dtype": str(next(iter(params.values())).dtype)}
+    advised = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
+    eos = advised.pop("eos_token_ids")
+    advised |= {"eos_token_id": list(eos)} if eos else {}
+    if "temperature" in advised:
+        advised["do_sample"] = advised["temperature"] > 0
+        advised = {name: value for name, value in advised.items() if name != "temperature" or value > 0}
+    # stated even where there is none: the defaults of transformers may lie outside of the vocabulary
+    written |= {"eos_token_id": advised.get("eos_token_id"), "pad_token_id": None}
+    written["bos_token_id"] = None if tokenizer is None else tokenizer.bos_token_id
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", written)
+    write_json(folder / "generation_config.json", advised)
+    for name in _OF_A_TOKENIZER:
+        (folder / name).unlink(missing_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    _save_tensors(folder, _pieces(config, params))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """A tensor to write: rows of parameters, one below the other, or one expert of a stack."""
+
+    name: str
+    sources: tuple[Array, ...]
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [source.shape if self.expert is None else source.shape[1:] for source in self.sources]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.sources[0].dtype.itemsize
+
+    def parts(self) -> Iterator[np.ndarray]:
+        for source in self.sources:
+            yield np.asarray(source if self.expert is None else source[self.expert])
+
+
+def _pieces(config: DecoderConfig, params: Mapping[str, Array]) -> list[_Piece]:
+    """The parameters under the names of Hugging Face."""
+    pieces = []
+    for theirs, ours in hugging_face_names(config.architecture).items():
+        modules = (ours,) if isinstance(ours, str) else ours
+        for layer in range(config.num_layers) if "#" in theirs else [0]:
+            for kind, stored in (("weight", "weight"), ("scale", "weight"), ("bias", "bias")):
+                names = [f"{module.replace('#', str(layer))}.{kind}" for module in modules]
+                if names[0] not in params or (params[names[0]].ndim == 3) != ("*" in theirs):
+                    continue  # not in this model, or under another name where a layer is a mixture
+                prefix = "" if theirs == "lm_head" else "model."
+                name = f"{prefix}{theirs.replace('#', str(layer))}.{stored}"
+                sources = tuple(params[name] for name in names)
+                if "*" not in theirs:
+                    pieces.append(_Piece(name=name, sources=sources))
+                    continue
+                for expert in range(sources[0].shape[0]):
+                    pieces.append(_Piece(name=name.replace("*", str(expert)), sources=sources, expert=expert))
+    return pieces
+
+
+def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
+    shards: list[list[_Piece]] = [[]]
+    room = _SHARD_BYTES
+    for piece in pieces:
+        if shards[-1] and piece.num_bytes > room:
+            shards.append([])
+            room = _SHARD_BYTES
+        shards[-1].append(piece)
+        room -= piece.num_bytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        total = sum(piece.num_bytes for piece in pieces)
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    for name, shard in zip(names, shards, strict=True):
+        _write_safetensors(folder / name, shard)
+    index = () if len(names) == 1 else ("model.safetensors.index.json",)
+    for file in folder.iterdir():
+        if _OF_A_MODEL.fullmatch(file.name) and file.name not in (*names, *index):
+            file.unlink()  # of what was saved here before, and would be read
+
+
+def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
+    """The format is simple and the library wants all tensors in memory at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for piece in pieces:
+        header[piece.name] = {
+            "dtype": _WRITTEN_DTYPES[piece.sources[0].dtype.name],
+            "shape": list(piece.shape),
+            "data_offsets": [offset, offset + piece.num_bytes],
+        }
+        offset += piece.num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = file.with_name(file.name + ".part")  # nobody finds half a file
+    with open(part, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            for values in piece.parts():
+                stream.write(np.ascontiguousarray(values).view(np.uint8).data)
+    os.replace(part, file)

@@ -1,0 +1,160 @@
+"""Tensors in files: where each one lies, and how its bytes become numbers.
+
+Files are read with plain reads, one chunk at a time, and never mapped: mapped pages count as resident memory, and
+loading a model should need little more than its weights.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from jaxtyping import Shaped
+
+_PLAIN_DTYPES = {  # names in both formats; all other encodings are blocks that `gguf` dequantizes
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+_CHUNK_ELEMENTS = 1 << 17  # 512 KiB in float32: chunks that stay in a core's cache decode twice as fast
+_ALIGNMENT = 64  # of memory that XLA on a CPU adopts without copying it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies in a file, and how its bytes become numbers."""
+
+    file: Path
+    name: str  # as the file calls it
+    shape: tuple[int, ...]
+    encoding: str  # as the file calls it: "BF16", "Q4_1"
+    offset: int
+    num_bytes: int
+    interleaved_heads: int | None = None  # set for q and k of GGUF files: see _row_order
+    minus: float = 0.0  # what the file has added to each number
+
+    def rows(self, start: int, stop: int) -> "StoredTensor":
+        """Some rows of it, as a tensor of its own."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return dataclasses.replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row_bytes,
+            num_bytes=(stop - start) * row_bytes,
+        )
+
+    def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
+        """The whole tensor in host memory.
+
+        Raises:
+          ValueError: its encoding is not supported.
+        """
+        out = aligned(self.shape, dtype)
+        self.read_into(out)
+        return out
+
+    def read_into(self, out: Shaped[np.ndarray, "..."]) -> None:
+        """The whole tensor into memory of its shape."""
+        rows = out.reshape(self._num_rows, -1)
+        for where, values in self.chunks():
+            rows[where] = values
+
+    def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]:
+        """Row numbers and those rows, a chunk at a time. A vector is one row, unless its numbers belong to heads."""
+        num_rows = self._num_rows
+        step = max(1, _CHUNK_ELEMENTS * num_rows // max(1, math.prod(self.shape)))
+        order = self._row_order()
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            for start in range(0, num_rows, step):
+                stop = min(start + step, num_rows)
+                raw = np.fromfile(file, np.uint8, (stop - start) * (self.num_bytes // num_rows))
+                yield (slice(start, stop) if order is None else order[start:stop]), self._decode(raw, stop - start)
+
+    @property
+    def _num_rows(self) -> int:
+        return math.prod(self.shape[:1]) if self.interleaved_heads or len(self.shape) > 1 else 1
+
+    def _row_order(self) -> np.ndarray | None:
+        """For each stored row its place in ours: the two rows of a head that rope turns together are neighbours in a
+        GGUF file, and half a head apart with us and with Hugging Face."""
+        if self.interleaved_heads is None:
+            return None
+        return np.arange(self.shape[0]).reshape(self.interleaved_heads, 2, -1).swapaxes(1, 2).ravel()
+
+    def _decode(self, raw: np.ndarray, num_rows: int) -> np.ndarray:
+        values = self._plain(raw, num_rows)
+        return values - np.float32(self.minus) if self.minus else values
+
+    def _plain(self, raw: np.ndarray, num_rows: int) -> np.ndarray:
+        if self.encoding in _PLAIN_DTYPES:
+            return raw.view(_PLAIN_DTYPES[self.encoding]).reshape(num_rows, -1)
+        try:
+            # one long row: `dequantize` loops in Python over groups of 16
+            return dequantize(raw[np.newaxis], GGMLQuantizationType[self.encoding]).reshape(num_rows, -1)
+        except (KeyError, NotImplementedError):
+            raise ValueError(
+                f"{self.file}: {self.name} is stored as {self.encoding}, which cannot be read; "
+                "use a checkpoint in float32, float16, bfloat16 or a common GGUF quantization such as Q8_0"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackedTensors:
+    """Tensors of one shape, those of a layer's experts, as one with an axis more."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def name(self) -> str:
+        """As the file calls the first and the last."""
+        return f"{self.parts[0].name} to {self.parts[-1].name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of a part behind their number; that of one that differs, so that nobody takes it for right."""
+        odd = next((part.shape for part in self.parts if part.shape != self.parts[0].shape), self.parts[0].shape)
+        return (len(self.parts), *odd)
+
+    def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
+        """All of them in host memory."""
+        out = aligned(self.shape, dtype)
+        for i, part in enumerate(self.parts):
+            part.read_into(out[i])
+        return out
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
+    """Memory that XLA on a CPU adopts."""
+    dtype = np.dtype(dtype)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def main_encoding(tensors: Mapping[str, StoredTensor]) -> str:
+    """The encoding of most numbers."""
+    numbers = Counter[str]()
+    for tensor in tensors.values():
+        numbers[tensor.encoding] += math.prod(tensor.shape)
+    return max(numbers, key=lambda encoding: numbers[encoding], default="no weights")
+
+
+def check_length(file: Path, tensors: Mapping[str, StoredTensor], on_disk: int) -> None:
+    needed = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=0)
+    if needed > on_disk:
+        raise damaged(file, f"its tensors need {needed} bytes, the file has {on_disk}")
+
+
+def damaged(file: Path, problem: str) -> ValueError:
+    return ValueError(f"{file} is damaged or cut short: {problem}; download it again")

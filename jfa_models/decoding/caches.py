@@ -1,0 +1,72 @@
+"""Caches of a decoder: their shapes, and room for more tokens."""
+
+import dataclasses
+
+import numpy as np
+from jax.typing import DTypeLike
+
+import jfa
+from jfa_models.decoding.options import CacheOptions
+from jfa_models.model.attention import Cache, paged_cache
+from jfa_models.model.config import DecoderConfig
+
+# Prompts enter the cache in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; caches hold a power
+# of two of tokens, batches a power of two of rows. So few shapes exist, and each compiles once.
+PREFILL_CHUNK = 512
+SMALLEST_CHUNK = 16
+SMALLEST_CAPACITY = 256
+SLACK = 128  # tokens that a layer with a window keeps behind it: so far a session can go back
+
+
+def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
+    """An empty cache for at least capacity tokens a row."""
+    capacity = max(SMALLEST_CAPACITY, power_of_two(capacity))
+    if options.kind == "contiguous":
+        return jfa.KVCache.create(
+            num_layers=config.num_layers,
+            batch=batch,
+            capacity=capacity,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            windows=[config.window(i) for i in range(config.num_layers)],
+            slack=SLACK,
+        )
+    own = _own_pages(config, batch, capacity, options.page_size)
+    cache = paged_cache(
+        config,
+        num_pages=[1 + int(table.max(initial=0)) for table in own],
+        page_size=options.page_size,
+        batch=batch,
+        pages_per_seq=own[0].shape[1],
+        dtype=dtype,
+        kv_dtype=options.kv_dtype,
+    )
+    return dataclasses.replace(cache, page_tables=own)
+
+
+def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int) -> tuple[np.ndarray, ...]:
+    """Page tables in which every row has its pages from the start: nothing here is shared.
+
+    A row goes round in the pages of a window: those that slid out take the next tokens.
+    """
+    columns = -(-capacity // page_size)
+    tables = []
+    for window in config.patterns:
+        # a chunk is written before its first token looks back
+        kept = columns if window is None else min(columns, 1 + -(-(window + PREFILL_CHUNK + SLACK) // page_size))
+        tables.append(1 + kept * np.arange(batch)[:, None] + np.arange(columns) % kept)
+    return tuple(table.astype(np.int32) for table in tables)
+
+
+def grown(config: DecoderConfig, cache: Cache, capacity: int) -> Cache:
+    """The cache of one row with room for more tokens."""
+    if isinstance(cache, jfa.KVCache):
+        return cache.grow(capacity)
+    own = _own_pages(config, 1, capacity, cache.page_size)
+    return dataclasses.replace(cache.grow([1 + int(table.max()) for table in own]), page_tables=own)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()

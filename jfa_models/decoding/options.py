@@ -1,0 +1,33 @@
+"""What a model is loaded with, by name. Nothing here imports JAX: the command line shows these names in its help."""
+
+import dataclasses
+from typing import Literal
+
+DTYPES = ("float32", "bfloat16", "float16")
+CACHES = ("contiguous", "paged")
+KV_DTYPES = ("int8", "fp8", "int4")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """How the keys and values of a model's tokens are kept.
+
+    Attributes:
+      kind: "contiguous", or "paged".
+      kv_dtype: of pages: "int8", "fp8" or "int4" (jfa.quant); None: the model's dtype.
+      page_size: tokens of a page.
+    """
+
+    kind: Literal["contiguous", "paged"] = "contiguous"
+    kv_dtype: str | None = None
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in CACHES:
+            raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {self.kind!r}")
+        if self.kv_dtype is not None and self.kind != "paged":
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} needs cache='paged': a contiguous one is not quantized")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        if self.page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {self.page_size}")

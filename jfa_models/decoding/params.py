@@ -1,0 +1,194 @@
+"""What a request asks for: how one prompt is continued. Nothing here imports JAX or NumPy."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+
+MAX_SAMPLES = 10_000  # of one prompt
+MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API give by default
+GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: distances divided by it leave float32
+MAX_INT32 = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled. Names, defaults and meanings are vLLM's.
+
+    Each token goes through, in this order: `logit_bias`, the ban of end and stop tokens before `min_tokens`,
+    `repetition_penalty` (on prompt and output), `frequency_penalty` and `presence_penalty` (on the output),
+    `temperature`, `min_p`, `top_k`, `top_p`, the draw. A filter sees what the one before it left. Tokens that tie at
+    the edge of top_k or top_p are all kept.
+
+    `temperature` 0 (below 1e-5) is greedy and ignores the three filters. `top_k` 0 or -1 keeps all tokens. Equal `seed`
+    (0 to 2**64 - 1), equal text, whatever else is in the batch. `stop` is one string or several; the text ends before
+    it. With `ignore_eos` the model's end tokens neither end the request nor are banned by `min_tokens`. `max_tokens`
+    None means up to the model's context. `logprobs` is how many of the likeliest tokens to report per token, 0 for the
+    chosen one only; they are those of the raw logits. `logit_bias` maps token ids to what is added to their logit; it
+    is kept as a tuple of pairs. `n` continuations of one prompt draw independently of each other; the first is what
+    n = 1 gives. `prompt_logprobs` is `logprobs` for the tokens of the prompt. Engine and LLM serve these two.
+
+    Raises:
+      ValueError: a field is out of its range; the message names it. Ids are checked against a vocabulary by
+        `check_token_ids`.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+
+    def __post_init__(self) -> None:
+        checked: dict[str, object] = {
+            "temperature": _number("temperature", self.temperature, 0, None, "use 0 for greedy, 0.7 to 1 for variety"),
+            "top_p": _number("top_p", self.top_p, 0, 1, "use 1 to keep all tokens", low_is_allowed=False),
+            "min_p": _number("min_p", self.min_p, 0, 1, "use 0 to keep all tokens"),
+            "presence_penalty": _number("presence_penalty", self.presence_penalty, -2, 2, "use 0 for none"),
+            "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for none"),
+            "repetition_penalty": _number(
+                "repetition_penalty", self.repetition_penalty, 0, 1000, "use 1 for none", low_is_allowed=False
+            ),
+            "top_k": _integer("top_k", self.top_k, -1, None, "use 0 to keep all tokens"),
+            "n": _integer("n", self.n, 1, MAX_SAMPLES, "use 1 for one continuation"),
+            "min_tokens": _integer("min_tokens", self.min_tokens, 0, None, "use 0 for no minimum"),
+            "stop": _stop_strings(self.stop),
+            "stop_token_ids": tuple(
+                _integer("stop_token_ids", token_id, 0, MAX_INT32, "use ids of the model's vocabulary")
+                for token_id in self.stop_token_ids
+            ),
+        }
+        if self.max_tokens is not None:
+            advice = "use None for as many as the context holds"
+            checked["max_tokens"] = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, advice)
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(
+                    f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}; "
+                    "lower the one or raise the other"
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                checked[name] = _integer(name, value, 0, MAX_LOGPROBS, "use None for no log-probabilities")
+        if self.seed is not None:
+            checked["seed"] = _integer("seed", self.seed, 0, 2**64 - 1, "use None for a seed of the engine's choice")
+        if self.logit_bias is not None:
+            checked["logit_bias"] = bias_pairs(self.logit_bias)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}; use False to stop at the end")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken and nothing is drawn."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the logits change before the draw: by a bias, a penalty, or a ban of end tokens."""
+        penalties = (self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty)
+        return bool(self.logit_bias or self.min_tokens or any(penalties))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How one request is searched for its likeliest continuations. Names and meanings are vLLM's and transformers'.
+
+    The `beam_width` best of all continuations of the present beams are kept, by their summed log-probability, until
+    `beam_width` have ended with the model's end token (`ignore_eos`: it counts as any other) or have `max_tokens`.
+    Results are ordered by that sum over their length to the power of `length_penalty` (above 0 favours long ones; the
+    end token counts). `early_stopping` True ends as soon as `beam_width` have ended; False, when no present beam can
+    become better at its present length than the worst of them. Each token brings its 2 * `beam_width` likeliest
+    successors, which at least as many live beams need, so `beam_width` is at most MAX_LOGPROBS / 2.
+
+    Source: the search of transformers' `generate(num_beams=...)`; arXiv:1609.08144, section 7, for the penalty.
+
+    Raises:
+      ValueError: a field is out of its range; the message names it.
+    """
+
+    beam_width: int = 4
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        largest = MAX_LOGPROBS // 2
+        width = _integer("beam_width", self.beam_width, 1, largest, f"there are {MAX_LOGPROBS} candidates per beam")
+        length = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, "say how long a continuation may get")
+        penalty = _number("length_penalty", self.length_penalty, -10, 10, "use 0 for none, 1 for the mean")
+        for name in ("early_stopping", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        object.__setattr__(self, "beam_width", width)
+        object.__setattr__(self, "max_tokens", length)
+        object.__setattr__(self, "length_penalty", penalty)
+
+
+def check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
+    """Check what SamplingParams cannot know by itself: that its token ids exist.
+
+    Raises:
+      ValueError: an id of `stop_token_ids` or `logit_bias` is outside the vocabulary.
+    """
+    biased = [token_id for token_id, _ in bias_pairs(params.logit_bias or ())]
+    for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        outside = [token_id for token_id in token_ids if token_id >= vocab_size]
+        if outside:
+            raise ValueError(
+                f"{name} must hold ids from 0 to {vocab_size - 1}, the model's vocabulary, got {outside}; "
+                "take the ids from this model's tokenizer"
+            )
+
+
+def bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple(
+        (
+            _integer("logit_bias", token_id, 0, MAX_INT32, "use token ids as its keys"),
+            _number(f"logit_bias of token {token_id}", value, -100, 100, "-100 all but bans a token"),
+        )
+        for token_id, value in sorted(dict(bias).items())
+    )
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop must hold non-empty strings, got {text!r}; leave it out, or use stop_token_ids")
+    return texts
+
+
+def _number(name: str, value: object, low: int, high: int | None, advice: str, *, low_is_allowed: bool = True) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        is_above = number > low or (number == low and low_is_allowed)
+        if is_above and math.isfinite(number) and (high is None or number <= high):
+            return number
+    if high is None:
+        allowed = f"a finite number {'>=' if low_is_allowed else '>'} {low}"
+    else:
+        allowed = f"a number in {'[' if low_is_allowed else '('}{low}, {high}]"
+    raise ValueError(f"{name} must be {allowed}, got {value!r}; {advice}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None, advice: str) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        integer = int(value)
+        if low <= integer and (high is None or integer <= high):
+            return integer
+    allowed = f">= {low}" if high is None else f"from {low} to {high}"
+    raise ValueError(f"{name} must be an integer {allowed}, got {value!r}; {advice}")

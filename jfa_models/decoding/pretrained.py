@@ -1,0 +1,72 @@
+"""Loads a model by path or name."""
+
+import dataclasses
+import os
+import warnings
+from typing import Literal
+
+from jax.typing import DTypeLike
+
+from jfa_models.checkpoints.checkpoint import load_params
+from jfa_models.checkpoints.locate import PACKAGED
+from jfa_models.checkpoints.presets import PRESETS
+from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
+from jfa_models.decoding.options import CacheOptions
+from jfa_models.model.config import DecoderConfig
+
+
+def from_pretrained(
+    model: str | os.PathLike[str] = "smollm2",
+    *,
+    dtype: DTypeLike | None = None,
+    cache: Literal["contiguous", "paged"] = "contiguous",
+    kv_dtype: str | None = None,
+    page_size: int = 16,
+    context_length: int | None = None,
+) -> "LanguageModel":
+    """Loads a model of one of the families (families.FAMILIES).
+
+    Args:
+      model: a Hugging Face folder, a .safetensors or .gguf file, "smollm2" or "gemma-3-270m", which are packages, the
+        name of a preset (presets.PRESETS), which gets random weights, or a repository of Hugging Face, "owner/name".
+      dtype: float32, bfloat16 or float16, of the weights, the computation and the cache. None: float32 on a CPU, which
+        has no fast 16-bit product, bfloat16 elsewhere.
+      cache, kv_dtype, page_size: CacheOptions.
+      context_length: tokens of a prompt and its answer, if fewer than the model's own. A model with two rope scalings
+        (Phi-3 for 128,000 tokens) takes the one that was made for so many.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or its architecture is unknown; the message says which.
+    """
+    dtype = compute_dtype(dtype)
+    options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
+    name = os.fspath(model)
+    if (config := shape_of(name)) is not None:
+        warnings.warn(f"{name} is the shape of a model: its weights are random", stacklevel=2)
+        return LanguageModel.random(_with_context(config, context_length), dtype=dtype, cache_options=options)
+    checkpoint = open_checkpoint(name)
+    abstract = abstract_decoder(_with_context(checkpoint.config, context_length), dtype)
+    expected = named_leaves(abstract)
+    params = load_params(checkpoint, expected)
+    return LanguageModel(
+        decoder=abstract,
+        params=tuple(params[name] for name in expected),
+        tokenizer=checkpoint.load_tokenizer(),
+        defaults=checkpoint.generation,
+        cache_options=options,
+    )
+
+
+def shape_of(name: str) -> DecoderConfig | None:
+    """The preset that a name stands for where nothing has weights by that name."""
+    has_weights = name.lower() in PACKAGED or os.path.exists(name)
+    return None if has_weights else PRESETS.get(name.lower())
+
+
+def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderConfig:
+    if context_length is None:
+        return config
+    if not 1 <= context_length <= config.context_length:
+        raise ValueError(f"context_length must be 1 to {config.context_length}, the model's own, got {context_length}")
+    return dataclasses.replace(config, context_length=context_length)

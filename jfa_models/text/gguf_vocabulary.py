@@ -1,0 +1,149 @@
+"""The vocabulary in the metadata of a GGUF file, as a tokenizer of the `tokenizers` library."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+# Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+# Ends of a turn that a file may have without naming them: Gemma, ChatML (Qwen, SmolLM2), Llama 3, Phi-3.
+_ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
+
+
+class _Dialect(NamedTuple):
+    """How one family of byte-level BPE cuts text before it merges."""
+
+    pattern: str | None = None  # what a piece of text is; None: GPT-2's rule, which ByteLevel has built in
+    single_digits: bool = False
+    whole_words: bool = False  # a piece that is a token by itself is not merged up from letters
+    compose: bool = False  # Unicode NFC first
+    add_bos: bool = False  # unless the file says otherwise
+
+
+# tokenizer.ggml.pre. Patterns: tokenizer.json of Meta-Llama-3-8B and of Qwen2-7B.
+_DIALECTS = {
+    "default": _Dialect(),
+    "gpt-2": _Dialect(),
+    "smollm": _Dialect(single_digits=True),
+    "llama-bpe": _Dialect(
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        whole_words=True,
+        add_bos=True,
+    ),
+    "qwen2": _Dialect(
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        compose=True,
+    ),
+}
+
+
+def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer without its begin and end of text, and whether a text begins with one unless the file says so.
+
+    Raises:
+      ValueError: there is no vocabulary, or it is of a kind that is not supported.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"GGUF metadata: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
+    needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
+    if missing := [key for key in needed if f"tokenizer.ggml.{key}" not in metadata]:
+        raise ValueError(
+            f"GGUF metadata lacks {', '.join(f'tokenizer.ggml.{key}' for key in missing)}; "
+            "convert the model again, with its vocabulary"
+        )
+    if kind == "gpt2":
+        dialect = _dialect(metadata.get("tokenizer.ggml.pre", "default"))
+        core, add_bos = _byte_level(metadata, dialect), dialect.add_bos
+    else:
+        core, add_bos = _sentence_piece(metadata), True
+    core.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+            for token, kind in zip(
+                metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True
+            )
+            if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+        ]
+    )
+    return core, add_bos
+
+
+def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ends of text, of turn and of message. An end of turn that the file does not name is known by its text."""
+    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
+    ends = [metadata[key] for key in keys if key in metadata]
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    if keys[1] not in metadata:
+        ends += [tokens.index(text) for text in _ENDS_OF_TURN if text in tokens]
+    return tuple(dict.fromkeys(ends))
+
+
+def _dialect(name: str) -> _Dialect:
+    if name not in _DIALECTS:
+        raise ValueError(
+            f"GGUF metadata: tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(_DIALECTS)}"
+        )
+    return _DIALECTS[name]
+
+
+def _byte_level(metadata: Mapping[str, Any], dialect: _Dialect) -> tokenizers.Tokenizer:
+    """GPT-2's scheme: text becomes bytes, bytes become printable letters, letters are merged."""
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect.whole_words))
+    if dialect.compose:
+        core.normalizer = normalizers.NFC()
+    cuts: list[pre_tokenizers.PreTokenizer] = []
+    if dialect.single_digits:
+        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+    if dialect.pattern is not None:
+        cuts.append(pre_tokenizers.Split(Regex(dialect.pattern), "isolated"))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=dialect.pattern is None))
+    core.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _sentence_piece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Llama 2's scheme: characters are merged, the highest score first; what has no token becomes bytes."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    core = tokenizers.Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            _merges_from_scores(tokens, types, metadata["tokenizer.ggml.scores"]),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
+    texts: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend(_SPACE))
+        texts.append(decoders.Strip(content=" ", left=1))
+    core.normalizer = normalizers.Sequence(spaces)
+    core.decoder = decoders.Sequence(texts)
+    return core
+
+
+def _merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every way to join two tokens into a third, the best scored third first."""
+    outside = (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
+    mergeable = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind not in outside}
+    best_first = sorted(mergeable, key=lambda token: -mergeable[token])
+    return [
+        (whole[:cut], whole[cut:])
+        for whole in best_first
+        for cut in range(1, len(whole))
+        if whole[:cut] in mergeable and whole[cut:] in mergeable
+    ]
