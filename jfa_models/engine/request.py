@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.outputs import Logprob, RequestMetrics, RequestOutput
-from jfa_models.decoding.params import SamplingParams
-
-if TYPE_CHECKING:
-    from jfa_models.engine.beams import BeamSearch
+from jfa_models.decoding.params import MAX_LOGPROBS, SamplingParams
+from jfa_models.engine.beams import BeamSearch
 
 OnOutput = Callable[[RequestOutput], None]
+
+GREEDY = SamplingParams(temperature=0.0)
+CANDIDATES = SamplingParams(temperature=0.0, logprobs=MAX_LOGPROBS)  # of a beam
+NO_SEED = np.random.SeedSequence(0)
 
 
 class Continuation:
@@ -84,7 +85,7 @@ class Request:
     num_prompt_logprobs: int | None = None
     continuations: list[Continuation] = dataclasses.field(default_factory=list)  # those that live
     completions: list[Completion] = dataclasses.field(default_factory=list)
-    beams: "BeamSearch | None" = None
+    beams: BeamSearch | None = None
     num_beams: int = 0  # so far
     prompt_logprobs: dict[int, dict[int, Logprob]] = dataclasses.field(default_factory=dict)  # by place in the prompt
     first_token: float | None = None
@@ -100,6 +101,13 @@ class Request:
     def num_generated(self) -> int:
         """Tokens of all its continuations so far."""
         return sum(len(one.token_ids) for one in self.completions)
+
+    def new_beam(self, tokens: Sequence[int]) -> Continuation:
+        """Another beam of its search, with these tokens, the prompt's among them."""
+        assert self.beams is not None
+        self.num_beams += 1
+        limit = len(self.prompt_ids) + self.beams.params.max_tokens
+        return Continuation(self, self.num_beams, tokens, limit=limit, params=CANDIDATES, seed=NO_SEED, draws=False)
 
     def output(self) -> RequestOutput:
         """The result so far."""

@@ -289,7 +289,7 @@ def test_nothing_compiles_after_warm_up(model):
 
 def test_no_step_copies_the_pool(model, engine):
     run(engine, ("Hi", GREEDY))
-    before = engine._cache
+    before = engine._launcher.cache
     engine.add_request("Hi", GREEDY)
     engine.step()
     assert all(x.is_deleted() for x in (*before.k, *before.v))
@@ -309,7 +309,7 @@ def test_a_stream_grows_and_others_run_beside_it(model, engine):
     texts = [result.outputs[0].text for result in engine.stream("Hi", GREEDY)]
     assert len(texts) == GREEDY.max_tokens and all(b.startswith(a) for a, b in itertools.pairwise(texts))
     assert texts[-1] == model.generate("Hi", GREEDY)[0].outputs[0].text
-    assert other not in engine._requests  # it ended meanwhile
+    assert other not in engine._results.requests  # it ended meanwhile
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -392,14 +392,14 @@ def test_an_abort_that_comes_late_does_not_hit_the_next_of_that_name(engine):
 def test_a_text_that_cannot_be_made_ends_its_request_alone(model, engine, monkeypatch):
     bad = engine.add_request("Hi", GREEDY)
     good = engine.add_request("Yo", GREEDY)
-    monkeypatch.setattr(engine._requests[bad].completions[0], "take", lambda token: 1 / 0)
+    monkeypatch.setattr(engine._results.requests[bad].completions[0], "take", lambda token: 1 / 0)
     results = {result.request_id: result for result in engine.run()}
     assert results[bad].error == "ZeroDivisionError('division by zero')"
     assert results[good].outputs == model.generate("Yo", GREEDY)[0].outputs
 
 
-@pytest.mark.parametrize("where", ["_launch", "_collect"])
-def test_after_an_interruption_inside_a_step_the_engine_says_so_until_it_is_reset(model, monkeypatch, where):
+@pytest.mark.parametrize(("part", "where"), [("_launcher", "launch"), ("_results", "collect")])
+def test_after_an_interruption_inside_a_step_the_engine_says_so_until_it_is_reset(model, monkeypatch, part, where):
     engine = Engine(model, **SMALL)
     engine.add_request("Hi", GREEDY)
     engine.step()
@@ -408,7 +408,7 @@ def test_after_an_interruption_inside_a_step_the_engine_says_so_until_it_is_rese
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, where, interrupt)
+        patch.setattr(getattr(engine, part), where, interrupt)
         with pytest.raises(KeyboardInterrupt):
             list(engine.run())
     for call in (engine.step, lambda: engine.add_request("Hi", GREEDY), lambda: list(engine.run())):

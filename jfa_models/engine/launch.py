@@ -1,0 +1,246 @@
+"""What the scheduler decided becomes arrays, and the compiled steps run on them: the device's side of an engine."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jfa
+from jfa.pages import Copy
+from jfa.types import NULL_PAGE
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seen, slot_rows
+from jfa_models.decoding.steps import Batch, Slots
+from jfa_models.engine.request import GREEDY, NO_SEED, Continuation, Request
+from jfa_models.engine.scheduler import Chunk, Scheduler
+
+SMALLEST_STEP = 32  # tokens of a step with prompts: its shapes are the powers of two from here on
+SMALLEST_COPY = 8  # pages that are copied at a time
+_NO_LENGTHS = np.zeros(1, np.int32)
+
+
+class Launched(NamedTuple):
+    """A step on the device: what its results will mean."""
+
+    rows: Sequence[tuple[int, Continuation]]  # that sample
+    sampled: Sampled | None
+    prompts: Sequence[tuple[Request, int, int, int]]  # first place in the prompt, first token in the step, how many
+    prompt_logprobs: Sampled | None
+
+    def read(self) -> tuple[Sampled | None, Sampled | None]:
+        """sampled and prompt_logprobs in host memory; waits for the step."""
+        return jax.device_get((self.sampled, self.prompt_logprobs))
+
+
+class Launcher:
+    """The cache, a slot for each continuation that runs, and the page tables of the slots.
+
+    A step's arrays are the host's until the step takes them to the device, all at once.
+    """
+
+    def __init__(self, model: LanguageModel, scheduler: Scheduler, cache: jfa.PagedKVCache, *, pages_per_seq: int):
+        self.model = model
+        self.scheduler = scheduler
+        slots, pools = scheduler.max_num_seqs, scheduler.pools.pools
+        self._pages_per_seq = pages_per_seq
+        self._no_tables = tuple(np.zeros((1, 1), np.int32) for _ in pools)
+        self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
+        self._slots = Slots(last_token=jnp.zeros(slots, jnp.int32))
+        # for each pool: the pages of each slot, and how many of them stand there
+        self._tables = np.full((len(pools), slots, pages_per_seq), NULL_PAGE, np.int32)
+        self._num_pages = np.zeros((len(pools), slots), np.int64)
+        self._adjusted: set[int] = set()  # slots whose logits a request adjusts
+        self._rows: tuple[object, SamplingRows | None] = (None, None)  # of the last step, and what they are made of
+
+    def warm_up(self, params: Sequence[SamplingParams]) -> None:
+        """Compiles what any mixture of requests like these needs."""
+        most = self.scheduler.max_num_seqs
+        wants_prompt = {False} | {one.prompt_logprobs is not None for one in params}
+        mixtures = list(
+            itertools.product(
+                {one.is_greedy for one in params},
+                {one.logprobs is None for one in params},
+                {one.adjusts_logits for one in params},
+                {one.stop_token_ids for one in params},  # how many decides a shape
+            )
+        )
+        shapes: list[tuple[int, int | None]] = [(b, None) for b in _buckets(1, most)]
+        shapes += [(most, n) for n in _buckets(SMALLEST_STEP, self.scheduler.max_num_batched_tokens)]
+        for (b, n), with_prompt in itertools.product(shapes, wants_prompt):
+            batch = _batch(
+                np.zeros(n or b, np.int32),
+                None if n is None else np.zeros(b + 1, np.int32),
+                np.full(b, most, np.int32),
+                np.full(b, n or b, np.int32),
+                np.zeros(n, np.int32) if with_prompt and n else None,
+            )
+            tables = np.zeros((len(self._no_tables), b, self._pages_per_seq), np.int32)
+            logits, _ = self._advance(batch, tables, np.zeros(b, np.int32))
+            if n in (None, SMALLEST_STEP):
+                for greedy, no_logprobs, adjusting, stops in mixtures:
+                    like = SamplingParams(
+                        temperature=0.0 if greedy else 1.0,
+                        logprobs=None if no_logprobs else 0,
+                        min_tokens=int(adjusting),
+                        stop_token_ids=stops,
+                    )
+                    rows = self._sampling_rows([(like, NO_SEED)], b)
+                    self._draw(logits, rows, batch.slot, np.zeros(b, bool), np.zeros(b, np.int32))
+        for n, pool in itertools.product(_buckets(SMALLEST_COPY, most), range(len(self._no_tables))):
+            self._copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
+        if any(one.adjusts_logits for one in params):
+            self._adjust(most, GREEDY, (), ())
+
+    def launch(self, chunks: Sequence[Chunk]) -> Launched:
+        """Starts a step on the device and does not wait for it."""
+        most = self.scheduler.max_num_seqs
+        self._copy([copy for chunk in chunks for copy in chunk.copies])
+        total = sum(chunk.num_tokens for chunk in chunks)
+        rows = [(chunk, one) for chunk in chunks for one in (chunk.of, *chunk.followers)]
+        one_each = total == len(chunks) == len(rows) and not any(map(_wants_prompt, chunks))
+        b = _bucket(len(rows), 1, most) if one_each else most
+        n = b if one_each else _bucket(total, SMALLEST_STEP, self.scheduler.max_num_batched_tokens)
+        tokens, next_tokens = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        tables = np.full((len(self._no_tables), b, self._pages_per_seq), NULL_PAGE, np.int32)
+        kv_len, generated = np.zeros(b, np.int32), np.zeros(b, np.int32)
+        start, slot, last = np.full(b + 1, total, np.int32), np.full(b, most, np.int32), np.full(b, n, np.int32)
+        samples = np.zeros(b, bool)
+        end, prompts = 0, []
+        for row, (chunk, one) in enumerate(rows):
+            assert one.slot is not None
+            if one.is_new:
+                self._enter(one)
+            slot[row], start[row] = one.slot, end
+            if one is chunk.of:
+                known = one.tokens[chunk.start : chunk.start + chunk.num_tokens]
+                tokens[end : end + chunk.num_tokens] = known or -1
+                if _wants_prompt(chunk):
+                    follow = one.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, one.num_prompt)]
+                    next_tokens[end : end + len(follow)] = follow
+                    prompts.append((one.request, chunk.start + 1, end, len(follow)))
+                kv_len[row], tables[:, row] = chunk.start, self._pages_of(one)
+                end += chunk.num_tokens
+            if chunk.samples:
+                last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
+        batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None)
+        logits, prompt_logprobs = self._advance(batch, tables, kv_len)
+        sampled, who = None, [(row, one) for row, (chunk, one) in enumerate(rows) if chunk.samples]
+        if who:
+            of_rows = self._sampling_rows([(one.params, one.seed) for _, one in rows], b)
+            sampled = self._draw(logits, of_rows, slot, samples, generated)
+        for x in jax.tree.leaves((sampled, prompt_logprobs)):
+            x.copy_to_host_async()
+        return Launched(who, sampled, prompts, prompt_logprobs)
+
+    def _advance(self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray) -> tuple[jax.Array, Sampled | None]:
+        cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
+        cache, logits, prompt_logprobs = self.model.steps.advance(
+            self.model.params, cache, self._slots.last_token, batch
+        )
+        # between steps the tables are the host's: of one shape here, whatever the step's was
+        self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
+        return logits, prompt_logprobs
+
+    def _draw(self, logits, rows: SamplingRows, slot, samples, generated) -> Sampled:
+        adjusting = rows.min_tokens is not None
+        if adjusting:
+            self._make_counts()
+        # what a step does not need stays outside: its program would differ
+        slots = self._slots if adjusting else Slots(last_token=self._slots.last_token)
+        slots, sampled = self.model.steps.draw(slots, logits, rows, slot, samples, generated)
+        self._slots = slots if adjusting else dataclasses.replace(self._slots, last_token=slots.last_token)
+        return sampled
+
+    def _sampling_rows(self, who: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
+        made_of, rows = self._rows
+        key = (b, tuple(who))
+        if rows is None or made_of != key:
+            params, seeds = zip(*who, *[(GREEDY, NO_SEED)] * (b - len(who)), strict=True)
+            vocab_size, eos = self.model.config.vocab_size, self.model.eos_token_ids
+            rows = slot_rows(params, seeds, vocab_size=vocab_size, eos_token_ids=eos)
+            self._rows = (key, rows)
+        return rows
+
+    def _enter(self, one: Continuation) -> None:
+        """A continuation takes its slot."""
+        assert one.slot is not None
+        one.is_new = False
+        self._num_pages[:, one.slot] = 0
+        if one.params.adjusts_logits:
+            self._adjust(one.slot, one.params, one.request.prompt_ids, one.tokens[one.num_prompt :])
+            self._adjusted.add(one.slot)
+        elif one.slot in self._adjusted:  # by who had it before
+            self._adjust(one.slot, GREEDY, (), ())
+            self._adjusted.remove(one.slot)
+
+    def _make_counts(self) -> None:
+        if self._slots.output_counts is None:
+            shape = (self.scheduler.max_num_seqs, self.model.config.vocab_size)
+            self._slots = Slots(
+                last_token=self._slots.last_token,
+                prompt_seen=jnp.zeros(shape, bool),
+                output_counts=jnp.zeros(shape, jnp.int32),
+                logit_bias=jnp.zeros(shape, jnp.float32),
+            )
+
+    def _adjust(self, slot: int, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
+        """Tells a slot what its logits are adjusted by."""
+        self._make_counts()
+        vocab_size = self.model.config.vocab_size
+        counts = np.bincount(np.asarray(generated, np.int64), minlength=vocab_size).astype(np.int32)
+        self._slots = self.model.steps.adjust(
+            self._slots, slot, seen([prompt], vocab_size)[0], counts, dense_bias([params], vocab_size)[0]
+        )
+
+    def _pages_of(self, one: Continuation) -> np.ndarray:
+        """Its row of each page table.
+
+        Since the last step its last page may be another one, there may be more, and some may have left a window.
+        """
+        assert one.slot is not None
+        for i, (allocator, window) in enumerate(self.scheduler.pools.pools):
+            table = self._tables[i, one.slot]
+            start = max(0, int(self._num_pages[i, one.slot]) - 1)
+            pages = allocator.pages(one, start)
+            table[start : start + len(pages)] = pages
+            if window is not None:
+                table[: allocator.num_gone(one)] = NULL_PAGE
+            self._num_pages[i, one.slot] = start + len(pages)
+        return self._tables[:, one.slot]
+
+    def _copy(self, copies: Sequence[tuple[int, Copy]]) -> None:
+        for i in range(len(self._no_tables)):
+            if of_pool := [copy for number, copy in copies if number == i]:
+                n = _bucket(len(of_pool), SMALLEST_COPY, self.scheduler.max_num_seqs)
+                pairs = np.full((2, n), NULL_PAGE, np.int32)
+                pairs[:, : len(of_pool)] = np.transpose(of_pool)
+                self.cache = self.model.steps.copy_pages(self.cache, *pairs, table=i)
+
+
+def _batch(tokens, query_start, slot, last, next_tokens) -> Batch:
+    """Arrays of the host: a step takes them to the device in one go."""
+    return Batch(tokens=tokens, query_start=query_start, slot=slot, last=last, next_tokens=next_tokens)
+
+
+def _wants_prompt(chunk: Chunk) -> bool:
+    one = chunk.of
+    wants = one.request.num_prompt_logprobs is not None and one is one.request.continuations[0]
+    return wants and chunk.start + 1 < one.num_prompt
+
+
+def _bucket(n: int, smallest: int, largest: int) -> int:
+    """The first of _buckets that holds n."""
+    return next(size for size in _buckets(smallest, largest) if size >= n)
+
+
+def _buckets(smallest: int, largest: int) -> Iterator[int]:
+    """Powers of two times smallest, and the largest."""
+    while smallest < largest:
+        yield smallest
+        smallest *= 2
+    yield largest

@@ -1,0 +1,170 @@
+"""What a step has brought: tokens for each request, text from tokens, and how requests end. No jax."""
+
+import collections
+from collections.abc import Callable
+
+from jfa_models.decoding.completion import Completion, logprobs_of
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.outputs import FinishReason, RequestOutput
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.sampling import Sampled
+from jfa_models.engine.beams import Beam, BeamSearch
+from jfa_models.engine.launch import Launched
+from jfa_models.engine.request import Continuation, Request
+from jfa_models.engine.scheduler import Scheduler
+
+
+class Results:
+    """The requests of an engine that have not ended, and the results of those that have.
+
+    Attributes:
+      requests: by id.
+      ended: not yet returned to the caller.
+    """
+
+    def __init__(self, model: LanguageModel, scheduler: Scheduler, clock: Callable[[], float]):
+        self.model = model
+        self.scheduler = scheduler
+        self._clock = clock
+        self.requests: dict[str, Request] = {}
+        self.ended: collections.deque[RequestOutput] = collections.deque()
+        self.generated_tokens = self.finished_requests = 0
+        self._begun_requests = self._tokens_after = 0
+        self._seconds_to_first = self._seconds_after = 0.0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds, the mean over the requests that have one."""
+        return self._seconds_to_first / self._begun_requests if self._begun_requests else None
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Seconds from token to token, the mean over the continuations that have ended by themselves."""
+        return self._seconds_after / self._tokens_after if self._tokens_after else None
+
+    def collect(self, launched: Launched) -> None:
+        """Reads the results of a step and passes them on."""
+        sampled, prompt_logprobs = launched.read()
+        now = self._clock()
+        tokenizer = self.model.tokenizer
+        for request, place, first, count in launched.prompts:
+            for i in range(count):
+                entries = logprobs_of(prompt_logprobs, first + i, request.num_prompt_logprobs, tokenizer)
+                request.prompt_logprobs.setdefault(place + i, entries)
+        grown: dict[Request, None] = {}
+        for row, one in launched.rows:
+            assert sampled is not None
+            request = one.request
+            if one.finished or request.finished:
+                continue  # drawn before its end was known
+            if request.first_token is None:
+                request.first_token = now
+                self._begun_requests += 1
+                self._seconds_to_first += now - request.arrival
+            grown[request] = None
+            try:
+                if request.beams is not None:
+                    self._report(request, request.beams, one, sampled, row)
+                else:
+                    self._push(one, sampled, row, now)
+            except Exception as error:  # its text cannot be made: the others go on
+                self._fail(request, error)
+        for request in grown:
+            if not request.finished:
+                self._show(request)
+
+    def _push(self, one: Continuation, sampled: Sampled, row: int, now: float) -> None:
+        assert one.completion is not None
+        one.completion.push(sampled, row)
+        one.tokens.append(one.completion.token_ids[-1])
+        self.generated_tokens += 1
+        if one.completion.finished:
+            self.scheduler.finish(one)
+            self._count(one.request, one.completion, now)
+
+    def _count(self, request: Request, completion: Completion, now: float) -> None:
+        assert request.first_token is not None
+        self._seconds_after += now - request.first_token
+        self._tokens_after += len(completion.token_ids) - 1
+
+    def _report(self, request: Request, beams: BeamSearch, one: Continuation, sampled: Sampled, row: int) -> None:
+        """A beam's successors; with those of the last one the next beams are chosen."""
+        assert sampled.top_ids is not None and sampled.top_logprobs is not None
+        width = 2 * beams.params.beam_width
+        ids, logprobs = sampled.top_ids[row, :width].tolist(), sampled.top_logprobs[row, :width].tolist()
+        parents = request.continuations
+        if not beams.report(parents.index(one), list(zip(ids, logprobs, strict=True))):
+            return
+        chosen = beams.choose()
+        heirs = {place: token for place, token in reversed(chosen)}  # the first child goes on as its parent
+        for place, parent in enumerate(parents):
+            if place not in heirs:
+                self.scheduler.finish(parent)
+        live = []
+        for place, token in chosen:
+            child = parents[place]
+            if child in live:
+                child = request.new_beam([*parents[place].tokens, token])
+                self.scheduler.fork(parents[place], child)
+            live.append(child)
+        for place, token in heirs.items():
+            self.scheduler.choose(parents[place], token)
+        request.continuations = live
+        if beams.done:
+            request.completions = [
+                self._completion_of(request, index, found.beam) for index, found in enumerate(beams.hypotheses)
+            ]
+            self.generated_tokens += request.num_generated
+            for completion in request.completions[:1]:
+                self._count(request, completion, self._clock())
+
+    def _completion_of(self, request: Request, index: int, beam: Beam) -> Completion:
+        assert request.beams is not None
+        params = SamplingParams(
+            temperature=0.0, max_tokens=request.beams.params.max_tokens, ignore_eos=request.beams.params.ignore_eos
+        )
+        completion = self.model.completion(request.prompt_ids, params, index=index)
+        for token in beam.tokens:
+            completion.take(token)
+        completion.cumulative_logprob = beam.total
+        return completion
+
+    def _show(self, request: Request) -> None:
+        """Shows a request that grew to who wants to see it, and ends it if it is done."""
+        done = request.beams.done if request.beams is not None else all(one.finished for one in request.completions)
+        if done:
+            self.end(request)
+        elif request.on_output is not None and request.beams is None:
+            try:
+                request.on_output(request.output())
+            except Exception as error:  # somebody else's code: its request ends, the others go on
+                self._fail(request, error, "on_output raised ")
+
+    def _fail(self, request: Request, error: Exception, what: str = "") -> None:
+        request.error = f"{what}{error!r}"
+        self.end(request, "error")
+
+    def end(self, request: Request, reason: FinishReason | None = None) -> None:
+        """Gives back all that a request has. reason: of what has not ended by itself."""
+        request.ended = self._clock()
+        for one in request.continuations:
+            if not one.finished:
+                self.scheduler.finish(one)
+        if reason is not None and request.beams is not None:
+            found = [*(one.beam for one in request.beams.hypotheses), *request.beams.live]
+            request.completions = [
+                self._completion_of(request, index, beam)
+                for index, beam in enumerate(found[: request.beams.params.beam_width])
+            ]
+        for completion in request.completions:
+            if reason is not None:
+                completion.end(reason)
+        del self.requests[request.id]
+        self.finished_requests += 1
+        if request.on_output is not None and reason != "error":
+            try:
+                request.on_output(request.output())
+            except Exception as error:
+                request.error = f"on_output raised {error!r}"
+        if not request.is_streamed:
+            self.ended.append(request.output())
