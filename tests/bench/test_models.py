@@ -2,16 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+from golden import LLAMA3
 
 import jfa
 from jfa_bench import cli, models, record, roofline
 from jfa_models.decoding.language_model import LanguageModel
 
-LLAMA3 = Path(__file__).parents[1] / "golden" / "llama3"
 FIELDS = {  # README, "The house", and every record of the two benchmarks
     *("benchmark", "case", "implementation", "status", "reason"),
     *("device", "versions", "runtime", "flags", "git_commit", "date"),

@@ -2,19 +2,17 @@
 
 import json
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_model
 from click.testing import CliRunner
+from golden import LLAMA3
 
 import jfa
 import jfa_models
 from jfa_bench import accuracy, cli, memory
-
-LLAMA3 = Path(__file__).parents[1] / "golden" / "llama3"
 
 
 def records(*arguments):

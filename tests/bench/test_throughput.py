@@ -5,14 +5,13 @@ import json
 import math
 import statistics
 import sys
-from pathlib import Path
 
 import pytest
+from golden import GOLDEN
 from tiny_model import folder_with_text
 
 from jfa_bench import cli, throughput
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 ASKED = dict(num_prompts=400, input_len=512, output_len=1024, request_rate=math.inf, vocab_size=99, seed=3)
 
 

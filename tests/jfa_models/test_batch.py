@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from golden import GOLDEN
 from tiny_model import folder_with_text
 
 from jfa_models import Engine, SamplingParams, batch, from_pretrained
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5)
 
 

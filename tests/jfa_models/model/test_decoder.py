@@ -1,13 +1,13 @@
 """The decoder against an independent implementation, and its cache against its own full forward."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden import GOLDEN
 
 import jfa
 from jfa_bench.numerics import assert_within
@@ -17,7 +17,6 @@ from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.rope import RopeConfig
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = DecoderConfig(
     vocab_size=96,
     hidden_size=32,
@@ -30,6 +29,7 @@ CONFIG = DecoderConfig(
     norm_eps=1e-5,
     rope=RopeConfig(theta=10_000.0),
 )
+
 ROUNDINGS = 64  # two layers of sums in another order
 
 

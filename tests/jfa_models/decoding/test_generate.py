@@ -4,13 +4,13 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden import GOLDEN
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sentence_piece_tokenizer, sharp_decoder
 
 from jfa_bench.numerics import assert_within
@@ -21,7 +21,6 @@ from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import RopeConfig
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TIE = 5e-3  # top-1 minus top-2 logit under which another order of sums may choose the other token
 
 
@@ -50,6 +49,7 @@ SAMPLED = SamplingParams(
     seed=11,
     max_tokens=24,
 )
+
 PROMPTS = ["Hi", "a longer prompt of 30 letters.", "x", "seven c"]
 
 

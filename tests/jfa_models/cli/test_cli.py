@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from golden import GOLDEN
 from tiny_model import folder_with_text
 
 from jfa_models import cli
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 JSON_KEYS = "prompt prompt_token_ids text token_ids finish_reason prefill_ms decode_ms tokens_per_s".split()
 
 

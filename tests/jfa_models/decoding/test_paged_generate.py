@@ -4,13 +4,13 @@ import dataclasses
 import io
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden import GOLDEN
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, folder_with_text, sharp_decoder, tiny_config
 
 import jfa
@@ -21,7 +21,6 @@ from jfa_models.decoding.options import KV_DTYPES, CacheOptions
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = tiny_config(num_layers=2, context_length=128)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = ["Hi", "a prompt of more than one chunk.", "seven c"]
