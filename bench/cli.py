@@ -11,25 +11,11 @@ from jfa_models.cli import command_group, model_options, run
 from jfa_models.decoding.options import KV_DTYPES
 from jfa_models.decoding.pretrained import from_pretrained
 
-from . import (
-    accuracy,
-    attention,
-    compare,
-    compile,
-    decode,
-    memory,
-    options,
-    paged,
-    peers,
-    plot,
-    prefill,
-    prove,
-    report,
-    suite,
-    throughput,
-    tune,
-)
-from .output import measurement_options, output_options
+from . import options, suite
+from .measure import accuracy, attention, decode, memory, paged, peers, prefill, throughput
+from .proof import compile, prove, tune
+from .records import compare, plot, report
+from .records.output import measurement_options, output_options
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from . import plot, report
+from .records import plot, report
 
 # File to the command line that fills it. What a machine cannot do becomes rows that say so.
 FULL: Mapping[str, str] = {

@@ -57,7 +57,7 @@ def test_llm_example(capsys):
 
 
 def test_the_support_table_is_what_the_records_say():
-    from jfa_bench import report
+    from jfa_bench.records import report
 
     [table] = re.findall(r"<!-- jfa-bench report -->\n\n(.*?)\n\n<!-- end -->", README, re.DOTALL)
     assert table == report.support(report.load("compile"), report.load("prove"))

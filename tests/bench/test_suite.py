@@ -6,7 +6,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from jfa_bench import cli, plot, report, suite
+from jfa_bench import cli, suite
+from jfa_bench.records import plot, report
 
 
 @pytest.mark.parametrize("plan", [suite.QUICK, suite.FULL], ids=["quick", "full"])

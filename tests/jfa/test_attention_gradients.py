@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import jfa
-from jfa_bench import oracle
-from jfa_bench.cases import CASES, truth
-from jfa_bench.numerics import assert_within, limit
+from jfa_bench.truth import oracle
+from jfa_bench.truth.cases import CASES, truth
+from jfa_bench.truth.numerics import assert_within, limit
 
 TILES = {
     "reference": None,

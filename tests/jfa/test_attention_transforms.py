@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jfa
-from jfa_bench import cases
-from jfa_bench.cases import Case, truth, truth_of
-from jfa_bench.numerics import assert_within, limit
+from jfa_bench.truth import cases
+from jfa_bench.truth.cases import Case, truth, truth_of
+from jfa_bench.truth.numerics import assert_within, limit
 
 TILES = {
     "xla": jfa.BlockConfig(block_q=16, block_kv=16, widen=True),

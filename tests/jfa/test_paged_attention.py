@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jfa
-from jfa_bench.numerics import assert_within, limit
-from jfa_bench.paged_cases import CASES, PagedCase, truth, truth_of
+from jfa_bench.truth.numerics import assert_within, limit
+from jfa_bench.truth.paged_cases import CASES, PagedCase, truth, truth_of
 
 TILES = {
     "reference": None,

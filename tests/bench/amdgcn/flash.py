@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
-from jfa_bench import aot, oracle
-from jfa_bench.numerics import assert_within, limit, rounding_to
+from jfa_bench.proof import aot
+from jfa_bench.truth import oracle
+from jfa_bench.truth.numerics import assert_within, limit, rounding_to
 
 from .support import Built, poisoned
 

@@ -13,7 +13,7 @@ from flax import nnx
 from golden import GOLDEN
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sentence_piece_tokenizer, sharp_decoder
 
-from jfa_bench.numerics import assert_within
+from jfa_bench.truth.numerics import assert_within
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.decoding.language_model import LanguageModel, Session
 from jfa_models.decoding.params import SamplingParams

@@ -10,7 +10,7 @@ from flax import nnx
 from golden import GOLDEN
 
 import jfa
-from jfa_bench.numerics import assert_within
+from jfa_bench.truth.numerics import assert_within
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.model.config import DecoderConfig

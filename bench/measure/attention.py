@@ -1,0 +1,214 @@
+"""`jfa-bench attention`: the op on this machine beside the plain formula and what others have.
+
+FLOP are those of FlashAttention's papers: 4 b n^2 h d forward, 2.5 times that for the gradients, half if causal. Before
+a time is taken, the results of some rows of queries are held against the oracle, as the numerics contract says.
+"""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jfa import backends
+
+from ..records import record
+from ..truth import numerics, oracle
+from . import machine, peers, roofline, timing, used
+
+ROWS = 8  # of queries that are checked, the first and the last among them
+GRADIENT_PRODUCTS = 3  # the scores, their cotangent and the gradient's own
+FLOP = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # in those of the forward pass
+
+COLUMNS = {
+    "case.length": "length",
+    "dir": "dir",
+    "implementation": "what",
+    "ms": "ms",
+    "spread": "±",
+    "tflops": "TFLOP/s",
+    "peak": "peak",
+    "speedup": "x ref",
+    "peak_mib": "MiB",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Shapes of one call: as many queries as keys."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    causal: bool
+
+    @property
+    def flop(self) -> float:
+        """Of the forward pass."""
+        return 4 * self.batch * self.length**2 * self.heads * self.head_dim * (0.5 if self.causal else 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of queries, keys, values and output: what a forward pass must move."""
+        rows = self.batch * self.length * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return rows * jnp.dtype(self.dtype).itemsize
+
+
+def fa_grid(dtype: str) -> list[Case]:
+    """The grid of the FlashAttention-2 and -3 papers: 16k tokens, hidden size 2048."""
+    grid = itertools.product((64, 128, 256), (False, True), (2**n for n in range(9, 15)))
+    return [
+        Case(
+            batch=2**14 // length,
+            length=length,
+            heads=2048 // head_dim,
+            kv_heads=2048 // head_dim,
+            head_dim=head_dim,
+            dtype=dtype,
+            causal=causal,
+        )
+        for head_dim, causal, length in grid
+    ]
+
+
+def measure(
+    cases: Sequence[Case],
+    *,
+    directions: Sequence[str],
+    implementations: Sequence[str],
+    samples: int,
+    device_time: bool = False,
+    clock: timing.Clock = time.perf_counter,
+) -> Iterator[record.Record]:
+    """A record for each case, direction and implementation; those of a case and direction are measured in turns.
+
+    peak_bytes: what the program holds beside its arguments. speedup: over the reference.
+    """
+    shared = machine.circumstances() | {"benchmark": "attention"}
+    ceilings = {dtype: roofline.ceilings(dtype, clock=clock) for dtype in {case.dtype for case in cases}}
+    for case, direction in itertools.product(cases, directions):
+        about = {"case": dataclasses.asdict(case) | {"direction": direction}, "ceilings": ceilings[case.dtype]}
+        found, runs = _checked(case, direction, implementations)
+        taken = timing.in_turns(runs, samples=samples, clock=clock)
+        plain = float(np.median(taken["reference"])) if "reference" in taken else None
+        for name, own in found.items():
+            if name in taken:
+                median = float(np.median(taken[name]))
+                flop, peak = case.flop * FLOP[direction], ceilings[case.dtype]["matrix_tflops"]
+                own |= timing.summary(taken[name]) | {"flop": flop, "bytes": case.num_bytes}
+                own |= {"tflops": flop / median / 1e9, "share_of_peak": peak and flop / median / 1e9 / peak}
+                own |= {"speedup": plain and plain / median}
+                if device_time:
+                    own |= {"device_ms": timing.on_device(runs[name], samples=samples)}
+            yield shared | about | {"implementation": name} | own
+
+
+def _checked(
+    case: Case, direction: str, implementations: Sequence[str]
+) -> tuple[dict[str, record.Record], dict[str, timing.Run]]:
+    """What is known of each implementation before its time, and a run of each that is right."""
+    arrays, sparse = _inputs(case)
+    found: dict[str, record.Record] = {}
+    runs: dict[str, timing.Run] = {}
+    for name in implementations:
+        try:
+            call = peers.Call(causal=case.causal, direction=direction)
+            program = peers.program(name, call, *arrays)
+            error = _error(case, direction, program.read(program.run(*program.prepare(*arrays[:3], sparse))))
+            inputs = [program.prepare(*arrays)]
+            for _ in range(1, timing.copies_past_cache(program.num_bytes(inputs[0]))):
+                inputs.append(program.prepare(*(jnp.copy(x) for x in arrays)))
+        except AssertionError as wrong:
+            found[name] = {"status": "wrong", "reason": str(wrong)}
+        except record.REFUSALS as refusal:
+            found[name] = record.outcome(refusal)
+        else:
+            found[name] = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes}
+            runs[name] = timing.rotating(program.run, inputs)
+            if name in backends.FLASH:
+                backward = direction != "forward"
+                found[name]["config"] = used.attention(name, *arrays[:3], causal=case.causal, backward=backward)
+    return found, runs
+
+
+def _inputs(case: Case) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Seeded q, k, v and cotangent; and a cotangent that is zero but in the rows that are checked."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    q, k, v, d_out = (
+        jax.random.normal(key, (case.batch, case.length, n, case.head_dim), jnp.float32).astype(case.dtype)
+        for key, n in zip(keys, heads, strict=True)
+    )
+    checked = np.zeros(case.length, bool)
+    checked[_rows(case)] = True
+    return (q, k, v, d_out), jnp.where(checked[None, :, None, None], d_out, jnp.zeros((), d_out.dtype))
+
+
+def _rows(case: Case) -> np.ndarray:
+    return np.unique(np.linspace(0, case.length - 1, ROWS).astype(int))
+
+
+@functools.lru_cache(maxsize=1)
+def _truth(case: Case, gradients: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """By the oracle and by the plain formula in the dtype: the output in _rows, and the gradients of q, k and v."""
+    (q, k, v, _), sparse = _inputs(case)
+    rows = _rows(case)
+    seen = rows[:, None] >= np.arange(case.length)[None, :] if case.causal else None
+    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "mask": None if seen is None else seen[None, None]}
+    q, k, v, d_out = (np.asarray(x) for x in (q[:, rows], k, v, sparse[:, rows]))
+    answers = []
+    for rounding in (lambda x: x, numerics.rounding_to(jnp.dtype(case.dtype))):
+        answer = [oracle.attention(q, k, v, rounding=rounding, **options)[0]]
+        if gradients:
+            nothing = np.zeros(q.shape[:3])
+            answer += oracle.gradients(q, k, v, d_out, nothing, rounding=rounding, **options).values()
+        answers.append(answer)
+    return list(zip(*answers, strict=True))
+
+
+def _error(case: Case, direction: str, got: Sequence[np.ndarray]) -> float:
+    """The largest error of results with the sparse cotangent.
+
+    Raises:
+      AssertionError: one is larger than the numerics contract allows.
+    """
+    rows = _rows(case)
+    out, *gradients = _truth(case, direction != "forward")
+    names, wanted = ["out", "d_q", "d_k", "d_v"], [out, *gradients]
+    if direction == "backward":
+        names, wanted = names[1:], wanted[1:]
+    errors = []
+    for name, value, (want, plain) in zip(names, got, wanted, strict=False):
+        allowed = numerics.limit(want, plain, jnp.dtype(case.dtype), products=1 if name == "out" else GRADIENT_PRODUCTS)
+        try:
+            errors.append(numerics.assert_within(value[:, rows] if name in ("out", "d_q") else value, want, allowed))
+        except AssertionError as wrong:
+            raise AssertionError(f"{name} {wrong}") from None
+    return max(errors)
+
+
+def table(records: Sequence[record.Record]) -> str:
+    """A table for each kind of call, and why some implementations have no times."""
+    parts = []
+    for heading, rows in itertools.groupby(records, _heading):
+        shown = list(rows)
+        batches = {row["case"]["batch"] for row in shown}
+        columns = {"case.batch": "batch", **COLUMNS} if len(batches) > 1 else COLUMNS
+        peak = record.field(shown[0], "ceilings.matrix_tflops")
+        measured = f"; matrix peak {peak:.3g} TFLOP/s, measured" if peak else ""
+        parts.append(f"{heading}{measured}\n\n{record.render(shown, 'md', columns)}")
+    return "\n\n".join([*parts, record.refusals(records)]).rstrip()
+
+
+def _heading(row: Mapping[str, Any]) -> str:
+    case = row["case"]
+    heads = f"{case['heads']} heads" + (f" over {case['kv_heads']}" if case["kv_heads"] != case["heads"] else "")
+    return f"{case['dtype']}, {heads} of {case['head_dim']}, {'causal' if case['causal'] else 'all keys'}"

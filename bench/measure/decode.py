@@ -1,0 +1,168 @@
+"""`jfa-bench decode`: one token after another, for a batch of rows behind contexts of a length.
+
+A step reads every weight and all keys and values once: their bytes over its time are held against the bandwidth of a
+copy, measured in the same run. Beside it, in turns, the model's matrix products alone.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import click
+import jax
+import numpy as np
+from jax import lax
+
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.options import DTYPES
+from jfa_models.decoding.params import SamplingParams
+
+from .. import options
+from ..proof import compile
+from ..records import output, record
+from . import machine, models, roofline, timing, used
+
+HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
+
+COLUMNS = {
+    "case.batch": "batch",
+    "case.context": "context",
+    "implementation": "what",
+    "ms": "ms",
+    "t/s": "t/s",
+    "share_of_bandwidth": "of copy",
+    "share_of_peak": "of limit",
+    "host_ms_per_step": "host ms",
+}
+table = record.table_of(COLUMNS, models.heading)
+
+
+def measure(
+    names: Sequence[str],
+    *,
+    layers: int | None,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    implementations: Sequence[str],
+    dtype: str | None,
+    samples: int,
+    clock: timing.Clock = time.perf_counter,
+) -> Iterator[record.Record]:
+    """A record of the products and one for each implementation of attention, for each model, batch and context.
+
+    share_of_peak: the time of the products over this one. share_of_bandwidth: gb_per_s over a copy's.
+    """
+    shared = machine.circumstances() | {"benchmark": "decode"}
+    for name in names:
+        about, built, refused = models.build(name, layers=layers, dtype=dtype, implementations=implementations)
+        ceilings = roofline.ceilings(about["dtype"], clock=clock)
+        for batch, context in itertools.product(batches, contexts):
+            case = about | {"batch": batch, "context": context}
+            for one in refused or _of_shape(built, batch, context, samples, ceilings, clock):
+                yield shared | {"case": case, "ceilings": ceilings} | one
+        built.clear()  # the next model may need its room
+
+
+def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[record.Record]:
+    first = next(iter(built.values()))
+    weights = models.matrices(first, with_head=True)
+    runs: dict[str, timing.Run] = {models.LIMIT: models.products(weights, rows=batch)}
+    host_ms = {}
+    refused: dict[str, record.Record] = {}
+    for name, model in built.items():
+        try:
+            runs[name], host_ms[name] = _step(model, batch, context, samples, clock)
+        except record.REFUSALS as refusal:
+            refused[name] = record.outcome(refusal)
+    found, runs = record.tried(runs)
+    found |= refused
+    taken = timing.in_turns(runs, samples=samples, clock=clock)
+    limit = float(np.median(taken[models.LIMIT])) if models.LIMIT in taken else None
+    read = {name: sum(x.nbytes for x in weights) + _kv_bytes(model, batch, context) for name, model in built.items()}
+    read[models.LIMIT] = sum(x.nbytes for x in weights)
+    for name, own in found.items():
+        if name in taken:
+            median = float(np.median(taken[name]))
+            own |= timing.summary(taken[name]) | timing.rate(batch, taken[name])
+            own |= {"gb_per_s": read[name] / median / 1e6, "share_of_peak": limit and limit / median}
+            own |= {"share_of_bandwidth": own["gb_per_s"] / ceilings["copy_gb_per_s"]}
+            if name in built:
+                config = used.in_model(first, models.chosen(name), batch=batch, queries=1, keys=context)
+                own |= {"host_ms_per_step": host_ms[name], "config": config}
+        yield {"implementation": name} | own
+
+
+def _kv_bytes(model: LanguageModel, batch: int, context: int) -> int:
+    """Of keys and values that a step reads."""
+    return batch * model.config.cache_elements(context) * model.dtype.itemsize
+
+
+def _tokens(samples: int) -> int:
+    """The first one, that of a step in _host_ms, the one that is tried, and those that are timed."""
+    return 3 + timing.WARM_UP_CALLS + samples
+
+
+def _step(model: LanguageModel, batch: int, context: int, samples: int, clock) -> tuple[timing.Run, float]:
+    """A run of one step, and the milliseconds of the host in it."""
+    params = SamplingParams(temperature=0.0, max_tokens=_tokens(samples), ignore_eos=True)
+    held = {"state": model.start([[1 + i] * context for i in range(batch)], params)}
+    host_ms = _host_ms(model, held, clock)
+
+    def step():
+        held["state"], emitted = model.steps.decode(model.params, held["state"])
+        return jax.device_get(emitted.sampled.token)
+
+    return step, host_ms
+
+
+def _host_ms(model: LanguageModel, held: dict, clock: timing.Clock) -> float:
+    """The median of a step that computes nothing: the same arguments in, the same results out and read."""
+    state, _ = model.steps.decode(model.params, held["state"])
+
+    @functools.partial(jax.jit, donate_argnums=(1,))
+    def nothing(params, state):
+        return lax.optimization_barrier((state, state.token))
+
+    def step():
+        held["state"], token = nothing(model.params, held["state"])
+        return jax.device_get(token)
+
+    held["state"] = state
+    return float(np.median(timing.in_turns({"nothing": step}, samples=HOST_SAMPLES, clock=clock)["nothing"]))
+
+
+@click.command("decode")
+@click.option("--models", "names", type=models.Models(), default="smollm2", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), help="Only the first ones of each, for small machines.")
+@click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
+@click.option("--context", type=options.Counts(), default="128", show_default=True, help="Tokens in the cache before.")
+@click.option(
+    "--implementation",
+    type=compile.Names("implementation", models.IMPLEMENTATIONS),
+    default="jfa",
+    show_default=True,
+    help="Of attention; jfa: what it chooses.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+@output.measurement_options
+def command(names, layers, batch, context, implementation, dtype, samples, output) -> None:
+    """One token after another, beside the matrix products of a step alone and the bandwidth of a copy."""
+    for name in names:
+        room = models.config_of(name, layers).context_length - _tokens(samples)
+        if max(context) > room:
+            raise click.BadParameter(
+                f"{name} has room for {room} tokens and those that are timed, got {max(context)}",
+                param_hint="--context",
+            )
+    records = measure(
+        names,
+        layers=layers,
+        batches=batch,
+        contexts=context,
+        implementations=implementation,
+        dtype=dtype,
+        samples=samples,
+    )
+    total = len(names) * len(batch) * len(context) * (1 + len(implementation))
+    output.present(records, COLUMNS, total=total, doing="decode", table=table)

@@ -1,0 +1,128 @@
+"""`jfa-bench prefill`: how long whole models take for a prompt, with jfa's attention and with the plain formula.
+
+The prompt enters the cache in one piece; the logits behind it belong to decoding. Beside it, in turns, the model's
+matrix products alone.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import click
+import jax.numpy as jnp
+import numpy as np
+
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.options import DTYPES
+
+from .. import options
+from ..proof import compile
+from ..records import output, record
+from . import machine, models, timing, used
+
+COLUMNS = {
+    "case.seq_len": "tokens",
+    "implementation": "what",
+    "ms": "ms",
+    "spread": "±",
+    "t/s": "t/s",
+    "share_of_peak": "of limit",
+    "speedup": "x ref.",
+}
+table = record.table_of(COLUMNS, models.heading)
+
+
+def measure(
+    names: Sequence[str],
+    *,
+    layers: int | None,
+    batch: int,
+    seq_lens: Sequence[int],
+    implementations: Sequence[str],
+    dtype: str | None,
+    samples: int,
+    clock: timing.Clock = time.perf_counter,
+) -> Iterator[record.Record]:
+    """A record of the products and one for each implementation of attention, for each model and length.
+
+    speedup: over the reference. share_of_peak: the time of the products over this one.
+    """
+    shared = machine.circumstances() | {"benchmark": "prefill"}
+    for name in names:
+        about, built, refused = models.build(name, layers=layers, dtype=dtype, implementations=implementations)
+        for seq_len in seq_lens:
+            case = about | {"batch": batch, "seq_len": seq_len}
+            for one in refused or _of_length(built, batch, seq_len, samples, clock):
+                yield shared | {"case": case} | one
+        built.clear()  # the next model may need its room
+
+
+def _of_length(
+    built: dict[str, LanguageModel], batch: int, seq_len: int, samples: int, clock: timing.Clock
+) -> Iterator[record.Record]:
+    first = next(iter(built.values()))
+    runs: dict[str, timing.Run] = {
+        models.LIMIT: models.products(models.matrices(first, with_head=False), rows=batch * seq_len)
+    }
+    runs |= {name: _step(model, batch, seq_len) for name, model in built.items()}
+    found, runs = record.tried(runs)
+    taken = timing.in_turns(runs, samples=samples, clock=clock)
+    medians = {name: float(np.median(ms)) for name, ms in taken.items()}
+    limit, plain = (medians.get(name) for name in (models.LIMIT, "reference"))
+    for name, own in found.items():
+        if name in taken and name in built:
+            implementation = models.chosen(name)
+            own |= {"config": used.in_model(first, implementation, batch=batch, queries=seq_len, keys=seq_len)}
+        if name in taken:
+            own |= timing.summary(taken[name]) | timing.rate(batch * seq_len, taken[name])
+            own |= {"share_of_peak": limit and limit / medians[name]}
+            if name != models.LIMIT:
+                own |= {"speedup": plain and plain / medians[name]}
+        yield {"implementation": name} | own
+
+
+def _step(model: LanguageModel, batch: int, seq_len: int) -> timing.Run:
+    held = {"cache": model.new_cache(batch=batch, capacity=seq_len)}
+    tokens, lengths = np.ones((batch, seq_len), np.int32), np.full(batch, seq_len, np.int32)
+
+    def step():
+        cache = held["cache"].truncate(jnp.zeros(batch, jnp.int32))
+        hidden = jnp.zeros((batch, model.config.hidden_size), model.dtype)
+        held["cache"], hidden = model.steps.prefill(model.params, cache, hidden, tokens, lengths)
+        return hidden
+
+    return step
+
+
+@click.command("prefill")
+@click.option("--models", "names", type=models.Models(), default="mistral-7b,llama-3-8b,phi-2", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), help="Only the first ones of each, for small machines.")
+@click.option("--seq-lens", type=options.Counts(), default="512,1024,2048", show_default=True, help="Of the prompt.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--implementation",
+    type=compile.Names("implementation", models.IMPLEMENTATIONS),
+    default="reference,jfa",
+    show_default=True,
+    help="Of attention; jfa: what it chooses.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+@output.measurement_options
+def command(names, layers, seq_lens, batch, implementation, dtype, samples, output) -> None:
+    """A prompt's way through whole models, with jfa's attention and with the plain formula."""
+    for name in names:
+        config = models.config_of(name, layers)
+        if max(seq_lens) > config.context_length:
+            raise click.BadParameter(
+                f"{name} has a context of {config.context_length} tokens, got {max(seq_lens)}", param_hint="--seq-lens"
+            )
+    records = measure(
+        names,
+        layers=layers,
+        batch=batch,
+        seq_lens=seq_lens,
+        implementations=implementation,
+        dtype=dtype,
+        samples=samples,
+    )
+    total = len(names) * len(seq_lens) * (1 + len(implementation))
+    output.present(records, COLUMNS, total=total, doing="prefill", table=table)

@@ -1,0 +1,1 @@
+"""Kernels as code for cards that are not there."""

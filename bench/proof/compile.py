@@ -1,0 +1,246 @@
+"""`jfa-bench compile`: what every kernel of the library becomes on an architecture, whether or not the card is there.
+
+One row per kernel (ops.OPS), dtype, head_dim and architecture, with the configuration that a plain call gets there.
+Rows are compiled in processes of their own: a compiler that ends its process costs that row and no other.
+"""
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+import jfa
+
+from ..measure import machine
+from ..records import record
+from . import aot, machine_code, pool
+from .ops import OPS, Op, named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row to compile; plain data, so that another process can be told."""
+
+    kernel: str  # of ops.OPS
+    dtype: str
+    head_dim: int
+    arch: str
+    config: tuple[tuple[str, Any], ...] | None = None  # fields of the op's config_type; None: the library's choice
+    variant: str = ""
+
+    @property
+    def op(self) -> Op:
+        """The entry of OPS."""
+        return next(op for op in OPS if op.kernel == self.kernel)
+
+
+def cases(
+    archs: Sequence[str],
+    *,
+    ops: Sequence[Op] = OPS,
+    dtypes: Sequence[str] | None = None,
+    head_dims: Sequence[int] | None = None,
+) -> list[Case]:
+    """The rows of the table, in its order; None: all that the op has."""
+    return [
+        Case(kernel=op.kernel, dtype=dtype, head_dim=head_dim, arch=arch)
+        for op in ops
+        for arch in archs
+        for dtype in op.dtypes
+        for head_dim in sorted((*op.head_dims, *op.between))
+        if (dtypes is None or dtype in dtypes) and (head_dims is None or head_dim in head_dims)
+    ]
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """The `compile` record of one row: what it is, status, reason, seconds, and machine_code.FIELDS.
+
+    status: "ok"; "spills", registers live in memory; "over_lds", no card would start it; "failed", no code. All but
+    "ok" say why in reason. "unsupported": the kernel refuses the call there.
+    """
+    start = time.perf_counter()
+    op = case.op
+    info = aot.device(case.arch)
+    asked = None if case.config is None else op.config_type(**dict(case.config))
+    config = asked or op.default_config(info, case.dtype, case.head_dim)
+    row = {
+        "benchmark": "compile",
+        **{"op": op.name, "direction": op.direction, "kernel": op.kernel, "variant": case.variant},
+        **{
+            "dtype": case.dtype,
+            "head_dim": case.head_dim,
+            "arch": case.arch,
+            "config": given(op, dataclasses.asdict(config)),
+        },
+    }
+    try:
+        compiled = aot.compile_kernel(_kernel(case, asked), arch=case.arch)
+    except jfa.UnsupportedError as error:
+        return row | _without_code(str(error)) | {"status": "unsupported", "seconds": None}
+    except aot.CompileError as error:
+        return row | _without_code(str(error)) | {"seconds": round(time.perf_counter() - start, 2)}
+    figures = machine_code.read(compiled)
+    status, reason = "ok", compiled.why_not_launched()
+    if reason:
+        status = "over_lds"
+    elif figures["vgpr_spills"]:
+        where = "" if "scratch" in (figures["loop_cycles"] or {"scratch": 0}) else ", none of them in the main loop"
+        status, reason = "spills", f"{figures['vgpr_spills']} registers live in memory{where}"
+    return row | {"status": status, "reason": reason, "seconds": round(time.perf_counter() - start, 2)} | figures
+
+
+def _kernel(case: Case, config: Any) -> aot.Kernel:
+    fn, args = case.op.call(case.dtype, case.head_dim, config, case.variant)
+    found = aot.lower(fn, *args, arch=case.arch)
+    wanted = [kernel for kernel in found if kernel.name == case.kernel]
+    if not wanted:
+        others = ", ".join(kernel.name for kernel in found) or "none"
+        raise aot.CompileError(f"the call lowers to no kernel named {case.kernel}; kernels in it: {others}")
+    return wanted[0]
+
+
+def _without_code(reason: str) -> dict[str, Any]:
+    return {"status": "failed", "reason": reason} | dict.fromkeys(machine_code.FIELDS)
+
+
+def compile_all(cases: Sequence[Case], *, processes: int = pool.PROCESSES) -> list[dict[str, Any]]:
+    """compile_case of each, in their order, in so many processes at a time; 0: in this one."""
+    return pool.each(compile_case, cases, crashed=_crashed, doing="compiling", processes=processes)
+
+
+def _crashed(case: Case) -> dict[str, Any]:
+    who = {"kernel": case.kernel, "op": case.op.name, "direction": case.op.direction, "variant": case.variant}
+    what = {"dtype": case.dtype, "head_dim": case.head_dim, "arch": case.arch, "config": dict(case.config or ())}
+    failed = _without_code("the compiler ended its process")
+    return {"benchmark": "compile", **who, **what, **failed, "seconds": None}
+
+
+class Names(click.ParamType):
+    """Known names, separated by commas, or "all"."""
+
+    name = "NAME,..."
+
+    def __init__(self, what: str, known: Sequence[str]):
+        self.what, self.known = what, tuple(known)
+
+    def convert(self, value, param, ctx) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        if names == ("all",):
+            return self.known
+        for name in names:
+            if name not in self.known:
+                self.fail(f"{name!r} is no {self.what} here; known: {', '.join(self.known)}, or all", param, ctx)
+        return names
+
+
+# --arch a,b and so on, here and in tune.py
+ARCHS = Names("architecture", aot.ARCHS)
+OP_NAMES = Names("op", tuple(dict.fromkeys(name for op in OPS for name in (op.name, op.kernel))))
+DIRECTIONS = Names("direction", ("forward", "backward"))
+DTYPES = Names("dtype", tuple(dict.fromkeys(dtype for op in OPS for dtype in op.dtypes)))
+HEAD_DIMS = Names("head_dim", tuple(dict.fromkeys(str(d) for op in OPS for d in sorted((*op.head_dims, *op.between)))))
+
+
+@click.command("compile")
+@click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"Of {', '.join(aot.ARCHS)}.")
+@click.option("--op", type=OP_NAMES, default="all", show_default=True)
+@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
+@click.option("--dtype", type=DTYPES, default="all", show_default=True)
+@click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
+@click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
+@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+def command(arch, op, direction, dtype, head_dim, processes, output) -> None:
+    """Registers, spills, LDS and the bound of each kernel on an architecture, compiled without the card."""
+    circumstances = {"versions": versions(), **{k: v for k, v in machine.circumstances().items() if k in ABOUT}}
+    note = warn_of_unmet_triton()
+    rows = cases(arch, ops=named(op, direction), dtypes=dtype, head_dims=[int(d) for d in head_dim])
+    records = [row | circumstances | {"note": note} for row in compile_all(rows, processes=processes)]
+    click.echo(render(records, output))
+
+
+ABOUT = ("git_commit", "date")  # of machine.circumstances; the device here is not the one that is compiled for
+
+
+def versions() -> dict[str, str]:
+    """Of what made the code."""
+    return {name: importlib.metadata.version(name) for name in ("jfa", "jax", "jaxlib")} | {
+        "triton": aot.triton_version()
+    }
+
+
+def warn_of_unmet_triton() -> str | None:
+    """Says on stderr, and returns, what aot.unmet_triton has to say."""
+    note = aot.unmet_triton()
+    if note:
+        click.echo(f"note: {note}", err=True)
+    return note
+
+
+# field to heading; of csv. A table in 80 columns takes fewer: TABLE
+COLUMNS = {
+    **{name: name for name in ("op", "direction", "arch", "dtype", "head_dim", "status", "reason")},
+    **{f"config.{name}": name for name in ("block_q", "block_kv", "num_warps", "num_stages")},
+    **{name: name for name in machine_code.FIELDS if not name.endswith("loop_cycles")},
+    **{"seconds": "seconds", "versions.triton": "triton"},
+}
+TABLE = {
+    **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vgpr": "vgpr", "vgpr_spills": "spill"},
+    **{"lds_kib": "KiB", "waves_per_simd": "occ", "bound": "bound"},
+}
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
+    """Records as text; as md one table for each kernel, and under it the rows that would not run."""
+    if output != "md":
+        return record.render(records, output, COLUMNS)
+    parts = []
+    for op in OPS:
+        rows = [row for row in records if row["kernel"] == op.kernel]
+        if rows:
+            shown = [{**row, **_shown(row, op)} for row in rows]
+            parts.append(f"{op.kernel}, {op.direction}\n\n" + record.render(shown, "md", TABLE))
+        parts += [
+            f"{row['arch']} {row['dtype']} {row['head_dim']}: {row['status']}: {row['reason']}"
+            for row in rows
+            if row["status"] in ("over_lds", "failed", "unsupported")
+        ]
+    return "\n".join(parts)
+
+
+def _shown(row: Mapping[str, Any], op: Op) -> dict[str, Any]:
+    lds = row["lds_bytes"]
+    return {
+        "dtype": _SHORT.get(row["dtype"], row["dtype"]),
+        "tile": tile(row["config"]),
+        "lds_kib": None if lds is None else f"{lds / 1024:.0f}",
+        "bound": row[op.bound] if row["status"] in ("ok", "spills") else row["status"],
+    }
+
+
+def tile(config: Mapping[str, Any]) -> str:
+    """A configuration in a few characters: 128x64 4w 2s, and the switches that are on (e4: exp2_degree 4)."""
+    sizes = "x".join(str(config[name]) for name in ("block_q", "block_kv") if name in config)
+    rest = [f"{config[name]}{letter}" for name, letter in (("num_warps", "w"), ("num_stages", "s")) if name in config]
+    known = ("block_q", "block_kv", "num_warps", "num_stages")
+    on = {name: value for name, value in config.items() if name not in known and value}
+    switches = (_LETTERS.get(name, f"{name}=") + ("" if value is True else str(value)) for name, value in on.items())
+    return " ".join([sizes, *rest, *switches])
+
+
+_LETTERS = {"block_d": "d", "exp2_degree": "e", "round_half_up": "r"}
+
+
+def given(op: Op, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the fields that have their default, in the order of the type."""
+    fields = dataclasses.fields(op.config_type)
+    return {
+        field.name: config[field.name]
+        for field in fields
+        if field.name in config and config[field.name] != field.default
+    }

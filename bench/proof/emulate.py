@@ -1,0 +1,119 @@
+"""Runs a function whose Pallas calls are executed as AMD machine code on this CPU, everything else by JAX.
+
+    emulate(fn, *args, arch="gfx942") -> Emulated   what fn returns on that card, with races and instructions counted
+
+Each Pallas call is lowered and compiled by aot.py and run by amdgcn/. An access outside of an operand raises
+amdgcn.MemoryFault; outputs start as NaN (0xff bytes), so that an element nobody writes is seen.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import amdgcn
+from . import aot
+
+ARCHS = amdgcn.TARGETS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Emulated:
+    """What came of a function."""
+
+    outputs: Any  # as fn returns them
+    kernels: tuple[str, ...]  # names of the Pallas calls that ran, in order
+    instructions: int  # that waves executed
+    races: tuple[str, ...]  # a sentence each
+
+
+def emulate(fn: Callable, *args: Any, arch: str, edit: Callable[[str], str] = lambda asm: asm) -> Emulated:
+    """fn(*args) on an AMD card that need not be there.
+
+    Args:
+      args: arrays, also in pytrees.
+      arch: one of ARCHS.
+      edit: changes the assembly before it runs; tests break kernels with it.
+
+    Raises:
+      ValueError: arch is not one of ARCHS, or fn made no Pallas call.
+      aot.CompileError: the compiler gave up, or the code asks for more than a workgroup may have.
+      amdgcn.MachineError: the machine code did what it must not, or holds what is not built into the machine.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}: no machine for others is built")
+    machine = _Machine(arch, edit)
+    with aot.target(arch):
+        traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    outputs = machine.evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(args))
+    if not machine.kernels:
+        raise ValueError("no Pallas call was reached: nothing ran as AMD machine code")
+    return Emulated(
+        outputs=jax.tree.unflatten(jax.tree.structure(shapes), outputs),
+        kernels=tuple(machine.kernels),
+        instructions=machine.instructions,
+        races=tuple(machine.races),
+    )
+
+
+class _Machine:
+    """An evaluator of jaxprs that keeps account of the kernels it runs."""
+
+    def __init__(self, arch: str, edit: Callable[[str], str]):
+        self._arch, self._edit = arch, edit
+        self.kernels: list[str] = []
+        self.instructions = 0
+        self.races: list[str] = []
+
+    def evaluate(self, jaxpr: Any, consts: Any, args: Any) -> list[Any]:
+        values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(var: Any) -> Any:
+            return var.val if hasattr(var, "val") else values[var]
+
+        for equation in jaxpr.eqns:
+            results = self._equation(equation, [read(var) for var in equation.invars])
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _equation(self, equation: Any, args: list[Any]) -> list[Any]:
+        name, params = equation.primitive.name, equation.params
+        if name == "pallas_call":
+            return self._kernel(equation, args)
+        inner = next((params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params), None)
+        if inner is not None and name not in ("scan", "while", "cond"):
+            closed = hasattr(inner, "consts")
+            return self.evaluate(inner.jaxpr if closed else inner, inner.consts if closed else (), args)
+        results = equation.primitive.bind(*args, **params)
+        return list(results) if equation.primitive.multiple_results else [results]
+
+    def _kernel(self, equation: Any, args: list[Any]) -> list[Any]:
+        params = dict(equation.params, interpret=False)
+        [kernel] = aot.lower(lambda *xs: equation.primitive.bind(*xs, **params), *args, arch=self._arch)
+        compiled = aot.compile_kernel(kernel, arch=self._arch)
+        if reason := compiled.why_not_launched():
+            raise aot.CompileError(f"{kernel.name} {reason}")
+        aliased = dict((out, arg) for arg, out in params.get("input_output_aliases", ()))
+        outputs = [
+            np.array(args[aliased[i]]) if i in aliased else _poisoned(var.aval.shape, np.dtype(var.aval.dtype))
+            for i, var in enumerate(equation.outvars)
+        ]
+        operands = [np.asarray(arg) for arg in args] + outputs
+        done = amdgcn.run(
+            self._edit(compiled.asm),
+            operands,
+            grid=kernel.grid,
+            num_warps=kernel.num_warps,
+            lds_bytes=compiled.lds_bytes,
+        )
+        self.kernels.append(kernel.name)
+        self.instructions += done.instructions
+        self.races += done.races
+        return [jnp.asarray(output) for output in done.outputs[len(args) :]]
+
+
+def _poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.full((*shape, dtype.itemsize), 0xFF, np.uint8).view(dtype)[..., 0]

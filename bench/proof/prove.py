@@ -1,0 +1,189 @@
+"""`jfa-bench prove`: every kernel's default configuration, run as AMD machine code beside a NumPy oracle.
+
+A row is a proof on an architecture, in a dtype and at a head_dim, with its cases: small odd shapes that take every path
+through the tiles of that configuration, or one for each option (CASES). It holds when every case stays within
+the numerics contract (numerics.limit), no access leaves its operand, and no two waves race in the LDS. What lies past a
+row's length is NaN or infinite, and outputs start as NaN. Rows run in processes of their own.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from jfa import quant
+
+from ..measure import machine
+from ..records import record
+from ..truth import cases, paged_cases
+from . import aot, emulate, ops, pool
+from .compile import ABOUT, DIRECTIONS, Names, versions, warn_of_unmet_triton
+from .proofs import Verdict, backward, forward, over_pages, paged_tile_cases, tile_cases
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row; plain data, so that another process can be told."""
+
+    op: str
+    direction: str
+    arch: str
+    dtype: str  # of the queries, or "bfloat16 on int8"
+    head_dim: int | None  # None: the named cases of the op
+    quick: bool = False
+
+
+Size = tuple[str, int | None]  # dtype, head_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What is proven of an op in one direction."""
+
+    run: Callable[..., Verdict]  # (truth, arch)
+    cases: Callable[[Row], Mapping[str, Any]]
+    truth: Callable[[Any, Row], Any]  # of a case
+    sizes: tuple[Size, ...]
+    quick: tuple[Size, ...]
+
+
+QUICK_OPTIONS = ("gqa", "cached_chunk", "everything", "int4_odd", "chunks_and_tokens")  # of the named cases
+
+
+def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: case for name, case in known.items() if not row.quick or name in QUICK_OPTIONS}
+
+
+def _config(row: Row, head_dim: int) -> Any:
+    op = next(op for op in ops.OPS if op.kernel == row.op)
+    return op.default_config(aot.device(row.arch), row.dtype, head_dim)
+
+
+def _flash_cases(row: Row) -> dict[str, cases.Case]:
+    if row.head_dim is None:
+        return _named(row, cases.CASES)
+    config = _config(row, row.head_dim)
+    found = tile_cases(config.block_q, config.block_kv, row.head_dim, quick=row.quick)
+    # the gradient of each option is proven with the options; here it is tiles that matter
+    few = ("causal", "windows_and_lengths", "padded_head_dim")
+    return found if row.direction == "forward" else {name: case for name, case in found.items() if name in few}
+
+
+def _paged_cases(row: Row) -> dict[str, paged_cases.PagedCase]:
+    ragged = row.op == "ragged_paged_attention"
+    if row.head_dim is None:
+        return _named(
+            row, {name: case for name, case in paged_cases.CASES.items() if ragged == (case.queries is not None)}
+        )
+    pages = row.dtype.partition(" on ")[2]
+    kind = quant.kind_of(pages) if pages else None
+    return paged_tile_cases(_config(row, row.head_dim), row.head_dim, kind, ragged=ragged)
+
+
+def _flash_truth(case: cases.Case, row: Row) -> cases.Truth:
+    return cases.truth_of(case, row.dtype, seed=0)
+
+
+def _paged_truth(case: paged_cases.PagedCase, row: Row) -> paged_cases.PagedTruth:
+    return paged_cases.truth_of(case, row.dtype.partition(" on ")[0], seed=0)
+
+
+_FLASH_SIZES: tuple[Size, ...] = (
+    *((dtype, head_dim) for dtype in ("bfloat16", "float16", "float32") for head_dim in (64, 128, 256)),
+    ("bfloat16", None),
+)
+_FLASH_QUICK: tuple[Size, ...] = (("bfloat16", 128), ("float16", 64), ("float32", 64), ("bfloat16", None))
+_PAGED = Proof(
+    run=over_pages,
+    cases=_paged_cases,
+    truth=_paged_truth,
+    sizes=(
+        *((dtype, head_dim) for dtype in ops.PAGED_DTYPES for head_dim in (64, 128, 256)),
+        *((dtype, None) for dtype in ("bfloat16", "float16", "float32")),
+    ),
+    quick=(("bfloat16 on int8", 64), ("float16", 128), ("bfloat16", None)),
+)
+PROOFS: dict[tuple[str, str], Proof] = {
+    ("flash_attention", direction): Proof(
+        run=run, cases=_flash_cases, truth=_flash_truth, sizes=_FLASH_SIZES, quick=_FLASH_QUICK
+    )
+    for direction, run in (("forward", forward), ("backward", backward))
+} | {(op, "forward"): _PAGED for op in ("paged_decode_attention", "ragged_paged_attention")}
+
+
+def prove_row(row: Row) -> dict[str, Any]:
+    """The record of a row: status "ok" or "wrong" and why, worst error over what is allowed, instructions, seconds."""
+    start = time.perf_counter()
+    proof = PROOFS[row.op, row.direction]
+    verdicts = {name: proof.run(proof.truth(case, row), row.arch) for name, case in proof.cases(row).items()}
+    wrong = [f"{name}: {found.wrong}" for name, found in verdicts.items() if found.wrong]
+    shares = {name: found.share for name, found in verdicts.items() if found.share is not None}
+    return _about(row) | {
+        "kernels": list(dict.fromkeys(kernel for found in verdicts.values() for kernel in found.kernels)),
+        "cases": list(verdicts),
+        "status": "wrong" if wrong else "ok",
+        "reason": "; ".join(wrong) or None,
+        "worst_error_of_limit": round(max(shares.values()), 3) if shares else None,
+        "worst_case": max(shares, key=lambda name: shares[name]) if shares else None,
+        "races": sum(found.races for found in verdicts.values()),
+        "instructions": sum(found.instructions for found in verdicts.values()),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def _about(row: Row) -> dict[str, Any]:
+    what = {"benchmark": "prove", "op": row.op, "direction": row.direction, "arch": row.arch}
+    return what | {"dtype": row.dtype, "head_dim": "options" if row.head_dim is None else row.head_dim}
+
+
+def _crashed(row: Row) -> dict[str, Any]:
+    return _about(row) | {"status": "wrong", "reason": "the process ended", "cases": [], "seconds": None}
+
+
+def rows(archs: Sequence[str], op_names: Sequence[str], directions: Sequence[str], *, quick: bool = False) -> list[Row]:
+    """What is proven, in the table's order; quick: fewer rows and cases."""
+    return [
+        Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick)
+        for (op, direction), proof in PROOFS.items()
+        if op in op_names and direction in directions
+        for arch in archs
+        for dtype, head_dim in (proof.quick if quick else proof.sizes)
+    ]
+
+
+TABLE = {
+    **{"arch": "arch", "direction": "direction", "dtype": "dtype", "head_dim": "d", "status": "status"},
+    **{"worst_error_of_limit": "error", "races": "races", "instructions": "instr", "seconds": "s"},
+}
+COLUMNS = {name: name for name in ("op", *TABLE, "reason")}
+
+
+def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
+    """Records as text; as md with a sentence for each row that is wrong."""
+    text = record.render(records, output, TABLE if output == "md" else COLUMNS)
+    if output != "md":
+        return text
+    who = ("op", "arch", "direction", "dtype", "head_dim")
+    lines = [f"{' '.join(str(row[key]) for key in who)}: {row['reason']}" for row in records if row["status"] != "ok"]
+    return "\n".join([text, "", "error: worst error over what the numerics contract allows", *lines])
+
+
+@click.command("prove")
+@click.option("--arch", type=Names("architecture", emulate.ARCHS), default="all", show_default=True)
+@click.option("--op", type=Names("op", tuple(dict.fromkeys(op for op, _ in PROOFS))), default="all", show_default=True)
+@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
+@click.option("--quick", is_flag=True, help="Fewer rows and cases: for CI.")
+@click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
+@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+@click.pass_context
+def command(ctx, arch, op, direction, quick, processes, output) -> None:
+    """Each kernel as AMD machine code on this CPU, beside an oracle; exit status 1 if one is wrong."""
+    circumstances = {"versions": versions(), **{k: v for k, v in machine.circumstances().items() if k in ABOUT}}
+    circumstances["note"] = warn_of_unmet_triton()
+    found = pool.each(
+        prove_row, rows(arch, op, direction, quick=quick), crashed=_crashed, doing="proving", processes=processes
+    )
+    click.echo(render([row | circumstances for row in found], output))
+    ctx.exit(int(any(row["status"] != "ok" for row in found)))

@@ -1,0 +1,510 @@
+"""`jfa-bench tune`: the configuration of each kernel on an architecture, into jfa/tuning_tables/<arch>/<kernel>.json.
+
+Offline, by compiled code. A kernel's Sweep (ops.OPS) says what is tried: tiles from its starts, grown until a kernel
+spills, loses waves or gets slower, then its late axes, one at a time, on the best LATE; for a dtype that is like
+another, the best ALIKE of that one. Then:
+
+AMD: wanted is what fits the LDS, spills nothing and leaves two waves on a SIMD or more; of that the most FLOP per cycle
+(the order of matrix_bound, which also exists where no matrix instruction serves a dtype). Within TIE two candidates are
+equal; then workgroups that do not wait for each other come first (two or more on a compute unit), then the larger tile,
+which reads less, fewer waves, fewer stages.
+
+NVIDIA, whose cycles cannot be counted: what fits the shared memory, also that of neighbours who use the table, spills
+nothing and leaves eight warps on a multiprocessor (two per scheduler) or more; of that the largest tile up to 128 x 128
+and the squarer one, the most warps resident, fewer warps in a workgroup, more stages.
+
+A winner must hold for the kernel's other calls as well (Op.variants), without spills if it has none; the next ones are
+tried before that is given up. Where nothing is as wanted, the least bad is taken and its entry says so: on AMD what
+spills nothing, unless a spilling one has GAIN times its FLOP per cycle, a single wave counting half; else the most FLOP
+per cycle of those that spill up to SPILLING times as much as the least (spills cost outside of the main loop as well,
+and beyond the caches more than is counted); on NVIDIA the fewest spills.
+
+With a GPU, without --offline: the candidates that are best by these rules are measured in turns, the fastest median
+wins, and the table says when, on what and with which versions.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jfa import tuning
+from jfa.device import describe, probe
+
+from ..measure import machine, timing
+from ..records import record
+from . import aot, pool
+from .compile import (
+    ARCHS,
+    DIRECTIONS,
+    OP_NAMES,
+    Case,
+    compile_all,
+    given,
+    tile,
+    versions,
+    warn_of_unmet_triton,
+)
+from .ops import Op, named
+
+LANE_REGISTERS = 255  # that a tile may take: of CDNA's 512, half is what leaves two waves on a SIMD
+WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
+GAIN = 1.75
+SPILLING, FEW = 2.5, 32
+TIE = 0.97
+LATE, ALIKE = 2, 3  # candidates on which late axes are tried; that are tried for a dtype like another
+TRIED, LOSS = 6, 0.75  # how many candidates, and how far below the best, before a variant is given up
+MEASURED = 12  # candidates
+
+# Architectures that use another's table with less shared memory than it has.
+_SMALLER = ("sm_86", "sm_89")
+_NVIDIA_REGISTERS = 65_536  # of a multiprocessor. Source: CUDA C programming guide, compute capabilities 8.0 to 10.0
+
+RULES = {
+    "rocm": (
+        f"of the configurations that fit the LDS, spill nothing and keep {WAVES} waves per SIMD, also in the kernel's "
+        "other calls (windows, lengths, padded head_dims), the one with the most FLOP per cycle in its main loop, the "
+        "larger tile on a tie; where a note says so nothing was as wanted, and the entry is the least bad"
+    ),
+    "cuda": (
+        "of the configurations that fit the shared memory, spill nothing and keep "
+        f"{WARPS} warps on a multiprocessor, also in the kernel's other calls (windows, lengths, padded head_dims), "
+        "the one with the largest tile up to 128 x 128; vgpr counts the registers of a thread; where a note says so "
+        "nothing was as wanted, and the entry is the least bad"
+    ),
+}
+
+CompileAll = Callable[[Sequence[Case]], list[dict[str, Any]]]
+Key = tuple[str, int]  # dtype, head_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a sweep found for one dtype and head_dim."""
+
+    chosen: dict[str, Any]  # its compile record
+    note: str | None  # what it lacks
+    candidates: list[dict[str, Any]]  # compile records, best first
+    compiled: int
+
+
+def offline(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, Choice]:
+    """The best configuration by compiled code, for each dtype and head_dim of the op."""
+    found = {key: list(records) for key, records in _swept(op, arch, compile_all).items()}
+    candidates = {key: list(ranked(records)) for key, records in found.items()}
+    for key, ordered in candidates.items():
+        if not ordered:
+            dtype, head_dim = key
+            raise ValueError(f"no configuration of {op.kernel} fits {arch} at {dtype}, head_dim {head_dim}")
+    held = _holding(op, arch, candidates, compile_all)
+    return {
+        key: Choice(
+            chosen=ordered[held[key] or 0],
+            note=_note(ordered[0], held[key]),
+            candidates=ordered,
+            compiled=len(found[key]),
+        )
+        for key, ordered in candidates.items()
+    }
+
+
+def _note(best: Mapping[str, Any], held: int | None) -> str | None:
+    if not wanted(best):
+        return f"nothing tried was as wanted; the least bad: {best['reason'] or 'too few waves'}"
+    return "a window, lengths or a padded head_dim make it spill or lose a wave" if held is None else None
+
+
+def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[str, Any]]]:
+    """Compile records of all that is worth trying, in rounds: many rows at a time, each row knowing those before."""
+    sweep = op.sweep
+    grows, sizes = sweep.grows
+    lanes = 64 if aot.is_cdna(arch) else 32
+    found: dict[Key, list[dict[str, Any]]] = {key: [] for key in itertools.product(op.dtypes, op.head_dims)}
+    keys = [key for key in found if key[0] not in sweep.alike]
+    late = {dtype: sweep.late(arch, dtype) for dtype in op.dtypes}
+
+    def compiled(trial: Sequence[tuple[Key, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        records = _compiled(op, arch, trial, compile_all)
+        for (key, _), one in zip(trial, records, strict=True):
+            found[key].append(one)
+        return records
+
+    growing = [
+        (((dtype, head_dim), {**{name: values[0] for name, values in late[dtype].items()}, **start}), 0.0)
+        for dtype, head_dim in keys
+        for start in sweep.starts(arch, dtype, head_dim)
+    ]
+    for size in sizes:
+        trial = [((key, {**config, grows: size}), merit) for (key, config), merit in growing]
+        trial = [(row, merit) for row, merit in trial if sweep.registers(row[1], row[0][1], lanes) <= LANE_REGISTERS]
+        records = compiled([row for row, _ in trial])
+        growing = [
+            (row, _merit(one))
+            for (row, merit), one in zip(trial, records, strict=True)
+            if wanted(one) and not one["vgpr_spills"] and _merit(one) >= TIE * merit
+        ]
+    compiled(
+        [
+            (key, {**best["config"], name: value})
+            for key in keys
+            for best in itertools.islice(ranked(found[key]), LATE)
+            for name, values in late[key[0]].items()
+            for value in values[1:]
+        ]
+    )
+    compiled(
+        [
+            ((dtype, head_dim), config)
+            for dtype, model in sweep.alike.items()
+            for head_dim in op.head_dims
+            for config in _best_without(found[model, head_dim], late[model].keys() - late[dtype].keys())
+        ]
+    )
+    return found
+
+
+def _best_without(records: Iterable[dict[str, Any]], axes: Collection[str]) -> list[dict[str, Any]]:
+    """The configurations of the best ALIKE of the records, apart from these axes, each once."""
+    configs: dict[str, dict[str, Any]] = {}
+    for one in ranked(records):
+        config = {name: value for name, value in one["config"].items() if name not in axes}
+        configs.setdefault(json.dumps(config, sort_keys=True), config)
+    return list(configs.values())[:ALIKE]
+
+
+def _compiled(
+    op: Op, arch: str, configs: Iterable[tuple[Key, Mapping[str, Any]]], compile_all: CompileAll, variant: str = ""
+) -> list[dict[str, Any]]:
+    return compile_all(
+        [
+            Case(
+                kernel=op.kernel,
+                dtype=dtype,
+                head_dim=head_dim,
+                arch=arch,
+                config=tuple(sorted(config.items())),
+                variant=variant,
+            )
+            for (dtype, head_dim), config in configs
+        ]
+    )
+
+
+def _holding(
+    op: Op, arch: str, candidates: Mapping[Key, Sequence[dict[str, Any]]], compile_all: CompileAll
+) -> dict[Key, int | None]:
+    """For each key the place of the first candidate that all variants leave as wanted; None: no near one."""
+    held: dict[Key, int | None] = {}
+    for place in range(TRIED):
+        rows = [
+            (key, ordered[place]["config"])
+            for key, ordered in candidates.items()
+            if key not in held and place < len(ordered) and _is_near(ordered[place], ordered[0])
+        ]
+        records = [_compiled(op, arch, rows, compile_all, variant) for variant in op.variants]
+        for (key, _), *variants in zip(rows, *records, strict=True):
+            if all(_holds(candidates[key][place], one) for one in variants):
+                held[key] = place
+    return {key: held.get(key) for key in candidates}
+
+
+def _is_near(one: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    if one["vgpr_spills"] and not best["vgpr_spills"]:
+        return False
+    as_good = wanted(one) or (not wanted(best) and not one["vgpr_spills"])
+    return as_good and _merit(one) >= LOSS * _merit(best)
+
+
+def _holds(one: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
+    """Whether a variant of a candidate spills only if that does, and is wanted if that is."""
+    if variant["status"] not in ("ok", "spills") or (variant["vgpr_spills"] and not one["vgpr_spills"]):
+        return False
+    return wanted(variant) or not wanted(one)
+
+
+def _merit(one: Mapping[str, Any]) -> float:
+    if not aot.is_amd(one["arch"]):
+        return 1.0
+    return (one["flop_per_cycle"] or 0.0) * (1.0 if one["waves_per_simd"] >= WAVES else 0.5)
+
+
+def ranked(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The records of one kernel, dtype, head_dim and architecture that can be launched, best first."""
+    left = [one for one in records if one["status"] in ("ok", "spills") and _fits_neighbours(one)]
+    if not left:
+        return
+    if not aot.is_amd(left[0]["arch"]):
+        yield from sorted(filter(wanted, left), key=_nvidia_preference, reverse=True)
+        wide = sorted((one for one in left if not wanted(one)), key=_nvidia_preference, reverse=True)
+        yield from sorted(wide, key=lambda one: (one["vgpr_spills"], _resident_warps(one) < WARPS))
+        return
+    clean = [one for one in left if not one["vgpr_spills"]]
+    enough = GAIN * max(map(_merit, clean), default=0.0)
+    first = [one for one in clean if wanted(one)]
+    gains = any(_merit(one) > enough for one in left if one["vgpr_spills"])
+    second = [one for one in clean if one not in first and (first or not gains)]
+    yield from _best_of_equals(first)
+    yield from _best_of_equals(second)
+    yield from _least_bad([one for one in left if one not in first and one not in second])
+
+
+def wanted(one: Mapping[str, Any]) -> bool:
+    """Whether a record has what a table's entry should have; see the module's docstring."""
+    if one["status"] not in ("ok", "spills"):
+        return False
+    if not aot.is_amd(one["arch"]):
+        return not one["vgpr_spills"] and _resident_warps(one) >= WARPS
+    return not one["vgpr_spills"] and one["waves_per_simd"] >= WAVES
+
+
+def _best_of_equals(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    left = list(records)
+    while left:
+        best = max(map(_merit, left))
+        first = max((one for one in left if _merit(one) >= TIE * best), key=_amd_preference)
+        left.remove(first)
+        yield first
+
+
+def _amd_preference(one: Mapping[str, Any]) -> tuple:
+    config = one["config"]
+    groups = one["waves_per_simd"] * 4 / config["num_warps"]
+    return (
+        not one["vgpr_spills"],
+        groups >= 2,
+        _area(config),
+        -config["num_warps"],
+        -config["num_stages"],
+        _text(config),
+    )
+
+
+def _nvidia_preference(one: Mapping[str, Any]) -> tuple:
+    config = one["config"]
+    return (
+        *(min(_area(config), 128 * 128), min(_blocks(config)), -max(_blocks(config)), _resident_warps(one)),
+        *(-config["num_warps"], config["num_stages"], _text(config)),
+    )
+
+
+def _least_bad(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """On AMD."""
+    fewest = min((one["vgpr_spills"] for one in records), default=0)
+    near = [one for one in records if one["vgpr_spills"] <= SPILLING * max(fewest, FEW)]
+    yield from _best_of_equals(near)
+    yield from sorted((one for one in records if one not in near), key=lambda one: (one["vgpr_spills"], _text(one)))
+
+
+def _blocks(config: Mapping[str, Any]) -> list[int]:
+    return [config[name] for name in ("block_q", "block_kv") if name in config]
+
+
+def _area(config: Mapping[str, Any]) -> int:
+    return int(np.prod(_blocks(config)))
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    """Settles what is equal in everything else."""
+    return json.dumps(config, sort_keys=True)
+
+
+def _resident_warps(one: Mapping[str, Any]) -> int:
+    """Warps of whole workgroups that registers and shared memory let reside on one multiprocessor."""
+    warps = one["config"]["num_warps"]
+    registers = -(-one["vgpr"] // 8) * 8 * 32 * warps  # given out in eights
+    groups = min(_NVIDIA_REGISTERS // registers, one["lds_limit"] // max(1, one["lds_bytes"]))
+    return groups * warps
+
+
+def _fits_neighbours(one: Mapping[str, Any]) -> bool:
+    sharing = (name for name in _SMALLER if tuning.table_arch(name) == one["arch"])
+    return all(one["lds_bytes"] <= describe("cuda", name).lds_bytes for name in sharing)
+
+
+def measured(
+    op: Op, choices: Mapping[Key, Choice], measure: Callable[[Sequence[Case]], Mapping[Case, float]]
+) -> dict[Key, tuple[dict[str, Any], float]]:
+    """For each key the record of the fastest candidate, and its milliseconds.
+
+    Raises:
+      ValueError: none of a key's candidates ran.
+    """
+    fastest = {}
+    for (dtype, head_dim), choice in choices.items():
+        records = {
+            Case(
+                kernel=op.kernel,
+                dtype=dtype,
+                head_dim=head_dim,
+                arch=one["arch"],
+                config=tuple(sorted(one["config"].items())),
+            ): one
+            for one in choice.candidates[:MEASURED]
+        }
+        taken = measure(list(records))
+        if not taken:
+            raise ValueError(f"none of {len(records)} configurations ran at {dtype}, head_dim {head_dim}")
+        case = min(taken, key=lambda case: (taken[case], case.config))
+        fastest[dtype, head_dim] = (records[case], taken[case])
+    return fastest
+
+
+def measure_here(cases: Sequence[Case], *, samples: int) -> dict[Case, float]:
+    """The median milliseconds of each case that this machine's device runs, measured in turns."""
+    runs: dict[str, Callable[[], object]] = {}
+    for number, case in enumerate(cases):
+        fn, shapes = case.op.call(case.dtype, case.head_dim, case.op.config_type(**dict(case.config or ())), "")
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        arrays = [
+            jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype) for key, x in zip(keys, shapes, strict=True)
+        ]
+        run = jax.jit(fn)
+        try:
+            jax.block_until_ready(run(*arrays))
+        except jax.errors.JaxRuntimeError as error:  # the device's own compiler may find it too large
+            click.echo(f"note: {tile(dict(case.config or ()))} does not run: {str(error).splitlines()[0]}", err=True)
+            continue
+        runs[str(number)] = lambda run=run, arrays=arrays: run(*arrays)
+    taken = timing.in_turns(runs, samples=samples)
+    return {cases[int(number)]: float(np.median(series)) for number, series in taken.items()}
+
+
+def table(op: Op, arch: str, source: str, entries: Mapping[Key, Mapping[str, Any]]) -> str:
+    """The text of a table: an entry a line, so that a change of one is a change of one line."""
+    by_dtype = {dtype: {d: entries[t, d] for t, d in entries if t == dtype} for dtype in op.dtypes}
+    dtypes = ",\n".join(
+        f'    "{dtype}": {{\n'
+        + ",\n".join(f'      "{d}": {json.dumps(entry)}' for d, entry in rows.items())
+        + "\n    }"
+        for dtype, rows in by_dtype.items()
+    )
+    head = "".join(
+        f'  "{name}": {json.dumps(x)},\n' for name, x in (("op", op.kernel), ("arch", arch), ("source", source))
+    )
+    return f'{{\n{head}  "configs": {{\n{dtypes}\n  }}\n}}\n'
+
+
+def entry(op: Op, one: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """An entry of a table: the configuration, and the figures that decided."""
+    figures = ["vgpr", "vgpr_spills", "lds_bytes"]
+    if aot.is_amd(one["arch"]):
+        figures += ["waves_per_simd", op.bound, "flop_per_cycle"]
+    config = given(op, one["config"])
+    return {
+        "config": config,
+        **{name: one[name] for name in figures},
+        **{k: v for k, v in more.items() if v is not None},
+    }
+
+
+@click.command("tune")
+@click.option("--offline", "by_code", is_flag=True, help="By compiled code; without it by measuring this device.")
+@click.option("--arch", type=ARCHS, help=f"With --offline: of {', '.join(aot.ARCHS)}, or all.")
+@click.option("--op", type=OP_NAMES, default="all", show_default=True)
+@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
+@click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Write the tables there instead.")
+@click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
+@click.option("--samples", type=click.IntRange(min=1), default=15, show_default=True, help="Of each measurement.")
+@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
+def command(by_code, arch, op, direction, write, folder, processes, samples, output) -> None:
+    """Choose the tiles of each kernel, by compiled code or on this machine's GPU."""
+    if write and folder:
+        raise click.UsageError("--write and --folder are two places for the same tables; give one")
+    if by_code and not arch:
+        raise click.UsageError(f"--offline needs --arch, of {', '.join(aot.ARCHS)}, or all")
+    if not by_code:
+        refuse_to_measure(arch)
+    warn_of_unmet_triton()
+    place = resources_folder() if write else folder
+    records = []
+    for one in named(op, direction):
+        for name in arch or (probe().arch,):
+            text, rows = tuned(one, name, processes=processes, samples=None if by_code else samples)
+            records += rows
+            if place:
+                file = place / name / f"{one.kernel}.json"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+                click.echo(f"wrote {file}", err=True)
+    click.echo(
+        record.render([{**row, **_shown(row)} for row in records] if output == "md" else records, output, COLUMNS)
+    )
+
+
+def refuse_to_measure(arch: Sequence[str] | None) -> None:
+    """A sentence where there is nothing to measure."""
+    device = probe()
+    if device.platform not in ("rocm", "cuda"):
+        raise click.UsageError(
+            f"there is no GPU to measure on (this machine's device: {device.platform}); "
+            "tune by compiled code instead: --offline --arch gfx942"
+        )
+    if arch:
+        raise click.UsageError(f"--arch goes with --offline; without it this machine's {device.arch} is measured")
+    if tuning.table_arch(device.arch) not in aot.ARCHS:
+        raise click.UsageError(f"candidates are compiled for {', '.join(aot.ARCHS)} alone, not for {device.arch}")
+
+
+def resources_folder() -> Path:
+    """Where jfa's own tables lie."""
+    return Path(str(resources.files("jfa") / "tuning_tables"))
+
+
+def tuned(op: Op, arch: str, *, processes: int, samples: int | None) -> tuple[str, list[dict[str, Any]]]:
+    """(text of the table, a `tune` record for each entry); samples: of each measurement, None: by compiled code."""
+    made_for = tuning.table_arch(arch)
+    choices = offline(op, made_for, lambda cases: compile_all(cases, processes=processes))
+    with_triton = f"triton {versions()['triton']}"
+    if samples is None:
+        source = f"Compiled offline with {with_triton}, not measured: {RULES[aot.device(arch).platform]}."
+        entries = {key: entry(op, choice.chosen, note=choice.note) for key, choice in choices.items()}
+    else:
+        fastest = measured(op, choices, lambda cases: measure_here(cases, samples=samples))
+        entries = {key: entry(op, one, time_ms=round(ms, 4)) for key, (one, ms) in fastest.items()}
+        source = measured_source(arch)
+    rows = [
+        {
+            **{"benchmark": "tune", "op": op.name, "direction": op.direction, "kernel": op.kernel, "arch": arch},
+            **{"dtype": dtype, "head_dim": head_dim, "before": _before(op, arch, dtype, head_dim)},
+            **{"compiled": choices[dtype, head_dim].compiled, "source": source, "note": None},
+            **chosen,
+        }
+        for (dtype, head_dim), chosen in entries.items()
+    ]
+    return table(op, arch, source, entries), rows
+
+
+def measured_source(arch: str) -> str:
+    """The sentence of a table that was measured."""
+    circumstances = machine.circumstances()
+    made_with = ", ".join(f"{name} {circumstances['versions'][name]}" for name in ("jax", "jaxlib"))
+    return (
+        f"Measured on {jax.devices()[0].device_kind} ({arch}) on {circumstances['date'][:10]} with {made_with}: the "
+        f"fastest median of the {MEASURED} configurations that triton {versions()['triton']} compiles best; figures "
+        "other than time_ms are of compiled code."
+    )
+
+
+def _before(op: Op, arch: str, dtype: str, head_dim: int) -> dict[str, Any]:
+    platform = aot.device(tuning.table_arch(arch)).platform
+    return given(op, dataclasses.asdict(op.default_config(describe(platform, arch), dtype, head_dim)))
+
+
+COLUMNS = {
+    **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "chosen": "chosen", "was": "was", "vgpr": "vgpr"},
+    **{"vgpr_spills": "spills", "waves_per_simd": "waves", "matrix_bound": "bound", "time_ms": "ms", "note": "note"},
+}
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    same = row["before"] == row["config"]
+    return {"chosen": tile(row["config"]), "was": "same" if same else tile(row["before"])}

@@ -1,0 +1,1 @@
+"""What becomes of measurements: records, files of them, tables, pictures and pages."""

@@ -1,0 +1,215 @@
+"""`jfa-bench report`: what records say, in tables, in pictures and on one page.
+
+Without a folder it is the support table, from what `compile` and `prove` have recorded and from nothing else.
+"""
+
+import base64
+import html
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..measure import accuracy, attention, decode, memory, paged, prefill, throughput
+from ..proof import aot
+from ..proof.ops import PAGED_DTYPES
+from . import plot, record
+
+RESULTS = Path(__file__).parents[1] / "results"
+DTYPES = {
+    "16 bits": ("bfloat16", "float16"),
+    "16 bits on quantized pages": tuple(dtype for dtype in PAGED_DTYPES if " on " in dtype),
+    "float32": ("float32",),
+}
+
+# What a benchmark's records look like in a table; those of others are left to their own commands.
+TABLES = {
+    "attention": attention.table,
+    "prefill": prefill.table,
+    "decode": decode.table,
+    **{
+        name: record.table_of(columns)
+        for name, columns in {
+            "paged": paged.COLUMNS,
+            "throughput": throughput.COLUMNS,
+            "memory": memory.COLUMNS,
+            "accuracy": accuracy.COLUMNS,
+        }.items()
+    },
+}
+
+# Fields of a case that a table is told by; records of earlier versions lack some.
+NEEDS = {"prefill": ("model", "layers", "seq_len"), "decode": ("model", "layers", "context")}
+
+PARTS = ("speedup", "tflops")  # kinds of pictures that another one shows too
+
+Record = Mapping[str, Any]
+
+
+def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
+    """A Markdown table: for each kernel and architecture the highest rung that all its records reached.
+
+    executed: every proof in these dtypes held; compiled: machine code that a card would start; a number of spilled
+    registers is that of the worst configuration.
+    """
+    compiled = [row for row in compiled if row["status"] != "unsupported"]
+    kernels = dict.fromkeys(row["kernel"] for row in compiled)
+    lines = [["kernel", *aot.ARCHS], ["---"] * (1 + len(aot.ARCHS))]
+    for kernel in kernels:
+        for name, dtypes in DTYPES.items():
+            if not any(row["kernel"] == kernel and row["dtype"] in dtypes for row in compiled):
+                continue
+            cells = [
+                _cell(
+                    [r for r in compiled if (r["kernel"], r["arch"]) == (kernel, arch) and r["dtype"] in dtypes],
+                    [
+                        r
+                        for r in proven
+                        if r["arch"] == arch and r["dtype"] in dtypes and kernel in r.get("kernels", ())
+                    ],
+                )
+                for arch in aot.ARCHS
+            ]
+            lines.append([f"`{kernel}`, {name}", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
+    if not compiled or any(row["status"] not in ("ok", "spills") for row in compiled):
+        return "lowered"
+    rung = "executed" if proven and all(row["status"] == "ok" for row in proven) else "compiled"
+    spills = max(row["vgpr_spills"] for row in compiled)
+    return f"{rung}, {spills} spilled" if spills else rung
+
+
+def load(name: str) -> list[Record]:
+    """The records of bench/results/<name>.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def gather(folder: Path) -> dict[str, list[record.Record]]:
+    """The records of a folder's .json and .jsonl files by benchmark, those that have a table.
+
+    Those of earlier versions, whose cases lack a field, are left out with a line on stderr.
+
+    Raises:
+      ValueError: there are none.
+    """
+    found: dict[str, list[record.Record]] = {name: [] for name in TABLES}
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")]):
+        records = record.load(file)
+        usable = [one for one in records if all(name in one["case"] for name in NEEDS.get(one["benchmark"], ()))]
+        if len(usable) < len(records):
+            click.echo(
+                f"{file}: {len(records) - len(usable)} records are of an earlier version, and left out", err=True
+            )
+        for one in usable:
+            found.get(one["benchmark"], []).append(one)
+    found = {name: records for name, records in found.items() if records}
+    if not found:
+        raise ValueError(f"there are no records of {', '.join(TABLES)} in {folder}; jfa-bench all makes some")
+    return found
+
+
+def markdown(found: Mapping[str, Sequence[record.Record]]) -> str:
+    """A section for each benchmark, as README takes it."""
+    return "\n\n".join(f"### {name}\n\n{about(records)}\n\n{TABLES[name](records)}" for name, records in found.items())
+
+
+def about(records: Sequence[Record]) -> str:
+    """The circumstances in a sentence."""
+    first = records[0]
+    device = first["device"]
+    name = device.get("name", device["arch"])
+    parts = [
+        device["host"] if name == "cpu" else f"{name} ({device['arch']}), {device['host']}",
+        device.get("driver"),
+        ", ".join(f"{what} {value}" for what, value in device.get("power", {}).items()),
+        ", ".join(f"{package} {number}" for package, number in first["versions"].items()),
+        first["flags"],
+        f"commit {first['git_commit']}",
+        first["date"][:10],
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def page(found: Mapping[str, Sequence[record.Record]]) -> str:
+    """One HTML document with everything in it: pictures, tables and the records' circumstances."""
+    sections = []
+    for name, records in found.items():
+        figures = "".join(_picture(records, kind) for kind in plot.kinds(records) if kind not in PARTS)
+        text = _tables(TABLES[name](records))
+        sections.append(
+            f"<section><h2>{name}</h2><p>{html.escape(about(records))}</p>{figures}"
+            f"<details><summary>{len(records)} records</summary>{text}</details></section>"
+        )
+    return _PAGE.replace("@sections@", "\n".join(sections))
+
+
+def _picture(records: Sequence[Record], kind: str) -> str:
+    drawn = io.BytesIO()
+    plot.figure(records, kind).savefig(drawn, format="svg")
+    inside = base64.b64encode(drawn.getvalue()).decode()
+    return f'<img alt="{kind}" src="data:image/svg+xml;base64,{inside}">'
+
+
+def _tables(text: str) -> str:
+    """Markdown tables, and the lines between them, as HTML."""
+    parts = []
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            head, _, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+            parts.append(f"<table>{_row('th', head)}{''.join(_row('td', row) for row in rows)}</table>")
+        else:
+            parts += [f"<p>{html.escape(line)}</p>" for line in lines if line]
+    return "\n".join(parts)
+
+
+def _row(kind: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>jfa-bench</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #111; }
+  h1, h2 { line-height: 1.2; }
+  img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+  table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+  th, td { border-bottom: 1px solid #ccc; padding: 0.15rem 0.7rem; text-align: left; }
+  summary { cursor: pointer; }
+</style>
+<h1>jfa-bench</h1>
+@sections@
+</html>
+"""
+
+
+@click.command("report")
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+def command(folder) -> None:
+    """Tables of the records in FOLDER, and a page of them with pictures: FOLDER/report.html.
+
+    Without a folder: the support table, from the records in bench/results.
+    """
+    if folder is None:
+        click.echo(support(load("compile"), load("prove")))
+        return
+    write(folder)
+
+
+def write(folder: Path) -> None:
+    """Prints the tables of a folder's records and writes its page."""
+    place = folder / "report.html"
+    plot.check(place.with_suffix(".svg"))
+    found = gather(folder)
+    place.write_text(page(found))
+    click.echo(markdown(found))
+    click.echo(f"{place} written", err=True)

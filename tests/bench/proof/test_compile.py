@@ -1,0 +1,200 @@
+"""`jfa-bench compile`: its rows, their records, and what is refused."""
+
+import json
+import os
+import sys
+
+import click
+import pytest
+
+import jfa
+from jfa_bench.proof import aot, compile, machine_code, ops
+from jfa_bench.proof.compile import Case, compile_all, compile_case
+from jfa_models.cli import run
+
+pytest.importorskip("triton", reason="machine code needs the triton package (extra aot)")
+
+FIELDS = {  # DESIGN.md, "Public surface"
+    *("op", "direction", "dtype", "head_dim", "arch", "config", "vgpr", "vgpr_spills", "scratch_bytes", "lds_bytes"),
+    *("lds_limit", "waves_per_simd", "matrix_instructions", "loop_cycles", "useful_matrix_cycles", "matrix_bound"),
+}
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Runs the command and returns (exit status, stdout, stderr)."""
+    group = click.Group("jfa-bench", commands=[compile.command])
+
+    def run_it(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jfa-bench", *map(str, arguments)])
+        return run(group, "jfa-bench"), *capsys.readouterr()
+
+    return run_it
+
+
+def case(arch="gfx942", dtype="bfloat16", head_dim=64, **config):
+    config = config and dict(block_q=64, block_kv=16, num_warps=4, num_stages=1) | config
+    given = tuple(config.items()) or None
+    return Case(kernel="flash_attention", dtype=dtype, head_dim=head_dim, arch=arch, config=given)
+
+
+@pytest.fixture(scope="module")
+def records():
+    """The records of an ordinary row, on AMD and NVIDIA."""
+    return {arch: compile_case(case(arch)) for arch in ("gfx942", "sm_90")}
+
+
+def test_the_table_has_a_row_for_every_kernel_dtype_head_dim_and_architecture():
+    rows = compile.cases(aot.ARCHS)
+    assert len(rows) == len(set(rows)) == sum(8 * len(op.dtypes) * 4 for op in ops.OPS)  # archs, dtypes, head_dims
+    assert {row.kernel for row in rows} >= {"flash_attention", "flash_attention_dq", "flash_attention_dkv"}
+    few = compile.cases(["gfx942"], dtypes=["float16"], head_dims=[64, 128])
+    assert {(row.arch, row.dtype, row.head_dim) for row in few} == {("gfx942", "float16", d) for d in (64, 128)}
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "sm_90"])
+def test_a_record_says_what_was_compiled_and_what_came_of_it(records, arch):
+    record = records[arch]
+    assert set(record) >= FIELDS | set(machine_code.FIELDS) | {"status", "reason", "seconds"}
+    assert (record["benchmark"], record["op"], record["direction"]) == ("compile", "flash_attention", "forward")
+    assert (record["arch"], record["dtype"], record["head_dim"]) == (arch, "bfloat16", 64)
+    assert (record["status"], record["reason"], record["vgpr_spills"]) == ("ok", None, 0)
+    assert record["seconds"] > 0 and record["matrix_instructions"] > 0
+    json.dumps(record)
+
+
+def test_the_configuration_in_a_record_is_that_of_the_kernel(records):
+    for arch, record in records.items():
+        fn, args = case(arch).op.call("bfloat16", 64, None, "")
+        [kernel] = aot.lower(fn, *args, arch=arch)
+        config = record["config"]
+        assert (config["num_warps"], config["num_stages"]) == (kernel.num_warps, kernel.num_stages)
+        assert kernel.grid == (8, 4096 // config["block_q"], 1)
+
+
+def test_both_loops_of_a_causal_kernel_are_read(records):
+    main, masked = (records["gfx942"][name] for name in ("loop_cycles", "masked_loop_cycles"))
+    assert main["matrix"] == masked["matrix"] == records["gfx942"]["useful_matrix_cycles"] > 0
+    assert masked["vector"] > main["vector"] and masked["transcendental"] == main["transcendental"]
+    assert 0 < records["gfx942"]["matrix_bound"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("op", "variant"), [pytest.param(op, v, id=f"{op.kernel}-{v}") for op in ops.OPS for v in ("", *op.variants)]
+)
+def test_every_variant_reaches_the_same_kernel(op, variant):
+    for dtype, head_dim in (("bfloat16", 64), ("float32", 256)):
+        fn, args = op.call(dtype, head_dim, None, variant)
+        kernels = [kernel.name for kernel in aot.lower(fn, *args, arch="gfx942")]
+        assert set(kernels) == {one.kernel for one in ops.OPS if (one.name, one.direction) == (op.name, op.direction)}
+        assert kernels.count(op.kernel) == 1
+
+
+def test_each_kernel_of_the_backward_pass_gets_its_configuration():
+    config = jfa.FlashConfig(block_q=32, block_kv=64, num_warps=8, num_stages=3)
+    for op in (op for op in ops.OPS if op.direction == "backward"):
+        fn, args = op.call("bfloat16", 64, config, "")
+        grids = {kernel.name: (kernel.grid, kernel.num_warps) for kernel in aot.lower(fn, *args, arch="gfx942")}
+        assert grids == {"flash_attention_dq": ((8, 128, 1), 8), "flash_attention_dkv": ((2, 64, 1), 8)}
+
+
+def test_a_tile_over_the_lds_limit_is_caught():
+    record = compile_case(case(head_dim=256, block_q=256, num_warps=8))
+    assert record["status"] == "over_lds" and record["lds_bytes"] > record["lds_limit"] == 65_536
+    assert record["reason"] == f"takes {record['lds_bytes']:,} bytes of LDS; a workgroup on gfx942 may take 65,536"
+    line = compile.render([record], "md").splitlines()[-1]
+    assert line == f"gfx942 bfloat16 256: over_lds: {record['reason']}"
+
+
+def test_spilled_registers_are_a_status_with_their_number():
+    record = compile_case(case("gfx1100", head_dim=128, block_q=64, num_warps=4))
+    assert record["status"] == "spills" and record["vgpr_spills"] > 0
+    assert record["reason"].startswith(f"{record['vgpr_spills']} registers live in memory")
+
+
+def test_a_call_that_the_kernel_refuses_is_a_row_and_not_an_end():
+    refused = Case(kernel="paged_decode_attention", dtype="bfloat16 on float8_e4m3fn", head_dim=64, arch="sm_80")
+    [record] = compile_all([refused], processes=0)
+    assert (record["status"], record["vgpr"]) == ("unsupported", None)
+    assert "does not cast from float8_e4m3fn to bfloat16 on sm_80" in record["reason"]
+    assert "unsupported" in compile.render([record], "md")
+
+
+def test_a_kernel_that_is_not_compiled_is_a_failed_row(monkeypatch):
+    def fails(kernel, *, arch):
+        raise aot.CompileError(f"triton made no code for {arch}: PassManager::run failed")
+
+    monkeypatch.setattr(aot, "compile_kernel", fails)
+    [record] = compile_all([case()], processes=0)
+    assert (record["status"], record["vgpr"]) == ("failed", None)
+    assert record["reason"] == "triton made no code for gfx942: PassManager::run failed"
+    assert "failed" in compile.render([record], "md")
+
+
+class EndsItsProcess:
+    """Whoever unpickles it is gone."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_compiler_that_ends_its_process_costs_its_own_row_alone():
+    bad = case(block_q=EndsItsProcess())
+    first, second = compile_all([bad, case(block_kv=32)], processes=2)
+    assert (first["status"], first["reason"]) == ("failed", "the compiler ended its process")
+    assert second["status"] == "ok" and second["config"]["block_kv"] == 32
+
+
+def test_a_table_fits_80_columns(bench):
+    status, out, err = bench(*"compile --arch gfx942,sm_80 --dtype bfloat16 --head-dim 64 --processes 0".split())
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 6 * len(ops.OPS)
+    for op, *six in zip(ops.OPS, *(lines[i::6] for i in range(6)), strict=True):
+        title, _, heading, _, amd, nvidia = six
+        assert title == f"{op.kernel}, {op.direction}"
+        assert [cell.strip() for cell in heading.split("|")[1:-1]] == list(compile.TABLE.values())
+        assert amd.startswith("| gfx942 | bf16") and nvidia.startswith("| sm_80  | bf16")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_json_is_one_document_with_versions(bench):
+    status, out, _ = bench(*"compile --arch gfx942 --dtype float16 --head-dim 64 --processes 0 -o json".split())
+    records = json.loads(out.splitlines()[-1])
+    assert status == 0 and [record["kernel"] for record in records] == [op.kernel for op in ops.OPS]
+    for record in records:
+        assert record["versions"]["triton"] == aot.triton_version()
+        assert set(record) >= FIELDS and record["note"] is None
+
+
+def test_an_unmet_triton_is_said_on_stderr_and_in_the_record(bench, monkeypatch):
+    monkeypatch.setattr(aot, "TRITON_MET", ("1.0", "2.0"))
+    monkeypatch.setattr(compile, "compile_case", lambda case: {"kernel": case.kernel})
+    status, out, err = bench(*"compile --arch gfx942 --dtype float16 --head-dim 64 --processes 0 -o jsonl".split())
+    said = "is not among the releases whose output was checked (1.0 to 2.0): figures read from its code may be wrong"
+    assert status == 0 and err.startswith("note: triton ") and said in err and err.count("\n") == 1
+    assert all(said in json.loads(line)["note"] for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "gfx9"], "'gfx9' is no architecture here; known: gfx90a, gfx942, gfx950, gfx1100, gfx1201, sm_80"),
+        (["--arch", "gfx942,"], "'' is no architecture here"),
+        (["--op", "conv"], "'conv' is no op here; known: flash_attention"),
+        (["--dtype", "int8"], "'int8' is no dtype here; known: bfloat16, float16, float32, bfloat16 on int8"),
+        (["--head-dim", "96"], "'96' is no head_dim here; known: 64, 80, 128, 256, or all"),
+        (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(bench, arguments, message):
+    status, out, err = bench("compile", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("jfa-bench: ") and err.count("\n") == 1 and message in err
+
+
+def test_without_triton_the_extra_is_named_in_one_line(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    status, out, err = bench("compile", "--arch", "gfx942")
+    assert (status, out) == (2, "")
+    assert 'pip install "jfa[aot]"' in err and err.count("\n") == 1

@@ -1,0 +1,146 @@
+"""`jfa-bench prove` holds for the library's kernels and fails for broken ones."""
+
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import jfa
+from jfa_bench import cli
+from jfa_bench.proof import aot, emulate, proofs, prove
+from jfa_bench.truth import cases, paged_cases
+
+pytest.importorskip("triton", reason='needs triton: pip install "jfa[aot]"')
+
+# more keys than a tile, so that waves share tiles that change
+CASE = cases.Case(shape=(1, 70, 90, 2, 1, 64), options=dict(is_causal=True, query_offset=[20]))
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return cases.truth_of(CASE, "float16", seed=0)
+
+
+@pytest.mark.parametrize("arch", emulate.ARCHS)
+def test_forward_and_backward_run_as_machine_code(arch):
+    truth = cases.truth("everything", "bfloat16")
+    for proof, kernels in (
+        ("forward", {"flash_attention"}),
+        ("backward", {"flash_attention", "flash_attention_dq", "flash_attention_dkv", "flash_attention_dbias"}),
+    ):
+        found = prove.PROOFS["flash_attention", proof].run(truth, arch)
+        assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
+        assert set(found.kernels) == kernels
+
+
+@pytest.mark.parametrize("arch", emulate.ARCHS)
+@pytest.mark.parametrize("name", ["int8_odd", "chunk_int4"])
+def test_attention_over_pages_runs_as_machine_code(name, arch):
+    found = proofs.over_pages(paged_cases.truth(name, "bfloat16"), arch)
+    assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_a_missing_barrier_is_caught(truth, arch):
+    def without_barriers(asm):
+        return re.sub(r"\n\ts_barrier", "\n\ts_nop 0", asm)
+
+    assert "since the last barrier" in proofs.forward(truth, arch, edit=without_barriers).wrong
+
+
+def test_a_store_past_the_end_is_caught(truth):
+    def further(asm):
+        return re.sub(r"(buffer|global)_store_(\w+) (.*)", r"\1_store_\2 \3 offset:2048", asm)
+
+    found = proofs.forward(truth, "gfx942", edit=further).wrong
+    assert re.search(r"MemoryFault: write of \d+ bytes at offset \d+ of argument \d+ \(\d+ bytes\), `\w+_store_", found)
+
+
+def test_a_wrong_mask_edge_is_caught(truth, monkeypatch):
+    right = jfa.AttentionSpec.right
+    monkeypatch.setattr(jfa.AttentionSpec, "right", property(lambda spec: right.fget(spec) + 1))
+    assert "is allowed" in proofs.forward(truth, "gfx1100").wrong
+
+
+def test_a_tile_that_no_card_would_start_is_caught(truth):
+    def call(q, k, v):
+        config = jfa.FlashConfig(block_q=128, block_kv=128, num_warps=4, num_stages=3)
+        return jfa.dot_product_attention(q, k, v, implementation="triton", config=config)
+
+    shapes = [np.zeros((1, 512, 2, 256), np.float16)] * 3
+    found = proofs.verdict(call, shapes, [shapes[0]], [1.0], arch="gfx942").wrong
+    assert re.search(r"CompileError: flash_attention takes [\d,]+ bytes of LDS; .* may take 65,536", found)
+
+
+def test_a_function_without_a_kernel_is_refused():
+    with pytest.raises(ValueError, match="no Pallas call was reached: nothing ran as AMD machine code"):
+        emulate.emulate(lambda x: x + 1, jnp.ones(3), arch="gfx942")
+
+
+def test_an_architecture_without_a_machine_is_refused():
+    with pytest.raises(ValueError, match="arch must be one of gfx942, gfx950, gfx1100, gfx1201, got 'gfx90a'"):
+        emulate.emulate(lambda x: x, jnp.ones(3), arch="gfx90a")
+
+
+def quick(run, *arguments, monkeypatch):
+    """The command with one row of one case, its proof replaced."""
+    proof = dataclasses.replace(prove.PROOFS["flash_attention", "forward"], quick=(("bfloat16", None),), run=run)
+    monkeypatch.setattr(prove, "PROOFS", {("flash_attention", "forward"): proof})
+    monkeypatch.setattr(prove, "QUICK_OPTIONS", ("gqa",))
+    return CliRunner().invoke(cli.commands, ["prove", "--quick", "--arch", "gfx942", "--processes", "0", *arguments])
+
+
+def test_exit_status_0_and_a_record_when_all_hold(monkeypatch):
+    holds = proofs.Verdict(share=0.25, instructions=7)
+    done = quick(lambda truth, arch: holds, "-o", "json", monkeypatch=monkeypatch)
+    assert done.exit_code == 0
+    [row] = json.loads(done.stdout)
+    assert row["status"] == "ok" and row["worst_error_of_limit"] == 0.25 and row["cases"] == ["gqa"]
+
+
+def test_exit_status_1_and_a_sentence_when_one_does_not(monkeypatch):
+    done = quick(lambda truth, arch: proofs.Verdict(wrong="2 is not 3"), monkeypatch=monkeypatch)
+    assert done.exit_code == 1
+    assert "flash_attention gfx942 forward bfloat16 options: gqa: 2 is not 3" in done.stdout
+
+
+def test_the_process_ends_with_that_status(monkeypatch):
+    monkeypatch.setattr(
+        prove.pool,
+        "each",
+        lambda *args, **more: [
+            {"status": "wrong", "op": "", "arch": "", "direction": "", "dtype": "", "head_dim": "", "reason": ""}
+        ],
+    )
+    monkeypatch.setattr("sys.argv", ["jfa-bench", "prove", "--quick"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "gfx900"], "'gfx900' is no architecture here; known: gfx942, gfx950, gfx1100, gfx1201, or all"),
+        (
+            ["--op", "paged"],
+            "'paged' is no op here; known: flash_attention, paged_decode_attention, ragged_paged_attention, or all",
+        ),
+    ],
+)
+def test_unknown_names_print_the_known_ones(arguments, message):
+    done = CliRunner().invoke(cli.commands, ["prove", *arguments])
+    assert done.exit_code == 2 and message in " ".join(done.stderr.split())
+
+
+def test_without_triton_the_extra_is_named(monkeypatch):
+    def missing():
+        raise RuntimeError('machine code needs the triton package, which is not installed: pip install "jfa[aot]"')
+
+    monkeypatch.setattr(aot, "_triton", missing)
+    done = CliRunner().invoke(cli.commands, ["prove", "--quick"])
+    assert done.exit_code != 0 and 'pip install "jfa[aot]"' in str(done.exception)

@@ -1,0 +1,172 @@
+"""Records in tables and files, and what becomes of errors and of Ctrl-C."""
+
+import csv
+import io
+import json
+
+import click
+import jax
+import pytest
+from click.testing import CliRunner
+
+import jfa
+from jfa_bench.records import output, record
+
+RECORDS = [
+    {"benchmark": "decode", "case": {"batch": 8}, "time_ms_p50": 12.3456, "tokens_per_s": 12345.6},
+    {"benchmark": "prefill", "case": {"batch": 1}, "time_ms_p50": 0.5, "reason": "a, b"},
+]
+COLUMNS = {
+    "benchmark": "benchmark",
+    "case.batch": "batch",
+    "time_ms_p50": "ms",
+    "tokens_per_s": "tokens/s",
+    "reason": "why",
+}
+for one in RECORDS:
+    one |= {"time_ms_p20": one["time_ms_p50"], "time_ms_p80": one["time_ms_p50"]}
+
+
+def test_a_table_shows_the_chosen_fields_in_line():
+    lines = record.render(RECORDS, "md", COLUMNS).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["decode", "8", "12.3", "12,346", ""]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["prefill", "1", "0.5", "", "a, b"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_csv_is_read_back_whole():
+    rows = list(csv.reader(io.StringIO(record.render(RECORDS, "csv", COLUMNS))))
+    assert rows[0] == list(COLUMNS.values())
+    assert rows[1:] == [["decode", "8", "12.3456", "12345.6", ""], ["prefill", "1", "0.5", "", "a, b"]]
+
+
+def test_json_keeps_every_field():
+    assert json.loads(record.render(RECORDS, "json", {})) == RECORDS
+    assert [json.loads(line) for line in record.render(RECORDS, "jsonl", {}).splitlines()] == RECORDS
+
+
+def test_a_table_has_few_words_for_many_fields():
+    one = {"time_ms_p20": 9.0, "time_ms_p50": 10.0, "time_ms_p80": 11.0, "peak_bytes": 2**21, "share_of_peak": 0.654}
+    one["case"] = {"direction": "backward"}
+    rates = {"tokens_per_s_mean": 29.18, "tokens_per_s_deviation": 0.37}
+    columns = {name: name for name in ("ms", "spread", "t/s", "peak_mib", "peak", "dir")}
+    lines = record.render([one | rates, {"status": "oom"}, {"status": "missing"}], "md", columns).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["10", "10%", "29.2 ± 0.4", "2", "65%", "bwd"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["oom", *[""] * 5]
+    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == ["n/a", *[""] * 5]
+
+
+def test_refusals_are_told_once():
+    rows = [{"implementation": "a", "status": "oom", "reason": "too much"}] * 3
+    rows += [{"implementation": "b", "status": "ok", "reason": None}]
+    rows += [{"implementation": "c", "status": "missing", "reason": "not here"}]
+    assert record.refusals(rows) == "a: oom: too much (3 times)\nc: missing: not here"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (jfa.UnsupportedError("no such tile\nmore"), "unsupported", "no such tile"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), "oom", "RESOURCE_EXHAUSTED: 9 GiB"),
+        (RuntimeError("CUDA out of memory."), "oom", "CUDA out of memory."),
+        (MemoryError("needs 9 GiB"), "oom", "needs 9 GiB"),
+        (ModuleNotFoundError("the package x is not installed"), "missing", "the package x is not installed"),
+        (ValueError("gfx942"), "unsupported", "ValueError: gfx942"),
+        (TypeError(), "unsupported", "TypeError: TypeError"),
+    ],
+)
+def test_an_error_is_a_status_and_a_reason(error, status, reason):
+    assert isinstance(error, record.REFUSALS)
+    assert record.outcome(error) == {"status": status, "reason": reason}
+
+
+def test_what_cannot_run_is_left_out():
+    def refuses():
+        raise NotImplementedError("not here")
+
+    found, serve = record.tried({"a": lambda: 1, "b": refuses})
+    assert list(serve) == ["a"] and found["a"]["status"] == "ok"
+    assert found["b"] == {"status": "unsupported", "reason": "NotImplementedError: not here"}
+
+
+def test_a_file_is_whole_after_every_record(tmp_path):
+    path = tmp_path / "records.json"
+    file = record.File(path)
+    assert json.loads(path.read_text()) == []
+    for count in (1, 2):
+        file.add(RECORDS[count - 1])
+        assert record.load(path) == RECORDS[:count]
+    file.close()
+    assert path.read_text().count("\n") == 4  # a record a line
+
+
+def test_a_file_of_lines_is_read_too(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(record.render(RECORDS, "jsonl", {}) + "\n")
+    assert record.load(path) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"benchmark": ', "is not JSON: line 1"),
+        ("[1]", "holds no records: they are objects with a field benchmark"),
+        ('{"a": 1}', "holds no records"),
+    ],
+)
+def test_what_is_no_file_of_records_is_refused(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        record.load(path)
+
+
+ROWS = [
+    {"benchmark": "b", "case": {}, "implementation": name, "status": "ok", "reason": None, "figure": i}
+    for i, name in enumerate("xyz")
+]
+
+
+def present(*arguments, interrupted_after=None):
+    @click.command()
+    @output.output_options
+    def command(output):
+        def rows():
+            for i, row in enumerate(ROWS):
+                if i == interrupted_after:
+                    raise KeyboardInterrupt
+                yield row
+
+        output.present(rows(), {"implementation": "what", "figure": "figure"}, total=3, doing="b")
+
+    return CliRunner().invoke(command, [*map(str, arguments)])
+
+
+def test_records_go_to_stdout_and_into_a_file(tmp_path):
+    done = present("--save", tmp_path / "a.json", "-o", "jsonl")
+    assert done.exit_code == 0 and [json.loads(line) for line in done.stdout.splitlines()] == ROWS
+    assert record.load(tmp_path / "a.json") == ROWS
+    assert json.loads(present("-o", "json").stdout.splitlines()[-1]) == ROWS
+    assert present("-o", "csv").stdout.splitlines() == ["what,figure", "x,0", "y,1", "z,2"]
+    assert present().stdout.splitlines()[2:] == ["| x    | 0      |", "| y    | 1      |", "| z    | 2      |"]
+
+
+def test_ctrl_c_keeps_what_came(tmp_path):
+    done = present("--save", tmp_path / "a.json", "-o", "json", interrupted_after=2)
+    assert done.exit_code == 130 and json.loads(done.stdout) == ROWS[:2]
+    assert done.stderr == "interrupted: 2 of 3 records were kept\n"
+    assert record.load(tmp_path / "a.json") == ROWS[:2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--save", "/no/such/folder/a.json"], "cannot write /no/such/folder/a.json: No such file or directory"),
+        (["--plot", "a.jpeg"], "a picture is a .png, .svg or .pdf, got 'a.jpeg'"),
+        (["--plot", "/no/such/folder/a.png"], "there is no folder that can be written at /no/such/folder"),
+        (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_runs(arguments, message):
+    done = present(*arguments, interrupted_after=0)
+    assert done.exit_code in (1, 2) and message in " ".join(done.stderr.split())

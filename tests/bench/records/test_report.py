@@ -1,0 +1,112 @@
+"""The support table says no more than its records, and a folder of records becomes a page."""
+
+import base64
+import importlib.util
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from jfa_bench import cli
+from jfa_bench.proof import aot
+from jfa_bench.records import report
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="the extra plot is not installed"
+)
+
+
+def compiled(arch="gfx942", **more):
+    row = {"kernel": "flash_attention", "arch": arch, "dtype": "bfloat16", "status": "ok", "vgpr_spills": 0}
+    return row | more
+
+
+def proven(**more):
+    return {"arch": "gfx942", "dtype": "bfloat16", "kernels": ["flash_attention"], "status": "ok"} | more
+
+
+def cell(compile_records, prove_records, arch="gfx942"):
+    first = report.support(compile_records, prove_records).splitlines()[2]
+    return first.split(" | ")[1 + aot.ARCHS.index(arch)].strip(" |")
+
+
+def test_a_kernel_is_executed_when_every_proof_held():
+    assert cell([compiled()], [proven(), proven()]) == "executed"
+    assert cell([compiled()], [proven(), proven(status="wrong")]) == "compiled"
+    assert cell([compiled()], [proven(kernels=["another"])]) == "compiled"
+    assert cell([compiled()], []) == "compiled"
+
+
+def test_spills_are_those_of_the_worst_configuration():
+    records = [compiled(), compiled(status="spills", vgpr_spills=7), compiled(status="spills", vgpr_spills=3)]
+    assert cell(records, [proven()]) == "executed, 7 spilled"
+
+
+def test_what_does_not_compile_or_start_is_lowered_only():
+    assert cell([compiled(), compiled(status="over_lds")], [proven()]) == "lowered"
+    assert cell([compiled()], [], arch="sm_90") == "lowered"  # no record
+
+
+def measured(benchmark, **case):
+    return {
+        "benchmark": benchmark,
+        "case": {"model": "phi-2", "layers": 1, "of_layers": 32, "dtype": "bfloat16", "batch": 1, "seq_len": 512}
+        | case,
+        "implementation": "jfa",
+        "status": "ok",
+        "reason": None,
+        **{"time_ms_p20": 9.0, "time_ms_p50": 10.0, "time_ms_p80": 11.0},
+        "device": {
+            **{"platform": "rocm", "arch": "gfx942", "name": "MI300X", "host": "a <processor>"},
+            **{"driver": "amdgpu 6.14", "power": {"clock": "2100Mhz"}},
+        },
+        "flags": "",
+        "versions": {"jfa": "0.1.0", "jax": "0.12.0"},
+        "git_commit": "abc1234",
+        "date": "2026-11-21T00:00:00+00:00",
+    }
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.commands, ["report", *map(str, arguments)])
+
+
+@needs_matplotlib
+def test_a_folder_becomes_one_page_and_tables(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([measured("prefill"), measured("prefill", seq_len=1024)]))
+    refused = {key: value for key, value in measured("prefill", seq_len=2048).items() if "time" not in key}
+    (tmp_path / "b.jsonl").write_text(json.dumps(refused | {"status": "oom", "reason": "too much"}))
+    done = run(tmp_path)
+    assert done.exit_code == 0
+    assert done.stdout.startswith(
+        "### prefill\n\nMI300X (gfx942), a <processor>; amdgpu 6.14; clock 2100Mhz; jfa 0.1.0, jax 0.12.0; "
+        "commit abc1234; 2026-11-21.\n\nphi-2, 1 of"
+    )
+    assert "| 1024   | jfa  | 10  |" in done.stdout and "jfa: oom: too much" in done.stdout
+    page = (tmp_path / "report.html").read_text()
+    [picture] = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert b"</svg>" in base64.b64decode(picture)
+    assert "<th>tokens</th>" in page and "<tr><td>1024</td><td>jfa</td><td>10</td>" in page
+    assert "a &lt;processor&gt;" in page and "<h2>prefill</h2>" in page and "jfa: oom: too much" in page
+    # self-contained: nothing is fetched
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+@needs_matplotlib
+def test_a_folder_without_records_says_how_to_make_some(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([measured("compile")]))
+    with pytest.raises(ValueError, match=r"there are no records of attention, prefill.*; jfa-bench all makes some"):
+        report.gather(tmp_path)
+
+
+def test_without_a_folder_it_is_the_support_table():
+    assert run().stdout == report.support(report.load("compile"), report.load("prove")) + "\n"
+
+
+def test_records_of_an_earlier_version_are_left_out_with_a_line(tmp_path, capsys):
+    old = measured("prefill")
+    old["case"] = {"model": "phi-2", "dtype": "bfloat16", "batch": 1, "prompt": 512}
+    (tmp_path / "mixed.json").write_text(json.dumps([old, measured("prefill")]))
+    assert len(report.gather(tmp_path)["prefill"]) == 1
+    assert "mixed.json: 1 records are of an earlier version, and left out" in capsys.readouterr().err
