@@ -4,11 +4,12 @@
 executes it. Every access is checked against its buffer, races in the LDS are reported, an instruction whose meaning is
 not built in is refused by name. The files are the parts of the machine:
 
-  program.py   text to instructions           machine.py      waves, registers, who runs when
+  machine.py   binds a program, runs it       program.py      text to instructions
+  gang.py      waves, registers, who runs     storage.py      global memory, LDS and its races
   operands.py  registers as NumPy views       scalar.py       s_*: one value per wave, and control flow
-  vector.py    v_*: one value per lane        vector_table.py the most of them, a line each
+  vector.py    v_*: one value per lane        vector_table.py most of them, a line each
   lanes.py     data that crosses lanes        narrow.py       eight-bit elements
-  memory.py    global memory, scratch         lds.py          shared memory and its races
+  memory.py    loads and stores, scratch      lds.py          ds_*: loads and stores in the LDS
   matrix.py    mfma and wmma                  arithmetic.py   what the tables compute
 
 Meanings are those of AMD's public ISA manuals: "AMD Instinct MI300" (CDNA3), "CDNA4", "RDNA3" and "RDNA4" Instruction

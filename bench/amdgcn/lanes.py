@@ -6,16 +6,13 @@ and DS (permutes do not touch the LDS's memory).
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import UnsupportedInstruction
+from .gang import Gang, Step
 from .operands import current, destination, source, vector_register
 from .program import Instruction
-
-if TYPE_CHECKING:
-    from .machine import Gang, Step
 
 _DPP = re.compile(
     r"quad_perm|row_mirror|row_half_mirror|row_bcast|dpp8|(row|wave)_(shl|shr|ror|rol|share|xmask|newbcast)"
@@ -30,7 +27,7 @@ def is_permutation(modifier: str) -> bool:
 class Permutation:
     """A DPP modifier: which lane each lane reads source 0 from, and which lanes may then be written."""
 
-    def __init__(self, gang: "Gang", modifiers: Mapping):
+    def __init__(self, gang: Gang, modifiers: Mapping):
         kind = next(key for key in modifiers if is_permutation(key))
         lane = np.arange(gang.wave_size)
         from_lane, valid = _sources(kind, modifiers[kind], lane, gang.wave_size)
@@ -57,7 +54,7 @@ class Permutation:
         return self._enabled if self._zero_invalid else self._enabled & self._readable()
 
 
-def permutation(gang: "Gang", instruction: Instruction) -> Permutation | None:
+def permutation(gang: Gang, instruction: Instruction) -> Permutation | None:
     """The instruction's DPP modifier, if it has one."""
     if any(map(is_permutation, instruction.modifiers)):
         return Permutation(gang, instruction.modifiers)
@@ -94,7 +91,7 @@ def _sources(kind: str, value, lane: np.ndarray, wave_size: int) -> tuple[np.nda
     }[kind]
 
 
-def bind(gang: "Gang", instruction: Instruction) -> "Step | None":
+def bind(gang: Gang, instruction: Instruction) -> Step | None:
     """The instruction as a function that changes the gang; None when it is not of this file."""
     name, operands = instruction.name, instruction.operands
     if name in _READERS:
@@ -110,7 +107,7 @@ def bind(gang: "Gang", instruction: Instruction) -> "Step | None":
     return None
 
 
-def _read_first_lane(gang: "Gang", operands: tuple[str, ...]) -> "Step":
+def _read_first_lane(gang: Gang, operands: tuple[str, ...]) -> Step:
     store, value = destination(gang, operands[0], "b32"), source(gang, operands[1], "b32")
 
     def step() -> None:
@@ -120,7 +117,7 @@ def _read_first_lane(gang: "Gang", operands: tuple[str, ...]) -> "Step":
     return step
 
 
-def _read_lane(gang: "Gang", operands: tuple[str, ...]) -> "Step":
+def _read_lane(gang: Gang, operands: tuple[str, ...]) -> Step:
     store, value = destination(gang, operands[0], "b32"), source(gang, operands[1], "b32")
     lane = source(gang, operands[2], "u32")
 
@@ -131,7 +128,7 @@ def _read_lane(gang: "Gang", operands: tuple[str, ...]) -> "Step":
     return step
 
 
-def _write_lane(gang: "Gang", operands: tuple[str, ...]) -> "Step":
+def _write_lane(gang: Gang, operands: tuple[str, ...]) -> Step:
     view = gang.v[vector_register(operands[0]).index]
     value, lane = source(gang, operands[1], "b32"), source(gang, operands[2], "u32")
     all_lanes = np.arange(gang.wave_size)
@@ -143,14 +140,14 @@ def _write_lane(gang: "Gang", operands: tuple[str, ...]) -> "Step":
     return step
 
 
-def _swap_halves(gang: "Gang", operands: tuple[str, ...]) -> "Step":
+def _swap_halves(gang: Gang, operands: tuple[str, ...]) -> Step:
     store, value = destination(gang, operands[0], "b32"), source(gang, operands[1], "b32")
     if gang.wave_size == 32:
         return lambda: None
     return lambda: store(np.roll(current(value), 32, axis=1))
 
 
-def _swap_registers(gang: "Gang", operands: tuple[str, ...]) -> "Step":
+def _swap_registers(gang: Gang, operands: tuple[str, ...]) -> Step:
     views = [gang.v[vector_register(text).index] for text in operands]
 
     def step() -> None:
@@ -170,7 +167,7 @@ _READERS: dict[str, Callable] = {
 }
 
 
-def _swap_rows(gang: "Gang", operands: tuple[str, ...], width: int) -> "Step":
+def _swap_rows(gang: Gang, operands: tuple[str, ...], width: int) -> Step:
     """Odd rows of `width` lanes of the first register change places with even rows of the second."""
     first, second = (gang.v[vector_register(text).index] for text in operands)
     shape = (gang.num_waves, gang.wave_size // (2 * width), 2, width)
@@ -185,7 +182,7 @@ def _swap_rows(gang: "Gang", operands: tuple[str, ...], width: int) -> "Step":
     return step
 
 
-def _permute_row(gang: "Gang", instruction: Instruction, *, other_row: bool) -> "Step":
+def _permute_row(gang: Gang, instruction: Instruction, *, other_row: bool) -> Step:
     operands = instruction.operands
     old = gang.v[vector_register(operands[0]).index]
     store, value = destination(gang, operands[0], "b32"), source(gang, operands[1], "b32")
@@ -204,7 +201,7 @@ def _permute_row(gang: "Gang", instruction: Instruction, *, other_row: bool) -> 
     return step
 
 
-def _permute_by_address(gang: "Gang", instruction: Instruction, *, backward: bool) -> "Step":
+def _permute_by_address(gang: Gang, instruction: Instruction, *, backward: bool) -> Step:
     """ds_bpermute: each lane reads from lane address / 4; ds_permute: each lane writes to it."""
     operands = instruction.operands
     store = destination(gang, operands[0], "b32")
@@ -225,7 +222,7 @@ def _permute_by_address(gang: "Gang", instruction: Instruction, *, backward: boo
     return step
 
 
-def _swizzle(gang: "Gang", instruction: Instruction) -> "Step":
+def _swizzle(gang: Gang, instruction: Instruction) -> Step:
     """Groups of 32 lanes: bit masks (and, or, xor) on the lane's index, or a permutation of every four."""
     store = destination(gang, instruction.operands[0], "b32")
     value = source(gang, instruction.operands[1], "b32")

@@ -8,17 +8,14 @@ terms are summed in float64 and rounded once: hardware rounds more often, in an 
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import narrow
 from .errors import UnsupportedInstruction
+from .gang import Gang, Step
 from .operands import constant, register, vector_register
 from .program import Instruction
-
-if TYPE_CHECKING:
-    from .machine import Gang, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Layout:
     column: np.ndarray
 
 
-def _layout(gang: "Gang", kind: str, m: int, n: int, k: int) -> Layout:
+def _layout(gang: Gang, kind: str, m: int, n: int, k: int) -> Layout:
     lane = np.arange(gang.wave_size)
     if kind == "mfma":
         # each lane holds stretches of four rows, the groups of lanes taking turns
@@ -57,7 +54,7 @@ def _layout(gang: "Gang", kind: str, m: int, n: int, k: int) -> Layout:
 _NAME = re.compile(r"v_(mfma|wmma)_(f32|i32)_(\d+)x(\d+)x(\d+)_?(\w+?)")
 
 
-def bind(gang: "Gang", instruction: Instruction) -> "Step":
+def bind(gang: Gang, instruction: Instruction) -> Step:
     """The instruction as a function without arguments that changes the gang."""
     match = _NAME.fullmatch(instruction.name.removesuffix("_1k"))
     if match is None or match[3] == "4":
@@ -139,7 +136,7 @@ _ELEMENTS = {
 }
 
 
-def _decoder(gang: "Gang", instruction: Instruction, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+def _decoder(gang: Gang, instruction: Instruction, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """Dwords [..., n] to numbers that NumPy multiplies exactly."""
     if kind == "xf32":
         return _rounded_to_tf32

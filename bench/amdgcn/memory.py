@@ -6,97 +6,18 @@ encodings SMEM, MUBUF (VBUFFER) and FLAT (VFLAT, VGLOBAL, VSCRATCH).
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from .errors import MemoryFault, UnsupportedInstruction
-from .operands import M0, Register, constant, current, register, source, vector_register
+from .gang import M0, Gang, Step
+from .operands import Register, constant, current, register, source, vector_register
 from .program import Instruction
-
-if TYPE_CHECKING:
-    from .machine import Gang, Step
-
-# Bytes that an access moves, by the end of its name; RDNA's names, then CDNA's.
-SIZES = {
-    **{"u8": 1, "i8": 1, "b8": 1, "u16": 2, "i16": 2, "b16": 2, "b32": 4, "b64": 8, "b96": 12, "b128": 16},
-    **{"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2},
-    **{"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16},
-}
+from .storage import SIZES
 
 
-class Memory:
-    """Buffers at made-up addresses, so far apart that an index that overruns one cannot reach another."""
-
-    _SPACING = 40  # bits: each buffer begins in the middle of a stretch of 2^40 bytes of its own
-    _MIDDLE = 1 << _SPACING - 1
-
-    def __init__(self):
-        self._names: list[str] = []
-        self._writable: list[bool] = []
-        self._starts = np.empty(0, np.int64)  # in the arena
-        self._sizes = np.empty(0, np.int64)
-        self._arena = np.empty(0, np.uint8)
-
-    def add(self, content: bytes | np.ndarray, name: str, *, writable: bool) -> int:
-        """A buffer with this content; returns its address."""
-        octets = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content
-        start = -(-len(self._arena) // 16) * 16
-        arena = np.zeros(-(-(start + len(octets)) // 16) * 16, np.uint8)
-        arena[: len(self._arena)] = self._arena
-        arena[start : start + len(octets)] = octets
-        self._arena, self._dwords = arena, arena.view(np.uint32)
-        self._starts = np.append(self._starts, start)
-        self._sizes = np.append(self._sizes, len(octets))
-        self._names.append(name)
-        self._writable.append(writable)
-        return (len(self._names) << self._SPACING) + self._MIDDLE
-
-    def content(self, address: int) -> np.ndarray:
-        """A copy of the bytes of the buffer at an address."""
-        number = (address >> self._SPACING) - 1
-        start = self._starts[number]
-        return self._arena[start : start + self._sizes[number]].copy()
-
-    def read(self, addresses: np.ndarray, size: int, instruction: Instruction) -> np.ndarray:
-        """`size` bytes at each address: u32[n, size // 4], or u8[n, size] below a dword."""
-        at = self._places(addresses, size, instruction, "read")
-        if size % 4 == 0 and not (at & 3).any():
-            return self._dwords[(at >> 2)[:, None] + np.arange(size // 4)]
-        octets = self._arena[at[:, None] + np.arange(size)]
-        return octets.view(np.uint32) if size % 4 == 0 else octets
-
-    def write(self, addresses: np.ndarray, data: np.ndarray, instruction: Instruction) -> None:
-        """Writes u32[n, k] or u8[n, k] at each address; of two lanes at one place the later wins."""
-        at = self._places(addresses, data.shape[1] * data.itemsize, instruction, "write")
-        if data.dtype == np.uint32 and not (at & 3).any():
-            self._dwords[(at >> 2)[:, None] + np.arange(data.shape[1])] = data
-            return
-        octets = np.ascontiguousarray(data).view(np.uint8)
-        self._arena[at[:, None] + np.arange(octets.shape[1])] = octets
-
-    def _places(self, addresses: np.ndarray, size: int, instruction: Instruction, verb: str) -> np.ndarray:
-        """Where in the arena the addresses lie; refuses what is outside of every buffer."""
-        number = (addresses >> self._SPACING) - 1
-        known = (number >= 0) & (number < len(self._names))
-        number = np.where(known, number, 0)
-        offset = (addresses & ((1 << self._SPACING) - 1)) - self._MIDDLE
-        inside = known & (offset >= 0) & (offset + size <= self._sizes[number])
-        if not inside.all():
-            worst = int(np.flatnonzero(~inside)[0])
-            if not known[worst]:
-                raise MemoryFault(f"{verb} of {size} bytes at the wild address {addresses[worst]:#x}, {instruction}")
-            name, held = self._names[number[worst]], self._sizes[number[worst]]
-            raise MemoryFault(
-                f"{verb} of {size} bytes at offset {offset[worst]} of {name} ({held} bytes), {instruction}"
-            )
-        if verb == "write" and not all(self._writable[i] for i in np.unique(number)):
-            raise MemoryFault(f"write to {self._names[number[0]]}, which is read-only, {instruction}")
-        return self._starts[number] + offset
-
-
-def bind(gang: "Gang", instruction: Instruction) -> "Step":
+def bind(gang: Gang, instruction: Instruction) -> Step:
     """The instruction as a function without arguments that changes the gang."""
     name = instruction.name
     if name.startswith("s_load_"):
@@ -143,7 +64,7 @@ class Width:
             half=int(high),
         )
 
-    def load(self, gang: "Gang", lanes: np.ndarray, data: np.ndarray) -> None:
+    def load(self, gang: Gang, lanes: np.ndarray, data: np.ndarray) -> None:
         """Puts what Memory.read gives into the register, in these lanes."""
         v, first = gang.flat_v, self.reg.index
         if self.size >= 4:
@@ -156,7 +77,7 @@ class Width:
             value = kept | (value & np.uint32(0xFFFF)) << shift
         v[first, lanes] = value
 
-    def store(self, gang: "Gang", lanes: np.ndarray) -> np.ndarray:
+    def store(self, gang: Gang, lanes: np.ndarray) -> np.ndarray:
         """What the register holds in these lanes, as Memory.write takes it."""
         v, first = gang.flat_v, self.reg.index
         if self.size >= 4:
@@ -168,7 +89,7 @@ class Width:
 class Global:
     """Global memory as an instruction sees it."""
 
-    def __init__(self, gang: "Gang", instruction: Instruction):
+    def __init__(self, gang: Gang, instruction: Instruction):
         self._memory, self._instruction = gang.memory, instruction
 
     def read(self, places: np.ndarray, size: int, lanes: np.ndarray) -> np.ndarray:
@@ -181,7 +102,7 @@ class Global:
 class Scratch:
     """The lanes' private memory as an instruction sees it."""
 
-    def __init__(self, gang: "Gang", instruction: Instruction):
+    def __init__(self, gang: Gang, instruction: Instruction):
         self._scratch, self._instruction = gang.scratch, instruction
 
     def read(self, places: np.ndarray, size: int, lanes: np.ndarray) -> np.ndarray:
@@ -200,13 +121,13 @@ class Scratch:
 
 
 def _access(
-    gang: "Gang",
+    gang: Gang,
     instruction: Instruction,
     verb: str,
     width: Width,
     address: Callable[[np.ndarray], np.ndarray],
     space: Global | Scratch,
-) -> "Step":
+) -> Step:
     def load() -> None:
         lanes = gang.active_lanes()
         if lanes.size:
@@ -220,14 +141,14 @@ def _access(
     return load if verb == "load" else store
 
 
-def _per_lane(gang: "Gang", text: str, type: str) -> Callable[[np.ndarray], np.ndarray]:
+def _per_lane(gang: Gang, text: str, type: str) -> Callable[[np.ndarray], np.ndarray]:
     """An operand as int64, in given lanes."""
     value = source(gang, text, type)
     shape = (gang.num_waves, gang.wave_size)
     return lambda lanes: np.broadcast_to(current(value), shape).reshape(-1)[lanes].astype(np.int64)
 
 
-def _flat_address(gang: "Gang", instruction: Instruction, operands: tuple[str, ...]) -> Callable:
+def _flat_address(gang: Gang, instruction: Instruction, operands: tuple[str, ...]) -> Callable:
     """The address of a global or flat access: a register pair, or a scalar pair plus a 32-bit register."""
     address, base = operands[0], operands[1] if len(operands) > 1 else "off"
     offset = instruction.number("offset")
@@ -243,13 +164,13 @@ def _flat_address(gang: "Gang", instruction: Instruction, operands: tuple[str, .
     return lambda lanes: start(lanes) + index[lanes].astype(np.int64) + offset
 
 
-def _scratch_address(gang: "Gang", instruction: Instruction, address: str, base: list[str]) -> Callable:
+def _scratch_address(gang: Gang, instruction: Instruction, address: str, base: list[str]) -> Callable:
     offset = instruction.number("offset")
     parts = [_per_lane(gang, text, "u32") for text in (address, *base) if text != "off"]
     return lambda lanes: sum((part(lanes) for part in parts), np.full(len(lanes), offset))
 
 
-def _scalar_load(gang: "Gang", instruction: Instruction) -> "Step":
+def _scalar_load(gang: Gang, instruction: Instruction) -> Step:
     kind, operands = instruction.name.removeprefix("s_load_"), instruction.operands
     size = SIZES.get(kind) or {"dwordx8": 32, "dwordx16": 64, "b256": 32, "b512": 64}.get(kind)
     reg = register(operands[0])
@@ -271,7 +192,7 @@ def _scalar_load(gang: "Gang", instruction: Instruction) -> "Step":
     return step
 
 
-def _load_to_lds(gang: "Gang", instruction: Instruction, address: Callable, size: int) -> "Step":
+def _load_to_lds(gang: Gang, instruction: Instruction, address: Callable, size: int) -> Step:
     """Global memory straight into the LDS, at M0 and in the order of the lanes."""
     base, offset = gang.s[:, M0], instruction.number("offset")
 
@@ -290,7 +211,7 @@ class Descriptor:
     Triton sends masked lanes there. What is in range must still lie in a real buffer.
     """
 
-    def __init__(self, gang: "Gang", instruction: Instruction, index: str, resource: str, base: str):
+    def __init__(self, gang: Gang, instruction: Instruction, index: str, resource: str, base: str):
         reg = register(resource)
         if reg is None or "idxen" in instruction.modifiers:
             raise UnsupportedInstruction(f"no meaning for {instruction}")
@@ -308,7 +229,7 @@ class Descriptor:
         return ((self._start(lanes) & 0xFFFFFFFFFFFF) + self._more(lanes) + at)[inside], inside
 
 
-def _buffer(gang: "Gang", instruction: Instruction, verb: str, suffix: str) -> "Step":
+def _buffer(gang: Gang, instruction: Instruction, verb: str, suffix: str) -> Step:
     """Loads through a descriptor give 0 outside of its range, stores do nothing."""
     to_lds = "lds" in instruction.modifiers
     data, *where = ("", *instruction.operands) if to_lds else instruction.operands
@@ -368,7 +289,7 @@ for names, kind, compute in (
 _COMPARE_AND_SWAP = {"cmpswap": 4, "cmpswap_b32": 4, "cmpswap_x2": 8, "cmpswap_b64": 8}
 
 
-def _atomic(gang: "Gang", instruction: Instruction, space: str, kind: str) -> "Step":
+def _atomic(gang: Gang, instruction: Instruction, space: str, kind: str) -> Step:
     """Lane after lane, in their order."""
     modifiers, operands = instruction.modifiers, instruction.operands
     if kind not in ATOMICS and kind not in _COMPARE_AND_SWAP:

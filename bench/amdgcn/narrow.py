@@ -5,17 +5,14 @@ without a negative zero; later ones have those of the OCP 8-bit Floating Point S
 """
 
 import re
-from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from .errors import UnsupportedInstruction
+from .gang import Gang, Step
 from .operands import Value, current, destination, source
 from .program import Instruction
-
-if TYPE_CHECKING:
-    from .machine import Gang, Step
 
 _OCP = {"fp8": np.dtype(ml_dtypes.float8_e4m3fn), "bf8": np.dtype(ml_dtypes.float8_e5m2)}
 _FNUZ = {"fp8": np.dtype(ml_dtypes.float8_e4m3fnuz), "bf8": np.dtype(ml_dtypes.float8_e5m2fnuz)}
@@ -27,7 +24,7 @@ def float8(target: str, kind: str) -> np.dtype:
     return (_FNUZ if target == "gfx942" else _OCP)[kind]
 
 
-def bind(gang: "Gang", instruction: Instruction) -> "Step | None":
+def bind(gang: Gang, instruction: Instruction) -> Step | None:
     """The instruction as a function that changes the gang; None when it is not of this file."""
     if match := re.fullmatch(r"v_cvt_scalef32_pk_(fp8|bf8)_(f32|f16|bf16)", instruction.name):
         return _narrowed(gang, instruction, float8(gang.program.target, match[1]), match[2])
@@ -43,7 +40,7 @@ def _only_unscaled(instruction: Instruction) -> None:
         raise UnsupportedInstruction(f"a scale other than 1.0 in {instruction}")
 
 
-def _narrowed(gang: "Gang", instruction: Instruction, to: np.dtype, kind: str) -> "Step":
+def _narrowed(gang: Gang, instruction: Instruction, to: np.dtype, kind: str) -> Step:
     """Two numbers to two bytes in one half of the destination; the other half stays."""
     _only_unscaled(instruction)
     half = instruction.bits("op_sel", (0,))[-1]
@@ -62,7 +59,7 @@ def _narrowed(gang: "Gang", instruction: Instruction, to: np.dtype, kind: str) -
     return step
 
 
-def _pair(gang: "Gang", instruction: Instruction, kind: str) -> list[Value]:
+def _pair(gang: Gang, instruction: Instruction, kind: str) -> list[Value]:
     """Two float32 operands, or the halves of one."""
     if kind == "f32":
         return [source(gang, text, "f32") for text in instruction.operands[1:3]]
@@ -70,7 +67,7 @@ def _pair(gang: "Gang", instruction: Instruction, kind: str) -> list[Value]:
     return [lambda half=half: np.ascontiguousarray(current(half)).view(_WIDER[kind]) for half in halves]
 
 
-def _widened(gang: "Gang", instruction: Instruction, element: np.dtype, kind: str) -> "Step":
+def _widened(gang: Gang, instruction: Instruction, element: np.dtype, kind: str) -> Step:
     """Two bytes of one half of the source to two numbers."""
     _only_unscaled(instruction)
     half = instruction.bits("op_sel", (0,))[0]
@@ -87,7 +84,7 @@ def _widened(gang: "Gang", instruction: Instruction, element: np.dtype, kind: st
     return step
 
 
-def _dot_of_four(gang: "Gang", instruction: Instruction) -> "Step":
+def _dot_of_four(gang: Gang, instruction: Instruction) -> Step:
     """The sum of four products of bytes, and an addend: operand 3, or with c in the name the destination."""
     name, operands = instruction.name, instruction.operands
     signed = instruction.bits("neg_lo", (0, 0, 0)) if name.endswith("iu8") else (1, 1, 0)

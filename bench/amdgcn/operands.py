@@ -9,18 +9,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import UnsupportedInstruction
+from .gang import EXEC, M0, NULL, TRAP_TEMPORARIES, VCC, Gang
 
-if TYPE_CHECKING:
-    from .machine import Gang
-
-VCC, M0, NULL, EXEC = 106, 125, 124, 126
-NUM_SCALARS = 128
-TRAP_TEMPORARIES = 108  # ttmp0
 ACCUMULATORS = 256  # a0 of CDNA lies behind v255
 
 # Names of the ISA manuals for the type of an operand. b16 and b32 are bits; bfloat16 is handled as bits.
@@ -123,7 +117,7 @@ def split_modifiers(text: str) -> tuple[str, bool, bool, bool]:
 
 
 def source(
-    gang: "Gang",
+    gang: Gang,
     text: str,
     type: str,
     *,
@@ -186,7 +180,7 @@ PARTS = {
 }
 
 
-def _view(gang: "Gang", reg: Register, type: str, half: int) -> Value:
+def _view(gang: Gang, reg: Register, type: str, half: int) -> Value:
     dtype = TYPES[type]
     if reg.file == "s":
         if dtype.itemsize == 8:
@@ -201,7 +195,7 @@ def _view(gang: "Gang", reg: Register, type: str, half: int) -> Value:
     return dword.view(dtype) if dtype.itemsize == 4 else dword.view(dtype)[:, half::2]
 
 
-def destination(gang: "Gang", text: str, type: str, *, half: int = 0, lanes: Callable | None = None) -> Store:
+def destination(gang: Gang, text: str, type: str, *, half: int = 0, lanes: Callable | None = None) -> Store:
     """A function that stores a value in a register: in the lanes (or waves) that run, and of them in `lanes()`.
 
     Sixteen bits: RDNA keeps the other half of the register, CDNA clears the upper half when the lower is written.
@@ -237,7 +231,7 @@ def destination(gang: "Gang", text: str, type: str, *, half: int = 0, lanes: Cal
     return lambda value: np.copyto(view, value, where=mask(), casting="unsafe")
 
 
-def _scalar_destination(gang: "Gang", reg: Register, dtype: np.dtype) -> Store:
+def _scalar_destination(gang: Gang, reg: Register, dtype: np.dtype) -> Store:
     if reg.index == NULL:
         return lambda value: None
     view = gang.s[:, reg.index : reg.index + max(1, dtype.itemsize // 4)].view(dtype)
@@ -252,7 +246,7 @@ def _scalar_destination(gang: "Gang", reg: Register, dtype: np.dtype) -> Store:
     return store_exec if reg.index >= EXEC else store
 
 
-def lane_mask(gang: "Gang", text: str) -> Callable[[], np.ndarray]:
+def lane_mask(gang: Gang, text: str) -> Callable[[], np.ndarray]:
     """A scalar register (pair) as one bool per lane, [wave, lane]."""
     reg = register(text)
     if reg is None:
@@ -265,7 +259,7 @@ def lane_mask(gang: "Gang", text: str) -> Callable[[], np.ndarray]:
     return lambda: np.unpackbits(np.ascontiguousarray(view).view(np.uint8), axis=1, bitorder="little").view(bool)
 
 
-def store_lane_mask(gang: "Gang", text: str) -> Store:
+def store_lane_mask(gang: Gang, text: str) -> Store:
     """The reverse of lane_mask; lanes that do not run become 0."""
     reg = register(text)
     if reg is None:

@@ -9,17 +9,15 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from . import arithmetic as math
 from .errors import Deadlock, UnsupportedInstruction
+from .gang import Gang, Step
 from .operands import current, destination, source
 from .program import Instruction
-
-if TYPE_CHECKING:
-    from .machine import Gang, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +157,7 @@ _SAVEEXEC = {
 }
 
 
-def bind(gang: "Gang", instruction: Instruction) -> "Step":
+def bind(gang: Gang, instruction: Instruction) -> Step:
     """The instruction as a function without arguments that changes the gang."""
     name, operands = instruction.name, instruction.operands
     if re.match(r"s_(c?branch|endpgm|barrier)", name):
@@ -182,11 +180,11 @@ def bind(gang: "Gang", instruction: Instruction) -> "Step":
     return _with_condition(gang, operation, sources, store)
 
 
-def _condition(gang: "Gang") -> Callable[[np.ndarray], None]:
+def _condition(gang: Gang) -> Callable[[np.ndarray], None]:
     return lambda value: np.copyto(gang.scc, value, where=gang.waves)
 
 
-def _with_condition(gang: "Gang", operation: Operation, sources: list, store: Callable) -> "Step":
+def _with_condition(gang: Gang, operation: Operation, sources: list, store: Callable) -> Step:
     compute, set_condition = operation.compute, _condition(gang)
     if operation.scc is None:
         return lambda: store(compute(*map(current, sources)))
@@ -208,7 +206,7 @@ def _with_condition(gang: "Gang", operation: Operation, sources: list, store: Ca
     return nonzero
 
 
-def _save_exec(gang: "Gang", instruction: Instruction, compute: Callable, type: str) -> "Step":
+def _save_exec(gang: Gang, instruction: Instruction, compute: Callable, type: str) -> Step:
     old = source(gang, "exec", type)
     value = source(gang, instruction.operands[1], type)
     save, store = destination(gang, instruction.operands[0], type), destination(gang, "exec", type)
@@ -224,7 +222,7 @@ def _save_exec(gang: "Gang", instruction: Instruction, compute: Callable, type: 
     return step
 
 
-def _control_flow(gang: "Gang", instruction: Instruction) -> "Step":
+def _control_flow(gang: Gang, instruction: Instruction) -> Step:
     name = instruction.name
     if name == "s_endpgm":
         return lambda: np.copyto(gang.next_block, gang.end, where=gang.waves)
@@ -241,7 +239,7 @@ def _control_flow(gang: "Gang", instruction: Instruction) -> "Step":
     return lambda: np.copyto(gang.next_block, target, where=condition() & gang.waves)
 
 
-def _branch_condition(gang: "Gang", instruction: Instruction) -> Callable[[], np.ndarray | bool]:
+def _branch_condition(gang: Gang, instruction: Instruction) -> Callable[[], np.ndarray | bool]:
     word = "b64" if gang.wave_size == 64 else "b32"
     vcc, exec = source(gang, "vcc", word), source(gang, "exec", word)
     conditions = {
@@ -258,13 +256,13 @@ def _branch_condition(gang: "Gang", instruction: Instruction) -> Callable[[], np
     return conditions[instruction.name]
 
 
-def _signal(gang: "Gang", instruction: Instruction) -> None:
+def _signal(gang: Gang, instruction: Instruction) -> None:
     if (gang.signalled & gang.waves).any():
         raise Deadlock(f"a second signal without a wait between, at {instruction}")
     np.copyto(gang.signalled, True, where=gang.waves)
 
 
-def _wait(gang: "Gang", instruction: Instruction) -> None:
+def _wait(gang: Gang, instruction: Instruction) -> None:
     if (~gang.signalled & gang.waves).any():
         raise Deadlock(f"a wait at the barrier without a signal before it, at {instruction}")
     np.copyto(gang.signalled, False, where=gang.waves)

@@ -7,13 +7,13 @@ here.
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import arithmetic as math
 from . import lanes, narrow
 from .errors import UnsupportedInstruction
+from .gang import Gang, Step
 from .operands import (
     PARTS,
     TYPES,
@@ -31,15 +31,11 @@ from .operands import (
 from .program import Instruction
 from .vector_table import OPERATIONS, Operation
 
-if TYPE_CHECKING:
-    from .machine import Gang, Step
-
-
 # Their result is added to what the destination holds.
 _ACCUMULATING = {"v_fmac_f32": "f32", "v_fmac_f16": "f16", "v_fmac_f64": "f64"}
 
 
-def bind(gang: "Gang", instruction: Instruction) -> "Step":
+def bind(gang: Gang, instruction: Instruction) -> Step:
     """The instruction as a function without arguments that changes the gang."""
     name = instruction.name
     if name == "v_dual":
@@ -72,7 +68,7 @@ def bind(gang: "Gang", instruction: Instruction) -> "Step":
     return lambda: store(compute(*map(current, values)))
 
 
-def _source(gang: "Gang", instruction: Instruction, number: int, type: str, *, first: int = 1) -> Value:
+def _source(gang: Gang, instruction: Instruction, number: int, type: str, *, first: int = 1) -> Value:
     """Source `number` of an instruction whose sources begin at operand `first`."""
     half = instruction.bits("op_sel", ())[number : number + 1]
     if any(half) and TYPES[type].itemsize != 2:
@@ -89,7 +85,7 @@ def _source(gang: "Gang", instruction: Instruction, number: int, type: str, *, f
     )
 
 
-def _destination(gang: "Gang", instruction: Instruction, type: str) -> Store:
+def _destination(gang: Gang, instruction: Instruction, type: str) -> Store:
     selection = instruction.bits("op_sel", ())
     half = selection[-1] if len(selection) == len(instruction.operands) else 0
     if half and TYPES[type].itemsize != 2:
@@ -103,7 +99,7 @@ def _destination(gang: "Gang", instruction: Instruction, type: str) -> Store:
     return destination(gang, instruction.operands[0], type, half=half, lanes=dpp.writable if dpp else None)
 
 
-def _destination_part(gang: "Gang", instruction: Instruction, part: str, type: str) -> Store:
+def _destination_part(gang: Gang, instruction: Instruction, part: str, type: str) -> Store:
     """SDWA: the result goes to a part of the register; the rest is kept or cleared."""
     unused = instruction.modifiers.get("dst_unused", "UNUSED_PAD")
     if unused not in ("UNUSED_PAD", "UNUSED_PRESERVE"):
@@ -121,7 +117,7 @@ def _destination_part(gang: "Gang", instruction: Instruction, part: str, type: s
     return store_part
 
 
-def _writes_in_place(gang: "Gang", instruction: Instruction, operation: Operation) -> bool:
+def _writes_in_place(gang: Gang, instruction: Instruction, operation: Operation) -> bool:
     """Whether the result may go to the register's own view: a whole dword of a vector register, every lane alike."""
     reg = register(instruction.operands[0])
     return (
@@ -163,7 +159,7 @@ def _saturated(instruction: Instruction, result: str) -> Callable:
     return lambda a, b: np.clip(a.astype(np.int64) * signs[0] + b.astype(np.int64) * signs[1], limits.min, limits.max)
 
 
-def _both(gang: "Gang", instruction: Instruction) -> "Step":
+def _both(gang: Gang, instruction: Instruction) -> Step:
     """Two at once: both read before either writes."""
     first, second = instruction.parts
     do_first, do_second = bind(gang, first), bind(gang, second)
@@ -189,7 +185,7 @@ def _both(gang: "Gang", instruction: Instruction) -> "Step":
     return together
 
 
-def _accumulate(gang: "Gang", instruction: Instruction) -> "Step":
+def _accumulate(gang: Gang, instruction: Instruction) -> Step:
     type = _ACCUMULATING[instruction.name]
     a, b = (_source(gang, instruction, i, type) for i in range(2))
     half = instruction.bits("op_sel", ())
@@ -198,7 +194,7 @@ def _accumulate(gang: "Gang", instruction: Instruction) -> "Step":
     return lambda: store(math.fma(current(a), current(b), current(old)))
 
 
-def _compare(gang: "Gang", instruction: Instruction) -> "Step":
+def _compare(gang: Gang, instruction: Instruction) -> Step:
     match = re.fullmatch(r"v_cmp(x?)_(\w+?)_([fiu]\d\d)", instruction.name)
     if match is None or match[2] not in (*math.COMPARISONS, "class"):
         raise UnsupportedInstruction(f"no meaning for {instruction}")
@@ -220,7 +216,7 @@ def _compare(gang: "Gang", instruction: Instruction) -> "Step":
     return step
 
 
-def _choose(gang: "Gang", instruction: Instruction) -> "Step":
+def _choose(gang: Gang, instruction: Instruction) -> Step:
     type = "b" + instruction.name[-2:]
     a, b = (_source(gang, instruction, i, type) for i in range(2))
     condition = lane_mask(gang, instruction.operands[3] if len(instruction.operands) > 3 else "vcc")
@@ -228,7 +224,7 @@ def _choose(gang: "Gang", instruction: Instruction) -> "Step":
     return lambda: store(np.where(condition(), current(b), current(a)))
 
 
-def _add_or_subtract_with_carry(gang: "Gang", instruction: Instruction) -> "Step":
+def _add_or_subtract_with_carry(gang: Gang, instruction: Instruction) -> Step:
     match = re.fullmatch(r"v_(addc?|subb?|subb?rev)_co(_ci)?_u32", instruction.name)
     if match is None:
         raise UnsupportedInstruction(f"no meaning for {instruction}")
@@ -248,7 +244,7 @@ def _add_or_subtract_with_carry(gang: "Gang", instruction: Instruction) -> "Step
     return step
 
 
-def _multiply_add_64(gang: "Gang", instruction: Instruction) -> "Step":
+def _multiply_add_64(gang: Gang, instruction: Instruction) -> Step:
     signed = instruction.name.endswith("i64_i32")
     type, wide = ("i32", np.int64) if signed else ("u32", np.uint64)
     a, b = (_source(gang, instruction, i, type, first=2) for i in range(2))
@@ -266,7 +262,7 @@ def _multiply_add_64(gang: "Gang", instruction: Instruction) -> "Step":
     return step
 
 
-def _scale_division(gang: "Gang", instruction: Instruction) -> "Step":
+def _scale_division(gang: Gang, instruction: Instruction) -> Step:
     values = [_source(gang, instruction, i, "f32", first=2) for i in range(3)]
     store, store_flag = _destination(gang, instruction, "f32"), store_lane_mask(gang, instruction.operands[1])
 
@@ -278,13 +274,13 @@ def _scale_division(gang: "Gang", instruction: Instruction) -> "Step":
     return step
 
 
-def _finish_division(gang: "Gang", instruction: Instruction) -> "Step":
+def _finish_division(gang: Gang, instruction: Instruction) -> Step:
     values = [_source(gang, instruction, i, "f32") for i in range(3)]
     store, flag = _destination(gang, instruction, "f32"), lane_mask(gang, "vcc")
     return lambda: store(math.scaled_fma(*map(current, (*values, flag))))
 
 
-def _count_lower_lanes(gang: "Gang", instruction: Instruction) -> "Step":
+def _count_lower_lanes(gang: Gang, instruction: Instruction) -> Step:
     """v_mbcnt: how many bits of a mask belong to lanes below this one (lo: lanes 0 to 31, hi: 32 to 63)."""
     mask, addend = (_source(gang, instruction, i, "u32") for i in range(2))
     store = _destination(gang, instruction, "u32")
@@ -293,14 +289,14 @@ def _count_lower_lanes(gang: "Gang", instruction: Instruction) -> "Step":
     return lambda: store(np.bitwise_count(current(mask) & below) + current(addend))
 
 
-def _truth_table(gang: "Gang", instruction: Instruction) -> "Step":
+def _truth_table(gang: Gang, instruction: Instruction) -> Step:
     type = instruction.name[-3:]
     values = [_source(gang, instruction, i, type) for i in range(3)]
     store, table = _destination(gang, instruction, type), instruction.number("bitop3")
     return lambda: store(math.truth_table(table, *map(current, values)))
 
 
-def _mixed_fma(gang: "Gang", instruction: Instruction) -> "Step":
+def _mixed_fma(gang: Gang, instruction: Instruction) -> Step:
     """v_fma_mix: each source a float32, or a half of a register as float16 where op_sel_hi says so."""
     is_half, which = instruction.bits("op_sel_hi", (0, 0, 0)), instruction.bits("op_sel", (0, 0, 0))
     values = [
@@ -341,7 +337,7 @@ _PACKED: dict[str, Callable] = {
 }
 
 
-def _packed(gang: "Gang", instruction: Instruction) -> "Step":
+def _packed(gang: Gang, instruction: Instruction) -> Step:
     """v_pk_*: two results, from the halves of registers (16 bits) or from pairs of them (32 bits)."""
     match = re.fullmatch(r"v_pk_(\w+)_([fiub]\d\d)", instruction.name)
     if match is None or match[1] not in (*_PACKED, "mov") or (match[1] == "mov") != (match[2] == "b32"):
@@ -378,7 +374,7 @@ def _packed(gang: "Gang", instruction: Instruction) -> "Step":
     return step
 
 
-def _packed_source(gang: "Gang", text: str, type: str, select: int, negate: int) -> Value:
+def _packed_source(gang: Gang, text: str, type: str, select: int, negate: int) -> Value:
     text, negated, absolute, _ = split_modifiers(text)
     if negated or absolute:
         raise UnsupportedInstruction(f"sign modifiers of a packed operand {text!r}")
@@ -392,7 +388,7 @@ def _packed_source(gang: "Gang", text: str, type: str, select: int, negate: int)
     return (lambda: -current(value)) if negate else value
 
 
-def _on_scalars(gang: "Gang", instruction: Instruction) -> "Step":
+def _on_scalars(gang: Gang, instruction: Instruction) -> Step:
     """v_s_exp_f32 and others of RDNA4: a transcendental function on scalar registers."""
     operation = OPERATIONS.get("v_" + instruction.name.removeprefix("v_s_"))
     if operation is None or len(operation.sources) != 1:
@@ -403,7 +399,7 @@ def _on_scalars(gang: "Gang", instruction: Instruction) -> "Step":
 
 
 # What needs more than a line; names by pattern.
-_SPECIAL: dict[str, Callable[["Gang", Instruction], "Step"]] = {
+_SPECIAL: dict[str, Callable[[Gang, Instruction], Step]] = {
     r"v_cmpx?_\w+": _compare,
     r"v_cndmask_b(16|32)": _choose,
     r"v_(add|sub)\w*_co_\w*u32": _add_or_subtract_with_carry,
