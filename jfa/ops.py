@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jfa import arguments, backends, checks, tuning
+from jfa import arguments, backends, checks
 from jfa.device import probe
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Implementation, Operands
 
@@ -188,7 +188,7 @@ class _Plan:
 
 def _run(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     with jax.named_scope(f"jfa.attention.{plan.backend}"):
-        return backends.FLASH[plan.backend].run(operands, plan.spec, plan.config, plan.device)
+        return backends.flash(plan.backend).run(operands, plan.spec, plan.config, plan.device)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -205,21 +205,18 @@ def _forward(plan: _Plan, operands: Operands):
 
 def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
     operands, out, lse = saved
-    backend = backends.FLASH[plan.backend]
+    backend = backends.flash(plan.backend)
     config = backend.backward_config(operands, plan.config, plan.device)
     with jax.named_scope(f"jfa.attention_bwd.{plan.backend}"):
-        return (backend.run_bwd(operands, out, lse, *cotangents, plan.spec, config, plan.device),)
+        return (backend.run_backward(operands, out, lse, *cotangents, plan.spec, config, plan.device),)
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
 def _config(backend: str, operands: Operands, device: DeviceInfo, given) -> BlockConfig | FlashConfig | None:
-    wanted = backends.FLASH[backend].config_type
+    chosen = backends.flash(backend)
     if given is None:
-        q = operands.q
-        widest = max(q.shape[3], operands.v.shape[3])
-        tuned = wanted is FlashConfig and tuning.flash_config(device.arch, dtype=q.dtype.name, head_dim=widest)
-        return tuned or backends.FLASH[backend].default_config(operands, device)
-    backends.check_config(backend, wanted, given)
+        return chosen.default_config(operands, device)
+    backends.check_config(backend, chosen.config_type, given)
     return given

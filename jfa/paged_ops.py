@@ -229,8 +229,8 @@ def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) ->
         dv = quant.width(operands.v_pages, operands.v_scales)
         return jnp.zeros((*shape, dv), operands.q.dtype), jnp.full(shape, -jnp.inf, jnp.float32)
     device = probe()
-    name = backends.select(implementation, operands, spec, device, table=backends.PAGED)
-    backend = backends.PAGED[name]
+    name = backends.select(implementation, operands, spec, device, table=backends.paged)
+    backend = backends.paged(name)
     config = given
     if given is None:
         config = backend.default_config(operands, device)
@@ -252,7 +252,7 @@ class _Plan:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _computed(plan: _Plan, operands: PagedOperands) -> tuple[Array, Array]:
     with jax.named_scope(f"jfa.paged_attention.{plan.backend}"):
-        return backends.PAGED[plan.backend].run(operands, plan.spec, plan.config, plan.device)
+        return backends.paged(plan.backend).run(operands, plan.spec, plan.config, plan.device)
 
 
 @_computed.defjvp

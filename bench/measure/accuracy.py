@@ -21,16 +21,6 @@ from . import machine
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "def fibonacci(n):\n")
 
-COLUMNS = {
-    "implementation": "pages",
-    "case.tokens": "tokens",
-    "perplexity": "perplexity",
-    "perplexity_ratio": "x float",
-    "greedy_same": "greedy as float",
-    "bytes_per_token": "bytes per token",
-    "bytes_ratio": "x float bytes",
-}
-
 
 def measure(models: dict[str, LanguageModel], text: str, *, tokens: int, new_tokens: int) -> Iterator[dict]:
     """A record for each kind of page; the first of models is what the others are compared with.

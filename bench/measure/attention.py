@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,23 +19,11 @@ from jfa import backends
 
 from ..records import record
 from ..truth import numerics, oracle
-from . import machine, peers, roofline, timing, used
+from . import machine, outcome, peers, roofline, timing, used
 
 ROWS = 8  # of queries that are checked, the first and the last among them
 GRADIENT_PRODUCTS = 3  # the scores, their cotangent and the gradient's own
 FLOP = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # in those of the forward pass
-
-COLUMNS = {
-    "case.length": "length",
-    "dir": "dir",
-    "implementation": "what",
-    "ms": "ms",
-    "spread": "±",
-    "tflops": "TFLOP/s",
-    "peak": "peak",
-    "speedup": "x ref",
-    "peak_mib": "MiB",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,12 +116,12 @@ def _checked(
                 inputs.append(program.prepare(*(jnp.copy(x) for x in arrays)))
         except AssertionError as wrong:
             found[name] = {"status": "wrong", "reason": str(wrong)}
-        except record.REFUSALS as refusal:
-            found[name] = record.outcome(refusal)
+        except outcome.REFUSALS as refusal:
+            found[name] = outcome.of(refusal)
         else:
             found[name] = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes}
             runs[name] = timing.rotating(program.run, inputs)
-            if name in backends.FLASH:
+            if name in backends.NAMES:
                 backward = direction != "forward"
                 found[name]["config"] = used.attention(name, *arrays[:3], causal=case.causal, backward=backward)
     return found, runs
@@ -193,22 +181,3 @@ def _error(case: Case, direction: str, got: Sequence[np.ndarray]) -> float:
         except AssertionError as wrong:
             raise AssertionError(f"{name} {wrong}") from None
     return max(errors)
-
-
-def table(records: Sequence[record.Record]) -> str:
-    """A table for each kind of call, and why some implementations have no times."""
-    parts = []
-    for heading, rows in itertools.groupby(records, _heading):
-        shown = list(rows)
-        batches = {row["case"]["batch"] for row in shown}
-        columns = {"case.batch": "batch", **COLUMNS} if len(batches) > 1 else COLUMNS
-        peak = record.field(shown[0], "ceilings.matrix_tflops")
-        measured = f"; matrix peak {peak:.3g} TFLOP/s, measured" if peak else ""
-        parts.append(f"{heading}{measured}\n\n{record.render(shown, 'md', columns)}")
-    return "\n\n".join([*parts, record.refusals(records)]).rstrip()
-
-
-def _heading(row: Mapping[str, Any]) -> str:
-    case = row["case"]
-    heads = f"{case['heads']} heads" + (f" over {case['kv_heads']}" if case["kv_heads"] != case["heads"] else "")
-    return f"{case['dtype']}, {heads} of {case['head_dim']}, {'causal' if case['causal'] else 'all keys'}"

@@ -9,33 +9,18 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 
-import click
 import jax
 import numpy as np
 from jax import lax
 
 from jfa_models.decoding.language_model import LanguageModel
-from jfa_models.decoding.options import DTYPES
 from jfa_models.decoding.params import SamplingParams
 
-from .. import options
-from ..proof import compile
-from ..records import output, record
-from . import machine, models, roofline, timing, used
+from .. import configs
+from ..records import record
+from . import machine, models, outcome, roofline, timing, used
 
 HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
-
-COLUMNS = {
-    "case.batch": "batch",
-    "case.context": "context",
-    "implementation": "what",
-    "ms": "ms",
-    "t/s": "t/s",
-    "share_of_bandwidth": "of copy",
-    "share_of_peak": "of limit",
-    "host_ms_per_step": "host ms",
-}
-table = record.table_of(COLUMNS, models.heading)
 
 
 def measure(
@@ -73,9 +58,9 @@ def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[recor
     for name, model in built.items():
         try:
             runs[name], host_ms[name] = _step(model, batch, context, samples, clock)
-        except record.REFUSALS as refusal:
-            refused[name] = record.outcome(refusal)
-    found, runs = record.tried(runs)
+        except outcome.REFUSALS as refusal:
+            refused[name] = outcome.of(refusal)
+    found, runs = outcome.tried(runs)
     found |= refused
     taken = timing.in_turns(runs, samples=samples, clock=clock)
     limit = float(np.median(taken[models.LIMIT])) if models.LIMIT in taken else None
@@ -98,14 +83,9 @@ def _kv_bytes(model: LanguageModel, batch: int, context: int) -> int:
     return batch * model.config.cache_elements(context) * model.dtype.itemsize
 
 
-def _tokens(samples: int) -> int:
-    """The first one, that of a step in _host_ms, the one that is tried, and those that are timed."""
-    return 3 + timing.WARM_UP_CALLS + samples
-
-
 def _step(model: LanguageModel, batch: int, context: int, samples: int, clock) -> tuple[timing.Run, float]:
     """A run of one step, and the milliseconds of the host in it."""
-    params = SamplingParams(temperature=0.0, max_tokens=_tokens(samples), ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=configs.decoded_tokens(samples), ignore_eos=True)
     held = {"state": model.start([[1 + i] * context for i in range(batch)], params)}
     host_ms = _host_ms(model, held, clock)
 
@@ -130,39 +110,3 @@ def _host_ms(model: LanguageModel, held: dict, clock: timing.Clock) -> float:
 
     held["state"] = state
     return float(np.median(timing.in_turns({"nothing": step}, samples=HOST_SAMPLES, clock=clock)["nothing"]))
-
-
-@click.command("decode")
-@click.option("--models", "names", type=models.Models(), default="smollm2", show_default=True)
-@click.option("--layers", type=click.IntRange(min=1), help="Only the first ones of each, for small machines.")
-@click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
-@click.option("--context", type=options.Counts(), default="128", show_default=True, help="Tokens in the cache before.")
-@click.option(
-    "--implementation",
-    type=compile.Names("implementation", models.IMPLEMENTATIONS),
-    default="jfa",
-    show_default=True,
-    help="Of attention; jfa: what it chooses.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
-@output.measurement_options
-def command(names, layers, batch, context, implementation, dtype, samples, output) -> None:
-    """One token after another, beside the matrix products of a step alone and the bandwidth of a copy."""
-    for name in names:
-        room = models.config_of(name, layers).context_length - _tokens(samples)
-        if max(context) > room:
-            raise click.BadParameter(
-                f"{name} has room for {room} tokens and those that are timed, got {max(context)}",
-                param_hint="--context",
-            )
-    records = measure(
-        names,
-        layers=layers,
-        batches=batch,
-        contexts=context,
-        implementations=implementation,
-        dtype=dtype,
-        samples=samples,
-    )
-    total = len(names) * len(batch) * len(context) * (1 + len(implementation))
-    output.present(records, COLUMNS, total=total, doing="decode", table=table)

@@ -21,15 +21,6 @@ SIGMA = 0.8  # of the logarithm of a length
 SPREAD = 1.0  # standard deviation, in natural units, by which the continuations of one beam differ
 RUNNING = 64  # requests at a time
 
-COLUMNS = {
-    "case.data": "data",
-    "case.page_size": "page",
-    "case.sampling": "sampling",
-    "case.width": "width",
-    "wasted_share": "wasted",
-    "saved_share": "shared",
-    "reserved_share": "of reserved",
-}
 
 # Of sampling, and how wide.
 WAYS = (("one", 1), *itertools.product(("parallel", "beams"), (2, 4, 6)))

@@ -4,53 +4,22 @@ Weights are random: a name is a shape here, and nothing is downloaded.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import click
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jfa_models.checkpoints.locate import PACKAGED
-from jfa_models.checkpoints.presets import PRESETS
-from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel, compute_dtype
 from jfa_models.model.config import DecoderConfig
 
+from .. import configs, names
 from ..records import record
-from . import machine
+from . import machine, outcome
 
-IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton")  # of attention; jfa: what it chooses
-LIMIT = "matrix products"
-
-
-class Models(click.ParamType):
-    """Presets by name, folders of safetensors or .gguf files, separated by commas."""
-
-    name = "MODEL,..."
-
-    def convert(self, value, param, ctx) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-        for name in names:
-            if name not in PRESETS and name not in PACKAGED and not Path(name).exists():
-                known = ", ".join(dict.fromkeys((*PRESETS, *PACKAGED)))
-                self.fail(f"there is no model {name!r}; known: {known}; or a folder, or a .gguf file", param, ctx)
-        return names
-
-
-def config_of(name: str, num_layers: int | None = None) -> DecoderConfig:
-    """Of a preset, or of a checkpoint on disk; with its first layers alone where a number is given.
-
-    Raises:
-      ValueError: it has not as many.
-    """
-    config = PRESETS[name] if name in PRESETS else open_checkpoint(name).config
-    return config if num_layers is None else config.with_layers(num_layers)
+LIMIT = names.MATRIX_PRODUCTS
 
 
 def build(
@@ -61,8 +30,13 @@ def build(
 
     The models share their weights.
     """
-    config, dtype_name = config_of(name, layers), compute_dtype(dtype).name
-    about = {"model": name, "layers": config.num_layers, "of_layers": config_of(name).num_layers, "dtype": dtype_name}
+    config, dtype_name = configs.config_of(name, layers), compute_dtype(dtype).name
+    about = {
+        "model": name,
+        "layers": config.num_layers,
+        "of_layers": configs.config_of(name).num_layers,
+        "dtype": dtype_name,
+    }
     built: dict[str, LanguageModel] = {}
     try:
         _check_room(config, compute_dtype(dtype).itemsize)
@@ -71,7 +45,7 @@ def build(
             model.params = next(iter(built.values()), model).params
             built[implementation] = model
     except (MemoryError, jax.errors.JaxRuntimeError) as refusal:
-        why = record.outcome(refusal)
+        why = outcome.of(refusal)
         return about, {}, [{"implementation": each} | why for each in (LIMIT, *implementations)]
     return about, built, []
 
@@ -87,19 +61,6 @@ def _check_room(config: DecoderConfig, itemsize: int) -> None:
     needs = 2 * config.num_params * itemsize  # a second copy for a moment, while a model is built
     if free is not None and needs > free:
         raise MemoryError(f"needs {needs / 2**30:.1f} GiB for its weights, {free / 2**30:.1f} are free; try --layers")
-
-
-def heading(one: Mapping[str, Any]) -> str:
-    """What a record has measured, above a table of such records."""
-    about = one["case"]
-    return f"{about['model']}, {layers(about)}, {about['dtype']}"
-
-
-def layers(about: Mapping[str, Any]) -> str:
-    """How much of a model a case has."""
-    return (
-        "all layers" if about["layers"] == about["of_layers"] else f"{about['layers']} of {about['of_layers']} layers"
-    )
 
 
 def matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:

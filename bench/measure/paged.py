@@ -15,23 +15,7 @@ import numpy as np
 
 import jfa
 
-from ..records import record
-from . import machine, timing, used
-
-KV_DTYPES = ("same", "int8", "fp8", "int4")
-
-COLUMNS = {
-    "case.batch": "batch",
-    "case.context": "context",
-    "implementation": "what",
-    "case.page_size": "page",
-    "case.kv_dtype": "kv",
-    "ms": "ms",
-    "spread": "±",
-    "gb_per_s": "GB/s",
-    "share_of_peak": "of copy",
-    "slowdown": "x contig.",
-}
+from . import machine, outcome, timing, used
 
 
 def measure(
@@ -79,7 +63,7 @@ def measure(
             found[name] = case | {"page_size": page_size, "kv_dtype": kv_dtype}
             caches[name] = cache
             num_bytes[name], runs[name] = cache.num_bytes, run
-        status, runs = record.tried(runs)
+        status, runs = outcome.tried(runs)
         taken = timing.in_turns(runs, samples=samples)
         medians = {name: float(np.median(ms)) for name, ms in taken.items()}
         copied = num_bytes["copy"] / medians["copy"] / 1e6

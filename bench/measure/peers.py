@@ -18,8 +18,6 @@ import jfa
 
 from . import machine
 
-DIRECTIONS = ("forward", "backward", "both")  # backward: the gradients alone; both: output and gradients
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:

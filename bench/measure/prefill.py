@@ -7,28 +7,13 @@ matrix products alone.
 import time
 from collections.abc import Iterator, Sequence
 
-import click
 import jax.numpy as jnp
 import numpy as np
 
 from jfa_models.decoding.language_model import LanguageModel
-from jfa_models.decoding.options import DTYPES
 
-from .. import options
-from ..proof import compile
-from ..records import output, record
-from . import machine, models, timing, used
-
-COLUMNS = {
-    "case.seq_len": "tokens",
-    "implementation": "what",
-    "ms": "ms",
-    "spread": "±",
-    "t/s": "t/s",
-    "share_of_peak": "of limit",
-    "speedup": "x ref.",
-}
-table = record.table_of(COLUMNS, models.heading)
+from ..records import record
+from . import machine, models, outcome, timing, used
 
 
 def measure(
@@ -64,7 +49,7 @@ def _of_length(
         models.LIMIT: models.products(models.matrices(first, with_head=False), rows=batch * seq_len)
     }
     runs |= {name: _step(model, batch, seq_len) for name, model in built.items()}
-    found, runs = record.tried(runs)
+    found, runs = outcome.tried(runs)
     taken = timing.in_turns(runs, samples=samples, clock=clock)
     medians = {name: float(np.median(ms)) for name, ms in taken.items()}
     limit, plain = (medians.get(name) for name in (models.LIMIT, "reference"))
@@ -91,38 +76,3 @@ def _step(model: LanguageModel, batch: int, seq_len: int) -> timing.Run:
         return hidden
 
     return step
-
-
-@click.command("prefill")
-@click.option("--models", "names", type=models.Models(), default="mistral-7b,llama-3-8b,phi-2", show_default=True)
-@click.option("--layers", type=click.IntRange(min=1), help="Only the first ones of each, for small machines.")
-@click.option("--seq-lens", type=options.Counts(), default="512,1024,2048", show_default=True, help="Of the prompt.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option(
-    "--implementation",
-    type=compile.Names("implementation", models.IMPLEMENTATIONS),
-    default="reference,jfa",
-    show_default=True,
-    help="Of attention; jfa: what it chooses.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
-@output.measurement_options
-def command(names, layers, seq_lens, batch, implementation, dtype, samples, output) -> None:
-    """A prompt's way through whole models, with jfa's attention and with the plain formula."""
-    for name in names:
-        config = models.config_of(name, layers)
-        if max(seq_lens) > config.context_length:
-            raise click.BadParameter(
-                f"{name} has a context of {config.context_length} tokens, got {max(seq_lens)}", param_hint="--seq-lens"
-            )
-    records = measure(
-        names,
-        layers=layers,
-        batch=batch,
-        seq_lens=seq_lens,
-        implementations=implementation,
-        dtype=dtype,
-        samples=samples,
-    )
-    total = len(names) * len(seq_lens) * (1 + len(implementation))
-    output.present(records, COLUMNS, total=total, doing="prefill", table=table)

@@ -6,8 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from ..records import record
-from . import timing
+from . import outcome, timing
 
 SAMPLES = 10
 
@@ -34,7 +33,7 @@ def ceilings(dtype: str, *, clock: timing.Clock = time.perf_counter) -> dict[str
     runs: dict[str, timing.Run] = {"matrix": product, "copy": copy}
     try:
         jax.block_until_ready(product())
-    except record.REFUSALS:
+    except outcome.REFUSALS:
         del runs["matrix"]
     taken = {name: min(ms) for name, ms in timing.in_turns(runs, samples=SAMPLES, clock=clock).items()}
     return {

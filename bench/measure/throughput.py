@@ -17,26 +17,12 @@ import numpy as np
 
 from jfa_models import BeamSearchParams, Engine, LanguageModel, RequestOutput, SamplingParams
 
+from .. import names
 from . import machine
 from .memory import DATA_SETS, SIGMA
 
-IMPLEMENTATIONS = ("static", "engine", "sequential")
-LENGTHS = ("fixed", "sharegpt", "skewed")
 SHORTEST = 8  # tokens of a skewed prompt or answer
 PERCENTILES = (50, 90, 99)
-
-COLUMNS = {
-    "implementation": "what",
-    "seconds": "s",
-    "tokens_per_s": "tokens/s",
-    "speedup": "x static",
-    "ttft_ms.p50": "TTFT",
-    "ttft_ms.p99": "p99",
-    "tpot_ms.p50": "TPOT",
-    "itl_ms.p99": "ITL p99",
-    "wasted_share": "wasted",
-    "saved_share": "shared",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +84,7 @@ def measure(
     shared = machine.circumstances() | {"benchmark": "throughput", "case": dict(case)}
     static = None
     asked = [_params(one, n) if beam_width is None else _beams(one, beam_width) for one in arrivals]
-    for name in sorted(implementations, key=IMPLEMENTATIONS.index):
+    for name in sorted(implementations, key=names.BATCHING.index):
         if name == "engine":
             figures = _engine(model, arrivals, asked, max_num_seqs, max_concurrency, engine_options)
         elif arrivals[-1].at > 0 or n > 1 or beam_width is not None:

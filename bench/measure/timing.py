@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-# A run is warm once two calls in a row take the same to within STABLE; at the latest after so many, or so long.
+from .. import names
+
+# A run is warm once two calls in a row take the same to within STABLE, or after names.WARM_UP_CALLS, or after so long.
 STABLE = 0.1
-WARM_UP_CALLS = 10
 WARM_UP_SECONDS = 2.0
 
 # More than the last cache of any processor that we know keeps (MI300X: 256 MiB), and a bound on small inputs.
@@ -36,16 +37,16 @@ def in_turns(runs: Mapping[str, Run], *, samples: int, clock: Clock = time.perf_
 
 
 def warm_up(run: Run, *, clock: Clock = time.perf_counter) -> int:
-    """Calls a run until it is stable, and says how often that was: at most WARM_UP_CALLS times."""
+    """Calls a run until it is stable, and says how often that was: at most names.WARM_UP_CALLS times."""
     start, before = clock(), _milliseconds(run, clock)
-    for calls in range(2, WARM_UP_CALLS + 1):
+    for calls in range(2, names.WARM_UP_CALLS + 1):
         if clock() - start > WARM_UP_SECONDS:
             return calls - 1
         now = _milliseconds(run, clock)
         if abs(now - before) <= STABLE * before:
             return calls
         before = now
-    return WARM_UP_CALLS
+    return names.WARM_UP_CALLS
 
 
 def _milliseconds(run: Run, clock: Clock) -> float:

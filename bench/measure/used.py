@@ -24,7 +24,7 @@ def attention(implementation: str | None, q: Any, k: Any, v: Any, *, causal: boo
     config = ops._config(name, operands, device, None)  # what the op itself asks
     found = {"backend": name, "forward": _fields(config)}
     if backward and config is not None:
-        found["backward"] = _fields(backends.FLASH[name].backward_config(operands, config, device))
+        found["backward"] = _fields(backends.flash(name).backward_config(operands, config, device))
     return found
 
 
@@ -52,8 +52,8 @@ def paged(implementation: str | None, q: Any, cache: jfa.PagedKVCache) -> dict[s
     )
     device = probe()
     spec = AttentionSpec(sm_scale=q.shape[-1] ** -0.5, causal=True)
-    name = backends.select(implementation, operands, spec, device, table=backends.PAGED)
-    return {"backend": name, "forward": _fields(backends.PAGED[name].default_config(operands, device))}
+    name = backends.select(implementation, operands, spec, device, table=backends.paged)
+    return {"backend": name, "forward": _fields(backends.paged(name).default_config(operands, device))}
 
 
 def _fields(config: Any) -> dict[str, Any] | None:

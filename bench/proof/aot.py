@@ -26,7 +26,7 @@ from jaxlib.mlir import ir
 from jfa.device import describe
 from jfa.types import DeviceInfo
 
-ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90", "sm_100")
+from .. import names
 
 # Releases whose output has been compiled, read and compared (tests/bench/); others may do as well, or not.
 TRITON_MET = ("3.6", "3.7", "3.8", "3.9")
@@ -94,10 +94,10 @@ def device(arch: str) -> DeviceInfo:
     """What jfa knows of the usual card of an architecture.
 
     Raises:
-      ValueError: not one of ARCHS.
+      ValueError: not one of names.ARCHS.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
+    if arch not in names.ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(names.ARCHS)}, got {arch!r}")
     return describe("rocm" if is_amd(arch) else "cuda", arch)
 
 
@@ -106,7 +106,7 @@ def target(arch: str) -> Iterator[DeviceInfo]:
     """Inside, JAX and jfa trace for arch: an abstract device stands where the real one would.
 
     Raises:
-      ValueError: not one of ARCHS.
+      ValueError: not one of names.ARCHS.
     """
     info = device(arch)
     abstract = AbstractDevice(device_kind=_NVIDIA_KIND.get(arch, arch), num_cores=None, platform=info.platform)
@@ -168,7 +168,7 @@ def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
     Nothing stays on disk: Triton's own cache is a folder that goes away.
 
     Raises:
-      ValueError: arch is not one of ARCHS.
+      ValueError: arch is not one of names.ARCHS.
       RuntimeError: the triton package is not installed; the message names the extra.
       CompileError: the compiler gave up.
     """

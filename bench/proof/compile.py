@@ -14,10 +14,11 @@ import click
 
 import jfa
 
+from .. import names
 from ..measure import machine
-from ..records import record
+from ..records import record, tables
 from . import aot, machine_code, pool
-from .ops import OPS, Op, named
+from .ops import OPS, Op
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def _without_code(reason: str) -> dict[str, Any]:
     return {"status": "failed", "reason": reason} | dict.fromkeys(machine_code.FIELDS)
 
 
-def compile_all(cases: Sequence[Case], *, processes: int = pool.PROCESSES) -> list[dict[str, Any]]:
+def compile_all(cases: Sequence[Case], *, processes: int = names.PROCESSES) -> list[dict[str, Any]]:
     """compile_case of each, in their order, in so many processes at a time; 0: in this one."""
     return pool.each(compile_case, cases, crashed=_crashed, doing="compiling", processes=processes)
 
@@ -118,52 +119,14 @@ def _crashed(case: Case) -> dict[str, Any]:
     return {"benchmark": "compile", **who, **what, **failed, "seconds": None}
 
 
-class Names(click.ParamType):
-    """Known names, separated by commas, or "all"."""
+def circumstances() -> dict[str, Any]:
+    """What a record of compiled code says of how it came about; a note of aot.unmet_triton goes to stderr as well.
 
-    name = "NAME,..."
-
-    def __init__(self, what: str, known: Sequence[str]):
-        self.what, self.known = what, tuple(known)
-
-    def convert(self, value, param, ctx) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-        if names == ("all",):
-            return self.known
-        for name in names:
-            if name not in self.known:
-                self.fail(f"{name!r} is no {self.what} here; known: {', '.join(self.known)}, or all", param, ctx)
-        return names
-
-
-# --arch a,b and so on, here and in tune.py
-ARCHS = Names("architecture", aot.ARCHS)
-OP_NAMES = Names("op", tuple(dict.fromkeys(name for op in OPS for name in (op.name, op.kernel))))
-DIRECTIONS = Names("direction", ("forward", "backward"))
-DTYPES = Names("dtype", tuple(dict.fromkeys(dtype for op in OPS for dtype in op.dtypes)))
-HEAD_DIMS = Names("head_dim", tuple(dict.fromkeys(str(d) for op in OPS for d in sorted((*op.head_dims, *op.between)))))
-
-
-@click.command("compile")
-@click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"Of {', '.join(aot.ARCHS)}.")
-@click.option("--op", type=OP_NAMES, default="all", show_default=True)
-@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
-@click.option("--dtype", type=DTYPES, default="all", show_default=True)
-@click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
-@click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
-@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
-def command(arch, op, direction, dtype, head_dim, processes, output) -> None:
-    """Registers, spills, LDS and the bound of each kernel on an architecture, compiled without the card."""
-    circumstances = {"versions": versions(), **{k: v for k, v in machine.circumstances().items() if k in ABOUT}}
-    note = warn_of_unmet_triton()
-    rows = cases(arch, ops=named(op, direction), dtypes=dtype, head_dims=[int(d) for d in head_dim])
-    records = [row | circumstances | {"note": note} for row in compile_all(rows, processes=processes)]
-    click.echo(render(records, output))
-
-
-ABOUT = ("git_commit", "date")  # of machine.circumstances; the device here is not the one that is compiled for
+    The device here is not the one that is compiled for.
+    """
+    here = machine.circumstances()
+    about = {name: here[name] for name in ("git_commit", "date")}
+    return {"versions": versions(), **about, "note": warn_of_unmet_triton()}
 
 
 def versions() -> dict[str, str]:
@@ -192,7 +155,6 @@ TABLE = {
     **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vgpr": "vgpr", "vgpr_spills": "spill"},
     **{"lds_kib": "KiB", "waves_per_simd": "occ", "bound": "bound"},
 }
-_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
@@ -216,7 +178,7 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
 def _shown(row: Mapping[str, Any], op: Op) -> dict[str, Any]:
     lds = row["lds_bytes"]
     return {
-        "dtype": _SHORT.get(row["dtype"], row["dtype"]),
+        "dtype": tables.short_dtype(row["dtype"]),
         "tile": tile(row["config"]),
         "lds_kib": None if lds is None else f"{lds / 1024:.0f}",
         "bound": row[op.bound] if row["status"] in ("ok", "spills") else row["status"],

@@ -14,10 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import amdgcn
+from .. import amdgcn, names
 from . import aot
-
-ARCHS = amdgcn.TARGETS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,16 +33,18 @@ def emulate(fn: Callable, *args: Any, arch: str, edit: Callable[[str], str] = la
 
     Args:
       args: arrays, also in pytrees.
-      arch: one of ARCHS.
+      arch: one of names.EXECUTED_ARCHS.
       edit: changes the assembly before it runs; tests break kernels with it.
 
     Raises:
-      ValueError: arch is not one of ARCHS, or fn made no Pallas call.
+      ValueError: arch is not one of names.EXECUTED_ARCHS, or fn made no Pallas call.
       aot.CompileError: the compiler gave up, or the code asks for more than a workgroup may have.
       amdgcn.MachineError: the machine code did what it must not, or holds what is not built into the machine.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}: no machine for others is built")
+    if arch not in names.EXECUTED_ARCHS:
+        raise ValueError(
+            f"arch must be one of {', '.join(names.EXECUTED_ARCHS)}, got {arch!r}: no machine for others is built"
+        )
     machine = _Machine(arch, edit)
     with aot.target(arch):
         traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)

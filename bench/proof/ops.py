@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 import jfa
-from jfa import backends, quant, tuning
+from jfa import backends, quant
 from jfa.device import probe
-from jfa.kernels.triton import flash, flash_bwd
+from jfa.kernels.triton import flash_bwd
 from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands, PagedConfig, PagedOperands
 
+from .. import names
 from . import aot
 
 LENGTH = 4096  # of every representative call: long enough that no tile is cut
@@ -51,9 +52,9 @@ class Op:
     bound: str = "matrix_bound"  # the figure that a table shows; "memory_bound_share" where no dot is the point
     variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must serve as well
     sweep: Sweep
-    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    head_dims: tuple[int, ...] = (64, 128, 256)  # of a tuning table: the others take the next larger one's entry
-    between: tuple[int, ...] = (80,)  # such others, that are looked at as well
+    dtypes: tuple[str, ...] = names.FLASH_DTYPES
+    head_dims: tuple[int, ...] = names.HEAD_DIMS
+    between: tuple[int, ...] = names.BETWEEN
 
 
 def _rows(dtype: str, head_dim: int, batch: int = 1, heads: int = 8) -> Any:
@@ -84,8 +85,7 @@ def _flash_forward(dtype: str, head_dim: int, config: FlashConfig | None, varian
 
 
 def _flash_default(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
-    tuned = tuning.flash_config(device.arch, dtype=dtype, head_dim=head_dim)
-    return tuned or flash.default_config(_operands(dtype, head_dim), device)
+    return backends.flash("triton").default_config(_operands(dtype, head_dim), device)  # type: ignore[return-value]
 
 
 def _flash_backward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
@@ -97,7 +97,7 @@ def _flash_backward(dtype: str, head_dim: int, config: FlashConfig | None, varia
 
     def call(q, k, v, out, lse, d_out):
         given = None if config is None else flash_bwd.BackwardConfig(dq=config, dkv=config)
-        chosen = given or backends.FLASH["triton"].backward_config(Operands(q, k, v), None, probe())
+        chosen = given or backends.flash("triton").backward_config(Operands(q, k, v), None, probe())
         spec = AttentionSpec(sm_scale=head_dim**-0.5, causal=True)
         return flash_bwd.flash_attention_bwd(
             Operands(q, k, v), out, lse, d_out, jnp.zeros_like(lse), spec=spec, config=chosen, interpret=False
@@ -108,7 +108,7 @@ def _flash_backward(dtype: str, head_dim: int, config: FlashConfig | None, varia
 
 def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConfig]:
     def config(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
-        chosen = backends.FLASH["triton"].backward_config(_operands(dtype, head_dim), None, device)
+        chosen = backends.flash("triton").backward_config(_operands(dtype, head_dim), None, device)
         return getattr(chosen, kernel)
 
     return config
@@ -116,14 +116,10 @@ def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConf
 
 # A batch that decodes, and the same rows with a chunk of a prompt each: 64 rows of 8192 tokens at most, 32 heads on 8.
 _PAGED_BATCH, _PAGED_CAPACITY, _PAGE_SIZE, _CHUNK = 64, 8192, 16, 64
-PAGED_DTYPES = (
-    *("bfloat16", "float16", "float32"),
-    *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
-)
 
 
 def _paged_operands(dtype: str, head_dim: int, *, ragged: bool) -> PagedOperands:
-    """dtype: of PAGED_DTYPES."""
+    """dtype: of names.PAGED_DTYPES."""
     of_queries, _, of_pages = dtype.partition(" on ")
     pages_per_seq = _PAGED_CAPACITY // _PAGE_SIZE
     pool = (_PAGED_BATCH * pages_per_seq + 1, _PAGE_SIZE, 8)
@@ -177,7 +173,7 @@ def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[C
 def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]:
     def config(device: DeviceInfo, dtype: str, head_dim: int) -> PagedConfig:
         operands = _paged_operands(dtype, head_dim, ragged=kernel == "ragged_paged_attention")
-        return backends.PAGED["triton"].default_config(operands, device)  # type: ignore[return-value]
+        return backends.paged("triton").default_config(operands, device)  # type: ignore[return-value]
 
     return config
 
@@ -269,7 +265,7 @@ def _decode_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
 
 
 _PAGED_ALIKE = {"float16": "bfloat16"} | {
-    dtype: "bfloat16 on int8" for dtype in PAGED_DTYPES if " on " in dtype and dtype != "bfloat16 on int8"
+    dtype: "bfloat16 on int8" for dtype in names.PAGED_DTYPES if " on " in dtype and dtype != "bfloat16 on int8"
 }
 
 
@@ -346,7 +342,7 @@ OPS = (
         default_config=_paged_default("paged_decode_attention"),
         bound="memory_bound_share",
         variants=("window", "padded head_dim"),
-        dtypes=PAGED_DTYPES,
+        dtypes=names.PAGED_DTYPES,
         sweep=Sweep(
             starts=_decode_starts,
             grows=("block_kv", (16, 32, 64)),
@@ -365,7 +361,7 @@ OPS = (
         call=_paged("ragged_paged_attention"),
         default_config=_paged_default("ragged_paged_attention"),
         variants=("window", "padded head_dim"),
-        dtypes=PAGED_DTYPES,
+        dtypes=names.PAGED_DTYPES,
         sweep=Sweep(
             starts=_ragged_starts,
             grows=("block_kv", (16, 32, 64)),

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-PROCESSES = 2
+from .. import names
 
 Record = dict[str, Any]
 
@@ -22,7 +22,7 @@ def each[Row](
     *,
     crashed: Callable[[Row], Record],
     doing: str,
-    processes: int = PROCESSES,
+    processes: int = names.PROCESSES,
 ) -> list[Record]:
     """function(row) of each, in their order.
 

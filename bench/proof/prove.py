@@ -7,19 +7,17 @@ row's length is NaN or infinite, and outputs start as NaN. Rows run in processes
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import click
-
 from jfa import quant
 
-from ..measure import machine
-from ..records import record
+from .. import names
+from ..records import record, tables
 from ..truth import cases, paged_cases
-from . import aot, emulate, ops, pool
-from .compile import ABOUT, DIRECTIONS, Names, versions, warn_of_unmet_triton
+from . import aot, ops, pool
 from .proofs import Verdict, backward, forward, over_pages, paged_tile_cases, tile_cases
 
 
@@ -100,7 +98,7 @@ _PAGED = Proof(
     cases=_paged_cases,
     truth=_paged_truth,
     sizes=(
-        *((dtype, head_dim) for dtype in ops.PAGED_DTYPES for head_dim in (64, 128, 256)),
+        *((dtype, head_dim) for dtype in names.PAGED_DTYPES for head_dim in (64, 128, 256)),
         *((dtype, None) for dtype in ("bfloat16", "float16", "float32")),
     ),
     quick=(("bfloat16 on int8", 64), ("float16", 128), ("bfloat16", None)),
@@ -153,37 +151,34 @@ def rows(archs: Sequence[str], op_names: Sequence[str], directions: Sequence[str
     ]
 
 
+def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:
+    """prove_row of each, in their order, in so many processes at a time; 0: in this one."""
+    return pool.each(prove_row, rows, crashed=_crashed, doing="proving", processes=processes)
+
+
 TABLE = {
-    **{"arch": "arch", "direction": "direction", "dtype": "dtype", "head_dim": "d", "status": "status"},
-    **{"worst_error_of_limit": "error", "races": "races", "instructions": "instr", "seconds": "s"},
+    **{"dir": "dir", "short_dtype": "dtype", "head_dim": "d", "status": "status"},
+    **{"worst_error_of_limit": "error", "races": "races", "instructions": "instructions", "seconds": "s"},
 }
-COLUMNS = {name: name for name in ("op", *TABLE, "reason")}
+COLUMNS = {
+    **{name: name for name in ("op", "arch", "direction", "dtype", "head_dim", "status", "worst_error_of_limit")},
+    **{name: name for name in ("races", "instructions", "seconds", "reason")},
+}
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
-    """Records as text; as md with a sentence for each row that is wrong."""
-    text = record.render(records, output, TABLE if output == "md" else COLUMNS)
+    """Records as text; as md a table for each op and architecture, and a sentence for each row that is wrong."""
     if output != "md":
-        return text
+        return record.render(records, output, COLUMNS)
+    parts = []
+    for above, rows in itertools.groupby(records, lambda row: f"{row['op']} on {row['arch']}"):
+        shown = [
+            {**row, "dir": record.SHORT_DIRECTIONS[row["direction"]], "short_dtype": tables.short_dtype(row["dtype"])}
+            for row in rows
+        ]
+        parts += [above, record.render(shown, "md", TABLE)]
     who = ("op", "arch", "direction", "dtype", "head_dim")
     lines = [f"{' '.join(str(row[key]) for key in who)}: {row['reason']}" for row in records if row["status"] != "ok"]
-    return "\n".join([text, "", "error: worst error over what the numerics contract allows", *lines])
-
-
-@click.command("prove")
-@click.option("--arch", type=Names("architecture", emulate.ARCHS), default="all", show_default=True)
-@click.option("--op", type=Names("op", tuple(dict.fromkeys(op for op, _ in PROOFS))), default="all", show_default=True)
-@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
-@click.option("--quick", is_flag=True, help="Fewer rows and cases: for CI.")
-@click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
-@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
-@click.pass_context
-def command(ctx, arch, op, direction, quick, processes, output) -> None:
-    """Each kernel as AMD machine code on this CPU, beside an oracle; exit status 1 if one is wrong."""
-    circumstances = {"versions": versions(), **{k: v for k, v in machine.circumstances().items() if k in ABOUT}}
-    circumstances["note"] = warn_of_unmet_triton()
-    found = pool.each(
-        prove_row, rows(arch, op, direction, quick=quick), crashed=_crashed, doing="proving", processes=processes
+    return "\n\n".join(
+        [*parts, "error: worst error over what the numerics contract allows"] + ["\n".join(lines)] * bool(lines)
     )
-    click.echo(render([row | circumstances for row in found], output))
-    ctx.exit(int(any(row["status"] != "ok" for row in found)))

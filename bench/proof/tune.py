@@ -39,21 +39,18 @@ import numpy as np
 from jfa import tuning
 from jfa.device import describe, probe
 
+from .. import names
 from ..measure import machine, timing
 from ..records import record
-from . import aot, pool
+from . import aot
 from .compile import (
-    ARCHS,
-    DIRECTIONS,
-    OP_NAMES,
     Case,
     compile_all,
     given,
     tile,
     versions,
-    warn_of_unmet_triton,
 )
-from .ops import Op, named
+from .ops import Op
 
 LANE_REGISTERS = 255  # that a tile may take: of CDNA's 512, half is what leaves two waves on a SIMD
 WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
@@ -405,53 +402,23 @@ def entry(op: Op, one: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-@click.command("tune")
-@click.option("--offline", "by_code", is_flag=True, help="By compiled code; without it by measuring this device.")
-@click.option("--arch", type=ARCHS, help=f"With --offline: of {', '.join(aot.ARCHS)}, or all.")
-@click.option("--op", type=OP_NAMES, default="all", show_default=True)
-@click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
-@click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Write the tables there instead.")
-@click.option("--processes", type=click.IntRange(min=0), default=pool.PROCESSES, show_default=True, help="0: this one.")
-@click.option("--samples", type=click.IntRange(min=1), default=15, show_default=True, help="Of each measurement.")
-@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
-def command(by_code, arch, op, direction, write, folder, processes, samples, output) -> None:
-    """Choose the tiles of each kernel, by compiled code or on this machine's GPU."""
-    if write and folder:
-        raise click.UsageError("--write and --folder are two places for the same tables; give one")
-    if by_code and not arch:
-        raise click.UsageError(f"--offline needs --arch, of {', '.join(aot.ARCHS)}, or all")
-    if not by_code:
-        refuse_to_measure(arch)
-    warn_of_unmet_triton()
-    place = resources_folder() if write else folder
-    records = []
-    for one in named(op, direction):
-        for name in arch or (probe().arch,):
-            text, rows = tuned(one, name, processes=processes, samples=None if by_code else samples)
-            records += rows
-            if place:
-                file = place / name / f"{one.kernel}.json"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text)
-                click.echo(f"wrote {file}", err=True)
-    click.echo(
-        record.render([{**row, **_shown(row)} for row in records] if output == "md" else records, output, COLUMNS)
-    )
+def arch_to_measure(given: Sequence[str] | None) -> str:
+    """The architecture of this machine's GPU.
 
-
-def refuse_to_measure(arch: Sequence[str] | None) -> None:
-    """A sentence where there is nothing to measure."""
+    Raises:
+      UsageError: there is none, one was named all the same, or candidates for it cannot be compiled.
+    """
     device = probe()
     if device.platform not in ("rocm", "cuda"):
         raise click.UsageError(
             f"there is no GPU to measure on (this machine's device: {device.platform}); "
             "tune by compiled code instead: --offline --arch gfx942"
         )
-    if arch:
+    if given:
         raise click.UsageError(f"--arch goes with --offline; without it this machine's {device.arch} is measured")
-    if tuning.table_arch(device.arch) not in aot.ARCHS:
-        raise click.UsageError(f"candidates are compiled for {', '.join(aot.ARCHS)} alone, not for {device.arch}")
+    if tuning.table_arch(device.arch) not in names.ARCHS:
+        raise click.UsageError(f"candidates are compiled for {', '.join(names.ARCHS)} alone, not for {device.arch}")
+    return device.arch
 
 
 def resources_folder() -> Path:
@@ -508,3 +475,9 @@ COLUMNS = {
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     same = row["before"] == row["config"]
     return {"chosen": tile(row["config"]), "was": "same" if same else tile(row["before"])}
+
+
+def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
+    """Records as text."""
+    shown = [{**row, **_shown(row)} for row in records] if output == "md" else records
+    return record.render(shown, output, COLUMNS)

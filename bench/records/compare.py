@@ -50,6 +50,11 @@ def _key(one: Record) -> str:
     return json.dumps([one["benchmark"], one["implementation"], one["case"]], sort_keys=True)
 
 
+def common(before: Sequence[Record], after: Sequence[Record]) -> int:
+    """How many cases are in both."""
+    return len({_key(one) for one in before} & {_key(one) for one in after})
+
+
 def _verdict(old: Record, new: Record, threshold: float) -> str | None:
     if old["status"] != new["status"]:
         return "mended" if new["status"] == "ok" else "broken" if old["status"] == "ok" else "other status"
@@ -106,7 +111,7 @@ def table(rows: Sequence[Record]) -> str:
     return record.render(shown, "md", COLUMNS)
 
 
-def _timed(path: Path) -> list[record.Record]:
+def timed(path: Path) -> list[record.Record]:
     """The records of a file that have a time or could have one: those of compile and prove have neither.
 
     Raises:
@@ -116,30 +121,3 @@ def _timed(path: Path) -> list[record.Record]:
     if not found:
         raise click.ClickException(f"{path} holds no records of measurements")
     return found
-
-
-@click.command("compare")
-@click.argument("before", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("after", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--threshold",
-    type=click.FloatRange(min=0),
-    default=THRESHOLD,
-    show_default=True,
-    help="Share of a time below which nothing counts.",
-)
-@click.option("-o", "output", type=click.Choice(record.FORMATS), default="md", show_default=True)
-def command(before, after, threshold, output) -> None:
-    """What moved beyond the noise from BEFORE to AFTER, two files of records."""
-    old, new = _timed(before), _timed(after)
-    rows = list(moved(old, new, threshold=threshold))
-    for line in other_circumstances(old, new):
-        click.echo(f"note: {line}", err=True)
-    common = len({_key(one) for one in old} & {_key(one) for one in new})
-    click.echo(f"note: {common} cases are in both, {len(old)} before and {len(new)} after", err=True)
-    if not common:
-        raise click.ClickException("the files have no case in common")
-    if output != "md":
-        click.echo(record.render(rows, output, COLUMNS))
-    else:
-        click.echo(table(rows) if rows else f"nothing moved by more than {threshold:.0%} and the noise")

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from ..measure import models, peers
-from . import record
+from .. import names
+from . import record, tables
 
 FORMATS = (".png", ".svg", ".pdf")
 MOST_LABELS = 24  # of the bars of a panel; more would lie over each other
@@ -26,7 +26,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "os^Dv<>PX"
 DASHES = ((), (5, 2), (1, 1.5), (5, 2, 1, 2), (8, 2), (3, 1), (2, 2), (6, 1, 1, 1), (1, 3))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "---", "**")
-LOOKS = dict(zip(peers.PEERS, itertools.count(), strict=False))
+LOOKS: dict[str, int] = {name: place for place, name in enumerate(names.PEERS)}
 LOOKS |= {"jfa": 2, "matrix products": 7, "copy": 7, "contiguous": 3, "engine": 2, "static": 0, "sequential": 6}
 # Of a legend where no place in the axes is free for sure.
 BELOW: Mapping[str, Any] = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}
@@ -210,7 +210,7 @@ def _paged(records: Records) -> Any:
         ax.set_ylabel("GB/s of keys and values")
         case = rows[0]["case"]
         ax.set_title(
-            f"Decoding over pages\n{case['dtype']}, {_heads(case)}",
+            f"Decoding over pages\n{case['dtype']}, {tables.heads(case)}",
             fontsize=10,
         )
     return fig
@@ -338,17 +338,12 @@ def _grouped(records: Records, fields: Sequence[str]) -> list[list[Mapping[str, 
 def _call(row: Mapping[str, Any]) -> str:
     case = row["case"]
     what = {"forward": "forward", "backward": "backward", "both": "forward and backward"}[case["direction"]]
-    return f"{what}\n{case['dtype']}, {_heads(case)}{', causal' if case['causal'] else ''}"
-
-
-def _heads(case: Mapping[str, Any]) -> str:
-    over = f" over {case['kv_heads']}" if case["kv_heads"] != case["heads"] else ""
-    return f"{case['heads']} heads{over} of {case['head_dim']}"
+    return f"{what}\n{case['dtype']}, {tables.heads(case)}{', causal' if case['causal'] else ''}"
 
 
 def _model(row: Mapping[str, Any]) -> str:
     case = row["case"]
-    return f"{case['model']}\n{models.layers(case)}, {case['dtype']}"
+    return f"{case['model']}\n{tables.layers(case)}, {case['dtype']}"
 
 
 def _circumstances(records: Records) -> str:
@@ -364,14 +359,3 @@ def _circumstances(records: Records) -> str:
         first["date"][:10],
     ]
     return " · ".join(itertools.chain(parts))
-
-
-@click.command("plot")
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--plot", "picture", required=True, type=click.Path(dir_okay=False, path_type=Path), help="To be drawn.")
-@click.option("--kind", type=click.Choice(tuple(KINDS)), help="Default: what suits the first record.")
-def command(files, picture, kind) -> None:
-    """Draw the records of FILES, as --save and -o json keep them."""
-    check(picture)
-    save([one for file in files for one in record.load(file)], picture, kind)
-    click.echo(f"{picture} drawn", err=True)

@@ -1,21 +1,17 @@
-"""Records: how a list of them is printed, kept in a file and read again, and what an error makes of one."""
+"""Records: how a list of them is printed, kept in a file and read again. Nothing here imports JAX."""
 
 import csv
 import io
-import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import jfa
-
-FORMATS = ("md", "csv", "json", "jsonl")
+from .. import names
 
 Record = dict[str, Any]
-Heading = Callable[[Mapping[str, Any]], str]
+
+SHORT_DIRECTIONS = {"forward": "fwd", "backward": "bwd"}
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[str, str]) -> str:
@@ -38,36 +34,33 @@ def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[s
 
 def _shown(record: Mapping[str, Any]) -> Record:
     """What a table says of a measurement in fewer words than its fields have."""
-    status = record.get("status")
+    status, name = record.get("status"), record.get("implementation")
     found: Record = {"ms": record.get("time_ms_p50", "n/a" if status in ("unsupported", "missing") else status)}
+    found["what"] = "products" if name == names.MATRIX_PRODUCTS else name
     if direction := field(record, "case.direction"):
-        found["dir"] = {"forward": "fwd", "backward": "bwd"}.get(direction, direction)
+        found["dir"] = SHORT_DIRECTIONS.get(direction, direction)
     if record.get("share_of_peak") is not None:
-        found["peak"] = f"{record['share_of_peak']:.0%}"
+        found["peak"] = percent(record["share_of_peak"])
     if record.get("time_ms_p50"):
-        found["spread"] = f"{(record['time_ms_p80'] - record['time_ms_p20']) / 2 / record['time_ms_p50']:.0%}"
-    if record.get("tokens_per_s_mean"):
-        mean, deviation = record["tokens_per_s_mean"], record["tokens_per_s_deviation"]
-        digits = 0 if mean >= 100 else 1
-        found["t/s"] = f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+        found["spread"] = percent((record["time_ms_p80"] - record["time_ms_p20"]) / 2 / record["time_ms_p50"])
     if record.get("peak_bytes") is not None:
         found["peak_mib"] = record["peak_bytes"] / 2**20
     return found
 
 
-def table_of(columns: Mapping[str, str], heading: Heading | None = None) -> Callable[[Sequence[Record]], str]:
-    """What makes a Markdown table of records, and under it says why some rows have no figures.
+def number(value: float) -> str:
+    """A figure in at most six characters: three digits of it, or all of its whole digits below 100,000."""
+    size = abs(value)
+    if size >= 99_999.5:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    if 0 < size < 0.01:
+        return f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:,.0f}" if size >= 99.95 else f"{value:.3g}"
 
-    heading: of a record; those with the same one, side by side, make a table of their own.
-    """
 
-    def table(records: Sequence[Record]) -> str:
-        parts = []
-        for head, rows in itertools.groupby(records, heading or (lambda one: "")):
-            parts += [head, render(list(rows), "md", columns)]
-        return "\n\n".join(part for part in (*parts, refusals(records)) if part)
-
-    return table
+def percent(share: float) -> str:
+    """A share in at most four characters."""
+    return f"{share:.0%}" if share < 9.995 else ">10x"
 
 
 def field(record: Mapping[str, Any], path: str) -> Any:
@@ -82,9 +75,7 @@ def _cell(record: Mapping[str, Any], path: str) -> str:
     value = field(record, path)
     if value is None:
         return ""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def refusals(records: Sequence[Mapping[str, Any]]) -> str:
@@ -95,37 +86,6 @@ def refusals(records: Sequence[Mapping[str, Any]]) -> str:
             line = f"{record['implementation']}: {record['status']}: {record['reason']}"
             counts[line] = counts.get(line, 0) + 1
     return "\n".join(line if count == 1 else f"{line} ({count} times)" for line, count in counts.items())
-
-
-# What a call that cannot serve, or a library that does not know the device, ends in. An AssertionError is not among
-# them: it is a mistake of ours and ends the run.
-REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError, MemoryError, ImportError, OSError, ExceptionGroup)
-
-
-def outcome(error: BaseException) -> Record:
-    """The status and the reason of a record whose implementation has ended in one of REFUSALS."""
-    text = str(error).strip() or type(error).__name__
-    reason = text.splitlines()[0]
-    if isinstance(error, ImportError):
-        return {"status": "missing", "reason": reason}
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-        return {"status": "oom", "reason": reason}
-    if not isinstance(error, jfa.UnsupportedError):
-        reason = f"{type(error).__name__}: {reason}"
-    return {"status": "unsupported", "reason": reason}
-
-
-def tried(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Record], dict[str, Callable[[], Any]]]:
-    """Calls each once: the status and reason of all, and the runs that serve."""
-    found, serve = {}, {}
-    for name, run in runs.items():
-        try:
-            jax.block_until_ready(run())
-        except REFUSALS as refusal:
-            found[name] = outcome(refusal)
-        else:
-            found[name], serve[name] = {"status": "ok", "reason": None}, run
-    return found, serve
 
 
 class File:

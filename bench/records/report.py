@@ -14,32 +14,15 @@ from typing import Any
 
 import click
 
-from ..measure import accuracy, attention, decode, memory, paged, prefill, throughput
-from ..proof import aot
-from ..proof.ops import PAGED_DTYPES
+from .. import names
 from . import plot, record
+from .tables import VIEWS
 
 RESULTS = Path(__file__).parents[1] / "results"
 DTYPES = {
     "16 bits": ("bfloat16", "float16"),
-    "16 bits on quantized pages": tuple(dtype for dtype in PAGED_DTYPES if " on " in dtype),
+    "16 bits on quantized pages": tuple(dtype for dtype in names.PAGED_DTYPES if " on " in dtype),
     "float32": ("float32",),
-}
-
-# What a benchmark's records look like in a table; those of others are left to their own commands.
-TABLES = {
-    "attention": attention.table,
-    "prefill": prefill.table,
-    "decode": decode.table,
-    **{
-        name: record.table_of(columns)
-        for name, columns in {
-            "paged": paged.COLUMNS,
-            "throughput": throughput.COLUMNS,
-            "memory": memory.COLUMNS,
-            "accuracy": accuracy.COLUMNS,
-        }.items()
-    },
 }
 
 # Fields of a case that a table is told by; records of earlier versions lack some.
@@ -58,7 +41,7 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     """
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     kernels = dict.fromkeys(row["kernel"] for row in compiled)
-    lines = [["kernel", *aot.ARCHS], ["---"] * (1 + len(aot.ARCHS))]
+    lines = [["kernel", *names.ARCHS], ["---"] * (1 + len(names.ARCHS))]
     for kernel in kernels:
         for name, dtypes in DTYPES.items():
             if not any(row["kernel"] == kernel and row["dtype"] in dtypes for row in compiled):
@@ -72,7 +55,7 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
                         if r["arch"] == arch and r["dtype"] in dtypes and kernel in r.get("kernels", ())
                     ],
                 )
-                for arch in aot.ARCHS
+                for arch in names.ARCHS
             ]
             lines.append([f"`{kernel}`, {name}", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -99,7 +82,7 @@ def gather(folder: Path) -> dict[str, list[record.Record]]:
     Raises:
       ValueError: there are none.
     """
-    found: dict[str, list[record.Record]] = {name: [] for name in TABLES}
+    found: dict[str, list[record.Record]] = {name: [] for name in VIEWS}
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")]):
         records = record.load(file)
         usable = [one for one in records if all(name in one["case"] for name in NEEDS.get(one["benchmark"], ()))]
@@ -111,13 +94,15 @@ def gather(folder: Path) -> dict[str, list[record.Record]]:
             found.get(one["benchmark"], []).append(one)
     found = {name: records for name, records in found.items() if records}
     if not found:
-        raise ValueError(f"there are no records of {', '.join(TABLES)} in {folder}; jfa-bench all makes some")
+        raise ValueError(f"there are no records of {', '.join(VIEWS)} in {folder}; jfa-bench all makes some")
     return found
 
 
 def markdown(found: Mapping[str, Sequence[record.Record]]) -> str:
     """A section for each benchmark, as README takes it."""
-    return "\n\n".join(f"### {name}\n\n{about(records)}\n\n{TABLES[name](records)}" for name, records in found.items())
+    return "\n\n".join(
+        f"### {name}\n\n{about(records)}\n\n{VIEWS[name].table(records)}" for name, records in found.items()
+    )
 
 
 def about(records: Sequence[Record]) -> str:
@@ -142,7 +127,7 @@ def page(found: Mapping[str, Sequence[record.Record]]) -> str:
     sections = []
     for name, records in found.items():
         figures = "".join(_picture(records, kind) for kind in plot.kinds(records) if kind not in PARTS)
-        text = _tables(TABLES[name](records))
+        text = _tables(VIEWS[name].table(records))
         sections.append(
             f"<section><h2>{name}</h2><p>{html.escape(about(records))}</p>{figures}"
             f"<details><summary>{len(records)} records</summary>{text}</details></section>"
@@ -190,19 +175,6 @@ _PAGE = """<!doctype html>
 @sections@
 </html>
 """
-
-
-@click.command("report")
-@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-def command(folder) -> None:
-    """Tables of the records in FOLDER, and a page of them with pictures: FOLDER/report.html.
-
-    Without a folder: the support table, from the records in bench/results.
-    """
-    if folder is None:
-        click.echo(support(load("compile"), load("prove")))
-        return
-    write(folder)
 
 
 def write(folder: Path) -> None:

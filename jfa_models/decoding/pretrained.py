@@ -7,7 +7,7 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
-from jfa_models.checkpoints.checkpoint import load_params
+from jfa_models.checkpoints.load import load_params
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint

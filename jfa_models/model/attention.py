@@ -167,7 +167,7 @@ class Rotation:
 
     def __init__(self, config: DecoderConfig, rope: RopeConfig, positions: Int[Array, "b t"]):
         self.size = rope.rotary_dim or config.head_dim
-        frequencies = rope.inverse_frequencies(config.head_dim, config.context_length)
+        frequencies = jnp.asarray(rope.inverse_frequencies(config.head_dim, config.context_length), jnp.float32)
         angle = positions[..., None, None].astype(jnp.float32) * frequencies
         # [b, t, 1, size / 2]
         self.cos, self.sin = jnp.cos(angle) * rope.attention_factor, jnp.sin(angle) * rope.attention_factor

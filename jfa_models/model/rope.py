@@ -1,15 +1,13 @@
 """Rotary positions: how fast each pair of a head turns, and the scalings that stretch a trained context.
 
-Source: arXiv:2104.09864.
+Plain numbers: nothing here imports an array library. Source: arXiv:2104.09864.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
-import numpy as np
-from jaxtyping import Float
-
-Frequencies = Float[np.ndarray, " pairs"]
+Frequencies = Sequence[float]  # one for each pair of a head that turns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +21,7 @@ class LinearScaling:
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
         """What each inverse frequency is divided by."""
-        return np.full_like(exact, self.factor)
+        return [self.factor] * len(exact)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +47,9 @@ class Llama3Scaling:
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
         """What each inverse frequency is divided by: from 1 (fast) to `factor` (slow)."""
-        turns = self.original_context_length * exact / (2 * math.pi)
-        fast = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return _blend(np.clip(fast, 0.0, 1.0), self.factor)
+        turns = [self.original_context_length * frequency / (2 * math.pi) for frequency in exact]
+        span = self.high_freq_factor - self.low_freq_factor
+        return [_blend((each - self.low_freq_factor) / span, self.factor) for each in turns]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +80,8 @@ class YarnScaling:
             for turns in (self.beta_fast, self.beta_slow)
         )
         first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)
-        slow = np.clip((np.arange(pairs) - first) / (last - first if last != first else 1e-3), 0.0, 1.0)
-        return _blend(1.0 - slow, self.factor)
+        span = last - first if last != first else 1e-3
+        return [_blend(1.0 - (pair - first) / span, self.factor) for pair in range(pairs)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,7 @@ class LongRopeScaling:
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
         """What each inverse frequency is divided by."""
-        return np.asarray(self.long if context_length > self.original_context_length else self.short)
+        return self.long if context_length > self.original_context_length else self.short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +126,7 @@ class ListedScaling:
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
         """What each inverse frequency is divided by."""
-        return np.asarray(self.values)
+        return self.values
 
 
 Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | ListedScaling
@@ -165,13 +163,14 @@ class RopeConfig:
                 f"{len(getattr(self.scaling, listed))}"
             )
 
-    def inverse_frequencies(self, head_dim: int, context_length: int) -> Frequencies:
-        """Radians per position of each pair that turns, float32, scaling included."""
+    def inverse_frequencies(self, head_dim: int, context_length: int) -> tuple[float, ...]:
+        """Radians per position of each pair that turns, scaling included."""
         size = head_dim if self.rotary_dim is None else self.rotary_dim
-        exact = self.theta ** -(np.arange(0, size, 2) / size)
-        if self.scaling is not None:
-            exact = exact / self.scaling.divisors(exact, context_length)
-        return exact.astype(np.float32)
+        exact = tuple(self.theta ** -(i / size) for i in range(0, size, 2))
+        if self.scaling is None:
+            return exact
+        divisors = self.scaling.divisors(exact, context_length)
+        return tuple(frequency / divisor for frequency, divisor in zip(exact, divisors, strict=True))
 
     @property
     def attention_factor(self) -> float:
@@ -191,6 +190,7 @@ def check_positive(where: str, **values: float) -> None:
             raise ValueError(f"{where}: {name} must be a finite number > 0, got {value!r}")
 
 
-def _blend(kept: Frequencies, factor: float) -> Frequencies:
-    """Divisors where `kept` is the share of a frequency that stays as it is."""
+def _blend(kept: float, factor: float) -> float:
+    """The divisor where `kept`, cut to 0 to 1, is the share of a frequency that stays as it is."""
+    kept = min(max(kept, 0.0), 1.0)
     return 1.0 / (kept + (1.0 - kept) / factor)

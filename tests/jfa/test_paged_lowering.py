@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 import jfa
+from jfa_bench.names import PAGED_DTYPES
 from jfa_bench.proof import aot
-from jfa_bench.proof.ops import OPS, PAGED_DTYPES
+from jfa_bench.proof.ops import OPS
 
 PAGED = {op.kernel: op for op in OPS if op.kernel in ("paged_decode_attention", "ragged_paged_attention")}
 ARCHS = ("gfx942", "gfx1100", "sm_90")

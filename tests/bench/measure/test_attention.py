@@ -10,8 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 import jfa
-from jfa_bench import cli, options
+from jfa_bench import cli, names
+from jfa_bench.cli import options
 from jfa_bench.measure import attention, peers, roofline
+from jfa_bench.records import tables
 
 SMALL = ("--heads", "4", "--head-dim", "16", "--samples", "2", "--dtype", "float32")
 
@@ -29,13 +31,13 @@ def run(*arguments):
 
 
 def test_a_record_for_each_length_direction_and_implementation():
-    names = ("reference", "xla", "jax.nn")
-    asked = ("--kv-heads", "2", "--seq-lens", "24", "--direction", "all", "--implementation", ",".join(names))
+    implementations = ("reference", "xla", "jax.nn")
+    asked = ("--kv-heads", "2", "--seq-lens", "24", "--direction", "all", "--implementation", ",".join(implementations))
     done = run("-o", "json", *asked)
     assert done.exit_code == 0
     records = json.loads(done.stdout.splitlines()[-1])
     assert [(r["case"]["direction"], r["implementation"]) for r in records] == [
-        (direction, name) for direction in peers.DIRECTIONS for name in names
+        (direction, name) for direction in names.MEASURED for name in implementations
     ]
     # 4 b n^2 h d, half of it masked; gradients 2.5 times that
     flop = 4 * 24**2 * 4 * 16 * 0.5
@@ -131,9 +133,13 @@ def told(**more):
 def test_tables_fit_a_terminal_and_say_the_peak():
     other = told()["case"] | {"head_dim": 64, "causal": False}
     refused = {"case": other, "implementation": "triton", "status": "unsupported", "reason": "too wide"}
-    lines = attention.table([told(), told(case=other), refused | {"ceilings": {"matrix_tflops": None}}]).splitlines()
-    assert lines[0] == "bfloat16, 32 heads over 8 of 128, causal; matrix peak 659 TFLOP/s, measured"
-    assert "bfloat16, 32 heads over 8 of 64, all keys; matrix peak 659 TFLOP/s, measured" in lines
+    lines = (
+        tables.VIEWS["attention"]
+        .table([told(), told(case=other), refused | {"ceilings": {"matrix_tflops": None}}])
+        .splitlines()
+    )
+    assert lines[0] == "bfloat16, 32 heads over 8 of 128, causal, batch 1; peak 659 TFLOP/s"
+    assert "bfloat16, 32 heads over 8 of 64, all keys, batch 1; peak 659 TFLOP/s" in lines
     assert lines[-1] == "triton: unsupported: too wide"
     assert max(map(len, lines)) <= 80
 
@@ -146,7 +152,7 @@ def test_usual_implementations_are_installed_and_of_the_platform():
 
 def test_torch_says_the_same_where_it_is_installed():
     pytest.importorskip("torch")
-    for direction in peers.DIRECTIONS:
+    for direction in names.MEASURED:
         [one] = measured("torch", direction)
         assert one["status"] == "ok", one["reason"]
 

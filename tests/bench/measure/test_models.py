@@ -8,7 +8,7 @@ import pytest
 from golden import LLAMA3
 
 import jfa
-from jfa_bench import cli
+from jfa_bench import cli, configs
 from jfa_bench.measure import models, roofline
 from jfa_bench.records import record
 from jfa_models.decoding.language_model import LanguageModel
@@ -48,7 +48,7 @@ def test_decode_records_say_what_was_measured_beside_what(bench):
         assert set(one) == FIELDS | more | ({"host_ms_per_step", "config"} if one["implementation"] == "jfa" else set())
         assert (one["benchmark"], one["status"], one["reason"]) == ("decode", "ok", None)
         assert (one["case"]["model"], one["case"]["dtype"]) == (str(LLAMA3), "float32")
-        assert one["case"]["layers"] == one["case"]["of_layers"] == models.config_of(str(LLAMA3)).num_layers
+        assert one["case"]["layers"] == one["case"]["of_layers"] == configs.config_of(str(LLAMA3)).num_layers
         assert len(one["samples_ms"]) == 3 and min(one["samples_ms"]) > 0
         assert one["time_ms_p20"] <= one["time_ms_p50"] <= one["time_ms_p80"]
         assert one["tokens_per_s"] == pytest.approx(one["case"]["batch"] / one["time_ms_p50"] * 1e3, rel=1e-2)
@@ -56,7 +56,7 @@ def test_decode_records_say_what_was_measured_beside_what(bench):
         assert one["device"]["platform"] == jax.default_backend() and one["versions"]["jax"] == jax.__version__
     # keys and values of 5 tokens come to the weights
     products, jfa = records[:2]
-    c = models.config_of(str(LLAMA3))
+    c = configs.config_of(str(LLAMA3))
     read = [one["gb_per_s"] * one["time_ms_p50"] * 1e6 for one in (products, jfa)]
     kv_bytes = 2 * 5 * c.num_layers * c.num_kv_heads * c.head_dim * 4
     assert read[1] - read[0] == pytest.approx(kv_bytes, rel=0.2)
@@ -69,7 +69,7 @@ def test_prefill_stands_beside_its_products_and_the_plain_formula(bench):
     products, plain, jfa = (json.loads(line) for line in out.splitlines())
     assert [one["implementation"] for one in (products, plain, jfa)] == [models.LIMIT, "reference", "jfa"]
     assert set(products) == FIELDS and set(jfa) == set(plain) == FIELDS | {"speedup", "config"}
-    assert jfa["case"]["layers"] == 2 and jfa["case"]["of_layers"] == models.config_of(str(LLAMA3)).num_layers
+    assert jfa["case"]["layers"] == 2 and jfa["case"]["of_layers"] == configs.config_of(str(LLAMA3)).num_layers
     assert jfa["tokens_per_s"] == pytest.approx(2 * 20 / jfa["time_ms_p50"] * 1e3, rel=1e-2)
     assert jfa["config"]["backend"] == "xla" and plain["config"] == {"backend": "reference", "forward": None}
     assert products["share_of_peak"] == 1 and plain["speedup"] == 1

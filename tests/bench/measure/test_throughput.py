@@ -10,7 +10,7 @@ import pytest
 from golden import GOLDEN
 from tiny_model import folder_with_text
 
-from jfa_bench import cli
+from jfa_bench import cli, names
 from jfa_bench.measure import throughput
 
 ASKED = dict(num_prompts=400, input_len=512, output_len=1024, request_rate=math.inf, vocab_size=99, seed=3)
@@ -40,7 +40,7 @@ def test_a_trace_is_a_function_of_its_seed():
 def test_lengths_are_drawn_as_their_name_says():
     lengths = {
         name: [(len(one.prompt), one.output_len) for one in throughput.trace(lengths=name, **ASKED)]
-        for name in throughput.LENGTHS
+        for name in names.LENGTHS
     }
     assert set(lengths["fixed"]) == {(512, 1024)}
     prompts, answers = zip(*lengths["sharegpt"], strict=True)

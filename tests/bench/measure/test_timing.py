@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from jfa_bench import names
 from jfa_bench.measure import timing
 
 
@@ -32,7 +33,7 @@ class Clock:
     [
         ([5, 5], 2),
         ([900, 80, 40, 20, 10, 10.5, 10], 6),  # the first within a tenth of the one before
-        ([10, 5] * 9, timing.WARM_UP_CALLS),  # never stable
+        ([10, 5] * 9, names.WARM_UP_CALLS),  # never stable
         ([3000, 1500, 1500], 1),  # too slow to wait for
     ],
 )

@@ -12,6 +12,7 @@ from jfa import tuning
 from jfa.device import describe, probe
 from jfa.kernels.triton import flash
 from jfa.types import Operands
+from jfa_bench import names
 from jfa_bench.proof import aot
 
 CONFIG = jfa.FlashConfig(block_q=64, block_kv=16, num_warps=4, num_stages=1)
@@ -36,7 +37,7 @@ def compiled():
     return compile
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", names.ARCHS)
 def test_under_a_target_jfa_sees_that_architecture(arch):
     before = probe()
     with aot.target(arch) as info:
@@ -44,7 +45,7 @@ def test_under_a_target_jfa_sees_that_architecture(arch):
     assert probe() == before
 
 
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", names.ARCHS)
 def test_a_plain_call_lowers_to_one_kernel_with_the_configuration_of_the_architecture(arch):
     [kernel] = aot.lower(attention(None), *SHAPES, arch=arch)
     with aot.target(arch) as info:

@@ -8,6 +8,7 @@ import click
 import pytest
 
 import jfa
+from jfa_bench import cli, names
 from jfa_bench.proof import aot, compile, machine_code, ops
 from jfa_bench.proof.compile import Case, compile_all, compile_case
 from jfa_models.cli import run
@@ -23,7 +24,7 @@ FIELDS = {  # DESIGN.md, "Public surface"
 @pytest.fixture
 def bench(monkeypatch, capsys):
     """Runs the command and returns (exit status, stdout, stderr)."""
-    group = click.Group("jfa-bench", commands=[compile.command])
+    group = click.Group("jfa-bench", commands=[cli.proof.compile_command])
 
     def run_it(*arguments):
         monkeypatch.setattr(sys, "argv", ["jfa-bench", *map(str, arguments)])
@@ -45,7 +46,7 @@ def records():
 
 
 def test_the_table_has_a_row_for_every_kernel_dtype_head_dim_and_architecture():
-    rows = compile.cases(aot.ARCHS)
+    rows = compile.cases(names.ARCHS)
     assert len(rows) == len(set(rows)) == sum(8 * len(op.dtypes) * 4 for op in ops.OPS)  # archs, dtypes, head_dims
     assert {row.kernel for row in rows} >= {"flash_attention", "flash_attention_dq", "flash_attention_dkv"}
     few = compile.cases(["gfx942"], dtypes=["float16"], head_dims=[64, 128])

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import jfa
-from jfa_bench import cli
+from jfa_bench import cli, names
 from jfa_bench.proof import aot, emulate, proofs, prove
 from jfa_bench.truth import cases, paged_cases
 
@@ -25,7 +25,7 @@ def truth():
     return cases.truth_of(CASE, "float16", seed=0)
 
 
-@pytest.mark.parametrize("arch", emulate.ARCHS)
+@pytest.mark.parametrize("arch", names.EXECUTED_ARCHS)
 def test_forward_and_backward_run_as_machine_code(arch):
     truth = cases.truth("everything", "bfloat16")
     for proof, kernels in (
@@ -37,7 +37,7 @@ def test_forward_and_backward_run_as_machine_code(arch):
         assert set(found.kernels) == kernels
 
 
-@pytest.mark.parametrize("arch", emulate.ARCHS)
+@pytest.mark.parametrize("arch", names.EXECUTED_ARCHS)
 @pytest.mark.parametrize("name", ["int8_odd", "chunk_int4"])
 def test_attention_over_pages_runs_as_machine_code(name, arch):
     found = proofs.over_pages(paged_cases.truth(name, "bfloat16"), arch)
@@ -113,7 +113,7 @@ def test_the_process_ends_with_that_status(monkeypatch):
         prove.pool,
         "each",
         lambda *args, **more: [
-            {"status": "wrong", "op": "", "arch": "", "direction": "", "dtype": "", "head_dim": "", "reason": ""}
+            {"status": "wrong", "op": "", "arch": "", "direction": "forward", "dtype": "", "head_dim": "", "reason": ""}
         ],
     )
     monkeypatch.setattr("sys.argv", ["jfa-bench", "prove", "--quick"])

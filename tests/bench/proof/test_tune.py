@@ -13,6 +13,7 @@ import pytest
 import jfa
 from jfa import tuning
 from jfa.device import describe
+from jfa_bench import cli, names
 from jfa_bench.proof import aot, compile, machine_code, ops, tune
 from jfa_models.cli import run
 
@@ -149,7 +150,7 @@ class Paper:
 
 
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.kernel)
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("arch", names.ARCHS)
 def test_a_sweep_finds_an_entry_for_every_dtype_and_head_dim(arch, op):
     choices = tune.offline(op, arch, Paper())
     assert set(choices) == keys(op)
@@ -261,7 +262,7 @@ def bench(monkeypatch, capsys):
     """Runs the command with a compiler of paper and returns (exit status, stdout, stderr)."""
     monkeypatch.setattr(tune, "compile_all", Paper())
     monkeypatch.setattr(aot, "triton_version", lambda: "3.9.0")
-    group = click.Group("jfa-bench", commands=[tune.command])
+    group = click.Group("jfa-bench", commands=[cli.proof.tune_command])
 
     def run_it(*arguments):
         monkeypatch.setattr(sys, "argv", ["jfa-bench", "tune", *map(str, arguments)])

@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 import jfa
-from jfa_bench.records import output, record
+from jfa_bench.cli import options
+from jfa_bench.measure import outcome
+from jfa_bench.records import record, tables
 
 RECORDS = [
     {"benchmark": "decode", "case": {"batch": 8}, "time_ms_p50": 12.3456, "tokens_per_s": 12345.6},
@@ -48,12 +50,27 @@ def test_json_keeps_every_field():
 def test_a_table_has_few_words_for_many_fields():
     one = {"time_ms_p20": 9.0, "time_ms_p50": 10.0, "time_ms_p80": 11.0, "peak_bytes": 2**21, "share_of_peak": 0.654}
     one["case"] = {"direction": "backward"}
-    rates = {"tokens_per_s_mean": 29.18, "tokens_per_s_deviation": 0.37}
-    columns = {name: name for name in ("ms", "spread", "t/s", "peak_mib", "peak", "dir")}
-    lines = record.render([one | rates, {"status": "oom"}, {"status": "missing"}], "md", columns).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["10", "10%", "29.2 ± 0.4", "2", "65%", "bwd"]
-    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["oom", *[""] * 5]
-    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == ["n/a", *[""] * 5]
+    columns = {name: name for name in ("ms", "spread", "peak_mib", "peak", "dir")}
+    lines = record.render([one, {"status": "oom"}, {"status": "missing"}], "md", columns).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["10", "10%", "2", "65%", "bwd"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["oom", *[""] * 4]
+    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == ["n/a", *[""] * 4]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.0, "0"), (0.00023456, "2e-4"), (0.00994, "1e-2"), (0.0123456, "0.0123"), (1 / 3, "0.333")),
+        *((12.345, "12.3"), (99.94, "99.9"), (99.96, "100"), (1234.5, "1,234"), (99_999.4, "99,999"), (1e5, "1.0e5")),
+        *((123_456_789.0, "1.2e8"), (9.99e12, "1.0e13"), (1e-12, "1e-12")),
+    ],
+)
+def test_a_figure_has_at_most_six_characters(value, text):
+    assert record.number(value) == text and len(text) <= 6
+
+
+def test_a_share_has_at_most_four_characters():
+    assert [record.percent(share) for share in (0.0, 0.0451, 0.999, 9.99, 12.0)] == ["0%", "5%", "100%", "999%", ">10x"]
 
 
 def test_refusals_are_told_once():
@@ -76,15 +93,15 @@ def test_refusals_are_told_once():
     ],
 )
 def test_an_error_is_a_status_and_a_reason(error, status, reason):
-    assert isinstance(error, record.REFUSALS)
-    assert record.outcome(error) == {"status": status, "reason": reason}
+    assert isinstance(error, outcome.REFUSALS)
+    assert outcome.of(error) == {"status": status, "reason": reason}
 
 
 def test_what_cannot_run_is_left_out():
     def refuses():
         raise NotImplementedError("not here")
 
-    found, serve = record.tried({"a": lambda: 1, "b": refuses})
+    found, serve = outcome.tried({"a": lambda: 1, "b": refuses})
     assert list(serve) == ["a"] and found["a"]["status"] == "ok"
     assert found["b"] == {"status": "unsupported", "reason": "NotImplementedError: not here"}
 
@@ -127,9 +144,17 @@ ROWS = [
 ]
 
 
-def present(*arguments, interrupted_after=None):
+@pytest.fixture
+def present(monkeypatch):
+    """Runs a command that presents ROWS."""
+    view = tables.View({"what": "what", "figure": "figure"})
+    monkeypatch.setattr(tables, "VIEWS", {"b": view})
+    return _present
+
+
+def _present(*arguments, interrupted_after=None):
     @click.command()
-    @output.output_options
+    @options.output_options
     def command(output):
         def rows():
             for i, row in enumerate(ROWS):
@@ -137,12 +162,12 @@ def present(*arguments, interrupted_after=None):
                     raise KeyboardInterrupt
                 yield row
 
-        output.present(rows(), {"implementation": "what", "figure": "figure"}, total=3, doing="b")
+        output.present(rows(), "b", total=3)
 
     return CliRunner().invoke(command, [*map(str, arguments)])
 
 
-def test_records_go_to_stdout_and_into_a_file(tmp_path):
+def test_records_go_to_stdout_and_into_a_file(present, tmp_path):
     done = present("--save", tmp_path / "a.json", "-o", "jsonl")
     assert done.exit_code == 0 and [json.loads(line) for line in done.stdout.splitlines()] == ROWS
     assert record.load(tmp_path / "a.json") == ROWS
@@ -151,7 +176,7 @@ def test_records_go_to_stdout_and_into_a_file(tmp_path):
     assert present().stdout.splitlines()[2:] == ["| x    | 0      |", "| y    | 1      |", "| z    | 2      |"]
 
 
-def test_ctrl_c_keeps_what_came(tmp_path):
+def test_ctrl_c_keeps_what_came(present, tmp_path):
     done = present("--save", tmp_path / "a.json", "-o", "json", interrupted_after=2)
     assert done.exit_code == 130 and json.loads(done.stdout) == ROWS[:2]
     assert done.stderr == "interrupted: 2 of 3 records were kept\n"
@@ -167,6 +192,6 @@ def test_ctrl_c_keeps_what_came(tmp_path):
         (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_anything_runs(arguments, message):
+def test_what_cannot_be_written_is_said_before_anything_runs(present, arguments, message):
     done = present(*arguments, interrupted_after=0)
     assert done.exit_code in (1, 2) and message in " ".join(done.stderr.split())

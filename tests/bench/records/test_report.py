@@ -8,8 +8,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from jfa_bench import cli
-from jfa_bench.proof import aot
+from jfa_bench import cli, names
 from jfa_bench.records import report
 
 needs_matplotlib = pytest.mark.skipif(
@@ -28,7 +27,7 @@ def proven(**more):
 
 def cell(compile_records, prove_records, arch="gfx942"):
     first = report.support(compile_records, prove_records).splitlines()[2]
-    return first.split(" | ")[1 + aot.ARCHS.index(arch)].strip(" |")
+    return first.split(" | ")[1 + names.ARCHS.index(arch)].strip(" |")
 
 
 def test_a_kernel_is_executed_when_every_proof_held():

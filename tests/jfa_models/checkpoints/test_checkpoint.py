@@ -16,7 +16,7 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType
 from golden import LLAMA3
 
-from jfa_models.checkpoints.checkpoint import load_params
+from jfa_models.checkpoints.load import load_params
 from jfa_models.checkpoints.locate import locate
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.checkpoints.tensors import StoredTensor
@@ -526,7 +526,7 @@ def test_smollm2_is_read_as_gguf_s_own_reader_and_dequantizer_see_it():
 MEASURE = """
 import sys
 import jax, numpy as np
-from jfa_models.checkpoints.checkpoint import load_params
+from jfa_models.checkpoints.load import load_params
 from jfa_models.checkpoints.reader import open_checkpoint
 
 def resident_kib(key):

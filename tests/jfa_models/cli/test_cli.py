@@ -107,7 +107,7 @@ def test_what_jax_cannot_do_on_this_machine_is_one_line(jfa, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("Unable to initialize backend 'foo'")
 
-    monkeypatch.setattr("jfa_models.cli.from_pretrained", fail)
+    monkeypatch.setattr("jfa_models.cli.running.from_pretrained", fail)
     status, out, err = jfa("generate", "hi")
     assert (status, out, err) == (2, "", "jfa: Unable to initialize backend 'foo'\n")
 
@@ -182,7 +182,7 @@ def test_an_interrupt_is_quiet(jfa, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "from_pretrained", interrupted)
+    monkeypatch.setattr("jfa_models.cli.running.from_pretrained", interrupted)
     status, out, err = jfa("generate", "x")
     assert (status, out, err.strip()) == (130, "", "")
 

@@ -6,7 +6,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from jfa_bench import cli, suite
+from jfa_bench import cli
+from jfa_bench.cli import suite
 from jfa_bench.records import plot, report
 
 

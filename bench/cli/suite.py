@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .records import plot, report
+from ..records import plot, report
 
 # File to the command line that fills it. What a machine cannot do becomes rows that say so.
 FULL: Mapping[str, str] = {
@@ -41,7 +41,7 @@ QUICK: Mapping[str, str] = {
     help="Of the records and the page.",
 )
 @click.pass_context
-def command(context, quick, folder) -> None:
+def all_command(context, quick, folder) -> None:
     """Every measurement, and a page of them: --quick, or a night on a GPU."""
     folder.mkdir(parents=True, exist_ok=True)
     plot.check(folder / "report.svg")

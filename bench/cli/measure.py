@@ -1,0 +1,311 @@
+"""The commands that measure."""
+
+import itertools
+import math
+
+import click
+
+from jfa_models.cli.base import model_options
+from jfa_models.decoding.options import DTYPES, KV_DTYPES
+
+from .. import configs, names
+from . import options
+
+SHAPES = ("seq_lens", "batch", "heads", "kv_heads", "head_dim", "causal")  # what a grid decides
+
+
+@click.command("attention")
+@click.option(
+    "--seq-lens", type=options.Counts(), default="256:4096:64", show_default=True, help="Of queries and keys."
+)
+@click.option("--batch", type=options.Counts(), default="1", show_default=True)
+@click.option("--heads", type=options.COUNT, default=32, show_default=True)
+@click.option("--kv-heads", type=options.COUNT, default=None, help="As many as --heads.")
+@click.option("--head-dim", type=options.Counts(), default="128", show_default=True)
+@click.option(
+    "--dtype", type=options.Names("dtype", ("float16", "bfloat16", "float32")), default="float16", show_default=True
+)
+@click.option("--causal/--no-causal", default=True, show_default=True)
+@click.option("--grid", type=click.Choice(("fa2",)), help="The shapes of the FlashAttention papers instead.")
+@click.option(
+    "--direction", type=options.Names("direction", names.MEASURED), default="forward,backward", show_default=True
+)
+@click.option(
+    "--implementation",
+    type=options.Names("implementation", names.PEERS),
+    default=None,
+    help="Default: those that are installed and made for this platform.",
+)
+@click.option("--device-time", is_flag=True, help="Add the profiler's time on the device.")
+@options.measurement_options
+@click.pass_context
+def attention_command(
+    context,
+    seq_lens,
+    batch,
+    heads,
+    kv_heads,
+    head_dim,
+    dtype,
+    causal,
+    grid,
+    direction,
+    implementation,
+    device_time,
+    samples,
+    output,
+) -> None:
+    """The op beside the plain formula and what others have; right before it is fast."""
+    if heads % (kv_heads or heads):
+        raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
+    given = [name for name in SHAPES if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if grid and given:
+        raise click.UsageError(f"--grid has shapes of its own: leave out --{given[0].replace('_', '-')}")
+
+    from jfa.device import probe
+
+    from ..measure import attention, peers
+
+    shapes = itertools.product(dtype, head_dim, batch, seq_lens)
+    cases = [
+        attention.Case(
+            batch=b, length=n, heads=heads, kv_heads=kv_heads or heads, head_dim=d, dtype=name, causal=causal
+        )
+        for name, d, b, n in shapes
+    ]
+    if grid:
+        cases = [case for name in dtype for case in attention.fa_grid(name)]
+    if implementation is None:
+        implementation = peers.usual(probe().platform)
+    records = attention.measure(
+        cases, directions=direction, implementations=implementation, samples=samples, device_time=device_time
+    )
+    total = len(cases) * len(direction) * len(implementation)
+    output.present(records, "attention", total=total)
+
+
+@click.command("accuracy")
+@click.option("--kv-dtype", type=options.Names("kv dtype", KV_DTYPES), default="all", show_default=True)
+@click.option("--text", type=click.File(), required=True, help="To be surprised by, such as LICENSE.")
+@click.option("--tokens", type=options.COUNT, default=1024, show_default=True, help="Of the text.")
+@click.option("--new-tokens", type=options.COUNT, default=64, show_default=True, help="Greedy ones, per prompt.")
+@model_options
+@options.output_options
+def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -> None:
+    """What quantized pages cost a model: perplexity, and what it writes."""
+    from jfa_models import from_pretrained
+
+    from ..measure import accuracy
+
+    language_models = {
+        name or "float": from_pretrained(model, dtype=dtype, cache="paged", kv_dtype=name) for name in (None, *kv_dtype)
+    }
+    records = accuracy.measure(language_models, text.read(), tokens=tokens, new_tokens=new_tokens)
+    output.present(records, "accuracy", total=len(language_models))
+
+
+@click.command("memory")
+@click.option("--data", type=options.Names("data set", names.DATA_SETS), default="all", show_default=True)
+@click.option("--page-size", type=options.Counts(), default="16", show_default=True)
+@click.option("--steps", type=click.IntRange(min=10), default=500, show_default=True)
+@options.output_options
+def memory_command(data, page_size, steps, output) -> None:
+    """What pages save, by the allocator's books on simulated requests."""
+    from ..measure import memory
+
+    records = memory.measure(data_sets=data, page_sizes=page_size, steps=steps)
+    output.present(records, "memory", total=len(data) * len(page_size) * len(memory.WAYS))
+
+
+@click.command("paged")
+@click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
+@click.option("--context", type=options.Counts(), default="2048", show_default=True, help="Tokens of each row.")
+@click.option("--page-size", type=options.Counts(), default="16", show_default=True)
+@click.option("--kv-dtype", type=options.Names("kv dtype", names.PAGE_KINDS), default="same,int8", show_default=True)
+@click.option("--heads", type=options.COUNT, default=8, show_default=True)
+@click.option("--kv-heads", type=options.COUNT, default=2, show_default=True)
+@click.option("--head-dim", type=options.COUNT, default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
+@click.option("--implementation", type=click.Choice(("xla", "triton", "reference")), help="Default: jfa's choice.")
+@options.measurement_options
+def paged_command(
+    batch, context, page_size, kv_dtype, heads, kv_heads, head_dim, dtype, implementation, samples, output
+) -> None:
+    """Decoding over pages, beside the contiguous cache and a copy of the same bytes."""
+    if heads % kv_heads:
+        raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
+
+    from ..measure import paged
+
+    records = paged.measure(
+        batches=batch,
+        contexts=context,
+        page_sizes=page_size,
+        kv_dtypes=kv_dtype,
+        heads=(heads, kv_heads),
+        head_dim=head_dim,
+        dtype=dtype,
+        implementation=implementation,
+        samples=samples,
+    )
+    total = len(batch) * len(context) * (2 + len(page_size) * len(kv_dtype))
+    output.present(records, "paged", total=total)
+
+
+@click.command("throughput")
+@click.option("--num-prompts", type=options.COUNT, default=64, show_default=True)
+@click.option("--lengths", type=click.Choice(names.LENGTHS), default="skewed", show_default=True)
+@click.option("--input-len", type=options.COUNT, default=64, show_default=True, help="The longest prompt.")
+@click.option("--output-len", type=options.COUNT, default=256, show_default=True, help="The longest answer.")
+@click.option(
+    "--request-rate", type=click.FloatRange(min=0, min_open=True), default=math.inf, help="Per second; all at once."
+)
+@click.option("--max-concurrency", type=options.COUNT, help="Requests in the engine at a time.")
+@click.option("--max-num-seqs", type=options.COUNT, default=32, show_default=True, help="Rows of a step.")
+@click.option("--n", type=options.COUNT, default=1, show_default=True, help="Samples of each prompt.")
+@click.option("--beam-width", type=click.IntRange(1, 10), help="Search instead of sampling.")
+@click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of quantized pages.")
+@click.option("--page-size", type=options.COUNT, default=16, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--implementation", type=options.Names("implementation", names.BATCHING), default="static,engine")
+@model_options
+@options.output_options
+def throughput_command(
+    num_prompts,
+    lengths,
+    input_len,
+    output_len,
+    request_rate,
+    max_concurrency,
+    max_num_seqs,
+    n,
+    beam_width,
+    kv_dtype,
+    page_size,
+    seed,
+    implementation,
+    model,
+    dtype,
+    output,
+) -> None:
+    """Requests of all lengths through the engine, beside batches that wait for their longest row."""
+    if n > 1 and beam_width is not None:
+        raise click.UsageError("--n and --beam-width exclude each other")
+
+    from jfa_models import from_pretrained
+
+    from ..measure import throughput
+
+    language_model = from_pretrained(model, dtype=dtype)
+    arrivals = throughput.trace(
+        num_prompts=num_prompts,
+        lengths=lengths,
+        input_len=input_len,
+        output_len=output_len,
+        request_rate=request_rate,
+        vocab_size=language_model.config.vocab_size,
+        seed=seed,
+    )
+    case = {"model": model, "dtype": language_model.dtype.name, "num_prompts": num_prompts, "lengths": lengths}
+    case |= {"input_len": input_len, "output_len": output_len, "max_num_seqs": max_num_seqs, "seed": seed}
+    case |= {"request_rate": request_rate if math.isfinite(request_rate) else None, "kv_dtype": kv_dtype}
+    records = throughput.measure(
+        language_model,
+        arrivals,
+        case=case | {"max_concurrency": max_concurrency, "page_size": page_size, "n": n, "beam_width": beam_width},
+        implementations=implementation,
+        max_num_seqs=max_num_seqs,
+        max_concurrency=max_concurrency,
+        n=n,
+        beam_width=beam_width,
+        engine_options={"kv_dtype": kv_dtype, "page_size": page_size},
+    )
+    output.present(records, "throughput", total=len(implementation))
+
+
+@click.command("decode")
+@click.option("--models", type=options.Models(), default="smollm2", show_default=True)
+@click.option("--layers", type=options.COUNT, help="Only the first ones of each, for small machines.")
+@click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
+@click.option("--context", type=options.Counts(), default="128", show_default=True, help="Tokens in the cache before.")
+@click.option(
+    "--implementation",
+    type=options.Names("implementation", names.IMPLEMENTATIONS),
+    default="jfa",
+    show_default=True,
+    help="Of attention; jfa: what it chooses.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+@options.measurement_options
+def decode_command(models, layers, batch, context, implementation, dtype, samples, output) -> None:
+    """One token after another, beside the matrix products of a step alone and the bandwidth of a copy."""
+    for name in models:
+        room = configs.config_of(name, layers).context_length - configs.decoded_tokens(samples)
+        if max(context) > room:
+            raise click.BadParameter(
+                f"{name} has room for {room} tokens and those that are timed, got {max(context)}",
+                param_hint="--context",
+            )
+
+    from ..measure import decode
+
+    records = decode.measure(
+        models,
+        layers=layers,
+        batches=batch,
+        contexts=context,
+        implementations=implementation,
+        dtype=dtype,
+        samples=samples,
+    )
+    total = len(models) * len(batch) * len(context) * (1 + len(implementation))
+    output.present(records, "decode", total=total)
+
+
+@click.command("prefill")
+@click.option("--models", type=options.Models(), default="mistral-7b,llama-3-8b,phi-2", show_default=True)
+@click.option("--layers", type=options.COUNT, help="Only the first ones of each, for small machines.")
+@click.option("--seq-lens", type=options.Counts(), default="512,1024,2048", show_default=True, help="Of the prompt.")
+@click.option("--batch", type=options.COUNT, default=1, show_default=True)
+@click.option(
+    "--implementation",
+    type=options.Names("implementation", names.IMPLEMENTATIONS),
+    default="reference,jfa",
+    show_default=True,
+    help="Of attention; jfa: what it chooses.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+@options.measurement_options
+def prefill_command(models, layers, seq_lens, batch, implementation, dtype, samples, output) -> None:
+    """A prompt's way through whole models, with jfa's attention and with the plain formula."""
+    for name in models:
+        config = configs.config_of(name, layers)
+        if max(seq_lens) > config.context_length:
+            raise click.BadParameter(
+                f"{name} has a context of {config.context_length} tokens, got {max(seq_lens)}", param_hint="--seq-lens"
+            )
+
+    from ..measure import prefill
+
+    records = prefill.measure(
+        models,
+        layers=layers,
+        batch=batch,
+        seq_lens=seq_lens,
+        implementations=implementation,
+        dtype=dtype,
+        samples=samples,
+    )
+    total = len(models) * len(seq_lens) * (1 + len(implementation))
+    output.present(records, "prefill", total=total)
+
+
+COMMANDS = (
+    attention_command,
+    paged_command,
+    prefill_command,
+    decode_command,
+    throughput_command,
+    accuracy_command,
+    memory_command,
+)

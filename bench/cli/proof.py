@@ -1,0 +1,89 @@
+"""The commands about code: kernels compiled, proven and tuned for cards that need not be there."""
+
+import click
+
+from .. import names
+from . import options
+
+ARCHS = options.Names("architecture", names.ARCHS)
+OPS = options.Names("op", names.OPS)
+OPS_AND_KERNELS = options.Names("op", tuple(dict.fromkeys((*names.OPS, *names.KERNELS))))
+DIRECTIONS = options.Names("direction", names.DIRECTIONS)
+HEAD_DIMS = options.Names("head_dim", tuple(map(str, sorted((*names.HEAD_DIMS, *names.BETWEEN)))))
+
+direction_option = click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
+kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_default=True)
+
+
+@click.command("compile")
+@click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"Of {', '.join(names.ARCHS)}.")
+@kernels_option
+@direction_option
+@click.option("--dtype", type=options.Names("dtype", names.PAGED_DTYPES), default="all", show_default=True)
+@click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
+@options.processes_option
+@options.format_option
+def compile_command(arch, op, direction, dtype, head_dim, processes, format) -> None:
+    """Registers, spills, LDS and the bound of each kernel on an architecture, compiled without the card."""
+    from ..proof import compile, ops
+
+    circumstances = compile.circumstances()
+    rows = compile.cases(arch, ops=ops.named(op, direction), dtypes=dtype, head_dims=[int(d) for d in head_dim])
+    records = [row | circumstances for row in compile.compile_all(rows, processes=processes)]
+    click.echo(compile.render(records, format))
+
+
+@click.command("prove")
+@click.option("--arch", type=options.Names("architecture", names.EXECUTED_ARCHS), default="all", show_default=True)
+@click.option("--op", type=OPS, default="all", show_default=True)
+@direction_option
+@click.option("--quick", is_flag=True, help="Fewer rows and cases: for CI.")
+@options.processes_option
+@options.format_option
+@click.pass_context
+def prove_command(context, arch, op, direction, quick, processes, format) -> None:
+    """Each kernel as AMD machine code on this CPU, beside an oracle; exit status 1 if one is wrong."""
+    from ..proof import compile, prove
+
+    circumstances = compile.circumstances()
+    records = [row | circumstances for row in prove.prove_all(prove.rows(arch, op, direction, quick=quick), processes)]
+    click.echo(prove.render(records, format))
+    context.exit(int(any(row["status"] != "ok" for row in records)))
+
+
+@click.command("tune")
+@click.option("--offline", is_flag=True, help="By compiled code; without it by measuring this device.")
+@click.option("--arch", type=ARCHS, help=f"With --offline: of {', '.join(names.ARCHS)}, or all.")
+@kernels_option
+@direction_option
+@click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
+@click.option("--folder", type=options.FOLDER, help="Write the tables there instead.")
+@options.processes_option
+@click.option("--samples", type=options.COUNT, default=15, show_default=True, help="Of each measurement.")
+@options.format_option
+def tune_command(offline, arch, op, direction, write, folder, processes, samples, format) -> None:
+    """Choose the tiles of each kernel, by compiled code or on this machine's GPU."""
+    if write and folder:
+        raise click.UsageError("--write and --folder are two places for the same tables; give one")
+    if offline and not arch:
+        raise click.UsageError(f"--offline needs --arch, of {', '.join(names.ARCHS)}, or all")
+
+    from ..proof import compile, ops, tune
+
+    archs = arch if offline else (tune.arch_to_measure(arch),)
+    compile.warn_of_unmet_triton()
+    place = tune.resources_folder() if write else folder
+    records = []
+    for one in ops.named(op, direction):
+        for name in archs:
+            text, rows = tune.tuned(one, name, processes=processes, samples=None if offline else samples)
+            records += rows
+            if place:
+                file = place / name / f"{one.kernel}.json"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+                click.echo(f"wrote {file}", err=True)
+    click.echo(tune.render(records, format))
+
+
+COMMANDS = (compile_command, prove_command, tune_command)

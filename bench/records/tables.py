@@ -1,0 +1,166 @@
+"""How the records of each benchmark look: as a table that fits 80 columns whatever the figures are, and as csv."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from . import record
+from .record import Record
+
+
+class View(NamedTuple):
+    """The columns of a benchmark: field (dots reach inside) to heading.
+
+    more: fields of csv alone. above: what stands above the table of some records; those with the same text, side by
+    side, make a table of their own.
+    """
+
+    columns: Mapping[str, str]
+    more: Mapping[str, str] = {}
+    above: Callable[[Mapping[str, Any]], str] = lambda one: ""
+
+    @property
+    def csv(self) -> dict[str, str]:
+        """All fields."""
+        return {**self.more, **self.columns}
+
+    def table(self, records: Sequence[Record]) -> str:
+        """Markdown tables, and under them why some rows have no figures."""
+        parts = []
+        for above, rows in itertools.groupby(records, self.above):
+            parts += [above, record.render(list(rows), "md", self.columns)]
+        return "\n\n".join(part for part in (*parts, record.refusals(records)) if part)
+
+
+# Of dtypes, where a table has little room.
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float8_e4m3fn": "fp8", "uint8": "int4"}
+
+
+def short_dtype(name: str) -> str:
+    """A dtype, or "bfloat16 on int8", in a few characters."""
+    return " ".join(_SHORT.get(word, word) for word in name.split(" "))
+
+
+def call(case: Mapping[str, Any]) -> str:
+    """The heads, dtype and mask of a call of attention."""
+    return f"{case['dtype']}, {heads(case)}, {'causal' if case['causal'] else 'all keys'}"
+
+
+def heads(case: Mapping[str, Any]) -> str:
+    """How many heads of how many numbers a case has."""
+    over = f" over {case['kv_heads']}" if case["kv_heads"] != case["heads"] else ""
+    return f"{case['heads']} heads{over} of {case['head_dim']}"
+
+
+def layers(case: Mapping[str, Any]) -> str:
+    """How much of a model a case has."""
+    return "all layers" if case["layers"] == case["of_layers"] else f"{case['layers']} of {case['of_layers']} layers"
+
+
+def _above_attention(one: Mapping[str, Any]) -> str:
+    peak = record.field(one, "ceilings.matrix_tflops")
+    measured = f"; peak {record.number(peak)} TFLOP/s" if peak else ""
+    return f"{call(one['case'])}, batch {one['case']['batch']}{measured}"
+
+
+def _above_model(one: Mapping[str, Any]) -> str:
+    return f"{one['case']['model']}, {layers(one['case'])}, {one['case']['dtype']}"
+
+
+def _above_paged(one: Mapping[str, Any]) -> str:
+    return f"{one['case']['batch']} x {one['case']['context']:,} tokens, {one['case']['dtype']}, {heads(one['case'])}"
+
+
+VIEWS: Mapping[str, View] = {
+    "attention": View(
+        {
+            "case.length": "length",
+            "dir": "dir",
+            "what": "what",
+            "ms": "ms",
+            "spread": "±",
+            "tflops": "TFLOP/s",
+            "peak": "peak",
+            "speedup": "x ref",
+            "peak_mib": "MiB",
+        },
+        {"case.batch": "batch"},
+        _above_attention,
+    ),
+    "prefill": View(
+        {
+            "case.seq_len": "tokens",
+            "what": "what",
+            "ms": "ms",
+            "spread": "±",
+            "tokens_per_s": "t/s",
+            "share_of_peak": "of limit",
+            "speedup": "x ref",
+        },
+        {"tokens_per_s_deviation": "t/s ±"},
+        _above_model,
+    ),
+    "decode": View(
+        {
+            "case.batch": "batch",
+            "what": "what",
+            "ms": "ms",
+            "spread": "±",
+            "tokens_per_s": "t/s",
+            "share_of_bandwidth": "of copy",
+            "share_of_peak": "of limit",
+            "host_ms_per_step": "host ms",
+        },
+        {"case.context": "context", "tokens_per_s_deviation": "t/s ±"},
+        lambda one: f"{_above_model(one)}, {one['case']['context']:,} tokens of context",
+    ),
+    "paged": View(
+        {
+            "what": "what",
+            "case.page_size": "page",
+            "case.kv_dtype": "kv",
+            "ms": "ms",
+            "spread": "±",
+            "gb_per_s": "GB/s",
+            "share_of_peak": "of copy",
+            "slowdown": "x contig.",
+        },
+        {"case.batch": "batch", "case.context": "context"},
+        _above_paged,
+    ),
+    "throughput": View(
+        {
+            "what": "what",
+            "tokens_per_s": "t/s",
+            "speedup": "x static",
+            "ttft_ms.p50": "TTFT",
+            "tpot_ms.p50": "TPOT",
+            "itl_ms.p99": "ITL p99",
+            "wasted_share": "wasted",
+            "saved_share": "shared",
+        },
+        {"seconds": "s", "ttft_ms.p99": "TTFT p99"},
+    ),
+    "memory": View(
+        {
+            "case.data": "data",
+            "case.page_size": "page",
+            "case.sampling": "sampling",
+            "case.width": "width",
+            "wasted_share": "wasted",
+            "saved_share": "shared",
+            "reserved_share": "of reserved",
+        }
+    ),
+    "accuracy": View(
+        {
+            "what": "pages",
+            "perplexity": "perplexity",
+            "perplexity_ratio": "x float",
+            "greedy_same": "greedy as float",
+            "bytes_per_token": "bytes",
+            "bytes_ratio": "of float",
+        },
+        above=lambda one: f"{one['case']['tokens']:,} tokens of text; bytes of each token in the cache",
+    ),
+}

@@ -1,0 +1,149 @@
+"""Which backend serves a call: a table per platform, and a sentence for every refusal.
+
+A backend is a module here with the functions of interface.py. It is imported when a call asks what it can do: a CPU
+never waits for Pallas.
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jfa import tuning
+from jfa.backends.interface import FlashBackend, PagedBackend
+from jfa.device import probe
+from jfa.types import AttentionSpec, DeviceInfo, Operands, PagedOperands, UnsupportedError
+
+NAMES = ("reference", "xla", "triton")
+
+# platform: best first. The reference is never chosen, only named.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "rocm": ("triton", "xla"),
+    "cuda": ("triton", "xla"),
+    "tpu": ("xla",),
+    "cpu": ("xla",),
+}
+
+
+# Public names of backends that are planned; named, they are refused with this sentence.
+NOT_BUILT = {"tpu": "a Pallas kernel for TPU is not built yet", "mosaic_gpu": "a Mosaic GPU kernel is not built yet"}
+
+
+def flash(name: str) -> FlashBackend:
+    """A backend of NAMES for attention."""
+    return importlib.import_module(f"jfa.backends.{name}").FLASH
+
+
+def paged(name: str) -> PagedBackend:
+    """A backend of NAMES for attention over pages."""
+    return importlib.import_module(f"jfa.backends.{name}").PAGED
+
+
+Table = Callable[[str], FlashBackend | PagedBackend]
+
+
+def select(
+    implementation: str | None,
+    operands: Any,
+    spec: AttentionSpec,
+    device: DeviceInfo,
+    *,
+    table: Table = flash,
+) -> str:
+    """The name of the backend that serves this call on this device.
+
+    Args:
+      implementation: a backend by name, or None for the first in the platform's table that can.
+      operands: Operands, or PagedOperands with table=paged.
+
+    Raises:
+      ValueError: no such backend.
+      UnsupportedError: the named backend cannot serve the call, or none can; each with its reason.
+    """
+    if implementation is None:
+        reasons = []
+        for name in PREFERENCE.get(device.platform, ("xla",)):
+            reason = table(name).why_not(operands, spec, device)
+            if reason is None:
+                return name
+            reasons.append(f"{name}: {reason}")
+        raise UnsupportedError(f"no attention backend on {device.platform}:\n  " + "\n  ".join(reasons))
+    if implementation not in NAMES and implementation not in NOT_BUILT:
+        known = ", ".join((*NAMES, *NOT_BUILT))
+        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
+    reason = NOT_BUILT.get(implementation) or table(implementation).why_not(operands, spec, device)
+    if reason:
+        raise UnsupportedError(f"implementation={implementation!r}: {reason}; leave it None to let jfa choose")
+    return implementation
+
+
+def check_config(backend: str, wanted: type | None, given) -> None:
+    """Raises ValueError unless a configuration is of the type that the backend takes."""
+    if wanted is None or not isinstance(given, wanted):
+        takes = "no config" if wanted is None else f"a {wanted.__name__}"
+        raise ValueError(f"the {backend} backend takes {takes}, got a {type(given).__name__}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Who serves an op on a device, and why the others do not."""
+
+    op: str
+    backend: str
+    tiles: str  # where the configuration comes from
+    refused: tuple[tuple[str, str], ...]  # (backend, reason)
+
+
+def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
+    """For each op the backend that a plain call gets on this device, and what speaks against the others.
+
+    Args:
+      device: None means the one in use.
+    """
+    device = device or probe()
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+    row: Any = jax.ShapeDtypeStruct((1, 1024, 8, 64), dtype)
+    pages: Any = jax.ShapeDtypeStruct((65, 16, 8, 64), dtype)
+    numbers: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    plain = Operands(row, row, row)
+    decode = PagedOperands(jax.ShapeDtypeStruct((1, 8, 64), dtype), pages, pages, numbers, numbers)  # type: ignore[arg-type]
+    tuned = tuning.flash_config(device.arch, dtype=jnp.dtype(dtype).name, head_dim=64)
+    tuned_paged = functools.partial(
+        tuning.paged_config, arch=device.arch, dtype=jnp.dtype(dtype).name, pages=jnp.dtype(dtype).name, head_dim=64
+    )
+    return (
+        _explained("dot_product_attention", flash, plain, device, tuned is not None),
+        _explained("paged_decode_attention", paged, decode, device, tuned_paged("paged_decode_attention") is not None),
+        _explained(
+            "ragged_paged_attention",
+            paged,
+            decode._replace(query_start=numbers),
+            device,
+            tuned_paged("ragged_paged_attention") is not None,
+        ),
+    )
+
+
+def _explained(op: str, table: Table, operands: Any, device: DeviceInfo, has_table: bool) -> Explanation:
+    spec = AttentionSpec(sm_scale=0.125, causal=True)
+    chosen = select(None, operands, spec, device, table=table)
+    refused = []
+    for name in NAMES:
+        if name == chosen:
+            continue
+        reason = table(name).why_not(operands, spec, device)
+        if reason is None and name == "reference":
+            reason = "holds every score in memory; runs when named"
+        elif reason is None and name == "triton" and device.platform == "cpu":
+            reason = "interpreted on a CPU, slowly; runs when named"
+        refused.append((name, reason or f"comes after {chosen} on {device.platform}; runs when named"))
+    tiles = "defaults"
+    if chosen == "triton":
+        tiles = f"tuning table of {tuning.table_arch(device.arch)}"
+        if not has_table:
+            tiles = f"safe defaults, since no tuning table is for {device.arch}; jfa-bench tune makes one"
+    return Explanation(op=op, backend=chosen, tiles=tiles, refused=(*refused, *NOT_BUILT.items()))

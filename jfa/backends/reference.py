@@ -1,0 +1,36 @@
+"""The plain formula, for those who ask for it by name. JAX differentiates it."""
+
+from jfa.backends.interface import FlashBackend, PagedBackend
+from jfa.reference.attention import attention
+from jfa.reference.paged import paged_attention
+
+
+def _serves(operands, spec, device) -> None:
+    return None
+
+
+def _no_config(operands, device) -> None:
+    return None
+
+
+def _run(operands, spec, config, device):
+    return attention(operands, spec=spec)
+
+
+def _run_paged(operands, spec, config, device):
+    return paged_attention(operands, spec=spec)
+
+
+def _differentiates_itself(*args):
+    raise AssertionError("the reference is differentiated by JAX")
+
+
+FLASH = FlashBackend(
+    why_not=_serves,
+    default_config=_no_config,
+    config_type=None,
+    run=_run,
+    backward_config=_differentiates_itself,
+    run_backward=_differentiates_itself,
+)
+PAGED = PagedBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_paged)

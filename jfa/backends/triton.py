@@ -1,0 +1,71 @@
+"""Pallas kernels through Triton, with the tiles of the architecture's tuning table where it has them, else safe ones.
+
+On a CPU they are interpreted.
+"""
+
+from jfa import tuning
+from jfa.backends.interface import FlashBackend, PagedBackend
+from jfa.kernels.triton import flash, flash_bwd, paged
+from jfa.types import DeviceInfo, FlashConfig, Operands, PagedConfig, PagedOperands
+
+
+def _tuned(operands: Operands, device: DeviceInfo, kernel: str) -> FlashConfig | None:
+    widest = max(operands.q.shape[3], operands.v.shape[3])
+    return tuning.flash_config(device.arch, dtype=operands.q.dtype.name, head_dim=widest, kernel=kernel)
+
+
+def _default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
+    return _tuned(operands, device, "flash_attention") or flash.default_config(operands, device)
+
+
+def _run(operands, spec, config, device):
+    return flash.flash_attention(operands, spec=spec, config=config, interpret=device.platform == "cpu")
+
+
+def _backward_config(operands: Operands, config: FlashConfig, device: DeviceInfo) -> flash_bwd.BackwardConfig:
+    default = flash_bwd.default_config(operands, device)
+    return flash_bwd.BackwardConfig(
+        dq=_tuned(operands, device, "flash_attention_dq") or default.dq,
+        dkv=_tuned(operands, device, "flash_attention_dkv") or default.dkv,
+    )
+
+
+def _run_backward(operands, out, lse, d_out, d_lse, spec, config, device):
+    interpret = device.platform == "cpu"
+    return flash_bwd.flash_attention_bwd(
+        operands, out, lse, d_out, d_lse, spec=spec, config=config, interpret=interpret
+    )
+
+
+def _default_paged_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
+    tuned = tuning.paged_config(
+        "paged_decode_attention" if operands.query_start is None else "ragged_paged_attention",
+        device.arch,
+        dtype=operands.q.dtype.name,
+        pages=operands.k_pages.dtype.name,
+        head_dim=operands.q.shape[2],
+    )
+    return tuned or paged.default_config(operands, device)
+
+
+def _run_paged(operands, spec, config, device):
+    return paged.paged_attention(
+        operands,
+        spec=spec,
+        config=config,
+        num_splits=paged.num_splits(operands, config, device),
+        interpret=device.platform == "cpu",
+    )
+
+
+FLASH = FlashBackend(
+    why_not=flash.why_not,
+    default_config=_default_config,
+    config_type=FlashConfig,
+    run=_run,
+    backward_config=_backward_config,
+    run_backward=_run_backward,
+)
+PAGED = PagedBackend(
+    why_not=paged.why_not, default_config=_default_paged_config, config_type=PagedConfig, run=_run_paged
+)

@@ -1,0 +1,34 @@
+"""Blockwise attention in plain XLA, on any platform."""
+
+from jfa.backends.interface import FlashBackend, PagedBackend
+from jfa.kernels.xla import flash, paged
+from jfa.types import BlockConfig, DeviceInfo, Operands
+
+
+def _run(operands, spec, config, device):
+    return flash.flash_attention(operands, spec=spec, config=config)
+
+
+def _backward_config(operands: Operands, config: BlockConfig, device: DeviceInfo) -> BlockConfig:
+    return config
+
+
+def _run_backward(operands, out, lse, d_out, d_lse, spec, config, device):
+    return flash.flash_attention_bwd(operands, out, lse, d_out, d_lse, spec=spec, config=config)
+
+
+def _run_paged(operands, spec, config, device):
+    return paged.paged_attention(operands, spec=spec, config=config)
+
+
+FLASH = FlashBackend(
+    why_not=flash.why_not,
+    default_config=flash.default_config,
+    config_type=BlockConfig,
+    run=_run,
+    backward_config=_backward_config,
+    run_backward=_run_backward,
+)
+PAGED = PagedBackend(
+    why_not=paged.why_not, default_config=paged.default_config, config_type=BlockConfig, run=_run_paged
+)

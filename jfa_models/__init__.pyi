@@ -1,0 +1,11 @@
+from .decoding.language_model import LanguageModel as LanguageModel
+from .decoding.language_model import Session as Session
+from .decoding.outputs import CompletionOutput as CompletionOutput
+from .decoding.outputs import RequestOutput as RequestOutput
+from .decoding.params import BeamSearchParams as BeamSearchParams
+from .decoding.params import SamplingParams as SamplingParams
+from .decoding.pretrained import from_pretrained as from_pretrained
+from .engine.engine import Engine as Engine
+from .llm import LLM as LLM
+from .model.config import DecoderConfig as DecoderConfig
+from .model.decoder import Decoder as Decoder

@@ -1,0 +1,56 @@
+"""The tensors of a checkpoint as the parameters of a decoder."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jfa_models.checkpoints.checkpoint import Checkpoint
+from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
+
+
+def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """Parameters by name, in the dtype that is expected of each, on the default device.
+
+    One tensor at a time: the peak of host memory is the result (one tensor, on an accelerator) and a chunk.
+
+    Raises:
+      ValueError: tensors are missing, left over or of another shape; all of them are named.
+    """
+    _check_fit(checkpoint, expected)
+    params = {}
+    for name, wanted in expected.items():
+        # Waiting keeps a queue of transfers, and so of host copies, from building up.
+        params[name] = jax.device_put(checkpoint.tensors[name].read(wanted.dtype)).block_until_ready()
+    return params
+
+
+def _check_fit(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    stored = checkpoint.tensors
+    wrong = [
+        f"{stored[name].name} has shape {list(stored[name].shape)} where {list(wanted.shape)} is needed"
+        for name, wanted in expected.items()
+        if name in stored and stored[name].shape != tuple(wanted.shape)
+    ]
+    missing = [f"{name} {list(wanted.shape)} is missing" for name, wanted in expected.items() if name not in stored]
+    left_over = {name: tensor for name, tensor in stored.items() if name not in expected}
+    if checkpoint.config.tie_word_embeddings and _repeats_embedding(stored):
+        left_over.pop("lm_head.weight", None)
+    extra = [
+        f"{tensor.name} {list(tensor.shape)} is not part of the model"
+        for tensor in (*checkpoint.unknown, *left_over.values())
+    ]
+    if problems := missing + wrong + extra:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(
+            f"{checkpoint.path}: the tensors do not fit the configuration, which may belong to another model: {shown}"
+        )
+
+
+def _repeats_embedding(stored: Mapping[str, StoredTensor | StackedTensors]) -> bool:
+    """Whether the embedding is stored a second time as the output layer, as some tied models do."""
+    head, embedding = stored.get("lm_head.weight"), stored.get("embed.weight")
+    if not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor) or head.shape != embedding.shape:
+        return False
+    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(head.chunks(), embedding.chunks(), strict=True))

@@ -1,0 +1,80 @@
+"""What `jfa info` prints."""
+
+import importlib.metadata
+from collections.abc import Iterator
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import jfa
+from jfa.device import probe
+from jfa_models.checkpoints.families import FAMILIES
+from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.cli.base import DEFAULT_MODEL
+from jfa_models.decoding.language_model import compute_dtype
+from jfa_models.decoding.pretrained import shape_of
+
+PACKAGES = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plugin", "jax-cuda13-plugin", "libtpu")
+
+
+def show(model: str, dtype: str | None) -> None:
+    """Prints a table: versions, the device, the backend of each op with the reasons of the others, the model's size.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    console = Console()
+    device = probe()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))))
+    table.add_row("device", escape(", ".join(dict.fromkeys((device.platform, device.arch))) + _details(device)))
+    said = None
+    for op in jfa.explain(device):
+        table.add_row(op.op, escape(f"{op.backend} ({op.tiles})"))
+        for backend, reason in () if op.refused == said else op.refused:
+            table.add_row("", escape(f"not {backend}: {reason}"))
+        said = op.refused
+    try:
+        sizes = list(_sizes(model, compute_dtype(dtype)))
+    except ValueError as error:
+        if model != DEFAULT_MODEL:
+            raise
+        # nobody asked for this model by name: the rest is worth printing without it
+        sizes = [("model", str(error))]
+    for name, text in sizes:
+        table.add_row(name, escape(text))
+    console.print(table)
+
+
+def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
+    if (config := shape_of(model)) is not None:
+        name, stored = model, "without weights"
+    else:
+        checkpoint = open_checkpoint(model)
+        config, name, stored = checkpoint.config, checkpoint.path.stem, f"stored as {checkpoint.stored_dtype}"
+    users = FAMILIES[config.architecture].users
+    yield "model", f"{name} ({users}): {config.num_params / 1e6:,.1f} M parameters, {stored}"
+    yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
+    whole = config.cache_elements(config.context_length) * dtype.itemsize
+    context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
+    yield "cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
+    windows = [window for i in range(config.num_layers) if (window := config.window(i)) is not None]
+    if windows:
+        yield "", f"{len(windows)} of {config.num_layers} layers see {windows[0]:,} tokens and keep no more"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _details(device: jfa.DeviceInfo) -> str:
+    if not device.lds_bytes:
+        return ""
+    return f", {device.compute_units} compute units, {device.lds_bytes // 1024} KiB of LDS per workgroup"

@@ -1,0 +1,72 @@
+"""What the commands `jfa` and `jfa-bench` share: how they start, how they end, and the options that name a model."""
+
+from collections.abc import Callable
+
+import click
+from click.shell_completion import CompletionItem
+
+from jfa_models.checkpoints.locate import PACKAGED
+from jfa_models.decoding.options import CACHES, DTYPES, KV_DTYPES
+
+DEFAULT_MODEL = "smollm2"
+
+
+def run(group: click.Group, name: str) -> int:
+    """The exit status of a group of commands: 2, and one line on stderr, for every error that the user can fix."""
+    try:
+        status = group.main(prog_name=name, standalone_mode=False)
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        click.echo(f"{name}: {error.format_message()}", err=True)
+        return 2
+    except (ValueError, RuntimeError, OSError) as error:  # of JAX: no such platform, out of memory
+        click.echo(f"{name}: {' '.join(str(error).split())}", err=True)
+        return 2
+    return status if isinstance(status, int) else 0  # what a command passed to Context.exit
+
+
+def command_group(function: Callable) -> click.Group:
+    """A group of commands, which prints its help when it is called without one."""
+
+    @click.group(
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        invoke_without_command=True,
+        help=function.__doc__,
+    )
+    @click.version_option(package_name="jfa")
+    @click.pass_context
+    def command(context: click.Context) -> None:
+        if context.invoked_subcommand is None:
+            click.echo(context.get_help())
+
+    return command
+
+
+class ModelName(click.ParamType):
+    """A name or a path, checked when the model is loaded. A shell completes the names of packages, then files."""
+
+    name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(name) for name in PACKAGED if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="file")]
+
+
+def model_options(command: Callable) -> Callable:
+    """--model and --dtype."""
+    dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+    model = click.option(
+        "--model",
+        type=ModelName(),
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="A folder of safetensors, a .gguf file, owner/name at Hugging Face, smollm2 or gemma-3-270m.",
+    )
+    return model(dtype(command))
+
+
+def cache_options(command: Callable) -> Callable:
+    """--cache and --kv-dtype."""
+    kv_dtype = click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of quantized pages.")
+    return click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)(kv_dtype(command))

@@ -1,0 +1,53 @@
+"""`jfa chat`: a conversation on the terminal."""
+
+import sys
+
+import click
+
+from jfa_models.cli.base import cache_options, model_options
+from jfa_models.cli.sampling import check_sampling, sampling_options
+
+
+@click.command()
+@model_options
+@cache_options
+@sampling_options
+@click.option("--system", help="What the model is told before the first turn.")
+def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system: str | None, **sampling) -> None:
+    """Talk with a model. /reset forgets the conversation; /exit or Ctrl-D ends it."""
+    check_sampling(sampling)
+
+    from jfa_models.cli import running
+    from jfa_models.decoding.language_model import Session
+
+    language_model = running.load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype)
+    tokenizer = language_model.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise click.UsageError(f"{model} has no chat template, so it was not made for conversations: use jfa generate")
+    params = running.sampling_params(language_model, sampling)
+    opening = [{"role": "system", "content": system}] if system else []
+    messages, session = list(opening), Session()
+    # a pipe gets the answers alone
+    you, answers = (click.style(f"{who}> ", bold=True) if sys.stdin.isatty() else "" for who in ("you", "model"))
+    while True:
+        try:
+            said = click.prompt(you, prompt_suffix="").strip()
+        except click.exceptions.Abort:
+            said = "/exit"
+            click.echo(nl=bool(you))
+        if said == "/exit":
+            return
+        if not said:
+            continue
+        if said == "/reset":
+            messages, session = list(opening), Session()
+            continue
+        turn = [*messages, {"role": "user", "content": said}]
+        try:
+            prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(turn), add_special_tokens=False)
+            results = language_model.stream(prompt_ids, params, session=session)
+        except ValueError as error:
+            click.echo(f"jfa: {error}. /reset starts anew.", err=True)
+            continue
+        answer = running.print_growth(results, after=answers)
+        messages = [*turn, {"role": "assistant", "content": answer}]

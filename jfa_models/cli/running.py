@@ -1,0 +1,86 @@
+"""A model for one command: loaded, asked, and printed as it writes."""
+
+import contextlib
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+from rich.console import Console
+from rich.markup import escape
+
+from jfa_models.cli.sampling import given
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.outputs import RequestOutput
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
+
+
+def load(model: str, **options) -> LanguageModel:
+    """Loads with a line on the terminal meanwhile; compiled programs are kept for the next start."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfa" / "xla"
+        with contextlib.suppress(OSError):  # where it cannot be written, every start compiles
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+    with Console(stderr=True).status(f"loading {escape(model)}"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        loaded = from_pretrained(model, **options)
+    for warning in said:
+        click.echo(f"jfa: {warning.message}", err=True)
+    return loaded
+
+
+def sampling_params(model: LanguageModel, sampling: Mapping[str, Any]) -> SamplingParams:
+    """SamplingParams of the options; what is left out is as the model's authors advise.
+
+    Where they advise no temperature it is greedy, unless an option is given that only a draw can honour.
+    """
+    options = given(sampling)
+    if model.defaults.temperature is None and not options.keys() & {"top_k", "top_p", "min_p", "seed"}:
+        options.setdefault("temperature", 0.0)
+    return model.default_params(**options)
+
+
+def print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
+    """Prints a text as it grows, after another that stands before it; returns it."""
+    # the spinner wipes its line: nothing of ours may stand there yet
+    with Console(stderr=True).status("reading the prompt (the first time: compiling for this machine)"):
+        first = next(results)
+    click.echo(after, nl=False)
+    shown = ""
+    for result in itertools.chain([first], results):
+        text = result.outputs[0].text
+        click.echo(text[len(shown) :], nl=False)
+        shown = text
+    click.echo()
+    return shown
+
+
+def timed(model: LanguageModel, prompt: str, params: SamplingParams) -> dict:
+    """One prompt with its times, after two tokens that compiled every step of it."""
+    for _ in itertools.islice(model.stream(prompt, params), 2):
+        pass
+    start = time.perf_counter()
+    results = model.stream(prompt, params)
+    result = next(results)
+    first = time.perf_counter()
+    *_, result = result, *results
+    end = time.perf_counter()
+    output = result.outputs[0]
+    decoded = len(output.token_ids) - 1
+    return {
+        "prompt": prompt,
+        "prompt_token_ids": list(result.prompt_token_ids),
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "prefill_ms": round((first - start) * 1e3, 3),
+        "decode_ms": round((end - first) * 1e3, 3),
+        "tokens_per_s": round(decoded / (end - first), 3) if decoded else None,
+    }
