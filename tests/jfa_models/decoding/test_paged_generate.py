@@ -220,7 +220,7 @@ def command(make, monkeypatch, tmp_path, capsys):
         loaded[0] = from_pretrained(*args, **options).cache_options
         return make(**dataclasses.asdict(loaded[0]))
 
-    monkeypatch.setattr(cli, "from_pretrained", load)
+    monkeypatch.setattr("jfa_models.cli.running.from_pretrained", load)
     folder = folder_with_text(GOLDEN / "llama3", tmp_path / "tiny")
 
     def run(*arguments, stdin=""):
