@@ -1,10 +1,10 @@
-"""Names that command lines take and records carry. Nothing here imports JAX: a help text shows them."""
+"""Names used on command lines and in records. Nothing here imports JAX: help texts show them."""
 
-# Architectures that kernels are compiled for, and those whose machine code the machine in amdgcn/ runs.
+# Architectures that kernels are compiled for, and those whose machine code the emulator in amdgcn/ executes.
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90", "sm_100")
 EXECUTED_ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 
-# The kernels of proof.ops.OPS, in its order: the op and the direction of each.
+# The kernels of proof.ops.OPS, in the same order: kernel to (op, direction).
 KERNELS = {
     "flash_attention": ("flash_attention", "forward"),
     "flash_attention_dq": ("flash_attention", "backward"),
@@ -19,18 +19,18 @@ PAGED_DTYPES = (
     *FLASH_DTYPES,
     *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
 )
-HEAD_DIMS = (64, 128, 256)  # of a tuning table: the others take the next larger one's entry
-BETWEEN = (80,)  # such others, that are looked at as well
+HEAD_DIMS = (64, 128, 256)  # entries of a tuning table; other head_dims use the next larger entry
+BETWEEN = (80,)  # head_dims between these entries that are tested as well
 
-# Implementations of attention, ours and others' (measure.peers); what of a call is measured; those of whole models.
+# Implementations of attention, jfa's and others' (measure.peers); measured directions; implementations in a model.
 PEERS = ("reference", "xla", "triton", "jax.nn", "cudnn", "pallas", "tokamax", "jax-aiter", "torch")
-MEASURED = ("forward", "backward", "both")  # backward: the gradients alone; both: output and gradients
-IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton")  # jfa: what it chooses
-MATRIX_PRODUCTS = "matrix products"  # of a model alone: the limit that it is held against
+MEASURED = ("forward", "backward", "both")  # backward: only the gradients; both: output and gradients
+IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton")  # jfa: its automatic choice
+MATRIX_PRODUCTS = "matrix products"  # a model's matrix products only: the speed limit that it is compared with
 
-WARM_UP_CALLS = 10  # before a run is timed, at most
+WARM_UP_CALLS = 10  # maximum number of calls before timing starts
 
-PAGE_KINDS = ("same", "int8", "fp8", "int4")  # of keys and values; same: the dtype of the queries
+PAGE_KINDS = ("same", "int8", "fp8", "int4")  # dtype of keys and values; same: the dtype of the queries
 DATA_SETS = ("ShareGPT", "Alpaca")
 BATCHING = ("static", "engine", "sequential")
 LENGTHS = ("fixed", "sharegpt", "skewed")

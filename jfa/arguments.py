@@ -1,4 +1,4 @@
-"""What callers may give becomes what kernels take: arrays of one form, numbers that fit, each checked by name."""
+"""Converts the arguments of the public functions to the arrays that kernels take, and checks them."""
 
 from numbers import Integral
 
@@ -12,13 +12,13 @@ from jaxtyping import Array
 from jfa import checks
 from jfa.types import Operands, PagedOperands
 
-# No sequence is longer; a row, an offset and a window of this size add up to less than the largest int32.
+# Upper bound of a sequence's length: a row, an offset and a window of this size sum to less than the largest int32.
 _LONGEST = 2**29
-_WIDEST = 2 * _LONGEST  # from the furthest offset it still reaches the first key
+_WIDEST = 2 * _LONGEST  # a window that reaches the first key even from the largest offset
 
 
 def broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, boolean: bool) -> Array | None:
-    """x [.., .., .., ..], of scores' axes or ones; None stays None."""
+    """x with four axes, each that of the scores or 1; None stays None."""
     if x is None:
         return None
     x = jnp.asarray(x)
@@ -28,7 +28,7 @@ def broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, bo
 
 
 def narrowed(x: ArrayLike) -> Array:
-    """Whole numbers of any width as an array that JAX holds: clipped before it cuts off their upper half."""
+    """Converts integers of any width to a JAX array; clips them first, since JAX would drop their upper 32 bits."""
     if isinstance(x, Array):
         return x
     leaves = jax.tree.leaves(x)
@@ -41,7 +41,7 @@ def narrowed(x: ArrayLike) -> Array:
 
 
 def per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
-    """i32[batch], clipped to what positions can be; spread: one number serves all rows."""
+    """i32[batch], clipped to valid positions. spread: accept one number for all rows."""
     if x is None:
         return None
     x = narrowed(x)
@@ -64,14 +64,14 @@ def per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
 def segments(
     query: ArrayLike | None, key: ArrayLike | None, query_shape: tuple, key_shape: tuple, *, one_row: bool
 ) -> dict[str, Array]:
-    """The segment ids as fields of Operands; none where none are given."""
+    """The segment ids as fields of Operands; empty if none are given."""
     given = {"query_segment_ids": query, "key_value_segment_ids": key}
     if query is None and key is None:
         return {}
     arrays = []
     for (name, x), shape in zip(given.items(), (query_shape, key_shape), strict=True):
         if x is None:
-            raise ValueError(f"{name} is missing: give the segments of both queries and keys, or of none")
+            raise ValueError(f"{name} is missing: pass the segment ids of both queries and keys, or neither")
         if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size and not -(2**31) <= x.min() <= x.max() < 2**31:
             raise ValueError(f"{name} must fit into 32 bits, got {x.min()} to {x.max()}; number the documents from 0")
         x = jnp.asarray(x)
@@ -82,11 +82,11 @@ def segments(
 
 
 def dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
-    """Two words from a random key; None where nothing is dropped."""
-    if not 0.0 < rate < 1.0:  # what is out of range is refused with the spec
+    """Two 32-bit words from a random key; None if nothing is dropped."""
+    if not 0.0 < rate < 1.0:  # AttentionSpec rejects rates that are out of range
         return None
     if key is None:
-        raise ValueError(f"dropout_rate={rate} needs a dropout_key: jax.random.key(seed), another one for each step")
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key: jax.random.key(seed), a new one for each step")
     return jax.random.bits(jnp.asarray(key), (2,), jnp.uint32)
 
 
@@ -102,9 +102,9 @@ def window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def varying_alike[T: (Operands, PagedOperands)](operands: T) -> T:
-    """Inside shard_map: every operand varying over the mesh axes that any of them varies over.
+    """Inside shard_map, casts every operand to vary over all mesh axes that any operand varies over.
 
-    The gradient of an operand that was the same on all devices of an axis is then summed over that axis.
+    The gradient of an operand that was replicated over an axis is then summed over that axis.
     """
     own = {name: jax.typeof(x).manual_axis_type.varying for name, x in operands._asdict().items() if x is not None}
     axes = frozenset().union(*own.values())

@@ -1,4 +1,4 @@
-"""Checks at the door. What they say is static (shapes, dtypes, numbers), so they cost nothing in a compiled program."""
+"""Checks of the arguments of public functions: shapes, dtypes, numbers. All but paged_values run at trace time only."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def attention_shapes(query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError unless query [b, tq, hq, d], key [b, tk, hkv, d] and value [b, tk, hkv, dv] belong together."""
+    """Raises ValueError unless query [b, tq, hq, d], key [b, tk, hkv, d] and value [b, tk, hkv, dv] are consistent."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
@@ -24,8 +24,8 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
             )
         if not all(isinstance(n, int) for n in x.shape):
             raise ValueError(
-                f"{name} must have a shape of numbers, since tiles are counted when a call is traced, got {x.shape}; "
-                "export each shape by itself"
+                f"{name} must have a static shape, since the number of tiles is fixed at trace time, got {x.shape}; "
+                "export each shape separately"
             )
         if x.dtype.name not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
@@ -37,14 +37,14 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
         )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"key and value must have the same shape but for the head_dim, got {key.shape} and {value.shape}"
+            f"key and value must have the same shape except for the head_dim, got {key.shape} and {value.shape}"
         )
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"query and key must have the same batch size, got {query.shape[0]} and {key.shape[0]}")
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"query and key must have the same head_dim, got {query.shape[3]} and {key.shape[3]}")
     if query.shape[3] == 0 or value.shape[3] == 0:
-        raise ValueError(f"head_dim must be at least 1, got {query.shape[3]} and, of value, {value.shape[3]}")
+        raise ValueError(f"head_dim must be at least 1, got {query.shape[3]} for query, {value.shape[3]} for value")
     if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
         raise ValueError(
             f"the number of query heads must be a multiple of the number of key heads, got {query.shape[2]} and "
@@ -55,7 +55,7 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
 def broadcasts(name: str, x: Array, shape: Sequence[int], *, boolean: bool) -> None:
     """Raises ValueError unless x [.., .., .., ..] broadcasts to the scores [batch, heads, queries, keys]."""
     if boolean != (x.dtype == jnp.bool_):
-        other = "an additive one is called bias" if boolean else "a boolean one is called mask"
+        other = "pass an additive mask as bias" if boolean else "pass a boolean mask as mask"
         raise ValueError(f"{name} must be {'boolean' if boolean else 'a float array'}, got {x.dtype}; {other}")
     if not boolean and x.dtype.name not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
@@ -97,7 +97,7 @@ def paged_shapes(
     key_scales: Array | None,
     value_scales: Array | None,
 ) -> None:
-    """Raises ValueError unless query [n, hq, d], the pages, their scales and the page table belong together."""
+    """Raises ValueError unless query [n, hq, d], the pages, their scales and the page table are consistent."""
     if query.ndim != 3:
         raise ValueError(f"query must be [queries, heads, head_dim], got shape {query.shape}")
     if query.dtype.name not in FLOAT_DTYPES:
@@ -106,14 +106,14 @@ def paged_shapes(
         if x.ndim != 4:
             raise ValueError(f"{name} must be [num_pages, page_size, heads, head_dim], got shape {x.shape}")
         if 0 in x.shape[:2]:
-            raise ValueError(f"there must be a page, and a token in it, got {name} of shape {x.shape}")
+            raise ValueError(f"{name} must have at least one page of at least one token, got shape {x.shape}")
     if key_pages.dtype != value_pages.dtype:
         raise ValueError(
             f"key_pages and value_pages must share one dtype, got {key_pages.dtype} and {value_pages.dtype}"
         )
     if key_pages.shape[:3] != value_pages.shape[:3]:
         raise ValueError(
-            "key_pages and value_pages must have the same shape but for the head_dim, "
+            "key_pages and value_pages must have the same shape except for the head_dim, "
             f"got {key_pages.shape} and {value_pages.shape}"
         )
     _page_scales(key_pages, value_pages, key_scales, value_scales)
@@ -121,7 +121,7 @@ def paged_shapes(
     if query.shape[2] != held or held == 0 or value_pages.shape[3] == 0:
         raise ValueError(
             f"query and key_pages must have the same head_dim, at least 1, got {query.shape[2]} and {held}"
-            f" (of value_pages: {value_pages.shape[3]})"
+            f" (value_pages: {value_pages.shape[3]})"
         )
     if key_pages.shape[2] == 0 or query.shape[1] % key_pages.shape[2]:
         raise ValueError(
@@ -130,7 +130,7 @@ def paged_shapes(
         )
     if page_table.ndim != 2 or not jnp.issubdtype(page_table.dtype, jnp.integer):
         raise ValueError(
-            f"page_table must be integers [rows, pages of a row], got {page_table.dtype} of shape {page_table.shape}"
+            f"page_table must be integers [rows, pages per row], got {page_table.dtype} of shape {page_table.shape}"
         )
 
 
@@ -143,8 +143,8 @@ def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None,
             raise ValueError(f"pages must be {_one_of(FLOAT_DTYPES)}, or quantized; {error}") from None
     for name, scales, pages in (("key_scales", key_scales, key_pages), ("value_scales", value_scales, value_pages)):
         if quantized != (scales is not None):
-            way = "needs the scales of its numbers, got None" if quantized else "has no scales; leave it None"
-            raise ValueError(f"{name}: an array of pages in {pages.dtype} {way}")
+            way = "need scales, got None" if quantized else "have no scales; leave it None"
+            raise ValueError(f"{name}: pages of dtype {pages.dtype} {way}")
         if scales is None:
             continue
         if scales.dtype.name not in FLOAT_DTYPES:
@@ -158,33 +158,33 @@ def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None,
 def paged_values(
     page_table: ArrayLike, kv_len: ArrayLike, *, num_pages: int, page_size: int, query_start: ArrayLike | None = None
 ) -> None:
-    """Raises ValueError unless the numbers of a paged call make sense; reads arrays, so it is for tests and debugging.
+    """Raises ValueError unless the array values of a paged call are valid. Reads the arrays: for tests and debugging.
 
-    Every page of a row's kv_len tokens must be in the pool and not NULL_PAGE; query_start must not fall, and no row may
-    have more queries than tokens.
+    Every page of a row's kv_len tokens must be in the pool and not NULL_PAGE; query_start must not decrease, and no row
+    may have more queries than tokens.
     """
     table, lengths = np.asarray(page_table), np.asarray(kv_len)
     capacity = table.shape[1] * page_size
     for row, length in enumerate(lengths.tolist()):
         if not 0 <= length <= capacity:
-            raise ValueError(f"row {row}: kv_len must be 0 to {capacity}, what its page table can hold, got {length}")
+            raise ValueError(f"row {row}: kv_len must be 0 to {capacity}, its page table's capacity, got {length}")
         for place, page in enumerate(table[row, : -(-length // page_size)].tolist()):
             if not 0 <= page < num_pages or page == NULL_PAGE:
                 raise ValueError(
-                    f"row {row}: place {place} of its page table is page {page}, where the tokens from "
-                    f"{place * page_size} on are; pages are {NULL_PAGE + 1} to {num_pages - 1}"
+                    f"row {row}: entry {place} of its page table, for the tokens from {place * page_size} on, is page "
+                    f"{page}; pages must be {NULL_PAGE + 1} to {num_pages - 1}"
                 )
     if query_start is None:
         return
     start = np.asarray(query_start)
     if start[0] != 0:
-        raise ValueError(f"query_start must begin with 0, where the queries of row 0 are, got {start[0]}")
+        raise ValueError(f"query_start must begin with 0, the first query of row 0, got {start[0]}")
     for row, (first, end) in enumerate(itertools.pairwise(start.tolist())):
         if end < first:
             raise ValueError(f"row {row}: its queries end at {end}, before they start at {first}")
         if end - first > lengths[row]:
             raise ValueError(
-                f"row {row}: it has {end - first} queries but kv_len is {lengths[row]}, which counts them too"
+                f"row {row}: it has {end - first} queries but kv_len, which includes them, is only {lengths[row]}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What the machine is: asked once, here, and passed on as a value."""
+"""Detects the device. Only this module queries it; everything else takes a DeviceInfo."""
 
 import functools
 import re
@@ -7,12 +7,12 @@ import jax
 
 from jfa.types import DeviceInfo
 
-# Bytes of LDS (shared memory) that one workgroup may take. Vendor documents: CDNA3 and RDNA3 ISA guides, section on
-# LDS; CUDA C programming guide, table "Technical Specifications per Compute Capability" (opt-in maximum per block).
+# Maximum bytes of LDS (shared memory) of one workgroup. Sources: CDNA3 and RDNA3 ISA guides, section on LDS; CUDA C
+# programming guide, table "Technical Specifications per Compute Capability" (opt-in maximum per block).
 _LDS_BYTES = {"gfx950": 163_840, "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 _LDS_BYTES_OTHERWISE = {"rocm": 65_536, "cuda": 101_376}
 
-# Abstract devices of NVIDIA carry a marketing name; these are the data-centre parts that JAX itself knows.
+# JAX's abstract NVIDIA devices have marketing names; these are the data center GPUs that JAX knows.
 _NVIDIA_ARCH = {
     "A100": "sm_80",
     "H100": "sm_90",
@@ -22,7 +22,7 @@ _NVIDIA_ARCH = {
     "GB200": "sm_100",
 }
 
-# Compute units of the usual card of an architecture, for targets that are not in the machine.
+# Compute units of an architecture's most common card, for compiling without the device.
 _COMPUTE_UNITS = {
     "gfx90a": 104,
     "gfx942": 304,
@@ -36,7 +36,7 @@ _COMPUTE_UNITS = {
 
 
 def describe(platform: str, arch: str, compute_units: int | None = None) -> DeviceInfo:
-    """The DeviceInfo of an architecture by name, whether or not the machine has one."""
+    """The DeviceInfo of an architecture by name, whether or not such a device is present."""
     return DeviceInfo(
         platform=platform,
         arch=arch,
@@ -48,9 +48,9 @@ def describe(platform: str, arch: str, compute_units: int | None = None) -> Devi
 def probe() -> DeviceInfo:
     """The device that the code being traced will run on.
 
-    JAX's abstract device wins when it names an architecture other than the real one: this is how kernels are lowered
-    for a card that the machine does not have. Inside shard_map JAX fills the abstract device from the real one,
-    under a marketing name; that says nothing new and is passed over.
+    JAX's abstract device takes precedence if it names an architecture other than the real one: this is how kernels are
+    lowered for a device that is not present. Inside shard_map JAX sets the abstract device from the real one, under its
+    marketing name; that is ignored.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and (target := _architecture(abstract.device_kind)):
@@ -61,7 +61,7 @@ def probe() -> DeviceInfo:
 
 
 def _architecture(kind: str) -> tuple[str, str] | None:
-    """(platform, arch) when a device kind names an architecture: 'gfx942', 'sm_90' or an NVIDIA data-centre part."""
+    """(platform, arch) if a device kind names an architecture: 'gfx942', 'sm_90' or an NVIDIA data center GPU."""
     if re.fullmatch(r"gfx[0-9a-f]+", kind):
         return "rocm", kind
     if re.fullmatch(r"sm_\d+", kind):
@@ -77,7 +77,7 @@ def _real() -> DeviceInfo:
     device = jax.devices()[0]
     if device.platform not in ("gpu", "cuda", "rocm"):
         return describe(device.platform, device.device_kind)
-    # ROCm reports 'gfx942' (older plugins 'gfx942:sramecc+:xnack-') here, CUDA '9.0'
+    # ROCm returns 'gfx942' (older plugins 'gfx942:sramecc+:xnack-') here, CUDA '9.0'
     capability = str(device.compute_capability).split(":")[0]
     units = getattr(device, "core_count", None)
     if capability.startswith("gfx"):

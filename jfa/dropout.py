@@ -1,22 +1,22 @@
-"""Which attention weights dropout keeps: a pure function of a key and a weight's place, the same on every backend.
+"""Which attention weights dropout keeps: a pure function of a key and a weight's indices, the same on every backend.
 
-A counter-based hash instead of a stream of random numbers: forward, backward and reference ask for the same weight in
-any order, from any tile, and get the same answer.
+It is a counter-based hash, not a stream of random numbers: forward, backward and reference visit the weights in
+different orders and tiles, and must get the same result for each weight.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
-# Odd constants with well spread bits: 2^32 / golden ratio, and those of xxHash32 (primes 2 to 4).
+# Odd constants with well distributed bits: 2^32 / golden ratio, and primes 2 to 4 of xxHash32.
 _ROW, _COLUMN, _BATCH, _HEAD = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
 
 
 def row_seed(
     seed: UInt32[Array, " 2"] | tuple, batch: Int[Array, "..."], head: Int[Array, "..."], *, broadcast: bool
 ) -> UInt32[Array, "..."]:
-    """The 32 bits that stand for a key, a batch row and a query head; batch and head broadcast.
+    """A 32-bit seed for a key, a batch row and a query head; batch and head broadcast.
 
-    broadcast: the same bits for all batch rows and heads.
+    broadcast: the same seed for all batch rows and heads.
     """
     if broadcast:
         batch, head = jnp.zeros_like(batch), jnp.zeros_like(head)
@@ -28,14 +28,14 @@ def row_seed(
 def keep(
     seed: UInt32[Array, "..."], query: Int[Array, "..."], key: Int[Array, "..."], *, rate: float
 ) -> Bool[Array, "..."]:
-    """True where the weight of a query for a key stays; arguments broadcast.
+    """True where the weight of a query for a key is kept; arguments broadcast.
 
     Args:
       seed: from row_seed.
       query, key: indices in the op's own arrays, before any offset.
-      rate: the share that is dropped, to within 2^-32.
+      rate: the fraction that is dropped, to within 2^-32.
     """
-    # per row and per column, then what remains per weight: one addition, the mixing, one comparison
+    # most of it is per row or per column; per weight there is one addition, one _mix and one comparison
     row = _mix(seed ^ (query.astype(jnp.uint32) * jnp.uint32(_ROW)))
     column = key.astype(jnp.uint32) * jnp.uint32(_COLUMN)
     return _mix(row + column) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

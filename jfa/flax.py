@@ -1,4 +1,4 @@
-"""jfa's attention under Flax's own modules, NNX and Linen alike."""
+"""jfa's attention for the attention layers of Flax, both NNX and Linen."""
 
 import math
 
@@ -35,31 +35,31 @@ def attention_fn(
     key_value_seq_lengths: ArrayLike | None = None,
     implementation=None,
 ) -> Array:
-    """Give it to a Flax layer: nnx.MultiHeadAttention(..., attention_fn=jfa.flax.attention_fn).
+    """The attention_fn of a Flax layer: nnx.MultiHeadAttention(..., attention_fn=jfa.flax.attention_fn).
 
-    Also for flax.linen.MultiHeadDotProductAttention. functools.partial fixes the keyword-only options, whose meaning is
-    that of jfa.dot_product_attention.
+    Also works with flax.linen.MultiHeadDotProductAttention. Set the keyword-only options, which mean the same as in
+    jfa.dot_product_attention, with functools.partial.
 
     Args:
       query, key, value: [batch..., length, heads, head_dim], any number of batch axes; key may have fewer heads.
       bias, mask: broadcast to [batch..., heads, query length, key length]; a mask of numbers counts nonzero as True.
-      broadcast_dropout: the same weights are dropped in all batch rows and heads.
-      dtype: of the computation and the output; None: what query, key and value promote to.
+      broadcast_dropout: drop the same weights in all batch rows and heads.
+      dtype: of the computation and the output; None: the promoted dtype of query, key and value.
       precision: None, or "highest". Products of float32 inputs are always exact to float32.
-      force_fp32_for_softmax: either way the softmax is float32.
+      force_fp32_for_softmax: has no effect, the softmax is always float32.
 
     Raises:
       ValueError: active dropout without a dropout_rng.
-      UnsupportedError: sow_weights (the weights never exist), or a replaced einsum.
+      UnsupportedError: sow_weights (the weights are never stored), or a replaced einsum.
     """
     if precision not in (None, "default", "highest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST):
         raise UnsupportedError(
-            f"precision={precision}: products are as exact as their dtype; leave it None, or lower dtype"
+            f"precision={precision} is not supported: dtype sets the precision of products; leave it None, or set dtype"
         )
     if module is not None:
-        raise UnsupportedError("sow_weights: blockwise attention never holds the weights; leave sow_weights off")
+        raise UnsupportedError("sow_weights: blockwise attention never stores the weights; leave sow_weights off")
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
-        raise UnsupportedError("the products happen inside a kernel: leave the einsum classes of the layer out")
+        raise UnsupportedError("the products are computed inside a kernel: do not set the layer's einsum classes")
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     batch = query.shape[:-3]

@@ -1,4 +1,4 @@
-"""The public ops: check, select a backend, find its configuration, run. Derivatives are defined here, once."""
+"""dot_product_attention: check arguments, select a backend and its configuration, run it; defines the gradient."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Imple
 
 
 class _Options(TypedDict, total=False):
-    """What both overloads of dot_product_attention share, for type checkers."""
+    """Options that both overloads of dot_product_attention share, for type checkers."""
 
     scale: float | None
     is_causal: bool
@@ -87,17 +87,18 @@ def dot_product_attention(
     broadcast_dropout: bool = False,
     config: BlockConfig | FlashConfig | None = None,
 ) -> Array | tuple[Array, Array]:
-    """softmax(scale * query key^T + bias) value, without the scores ever standing in memory.
+    """softmax(scale * query key^T + bias) value, without storing the scores in memory.
 
-    The first parameters are those of jax.nn.dot_product_attention, with the same meaning but for one: a query that
-    sees no key returns zeros (jax.nn: the mean of the values) and a residual of -inf.
+    The first parameters are those of jax.nn.dot_product_attention. They have the same meaning, with one exception: a
+    query that sees no key returns zeros (jax.nn: the mean of the values) and a residual of -inf.
 
-    A score is scaled, gets its bias and ALiBi's, is soft-capped, then masked; the softmax has a sink where one is
-    given. Scores, softmax and sums are float32. First reverse-mode derivatives exist for query, key, value, bias, sinks
-    and alibi_slopes on every backend; forward mode works on "reference" alone. A key or value that no query sees may
-    hold anything, NaN too; NaN in one that some query sees may reach queries that do not.
+    Scores are scaled, then bias and ALiBi are added, then the soft cap and the masks are applied; sinks, if given, are
+    added to the softmax's denominator. Scores, softmax and sums are float32. First-order reverse-mode gradients of
+    query, key, value, bias, sinks and alibi_slopes work on every backend; forward mode works on "reference" only. Keys
+    and values that no query sees may hold anything, even NaN; NaN in one that some query sees may also reach queries
+    that do not see it.
 
-    Numbers and flags (scale, is_causal, local_window_size, logits_soft_cap, dropout_rate) are static, arrays may be
+    Numbers and flags (scale, is_causal, local_window_size, logits_soft_cap, dropout_rate) are static; arrays may be
     traced.
 
     Args:
@@ -105,35 +106,36 @@ def dot_product_attention(
       key, value: [b, tk, hkv, d] and [b, tk, hkv, dv], same dtype. hq is a multiple of hkv: query head h reads key
         head h // (hq / hkv).
       bias: added to the scores; broadcasts to [b, hq, tq, tk].
-      mask: boolean, True where a key may be seen; broadcasts to [b, hq, tq, tk].
+      mask: boolean, True where a key is visible; broadcasts to [b, hq, tq, tk].
       scale: factor of the scores, a Python number; None: 1 / sqrt(d).
       is_causal: query i sees the keys up to its own position, i + query_offset.
-      query_seq_lengths, key_value_seq_lengths: i32[b], valid rows of each; what lies past them is never read.
-      local_window_size: (left, right) keys that a query sees beside its own position; an int is both.
-      implementation: None chooses; "reference", "xla" or "triton" insist.
+      query_seq_lengths, key_value_seq_lengths: i32[b], valid queries and keys of each row; the rest is never read.
+      local_window_size: (left, right) number of keys that a query sees before and after its own position; an int sets
+        both.
+      implementation: "reference", "xla" or "triton" to require that backend; None to choose one.
       return_residual: also return the log-sum-exp of the scores, natural units.
       logits_soft_cap: scores become cap * tanh(score / cap).
-      sinks: [hq], a logit per head in natural units that joins the softmax's denominator and has no value; the
-        residual leaves it out.
-      alibi_slopes: [hq]; a score gets -slope * |position of the query - key|. Where all keys that a query sees are
-        thousands of places away (query_offset), gradients lose digits, that of the slopes most of them.
-      query_segment_ids, key_value_segment_ids: i32[b, tq] and i32[b, tk], both or none: a query sees the keys of its
+      sinks: [hq], a logit per head in natural units that is added to the softmax's denominator and has no value; not
+        part of the residual.
+      alibi_slopes: [hq]; adds -slope * |position of the query - key| to the scores. If all keys that a query sees are
+        thousands of positions away (query_offset), gradients lose digits, those of the slopes the most.
+      query_segment_ids, key_value_segment_ids: i32[b, tq] and i32[b, tk], both or neither: a query sees the keys of its
         own segment, so that documents can be packed in a row.
-      query_offset: i32[b] or int, position of the first query among the keys, as cached chunks need; None: 0.
-      dropout_rate: the share of the weights that count 0; the others are divided by 1 - dropout_rate.
-      dropout_key: a JAX random key, needed where dropout_rate > 0. Which weights stay depends on it and on their place
-        (row, head, query, key) alone, on every backend alike. Places are counted in the arrays of this call: under
-        shard_map fold the device's index into the key.
+      query_offset: i32[b] or int, position of the first query among the keys, for chunks after cached tokens; None: 0.
+      dropout_rate: fraction of the weights set to 0; the others are divided by 1 - dropout_rate.
+      dropout_key: a JAX random key, required if dropout_rate > 0. On every backend, which weights are kept depends only
+        on the key and their indices (row, head, query, key). Indices are those of this call's arrays: under shard_map
+        fold the device's index into the key.
       broadcast_dropout: drop the same weights in all rows and heads.
-      config: tiles of the backend, a FlashConfig for "triton" (forward) and a BlockConfig for "xla"; None: its table's.
+      config: tile sizes, a FlashConfig for "triton" (forward) or a BlockConfig for "xla"; None: the backend's default.
 
     Returns:
-      [b, tq, hq, dv] in query's dtype; with return_residual also the residual f32[b, tq, hq]. Without b where query
-      has none.
+      [b, tq, hq, dv] in query's dtype; with return_residual also the residual f32[b, tq, hq]. Without the batch axis if
+      query has none.
 
     Raises:
-      ValueError: shapes, dtypes or numbers that do not make sense; the message names them.
-      UnsupportedError: sound, but not built for this backend.
+      ValueError: invalid shapes, dtypes or numbers; the message names them.
+      UnsupportedError: a valid call that this backend does not implement.
 
     Source: arXiv:2205.14135; arXiv:2307.08691.
     """
@@ -178,7 +180,7 @@ def dot_product_attention(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Everything static about one call."""
+    """The static parameters of one call."""
 
     backend: str
     spec: AttentionSpec

@@ -1,4 +1,4 @@
-"""The public ops over pages: check, select a backend, find its configuration, run. They have no derivatives."""
+"""The paged attention ops: check arguments, select a backend and its configuration, run it. They have no gradients."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from jfa.types import (
 
 
 class _Options(TypedDict, total=False):
-    """What all overloads share, for type checkers."""
+    """Options that all overloads share, for type checkers."""
 
     scale: float | None
     local_window_size: int | tuple[int, int] | None
@@ -78,37 +78,38 @@ def paged_decode_attention(
     implementation: Implementation | None = None,
     config: BlockConfig | PagedConfig | None = None,
 ) -> Array | tuple[Array, Array]:
-    """One new token of each row attends to the row's keys and values, which lie in pages.
+    """Decode attention over a paged KV cache: one new token of each row attends to the row's keys and values.
 
-    Row r holds kv_len[r] tokens, its newest one too: token t is in page page_table[r, t // page_size], at place
-    t % page_size. What is in other places (of a last page, of jfa.types.NULL_PAGE) reaches no output, NaN neither. A
-    row of no tokens returns zeros and a residual of -inf. Scores, softmax and sums are float32. Not differentiable.
+    Row r has kv_len[r] tokens, including the new one: token t is in page page_table[r, t // page_size], in slot
+    t % page_size. Other slots (the rest of a last page, jfa.types.NULL_PAGE) never reach the output, even if they hold
+    NaN. A row without tokens returns zeros and a residual of -inf. Scores, softmax and sums are float32. Not
+    differentiable.
 
-    Numbers in page_table and kv_len are not looked at: jfa.checks.paged_values does that, for tests and debugging.
-    Lengths beyond what a row of the page table can hold count as that.
+    Values in page_table and kv_len are not checked: jfa.checks.paged_values does that, for tests and debugging.
+    Lengths are clipped to the capacity of a page table row.
 
     Args:
       query: [b, hq, d]; float16, bfloat16 or float32.
-      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Floats of any of these
-        dtypes; or quantized as jfa.quant has it, with scales: int8, float8_e4m3fn, or uint8 with two 4-bit numbers a
-        byte and half the last axis. hq is a multiple of hkv.
+      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Either floats of any
+        of these dtypes; or quantized as in jfa.quant, with scales: int8, float8_e4m3fn, or uint8 with two 4-bit numbers
+        per byte and half the last axis. hq is a multiple of hkv.
       page_table: i32[b, pages_per_seq].
       kv_len: i32[b].
       scale: factor of the scores, a Python number; None: 1 / sqrt(d).
-      local_window_size: how many keys before its own the query sees; of a pair (left, right) left counts.
+      local_window_size: number of keys before its own that the query sees; only left of a pair (left, right) matters.
       logits_soft_cap: scores become cap * tanh(score / cap).
-      sinks: [hq], a logit per head in natural units that joins the softmax's denominator and has no value.
-      key_scales, value_scales: [num_pages, page_size, hkv], of quantized pages.
+      sinks: [hq], a logit per head in natural units that is added to the softmax's denominator and has no value.
+      key_scales, value_scales: [num_pages, page_size, hkv], for quantized pages.
       return_residual: also return the log-sum-exp of the scores, natural units, without the sink.
-      implementation: None chooses; "reference", "xla" or "triton" insist.
-      config: of the backend, a PagedConfig for "triton" and a BlockConfig for "xla"; None: its table's.
+      implementation: "reference", "xla" or "triton" to require that backend; None to choose one.
+      config: a PagedConfig for "triton" or a BlockConfig for "xla"; None: the backend's default.
 
     Returns:
       [b, hq, dv] in query's dtype; with return_residual also f32[b, hq].
 
     Raises:
-      ValueError: shapes, dtypes or numbers that do not make sense; the message names them.
-      UnsupportedError: sound, but not built for this backend.
+      ValueError: invalid shapes, dtypes or numbers; the message names them.
+      UnsupportedError: a valid call that this backend does not implement.
 
     Source: arXiv:2309.06180, section 4.1.
     """
@@ -116,7 +117,7 @@ def paged_decode_attention(
     if operands.q.shape[0] != operands.kv_len.shape[0]:
         raise ValueError(
             f"query must have one token for each row of page_table, got {operands.q.shape[0]} for "
-            f"{operands.kv_len.shape[0]} rows; ragged_paged_attention takes any number"
+            f"{operands.kv_len.shape[0]} rows; use ragged_paged_attention for any other number"
         )
     out, lse = _run(operands, _spec(operands, scale, local_window_size, logits_soft_cap), implementation, config)
     return (out, lse) if return_residual else out
@@ -168,16 +169,16 @@ def ragged_paged_attention(
     implementation: Implementation | None = None,
     config: BlockConfig | PagedConfig | None = None,
 ) -> Array | tuple[Array, Array]:
-    """The new tokens of rows, any number of each, attend causally to the rows' keys and values, which lie in pages.
+    """Causal attention over a paged KV cache for any number of new tokens per row: mixed prefill and decode.
 
-    Chunks of prompts and single tokens of decoding rows go into one call, one behind the other without padding. As
-    paged_decode_attention, but for:
+    Prompt chunks and single tokens of decoding rows go into one call, concatenated without padding. The parameters are
+    those of paged_decode_attention, except:
 
     Args:
       query: [n, hq, d], the new tokens of row 0, then those of row 1 ...
-      kv_len: i32[b], the new tokens counted: a row's queries are its last tokens.
-      query_start: i32[b + 1], rising: row r has the queries query_start[r] to query_start[r + 1]. Rows of query past
-        query_start[b] are padding and return zeros and a residual of -inf.
+      kv_len: i32[b], including the new tokens: a row's queries are its last tokens.
+      query_start: i32[b + 1], non-decreasing: row r has the queries query_start[r] up to query_start[r + 1]. Queries
+        from query_start[b] on are padding and return zeros and a residual of -inf.
 
     Returns:
       [n, hq, dv] in query's dtype; with return_residual also f32[n, hq].
@@ -241,7 +242,7 @@ def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) ->
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Everything static about one call."""
+    """The static parameters of one call."""
 
     backend: str
     spec: AttentionSpec
@@ -258,5 +259,5 @@ def _computed(plan: _Plan, operands: PagedOperands) -> tuple[Array, Array]:
 @_computed.defjvp
 def _refused(plan: _Plan, primals, tangents):
     raise UnsupportedError(
-        "attention over pages has no derivatives: train with dot_product_attention, or stop_gradient the operands"
+        "paged attention has no gradients: train with dot_product_attention, or use stop_gradient on the operands"
     )

@@ -1,17 +1,17 @@
-"""The books of a paged KV cache: who owns which page, which pages are free, and what is known of their contents.
+"""The page allocator of a paged KV cache: which sequences own a page, which pages are free, which can be reused.
 
-Host Python on integers: the device sees a page table and kv_len and nothing of this. A page is in one of three states:
+Host-side Python on integers: the device only sees a page table and kv_len. A page is in one of three states:
 
-    free       no sequence owns it and nothing is known of what it holds
-    held       sequences own it (its count), all at the same place among their pages
-    evictable  no sequence owns it, but its content is registered: `add` takes it up again for the same prefix, and when
-               no page is free, the least recently used evictable one is emptied for whoever needs a page
+    free       no sequence owns it and its content is unknown
+    held       one or more sequences own it (its reference count), all at the same index among their pages
+    evictable  no sequence owns it, but its content is registered in the prefix cache: `add` reuses it for the same
+               prefix, and when no page is free, the least recently used evictable page is evicted
 
-One rule keeps sharing sound: a page is written only while one sequence owns it and its content is not registered.
-`append` sees to that before it makes room.
+Sharing is safe because a page is written only while one sequence owns it and its content is not registered. `append`
+ensures this before it makes room.
 
-Source: PagedAttention, arXiv:2309.06180, section 4; prefixes found by a chain of hashes as in vLLM's automatic prefix
-caching, https://docs.vllm.ai/en/stable/design/prefix_caching.html.
+Source: PagedAttention, arXiv:2309.06180, section 4; prefixes are looked up by a chain of hashes as in vLLM's automatic
+prefix caching, https://docs.vllm.ai/en/stable/design/prefix_caching.html.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from jfa.types import NULL_PAGE
 
 
 class Copy(NamedTuple):
-    """A page whose content must be on another page, in every layer, before the next step writes.
+    """A page to be copied to another page, in every layer, before the next step writes.
 
-    Make the copies of a step in the order in which append gave them: a page can be the source or the destination of
-    one and the destination of a later one, when sequences are forked or freed between the calls.
+    Make the copies of a step in the order in which append returned them: if sequences are forked or freed between the
+    calls, the source or destination of one copy can be the destination of a later one.
     """
 
     source: int
@@ -40,33 +40,33 @@ class _Sequence:
     pages: list[int]
     num_tokens: int
     chain: list[bytes]  # digest of the salt, then of every full page whose tokens were committed
-    gone: int = 0  # pages at its begin that it gave back: NULL_PAGE stands in their places
+    gone: int = 0  # pages at its start that slide released; NULL_PAGE takes their places
 
 
 class PageAllocator:
-    """Gives the pages of a pool to sequences, shares them, and finds prefixes that the pool already holds.
+    """Allocates the pages of a pool to sequences, shares them, and finds cached prefixes.
 
-    A sequence is named by any hashable id. When pages run out a method returns None and nothing has changed; a
-    caller's mistake is a ValueError. Every method costs time in proportion to the pages that it touches, and the same
-    calls give the same pages.
+    A sequence is named by any hashable id. When there are too few pages, a method returns None and changes nothing;
+    misuse raises ValueError. Each method takes time proportional to the number of pages that it touches. Allocation is
+    deterministic: the same calls return the same pages.
 
     Attributes:
-      num_pages: pages of the pool; NULL_PAGE is one of them and is never given out.
-      page_size: tokens of a page.
-      watermark: free pages that `add` leaves for sequences that run to grow into. A sequence of more than
+      num_pages: number of pages in the pool, including NULL_PAGE, which is never allocated.
+      page_size: tokens per page.
+      watermark: pages that `add` leaves free, so that running sequences can grow. A sequence of more than
         (num_pages - 1 - watermark) * page_size tokens is never admitted, however long it waits.
-      queried_tokens, hit_tokens: tokens that were given to `add` to look for, and those of them that it found.
-      evictions: registered contents that were given up because a page was needed.
+      queried_tokens, hit_tokens: tokens that `add` looked up in the prefix cache, and how many of them it found.
+      evictions: registered contents that were dropped because a page was needed.
     """
 
     def __init__(self, num_pages: int, page_size: int, *, watermark: int = 0) -> None:
         if num_pages < 2:
-            raise ValueError(f"num_pages must be >= 2, as page {NULL_PAGE} is never given out, got {num_pages}")
+            raise ValueError(f"num_pages must be >= 2, since page {NULL_PAGE} is never allocated, got {num_pages}")
         if page_size < 1:
-            raise ValueError(f"page_size is the number of tokens of a page and must be >= 1, got {page_size}")
+            raise ValueError(f"page_size is the number of tokens per page and must be >= 1, got {page_size}")
         if not 0 <= watermark <= num_pages - 2:
             raise ValueError(
-                f"watermark must be >= 0 and leave a page to give out, so at most {num_pages - 2} of {num_pages} "
+                f"watermark must be >= 0 and leave a page to allocate, so at most {num_pages - 2} of {num_pages} "
                 f"pages, got {watermark}"
             )
         self.num_pages = num_pages
@@ -78,7 +78,7 @@ class PageAllocator:
         self._sequences: dict[Hashable, _Sequence] = {}
         self._counts = [0] * num_pages  # owners of each page
         self._free = [page for page in reversed(range(num_pages)) if page != NULL_PAGE]  # a stack
-        # a plain dict finds its oldest entry by walking over the deleted ones, an OrderedDict at once
+        # an OrderedDict finds its oldest entry in constant time; a plain dict scans over the deleted ones
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._digest_of: list[bytes | None] = [None] * num_pages  # registered pages; _page_of is the inverse
         self._page_of: dict[bytes, int] = {}
@@ -94,13 +94,16 @@ class PageAllocator:
     ) -> int | None:
         """Starts a sequence with room for num_tokens tokens and returns how many of them need not be computed.
 
-        With tokens, the ids from the first on, the longest prefix that the pool holds in full pages is shared. The last
-        token is never among it, as its logits are wanted. What lies past num_tokens is not reused either. The salt
-        stands for whatever else the cached values depend on (an adapter, an image): prefixes of different salts differ.
-        With a window, of so many tokens with the query, only the pages that the next token sees must be there;
-        NULL_PAGE stands for those before, as behind slide.
+        Args:
+          tokens: token ids of the sequence, to look up in the prefix cache. The longest cached prefix in full pages is
+            shared, of at most num_tokens tokens and without the last of tokens, whose logits are needed.
+          salt: anything else that the cached values depend on (an adapter, an image): prefixes with different salts
+            never match.
+          window: tokens that a query sees, itself included. Only the pages that the next token sees must be cached;
+            NULL_PAGE takes the places of those before, as after slide.
 
-        None: fewer than `watermark` pages would be left.
+        Returns:
+          The number of cached tokens, or None if fewer than `watermark` pages would be left.
         """
         self._check_new(sequence)
         if num_tokens < 0:
@@ -122,180 +125,182 @@ class PageAllocator:
     def known_tokens(
         self, tokens: Sequence[int], num_tokens: int, *, salt: bytes = b"", window: int | None = None
     ) -> int:
-        """How many of the tokens `add` would find now."""
+        """The number of cached tokens that `add` would return now."""
         return len(self._known(tokens, num_tokens, salt, window)[0]) * self.page_size
 
     def append(self, sequence: Hashable, num_tokens: int = 1) -> list[Copy] | None:
-        """Makes room for num_tokens more tokens, and says what must be copied before they are written.
+        """Makes room for num_tokens more tokens and returns the page copies to make before they are written.
 
-        There is at most one copy: of the last page, if it has room and other sequences own it too or its content is
-        registered (a full page may be, of which truncate left a part). The copy then takes its place.
+        There is at most one copy: of the last page, if it has room and either other sequences own it too or its content
+        is registered (truncate may leave part of a registered full page). The copy then takes its place.
 
-        None: there are too few pages, the watermark's among them.
+        Returns None if there are too few pages, even with those that the watermark reserves.
         """
-        books = self._books(sequence)
+        record = self._record(sequence)
         if num_tokens < 0:
             raise ValueError(f"append adds num_tokens >= 0 to sequence {sequence!r}, got {num_tokens}; see truncate")
-        length = books.num_tokens + num_tokens
-        missing, shared, registered = self._wants(books, num_tokens)
+        length = record.num_tokens + num_tokens
+        missing, shared, registered = self._needs(record, num_tokens)
         if not (missing or shared or registered):
-            books.num_tokens = length
+            record.num_tokens = length
             return []
 
         if missing + shared > self.num_free:
             return None
         copies = []
         if registered and not shared and missing == self.num_free:
-            self._forget(books.pages[-1])  # no page to spare for a copy: the content is given up, as in an eviction
+            self._forget(record.pages[-1])  # no page left for a copy: the content is dropped, as in an eviction
         elif shared or registered:
-            copies.append(Copy(books.pages[-1], self._take()))
-            self._release(books.pages[-1:])
-            books.pages[-1] = copies[0].destination
-        books.pages += [self._take() for _ in range(missing)]
-        books.num_tokens = length
+            copies.append(Copy(record.pages[-1], self._take()))
+            self._release(record.pages[-1:])
+            record.pages[-1] = copies[0].destination
+        record.pages += [self._take() for _ in range(missing)]
+        record.num_tokens = length
         return copies
 
     def fits(self, sequence: Hashable, num_tokens: int) -> bool:
-        """Whether append would find the pages for num_tokens more tokens."""
-        missing, shared, _ = self._wants(self._books(sequence), num_tokens)
+        """Whether append would find enough pages for num_tokens more tokens."""
+        missing, shared, _ = self._needs(self._record(sequence), num_tokens)
         return missing + shared <= self.num_free
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
-        """Starts a sequence with the tokens of another, on the same pages; whoever appends first gets a copy.
+        """Starts a sequence with the tokens of another, on the same pages; the first one to append gets a copy.
 
-        What the parent has room for must be written by then, or be the same in both: only `append` separates them.
+        The tokens that the parent has room for must be written by then or be the same in both sequences: only `append`
+        separates them.
         """
-        books = self._books(parent)
+        record = self._record(parent)
         self._check_new(child)
-        self._share(books.pages[books.gone :])
-        self._sequences[child] = _Sequence(books.pages.copy(), books.num_tokens, books.chain.copy(), books.gone)
+        self._share(record.pages[record.gone :])
+        self._sequences[child] = _Sequence(record.pages.copy(), record.num_tokens, record.chain.copy(), record.gone)
 
     def slide(self, sequence: Hashable, first_token: int) -> None:
-        """Gives back the pages whose tokens all lie before first_token: a layer with a window sees them no more.
+        """Releases the pages whose tokens are all before first_token: a layer with a window no longer sees them.
 
-        NULL_PAGE takes their places among the pages of the sequence; what is known of their contents stays known.
+        NULL_PAGE takes their places among the pages of the sequence; registered contents stay registered.
         """
-        books = self._books(sequence)
-        if not 0 <= first_token <= books.num_tokens:
+        record = self._record(sequence)
+        if not 0 <= first_token <= record.num_tokens:
             raise ValueError(
-                f"slide keeps the tokens of sequence {sequence!r} from one on that is at most its "
-                f"{books.num_tokens}th, got {first_token}"
+                f"slide keeps the tokens of sequence {sequence!r} from first_token on, which must be between 0 and its "
+                f"{record.num_tokens} tokens, got {first_token}"
             )
         gone = first_token // self.page_size
-        if gone > books.gone:
-            self._release(books.pages[books.gone : gone])
-            books.pages[books.gone : gone] = [NULL_PAGE] * (gone - books.gone)
-            books.gone = gone
+        if gone > record.gone:
+            self._release(record.pages[record.gone : gone])
+            record.pages[record.gone : gone] = [NULL_PAGE] * (gone - record.gone)
+            record.gone = gone
 
     def truncate(self, sequence: Hashable, num_tokens: int) -> None:
-        """Keeps the first num_tokens tokens of a sequence and gives back the pages that only the others need."""
-        books = self._books(sequence)
-        if not 0 <= num_tokens <= books.num_tokens:
+        """Keeps the first num_tokens tokens of a sequence and releases the pages that only the others need."""
+        record = self._record(sequence)
+        if not 0 <= num_tokens <= record.num_tokens:
             raise ValueError(
-                f"truncate keeps between 0 and all {books.num_tokens} tokens of sequence {sequence!r}, "
+                f"truncate must keep between 0 and all {record.num_tokens} tokens of sequence {sequence!r}, "
                 f"got {num_tokens}; append makes room for more"
             )
-        if num_tokens < books.gone * self.page_size:
+        if num_tokens < record.gone * self.page_size:
             raise ValueError(
-                f"truncate to {num_tokens} tokens needs pages of sequence {sequence!r} that slide gave back, up to "
-                f"token {books.gone * self.page_size}; free it and add it anew"
+                f"truncate to {num_tokens} tokens needs pages of sequence {sequence!r} that slide released, up to "
+                f"token {record.gone * self.page_size}; free it and add it again"
             )
         num_pages = -(-num_tokens // self.page_size)
-        self._release(books.pages[num_pages:])
-        del books.pages[num_pages:]
-        del books.chain[1 + num_tokens // self.page_size :]
-        books.num_tokens = num_tokens
+        self._release(record.pages[num_pages:])
+        del record.pages[num_pages:]
+        del record.chain[1 + num_tokens // self.page_size :]
+        record.num_tokens = num_tokens
 
     def commit(self, sequence: Hashable, tokens: Sequence[int]) -> None:
-        """Says which tokens of a sequence, from its first on, are written on the device: others may reuse full pages.
+        """Registers the full pages of the first len(tokens) tokens, which are written on the device, for reuse.
 
-        Only pages that were not committed before are looked at. Of pages with equal content the first stays registered.
+        tokens are the sequence's token ids from its first one; only those of pages that were not committed before are
+        read. Of several pages with the same content, the first stays registered.
         """
-        books = self._books(sequence)
-        committed = (len(books.chain) - 1) * self.page_size
-        if not committed <= len(tokens) <= books.num_tokens:
+        record = self._record(sequence)
+        committed = (len(record.chain) - 1) * self.page_size
+        if not committed <= len(tokens) <= record.num_tokens:
             raise ValueError(
-                f"commit takes the tokens of sequence {sequence!r} from its first on, at least the {committed} of its "
-                f"committed pages and at most {books.num_tokens}, got {len(tokens)}; see append and truncate"
+                f"commit takes the tokens of sequence {sequence!r} from its first one, at least the {committed} of its "
+                f"committed pages and at most {record.num_tokens}, got {len(tokens)}; see append and truncate"
             )
         for index in range(committed // self.page_size, len(tokens) // self.page_size):
-            page = books.pages[index]
-            digest = self._digest(books.chain[-1], tokens, index)
+            page = record.pages[index]
+            digest = self._digest(record.chain[-1], tokens, index)
             if page == NULL_PAGE:
-                books.chain.append(digest)
+                record.chain.append(digest)
                 continue
             if self._digest_of[page] not in (None, digest):
                 raise ValueError(
-                    f"sequence {sequence!r} commits other tokens from {index * self.page_size} on than a sequence that "
-                    f"shares page {page} with it; fork before append, and append before the tokens differ"
+                    f"sequence {sequence!r} commits different tokens from {index * self.page_size} on than a sequence "
+                    f"that shares page {page} with it; fork before append, and append before the tokens differ"
                 )
             if self._page_of.setdefault(digest, page) == page:
                 self._digest_of[page] = digest
-            books.chain.append(digest)
+            record.chain.append(digest)
 
     def free(self, sequence: Hashable) -> None:
-        """Forgets a sequence. Pages that nobody else owns become evictable if they are registered, else free."""
-        books = self._books(sequence)
-        self._release(books.pages[books.gone :])
+        """Removes a sequence. Pages that no other sequence owns become evictable if registered, otherwise free."""
+        record = self._record(sequence)
+        self._release(record.pages[record.gone :])
         del self._sequences[sequence]
 
     def pages(self, sequence: Hashable, start: int = 0) -> tuple[int, ...]:
-        """The pages of a sequence in order, from the one at index start on: its row of the page table.
+        """The pages of a sequence in order, from index start: its row of the page table.
 
-        NULL_PAGE stands for those that slide gave back.
+        NULL_PAGE takes the places of those that slide released.
         """
-        return tuple(self._books(sequence).pages[start:])
+        return tuple(self._record(sequence).pages[start:])
 
     def num_gone(self, sequence: Hashable) -> int:
-        """The pages at the begin of a sequence that slide gave back."""
-        return self._books(sequence).gone
+        """The number of pages at the start of a sequence that slide released."""
+        return self._record(sequence).gone
 
     def num_tokens(self, sequence: Hashable) -> int:
-        """The tokens that a sequence has room for: its kv_len once they are written."""
-        return self._books(sequence).num_tokens
+        """The number of tokens that a sequence has room for: its kv_len once they are written."""
+        return self._record(sequence).num_tokens
 
     @property
     def sequences(self) -> tuple[Hashable, ...]:
-        """The names of all sequences, the oldest first."""
+        """The ids of all sequences, the oldest first."""
         return tuple(self._sequences)
 
     @property
     def num_free(self) -> int:
-        """Pages that can be had: free and evictable ones."""
+        """Pages that can be allocated: free and evictable ones."""
         return len(self._free) + len(self._evictable)
 
     @property
     def num_evictable(self) -> int:
-        """Pages that no sequence owns, with content that may be reused."""
+        """Pages that no sequence owns and whose content can be reused."""
         return len(self._evictable)
 
     @property
     def num_held(self) -> int:
-        """Pages that sequences own, a shared one counted once."""
+        """Pages that sequences own; a shared page counts once."""
         return self.num_pages - 1 - self.num_free
 
     @property
     def num_shared(self) -> int:
-        """Pages that sequences would hold besides, had each its own. Costs time per sequence."""
-        return sum(len(books.pages) - books.gone for books in self._sequences.values()) - self.num_held
+        """Additional pages that would be held without sharing. Takes time proportional to the sequences."""
+        return sum(len(record.pages) - record.gone for record in self._sequences.values()) - self.num_held
 
     @property
     def wasted_slots(self) -> int:
-        """Slots of held pages that hold no sequence's token, of num_held * page_size. Costs time per sequence."""
-        filled: dict[int, list[int]] = {}  # last page that is not full: tokens in it, of each sequence that ends there
-        for books in self._sequences.values():
-            if books.num_tokens % self.page_size:
-                filled.setdefault(books.pages[-1], []).append(books.num_tokens % self.page_size)
-        # an owner that is not in the list has filled the page
+        """Unused slots of held pages, out of num_held * page_size. Takes time proportional to the sequences."""
+        filled: dict[int, list[int]] = {}  # partly filled last page: tokens in it, for each sequence that ends there
+        for record in self._sequences.values():
+            if record.num_tokens % self.page_size:
+                filled.setdefault(record.pages[-1], []).append(record.num_tokens % self.page_size)
+        # an owner that is not in the list fills the whole page
         return sum(self.page_size - max(n) for page, n in filled.items() if len(n) == self._counts[page])
 
     def check(self) -> None:
-        """Proves the books, for tests and debug runs. Costs time per page of the pool.
+        """Checks that the allocator's state is consistent, for tests and debugging. Visits every page of the pool.
 
         Raises:
-          AssertionError: they do not add up; the message names the page or the sequence.
+          AssertionError: the state is inconsistent; the message names the page or the sequence.
         """
-        owners = Counter(page for books in self._sequences.values() for page in books.pages[books.gone :])
+        owners = Counter(page for record in self._sequences.values() for page in record.pages[record.gone :])
         free = Counter(self._free)
         for page, digest in enumerate(self._digest_of):
             evictable = page in self._evictable
@@ -311,22 +316,22 @@ class PageAllocator:
                 assert self._page_of.get(digest) == page, f"page {page} is registered, but not found"
         for digest, page in self._page_of.items():
             assert self._digest_of[page] == digest, f"page {page} is found by a digest that is not its own"
-        for name, books in self._sequences.items():
-            full, rest = divmod(books.num_tokens, self.page_size)
-            assert len(books.pages) == full + (rest > 0), (
-                f"sequence {name!r} of {books.num_tokens} tokens has {len(books.pages)} pages of {self.page_size}"
+        for name, record in self._sequences.items():
+            full, rest = divmod(record.num_tokens, self.page_size)
+            assert len(record.pages) == full + (rest > 0), (
+                f"sequence {name!r} of {record.num_tokens} tokens has {len(record.pages)} pages of {self.page_size}"
             )
-            held = books.pages[books.gone :]
-            assert books.pages[: books.gone] == [NULL_PAGE] * books.gone, f"sequence {name!r} holds what it gave back"
-            assert len(set(held)) == len(held), f"sequence {name!r} has a page twice: {books.pages}"
-            assert len(books.chain) - 1 <= full, f"sequence {name!r} has committed more than its {full} full pages"
-            for page, digest in zip(held, books.chain[1 + books.gone :], strict=False):
+            held = record.pages[record.gone :]
+            assert record.pages[: record.gone] == [NULL_PAGE] * record.gone, f"sequence {name!r} has a released page"
+            assert len(set(held)) == len(held), f"sequence {name!r} has a page twice: {record.pages}"
+            assert len(record.chain) - 1 <= full, f"sequence {name!r} has committed more than its {full} full pages"
+            for page, digest in zip(held, record.chain[1 + record.gone :], strict=False):
                 assert self._digest_of[page] in (None, digest), f"page {page} of sequence {name!r} holds other tokens"
 
     def _known(
         self, tokens: Sequence[int], num_tokens: int, salt: bytes, window: int | None
     ) -> tuple[list[int], list[bytes]]:
-        """The pages of the longest prefix that the pool holds, and the digests of the salt and of each of them."""
+        """The pages of the longest cached prefix, and the digests of the salt and of each of these pages."""
         found: list[int] = []
         chain = [hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()]
         for index in range(min(num_tokens, len(tokens) - 1) // self.page_size):
@@ -341,35 +346,37 @@ class PageAllocator:
             lacking = [index for index in range(first, size) if found[index] == NULL_PAGE]
             if not lacking:
                 return [NULL_PAGE] * first + found[first:size], chain[: 1 + size]
-            size = lacking[-1]  # a longer prefix would lack this page too, or one behind it
+            size = lacking[-1]  # a longer prefix would lack this page too, or a later one
         return found[:size], chain[: 1 + size]
 
-    def _wants(self, books: _Sequence, num_tokens: int) -> tuple[int, bool, bool]:
-        """Pages that more tokens take, and whether the last page, which they fill up, is shared or registered."""
-        missing = -(-(books.num_tokens + num_tokens) // self.page_size) - len(books.pages)
-        if not num_tokens or not books.num_tokens % self.page_size:
+    def _needs(self, record: _Sequence, num_tokens: int) -> tuple[int, bool, bool]:
+        """Pages to allocate for num_tokens more, and whether the last page, if they are written to it, is shared or
+        registered.
+        """
+        missing = -(-(record.num_tokens + num_tokens) // self.page_size) - len(record.pages)
+        if not num_tokens or not record.num_tokens % self.page_size:
             return missing, False, False
-        tail = books.pages[-1]
+        tail = record.pages[-1]
         return missing, self._counts[tail] > 1, self._digest_of[tail] is not None
 
     def _digest(self, parent: bytes, tokens: Sequence[int], index: int) -> bytes:
-        """Names a full page by its tokens and all before them. 32 bytes: no two contents meet, not even by intent."""
+        """Hashes a full page's tokens and all before them. 32 bytes, so that collisions cannot even be constructed."""
         start = index * self.page_size
         page = array("q", tokens[start : start + self.page_size]).tobytes()
         return hashlib.blake2b(parent + page, digest_size=32).digest()
 
     def _check_new(self, sequence: Hashable) -> None:
         if sequence in self._sequences:
-            raise ValueError(f"sequence {sequence!r} is already there; free it first or choose another name")
+            raise ValueError(f"sequence {sequence!r} already exists; free it first or choose another id")
 
-    def _books(self, sequence: Hashable) -> _Sequence:
-        books = self._sequences.get(sequence)
-        if books is None:
+    def _record(self, sequence: Hashable) -> _Sequence:
+        record = self._sequences.get(sequence)
+        if record is None:
             raise ValueError(f"there is no sequence {sequence!r}; add or fork starts one")
-        return books
+        return record
 
     def _take(self) -> int:
-        """A page for one owner. The caller knows that there is one."""
+        """Allocates a page to one owner. The caller has checked that there is one."""
         if self._free:
             page = self._free.pop()
         else:
@@ -379,14 +386,14 @@ class PageAllocator:
         return page
 
     def _share(self, pages: list[int]) -> None:
-        """One more owner each, of held and evictable pages."""
+        """Adds an owner to each of these held or evictable pages."""
         for page in pages:
             if not self._counts[page]:
                 del self._evictable[page]
             self._counts[page] += 1
 
     def _release(self, pages: list[int]) -> None:
-        """One owner less each. The last page goes first and is evicted first: a head is useful without its tail."""
+        """Removes an owner from each page, last page first: the end of a prefix must be evicted before its start."""
         for page in reversed(pages):
             self._counts[page] -= 1
             if self._counts[page]:
@@ -397,7 +404,7 @@ class PageAllocator:
                 self._evictable[page] = None
 
     def _forget(self, page: int) -> None:
-        """Makes the content of a registered page unknown."""
+        """Drops a registered page from the prefix cache."""
         digest = self._digest_of[page]
         assert digest is not None, f"page {page} is not registered"
         del self._page_of[digest]

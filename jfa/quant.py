@@ -1,13 +1,13 @@
-"""Arrays of small numbers with a scale for each vector: KV caches, kernels and weights share them.
+"""Quantized arrays with a scale for each vector, used by KV caches, kernels and weights.
 
-Quantization is symmetric. The scale of a vector is its largest magnitude over the largest number of the kind:
+Quantization is symmetric. The scale of a vector is its largest magnitude divided by the largest number of the kind:
 
-  int8  whole numbers to 127
-  fp8   float8_e4m3fn, to 448
-  int4  sixteen levels, -7.5, -6.5 ... 7.5, two to a byte: element i in the low half of byte i, element i + d / 2 in the
-        high half, so that a kernel unpacks a row into two whole halves
+  int8  integers from -127 to 127
+  fp8   float8_e4m3fn, up to 448
+  int4  sixteen levels, -7.5, -6.5 ... 7.5, two per byte: element i in the low half of byte i, element i + d / 2 in the
+        high half, so that a kernel unpacks a row into two contiguous halves
 
-Scales are bfloat16: they are rounded first, and the numbers are found by them, so that the rounding costs nothing.
+Scales are rounded to bfloat16 before the numbers are divided by them, so that this rounding adds no error.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-# kind: dtype of the stored numbers, the largest one
+# kind: (dtype of the stored numbers, the largest number)
 KINDS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0), "int4": (jnp.uint8, 7.5)}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizedArray:
-    """Vectors along the last axis, each with a scale.
+    """Quantized vectors along the last axis, each with a scale.
 
     Attributes:
-      values: int8, float8_e4m3fn, or uint8 with two 4-bit numbers each.
-      scales: one per vector, the shape of values without its last axis.
+      values: int8, float8_e4m3fn, or uint8 with two 4-bit numbers per byte.
+      scales: one per vector, in the shape of values without its last axis.
     """
 
     values: Shaped[Array, "*n stored"]
@@ -41,7 +41,7 @@ class QuantizedArray:
 
     @property
     def kind(self) -> str:
-        """Of KINDS."""
+        """The key in KINDS."""
         return kind_of(self.values.dtype)
 
     @property
@@ -51,10 +51,10 @@ class QuantizedArray:
 
 
 def kind_of(dtype: DTypeLike) -> str:
-    """The kind whose numbers are stored in this dtype.
+    """The kind that is stored in this dtype.
 
     Raises:
-      ValueError: in none.
+      ValueError: no kind is stored in this dtype.
     """
     name = jnp.dtype(dtype).name
     for kind, (stored, _) in KINDS.items():
@@ -65,26 +65,26 @@ def kind_of(dtype: DTypeLike) -> str:
 
 
 def stored_size(kind: str, d: int) -> int:
-    """The last axis of the stored numbers of d elements.
+    """The size of the last axis in which d elements are stored.
 
     Raises:
-      ValueError: int4 of an odd number.
+      ValueError: int4 and d is odd.
     """
     if kind != "int4":
         return d
     if d % 2:
-        raise ValueError(f"int4 puts two numbers into a byte, so a vector must have an even length, got {d}")
+        raise ValueError(f"int4 stores two numbers per byte, so a vector must have an even length, got {d}")
     return d // 2
 
 
 def width(values: Any, scales: Any) -> int:
-    """How many numbers a vector of stored ones is; without scales they are floats."""
+    """The number of elements of a stored vector; scales None: values are floats, not quantized."""
     doubled = scales is not None and kind_of(values.dtype) == "int4"
     return values.shape[-1] * (2 if doubled else 1)
 
 
 def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
-    """The nearest numbers of a kind. A vector with a NaN or an infinity comes back as NaN.
+    """Quantizes to the nearest numbers of a kind. A vector with a NaN or an infinity is dequantized to NaN.
 
     Args:
       kind: "int8", "fp8" or "int4".
@@ -95,13 +95,14 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"what is quantized must be floats, got {x.dtype}")
+        raise ValueError(f"quantize takes a float array, got {x.dtype}")
     dtype, largest = KINDS[kind]
     half = stored_size(kind, x.shape[-1])
     top = float(jnp.finfo(x.dtype).max)
     x = x.astype(jnp.float32)
     scales = (jnp.abs(x).max(-1, initial=0.0) / largest).astype(jnp.bfloat16)
-    # rounded up, the largest number of x's dtype would come back as infinity; cut to 8 bits, the bound is a bfloat16
+    # a scale rounded up would dequantize the largest number of x's dtype to infinity; with the lower 16 bits cleared,
+    # the bound is exact in bfloat16
     bound = np.float32(top / largest).view(np.uint32) & np.uint32(0xFFFF0000)
     scales = jnp.where(jnp.isfinite(scales), jnp.minimum(scales, bound.view(np.float32).astype(scales.dtype)), jnp.nan)
     divisor = scales.astype(jnp.float32)[..., None]
@@ -111,17 +112,17 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
     elif kind == "int8":
         values = jnp.round(x)
     else:
-        # a NaN has no level: its scale carries it
+        # no level represents a NaN: the scale is NaN instead
         levels = jnp.clip(jnp.floor(jnp.where(jnp.isnan(x), 0.0, x) + 8.0), 0, 15).astype(jnp.uint8)
         values = levels[..., :half] | (levels[..., half:] << 4)
     return QuantizedArray(values=values.astype(dtype), scales=scales)
 
 
 def rotation(d: int) -> np.ndarray:
-    """An orthogonal float32 [d, d], symmetric, of entries of one magnitude in blocks of the largest power of two in d.
+    """A symmetric orthogonal float32 [d, d]: Hadamard blocks of the largest power of two that divides d.
 
-    It spreads an outlier over its block, so that a small kind loses less of the other numbers. Products of two vectors
-    that are both rotated stay what they were. Source: QuaRot, arXiv:2404.00456, section 3.
+    It spreads an outlier over its block, so that quantization loses less of the other numbers. The dot product of two
+    vectors does not change if both are rotated. Source: QuaRot, arXiv:2404.00456, section 3.
     """
     size = d & -d
     block = np.ones((1, 1), np.float32)
@@ -139,17 +140,17 @@ def numbers(values: Shaped[Array, "*n stored"]) -> Float[Array, "*n d"]:
     """Stored numbers as float32, without their scales."""
     kind = kind_of(values.dtype)
     if kind == "int4":
-        # each byte twice, shifted by its half: on a CPU in half the time of two halves that are joined (bench/LOG.md)
+        # duplicate the bytes, then shift: on a CPU twice as fast as concatenating two unpacked halves (bench/LOG.md)
         shift = np.repeat(np.array([0, 4], np.uint8), values.shape[-1])
         return ((jnp.concatenate([values, values], axis=-1) >> shift) & 15).astype(jnp.float32) - 7.5
     return _from_fp8(values) if kind == "fp8" else values.astype(jnp.float32)
 
 
 def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:
-    """function(*arrays), which moves numbers of one dtype and computes nothing.
+    """function(*arrays), for a function that only moves numbers of one dtype and computes nothing.
 
-    XLA on a CPU moves no 8-bit floats: it would make all of them float16, and back. There they are moved as uint8; what
-    is scattered into is copied for that.
+    XLA on a CPU cannot move 8-bit floats: it converts all of them to float16 and back. There they are moved as uint8,
+    which copies the array that a scatter updates.
     """
     dtype = arrays[0].dtype
     if dtype != jnp.float8_e4m3fn:
@@ -162,10 +163,10 @@ def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def _from_fp8(values: Shaped[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """astype(float32) by selects alone: on a CPU a third of the time of XLA's own."""
+    """astype(float32) by bit operations and selects: on a CPU a third of the time of XLA's own conversion."""
     bits = lax.bitcast_convert_type(values, jnp.int8).astype(jnp.int32)
-    low = bits & 0x7F  # four bits of an exponent, three of a fraction; all ones: NaN
-    normal = lax.bitcast_convert_type((low << 20) + (120 << 23), jnp.float32)  # its exponent counts from -7, not -127
+    low = bits & 0x7F  # 4 bits of exponent, 3 of mantissa; all ones: NaN
+    normal = lax.bitcast_convert_type((low << 20) + (120 << 23), jnp.float32)  # exponent bias 7 becomes 127
     size = jnp.where(low < 8, low.astype(jnp.float32) * 2.0**-9, normal)
     size = jnp.where(low == 0x7F, jnp.nan, size)
     return jnp.where(bits < 0, -size, size)

@@ -1,4 +1,4 @@
-"""Which tiles to use: a measured or compiled-for table per architecture, else the kernel's own default."""
+"""Tuning tables: tile sizes per architecture, measured or chosen by offline compilation."""
 
 import functools
 import json
@@ -6,7 +6,7 @@ from importlib import resources
 
 from jfa.types import FlashConfig, PagedConfig
 
-# Neighbours whose compute units are alike enough to share a table.
+# Architectures with compute units similar enough to use another one's table.
 _NEIGHBOUR = {
     "gfx940": "gfx942",
     "gfx941": "gfx942",
@@ -24,12 +24,12 @@ _NEIGHBOUR = {
 
 
 def table_arch(arch: str) -> str:
-    """The architecture whose table serves this one: itself, or its nearest neighbour."""
+    """The architecture whose table is used for this one: itself or a similar one."""
     return _NEIGHBOUR.get(arch, arch)
 
 
 def flash_config(arch: str, *, dtype: str, head_dim: int, kernel: str = "flash_attention") -> FlashConfig | None:
-    """The table's entry for the smallest listed head_dim that is not below this one; None without a table or entry.
+    """The table's entry for the smallest listed head_dim >= head_dim; None without a table or entry.
 
     kernel: "flash_attention", "flash_attention_dq" or "flash_attention_dkv".
     """
@@ -39,9 +39,9 @@ def flash_config(arch: str, *, dtype: str, head_dim: int, kernel: str = "flash_a
 
 
 def paged_config(kernel: str, arch: str, *, dtype: str, pages: str, head_dim: int) -> PagedConfig | None:
-    """The table's entry of a kernel over pages, as flash_config finds it.
+    """The table's entry for a paged attention kernel, looked up as in flash_config.
 
-    kernel: "paged_decode_attention" or "ragged_paged_attention". pages: their dtype.
+    kernel: "paged_decode_attention" or "ragged_paged_attention". pages: dtype of the pages.
     """
     entries = _table(kernel, table_arch(arch)).get(pages_key(dtype, pages), {})
     fitting = sorted(int(listed) for listed in entries if int(listed) >= head_dim)
@@ -49,7 +49,7 @@ def paged_config(kernel: str, arch: str, *, dtype: str, pages: str, head_dim: in
 
 
 def pages_key(dtype: str, pages: str) -> str:
-    """What a table calls queries of one dtype on pages of another."""
+    """The key in a table for queries of one dtype and pages of another."""
     return dtype if pages == dtype else f"{dtype} on {pages}"
 
 

@@ -1,7 +1,7 @@
-"""The words that the rest of the library is written in.
+"""Types that the rest of the library shares.
 
 Axis letters in annotations: `b` batch, `tq` and `tk` query and key positions, `hq` and `hkv` query and key heads,
-`g` query heads per key head, `d` head_dim of queries and keys, `dv` that of values. A *block* is always a tile of a
+`g` query heads per key head, `d` head_dim of queries and keys, `dv` head_dim of values. A *block* is always a tile of a
 kernel, a *page* is always memory.
 """
 
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-# Padded rows and empty places of a page table point to this page: it is in bounds and what it holds reaches no output.
+# Padded rows and unused entries of a page table point to this page: it is in bounds and its content reaches no output.
 NULL_PAGE = 0
 
 
@@ -19,30 +19,30 @@ Implementation = Literal["reference", "xla", "triton", "tpu", "mosaic_gpu"]
 
 
 class UnsupportedError(NotImplementedError):
-    """The call is sound, but what it asks for is not built on the backend that was asked."""
+    """The call is valid, but the requested backend does not implement it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What attention computes: everything static that changes the answer.
+    """What attention computes: all static parameters that change the result.
 
-    Query `i` stands at position `i + query_offset` and sees the keys from `position - left` to `position + right`.
+    Query `i` is at position `i + query_offset` and sees the keys from `position - left` to `position + right`.
     """
 
     sm_scale: float
     causal: bool = False
-    window: tuple[int, int] | None = None  # keys seen to the left and to the right, the query's own not counted
+    window: tuple[int, int] | None = None  # keys seen to the left and right, not counting the query's own position
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
-    dropout_rate: float = 0.0  # share of the weights that count 0; the others are divided by 1 - dropout_rate
-    broadcast_dropout: bool = False  # the same weights in all batch rows and heads
+    dropout_rate: float = 0.0  # fraction of the weights set to 0; the others are divided by 1 - dropout_rate
+    broadcast_dropout: bool = False  # drop the same weights in all batch rows and heads
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.sm_scale):
             raise ValueError(f"scale must be a finite number, got {self.sm_scale}")
         if self.window is not None and min(self.window) < 0:
             raise ValueError(
-                f"local_window_size counts the keys seen to the left and right of a query, so both must be >= 0, "
-                f"got {self.window}; leave it None for no window"
+                f"local_window_size is the number of keys seen to the left and right of a query, so both must be >= 0, "
+                f"got {self.window}; None means no window"
             )
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ValueError(f"logits_soft_cap must be a finite number > 0, got {self.softcap}; None means no cap")
@@ -51,53 +51,53 @@ class AttentionSpec:
 
     @property
     def left(self) -> int | None:
-        """How many keys before its own position a query sees; None: all."""
+        """Number of keys that a query sees before its own position; None: all."""
         return None if self.window is None else self.window[0]
 
     @property
     def right(self) -> int | None:
-        """How many keys after its own position a query sees; None: all."""
+        """Number of keys that a query sees after its own position; None: all."""
         if self.causal:
             return 0
         return None if self.window is None else self.window[1]
 
 
 class Operands(NamedTuple):
-    """The arrays that attention reads, or their shapes. None: the option is not in use and costs nothing."""
+    """The arrays that attention reads, or their shapes. None: the option is not used and costs nothing."""
 
     q: Float[Array, "b tq hq d"]
     k: Float[Array, "b tk hkv d"]
     v: Float[Array, "b tk hkv dv"]
     bias: Float[Array, "#b #hq #tq #tk"] | None = None
-    mask: Bool[Array, "#b #hq #tq #tk"] | None = None  # True: the key may be seen
+    mask: Bool[Array, "#b #hq #tq #tk"] | None = None  # True: the key is visible
     q_len: Int[Array, " b"] | None = None
     kv_len: Int[Array, " b"] | None = None
     q_offset: Int[Array, " b"] | None = None
-    sinks: Float[Array, " hq"] | None = None  # a logit per head, natural units, that joins the denominator alone
-    alibi_slopes: Float[Array, " hq"] | None = None  # scores get -slope * |position - key|
-    q_segments: Int[Array, "b tq"] | None = None  # a query sees the keys of its own segment; with kv_segments
+    sinks: Float[Array, " hq"] | None = None  # a logit per head, natural units, added to the denominator only
+    alibi_slopes: Float[Array, " hq"] | None = None  # adds -slope * |position - key| to the scores
+    q_segments: Int[Array, "b tq"] | None = None  # a query sees the keys of its own segment; needs kv_segments
     kv_segments: Int[Array, "b tk"] | None = None
-    dropout_seed: UInt32[Array, " 2"] | None = None  # with spec.dropout_rate
+    dropout_seed: UInt32[Array, " 2"] | None = None  # used with spec.dropout_rate
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one key head."""
+        """Number of query heads per key head."""
         return self.q.shape[2] // self.k.shape[2]
 
 
 class PagedOperands(NamedTuple):
-    """The arrays that attention over pages reads, or their shapes.
+    """The arrays that paged attention reads, or their shapes.
 
-    A row's queries are its last tokens: they stand at the positions before kv_len, and their keys are in the pages.
+    A row's queries are its last tokens: their positions end at kv_len - 1, and their keys are in the pages.
     """
 
     q: Float[Array, "n hq d"]  # the queries of all rows, one row after another
-    k_pages: Shaped[Array, "num_pages page_size hkv _"]  # floats, or quant.KINDS
+    k_pages: Shaped[Array, "num_pages page_size hkv _"]  # floats, or quantized as in quant.KINDS
     v_pages: Shaped[Array, "num_pages page_size hkv _"]
-    page_table: Int[Array, "b pages_per_seq"]  # which page holds the tokens page_size * j and on of a row
+    page_table: Int[Array, "b pages_per_seq"]  # entry j of a row: the page of its tokens from page_size * j on
     kv_len: Int[Array, " b"]
-    query_start: Int[Array, " b+1"] | None = None  # where a row's queries begin; None: one for each row
-    k_scales: Float[Array, "num_pages page_size hkv"] | None = None  # with quantized pages
+    query_start: Int[Array, " b+1"] | None = None  # index of each row's first query; None: one query per row
+    k_scales: Float[Array, "num_pages page_size hkv"] | None = None  # for quantized pages
     v_scales: Float[Array, "num_pages page_size hkv"] | None = None
     sinks: Float[Array, " hq"] | None = None
 
@@ -108,18 +108,18 @@ class PagedOperands(NamedTuple):
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one key head."""
+        """Number of query heads per key head."""
         return self.q.shape[1] // self.k_pages.shape[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """How the `xla` backend computes: tile rows. Changes the speed, not the answer."""
+    """How the `xla` backend computes: tile sizes. Changes the speed, not the result."""
 
     block_q: int
     block_kv: int
-    widen: bool = False  # raise tiles to float32 before a product: CPUs have no fast 16-bit one
-    packed: bool = False  # forward: all heads in one block-diagonal product, which reads the keys as they lie
+    widen: bool = False  # cast tiles to float32 before a matrix product: CPUs have no fast 16-bit one
+    packed: bool = False  # forward: all heads in one block-diagonal product, which needs no transposed copy of the keys
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_kv < 1:
@@ -128,20 +128,20 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlashConfig:
-    """How a `triton` flash kernel computes: tile rows, warps and pipeline stages of one program, and its switches.
+    """How a `triton` flash kernel computes: tile sizes, warps and pipeline stages of one program, and two switches.
 
-    The switches exp2_degree (of 16-bit inputs) and round_half_up (of bfloat16) move roundings within the numerics
-    contract. They pay where vector instructions, not matrix units, bound the kernel (bench/LOG.md): on AMD. A NaN of
-    all ones, as NVIDIA's cards make it, may come out of them as a number.
+    The switches exp2_degree (16-bit inputs) and round_half_up (bfloat16) change roundings within the documented
+    tolerances. They pay off where vector instructions, not matrix units, limit the kernel: on AMD (bench/LOG.md). With
+    them, a NaN whose bits are all ones, as NVIDIA GPUs produce it, may become a number.
     """
 
     block_q: int
     block_kv: int
     num_warps: int
     num_stages: int
-    block_d: int | None = None  # head_dims of queries and keys that are multiplied at a time; None: all at once
-    exp2_degree: int | None = None  # 2^x by a polynomial of degree 3 or 4 instead of the hardware's function
-    round_half_up: bool = False  # weights to bfloat16 by an addition, instead of to nearest even
+    block_d: int | None = None  # columns of the head_dim that are multiplied at a time; None: all at once
+    exp2_degree: int | None = None  # 2^x by a polynomial of degree 3 or 4 instead of the hardware function
+    round_half_up: bool = False  # round weights to bfloat16 half up, by an integer addition, instead of to nearest even
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_kv", "block_d"):
@@ -158,24 +158,24 @@ class FlashConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedConfig(FlashConfig):
-    """How a `triton` kernel over pages computes: a tile of queries has the heads of a group beside each other.
+    """How a `triton` paged attention kernel computes. A tile of queries contains the heads of a group side by side.
 
-    Keys are gathered by the page table, so block_kv has nothing to do with the size of a page.
+    Keys are gathered through the page table, so block_kv is independent of page_size.
     """
 
-    num_splits: int | None = None  # programs that share a row's keys; None: as many as keep the device busy
+    num_splits: int | None = None  # programs that share a row's keys; None: enough to keep the device busy
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_splits is not None and self.num_splits < 1:
-            raise ValueError(f"num_splits must be >= 1, or None to follow from the call, got {self.num_splits}")
+            raise ValueError(f"num_splits must be >= 1, or None to choose automatically, got {self.num_splits}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceInfo:
-    """One accelerator, as far as kernels care."""
+    """The properties of a device that kernels depend on."""
 
     platform: str  # "rocm", "cuda", "tpu" or "cpu"
     arch: str  # "gfx942", "sm_90", "TPU v5e", "cpu": a name, never a number
     compute_units: int = 1
-    lds_bytes: int = 0  # LDS or shared memory that one workgroup may take
+    lds_bytes: int = 0  # maximum LDS or shared memory of one workgroup

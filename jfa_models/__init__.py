@@ -1,7 +1,7 @@
-"""Decoders on Flax NNX, and everything that makes them write text.
+"""Decoder models on Flax NNX, and what they need to generate text.
 
-The public names are listed in __init__.pyi and imported when they are first used: the command line shows its help
-without waiting for JAX.
+The public names are listed in __init__.pyi and imported on first use, so that the command line can show its help
+without importing JAX.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""A file of prompts to a file of results, which an interruption leaves whole: the same call goes on where it ended."""
+"""A file of prompts to a file of results; after an interruption, the same call resumes where it stopped."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a batch file: its number from 1 on, and what it asks for or why it cannot be served."""
+    """One line of a batch file: its number, from 1, and its request or the reason why it cannot be served."""
 
     number: int
     given: dict[str, Any]
@@ -30,9 +30,9 @@ class Line:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a batch file; blank ones are left out.
+    """The lines of a batch file without the blank ones.
 
-    Each is a JSON object with "prompt" or "prompt_token_ids", and as it likes an "id" and fields of SamplingParams.
+    Each is a JSON object with "prompt" or "prompt_token_ids", and optionally "id" and fields of SamplingParams.
     """
     lines = enumerate(path.read_bytes().split(b"\n"), start=1)
     return [_line(number, text) for number, text in lines if text.strip()]
@@ -42,28 +42,28 @@ def _line(number: int, text: bytes) -> Line:
     try:
         given = json.loads(text)
     except ValueError as error:
-        return Line(number=number, given={}, error=f"no JSON: {error}")
+        return Line(number=number, given={}, error=f"not valid JSON: {error}")
     if not isinstance(given, dict) or sum(name in given for name in PROMPTS) != 1:
-        return Line(number=number, given={}, error=f"not an object with one of {' and '.join(PROMPTS)}")
+        return Line(number=number, given={}, error=f"must be a JSON object with either {' or '.join(PROMPTS)}")
     error = None
     if unknown := given.keys() - {*PROMPTS, "id", *FIELDS}:
-        error = f"unknown fields {', '.join(sorted(unknown))}; known are id and those of SamplingParams"
+        error = f"unknown fields {', '.join(sorted(unknown))}; allowed are id and the fields of SamplingParams"
     elif not isinstance(given.get("prompt", ""), str):
-        error = f"prompt must be text, got {given['prompt']!r}; token ids are prompt_token_ids"
-    elif not _are_whole(given.get("prompt_token_ids", [])):
-        error = f"prompt_token_ids must be a list of whole numbers, got {given['prompt_token_ids']!r}"
+        error = f"prompt must be text, got {given['prompt']!r}; give token ids as prompt_token_ids"
+    elif not _are_integers(given.get("prompt_token_ids", [])):
+        error = f"prompt_token_ids must be a list of integers, got {given['prompt_token_ids']!r}"
     elif isinstance(bias := given.get("logit_bias"), dict):
-        with contextlib.suppress(ValueError):  # the names of a JSON object are strings
+        with contextlib.suppress(ValueError):  # the keys of a JSON object are strings
             given["logit_bias"] = {int(token): value for token, value in bias.items()}
     return Line(number=number, given=given, error=error)
 
 
-def _are_whole(tokens: Any) -> bool:
+def _are_integers(tokens: Any) -> bool:
     return isinstance(tokens, list) and all(type(token) is int for token in tokens)
 
 
 def done(path: Path, lines: list[Line]) -> set[int]:
-    """The numbers of the lines whose results are in the file. A last line that was cut off is removed from it.
+    """The numbers of the lines with results in the file. An incomplete last line is removed from it.
 
     Raises:
       ValueError: the file is not the result of these lines.
@@ -81,25 +81,25 @@ def done(path: Path, lines: list[Line]) -> set[int]:
             result = json.loads(text)
             line = by_number[result["line"]]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} holds something else than results of this batch: {text[:60]!r}") from None
+            raise ValueError(f"{path} contains a line that is not a result of this batch: {text[:60]!r}") from None
         if line.prompt is not None and line.error is None and line.prompt != result.get(_prompt_name(line)):
             raise ValueError(
-                f"{path} has the results of another batch: line {line.number} had another prompt; give another --output"
+                f"{path} has the results of another batch: line {line.number} had another prompt; use another --output"
             )
         found.add(line.number)
     return found
 
 
 def run(engine: Engine, lines: list[Line], output: Path, defaults: SamplingParams) -> Iterator[dict[str, Any]]:
-    """Appends a line for each line's result to the output as soon as it is there, and yields it.
+    """Appends the result of each line to the output as soon as it is available, and yields it.
 
-    What cannot be served has an "error" in its place.
+    The result of a line that cannot be served has an "error" field.
     """
     waiting: dict[str, Line] = {}
     with output.open("a", encoding="utf-8") as file:
 
         def write(result: dict[str, Any]) -> dict[str, Any]:
-            file.write(json.dumps(result) + "\n")  # in ASCII: half a surrogate pair, or a line separator, harms nothing
+            file.write(json.dumps(result) + "\n")  # in ASCII: lone surrogates and line separators are escaped
             file.flush()
             return result
 

@@ -1,4 +1,4 @@
-"""Many prompts in one call: the engine behind a face that people know."""
+"""Generation for many prompts in one call: the engine with vLLM's interface."""
 
 import os
 import sys
@@ -20,10 +20,10 @@ Message = dict[str, str]
 
 
 class LLM:
-    """A model that continues lists of prompts as fast as they go together, under vLLM's names.
+    """Generates text for lists of prompts with continuous batching, under vLLM's names.
 
     Attributes:
-      engine: what runs the requests, for who wants to stream or to mix calls.
+      engine: runs the requests; use it directly to stream or to mix calls.
       model: its LanguageModel.
     """
 
@@ -41,19 +41,19 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int = 0,
     ):
-        """Loads a model and makes its pool of pages.
+        """Loads a model and allocates its pool of pages.
 
         Args:
-          model: what from_pretrained takes, or a LanguageModel, which has a dtype already.
-          the others: as Engine has them.
+          model: what from_pretrained takes, or a LanguageModel, which already has a dtype.
+          other arguments: see Engine.
 
         Raises:
-          ValueError: as from_pretrained and Engine.
+          ValueError: see from_pretrained and Engine.
         """
         if not isinstance(model, LanguageModel):
             model = from_pretrained(model, dtype=dtype)
         elif dtype is not None:
-            raise ValueError(f"dtype={dtype!r} came too late: the model is loaded, in {model.dtype}; leave it out")
+            raise ValueError(f"dtype={dtype!r} is given too late: the model is loaded in {model.dtype}; leave it out")
         self.model = model
         self.engine = Engine(
             model,
@@ -75,26 +75,26 @@ class LLM:
         progress: bool | None = None,
         on_finished: Callable[[int, RequestOutput], Any] | None = None,
     ) -> list[RequestOutput]:
-        """Continues each prompt; results in the order of the prompts.
+        """Continues each prompt; results are in the order of the prompts.
 
-        Without a seed of its own, a request draws by (the seed of this LLM, its place in prompts). When it is
-        interrupted, or a callback raises, the engine starts anew: what was not finished is lost.
+        A request without its own seed samples from (the seed of this LLM, its index in prompts). If the call is
+        interrupted or a callback raises, the engine is reset: unfinished requests are lost.
 
         Args:
-          prompts: text or token ids, one or many, of any lengths.
-          sampling_params: one for all or one each; None: as the model's authors advise.
-          progress: a bar on stderr; None: if that is a terminal.
-          on_finished: called with a prompt's place and result as soon as it has ended.
+          prompts: text or token ids, one or many, of any length.
+          sampling_params: one for all prompts or one per prompt; None: as the model's authors recommend.
+          progress: whether to show a bar on stderr; None: if stderr is a terminal.
+          on_finished: called with a prompt's index and result as soon as it finishes.
 
         Raises:
-          ValueError: a prompt that can never be served; the message says which and why. None has begun then.
+          ValueError: a prompt can never be served; the message says which and why. No request was started.
         """
         prompts = as_prompts(prompts)
         params = [sampling_params] * len(prompts) if not isinstance(sampling_params, Sequence) else sampling_params
         if len(params) != len(prompts):
-            raise ValueError(f"there must be one params, or one for each prompt, got {len(params)} for {len(prompts)}")
+            raise ValueError(f"sampling_params must be one, or one per prompt, got {len(params)} for {len(prompts)}")
         if self.engine.has_unfinished:
-            raise RuntimeError("the engine is busy with requests of its own: wait for their end, or use add_request")
+            raise RuntimeError("the engine runs other requests: wait until they finish, or use engine.add_request")
         results: dict[int, RequestOutput] = {}
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -105,13 +105,13 @@ class LLM:
                 task = bar.add_task("generating", total=len(prompts))
                 for result in self.engine.run():
                     if result.request_id not in places:
-                        continue  # of somebody who never asked for it
+                        continue  # added to the engine directly, not by this call
                     place = places[result.request_id]
                     results[place] = result
                     if on_finished is not None:
                         on_finished(place, result)
                     bar.advance(task)
-        except BaseException:  # Ctrl-C too: the requests are this call's alone, and nobody would end them
+        except BaseException:  # Ctrl-C too: nothing else would finish the requests of this call
             self.engine.reset()
             raise
         return [results[place] for place in range(len(prompts))]
@@ -122,14 +122,14 @@ class LLM:
         sampling_params: Params | Sequence[Params] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or each of several, in the words of the model's chat template.
+        """Answers one or several conversations, formatted with the model's chat template.
 
         Args:
-          messages: {"role": ..., "content": ...}, the oldest first; or a list of such conversations.
-          options: of generate.
+          messages: {"role": ..., "content": ...}, oldest first; or a list of such conversations.
+          options: passed to generate.
 
         Raises:
-          ValueError: the model has no chat template; or as generate.
+          ValueError: the model has no chat template; or see generate.
         """
         tokenizer = self.model.tokenizer
         if tokenizer is None or tokenizer.chat_template is None:
@@ -142,7 +142,7 @@ class LLM:
         return self.generate(prompts, sampling_params, **options)
 
     def _add_all(self, prompts: Sequence[Prompt], params: Sequence[Params | None]) -> dict[str, int]:
-        """The place of each request by its id; all of them, or none."""
+        """Adds all requests, or none if one is refused; returns the prompt index by request id."""
         places: dict[str, int] = {}
         for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:

@@ -1,7 +1,7 @@
-"""What instructions compute, as functions on arrays: shared by the scalar and the vector unit.
+"""The arithmetic of instructions as functions on arrays, shared by the scalar and the vector unit.
 
-Transcendental functions are computed in float64 and rounded once, so they are a little better than the hardware's
-(which promises 1 ulp); a fused multiply-add is rounded from float64.
+Transcendental functions are computed in float64 and rounded once, so they are slightly more accurate than the
+hardware's (specified to 1 ulp); a fused multiply-add is rounded from float64.
 """
 
 from collections.abc import Callable
@@ -39,31 +39,31 @@ def shift(bits: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def add_with_carry(a: np.ndarray, b: np.ndarray, carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """u32 sum and whether it went past 32 bits."""
+    """u32 sum, and whether it exceeds 32 bits."""
     total = a.astype(np.uint64) + b + carry
     return total.astype(np.uint32), total >> np.uint64(32) != 0
 
 
 def subtract_with_borrow(a: np.ndarray, b: np.ndarray, borrow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """u32 difference and whether it went below 0."""
+    """u32 difference, and whether it is below 0."""
     total = a.astype(np.int64) - b - borrow
     return total.astype(np.uint32), total < 0
 
 
 def add_with_overflow(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """i32 sum and whether it left 32 bits."""
+    """i32 sum, and whether it overflows."""
     total = a.astype(np.int64) + b
     return total.astype(np.int32), total != total.astype(np.int32)
 
 
 def subtract_with_overflow(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """i32 difference and whether it left 32 bits."""
+    """i32 difference, and whether it overflows."""
     total = a.astype(np.int64) - b
     return total.astype(np.int32), total != total.astype(np.int32)
 
 
 def shift_and_add(places: int, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(a << places) + b in u32 and whether it went past 32 bits."""
+    """(a << places) + b in u32, and whether it exceeds 32 bits."""
     total = (a.astype(np.uint64) << np.uint64(places)) + b
     return total.astype(np.uint32), total >> np.uint64(32) != 0
 
@@ -79,17 +79,17 @@ def multiply_high_signed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def low_24(a: np.ndarray) -> np.ndarray:
-    """The lower 24 bits, of an i32 with their sign."""
+    """The lower 24 bits, sign-extended for an i32."""
     return (a << 8) >> 8
 
 
 def scalar_field(bits: int, signed: bool, a: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """The bit field that s_bfe takes: first bit in where[4:0 or 5:0], width in where[22:16]."""
+    """The bit field of s_bfe: first bit in where[4:0 or 5:0], width in where[22:16]."""
     return field(a, where & (bits - 1), where >> 16 & 0x7F, signed)
 
 
 def field(a: np.ndarray, first: np.ndarray, width: np.ndarray, signed: bool) -> np.ndarray:
-    """`width` bits of a from bit `first` on, extended by their sign or by 0."""
+    """`width` bits of a starting at bit `first`, sign- or zero-extended."""
     unsigned = np.dtype(f"u{a.dtype.itemsize}")
     first, width = first.astype(unsigned), np.minimum(width, 8 * a.dtype.itemsize - 1).astype(unsigned)
     bits = (a.view(unsigned) >> first) & ((np.ones_like(width) << width) - 1)
@@ -107,12 +107,12 @@ def reversed_bits(bits: int, a: np.ndarray) -> np.ndarray:
 
 
 def trailing_zeros(bits: int, a: np.ndarray) -> np.ndarray:
-    """The index of the lowest bit that is set; -1 without one."""
+    """The index of the lowest set bit; -1 if there is none."""
     return np.where(a == 0, -1, np.bitwise_count((a & (~a + a.dtype.type(1))) - a.dtype.type(1))).astype(np.int32)
 
 
 def leading_zeros(bits: int, a: np.ndarray) -> np.ndarray:
-    """How many zeros stand before the highest bit that is set; -1 without one."""
+    """The number of zeros before the highest set bit; -1 if there is none."""
     filled = a.copy()
     for distance in (1, 2, 4, 8, 16, 32)[: bits.bit_length() - 1]:
         filled |= filled >> a.dtype.type(distance)
@@ -120,19 +120,19 @@ def leading_zeros(bits: int, a: np.ndarray) -> np.ndarray:
 
 
 def leading_signs(a: np.ndarray) -> np.ndarray:
-    """How many bits of an i32 equal its sign before the first that does not; -1 without one."""
+    """The number of leading bits of an i32 that equal its sign; -1 if all do."""
     return leading_zeros(32, (a ^ (a >> 31)).view(np.uint32))
 
 
 def permuted_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """v_perm_b32: each byte of the result by a byte of the selector, out of a (bytes 4-7) and b (bytes 0-3)."""
+    """v_perm_b32: a byte of the selector selects each byte of the result, from a (bytes 4-7) and b (bytes 0-3)."""
     both = b.astype(np.uint64) | a.astype(np.uint64) << np.uint64(32)
     result = np.zeros(np.broadcast_shapes(a.shape, b.shape, selector.shape), np.uint32)
     for place in range(4):
         chosen = selector >> np.uint32(8 * place) & np.uint32(0xFF)
         octet = (both >> (chosen & np.uint32(7)).astype(np.uint64) * np.uint64(8)).astype(np.uint32) & np.uint32(0xFF)
         if (chosen > 7).any():
-            # 8 to 11 repeat the sign of a word, 12 is 0, what is above is all ones
+            # 8 to 11 repeat the sign bit of a 16-bit word, 12 is 0, higher values are all ones
             signs = [both >> np.uint64(bit) & np.uint64(1) for bit in (15, 31, 47, 63)]
             sign = np.select([chosen == 8 + i for i in range(4)], signs, 0).astype(np.uint32) * np.uint32(255)
             octet = np.select(
@@ -143,7 +143,7 @@ def permuted_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.nda
 
 
 def truth_table(table: int, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """v_bitop3_b32: for every bit the entry of an eight-bit table that a, b and c choose."""
+    """v_bitop3_b32: for each bit, the entry of an 8-bit table that the bits of a, b and c select."""
     result = np.zeros((), a.dtype)
     for entry in range(8):
         if table >> entry & 1:
@@ -155,12 +155,12 @@ def truth_table(table: int, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.n
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c: a float32 product is exact in float64."""
+    """a * b + c; a float32 product is exact in float64."""
     return (a.astype(np.float64) * b + c).astype(a.dtype)
 
 
 def median(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """The middle one of three."""
+    """The median of three."""
     return np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
 
 
@@ -175,37 +175,37 @@ def reciprocal_square_root(a: np.ndarray) -> np.ndarray:
 
 
 def exp2(a: np.ndarray) -> np.ndarray:
-    """2 ** a; denormal input and output count as 0, as in the hardware."""
+    """2 ** a; denormal inputs and outputs are flushed to 0, as in the hardware."""
     result = np.exp2(np.where(np.abs(a) < SMALLEST_NORMAL, 0, a).astype(np.float64)).astype(np.float32)
     return np.where(result < SMALLEST_NORMAL, np.float32(0), result)
 
 
 def log2(a: np.ndarray) -> np.ndarray:
-    """log2(a); denormal input counts as 0, as in the hardware."""
+    """log2(a); denormal inputs are flushed to 0, as in the hardware."""
     return np.log2(np.where(np.abs(a) < SMALLEST_NORMAL, 0, a).astype(np.float64)).astype(np.float32)
 
 
 def saturated_i32(a: np.ndarray) -> np.ndarray:
-    """Truncated to an i32; out of range the nearest, NaN 0."""
+    """Truncates to an i32; saturates out of range, NaN becomes 0."""
     whole = np.nan_to_num(np.trunc(a.astype(np.float64)), nan=0.0)
     return np.clip(whole, -(2.0**31), 2.0**31 - 1).astype(np.int64).astype(np.int32)
 
 
 def saturated_u32(a: np.ndarray) -> np.ndarray:
-    """Truncated to a u32; out of range the nearest, NaN 0."""
+    """Truncates to a u32; saturates out of range, NaN becomes 0."""
     whole = np.nan_to_num(np.trunc(a.astype(np.float64)), nan=0.0)
     return np.clip(whole, 0.0, 2.0**32 - 1).astype(np.int64).astype(np.uint32)
 
 
 def bfloat16_bits(a: np.ndarray) -> np.ndarray:
-    """A float32 rounded to nearest even, as the sixteen bits of a bfloat16 in a u32."""
+    """Rounds a float32 to the nearest bfloat16, ties to even; returns its 16 bits in a u32."""
     bits = np.ascontiguousarray(a).view(np.uint32)
     rounded = (bits + ((bits >> np.uint32(16) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
     return np.where(np.isnan(a), bits >> np.uint32(16) | np.uint32(0x40), rounded)
 
 
 def half_toward_zero(a: np.ndarray) -> np.ndarray:
-    """A float32 as float16, rounded toward zero."""
+    """Rounds a float32 to float16, toward zero."""
     nearest = a.astype(np.float16)
     beyond = (np.abs(nearest.astype(np.float32)) > np.abs(a)) & np.isfinite(a)
     return np.where(beyond, np.nextafter(nearest, np.float16(0)), nearest)
@@ -218,7 +218,7 @@ def class_of(a: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     denormal = (np.abs(a) < limit) & ~zero
     normal = ~(nan | infinite | zero | denormal)
     classes = [
-        np.zeros_like(nan),  # signalling NaN: NumPy does not keep them apart
+        np.zeros_like(nan),  # signalling NaN, which NumPy does not distinguish
         nan,
         infinite & negative,
         normal & negative,
@@ -241,7 +241,7 @@ def fix_division(quotient: np.ndarray, denominator: np.ndarray, numerator: np.nd
     negative = np.signbit(denominator) ^ np.signbit(numerator)
     infinity = np.where(negative, kind(-np.inf), kind(np.inf))
     zero = np.where(negative, kind(-0.0), kind(0.0))
-    # the steps before have gone through infinity where the quotient is too large
+    # a NaN quotient: the previous steps overflowed to infinity
     result = np.where(np.isnan(quotient), infinity, np.where(negative, -np.abs(quotient), np.abs(quotient)))
     result = np.where(np.isinf(denominator) | (numerator == 0), zero, result)
     result = np.where((denominator == 0) | np.isinf(numerator), infinity, result)
@@ -250,9 +250,9 @@ def fix_division(quotient: np.ndarray, denominator: np.ndarray, numerator: np.nd
 
 
 def scale_division(a: np.ndarray, denominator: np.ndarray, numerator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """v_div_scale_f32: a (one of the two others) scaled so that the steps of a division stay normal, and a flag.
+    """v_div_scale_f32: scales a (one of the other two) so that the steps of a division have no denormals.
 
-    The flag tells v_div_fmas to scale its result back.
+    The second result is the flag that makes v_div_fmas scale its result back.
     """
     x, d, n = np.broadcast_arrays(*(value.astype(np.float64) for value in (a, denominator, numerator)))
 
@@ -268,7 +268,7 @@ def scale_division(a: np.ndarray, denominator: np.ndarray, numerator: np.ndarray
         ((n == 0) | (d == 0), np.full_like(x, np.nan), False),
         (exponent(n) - exponent(d) >= 96, np.where(x == d, up, x), True),
         (denormal(d), up, False),
-        # two more ask for a reciprocal that is a denormal float64, which that of a float32 never is
+        # two more cases need a denormal float64 reciprocal, which a float32 never has
         (denormal(quotient), np.where(x == n, up, x), True),
         (exponent(n) <= 23, up, False),
     ]
@@ -278,7 +278,7 @@ def scale_division(a: np.ndarray, denominator: np.ndarray, numerator: np.ndarray
 
 
 def scaled_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, flag: np.ndarray) -> np.ndarray:
-    """v_div_fmas_f32: a * b + c, scaled back where v_div_scale has set the flag."""
+    """v_div_fmas_f32: a * b + c, scaled back where v_div_scale set the flag."""
     result = a.astype(np.float64) * b + c
     back = np.where(np.abs(c) >= 2.0, 2.0**64, 2.0**-64)
     return np.where(flag, result * back, result).astype(np.float32)

@@ -1,17 +1,17 @@
-"""What can go wrong with a program, as exceptions."""
+"""The exceptions of the emulator."""
 
 
 class MachineError(Exception):
-    """A kernel that the machine cannot run, or that ran into something it must not do."""
+    """A kernel that the emulator cannot run, or that did something invalid."""
 
 
 class UnsupportedInstruction(MachineError):
-    """An instruction, or a form of one, whose meaning is not built in. Raised before anything runs."""
+    """An instruction, or a form of one, that is not implemented. Raised before anything runs."""
 
 
 class MemoryFault(MachineError):
-    """An access outside the buffer, the LDS or the scratch memory it was meant for."""
+    """An access outside the bounds of its buffer, the LDS or scratch memory."""
 
 
 class Deadlock(MachineError):
-    """Waves that wait for what never comes."""
+    """Waves that wait forever or never finish."""

@@ -1,4 +1,4 @@
-"""The state of a gang: a number of workgroups whose waves execute together, their registers, and who runs."""
+"""The state of a gang, the workgroups whose waves execute together: registers, active waves and lanes."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ from .errors import Deadlock
 from .program import Program
 from .storage import LDS, SIZES, Memory
 
-# Scalar registers with a name; ttmp0 is the first of the trap handler's.
+# Indices of named scalar registers; TRAP_TEMPORARIES is that of ttmp0.
 VCC, M0, NULL, EXEC = 106, 125, 124, 126
 NUM_SCALARS = 128
 TRAP_TEMPORARIES = 108
-_UNSET = 0xFFEDFFED  # what a register holds before it is written: NaN as float32, float16 and bfloat16
+_UNSET = 0xFFEDFFED  # value of registers that were not written: NaN as float32, float16 and bfloat16
 
-Step = Callable[[], None]  # an instruction that was bound to a gang
+Step = Callable[[], None]  # an instruction bound to a gang
 
 
 class Gang:
@@ -32,7 +32,7 @@ class Gang:
         self.scc = np.zeros((self.num_waves, 1), bool)
         self.scratch = np.empty((self.num_waves * self.wave_size, program.scratch_bytes), np.uint8)
         self.memory = store
-        self.workgroup = np.repeat(np.arange(num_workgroups), num_warps)  # of a wave
+        self.workgroup = np.repeat(np.arange(num_workgroups), num_warps)  # of each wave
         self.wave_of_lane = np.repeat(np.arange(self.num_waves), self.wave_size)
         moved = [re.split(r"_", i.name)[-1] for block in program.blocks for i in block.instructions]
         self.lds = LDS(
@@ -42,7 +42,7 @@ class Gang:
             wave_size=self.wave_size,
             unit=min([4, *(SIZES[kind] for kind in moved if kind in SIZES)]),
         )
-        # who runs: waves[wave, 1] and mask[wave, lane] are True when all do
+        # active waves[wave, 1] and lanes mask[wave, lane]; both are just True if all are active
         self.exec = np.ones(shape, bool)
         self.waves: np.ndarray | bool = True
         self.mask: np.ndarray | bool = True
@@ -55,7 +55,7 @@ class Gang:
         self.executed = 0
 
     def start(self, workgroups: np.ndarray, user_registers: Sequence[int]) -> None:
-        """Puts the waves of these workgroups (x, y, z each) at the kernel's entry.
+        """Initializes the waves of these workgroups (x, y, z each) at the kernel's entry.
 
         Initial registers: "User Guide for AMDGPU Backend", section "Initial Kernel Execution State".
         """
@@ -87,12 +87,12 @@ class Gang:
         self.executed = 0
 
     def exec_changed(self) -> None:
-        """Reads EXEC anew."""
+        """Updates the active lanes after a write to EXEC."""
         self.exec = self._read_exec()
         self._refresh()
 
     def active_lanes(self) -> np.ndarray:
-        """Flat indices (wave * wave_size + lane) of the lanes that run."""
+        """Flat indices (wave * wave_size + lane) of the active lanes."""
         if self.mask is True:
             return self._all_lanes
         if self._lanes is None:
@@ -104,7 +104,7 @@ class Gang:
         return np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little").view(bool)
 
     def select(self, waves: np.ndarray) -> None:
-        """Says which waves run: bool[wave, 1]."""
+        """Sets the active waves: bool[wave, 1]."""
         everyone = bool(waves.all())
         if everyone and self.waves is True:
             return
@@ -117,14 +117,14 @@ class Gang:
         self._lanes = None
 
     def pass_barrier(self) -> None:
-        """Lets the waves that wait at a barrier go on.
+        """Releases the waves that wait at a barrier.
 
         Raises:
-          Deadlock: others of their workgroup have ended without reaching it.
+          Deadlock: other waves of their workgroup finished without reaching it.
         """
         waiting = self.waiting.reshape(self.num_workgroups, self.num_warps)
         whole = waiting.all(1)
         if (waiting.any(1) & ~whole).any():
-            raise Deadlock("waves wait at a barrier that others of their workgroup have ended without reaching")
+            raise Deadlock("waves wait at a barrier, but other waves of their workgroup finished without reaching it")
         self.waiting.fill(False)
         self.lds.next_epoch(whole)

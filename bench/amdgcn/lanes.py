@@ -1,7 +1,7 @@
-"""Data that crosses lanes: DPP, readlane and writelane, permutations by index.
+"""Data movement between lanes: DPP, readlane and writelane, permutations by index.
 
-Meanings: ISA manuals, chapter "Vector ALU Operations", sections on DPP; chapter "Instructions", encodings VOP1, VOP3
-and DS (permutes do not touch the LDS's memory).
+Semantics: ISA manuals, chapter "Vector ALU Operations", sections on DPP; chapter "Instructions", encodings VOP1, VOP3
+and DS (permutes do not access the LDS).
 """
 
 import re
@@ -20,12 +20,12 @@ _DPP = re.compile(
 
 
 def is_permutation(modifier: str) -> bool:
-    """Whether a modifier is one of DPP's ways to choose lanes."""
+    """Whether a modifier is a DPP lane selection."""
     return _DPP.fullmatch(modifier) is not None
 
 
 class Permutation:
-    """A DPP modifier: which lane each lane reads source 0 from, and which lanes may then be written."""
+    """A DPP modifier: the lane from which each lane reads source 0, and the lanes that may be written."""
 
     def __init__(self, gang: Gang, modifiers: Mapping):
         kind = next(key for key in modifiers if is_permutation(key))
@@ -45,7 +45,7 @@ class Permutation:
         return self._valid & self._gang.exec[:, self._from]
 
     def permute(self, value: np.ndarray) -> np.ndarray:
-        """The value as the lanes see it; 0 from lanes that cannot be read."""
+        """The permuted value; 0 where the source lane cannot be read."""
         value = np.broadcast_to(value, self._gang.exec.shape)
         return np.where(self._readable(), value[:, self._from], np.zeros((), value.dtype))
 
@@ -59,12 +59,12 @@ def permutation(gang: Gang, instruction: Instruction) -> Permutation | None:
     if any(map(is_permutation, instruction.modifiers)):
         return Permutation(gang, instruction.modifiers)
     if "dpp" in instruction.encoding:
-        raise UnsupportedInstruction(f"no meaning for the lanes of {instruction}")
+        raise UnsupportedInstruction(f"unsupported lane permutation of {instruction}")
     return None
 
 
 def _sources(kind: str, value, lane: np.ndarray, wave_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(lane to read from, whether there is one) for each lane."""
+    """(source lane, whether it exists) for each lane."""
     row, column, everywhere = lane & ~15, lane & 15, np.ones(wave_size, bool)
     if kind in ("quad_perm", "dpp8"):
         size = len(value)
@@ -92,7 +92,7 @@ def _sources(kind: str, value, lane: np.ndarray, wave_size: int) -> tuple[np.nda
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step | None:
-    """The instruction as a function that changes the gang; None when it is not of this file."""
+    """Binds an instruction: returns a function that executes it on the gang; None if it is not in this file."""
     name, operands = instruction.name, instruction.operands
     if name in _READERS:
         return _READERS[name](gang, operands)
@@ -168,7 +168,7 @@ _READERS: dict[str, Callable] = {
 
 
 def _swap_rows(gang: Gang, operands: tuple[str, ...], width: int) -> Step:
-    """Odd rows of `width` lanes of the first register change places with even rows of the second."""
+    """Swaps the odd rows of `width` lanes of the first register with the even rows of the second."""
     first, second = (gang.v[vector_register(text).index] for text in operands)
     shape = (gang.num_waves, gang.wave_size // (2 * width), 2, width)
 
@@ -223,7 +223,7 @@ def _permute_by_address(gang: Gang, instruction: Instruction, *, backward: bool)
 
 
 def _swizzle(gang: Gang, instruction: Instruction) -> Step:
-    """Groups of 32 lanes: bit masks (and, or, xor) on the lane's index, or a permutation of every four."""
+    """Permutes groups of 32 lanes: by bit masks (and, or, xor) on the lane's index, or within each group of four."""
     store = destination(gang, instruction.operands[0], "b32")
     value = source(gang, instruction.operands[1], "b32")
     offset, lane = _swizzle_code(instruction), np.arange(gang.wave_size)
@@ -241,7 +241,7 @@ def _swizzle(gang: Gang, instruction: Instruction) -> Step:
 
 
 def _swizzle_code(instruction: Instruction) -> int:
-    """The sixteen bits behind offset:5, offset:swizzle(SWAP,16) and the assembler's other names."""
+    """The 16-bit code of offset:5, offset:swizzle(SWAP,16) and the assembler's other forms."""
     text = str(instruction.modifiers.get("offset", "0"))
     match = re.fullmatch(r"swizzle\((\w+),(.*)\)", text)
     if match is None:
@@ -255,4 +255,4 @@ def _swizzle_code(instruction: Instruction) -> int:
         return int(items[1]) << 5 | 32 - int(items[0])
     if kind == "QUAD_PERM":
         return 0x8000 | sum(int(item) << 2 * i for i, item in enumerate(items))
-    raise UnsupportedInstruction(f"no meaning for the swizzle of {instruction}")
+    raise UnsupportedInstruction(f"unsupported swizzle of {instruction}")

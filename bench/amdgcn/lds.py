@@ -1,6 +1,6 @@
 """ds_*: loads, stores and atomics in the LDS, the memory that the waves of a workgroup share.
 
-Meanings: ISA manuals, chapter "Data Share Operations"; chapter "Instructions", encoding DS.
+Semantics: ISA manuals, chapter "Data Share Operations"; chapter "Instructions", encoding DS.
 """
 
 import re
@@ -17,7 +17,7 @@ from .storage import SIZES
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step:
-    """The instruction as a function without arguments that changes the gang."""
+    """Binds an instruction: returns a function without arguments that executes it on the gang."""
     name = instruction.name
     if match := re.fullmatch(r"ds_read_b64_tr_b(8|16)", name):
         return _read_transposed(gang, instruction, int(match[1]))
@@ -28,7 +28,7 @@ def bind(gang: Gang, instruction: Instruction) -> Step:
         return _access(gang, instruction, match[1], match[2])
     if match := re.fullmatch(r"ds_((?:add|max|min|max_num|min_num)_(?:f32|u32|i32))", name):
         return _atomic(gang, instruction, match[1])
-    raise UnsupportedInstruction(f"no meaning for {instruction}")
+    raise UnsupportedInstruction(f"unsupported instruction {instruction}")
 
 
 def _address(gang: Gang, text: str, offset: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -56,7 +56,7 @@ def _access(gang: Gang, instruction: Instruction, verb: str, suffix: str) -> Ste
 
 
 def _access_two(gang: Gang, instruction: Instruction, verb: str, size: int, stride: int) -> Step:
-    """Two values, at offset0 and offset1 in units of their size (or of 64 times it)."""
+    """Accesses two values, at offset0 and offset1 in units of their size (or of 64 times it)."""
     operands, loads = instruction.operands, verb in ("read2", "load_2addr")
     text = operands[1] if loads else operands[0]
     addresses = [_address(gang, text, instruction.number(f"offset{i}") * stride) for i in range(2)]
@@ -70,7 +70,7 @@ def _access_two(gang: Gang, instruction: Instruction, verb: str, size: int, stri
     def load() -> None:
         lanes = gang.active_lanes()
         if lanes.size:
-            # both before the registers change: the address may be one of them
+            # read both before writing registers: the address may be in one of them
             both = [gang.lds.read(address(lanes), size, lanes, instruction) for address in addresses]
             for width, data in zip(widths, both, strict=True):
                 width.load(gang, lanes, data)
@@ -85,7 +85,7 @@ def _access_two(gang: Gang, instruction: Instruction, verb: str, size: int, stri
 
 
 def _read_transposed(gang: Gang, instruction: Instruction, bits: int) -> Step:
-    """gfx950: sixteen lanes hold rows of sixteen elements between them; lane i receives column i."""
+    """gfx950: sixteen lanes together read rows of sixteen elements; lane i receives column i."""
     width = Width.of("b64", instruction.operands[0])
     address = _address(gang, instruction.operands[1], instruction.number("offset"))
     dtype = np.dtype(f"u{bits // 8}")
@@ -94,7 +94,7 @@ def _read_transposed(gang: Gang, instruction: Instruction, bits: int) -> Step:
     def step() -> None:
         lanes = gang.active_lanes()
         if lanes.size % gang.wave_size:
-            raise MachineError(f"a transposed read with lanes switched off has no documented meaning, {instruction}")
+            raise MachineError(f"a transposed read with inactive lanes is not documented, {instruction}")
         data = gang.lds.read(address(lanes), 8, lanes, instruction).view(dtype)
         columns = data.reshape(-1, rows, 16).swapaxes(1, 2)
         width.load(gang, lanes, np.ascontiguousarray(columns).reshape(-1, rows).view(np.uint32))
@@ -103,7 +103,7 @@ def _read_transposed(gang: Gang, instruction: Instruction, bits: int) -> Step:
 
 
 def _atomic(gang: Gang, instruction: Instruction, kind: str) -> Step:
-    """Lane after lane; the order in which waves come does not count as a race."""
+    """Executes lane by lane; atomics of several waves do not count as a race."""
     address = _address(gang, instruction.operands[0], instruction.number("offset"))
     data = vector_register(instruction.operands[1]).index
     dtype, compute = ATOMICS[kind]

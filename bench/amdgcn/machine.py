@@ -1,9 +1,9 @@
-"""The machine: binds a program to gangs of waves, and runs them in lockstep.
+"""The emulator's main loop: binds a program to gangs of waves and runs them in lockstep.
 
-A gang is a number of workgroups whose waves execute together: an instruction is one NumPy call over all of their
-lanes. Waves that have gone another way are masked out until the gang meets again; the waves furthest behind run first.
-Not modelled: time, wait counts and other hazards, cache coherence, flush modes, and how a matrix instruction rounds
-between its products.
+A gang is a set of workgroups whose waves execute together: an instruction is one NumPy call over all of their lanes. If
+waves diverge, those in the earliest block run first and the others are masked out until they reconverge. Not modelled:
+time, wait counts and other hazards, cache coherence, denormal flush modes, and how a matrix instruction rounds between
+its products.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from .gang import Gang, Step
 from .program import Instruction, Program, parse
 from .storage import Memory
 
-# Lanes in a gang: enough to spread the cost of a NumPy call, few enough that its operands stay in the cache (measured:
-# bench/LOG.md).
+# Lanes in a gang: enough to amortize the cost of a NumPy call, few enough for its operands to stay in the cache
+# (measured: bench/LOG.md).
 LANES = 1024
-MAX_BLOCKS = 5_000_000  # far above any kernel that ends: minutes
+MAX_BLOCKS = 5_000_000  # takes minutes; far above any kernel that terminates
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What came of a kernel: per argument its array afterwards (None for a number)."""
+    """The result of a kernel: for each argument the array afterwards (None for a number)."""
 
     outputs: tuple[np.ndarray | None, ...]
-    instructions: int  # executed by waves; waits and hints are not counted
+    instructions: int  # number executed, over all waves; waits and hints are not counted
     races: tuple[str, ...]
 
 
@@ -44,13 +44,13 @@ def run(
 ) -> Run:
     """Runs a kernel over a grid of up to three dimensions, one workgroup of num_warps waves per point.
 
-    args: an array for every pointer in order, and numbers for the others; arrays are not modified. lds_bytes: what
-    Triton calls `metadata.shared`. max_blocks: how many straight pieces of the program a gang may run.
+    args: an array for each pointer, in order, and a number for each other argument; arrays are not modified. lds_bytes:
+    Triton's `metadata.shared`. max_blocks: the maximum number of basic blocks that a gang may execute.
 
     Raises:
-      UnsupportedInstruction: before anything runs, for an instruction that is not built in.
+      UnsupportedInstruction: an instruction is not implemented; raised before anything runs.
       MemoryFault: an access outside its buffer.
-      Deadlock: waves that never meet at a barrier, or never end.
+      Deadlock: waves never meet at a barrier, or never finish.
     """
     program = parse(asm)
     store = Memory()
@@ -80,7 +80,7 @@ def run(
 
 
 def _execute(gang: Gang, blocks: Sequence[Sequence[Step]], max_blocks: int) -> None:
-    """Runs the waves until all have ended."""
+    """Runs the waves until all have finished."""
     for _ in range(max_blocks):
         ahead = np.where(gang.waiting, gang.end, gang.next_block)
         block = int(ahead.min())
@@ -95,10 +95,10 @@ def _execute(gang: Gang, blocks: Sequence[Sequence[Step]], max_blocks: int) -> N
             step()
         running = gang.num_waves if gang.waves is True else int(np.count_nonzero(gang.waves))
         gang.executed += running * len(blocks[block])
-    raise Deadlock(f"{max_blocks:,} blocks of instructions have run without an end")
+    raise Deadlock(f"{max_blocks:,} basic blocks were executed without an end")
 
 
-# Modifiers that some instruction here gives a meaning to, or that speak to a cache.
+# Modifiers that some instruction here implements, and cache policies, which have no effect.
 _KNOWN_MODIFIERS = {
     *("offset", "offset0", "offset1", "offen", "lds", "th", "scope", "glc", "slc", "dlc", "sc0", "sc1", "nt"),
     *("op_sel", "op_sel_hi", "neg_lo", "neg_hi", "clamp", "mul", "div", "bitop3", "cbsz", "blgp"),
@@ -107,11 +107,11 @@ _KNOWN_MODIFIERS = {
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step:
-    """The instruction as a function without arguments that changes the gang."""
+    """Binds an instruction: returns a function without arguments that executes it on the gang."""
     name = instruction.name
     unknown = [key for key in instruction.modifiers if key not in _KNOWN_MODIFIERS and not lanes.is_permutation(key)]
     if unknown:
-        raise UnsupportedInstruction(f"no meaning for the modifier {unknown[0]} of {instruction}")
+        raise UnsupportedInstruction(f"unsupported modifier {unknown[0]} of {instruction}")
     if name.startswith("s_load"):
         return memory.bind(gang, instruction)
     if name.startswith("s_"):
@@ -124,13 +124,13 @@ def bind(gang: Gang, instruction: Instruction) -> Step:
         return matrix.bind(gang, instruction)
     if name.startswith("v_"):
         return vector.bind(gang, instruction)
-    raise UnsupportedInstruction(f"no meaning for {instruction}")
+    raise UnsupportedInstruction(f"unsupported instruction {instruction}")
 
 
 def _kernarg(
     program: Program, args: Sequence[np.ndarray | int | float], grid: tuple[int, ...], num_threads: int, store: Memory
 ) -> tuple[int, list[int | None]]:
-    """(address of the kernel's arguments, address of each array): arrays are copied into the machine's memory."""
+    """(address of the kernel's arguments, address of each array). Copies the arrays into the emulator's memory."""
     segment = bytearray(program.kernarg_bytes + 256)
     hidden = dict(zip(("hidden_block_count_x", "hidden_block_count_y", "hidden_block_count_z"), grid, strict=True))
     hidden |= {"hidden_group_size_x": num_threads, "hidden_group_size_y": 1, "hidden_group_size_z": 1}
@@ -157,13 +157,13 @@ def _kernarg(
 def _dispatch_packet(
     grid: tuple[int, ...], num_threads: int, scratch_bytes: int, lds_bytes: int, kernarg: int
 ) -> bytes:
-    """HSA Platform System Architecture Specification, section "Kernel dispatch packet"."""
+    """The packet of the HSA Platform System Architecture Specification, section "Kernel dispatch packet"."""
     sizes = (0x1502, 3, num_threads, 1, 1, 0, grid[0] * num_threads, grid[1], grid[2], scratch_bytes, lds_bytes)
     return struct.pack("<6H5I3Q", *sizes, 0, kernarg, 0) + bytes(64)
 
 
 def _user_registers(program: Program, kernarg: int, packet: int) -> list[int]:
-    """The scalar registers that a wave finds set, in the order in which the descriptor may ask for them."""
+    """Initial values of the scalar registers that the kernel descriptor enables, in their fixed order."""
     values = {
         "private_segment_buffer": [0] * 4,
         "dispatch_ptr": [packet & 0xFFFFFFFF, packet >> 32],

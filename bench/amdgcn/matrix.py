@@ -1,8 +1,8 @@
-"""The matrix units: v_mfma_* of CDNA and v_wmma_* of RDNA.
+"""Matrix instructions: v_mfma_* of CDNA and v_wmma_* of RDNA.
 
 Layouts: "AMD Instinct MI300 (CDNA3) Instruction Set Architecture", chapter "Matrix Arithmetic Instructions", and AMD's
-"Matrix Instruction Calculator"; RDNA3 and RDNA4 ISA manuals, section "Wave Matrix Multiply Accumulate". A product's
-terms are summed in float64 and rounded once: hardware rounds more often, in an order that is not documented.
+"Matrix Instruction Calculator"; RDNA3 and RDNA4 ISA manuals, section "Wave Matrix Multiply Accumulate". The terms of a
+product are summed in float64 and rounded once; the hardware rounds more often, in an undocumented order.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from .program import Instruction
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the elements of D = A B + C lie in a wave's registers.
+    """How the elements of D = A B + C are stored in a wave's registers.
 
-    A lane holds successive elements along k of one row of A (and of one column of B); lanes in groups of m
-    (n) share k between them. row, column: [register, lane] of C and D.
+    A lane holds consecutive elements along k of one row of A (and of one column of B); groups of m (n) lanes hold
+    different parts of k. row, column: indices of the elements of C and D, [register, lane].
     """
 
     m: int
@@ -37,7 +37,7 @@ class Layout:
 def _layout(gang: Gang, kind: str, m: int, n: int, k: int) -> Layout:
     lane = np.arange(gang.wave_size)
     if kind == "mfma":
-        # each lane holds stretches of four rows, the groups of lanes taking turns
+        # each lane holds runs of four rows, interleaved over the groups of lanes
         groups = gang.wave_size // m
         index = np.arange(m * n // gang.wave_size)[:, None]
         row = index // 4 * 4 * groups + 4 * (lane // m) + index % 4
@@ -46,7 +46,7 @@ def _layout(gang: Gang, kind: str, m: int, n: int, k: int) -> Layout:
     if gang.program.target.startswith("gfx12"):
         row, groups = 8 * (lane // 16) + index, 2
     else:
-        # RDNA3: the halves of the wave hold the same A and B, and take turns in the rows of D
+        # RDNA3: the halves of the wave hold the same A and B, and alternate in the rows of D
         row, groups = 2 * index + lane // 16, 1
     return Layout(m, n, k, groups, row, np.broadcast_to(lane % 16, row.shape))
 
@@ -55,10 +55,10 @@ _NAME = re.compile(r"v_(mfma|wmma)_(f32|i32)_(\d+)x(\d+)x(\d+)_?(\w+?)")
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step:
-    """The instruction as a function without arguments that changes the gang."""
+    """Binds an instruction: returns a function without arguments that executes it on the gang."""
     match = _NAME.fullmatch(instruction.name.removesuffix("_1k"))
     if match is None or match[3] == "4":
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     kind_a, kind_b = _kinds(instruction, match[6])
     layout = _layout(gang, match[1], *(int(match[i]) for i in (3, 4, 5)))
     sign_a, sign_b = _signs(instruction, kind_a)
@@ -82,7 +82,7 @@ def bind(gang: Gang, instruction: Instruction) -> Step:
         right = _matrix(gang.v[b : b + words[1]], layout, layout.n, decode_b) * sign_b
         product = (left @ right.swapaxes(1, 2)).reshape(gang.num_waves, -1)[:, gather]
         product = product.reshape(gang.num_waves, count, gang.wave_size).swapaxes(0, 1)
-        # EXEC does not matter to a matrix instruction
+        # matrix instructions ignore EXEC
         waves = gang.waves if gang.waves is True else np.broadcast_to(gang.waves, out.shape[1:])
         np.copyto(out, product + c, where=waves, casting="unsafe")
 
@@ -90,37 +90,37 @@ def bind(gang: Gang, instruction: Instruction) -> Step:
 
 
 def _kinds(instruction: Instruction, suffix: str) -> tuple[str, str]:
-    """The types of A and B: in the name, or for f8f6f4 in cbsz and blgp."""
+    """The element types of A and B: from the name, or for f8f6f4 from cbsz and blgp."""
     if suffix == "f8f6f4":
         formats = [instruction.number(key) for key in ("cbsz", "blgp")]
         if max(formats) > 1:
-            raise UnsupportedInstruction(f"elements of six or four bits in {instruction}")
+            raise UnsupportedInstruction(f"unsupported 6-bit or 4-bit elements in {instruction}")
         return ("fp8", "bf8")[formats[0]], ("fp8", "bf8")[formats[1]]
     if {"cbsz", "abid", "blgp"} & set(instruction.modifiers):
-        raise UnsupportedInstruction(f"broadcast within a matrix in {instruction}")
+        raise UnsupportedInstruction(f"unsupported broadcast within a matrix in {instruction}")
     first, *rest = suffix.split("_")
     return first, rest[0] if rest else first
 
 
 def _signs(instruction: Instruction, kind: str) -> tuple[int, int]:
-    """What neg_lo and neg_hi make of A and B; for integers they say that the operand is signed."""
+    """The factors of A and B from neg_lo and neg_hi; for integers these say that the operand is signed."""
     low, high = instruction.bits("neg_lo", (0, 0, 0)), instruction.bits("neg_hi", (0, 0, 0))
     if kind in ("iu8", "iu4"):
         if low[:2] != (1, 1):
-            raise UnsupportedInstruction(f"unsigned integers in {instruction}")
+            raise UnsupportedInstruction(f"unsupported unsigned integers in {instruction}")
         return 1, 1
     if (any(low) or any(high)) and (low != high or low[2]):
-        raise UnsupportedInstruction(f"no meaning for the signs of {instruction}")
+        raise UnsupportedInstruction(f"unsupported signs of {instruction}")
     return 1 - 2 * low[0], 1 - 2 * low[1]
 
 
 def _words(layout: Layout, kind: str) -> int:
-    """Registers that hold one lane's elements of an operand."""
+    """The number of registers of one lane's elements of an operand."""
     return layout.k // layout.groups * _ELEMENT_BYTES[kind] // 4
 
 
 def _matrix(words: np.ndarray, layout: Layout, size: int, decode: Callable) -> np.ndarray:
-    """[wave, m or n, k] out of registers [word, wave, lane]."""
+    """[wave, m or n, k] from registers [word, wave, lane]."""
     num_waves = words.shape[1]
     elements = decode(np.ascontiguousarray(words.transpose(1, 2, 0)))
     elements = elements[:, : layout.groups * size].reshape(num_waves, layout.groups, size, -1)
@@ -137,7 +137,7 @@ _ELEMENTS = {
 
 
 def _decoder(gang: Gang, instruction: Instruction, kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Dwords [..., n] to numbers that NumPy multiplies exactly."""
+    """A function from dwords [..., n] to numbers that NumPy multiplies exactly."""
     if kind == "xf32":
         return _rounded_to_tf32
     if kind == "bf16":
@@ -147,7 +147,7 @@ def _decoder(gang: Gang, instruction: Instruction, kind: str) -> Callable[[np.nd
         table = octets.view(narrow.float8(gang.program.target, kind)).astype(np.float64)
         return lambda words: table[words.view(np.uint8)]
     if kind not in _ELEMENTS:
-        raise UnsupportedInstruction(f"no meaning for elements of {kind} in {instruction}")
+        raise UnsupportedInstruction(f"unsupported element type {kind} in {instruction}")
     return lambda words: words.view(_ELEMENTS[kind]).astype(np.float64)
 
 
@@ -156,6 +156,6 @@ def _from_bfloat16(words: np.ndarray) -> np.ndarray:
 
 
 def _rounded_to_tf32(words: np.ndarray) -> np.ndarray:
-    """Ten bits of mantissa, rounded to nearest even (the manual does not say how)."""
+    """Rounds to ten bits of mantissa, to nearest even (the manual does not specify the rounding)."""
     bits = words + ((words >> np.uint32(13) & np.uint32(1)) + np.uint32(0xFFF)) & np.uint32(0xFFFFE000)
     return bits.view(np.float32).astype(np.float64)

@@ -1,6 +1,6 @@
-"""Global memory and scratch: loads, stores and atomics, each access checked against the buffer it was meant for.
+"""Global memory and scratch: loads, stores and atomics, each checked against the bounds of its buffer.
 
-Meanings: ISA manuals, chapters "Vector Memory Operations" and "Flat, Scratch and Global"; chapter "Instructions",
+Semantics: ISA manuals, chapters "Vector Memory Operations" and "Flat, Scratch and Global"; chapter "Instructions",
 encodings SMEM, MUBUF (VBUFFER) and FLAT (VFLAT, VGLOBAL, VSCRATCH).
 """
 
@@ -18,7 +18,7 @@ from .storage import SIZES
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step:
-    """The instruction as a function without arguments that changes the gang."""
+    """Binds an instruction: returns a function without arguments that executes it on the gang."""
     name = instruction.name
     if name.startswith("s_load_"):
         return _scalar_load(gang, instruction)
@@ -38,11 +38,11 @@ def bind(gang: Gang, instruction: Instruction) -> Step:
         return _buffer(gang, instruction, match[1], match[2])
     if match := re.fullmatch(r"(global|flat|buffer)_atomic_(\w+)", name):
         return _atomic(gang, instruction, match[1], match[2])
-    raise UnsupportedInstruction(f"no meaning for {instruction}")
+    raise UnsupportedInstruction(f"unsupported instruction {instruction}")
 
 
 class Width:
-    """How much an access moves, and how it fits the register."""
+    """The size of an access, and its layout in the data register."""
 
     def __init__(self, size: int, reg: Register, *, signed: bool, keep_other_half: bool, half: int):
         self.size, self.reg = size, reg
@@ -50,10 +50,10 @@ class Width:
 
     @classmethod
     def of(cls, suffix: str, data: str) -> "Width":
-        """From the end of a name ('b128', 'd16_hi_b16', 'short_d16_hi') and the data operand."""
+        """From an instruction's suffix ('b128', 'd16_hi_b16', 'short_d16_hi') and its data operand."""
         kind = re.sub(r"_?d16(_hi)?_?", "", suffix)
         if kind not in SIZES:
-            raise UnsupportedInstruction(f"no meaning for a memory access of kind {suffix!r}")
+            raise UnsupportedInstruction(f"unsupported memory access of kind {suffix!r}")
         reg = vector_register(data)
         high = "_hi" in suffix or reg.half == 1
         return cls(
@@ -65,7 +65,7 @@ class Width:
         )
 
     def load(self, gang: Gang, lanes: np.ndarray, data: np.ndarray) -> None:
-        """Puts what Memory.read gives into the register, in these lanes."""
+        """Writes the result of Memory.read to the register, in these lanes."""
         v, first = gang.flat_v, self.reg.index
         if self.size >= 4:
             v[first : first + self.size // 4, lanes] = data.T
@@ -78,7 +78,7 @@ class Width:
         v[first, lanes] = value
 
     def store(self, gang: Gang, lanes: np.ndarray) -> np.ndarray:
-        """What the register holds in these lanes, as Memory.write takes it."""
+        """The register's data in these lanes, as Memory.write takes it."""
         v, first = gang.flat_v, self.reg.index
         if self.size >= 4:
             return np.ascontiguousarray(v[first : first + self.size // 4, lanes].T)
@@ -87,7 +87,7 @@ class Width:
 
 
 class Global:
-    """Global memory as an instruction sees it."""
+    """Global memory, accessed by one instruction."""
 
     def __init__(self, gang: Gang, instruction: Instruction):
         self._memory, self._instruction = gang.memory, instruction
@@ -100,7 +100,7 @@ class Global:
 
 
 class Scratch:
-    """The lanes' private memory as an instruction sees it."""
+    """The lanes' private memory, accessed by one instruction."""
 
     def __init__(self, gang: Gang, instruction: Instruction):
         self._scratch, self._instruction = gang.scratch, instruction
@@ -142,7 +142,7 @@ def _access(
 
 
 def _per_lane(gang: Gang, text: str, type: str) -> Callable[[np.ndarray], np.ndarray]:
-    """An operand as int64, in given lanes."""
+    """A function that returns an operand as int64 in the given lanes."""
     value = source(gang, text, type)
     shape = (gang.num_waves, gang.wave_size)
     return lambda lanes: np.broadcast_to(current(value), shape).reshape(-1)[lanes].astype(np.int64)
@@ -154,7 +154,7 @@ def _flat_address(gang: Gang, instruction: Instruction, operands: tuple[str, ...
     offset = instruction.number("offset")
     if base == "off":
         if address == "off":
-            raise UnsupportedInstruction(f"no address in {instruction}")
+            raise UnsupportedInstruction(f"unsupported access without an address in {instruction}")
         low, high = (gang.flat_v[vector_register(address).index + i] for i in range(2))
         return lambda lanes: (low[lanes].astype(np.int64) | high[lanes].astype(np.int64) << 32) + offset
     start = _per_lane(gang, base, "u64")
@@ -175,7 +175,7 @@ def _scalar_load(gang: Gang, instruction: Instruction) -> Step:
     size = SIZES.get(kind) or {"dwordx8": 32, "dwordx16": 64, "b256": 32, "b512": 64}.get(kind)
     reg = register(operands[0])
     if size is None or reg is None or reg.file != "s":
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     base = source(gang, operands[1], "u64")
     offset = source(gang, operands[2], "i64" if constant(operands[2], "i64") is not None else "u32")
     more = instruction.number("offset")
@@ -193,7 +193,7 @@ def _scalar_load(gang: Gang, instruction: Instruction) -> Step:
 
 
 def _load_to_lds(gang: Gang, instruction: Instruction, address: Callable, size: int) -> Step:
-    """Global memory straight into the LDS, at M0 and in the order of the lanes."""
+    """Loads from global memory directly into the LDS, at M0 and in the order of the lanes."""
     base, offset = gang.s[:, M0], instruction.number("offset")
 
     def step() -> None:
@@ -206,22 +206,22 @@ def _load_to_lds(gang: Gang, instruction: Instruction, address: Callable, size: 
 
 
 class Descriptor:
-    """Addresses through a buffer resource: those outside of its range take no part.
+    """Addresses through a buffer resource: lanes outside of its range are inactive.
 
-    Triton sends masked lanes there. What is in range must still lie in a real buffer.
+    Triton gives masked lanes such addresses. Addresses in range must still be in a real buffer.
     """
 
     def __init__(self, gang: Gang, instruction: Instruction, index: str, resource: str, base: str):
         reg = register(resource)
         if reg is None or "idxen" in instruction.modifiers:
-            raise UnsupportedInstruction(f"no meaning for {instruction}")
+            raise UnsupportedInstruction(f"unsupported instruction {instruction}")
         self._offset, self._more = instruction.number("offset"), _per_lane(gang, base, "u32")
         self._start = _per_lane(gang, f"s[{reg.index}:{reg.index + 1}]", "u64")
         self._num_bytes = _per_lane(gang, f"s{reg.index + 2}", "u32")
         self._index = _per_lane(gang, index, "u32") if "offen" in instruction.modifiers else None
 
     def __call__(self, lanes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(addresses of the lanes that are in range, which are)."""
+        """(addresses of the lanes that are in range, bool[lanes]: which are)."""
         at = np.full(len(lanes), self._offset, np.int64)
         if self._index is not None:
             at += self._index(lanes)
@@ -230,7 +230,7 @@ class Descriptor:
 
 
 def _buffer(gang: Gang, instruction: Instruction, verb: str, suffix: str) -> Step:
-    """Loads through a descriptor give 0 outside of its range, stores do nothing."""
+    """Accesses through a descriptor: outside of its range loads return 0 and stores do nothing."""
     to_lds = "lds" in instruction.modifiers
     data, *where = ("", *instruction.operands) if to_lds else instruction.operands
     address = Descriptor(gang, instruction, *where)
@@ -259,7 +259,7 @@ def _buffer(gang: Gang, instruction: Instruction, verb: str, suffix: str) -> Ste
     return load if verb == "load" else store
 
 
-# name: type and (old, operand) -> new. RDNA's names and CDNA's; the packed ones are two elements in a dword.
+# name: (dtype, function (old, operand) -> new). RDNA's and CDNA's names; pk: two elements in a dword.
 ATOMICS: dict[str, tuple[np.dtype, Callable]] = {}
 for bits, wide in ((32, ""), (64, "_x2")):
     u, i = np.dtype(f"u{bits // 8}"), np.dtype(f"i{bits // 8}")
@@ -285,20 +285,20 @@ for names, kind, compute in (
     ("pk_add_bf16", ml_dtypes.bfloat16, np.add),
 ):
     ATOMICS |= dict.fromkeys(names.split(), (np.dtype(kind), compute))
-# The new value stands first, what must be there behind it.
+# Size of an element. The operand has the new value first, then the expected one.
 _COMPARE_AND_SWAP = {"cmpswap": 4, "cmpswap_b32": 4, "cmpswap_x2": 8, "cmpswap_b64": 8}
 
 
 def _atomic(gang: Gang, instruction: Instruction, space: str, kind: str) -> Step:
-    """Lane after lane, in their order."""
+    """Executes lane by lane, in order."""
     modifiers, operands = instruction.modifiers, instruction.operands
     if kind not in ATOMICS and kind not in _COMPARE_AND_SWAP:
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     returns = "glc" in modifiers or "sc0" in modifiers or "TH_ATOMIC_RETURN" in str(modifiers.get("th", ""))
     dtype, compute = ATOMICS.get(kind, (np.dtype(np.uint32), None))
     size = _COMPARE_AND_SWAP.get(kind) or max(4, dtype.itemsize)
     if space == "buffer":
-        # what was there comes back in the register of the operand
+        # the old value is returned in the operand's register
         data, *where = operands
         into, address = data, Descriptor(gang, instruction, *where)
     else:

@@ -1,7 +1,7 @@
-"""Eight-bit elements: conversions of fp8 and bf8, and dot products of four integers.
+"""8-bit elements: conversions of fp8 and bf8, and dot products of four integers.
 
-Meanings: CDNA3 and CDNA4 ISA manuals, chapter "Instructions", encodings VOP3 and VOP3P. gfx942 has the FNUZ kinds,
-without a negative zero; later ones have those of the OCP 8-bit Floating Point Specification.
+Semantics: CDNA3 and CDNA4 ISA manuals, chapter "Instructions", encodings VOP3 and VOP3P. gfx942 uses the FNUZ formats,
+without a negative zero; later targets use those of the OCP 8-bit Floating Point Specification.
 """
 
 import re
@@ -20,12 +20,12 @@ _WIDER = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.d
 
 
 def float8(target: str, kind: str) -> np.dtype:
-    """NumPy's type of an architecture's 'fp8' or 'bf8'."""
+    """The NumPy dtype of an architecture's 'fp8' or 'bf8'."""
     return (_FNUZ if target == "gfx942" else _OCP)[kind]
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step | None:
-    """The instruction as a function that changes the gang; None when it is not of this file."""
+    """Binds an instruction: returns a function that executes it on the gang; None if it is not in this file."""
     if match := re.fullmatch(r"v_cvt_scalef32_pk_(fp8|bf8)_(f32|f16|bf16)", instruction.name):
         return _narrowed(gang, instruction, float8(gang.program.target, match[1]), match[2])
     if match := re.fullmatch(r"v_cvt_scalef32_pk_(f32|f16|bf16)_(fp8|bf8)", instruction.name):
@@ -37,11 +37,11 @@ def bind(gang: Gang, instruction: Instruction) -> Step | None:
 
 def _only_unscaled(instruction: Instruction) -> None:
     if instruction.operands[-1] != "1.0":
-        raise UnsupportedInstruction(f"a scale other than 1.0 in {instruction}")
+        raise UnsupportedInstruction(f"unsupported scale other than 1.0 in {instruction}")
 
 
 def _narrowed(gang: Gang, instruction: Instruction, to: np.dtype, kind: str) -> Step:
-    """Two numbers to two bytes in one half of the destination; the other half stays."""
+    """Converts two numbers to two bytes in one half of the destination; the other half is kept."""
     _only_unscaled(instruction)
     half = instruction.bits("op_sel", (0,))[-1]
     values = _pair(gang, instruction, kind)
@@ -60,7 +60,7 @@ def _narrowed(gang: Gang, instruction: Instruction, to: np.dtype, kind: str) -> 
 
 
 def _pair(gang: Gang, instruction: Instruction, kind: str) -> list[Value]:
-    """Two float32 operands, or the halves of one."""
+    """Two float32 operands, or the two halves of one operand."""
     if kind == "f32":
         return [source(gang, text, "f32") for text in instruction.operands[1:3]]
     halves = [source(gang, instruction.operands[1], "u16", half=half) for half in range(2)]
@@ -68,7 +68,7 @@ def _pair(gang: Gang, instruction: Instruction, kind: str) -> list[Value]:
 
 
 def _widened(gang: Gang, instruction: Instruction, element: np.dtype, kind: str) -> Step:
-    """Two bytes of one half of the source to two numbers."""
+    """Converts two bytes of one half of the source to two numbers."""
     _only_unscaled(instruction)
     half = instruction.bits("op_sel", (0,))[0]
     octets = source(gang, instruction.operands[1], "u16", half=half)
@@ -85,7 +85,7 @@ def _widened(gang: Gang, instruction: Instruction, element: np.dtype, kind: str)
 
 
 def _dot_of_four(gang: Gang, instruction: Instruction) -> Step:
-    """The sum of four products of bytes, and an addend: operand 3, or with c in the name the destination."""
+    """The sum of four products of bytes and an addend: operand 3, or the destination if the name has a c."""
     name, operands = instruction.name, instruction.operands
     signed = instruction.bits("neg_lo", (0, 0, 0)) if name.endswith("iu8") else (1, 1, 0)
     a, b = (source(gang, text, "u32") for text in operands[1:3])

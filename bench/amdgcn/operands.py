@@ -1,8 +1,8 @@
-"""Operands: a register is a NumPy view into a register file, bound once when the program is loaded.
+"""Operands: a register is a NumPy view into a register file, created once when an instruction is bound.
 
-Vector registers are views [wave, lane], scalar registers [wave, 1]: the two broadcast against each other, so one
-`source` serves vector and scalar instructions. Constants and modifiers: ISA manuals, chapter "Shader Program State"
-and "Vector ALU Operations" (inline constants, NEG, ABS, OPSEL, SDWA).
+Vector registers are views [wave, lane], scalar registers [wave, 1]: the two broadcast against each other, so `source`
+works for vector and scalar instructions. Constants and modifiers: ISA manuals, chapters "Shader Program State" and
+"Vector ALU Operations" (inline constants, NEG, ABS, OPSEL, SDWA).
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import numpy as np
 from .errors import UnsupportedInstruction
 from .gang import EXEC, M0, NULL, TRAP_TEMPORARIES, VCC, Gang
 
-ACCUMULATORS = 256  # a0 of CDNA lies behind v255
+ACCUMULATORS = 256  # index of CDNA's a0, which follows v255
 
-# Names of the ISA manuals for the type of an operand. b16 and b32 are bits; bfloat16 is handled as bits.
+# The ISA manuals' names of operand types. b16 and b32 are untyped bits; bfloat16 is handled as bits.
 TYPES = {
     name: np.dtype(kind)
     for name, kind in {
@@ -34,7 +34,7 @@ Store = Callable[[np.ndarray], None]
 
 @dataclasses.dataclass(frozen=True)
 class Register:
-    """file: 'v' for vector (accumulators follow), 's' for scalar; count in dwords; half: 0 low, 1 high, None whole."""
+    """file: 'v' vector (and accumulators) or 's' scalar; count: in dwords; half: 0 low, 1 high, None: the whole."""
 
     file: str
     index: int
@@ -70,10 +70,10 @@ def register(text: str) -> Register | None:
 
 
 def vector_register(text: str) -> Register:
-    """The vector register that an operand must name."""
+    """The vector register of an operand; any other operand raises UnsupportedInstruction."""
     found = register(text)
     if found is None or found.file != "v":
-        raise UnsupportedInstruction(f"operand {text!r} where a vector register belongs")
+        raise UnsupportedInstruction(f"expected a vector register, got operand {text!r}")
     return found
 
 
@@ -82,7 +82,7 @@ def constant(text: str, type: str) -> np.ndarray | None:
     dtype = TYPES[type]
     unsigned = np.dtype(f"u{dtype.itemsize}")
     if re.fullmatch(r"-?\d+\.\d+", text):
-        # 1 / (2 pi) is printed in ten or more digits and stands for the nearest number
+        # 1 / (2 pi) is printed with ten or more digits and means the nearest representable number
         kind = {2: np.float16, 4: np.float32, 8: np.float64 if type == "f64" else np.float32}[dtype.itemsize]
         bits = np.array(float(text), kind).view(f"u{np.dtype(kind).itemsize}").astype(unsigned)
         return bits.view(dtype)
@@ -96,7 +96,7 @@ def constant(text: str, type: str) -> np.ndarray | None:
 
 
 def current(value: Value) -> np.ndarray:
-    """What an operand holds now."""
+    """The current value of an operand."""
     return value() if callable(value) else value
 
 
@@ -127,7 +127,7 @@ def source(
 ) -> Value:
     """The value of a source operand.
 
-    half: which 16 bits of the register a 16-bit type takes (OPSEL), unless the operand says so itself; part: an SDWA
+    half: which half of the register a 16-bit type uses (OPSEL), unless the operand itself specifies it; part: an SDWA
     selection; permute: a DPP permutation of the lanes.
     """
     text, negated, absolute, extended = split_modifiers(text)
@@ -138,7 +138,7 @@ def source(
     if reg is None:
         bits = constant(text, type)
         if bits is None:
-            raise UnsupportedInstruction(f"operand {text!r}")
+            raise UnsupportedInstruction(f"unsupported operand {text!r}")
         value: Value = bits
     elif part != "DWORD" or permute is not None:
         whole = _view(gang, reg, "b32", 0)
@@ -168,7 +168,7 @@ def _selected(whole: Value, part: str, extended: bool, permute: Callable | None,
     return bits.astype(np.uint16).view(dtype) if dtype.itemsize == 2 else bits.view(dtype)
 
 
-# SDWA selections: first bit and width.
+# SDWA selections: (first bit, width).
 PARTS = {
     "BYTE_0": (0, 8),
     "BYTE_1": (8, 8),
@@ -196,13 +196,13 @@ def _view(gang: Gang, reg: Register, type: str, half: int) -> Value:
 
 
 def destination(gang: Gang, text: str, type: str, *, half: int = 0, lanes: Callable | None = None) -> Store:
-    """A function that stores a value in a register: in the lanes (or waves) that run, and of them in `lanes()`.
+    """A function that stores a value in a register, in the active lanes (or waves), restricted to `lanes()` if given.
 
-    Sixteen bits: RDNA keeps the other half of the register, CDNA clears the upper half when the lower is written.
+    16-bit values: RDNA keeps the other half of the register, CDNA clears the upper half when the lower is written.
     """
     reg = register(text)
     if reg is None:
-        raise UnsupportedInstruction(f"destination {text!r}")
+        raise UnsupportedInstruction(f"unsupported destination {text!r}")
     dtype = TYPES[type]
     if reg.file == "s":
         return _scalar_destination(gang, reg, dtype)
@@ -252,7 +252,7 @@ def lane_mask(gang: Gang, text: str) -> Callable[[], np.ndarray]:
     if reg is None:
         bits = constant(text, "u64")
         if bits is None:
-            raise UnsupportedInstruction(f"operand {text!r} where a mask belongs")
+            raise UnsupportedInstruction(f"expected a lane mask, got operand {text!r}")
         lanes = (int(bits) >> np.arange(gang.wave_size, dtype=np.uint64) & np.uint64(1)).astype(bool)
         return lambda: np.broadcast_to(lanes, (gang.num_waves, gang.wave_size))
     view = gang.s[:, reg.index : reg.index + gang.wave_size // 32]
@@ -260,10 +260,10 @@ def lane_mask(gang: Gang, text: str) -> Callable[[], np.ndarray]:
 
 
 def store_lane_mask(gang: Gang, text: str) -> Store:
-    """The reverse of lane_mask; lanes that do not run become 0."""
+    """The inverse of lane_mask; inactive lanes become 0."""
     reg = register(text)
     if reg is None:
-        raise UnsupportedInstruction(f"destination {text!r}")
+        raise UnsupportedInstruction(f"unsupported destination {text!r}")
     store = _scalar_destination(gang, reg, np.dtype(f"u{gang.wave_size // 8}"))
     word = np.dtype(f"u{gang.wave_size // 8}")
     return lambda lanes: store(np.packbits(lanes & gang.exec, axis=1, bitorder="little").view(word))

@@ -1,6 +1,6 @@
-"""From assembly text to instructions in blocks: what a kernel is before any wave runs it.
+"""Parses assembly text into blocks of instructions.
 
-The text is LLVM's for the target amdgcn, as Triton leaves it in `kernel.asm["amdgcn"]`. Directives and metadata:
+The text is LLVM assembly for the target amdgcn, as in Triton's `kernel.asm["amdgcn"]`. Directives and metadata:
 LLVM's "User Guide for AMDGPU Backend", sections "Code Object V5 Metadata" and "AMDHSA Kernel Directives".
 """
 
@@ -12,7 +12,7 @@ from .errors import MachineError
 
 TARGETS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 
-# Waits, hints and cache maintenance: without time there is nothing to wait for, and memory has no caches here.
+# Waits, hints and cache maintenance: the emulator models neither time nor caches.
 _NO_EFFECT = re.compile(
     r"s_(waitcnt\w*|wait_\w+|nop|delay_alu|clause|setprio|sendmsg|sleep|set_inst_prefetch_distance|code_end|setreg\w*"
     r"|inst_prefetch|sched_\w+|icache_inv|dcache_\w+|round_mode|denorm_mode|ttracedata\w*|monitor_sleep|prefetch_\w+"
@@ -23,21 +23,21 @@ _ENDS_BLOCK = re.compile(r"s_c?branch\w*|s_barrier|s_barrier_wait|s_endpgm")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction. A pair that RDNA issues together is one instruction named v_dual with two `parts`."""
+    """One instruction. A dual-issue pair of RDNA is one instruction named v_dual with two `parts`."""
 
     name: str  # without the suffix of its encoding: v_add_f32
-    encoding: str  # that suffix: e32, e64, dpp, sdwa, or empty
+    encoding: str  # the suffix: e32, e64, dpp, sdwa, or empty
     operands: tuple[str, ...]
     modifiers: Mapping[str, str | bool | tuple[int, ...]]
     text: str
-    line: int  # of the assembly text, from 1
+    line: int  # line number in the assembly text, from 1
     parts: tuple["Instruction", ...] = ()
 
     def __str__(self) -> str:
         return f"`{self.text}` (line {self.line})"
 
     def number(self, modifier: str) -> int:
-        """The value of an integer modifier such as offset:16; 0 without it."""
+        """The value of an integer modifier such as offset:16; 0 if absent."""
         value = self.modifiers.get(modifier, "0")
         return int(value, 0) if isinstance(value, str) else int(value is True)
 
@@ -49,14 +49,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Instructions that run from the first to the last: only the last may branch, wait at a barrier or end."""
+    """A basic block: only its last instruction may branch, wait at a barrier or end the program."""
 
     instructions: tuple[Instruction, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """A kernel argument's place in the kernarg segment, in bytes; kind is LLVM's value_kind."""
+    """A kernel argument: its offset and size in the kernarg segment in bytes; kind is LLVM's value_kind."""
 
     offset: int
     size: int
@@ -65,16 +65,16 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A kernel as its text states it."""
+    """A parsed kernel."""
 
     name: str
     target: str
     wave_size: int
     blocks: tuple[Block, ...]
-    labels: Mapping[str, int]  # label: block
+    labels: Mapping[str, int]  # label to index of the block
     arguments: tuple[Argument, ...]
     kernarg_bytes: int
-    scratch_bytes: int  # of one lane
+    scratch_bytes: int  # per lane
     descriptor: Mapping[str, int]  # .amdhsa_ directives
 
     @property
@@ -83,17 +83,17 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """The one kernel in an assembly text.
+    """Parses the single kernel in an assembly text.
 
     Raises:
-      MachineError: no kernel in the text, or a target that the machine was not built for.
+      MachineError: no kernel in the text, or an unsupported target.
     """
     target = re.search(r'\.amdgcn_target\s+".*?(gfx\w+)', text)
     kernel = re.search(r"\.amdhsa_kernel (\S+)", text)
     if not target or not kernel:
         raise MachineError("no amdgcn kernel in the text: .amdgcn_target and .amdhsa_kernel are missing")
     if target[1] not in TARGETS:
-        raise MachineError(f"no machine for {target[1]}; there are {', '.join(TARGETS)}")
+        raise MachineError(f"the emulator does not support {target[1]}, only {', '.join(TARGETS)}")
     name = kernel[1]
     blocks, labels = _blocks(_lines_of(name, text))
     metadata = text[text.index(".amdgpu_metadata") :]
@@ -116,7 +116,7 @@ def parse(text: str) -> Program:
 
 
 def _lines_of(name: str, text: str) -> list[tuple[int, str]]:
-    """(line number, line without its comment) of the kernel's body."""
+    """(line number, line without comment) for each line of the kernel's body."""
     lines = text.split("\n")
     first = lines.index(next(line for line in lines if line.split(";")[0].strip() == f"{name}:"))
     end = next(i for i in range(first, len(lines)) if lines[i].lstrip().startswith(".size\t" + name))
@@ -142,7 +142,7 @@ def _blocks(lines: list[tuple[int, str]]) -> tuple[tuple[Block, ...], dict[str, 
 
 
 def parse_instruction(text: str, line: int) -> Instruction:
-    """One line of assembly, comment and label removed."""
+    """Parses one line of assembly without comment and label."""
     if "::" in text:
         halves = [half.strip().removeprefix("v_dual_") for half in text.split("::")]
         parts = tuple(parse_instruction("v_" + half, line) for half in halves)
@@ -155,7 +155,7 @@ def parse_instruction(text: str, line: int) -> Instruction:
 
 
 def _operands(text: str = "") -> tuple[tuple[str, ...], dict[str, str | bool | tuple[int, ...]]]:
-    """'v1, s[2:3], 4 offset:8 op_sel:[0,1]' to ('v1', 's[2:3]', '4') and {'offset': '8', 'op_sel': (0, 1)}."""
+    """Parses 'v1, s[2:3], 4 offset:8 op_sel:[0,1]' to ('v1', 's[2:3]', '4'), {'offset': '8', 'op_sel': (0, 1)}."""
     operands = [part.strip() for part in re.split(r",(?![^\[(]*[\])])", text)] if text else []
     modifiers: dict[str, str | bool | tuple[int, ...]] = {}
     if operands:

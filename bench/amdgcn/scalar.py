@@ -1,8 +1,8 @@
 """The scalar unit: instructions s_*, one value per wave, and control flow.
 
-Meanings: ISA manuals (CDNA3, CDNA4, RDNA3, RDNA4), chapter "Instructions", encodings SOP1, SOP2, SOPC, SOPK and SOPP.
-A table says for each name the types of destination and sources, what it computes on arrays [wave, 1], and what it does
-to SCC, the scalar condition code.
+Semantics: ISA manuals (CDNA3, CDNA4, RDNA3, RDNA4), chapter "Instructions", encodings SOP1, SOP2, SOPC, SOPK and SOPP.
+A table has for each name the types of destination and sources, a function on arrays [wave, 1], and the effect on SCC,
+the scalar condition code.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from .program import Instruction
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """signature: 'u32 = u32 u32', an empty left side where only SCC is set, 'scc' for the code as a source.
+    """signature: such as 'u32 = u32 u32'; the left side is empty if only SCC is set; 'scc' is SCC as a source.
 
-    scc: None leaves SCC alone, 'nonzero' sets it where the result is not 0, 'returned': compute gives (result, scc).
+    scc: None: SCC is unchanged; 'nonzero': set if the result is not 0; 'returned': compute returns (result, scc).
     """
 
     signature: str
@@ -40,7 +40,7 @@ def _define(names: str, signature: str, compute: Callable[..., Any], scc: str | 
         OPERATIONS["s_" + name] = Operation(signature, compute, scc)
 
 
-# ---- logic, per width: the result decides SCC
+# ---- logic, per width: SCC is set if the result is not 0
 for bits in (32, 64):
     two = f"b{bits} = b{bits} b{bits}"
     _define(f"and_b{bits}", two, lambda a, b: a & b, "nonzero")
@@ -75,7 +75,7 @@ for bits in (32, 64):
     _define(f"bitcmp1_b{bits}", f"= u{bits} u32", lambda a, n, at=shift: (a >> at(n) & 1) == 1)
     _define(f"bitcmp0_b{bits}", f"= u{bits} u32", lambda a, n, at=shift: (a >> at(n) & 1) == 0)
 for value in (0, 1):
-    # the destination is a source too: bind() puts it in front
+    # the destination is a source too: bind() inserts it as the first one
     _define(
         f"bitset{value}_b32",
         "u32 = u32 u32",
@@ -106,7 +106,7 @@ for places in range(1, 5):
     _define(f"lshl{places}_add_u32", "u32 = u32 u32", functools.partial(math.shift_and_add, places), "returned")
 for sign in "ui":
     pair = f"{sign}32 = {sign}32 {sign}32"
-    # SCC: the first operand was taken
+    # SCC is set if the first operand was selected
     _define(f"max_{sign}32", pair, lambda a, b: (np.maximum(a, b), a > b), "returned")
     _define(f"min_{sign}32", pair, lambda a, b: (np.minimum(a, b), a < b), "returned")
     for name, compare in math.COMPARISONS.items():
@@ -140,7 +140,7 @@ for name, compare in math.COMPARISONS.items():
 # The destination is read as the first source.
 _ACCUMULATING = re.compile(r"s_(bitset\d_b32|addk_(co_)?i32|mulk_i32|cmov_b32|cmovk_i32|fmac_f32)")
 
-# What s_<name>_saveexec computes from its source and EXEC.
+# s_<name>_saveexec: the new EXEC from its source and EXEC.
 _SAVEEXEC = {
     "and": lambda s, e: s & e,
     "or": lambda s, e: s | e,
@@ -158,19 +158,19 @@ _SAVEEXEC = {
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step:
-    """The instruction as a function without arguments that changes the gang."""
+    """Binds an instruction: returns a function without arguments that executes it on the gang."""
     name, operands = instruction.name, instruction.operands
     if re.match(r"s_(c?branch|endpgm|barrier)", name):
         return _control_flow(gang, instruction)
     if match := re.fullmatch(r"s_(\w+)_saveexec_b(32|64)", name):
         return _save_exec(gang, instruction, _SAVEEXEC[match[1]], "b" + match[2])
     if name == "s_load" or name not in OPERATIONS:
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     operation = OPERATIONS[name]
     left, right = (side.split() for side in operation.signature.split("="))
     texts = list(operands if not left or _ACCUMULATING.fullmatch(name) else operands[1:])
     if re.search(r"k_(co_|[a-z]{2}_)?i32$", name):
-        # sixteen bits with a sign, which the text may show without it
+        # a signed 16-bit number, which the text may show as unsigned
         texts[-1] = str(np.array(int(texts[-1], 0) & 0xFFFF, np.uint16).view(np.int16))
     sources = [source(gang, text, type) for text, type in zip([*texts, "scc"], right, strict=False)]
     if not left:
@@ -199,7 +199,7 @@ def _with_condition(gang: Gang, operation: Operation, sources: list, store: Call
 
     def nonzero() -> None:
         value = compute(*map(current, sources))
-        condition = value != 0  # before the store: the value may be a view of what is written
+        condition = value != 0  # before the store: the value may be a view of the destination
         store(value)
         set_condition(condition)
 
@@ -233,7 +233,7 @@ def _control_flow(gang: Gang, instruction: Instruction) -> Step:
     if name == "s_barrier_wait":
         return functools.partial(_wait, gang, instruction)
     if not name.startswith(("s_branch", "s_cbranch")) or instruction.operands[0] not in gang.program.labels:
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     target = gang.program.labels[instruction.operands[0]]
     condition = _branch_condition(gang, instruction)
     return lambda: np.copyto(gang.next_block, target, where=condition() & gang.waves)
@@ -252,18 +252,18 @@ def _branch_condition(gang: Gang, instruction: Instruction) -> Callable[[], np.n
         "s_cbranch_execnz": lambda: current(exec) != 0,
     }
     if instruction.name not in conditions:
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     return conditions[instruction.name]
 
 
 def _signal(gang: Gang, instruction: Instruction) -> None:
     if (gang.signalled & gang.waves).any():
-        raise Deadlock(f"a second signal without a wait between, at {instruction}")
+        raise Deadlock(f"second barrier signal without a wait in between, at {instruction}")
     np.copyto(gang.signalled, True, where=gang.waves)
 
 
 def _wait(gang: Gang, instruction: Instruction) -> None:
     if (~gang.signalled & gang.waves).any():
-        raise Deadlock(f"a wait at the barrier without a signal before it, at {instruction}")
+        raise Deadlock(f"barrier wait without a signal before it, at {instruction}")
     np.copyto(gang.signalled, False, where=gang.waves)
     np.copyto(gang.waiting, True, where=gang.waves)

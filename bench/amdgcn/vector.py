@@ -1,7 +1,7 @@
 """The vector unit: instructions v_*, one value per lane.
 
-Meanings: ISA manuals (CDNA3, CDNA4, RDNA3, RDNA4), chapter "Instructions", encodings VOP1, VOP2, VOP3, VOPC, VOP3P and
-VOPD (two at once). Most are a line of vector_table.py; carries, comparisons, packed and mixed types have a function
+Semantics: ISA manuals (CDNA3, CDNA4, RDNA3, RDNA4), chapter "Instructions", encodings VOP1, VOP2, VOP3, VOPC, VOP3P and
+VOPD (dual issue). Most are an entry of vector_table.py; carries, comparisons, packed and mixed types have a function
 here.
 """
 
@@ -31,12 +31,12 @@ from .operands import (
 from .program import Instruction
 from .vector_table import OPERATIONS, Operation
 
-# Their result is added to what the destination holds.
+# Instructions whose result is added to the destination.
 _ACCUMULATING = {"v_fmac_f32": "f32", "v_fmac_f16": "f16", "v_fmac_f64": "f64"}
 
 
 def bind(gang: Gang, instruction: Instruction) -> Step:
-    """The instruction as a function without arguments that changes the gang."""
+    """Binds an instruction: returns a function without arguments that executes it on the gang."""
     name = instruction.name
     if name == "v_dual":
         return _both(gang, instruction)
@@ -45,12 +45,12 @@ def bind(gang: Gang, instruction: Instruction) -> Step:
     for pattern, special in _SPECIAL.items():
         if re.fullmatch(pattern, name):
             if {"clamp", "mul", "div"} & set(instruction.modifiers) and special is not _packed:
-                raise UnsupportedInstruction(f"no meaning for the output modifier of {instruction}")
+                raise UnsupportedInstruction(f"unsupported output modifier of {instruction}")
             return special(gang, instruction)
     if name.startswith("v_s_"):
         return _on_scalars(gang, instruction)
     if name not in OPERATIONS:
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     operation = OPERATIONS[name]
     values = [_source(gang, instruction, i, type) for i, type in enumerate(operation.sources)]
     store = _destination(gang, instruction, operation.result)
@@ -69,10 +69,10 @@ def bind(gang: Gang, instruction: Instruction) -> Step:
 
 
 def _source(gang: Gang, instruction: Instruction, number: int, type: str, *, first: int = 1) -> Value:
-    """Source `number` of an instruction whose sources begin at operand `first`."""
+    """Source `number` of an instruction whose sources start at operand `first`."""
     half = instruction.bits("op_sel", ())[number : number + 1]
     if any(half) and TYPES[type].itemsize != 2:
-        raise UnsupportedInstruction(f"no meaning for op_sel of {instruction}")
+        raise UnsupportedInstruction(f"unsupported op_sel of {instruction}")
     dpp = lanes.permutation(gang, instruction) if number == 0 else None
     part = str(instruction.modifiers.get(f"src{number}_sel", "DWORD")) if instruction.encoding == "sdwa" else "DWORD"
     return source(
@@ -89,21 +89,21 @@ def _destination(gang: Gang, instruction: Instruction, type: str) -> Store:
     selection = instruction.bits("op_sel", ())
     half = selection[-1] if len(selection) == len(instruction.operands) else 0
     if half and TYPES[type].itemsize != 2:
-        raise UnsupportedInstruction(f"no meaning for op_sel of {instruction}")
+        raise UnsupportedInstruction(f"unsupported op_sel of {instruction}")
     dpp = lanes.permutation(gang, instruction)
     part = instruction.modifiers.get("dst_sel", "DWORD")
     if instruction.encoding != "sdwa" and part != "DWORD":
-        raise UnsupportedInstruction(f"no meaning for dst_sel of {instruction}")
+        raise UnsupportedInstruction(f"unsupported dst_sel of {instruction}")
     if part != "DWORD":
         return _destination_part(gang, instruction, str(part), type)
     return destination(gang, instruction.operands[0], type, half=half, lanes=dpp.writable if dpp else None)
 
 
 def _destination_part(gang: Gang, instruction: Instruction, part: str, type: str) -> Store:
-    """SDWA: the result goes to a part of the register; the rest is kept or cleared."""
+    """SDWA: stores the result in a part of the register; the rest is kept or cleared."""
     unused = instruction.modifiers.get("dst_unused", "UNUSED_PAD")
     if unused not in ("UNUSED_PAD", "UNUSED_PRESERVE"):
-        raise UnsupportedInstruction(f"no meaning for {unused} of {instruction}")
+        raise UnsupportedInstruction(f"unsupported {unused} of {instruction}")
     shift, width = PARTS[part]
     mask = np.uint32((1 << width) - 1 << shift)
     view = gang.v[vector_register(instruction.operands[0]).index]
@@ -118,7 +118,7 @@ def _destination_part(gang: Gang, instruction: Instruction, part: str, type: str
 
 
 def _writes_in_place(gang: Gang, instruction: Instruction, operation: Operation) -> bool:
-    """Whether the result may go to the register's own view: a whole dword of a vector register, every lane alike."""
+    """Whether a ufunc can write into the register's view: whole dwords of a vector register, without sdwa or dpp."""
     reg = register(instruction.operands[0])
     return (
         reg is not None
@@ -130,7 +130,7 @@ def _writes_in_place(gang: Gang, instruction: Instruction, operation: Operation)
 
 
 def _with_output_modifiers(instruction: Instruction, operation: Operation) -> Callable:
-    """The computation with the instruction's clamp, mul and div."""
+    """The computation, including the instruction's clamp, mul and div."""
     clamp = "clamp" in instruction.modifiers
     factor = {"2": 2.0, "4": 4.0}.get(str(instruction.modifiers.get("mul")), 1.0)
     factor = 0.5 if instruction.modifiers.get("div") == "2" else factor
@@ -145,22 +145,22 @@ def _with_output_modifiers(instruction: Instruction, operation: Operation) -> Ca
 
 
 def _clamped(compute: Callable) -> Callable:
-    """Float clamp: the result held between 0 and 1, NaN becoming 0."""
+    """Float clamp: limits the result to 0 to 1; NaN becomes 0."""
     return lambda *values: np.nan_to_num(np.clip(compute(*values), 0, 1), nan=0.0)
 
 
 def _saturated(instruction: Instruction, result: str) -> Callable:
-    """Integer clamp: the sum or difference held within the type."""
+    """Integer clamp: saturates the sum or difference to the type."""
     limits = np.iinfo(TYPES[result])
     word = instruction.name.removeprefix("v_").removeprefix("pk_").split("_")[0]
     signs = {"add": (1, 1), "sub": (1, -1), "subrev": (-1, 1)}.get(word)
     if signs is None:
-        raise UnsupportedInstruction(f"no meaning for the clamp of {instruction}")
+        raise UnsupportedInstruction(f"unsupported clamp of {instruction}")
     return lambda a, b: np.clip(a.astype(np.int64) * signs[0] + b.astype(np.int64) * signs[1], limits.min, limits.max)
 
 
 def _both(gang: Gang, instruction: Instruction) -> Step:
-    """Two at once: both read before either writes."""
+    """Dual issue: both read before either writes."""
     first, second = instruction.parts
     do_first, do_second = bind(gang, first), bind(gang, second)
     written = vector_register(first.operands[0])
@@ -197,9 +197,9 @@ def _accumulate(gang: Gang, instruction: Instruction) -> Step:
 def _compare(gang: Gang, instruction: Instruction) -> Step:
     match = re.fullmatch(r"v_cmp(x?)_(\w+?)_([fiu]\d\d)", instruction.name)
     if match is None or match[2] not in (*math.COMPARISONS, "class"):
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     type, to_exec = match[3], bool(match[1])
-    implicit = len(instruction.operands) == 2  # RDNA: v_cmpx writes EXEC alone
+    implicit = len(instruction.operands) == 2  # RDNA: v_cmpx only writes EXEC
     first = 0 if implicit else 1
     a = _source(gang, instruction, 0, type, first=first)
     b = _source(gang, instruction, 1, "u32" if match[2] == "class" else type, first=first)
@@ -227,7 +227,7 @@ def _choose(gang: Gang, instruction: Instruction) -> Step:
 def _add_or_subtract_with_carry(gang: Gang, instruction: Instruction) -> Step:
     match = re.fullmatch(r"v_(addc?|subb?|subb?rev)_co(_ci)?_u32", instruction.name)
     if match is None:
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     a, b = (_source(gang, instruction, i, "u32", first=2) for i in range(2))
     takes_carry = len(instruction.operands) > 4
     carry = lane_mask(gang, instruction.operands[4]) if takes_carry else lambda: np.zeros((), bool)
@@ -281,7 +281,7 @@ def _finish_division(gang: Gang, instruction: Instruction) -> Step:
 
 
 def _count_lower_lanes(gang: Gang, instruction: Instruction) -> Step:
-    """v_mbcnt: how many bits of a mask belong to lanes below this one (lo: lanes 0 to 31, hi: 32 to 63)."""
+    """v_mbcnt: the number of bits of a mask for lanes below this one (lo: lanes 0 to 31, hi: 32 to 63)."""
     mask, addend = (_source(gang, instruction, i, "u32") for i in range(2))
     store = _destination(gang, instruction, "u32")
     lane = np.arange(gang.wave_size) - (32 if "_hi_" in instruction.name else 0)
@@ -297,7 +297,7 @@ def _truth_table(gang: Gang, instruction: Instruction) -> Step:
 
 
 def _mixed_fma(gang: Gang, instruction: Instruction) -> Step:
-    """v_fma_mix: each source a float32, or a half of a register as float16 where op_sel_hi says so."""
+    """v_fma_mix: each source is a float32, or half of a register as float16 if op_sel_hi is set."""
     is_half, which = instruction.bits("op_sel_hi", (0, 0, 0)), instruction.bits("op_sel", (0, 0, 0))
     values = [
         source(gang, instruction.operands[i + 1], "f16" if is_half[i] else "f32", half=which[i]) for i in range(3)
@@ -310,7 +310,7 @@ def _mixed_fma(gang: Gang, instruction: Instruction) -> Step:
     if instruction.name == "v_fma_mix_f32":
         store = destination(gang, instruction.operands[0], "f32")
         return lambda: store(compute())
-    # both forms keep the other half, on CDNA too
+    # both forms keep the other half, even on CDNA
     half = int(instruction.name == "v_fma_mixhi_f16")
     view = gang.v[vector_register(instruction.operands[0]).index].view(np.float16)[:, half::2]
     return lambda: np.copyto(view, compute(), where=gang.mask, casting="unsafe")
@@ -341,10 +341,10 @@ def _packed(gang: Gang, instruction: Instruction) -> Step:
     """v_pk_*: two results, from the halves of registers (16 bits) or from pairs of them (32 bits)."""
     match = re.fullmatch(r"v_pk_(\w+)_([fiub]\d\d)", instruction.name)
     if match is None or match[1] not in (*_PACKED, "mov") or (match[1] == "mov") != (match[2] == "b32"):
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     type = match[2]
     dtype, number = TYPES[type], len(instruction.operands) - 1
-    # of numbers, not of integers: a NaN gives way
+    # for floats, a number takes precedence over a NaN
     compute = {"max": np.fmax, "min": np.fmin}.get(match[1]) if dtype.kind == "f" else None
     compute = compute or _PACKED.get(match[1], np.positive)
     results = [
@@ -361,7 +361,7 @@ def _packed(gang: Gang, instruction: Instruction) -> Step:
         for select, negate in results
     ]
     if match[1] == "mov":
-        # op_sel picks a half of each source: the first source's is the low result, the second's the high one
+        # op_sel selects half of each source: that of the first is the low result, that of the second the high one
         values = [[values[0][0]], [values[0][1]]]
     if "clamp" in instruction.modifiers:
         compute = _clamped(compute) if dtype.kind == "f" else _saturated(instruction, type)
@@ -377,7 +377,7 @@ def _packed(gang: Gang, instruction: Instruction) -> Step:
 def _packed_source(gang: Gang, text: str, type: str, select: int, negate: int) -> Value:
     text, negated, absolute, _ = split_modifiers(text)
     if negated or absolute:
-        raise UnsupportedInstruction(f"sign modifiers of a packed operand {text!r}")
+        raise UnsupportedInstruction(f"unsupported sign modifiers of a packed operand {text!r}")
     reg = register(text)
     if reg is None and select and TYPES[type].itemsize == 2:
         value: Value = np.zeros((), TYPES[type])  # a constant has no upper half
@@ -389,16 +389,16 @@ def _packed_source(gang: Gang, text: str, type: str, select: int, negate: int) -
 
 
 def _on_scalars(gang: Gang, instruction: Instruction) -> Step:
-    """v_s_exp_f32 and others of RDNA4: a transcendental function on scalar registers."""
+    """v_s_exp_f32 and similar of RDNA4: a transcendental function on scalar registers."""
     operation = OPERATIONS.get("v_" + instruction.name.removeprefix("v_s_"))
     if operation is None or len(operation.sources) != 1:
-        raise UnsupportedInstruction(f"no meaning for {instruction}")
+        raise UnsupportedInstruction(f"unsupported instruction {instruction}")
     value = source(gang, instruction.operands[1], operation.sources[0])
     store = destination(gang, instruction.operands[0], operation.result)
     return lambda: store(np.asarray(operation.compute(current(value)), TYPES[operation.result]))
 
 
-# What needs more than a line; names by pattern.
+# Instructions that are not in the table, by pattern.
 _SPECIAL: dict[str, Callable[[Gang, Instruction], Step]] = {
     r"v_cmpx?_\w+": _compare,
     r"v_cndmask_b(16|32)": _choose,

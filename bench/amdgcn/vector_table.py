@@ -1,6 +1,6 @@
-"""What the vector unit computes: a line per instruction, the types of destination and sources and a function on arrays.
+"""Table of vector instructions: for each, the types of destination and sources and a function on arrays.
 
-Names and meanings: ISA manuals (CDNA3, CDNA4, RDNA3, RDNA4), chapter "Instructions", encodings VOP1, VOP2 and VOP3.
+Names and semantics: ISA manuals (CDNA3, CDNA4, RDNA3, RDNA4), chapter "Instructions", encodings VOP1, VOP2 and VOP3.
 Arrays are [wave, lane], or [wave, 1] for a scalar operand.
 """
 
@@ -16,7 +16,7 @@ from . import arithmetic as math
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """Types of the destination and of the sources, and what is computed."""
+    """Types of the destination and of the sources, and the function."""
 
     result: str
     sources: tuple[str, ...]
@@ -52,7 +52,7 @@ for bits in (16, 32):
     _define(f"or_b{bits}", two, np.bitwise_or)
     _define(f"xor_b{bits}", two, np.bitwise_xor)
     _define(f"xnor_b{bits}", two, lambda a, b: ~(a ^ b))
-    # rev: the distance comes first
+    # rev: the shift distance is the first operand
     _define(f"lshlrev_b{bits}", two, lambda n, a, at=shift: a << at(n))
     _define(f"lshrrev_b{bits}", two, lambda n, a, at=shift: a >> at(n))
     _define(f"ashrrev_i{bits}", f"i{bits} = b{bits} i{bits}", lambda n, a, at=shift: a >> at(n).astype(a.dtype))
@@ -162,7 +162,7 @@ _define("exp_f32", "f32 = f32", math.exp2)
 _define("log_f32", "f32 = f32", math.log2)
 _define("exp_f16", "f16 = f16", lambda a: np.exp2(a.astype(np.float32)))
 _define("log_f16", "f16 = f16", lambda a: np.log2(a.astype(np.float32)))
-_define("sin_f32", "f32 = f32", lambda a: np.sin(2 * np.pi * a.astype(np.float64)))  # in turns
+_define("sin_f32", "f32 = f32", lambda a: np.sin(2 * np.pi * a.astype(np.float64)))  # operand in revolutions
 _define("cos_f32", "f32 = f32", lambda a: np.cos(2 * np.pi * a.astype(np.float64)))
 _define("tanh_f32", "f32 = f32", np.tanh)
 _define("div_fixup_f32", "f32 = f32 f32 f32", math.fix_division)
@@ -197,7 +197,7 @@ _define("cvt_f32_bf16", "f32 = u16", lambda a: (a.astype(np.uint32) << np.uint32
 
 
 def _packed_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Two arrays of 16-bit values as one of dwords."""
+    """Packs two arrays of 16-bit values into one of dwords."""
     low, high = (np.ascontiguousarray(value).view(np.uint16).astype(np.uint32) for value in (a, b))
     return low | high << np.uint32(16)
 

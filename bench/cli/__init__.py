@@ -1,6 +1,6 @@
 """The `jfa-bench` command.
 
-What a command runs is imported when it is called: a help text or a usage error must not wait for JAX.
+Each command imports what it needs when it is called, so that help texts and usage errors do not wait for JAX.
 """
 
 import sys
@@ -11,13 +11,13 @@ from . import measure, proof, records
 
 
 def main() -> None:
-    """Runs the command line. An error that the user can fix is one line on stderr and exit status 2."""
+    """Runs the command line. Errors that the user can fix are one line on stderr and exit status 2."""
     sys.exit(run(commands, "jfa-bench"))
 
 
 @command_group
 def commands() -> None:
-    """Measures jfa on this machine, and proves its kernels for cards that are not in it."""
+    """Benchmark jfa on this machine, and verify its kernels for GPUs that are not present."""
 
 
 for command in (*measure.COMMANDS, *proof.COMMANDS, *records.COMMANDS):

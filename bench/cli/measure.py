@@ -1,4 +1,4 @@
-"""The commands that measure."""
+"""The benchmark commands."""
 
 import itertools
 import math
@@ -11,22 +11,22 @@ from jfa_models.decoding.options import DTYPES, KV_DTYPES
 from .. import configs, names
 from . import options
 
-SHAPES = ("seq_lens", "batch", "heads", "kv_heads", "head_dim", "causal")  # what a grid decides
+SHAPES = ("seq_lens", "batch", "heads", "kv_heads", "head_dim", "causal")  # set by a grid
 
 
 @click.command("attention")
 @click.option(
-    "--seq-lens", type=options.Counts(), default="256:4096:64", show_default=True, help="Of queries and keys."
+    "--seq-lens", type=options.Counts(), default="256:4096:64", show_default=True, help="Number of queries and keys."
 )
 @click.option("--batch", type=options.Counts(), default="1", show_default=True)
 @click.option("--heads", type=options.COUNT, default=32, show_default=True)
-@click.option("--kv-heads", type=options.COUNT, default=None, help="As many as --heads.")
+@click.option("--kv-heads", type=options.COUNT, default=None, help="Default: the same as --heads.")
 @click.option("--head-dim", type=options.Counts(), default="128", show_default=True)
 @click.option(
     "--dtype", type=options.Names("dtype", ("float16", "bfloat16", "float32")), default="float16", show_default=True
 )
 @click.option("--causal/--no-causal", default=True, show_default=True)
-@click.option("--grid", type=click.Choice(("fa2",)), help="The shapes of the FlashAttention papers instead.")
+@click.option("--grid", type=click.Choice(("fa2",)), help="Use the shapes of the FlashAttention papers.")
 @click.option(
     "--direction", type=options.Names("direction", names.MEASURED), default="forward,backward", show_default=True
 )
@@ -34,9 +34,9 @@ SHAPES = ("seq_lens", "batch", "heads", "kv_heads", "head_dim", "causal")  # wha
     "--implementation",
     type=options.Names("implementation", names.PEERS),
     default=None,
-    help="Default: those that are installed and made for this platform.",
+    help="Default: all that are installed and support this platform.",
 )
-@click.option("--device-time", is_flag=True, help="Add the profiler's time on the device.")
+@click.option("--device-time", is_flag=True, help="Also measure the time on the device with the profiler.")
 @options.measurement_options
 @click.pass_context
 def attention_command(
@@ -55,12 +55,15 @@ def attention_command(
     samples,
     output,
 ) -> None:
-    """The op beside the plain formula and what others have; right before it is fast."""
+    """Benchmark the attention op.
+
+    Compares it with the plain formula and other libraries; results are checked before timing.
+    """
     if heads % (kv_heads or heads):
         raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
     given = [name for name in SHAPES if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if grid and given:
-        raise click.UsageError(f"--grid has shapes of its own: leave out --{given[0].replace('_', '-')}")
+        raise click.UsageError(f"--grid sets the shapes: remove --{given[0].replace('_', '-')}")
 
     from jfa.device import probe
 
@@ -86,13 +89,16 @@ def attention_command(
 
 @click.command("accuracy")
 @click.option("--kv-dtype", type=options.Names("kv dtype", KV_DTYPES), default="all", show_default=True)
-@click.option("--text", type=click.File(), required=True, help="To be surprised by, such as LICENSE.")
-@click.option("--tokens", type=options.COUNT, default=1024, show_default=True, help="Of the text.")
-@click.option("--new-tokens", type=options.COUNT, default=64, show_default=True, help="Greedy ones, per prompt.")
+@click.option("--text", type=click.File(), required=True, help="Text for the perplexity and prompts, such as LICENSE.")
+@click.option("--tokens", type=options.COUNT, default=1024, show_default=True, help="Number of tokens of the text.")
+@click.option("--new-tokens", type=options.COUNT, default=64, show_default=True, help="Greedy tokens per prompt.")
 @model_options
 @options.output_options
 def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -> None:
-    """What quantized pages cost a model: perplexity, and what it writes."""
+    """Measure the accuracy of quantized pages.
+
+    By the perplexity and the greedy completions of a model.
+    """
     from jfa_models import from_pretrained
 
     from ..measure import accuracy
@@ -110,7 +116,10 @@ def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -
 @click.option("--steps", type=click.IntRange(min=10), default=500, show_default=True)
 @options.output_options
 def memory_command(data, page_size, steps, output) -> None:
-    """What pages save, by the allocator's books on simulated requests."""
+    """Measure the memory that pages save.
+
+    Computed from the allocator's state on simulated requests.
+    """
     from ..measure import memory
 
     records = memory.measure(data_sets=data, page_sizes=page_size, steps=steps)
@@ -119,19 +128,22 @@ def memory_command(data, page_size, steps, output) -> None:
 
 @click.command("paged")
 @click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
-@click.option("--context", type=options.Counts(), default="2048", show_default=True, help="Tokens of each row.")
+@click.option("--context", type=options.Counts(), default="2048", show_default=True, help="Tokens in each row.")
 @click.option("--page-size", type=options.Counts(), default="16", show_default=True)
 @click.option("--kv-dtype", type=options.Names("kv dtype", names.PAGE_KINDS), default="same,int8", show_default=True)
 @click.option("--heads", type=options.COUNT, default=8, show_default=True)
 @click.option("--kv-heads", type=options.COUNT, default=2, show_default=True)
 @click.option("--head-dim", type=options.COUNT, default=64, show_default=True)
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
-@click.option("--implementation", type=click.Choice(("xla", "triton", "reference")), help="Default: jfa's choice.")
+@click.option("--implementation", type=click.Choice(("xla", "triton", "reference")), help="Default: chosen by jfa.")
 @options.measurement_options
 def paged_command(
     batch, context, page_size, kv_dtype, heads, kv_heads, head_dim, dtype, implementation, samples, output
 ) -> None:
-    """Decoding over pages, beside the contiguous cache and a copy of the same bytes."""
+    """Benchmark paged decode attention.
+
+    Compares it with the contiguous cache and with a copy of the same number of bytes.
+    """
     if heads % kv_heads:
         raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
 
@@ -155,16 +167,21 @@ def paged_command(
 @click.command("throughput")
 @click.option("--num-prompts", type=options.COUNT, default=64, show_default=True)
 @click.option("--lengths", type=click.Choice(names.LENGTHS), default="skewed", show_default=True)
-@click.option("--input-len", type=options.COUNT, default=64, show_default=True, help="The longest prompt.")
-@click.option("--output-len", type=options.COUNT, default=256, show_default=True, help="The longest answer.")
+@click.option("--input-len", type=options.COUNT, default=64, show_default=True, help="Tokens of the longest prompt.")
 @click.option(
-    "--request-rate", type=click.FloatRange(min=0, min_open=True), default=math.inf, help="Per second; all at once."
+    "--output-len", type=options.COUNT, default=256, show_default=True, help="Tokens of the longest completion."
 )
-@click.option("--max-concurrency", type=options.COUNT, help="Requests in the engine at a time.")
-@click.option("--max-num-seqs", type=options.COUNT, default=32, show_default=True, help="Rows of a step.")
-@click.option("--n", type=options.COUNT, default=1, show_default=True, help="Samples of each prompt.")
-@click.option("--beam-width", type=click.IntRange(1, 10), help="Search instead of sampling.")
-@click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of quantized pages.")
+@click.option(
+    "--request-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=math.inf,
+    help="Requests per second; default: all at once.",
+)
+@click.option("--max-concurrency", type=options.COUNT, help="Maximum number of requests in the engine at a time.")
+@click.option("--max-num-seqs", type=options.COUNT, default=32, show_default=True, help="Maximum rows per step.")
+@click.option("--n", type=options.COUNT, default=1, show_default=True, help="Samples per prompt.")
+@click.option("--beam-width", type=click.IntRange(1, 10), help="Use beam search instead of sampling.")
+@click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Quantize the pages.")
 @click.option("--page-size", type=options.COUNT, default=16, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--implementation", type=options.Names("implementation", names.BATCHING), default="static,engine")
@@ -188,9 +205,12 @@ def throughput_command(
     dtype,
     output,
 ) -> None:
-    """Requests of all lengths through the engine, beside batches that wait for their longest row."""
+    """Benchmark the engine on a trace of requests.
+
+    Compares it with static batches, which wait for their longest row.
+    """
     if n > 1 and beam_width is not None:
-        raise click.UsageError("--n and --beam-width exclude each other")
+        raise click.UsageError("--n and --beam-width cannot be combined")
 
     from jfa_models import from_pretrained
 
@@ -227,7 +247,7 @@ def throughput_command(
 @click.option("--models", type=options.Models(), default="smollm2", show_default=True)
 @click.option("--layers", type=options.COUNT, help="Only the first ones of each, for small machines.")
 @click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
-@click.option("--context", type=options.Counts(), default="128", show_default=True, help="Tokens in the cache before.")
+@click.option("--context", type=options.Counts(), default="128", show_default=True, help="Tokens already in the cache.")
 @click.option(
     "--implementation",
     type=options.Names("implementation", names.IMPLEMENTATIONS),
@@ -238,12 +258,15 @@ def throughput_command(
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
 @options.measurement_options
 def decode_command(models, layers, batch, context, implementation, dtype, samples, output) -> None:
-    """One token after another, beside the matrix products of a step alone and the bandwidth of a copy."""
+    """Benchmark decode steps of whole models.
+
+    Compares them with their matrix products alone and with the bandwidth of a copy.
+    """
     for name in models:
         room = configs.config_of(name, layers).context_length - configs.decoded_tokens(samples)
         if max(context) > room:
             raise click.BadParameter(
-                f"{name} has room for {room} tokens and those that are timed, got {max(context)}",
+                f"{name} has room for at most {room} tokens of context besides the timed ones, got {max(context)}",
                 param_hint="--context",
             )
 
@@ -265,7 +288,7 @@ def decode_command(models, layers, batch, context, implementation, dtype, sample
 @click.command("prefill")
 @click.option("--models", type=options.Models(), default="mistral-7b,llama-3-8b,phi-2", show_default=True)
 @click.option("--layers", type=options.COUNT, help="Only the first ones of each, for small machines.")
-@click.option("--seq-lens", type=options.Counts(), default="512,1024,2048", show_default=True, help="Of the prompt.")
+@click.option("--seq-lens", type=options.Counts(), default="512,1024,2048", show_default=True, help="Prompt lengths.")
 @click.option("--batch", type=options.COUNT, default=1, show_default=True)
 @click.option(
     "--implementation",
@@ -277,7 +300,10 @@ def decode_command(models, layers, batch, context, implementation, dtype, sample
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
 @options.measurement_options
 def prefill_command(models, layers, seq_lens, batch, implementation, dtype, samples, output) -> None:
-    """A prompt's way through whole models, with jfa's attention and with the plain formula."""
+    """Benchmark prefill of whole models.
+
+    With jfa's attention and with the plain formula.
+    """
     for name in models:
         config = configs.config_of(name, layers)
         if max(seq_lens) > config.context_length:

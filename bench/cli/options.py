@@ -1,4 +1,4 @@
-"""Kinds of options, and those that several commands have."""
+"""Types of options, and options that several commands share."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ from .. import configs, names
 
 
 class Counts(click.ParamType):
-    """Whole numbers above 0, separated by commas; first:last:step stands for all of its numbers, both ends included."""
+    """Integers above 0, separated by commas; first:last:step is a range that includes both ends."""
 
     name = "N,N,... or first:last:step"
 
@@ -23,7 +23,7 @@ class Counts(click.ParamType):
             numbers = self._numbers(part.strip())
             if not numbers:
                 self.fail(
-                    f"{value!r} is not a list of whole numbers above 0, such as 1,8, nor a range first:last:step, "
+                    f"{value!r} is not a list of integers above 0, such as 1,8, nor a range first:last:step, "
                     "such as 256:4096:64",
                     param,
                     ctx,
@@ -56,12 +56,12 @@ class Names(click.ParamType):
             return self.known
         for name in given:
             if name not in self.known:
-                self.fail(f"{name!r} is no {self.what} here; known: {', '.join(self.known)}, or all", param, ctx)
+                self.fail(f"unknown {self.what} {name!r}; use one of {', '.join(self.known)}, or all", param, ctx)
         return given
 
 
 class Models(click.ParamType):
-    """Presets by name, packages, folders of safetensors or .gguf files, separated by commas."""
+    """Presets, packages, folders of safetensors or .gguf files, separated by commas."""
 
     name = "MODEL,..."
 
@@ -82,12 +82,12 @@ COUNT = click.IntRange(min=1)
 
 format_option = click.option("-o", "format", type=click.Choice(names.FORMATS), default="md", show_default=True)
 processes_option = click.option(
-    "--processes", type=click.IntRange(min=0), default=names.PROCESSES, show_default=True, help="0: this one."
+    "--processes", type=click.IntRange(min=0), default=names.PROCESSES, show_default=True, help="0: no subprocesses."
 )
 
 
 def output_options(command: Callable) -> Callable:
-    """-o, --save and --plot, which reach the command as one records.output.Output named `output`."""
+    """Adds -o, --save and --plot, which are passed to the command as a records.output.Output named `output`."""
 
     @functools.wraps(command)
     def run(format, save, picture, **options):
@@ -99,8 +99,8 @@ def output_options(command: Callable) -> Callable:
         return command(output=Output(format=format, save=save, plot=picture), **options)
 
     for option in (
-        click.option("--plot", "picture", type=NEW_FILE, help="Draw the records: a .png, .svg or .pdf."),
-        click.option("--save", type=NEW_FILE, help="Keep the records in a JSON file as they come."),
+        click.option("--plot", "picture", type=NEW_FILE, help="Plot the records to a .png, .svg or .pdf file."),
+        click.option("--save", type=NEW_FILE, help="Save the records to a JSON file as they are measured."),
         format_option,
     ):
         run = option(run)
@@ -108,7 +108,7 @@ def output_options(command: Callable) -> Callable:
 
 
 def measurement_options(command: Callable) -> Callable:
-    """--samples, and those of output_options."""
+    """Adds --samples and the options of output_options."""
     return output_options(
-        click.option("--samples", type=COUNT, default=15, show_default=True, help="Timed calls.")(command)
+        click.option("--samples", type=COUNT, default=15, show_default=True, help="Number of timed calls.")(command)
     )

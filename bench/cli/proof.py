@@ -1,4 +1,4 @@
-"""The commands about code: kernels compiled, proven and tuned for cards that need not be there."""
+"""The commands that compile, verify and tune kernels, also for GPUs that are not present."""
 
 import click
 
@@ -16,7 +16,7 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 
 
 @click.command("compile")
-@click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"Of {', '.join(names.ARCHS)}.")
+@click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"One or more of {', '.join(names.ARCHS)}.")
 @kernels_option
 @direction_option
 @click.option("--dtype", type=options.Names("dtype", names.PAGED_DTYPES), default="all", show_default=True)
@@ -24,7 +24,10 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @options.processes_option
 @options.format_option
 def compile_command(arch, op, direction, dtype, head_dim, processes, format) -> None:
-    """Registers, spills, LDS and the bound of each kernel on an architecture, compiled without the card."""
+    """Compile kernels for an architecture.
+
+    Reports registers, spills, LDS and the theoretical bound of each kernel. Needs no GPU.
+    """
     from ..proof import compile, ops
 
     circumstances = compile.circumstances()
@@ -37,12 +40,15 @@ def compile_command(arch, op, direction, dtype, head_dim, processes, format) -> 
 @click.option("--arch", type=options.Names("architecture", names.EXECUTED_ARCHS), default="all", show_default=True)
 @click.option("--op", type=OPS, default="all", show_default=True)
 @direction_option
-@click.option("--quick", is_flag=True, help="Fewer rows and cases: for CI.")
+@click.option("--quick", is_flag=True, help="Fewer rows and cases, for CI.")
 @options.processes_option
 @options.format_option
 @click.pass_context
 def prove_command(context, arch, op, direction, quick, processes, format) -> None:
-    """Each kernel as AMD machine code on this CPU, beside an oracle; exit status 1 if one is wrong."""
+    """Verify the AMD machine code of kernels.
+
+    Executes it on this CPU and checks the results against an oracle; exit status 1 if one is wrong.
+    """
     from ..proof import compile, prove
 
     circumstances = compile.circumstances()
@@ -52,21 +58,24 @@ def prove_command(context, arch, op, direction, quick, processes, format) -> Non
 
 
 @click.command("tune")
-@click.option("--offline", is_flag=True, help="By compiled code; without it by measuring this device.")
-@click.option("--arch", type=ARCHS, help=f"With --offline: of {', '.join(names.ARCHS)}, or all.")
+@click.option("--offline", is_flag=True, help="Choose by compiled code. Default: measure on this device.")
+@click.option("--arch", type=ARCHS, help=f"With --offline: one or more of {', '.join(names.ARCHS)}, or all.")
 @kernels_option
 @direction_option
 @click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
 @click.option("--folder", type=options.FOLDER, help="Write the tables there instead.")
 @options.processes_option
-@click.option("--samples", type=options.COUNT, default=15, show_default=True, help="Of each measurement.")
+@click.option("--samples", type=options.COUNT, default=15, show_default=True, help="Timed calls per measurement.")
 @options.format_option
 def tune_command(offline, arch, op, direction, write, folder, processes, samples, format) -> None:
-    """Choose the tiles of each kernel, by compiled code or on this machine's GPU."""
+    """Choose the tile sizes of kernels.
+
+    By compiled code, or by measuring on this machine's GPU.
+    """
     if write and folder:
-        raise click.UsageError("--write and --folder are two places for the same tables; give one")
+        raise click.UsageError("--write and --folder cannot be combined: both say where to write the tables")
     if offline and not arch:
-        raise click.UsageError(f"--offline needs --arch, of {', '.join(names.ARCHS)}, or all")
+        raise click.UsageError(f"--offline needs --arch: one or more of {', '.join(names.ARCHS)}, or all")
 
     from ..proof import compile, ops, tune
 

@@ -1,4 +1,4 @@
-"""The commands about records: compared, drawn, put into tables; and all measurements at once."""
+"""The commands that compare, plot and tabulate records, and the one that runs all benchmarks."""
 
 from pathlib import Path
 
@@ -16,11 +16,14 @@ from . import options, suite
     type=click.FloatRange(min=0),
     default=compare.THRESHOLD,
     show_default=True,
-    help="Share of a time below which nothing counts.",
+    help="Ignore changes of less than this fraction of a time.",
 )
 @options.format_option
 def compare_command(before, after, threshold, format) -> None:
-    """What moved beyond the noise from BEFORE to AFTER, two files of records."""
+    """Compare two files of records.
+
+    Prints the changes from BEFORE to AFTER that exceed the noise.
+    """
     old, new = compare.timed(before), compare.timed(after)
     rows = list(compare.moved(old, new, threshold=threshold))
     for line in compare.other_circumstances(old, new):
@@ -32,26 +35,30 @@ def compare_command(before, after, threshold, format) -> None:
     if format != "md":
         click.echo(record.render(rows, format, compare.COLUMNS))
     else:
-        click.echo(compare.table(rows) if rows else f"nothing moved by more than {threshold:.0%} and the noise")
+        click.echo(compare.table(rows) if rows else f"no change exceeds {threshold:.0%} and the noise")
 
 
 @click.command("plot")
 @click.argument("files", nargs=-1, required=True, type=options.FILE)
-@click.option("--plot", "picture", required=True, type=click.Path(dir_okay=False, path_type=Path), help="To be drawn.")
-@click.option("--kind", type=click.Choice(tuple(plot.KINDS)), help="Default: what suits the first record.")
+@click.option("--plot", "picture", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Output file.")
+@click.option("--kind", type=click.Choice(tuple(plot.KINDS)), help="Default: the first record's default kind.")
 def plot_command(files, picture, kind) -> None:
-    """Draw the records of FILES, as --save and -o json keep them."""
+    """Plot the records of FILES.
+
+    Files are those written by --save or -o json.
+    """
     plot.check(picture)
     plot.save([one for file in files for one in record.load(file)], picture, kind)
-    click.echo(f"{picture} drawn", err=True)
+    click.echo(f"wrote {picture}", err=True)
 
 
 @click.command("report")
 @click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report_command(folder) -> None:
-    """Tables of the records in FOLDER, and a page of them with pictures: FOLDER/report.html.
+    """Print tables of records and write a page.
 
-    Without a folder: the support table, from the records in bench/results.
+    For the records in FOLDER; the page, with plots, is FOLDER/report.html.
+    Without FOLDER: print the support table, from the records in bench/results.
     """
     if folder is None:
         click.echo(report.support(report.load("compile"), report.load("prove")))

@@ -1,4 +1,4 @@
-"""`jfa-bench all`: every measurement, one after another, each into a file of a folder; then the report of it."""
+"""`jfa-bench all`: runs all benchmarks, saves each to a file in a folder, then writes the report."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ import click
 
 from ..records import plot, report
 
-# File to the command line that fills it. What a machine cannot do becomes rows that say so.
+# File name to the command line that creates it. What a machine does not support becomes records with a reason.
 FULL: Mapping[str, str] = {
     "attention": "attention --direction all",
     "attention-fa2": "attention --grid fa2 --dtype bfloat16",
@@ -19,7 +19,7 @@ FULL: Mapping[str, str] = {
     "memory": "memory",
 }
 
-# The same on two cores in ten minutes: the shapes are small, and one layer stands for a model.
+# The same in ten minutes on two cores: small shapes, and only one layer of each model.
 QUICK: Mapping[str, str] = {
     "attention": "attention --seq-lens 256:1024:256 --heads 8 --head-dim 64 --dtype float32 --samples 5",
     "paged": "paged --batch 1,8 --context 1024 --samples 5",
@@ -38,11 +38,14 @@ QUICK: Mapping[str, str] = {
     type=click.Path(file_okay=False, path_type=Path),
     default="jfa-bench-results",
     show_default=True,
-    help="Of the records and the page.",
+    help="Folder for the records and the page.",
 )
 @click.pass_context
 def all_command(context, quick, folder) -> None:
-    """Every measurement, and a page of them: --quick, or a night on a GPU."""
+    """Run all benchmarks and write a report.
+
+    Takes ten minutes with --quick, otherwise a night on a GPU.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plot.check(folder / "report.svg")
     assert context.parent is not None
@@ -53,7 +56,7 @@ def all_command(context, quick, folder) -> None:
         try:
             status = commands.main(arguments, prog_name="jfa-bench", standalone_mode=False)
         except (click.ClickException, ValueError, RuntimeError, OSError) as error:
-            click.echo(f"{name}: {' '.join(str(error).split())}", err=True)  # the others are worth having
+            click.echo(f"{name}: {' '.join(str(error).split())}", err=True)  # run the others anyway
             continue
         if status:  # Ctrl-C
             context.exit(status)

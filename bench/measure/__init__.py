@@ -1,1 +1,1 @@
-"""What is timed, and with what."""
+"""The benchmarks and their clocks."""

@@ -1,7 +1,7 @@
-"""`jfa-bench accuracy`: what quantized pages cost a model, in the perplexity of a text and in what it writes.
+"""`jfa-bench accuracy`: how quantized pages change a model's perplexity on a text, and its greedy completions.
 
-The text goes through the cache in chunks, so every token attends to keys and values as the pages hold them, its own
-too. Greedy tokens are compared with those of float pages, prompt by prompt.
+The text is processed through the cache in chunks, so that every token attends to keys and values, its own too, as
+stored in the pages. Greedy tokens are compared with those of float pages, prompt by prompt.
 """
 
 import itertools
@@ -23,9 +23,9 @@ PROMPTS = ("The capital of France is", "Once upon a time, there was a little", "
 
 
 def measure(models: dict[str, LanguageModel], text: str, *, tokens: int, new_tokens: int) -> Iterator[dict]:
-    """A record for each kind of page; the first of models is what the others are compared with.
+    """A record for each kind of page; the first model is the baseline for the others.
 
-    greedy_same: of new_tokens behind each of PROMPTS, how many come before the first that differs.
+    greedy_same: for each of PROMPTS, the number of tokens, of new_tokens, before the first one that differs.
     """
     shared = machine.circumstances() | {"benchmark": "accuracy"}
     greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
@@ -61,7 +61,7 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def perplexity(model: LanguageModel, ids: Sequence[int]) -> float:
-    """e to the mean surprise at each token but the first, given those before it in the model's cache."""
+    """exp of the mean negative log-likelihood of all tokens but the first, each given those before it in the cache."""
     if len(ids) < 2:
         raise ValueError(f"perplexity needs at least two tokens, got {len(ids)}")
     cache = model.new_cache(batch=1, capacity=len(ids))

@@ -1,7 +1,7 @@
-"""`jfa-bench attention`: the op on this machine beside the plain formula and what others have.
+"""`jfa-bench attention`: compares the op on this machine with the plain formula and with other libraries.
 
-FLOP are those of FlashAttention's papers: 4 b n^2 h d forward, 2.5 times that for the gradients, half if causal. Before
-a time is taken, the results of some rows of queries are held against the oracle, as the numerics contract says.
+FLOP are counted as in the FlashAttention papers: 4 b n^2 h d forward, 2.5 times that for the gradients, half if causal.
+Before timing, the results of some query rows are checked against the oracle, by the numerics contract.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from ..records import record
 from ..truth import numerics, oracle
 from . import machine, outcome, peers, roofline, timing, used
 
-ROWS = 8  # of queries that are checked, the first and the last among them
-GRADIENT_PRODUCTS = 3  # the scores, their cotangent and the gradient's own
-FLOP = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # in those of the forward pass
+ROWS = 8  # number of query rows that are checked, including the first and the last
+GRADIENT_PRODUCTS = 3  # consecutive products: the scores, their cotangent and the gradient
+FLOP = {"forward": 1.0, "backward": 2.5, "both": 3.5}  # relative to the forward pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Shapes of one call: as many queries as keys."""
+    """Shapes of one call; length is the number of queries and of keys."""
 
     batch: int
     length: int
@@ -40,12 +40,12 @@ class Case:
 
     @property
     def flop(self) -> float:
-        """Of the forward pass."""
+        """FLOP of the forward pass."""
         return 4 * self.batch * self.length**2 * self.heads * self.head_dim * (0.5 if self.causal else 1)
 
     @property
     def num_bytes(self) -> int:
-        """Of queries, keys, values and output: what a forward pass must move."""
+        """Bytes of queries, keys, values and output, which a forward pass must read or write."""
         rows = self.batch * self.length * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return rows * jnp.dtype(self.dtype).itemsize
 
@@ -76,9 +76,9 @@ def measure(
     device_time: bool = False,
     clock: timing.Clock = time.perf_counter,
 ) -> Iterator[record.Record]:
-    """A record for each case, direction and implementation; those of a case and direction are measured in turns.
+    """A record for each case, direction and implementation; those of one case and direction are measured interleaved.
 
-    peak_bytes: what the program holds beside its arguments. speedup: over the reference.
+    peak_bytes: memory that the program uses in addition to its arguments. speedup: over the reference.
     """
     shared = machine.circumstances() | {"benchmark": "attention"}
     ceilings = {dtype: roofline.ceilings(dtype, clock=clock) for dtype in {case.dtype for case in cases}}
@@ -102,7 +102,7 @@ def measure(
 def _checked(
     case: Case, direction: str, implementations: Sequence[str]
 ) -> tuple[dict[str, record.Record], dict[str, timing.Run]]:
-    """What is known of each implementation before its time, and a run of each that is right."""
+    """The record fields of each implementation before timing, and a run of each that is correct."""
     arrays, sparse = _inputs(case)
     found: dict[str, record.Record] = {}
     runs: dict[str, timing.Run] = {}
@@ -128,7 +128,7 @@ def _checked(
 
 
 def _inputs(case: Case) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Seeded q, k, v and cotangent; and a cotangent that is zero but in the rows that are checked."""
+    """Seeded q, k, v and cotangent; and a cotangent that is zero except in the rows that are checked."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     q, k, v, d_out = (
@@ -146,7 +146,7 @@ def _rows(case: Case) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _truth(case: Case, gradients: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """By the oracle and by the plain formula in the dtype: the output in _rows, and the gradients of q, k and v."""
+    """(oracle, plain formula in the dtype) for the output in _rows and for the gradients of q, k and v."""
     (q, k, v, _), sparse = _inputs(case)
     rows = _rows(case)
     seen = rows[:, None] >= np.arange(case.length)[None, :] if case.causal else None

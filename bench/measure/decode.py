@@ -1,7 +1,7 @@
-"""`jfa-bench decode`: one token after another, for a batch of rows behind contexts of a length.
+"""`jfa-bench decode`: the time of decode steps, for a batch of rows after a context of a given length.
 
-A step reads every weight and all keys and values once: their bytes over its time are held against the bandwidth of a
-copy, measured in the same run. Beside it, in turns, the model's matrix products alone.
+A step reads every weight and all keys and values once: their bytes per time are compared with the bandwidth of a copy,
+measured in the same run. For comparison the model's matrix products are measured alone, interleaved.
 """
 
 import functools
@@ -20,7 +20,7 @@ from .. import configs
 from ..records import record
 from . import machine, models, outcome, roofline, timing, used
 
-HOST_SAMPLES = 200  # of a step that computes nothing; the first dozens are slower
+HOST_SAMPLES = 200  # samples of a step that computes nothing; the first dozens are slower
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
 ) -> Iterator[record.Record]:
     """A record of the products and one for each implementation of attention, for each model, batch and context.
 
-    share_of_peak: the time of the products over this one. share_of_bandwidth: gb_per_s over a copy's.
+    share_of_peak: time of the products / this time. share_of_bandwidth: gb_per_s / that of a copy.
     """
     shared = machine.circumstances() | {"benchmark": "decode"}
     for name in names:
@@ -46,7 +46,7 @@ def measure(
             case = about | {"batch": batch, "context": context}
             for one in refused or _of_shape(built, batch, context, samples, ceilings, clock):
                 yield shared | {"case": case, "ceilings": ceilings} | one
-        built.clear()  # the next model may need its room
+        built.clear()  # frees memory for the next model
 
 
 def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[record.Record]:
@@ -79,12 +79,12 @@ def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[recor
 
 
 def _kv_bytes(model: LanguageModel, batch: int, context: int) -> int:
-    """Of keys and values that a step reads."""
+    """Bytes of keys and values that a step reads."""
     return batch * model.config.cache_elements(context) * model.dtype.itemsize
 
 
 def _step(model: LanguageModel, batch: int, context: int, samples: int, clock) -> tuple[timing.Run, float]:
-    """A run of one step, and the milliseconds of the host in it."""
+    """A run of one step, and its host time in milliseconds."""
     params = SamplingParams(temperature=0.0, max_tokens=configs.decoded_tokens(samples), ignore_eos=True)
     held = {"state": model.start([[1 + i] * context for i in range(batch)], params)}
     host_ms = _host_ms(model, held, clock)
@@ -97,7 +97,7 @@ def _step(model: LanguageModel, batch: int, context: int, samples: int, clock) -
 
 
 def _host_ms(model: LanguageModel, held: dict, clock: timing.Clock) -> float:
-    """The median of a step that computes nothing: the same arguments in, the same results out and read."""
+    """The median time of a step that computes nothing: the same arguments, and the same results returned and read."""
     state, _ = model.steps.decode(model.params, held["state"])
 
     @functools.partial(jax.jit, donate_argnums=(1,))

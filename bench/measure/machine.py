@@ -1,6 +1,6 @@
-"""The circumstances of a measurement: the device, its driver and clocks, versions, flags, the commit and the date.
+"""The machine and software of a measurement: device, driver, clocks, versions, flags, commit and date.
 
-What a machine does not say is None: nothing here fails because a file or a program is not there.
+Unknown values are None: nothing here fails because a file or a program is missing.
 """
 
 import datetime
@@ -17,7 +17,7 @@ import jax
 
 from jfa.device import probe
 
-# Recorded where they are installed.
+# Packages whose versions are recorded if installed.
 PACKAGES = (
     *("jfa", "jax", "jaxlib", "flax", "triton"),
     *("jax-rocm7-plugin", "jax-rocm7-pjrt", "jax-rocm10-plugin", "jax-rocm10-pjrt"),
@@ -27,7 +27,7 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_P
 
 
 def circumstances(root: Path = Path("/")) -> dict[str, Any]:
-    """The fields that every record of one run shares. root: of /proc and /sys."""
+    """The fields that all records of a run share. root: folder that contains proc and sys."""
     device = probe()
     return {
         "device": {
@@ -48,7 +48,7 @@ def circumstances(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None: it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def version(package: str) -> str | None:
 
 
 def driver(root: Path = Path("/")) -> str | None:
-    """The kernel driver of AMD's or NVIDIA's cards."""
+    """The kernel driver of AMD or NVIDIA GPUs, with its version."""
     if amd := _read(root / "sys/module/amdgpu/version"):
         return f"amdgpu {amd}"
     nvidia = re.search(r"Kernel Module.*?(\d+\.\d+(\.\d+)?)", _read(root / "proc/driver/nvidia/version") or "")
@@ -64,7 +64,7 @@ def driver(root: Path = Path("/")) -> str | None:
 
 
 def power(platform: str, root: Path = Path("/")) -> dict[str, str]:
-    """Clocks and limits of the first card, or of the processor, as far as the machine says them."""
+    """Clocks and limits of the first GPU, or of the processor, as far as they are known."""
     if platform == "rocm":
         return _amd(root)
     if platform == "cuda":
@@ -112,7 +112,7 @@ def _known(**fields: str | None) -> dict[str, str]:
 
 
 def free_bytes(root: Path = Path("/")) -> int | None:
-    """Of the host's memory."""
+    """Available memory of the host."""
     found = re.search(r"MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "")
     return int(found[1]) * 1024 if found else None
 
@@ -125,7 +125,7 @@ def _read(path: Path) -> str | None:
 
 
 def _processor(root: Path) -> str:
-    """The processor's name as Linux states it, else as Python does."""
+    """The processor's name from Linux, or otherwise from Python."""
     named = re.search(r"model name\s*:\s*(.+)", _read(root / "proc/cpuinfo") or "")
     return named[1].strip() if named else platform.processor()
 

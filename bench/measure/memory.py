@@ -1,9 +1,9 @@
-"""`jfa-bench memory`: what pages save, by the allocator's own books on simulated requests. No model runs.
+"""`jfa-bench memory`: the memory that pages save, from the allocator's state on simulated requests. No model runs.
 
-Prompts and answers have the mean lengths of two data sets of the PagedAttention paper (arXiv:2309.06180, section 6.2,
-figure 11), drawn log-normally. Every step a request takes its next token; one that has ended makes room for another.
-Parallel samples are forks of a prompt; beams fork and die at every step, each new one from a parent drawn in proportion
-to how likely it is, with scores that spread like those of SPREAD.
+Prompt and completion lengths are log-normal with the means of two data sets of the PagedAttention paper
+(arXiv:2309.06180, section 6.2, figure 11). In each step every request gets its next token; finished requests are
+replaced by new ones. Parallel samples are forks of a prompt. Beams fork and end at every step: the most likely
+continuations of all beams, whose scores differ by SPREAD, are the next beams.
 """
 
 import dataclasses
@@ -16,22 +16,22 @@ import jfa
 
 from . import machine
 
-DATA_SETS = {"ShareGPT": (161.31, 337.99), "Alpaca": (19.31, 58.45)}  # mean tokens of prompts and of answers
-SIGMA = 0.8  # of the logarithm of a length
-SPREAD = 1.0  # standard deviation, in natural units, by which the continuations of one beam differ
-RUNNING = 64  # requests at a time
+DATA_SETS = {"ShareGPT": (161.31, 337.99), "Alpaca": (19.31, 58.45)}  # mean tokens of prompts and completions
+SIGMA = 0.8  # standard deviation of the logarithm of a length
+SPREAD = 1.0  # standard deviation, in natural units, of the scores of one beam's continuations
+RUNNING = 64  # number of concurrent requests
 
 
-# Of sampling, and how wide.
+# (kind of sampling, number of samples or beams)
 WAYS = (("one", 1), *itertools.product(("parallel", "beams"), (2, 4, 6)))
 
 
 def measure(*, data_sets: tuple[str, ...], page_sizes: tuple[int, ...], steps: int, seed: int = 0) -> Iterator[dict]:
-    """A record for each data set, page size and way of sampling.
+    """A record for each data set, page size and kind of sampling.
 
-    wasted_share: of the slots in held pages, those without a token. saved_share: of the pages that requests would hold
-    without sharing, those that sharing saves. reserved_share: held slots over those of a cache that reserves 2048
-    tokens for every sequence. Means over all steps behind the first fifth.
+    wasted_share: fraction of the slots in held pages that have no token. saved_share: fraction of the pages that would
+    be held without sharing and that sharing saves. reserved_share: held slots / slots of a cache that reserves 2048
+    tokens for every sequence. Means over all steps after the first fifth.
     """
     shared = machine.circumstances() | {"benchmark": "memory"}
     for data, page_size, (sampling, width) in itertools.product(data_sets, page_sizes, WAYS):
@@ -49,11 +49,11 @@ def measure(*, data_sets: tuple[str, ...], page_sizes: tuple[int, ...], steps: i
 class _Request:
     names: list[tuple[int, int]]  # its sequences
     scores: list[float]
-    left: int  # tokens
+    left: int  # tokens still to generate
 
 
 class _Pool:
-    """Requests that run, in an allocator that has room for all of them."""
+    """Running requests, and an allocator with enough pages for all of them."""
 
     def __init__(self, data: str, page_size: int, sampling: str, width: int, seed: int):
         self._prompt, self._answer = DATA_SETS[data]
@@ -64,7 +64,7 @@ class _Pool:
         self._requests = [self._new(begun=True) for _ in range(RUNNING)]
 
     def step(self) -> tuple[float, float, float]:
-        """One token for every sequence; the shares that measure averages."""
+        """Adds one token to every sequence; returns the shares that measure averages."""
         for i, request in enumerate(self._requests):
             if request.left == 0:
                 for name in request.names:
@@ -85,7 +85,7 @@ class _Pool:
         return max(1, min(2048, round(drawn)))
 
     def _new(self, *, begun: bool = False) -> _Request:
-        """begun: some of its tokens are there already, so that not all requests of the first step are young."""
+        """Adds a request. begun: it has generated a part of its tokens, so that initial requests differ in age."""
         request, answer = next(self._number), self._length(self._answer)
         names = [(request, i) for i in range(self._width)]
         assert self._pages.add(names[0], self._length(self._prompt)) is not None
@@ -95,7 +95,7 @@ class _Pool:
         return _Request(names, [0.0] * self._width, left)
 
     def _choose(self, request: _Request) -> None:
-        """The likeliest continuations of all beams are the next beams: some parents fork, others die."""
+        """Makes the most likely continuations of all beams the next beams: some parents fork, others end."""
         gauss = self._random.gauss
         drawn = [
             (score + gauss(0.0, SPREAD), parent)

@@ -1,6 +1,6 @@
-"""Whole models by name, and what their matrix products alone would take: `prefill` and `decode` measure beside it.
+"""Models by name, and the time of their matrix products only, with which `prefill` and `decode` are compared.
 
-Weights are random: a name is a shape here, and nothing is downloaded.
+Weights are random: a name only defines shapes, and nothing is downloaded.
 """
 
 import functools
@@ -25,8 +25,7 @@ LIMIT = names.MATRIX_PRODUCTS
 def build(
     name: str, *, layers: int | None, dtype: str | None, implementations: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, LanguageModel], list[record.Record]]:
-    """The fields of a case that say what is measured, and a model for each implementation of attention; where there is
-    no room for them, what their records say instead.
+    """(fields of a case, a model for each implementation of attention, records of errors if memory is insufficient).
 
     The models share their weights.
     """
@@ -51,29 +50,29 @@ def build(
 
 
 def chosen(implementation: str) -> str | None:
-    """What the ops are asked for by name; None: they choose."""
+    """The implementation argument of the ops; None: they choose."""
     return None if implementation == "jfa" else implementation
 
 
 def _check_room(config: DecoderConfig, itemsize: int) -> None:
-    """Raises MemoryError where a CPU has no room: there, unlike on a GPU, the whole process would end."""
+    """Raises MemoryError if a CPU lacks the memory: there, unlike on a GPU, the process would be killed."""
     free = machine.free_bytes() if jax.default_backend() == "cpu" else None
-    needs = 2 * config.num_params * itemsize  # a second copy for a moment, while a model is built
+    needs = 2 * config.num_params * itemsize  # building a model temporarily needs a second copy
     if free is not None and needs > free:
         raise MemoryError(f"needs {needs / 2**30:.1f} GiB for its weights, {free / 2**30:.1f} are free; try --layers")
 
 
 def matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:
-    """The weights of all layers, and the one that makes logits; [out, in]. Experts are not among them."""
-    # in the order of their names: embed, layers, lm_head
+    """The weights of all layers, without experts, and optionally that of the logits; [out, in]."""
+    # params are ordered by name: embed, layers, lm_head
     embed, *layers = (x for x in model.params if x.ndim == 2)
     head = embed if model.config.tie_word_embeddings else layers.pop()
     return [*layers, head] if with_head else layers
 
 
 def products(weights: Sequence[Array], *, rows: int) -> Callable[[], object]:
-    """All products of so many rows with the weights, chained so that each waits for the one before: the least that a
-    forward pass of that shape could take on this machine."""
+    """A run of all products of the weights with this number of rows, executed one after another: the lower limit of a
+    forward pass of that shape on this machine."""
     run = jax.jit(functools.partial(_products, rows=rows))
     return lambda: run(weights)
 
@@ -83,7 +82,7 @@ def _products(weights: Sequence[Array], *, rows: int) -> Array:
     precision = "highest" if weights[0].dtype == jnp.float32 else None
     before = jnp.zeros((), weights[0].dtype)
     for weight in weights:
-        # a number that is always 0 and that the compiler cannot know makes each product wait for the one before
+        # adding a 0 that the compiler cannot know makes each product depend on the one before
         x = jnp.ones((rows, weight.shape[1]), weight.dtype) + before * 0
         before = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision)[0, 0]
     return before

@@ -1,4 +1,4 @@
-"""What an implementation that does not serve becomes: a record that says so."""
+"""Converts the exceptions of an implementation to records with a status and a reason."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ import jfa
 
 from ..records.record import Record
 
-# What a call that cannot serve, or a library that does not know the device, ends in. An AssertionError is not among
-# them: it is a mistake of ours and ends the run.
+# Exceptions of unsupported calls, and of libraries that do not know the device. Not AssertionError: that is a bug of
+# jfa and aborts the run.
 REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError, MemoryError, ImportError, OSError, ExceptionGroup)
 
 
 def of(error: BaseException) -> Record:
-    """The status and the reason of a record whose implementation has ended in one of REFUSALS."""
+    """Status and reason of a record whose implementation raised one of REFUSALS."""
     text = str(error).strip() or type(error).__name__
     reason = text.splitlines()[0]
     if isinstance(error, ImportError):
@@ -28,7 +28,7 @@ def of(error: BaseException) -> Record:
 
 
 def tried(runs: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Record], dict[str, Callable[[], Any]]]:
-    """Calls each once: the status and reason of all, and the runs that serve."""
+    """Calls each run once; returns the status and reason of all, and the runs that work."""
     found, serve = {}, {}
     for name, run in runs.items():
         try:

@@ -1,7 +1,7 @@
-"""`jfa-bench paged`: one token of each row over pages, beside the contiguous cache and a copy of as many bytes.
+"""`jfa-bench paged`: paged decode attention, compared with the contiguous cache and a copy of the same number of bytes.
 
-Decoding reads every key and value once, so the copy's bandwidth is what it can reach: it is measured in the same run,
-in turns with the others.
+Decode reads every key and value once, so a copy's bandwidth is its upper limit: it is measured in the same run,
+interleaved with the others.
 """
 
 import functools
@@ -32,8 +32,8 @@ def measure(
 ) -> Iterator[dict]:
     """Records of a copy, of the contiguous cache, and of each kind of page, for each batch and context.
 
-    heads: of queries and of keys. gb_per_s counts the keys and values that are read, scales included; of the copy what
-    it reads and writes.
+    heads: (query heads, key heads). gb_per_s counts the keys and values that are read, including scales; for the copy
+    the bytes that it reads and writes.
     """
     shared = machine.circumstances() | {"benchmark": "paged"}
     for batch, context in itertools.product(batches, contexts):
@@ -103,7 +103,7 @@ def _paged(implementation, q, cache):
 
 
 def _paged_cache(key: jax.Array, value: jax.Array, page_size: int, kv_dtype: str | None) -> jfa.PagedKVCache:
-    """The same tokens in pages that lie in any order, as after a while of taking and giving back."""
+    """The same tokens in pages in random order, as after many allocations and releases."""
     batch, context, hkv, head_dim = key.shape
     pages_per_seq = -(-context // page_size)
     num_pages = 1 + batch * pages_per_seq

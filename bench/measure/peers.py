@@ -1,7 +1,6 @@
-"""Implementations of attention, ours and others', behind one face. Nothing of another library is imported unless it is
-asked for.
+"""Implementations of attention, jfa's and others', with a common interface. Other libraries are imported only if used.
 
-Each has a function that makes a Program for one call; what it raises becomes a row that says so (record.outcome).
+Each has a function that returns a Program for one call; its exceptions become records with a reason (outcome.of).
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from . import machine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is asked of an implementation, besides the arrays."""
+    """The parameters of an attention call, except the arrays."""
 
     causal: bool
     direction: str
@@ -32,11 +31,11 @@ class Program:
     """One implementation, compiled for a call.
 
     Attributes:
-      prepare: (q, k, v, d_out) -> what run takes; not timed.
+      prepare: (q, k, v, d_out) -> arguments of run; not timed.
       run: (*prepared) -> outputs, on the device.
-      read: outputs -> arrays [b, t, h, d]: the output, then the gradients of q, k and v, as far as they are asked for.
-      num_bytes: prepared -> of its arrays.
-      peak_bytes: what the program holds beside its arguments; None: it does not say.
+      read: outputs -> arrays [b, t, h, d]: the output, then the gradients of q, k and v, depending on the direction.
+      num_bytes: prepared -> total size of its arrays.
+      peak_bytes: memory that the program uses in addition to its arguments; None: unknown.
     """
 
     prepare: Callable[..., tuple]
@@ -52,8 +51,8 @@ class Peer:
 
     Attributes:
       program: (call, q, k, v, d_out) -> Program.
-      module: what must be installed.
-      platforms: those on which it is measured unless others are named.
+      module: module that must be installed.
+      platforms: platforms on which it is measured by default.
     """
 
     program: Callable[..., Program]
@@ -62,7 +61,7 @@ class Peer:
 
 
 def of_jax(attend_for: Callable[[bool], Callable]) -> Callable[..., Program]:
-    """What makes Programs from attend_for(causal) -> attend(q, k, v)."""
+    """A function that makes Programs from attend_for(causal) -> attend(q, k, v)."""
 
     def program(call: Call, q, k, v, d_out) -> Program:
         attend = attend_for(call.causal)
@@ -73,14 +72,14 @@ def of_jax(attend_for: Callable[[bool], Callable]) -> Callable[..., Program]:
             run=run,
             read=lambda outputs: tuple(np.asarray(x) for x in jax.tree.leaves(outputs)),
             num_bytes=lambda prepared: sum(x.nbytes for x in jax.tree.leaves(prepared)),
-            peak_bytes=_held(run),
+            peak_bytes=_memory_bytes(run),
         )
 
     return program
 
 
 def _forward(attend: Callable, q, k, v) -> tuple[Callable, Callable]:
-    """What to compile, and what makes its arguments of (q, k, v, d_out)."""
+    """(function to compile, function from (q, k, v, d_out) to its arguments)."""
     return attend, lambda q, k, v, d_out: (q, k, v)
 
 
@@ -98,22 +97,22 @@ def _both(attend: Callable, q, k, v) -> tuple[Callable, Callable]:
 
 
 def _compiled(function: Callable, *arrays):
-    """Raises MemoryError where a CPU has no room: there, unlike on a GPU, the whole process would end."""
+    """Raises MemoryError if a CPU lacks the memory: there, unlike on a GPU, the process would be killed."""
     compiled = jax.jit(function).lower(*arrays).compile()
     free = machine.free_bytes() if jax.default_backend() == "cpu" else None
-    needs = _held(compiled)
+    needs = _memory_bytes(compiled)
     if free is not None and needs > free:
-        raise MemoryError(f"needs {needs / 2**30:.1f} GiB beside its arguments, {free / 2**30:.1f} are free")
+        raise MemoryError(f"needs {needs / 2**30:.1f} GiB in addition to its arguments, {free / 2**30:.1f} are free")
     return compiled
 
 
-def _held(compiled) -> int:
+def _memory_bytes(compiled) -> int:
     memory = compiled.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
 
 
 def _jfa(implementation: Any) -> Peer:
-    platforms = ("rocm", "cuda") if implementation == "triton" else Peer.platforms  # interpreted is not measured
+    platforms = ("rocm", "cuda") if implementation == "triton" else Peer.platforms  # the interpreter is not measured
     return Peer(
         program=of_jax(
             lambda causal: functools.partial(jfa.dot_product_attention, is_causal=causal, implementation=implementation)
@@ -129,7 +128,7 @@ def _jax_nn(implementation: Any) -> Callable[..., Program]:
 
 
 def _pallas(causal: bool) -> Callable:
-    """JAX's own op: for GPUs the deprecated one."""
+    """JAX's own Pallas op; for GPUs the deprecated one."""
     if jax.default_backend() == "tpu":
         from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
@@ -168,7 +167,7 @@ def _jax_aiter(causal: bool) -> Callable:
 
 
 def _torch(call: Call, q, k, v, d_out) -> Program:
-    """scaled_dot_product_attention on torch's own device; heads before tokens, as it wants them."""
+    """scaled_dot_product_attention on torch's device; it takes heads before tokens."""
     import torch  # type: ignore[import-not-found]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,7 +231,7 @@ PEERS: dict[str, Peer] = {
 
 
 def usual(platform: str) -> tuple[str, ...]:
-    """The implementations that are measured on a platform unless others are named: those that are installed."""
+    """The implementations that are measured on a platform by default: those that are installed."""
     return tuple(
         name
         for name, peer in PEERS.items()

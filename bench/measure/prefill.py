@@ -1,7 +1,7 @@
-"""`jfa-bench prefill`: how long whole models take for a prompt, with jfa's attention and with the plain formula.
+"""`jfa-bench prefill`: the prefill time of whole models, with jfa's attention and with the plain formula.
 
-The prompt enters the cache in one piece; the logits behind it belong to decoding. Beside it, in turns, the model's
-matrix products alone.
+The prompt is processed in one chunk; the logits after it are part of decode. For comparison the model's matrix products
+are measured alone, interleaved.
 """
 
 import time
@@ -29,7 +29,7 @@ def measure(
 ) -> Iterator[record.Record]:
     """A record of the products and one for each implementation of attention, for each model and length.
 
-    speedup: over the reference. share_of_peak: the time of the products over this one.
+    speedup: over the reference. share_of_peak: time of the products / this time.
     """
     shared = machine.circumstances() | {"benchmark": "prefill"}
     for name in names:
@@ -38,7 +38,7 @@ def measure(
             case = about | {"batch": batch, "seq_len": seq_len}
             for one in refused or _of_length(built, batch, seq_len, samples, clock):
                 yield shared | {"case": case} | one
-        built.clear()  # the next model may need its room
+        built.clear()  # frees memory for the next model
 
 
 def _of_length(

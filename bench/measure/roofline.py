@@ -1,4 +1,4 @@
-"""The two ceilings of a machine, measured where they are compared with: matrix products, and copies of memory."""
+"""The two ceilings of a machine, measured in the same run: matrix products and memory copies."""
 
 import functools
 import time
@@ -12,17 +12,17 @@ SAMPLES = 10
 
 
 def ceilings(dtype: str, *, clock: timing.Clock = time.perf_counter) -> dict[str, float | None]:
-    """matrix_tflops of a square product in a dtype, and copy_gb_per_s, read and written bytes together.
+    """matrix_tflops of a square product in a dtype, and copy_gb_per_s, counting read and written bytes.
 
-    Each is the best of its samples: what else runs on a machine does not lower its ceiling. A machine that has no
-    product in the dtype has None there. float32 is multiplied as exactly as the kernels do it.
+    Each is the best of its samples, so that other processes do not lower the ceiling. matrix_tflops is None if the
+    machine has no product in the dtype. float32 products have the same precision as in the kernels.
     """
     on_cpu = jax.default_backend() == "cpu"
     size, num_bytes = (2048, 256 * 2**20) if on_cpu else (8192, 2**30)
     x = jnp.ones((size, size), dtype)
     precision = "highest" if dtype == "float32" else None
     product = functools.partial(jax.jit(lambda a, b: jnp.dot(a, b, precision=precision)), x, x)
-    # in place: fresh memory costs a CPU more than the copy does
+    # in place: on a CPU, fresh memory costs more than the copy
     add = jax.jit(lambda a: a + 1, donate_argnums=0)
     held = [jnp.zeros(num_bytes // 4, jnp.float32)]
 

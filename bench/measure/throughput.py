@@ -1,9 +1,9 @@
-"""`jfa-bench throughput`: a seeded trace of requests through the engine, beside batches that wait for their longest row
-and beside one request at a time.
+"""`jfa-bench throughput`: runs a seeded trace of requests in the engine, compared with static batches, which wait for
+their longest row, and with one request at a time.
 
-Lengths are fixed, or drawn: log-normally with the means of ShareGPT (memory.DATA_SETS), or log-uniformly from 8 tokens
-on ("skewed"). Requests arrive all at once, or as a Poisson process. Latencies, in milliseconds: TTFT from arrival to
-the first token, TPOT the mean time of the later ones, ITL each of these times, E2E from arrival to the end.
+Lengths are fixed or random: log-normal with the means of ShareGPT (memory.DATA_SETS), or log-uniform from 8 tokens
+on ("skewed"). Requests arrive all at once or as a Poisson process. Latencies, in milliseconds: TTFT from arrival to
+the first token, TPOT the mean time of each later token, ITL each of these times, E2E from arrival to the last token.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from .. import names
 from . import machine
 from .memory import DATA_SETS, SIGMA
 
-SHORTEST = 8  # tokens of a skewed prompt or answer
+SHORTEST = 8  # minimum tokens of a skewed prompt or completion
 PERCENTILES = (50, 90, 99)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """One request of a trace: seconds after its start, token ids, and how many it wants."""
+    """One request of a trace: arrival in seconds after the start, prompt tokens, and number of tokens to generate."""
 
     at: float
     prompt: tuple[int, ...]
@@ -44,22 +44,22 @@ def trace(
     vocab_size: int,
     seed: int,
 ) -> list[Arrival]:
-    """The same requests for the same arguments. request_rate: per second; infinite: all at once."""
-    draw = random.Random(seed)
+    """A random trace, determined by seed. request_rate: requests per second; infinite: all at once."""
+    rng = random.Random(seed)
 
     def length(mean: float, largest: int) -> int:
         if lengths == "fixed":
             return largest
         if lengths == "skewed":
-            return round(math.exp(draw.uniform(math.log(min(SHORTEST, largest)), math.log(largest))))
-        return max(1, min(largest, round(draw.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA))))
+            return round(math.exp(rng.uniform(math.log(min(SHORTEST, largest)), math.log(largest))))
+        return max(1, min(largest, round(rng.lognormvariate(math.log(mean) - SIGMA**2 / 2, SIGMA))))
 
     prompt_mean, answer_mean = DATA_SETS["ShareGPT"]
     arrivals, now = [], 0.0
     for _ in range(num_prompts):
-        prompt = tuple(draw.randrange(vocab_size) for _ in range(length(prompt_mean, input_len)))
+        prompt = tuple(rng.randrange(vocab_size) for _ in range(length(prompt_mean, input_len)))
         arrivals.append(Arrival(at=now, prompt=prompt, output_len=length(answer_mean, output_len)))
-        now += draw.expovariate(request_rate) if math.isfinite(request_rate) else 0.0
+        now += rng.expovariate(request_rate) if math.isfinite(request_rate) else 0.0
     return arrivals
 
 
@@ -75,11 +75,12 @@ def measure(
     beam_width: int | None = None,
     engine_options: Mapping[str, Any],
 ) -> Iterator[dict]:
-    """A record for each implementation; what it needs is compiled before its clock starts.
+    """A record for each implementation; everything is compiled before timing starts.
 
-    tokens_per_s: generated ones over the time from the first arrival to the last token. wasted_share: of the places in
-    held pages, those without a token; saved_share: of the pages that would be held without sharing, those it saves;
-    reserved_share: the most places held over those that as many rows take which all reserve the longest request.
+    tokens_per_s: generated tokens / time from the first arrival to the last token. wasted_share: fraction of the slots
+    in held pages that have no token; saved_share: fraction of the pages that would be held without sharing and that it
+    saves; reserved_share: maximum number of held slots / slots of the same number of rows that all reserve the longest
+    request.
     """
     shared = machine.circumstances() | {"benchmark": "throughput", "case": dict(case)}
     static = None
@@ -88,7 +89,7 @@ def measure(
         if name == "engine":
             figures = _engine(model, arrivals, asked, max_num_seqs, max_concurrency, engine_options)
         elif arrivals[-1].at > 0 or n > 1 or beam_width is not None:
-            reason = "a batch takes single continuations, all at once"
+            reason = "static batches support only single completions of requests that arrive all at once"
             yield shared | {"implementation": name, "status": "unsupported", "reason": reason}
             continue
         else:
@@ -109,17 +110,17 @@ def _beams(one: Arrival, width: int) -> BeamSearchParams:
 
 
 def _batches(model: LanguageModel, arrivals: Sequence[Arrival], size: int) -> dict[str, Any]:
-    """Batches in the order of arrival, each of which runs until its longest row has ended."""
+    """Runs batches in the order of arrival, each until its longest row is finished."""
     batches = [arrivals[first : first + size] for first in range(0, len(arrivals), size)]
     for batch in batches:
         state = model.start([one.prompt for one in batch], [_params(one) for one in batch])
         model.steps.decode_many(model.params, dataclasses.replace(state, active=np.zeros_like(state.active)))
-    ended = []
+    finished = []
     start = time.perf_counter()
     for batch in batches:
         model.generate([one.prompt for one in batch], [_params(one) for one in batch], max_batch=size)
-        ended += [(time.perf_counter() - start) * 1e3] * len(batch)
-    return {"seconds": ended[-1] / 1e3, "e2e_ms": _percentiles(ended)}
+        finished += [(time.perf_counter() - start) * 1e3] * len(batch)
+    return {"seconds": finished[-1] / 1e3, "e2e_ms": _percentiles(finished)}
 
 
 def _engine(
@@ -133,8 +134,8 @@ def _engine(
     engine = Engine(model, max_num_seqs=max_num_seqs, **options)
     kinds = [one for one in asked[:1] if isinstance(one, SamplingParams)]
     engine.warm_up(kinds or [SamplingParams(temperature=0.0, logprobs=1)])
-    seen: dict[int, list[float]] = {}  # of each request: its arrival, then its tokens
-    left, ended = list(enumerate(arrivals)), 0
+    seen: dict[int, list[float]] = {}  # times of each request: its arrival, then its tokens
+    left, finished = list(enumerate(arrivals)), 0
     wasted, saved, steps, most = 0.0, 0.0, 0, 0.0
     start = time.perf_counter()
 
@@ -143,14 +144,14 @@ def _engine(
 
     while left or engine.has_unfinished:
         now = time.perf_counter() - start
-        running = len(seen) - ended
+        running = len(seen) - finished
         while left and left[0][1].at <= now and (max_concurrency is None or running < max_concurrency):
             index, one = left.pop(0)
             seen[index] = [one.at]
             engine.add_request(one.prompt, asked[index], on_output=clock(index))
             running += 1
         if engine.has_unfinished:
-            ended += len(engine.step())
+            finished += len(engine.step())
             metrics = engine.metrics()
             if metrics.cache_use:
                 wasted, saved = wasted + metrics.cache_waste, saved + metrics.cache_saved

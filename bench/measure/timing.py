@@ -1,5 +1,5 @@
-"""Clocks. Warm up until stable, block until ready, medians; what is compared is measured in turns, since machines are
-noisy."""
+"""Timing: warms up until stable, blocks until ready, reports medians; runs to be compared are interleaved, since
+machines are noisy."""
 
 import itertools
 import tempfile
@@ -13,11 +13,11 @@ import numpy as np
 
 from .. import names
 
-# A run is warm once two calls in a row take the same to within STABLE, or after names.WARM_UP_CALLS, or after so long.
+# A run is warm when two consecutive calls differ by at most STABLE, or after names.WARM_UP_CALLS or WARM_UP_SECONDS.
 STABLE = 0.1
 WARM_UP_SECONDS = 2.0
 
-# More than the last cache of any processor that we know keeps (MI300X: 256 MiB), and a bound on small inputs.
+# Larger than the last-level cache of any known processor (MI300X: 256 MiB); and the maximum number of small inputs.
 CACHE_BYTES = 512 * 2**20
 MOST_COPIES = 256
 
@@ -26,7 +26,7 @@ Clock = Callable[[], float]  # seconds
 
 
 def in_turns(runs: Mapping[str, Run], *, samples: int, clock: Clock = time.perf_counter) -> dict[str, list[float]]:
-    """Milliseconds of each warm run, `samples` of them, taken round-robin: a busy moment hits every run alike."""
+    """`samples` times in milliseconds of each run after its warm-up, round-robin: noise affects all runs alike."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         warm_up(run, clock=clock)
@@ -37,7 +37,7 @@ def in_turns(runs: Mapping[str, Run], *, samples: int, clock: Clock = time.perf_
 
 
 def warm_up(run: Run, *, clock: Clock = time.perf_counter) -> int:
-    """Calls a run until it is stable, and says how often that was: at most names.WARM_UP_CALLS times."""
+    """Calls a run until it is stable, at most names.WARM_UP_CALLS times; returns the number of calls."""
     start, before = clock(), _milliseconds(run, clock)
     for calls in range(2, names.WARM_UP_CALLS + 1):
         if clock() - start > WARM_UP_SECONDS:
@@ -56,12 +56,12 @@ def _milliseconds(run: Run, clock: Clock) -> float:
 
 
 def copies_past_cache(num_bytes: int) -> int:
-    """How many copies of inputs of that size to go through in turn, so that no cache still holds the next."""
+    """The number of copies of inputs of that size to rotate through, so that the next one is never in a cache."""
     return 1 if num_bytes >= CACHE_BYTES else min(MOST_COPIES, 1 + CACHE_BYTES // max(1, num_bytes))
 
 
 def rotating(function: Callable, inputs: Sequence[tuple]) -> Run:
-    """A run of function on the next of several inputs each time."""
+    """A run that calls function on several inputs in rotation."""
     following = itertools.cycle(inputs)
     return lambda: function(*next(following))
 
@@ -78,7 +78,7 @@ def summary(samples_ms: list[float]) -> dict[str, float | list[float]]:
 
 
 def rate(count: float, samples_ms: Sequence[float]) -> dict[str, float]:
-    """The record fields of what is counted per second: by the median time, and over the samples as in llama-bench."""
+    """The record fields of a count per second: by the median time, and over the samples as in llama-bench."""
     each = count / np.asarray(samples_ms) * 1e3
     return {
         "tokens_per_s": count / float(np.median(samples_ms)) * 1e3,
@@ -88,7 +88,7 @@ def rate(count: float, samples_ms: Sequence[float]) -> dict[str, float]:
 
 
 def on_device(run: Run, *, samples: int) -> float | None:
-    """Mean milliseconds that a run keeps the device busy, by JAX's profiler; None where that sees no device (a CPU)."""
+    """Mean device time of a run in milliseconds, from JAX's profiler; None if it sees no device (CPU)."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(samples):
@@ -100,7 +100,7 @@ def on_device(run: Run, *, samples: int) -> float | None:
 
 
 def busy_ms(planes: Iterable[Any]) -> float:
-    """Milliseconds in which at least one stream of a device works, of a profile's planes."""
+    """Milliseconds during which at least one stream of a device is busy, from a profile's planes."""
     spans = sorted(
         (event.start_ns, event.start_ns + event.duration_ns)
         for plane in planes

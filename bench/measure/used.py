@@ -1,4 +1,4 @@
-"""What jfa takes for a call: the backend, and its tiles. Shapes are enough."""
+"""The backend and tile sizes that jfa uses for a call, determined from shapes only."""
 
 import dataclasses
 from typing import Any
@@ -13,15 +13,15 @@ from jfa_models.decoding.language_model import LanguageModel
 
 
 def attention(implementation: str | None, q: Any, k: Any, v: Any, *, causal: bool, backward: bool) -> dict[str, Any]:
-    """For jfa.dot_product_attention: backend, forward and, where it is asked for, backward.
+    """For jfa.dot_product_attention: the backend, and the configuration of the forward and optionally backward pass.
 
     Raises:
-      UnsupportedError: it does not serve.
+      UnsupportedError: the implementation does not support the call.
     """
     operands, device = Operands(q, k, v), probe()
     spec = AttentionSpec(sm_scale=q.shape[3] ** -0.5, causal=causal)
     name = backends.select(implementation, operands, spec, device)
-    config = ops._config(name, operands, device, None)  # what the op itself asks
+    config = ops._config(name, operands, device, None)  # the function that the op itself calls
     found = {"backend": name, "forward": _fields(config)}
     if backward and config is not None:
         found["backward"] = _fields(backends.flash(name).backward_config(operands, config, device))
@@ -31,7 +31,7 @@ def attention(implementation: str | None, q: Any, k: Any, v: Any, *, causal: boo
 def in_model(
     model: LanguageModel, implementation: str | None, *, batch: int, queries: int, keys: int
 ) -> dict[str, Any]:
-    """For the attention of a model's layers, so many queries a row over so many keys."""
+    """For the attention layers of a model, with this number of queries and keys per row."""
     c = model.config
     q = jax.ShapeDtypeStruct((batch, queries, c.num_q_heads, c.head_dim), model.dtype)
     kv = jax.ShapeDtypeStruct((batch, keys, c.num_kv_heads, c.head_dim), model.dtype)
@@ -39,7 +39,7 @@ def in_model(
 
 
 def paged(implementation: str | None, q: Any, cache: jfa.PagedKVCache) -> dict[str, Any]:
-    """For jfa.paged_decode_attention over a cache's first layer."""
+    """For jfa.paged_decode_attention on a cache's first layer."""
     pages = cache.arguments(0)
     operands = PagedOperands(
         q=q,

@@ -1,1 +1,1 @@
-"""Kernels as code for cards that are not there."""
+"""Compiles, proves and tunes kernels without a GPU."""

@@ -1,10 +1,10 @@
-"""From a function of ours to the machine code of a card that is not there: lower with JAX, compile with Triton.
+"""Compiles a function's kernels to machine code for a GPU that is not present: lowers with JAX, compiles with Triton.
 
     lower(fn, *shapes, arch="gfx942")       -> the Pallas-Triton kernels in fn, as Triton IR
-    compile_kernel(kernel, arch="gfx942")   -> its machine code, through the `triton` package (extra `aot`)
+    compile_kernel(kernel, arch="gfx942")   -> its machine code, from the `triton` package (extra `aot`)
 
-XLA on ROCm and CUDA compiles with its own copy of Triton, so the code is near to, not the same as, what runs there.
-How the code is read: machine_code.py. How it is run: emulate.py.
+XLA on ROCm and CUDA has its own copy of Triton, so the code is similar, but not identical, to what runs there. The code
+is analyzed by machine_code.py and executed by emulate.py.
 """
 
 import contextlib
@@ -28,26 +28,26 @@ from jfa.types import DeviceInfo
 
 from .. import names
 
-# Releases whose output has been compiled, read and compared (tests/bench/); others may do as well, or not.
+# Triton releases whose output was checked (tests/bench/); others may or may not work.
 TRITON_MET = ("3.6", "3.7", "3.8", "3.9")
 
 # Columns of tensor memory of one multiprocessor: PTX ISA, "Tensor Memory"; only sm_100 has it.
 TENSOR_MEMORY_COLUMNS = 512
 
-# JAX knows its NVIDIA targets by marketing name; jfa.device reads the same names back.
+# JAX identifies NVIDIA targets by marketing name; jfa.device converts these names back.
 _NVIDIA_KIND = {"sm_80": "NVIDIA A100", "sm_90": "NVIDIA H100", "sm_100": "NVIDIA B200"}
 
 
 class CompileError(RuntimeError):
-    """A kernel for which the compiler made no machine code; the message is its reason."""
+    """The compiler produced no machine code for a kernel; the message has the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One Pallas call, as JAX hands it to Triton."""
+    """One Pallas call, as JAX passes it to Triton."""
 
     name: str
-    ttir: str  # the Triton IR's text, without source locations
+    ttir: str  # text of the Triton IR, without source locations
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
@@ -57,41 +57,41 @@ class Kernel:
 class Compiled:
     """A kernel's machine code for one architecture.
 
-    asm is AMD's assembly with its metadata, or PTX. What PTX does not tell is read from NVIDIA's binary: registers and
-    stack are None on AMD, where the assembly's metadata has them.
+    asm is AMD assembly with its metadata, or PTX. registers and stack_bytes are read from NVIDIA's binary, since PTX
+    does not have them; they are None on AMD, where the metadata has them.
     """
 
     kernel: Kernel
     arch: str
     asm: str
     lds_bytes: int  # LDS or shared memory of one workgroup, the launch argument
-    registers: int | None = None  # of a thread
-    stack_bytes: int | None = None  # of a thread; a Triton kernel has nothing there but spilled registers
-    tensor_memory_columns: int = 0  # of one workgroup; sm_100 alone
+    registers: int | None = None  # per thread
+    stack_bytes: int | None = None  # per thread; Triton kernels use it only for spilled registers
+    tensor_memory_columns: int = 0  # of one workgroup; only on sm_100
 
     def why_not_launched(self) -> str | None:
-        """Why no card of this architecture would start the code, as a sentence; None: nothing speaks against it."""
+        """The reason why no GPU of this architecture could launch the code; None if it could."""
         limit = device(self.arch).lds_bytes
         if self.lds_bytes > limit:
             memory = "LDS" if is_amd(self.arch) else "shared memory"
-            return f"takes {self.lds_bytes:,} bytes of {memory}; a workgroup on {self.arch} may take {limit:,}"
+            return f"needs {self.lds_bytes:,} bytes of {memory}; the limit of a workgroup on {self.arch} is {limit:,}"
         if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
-            return f"takes {self.tensor_memory_columns} columns of tensor memory; there are {TENSOR_MEMORY_COLUMNS}"
+            return f"needs {self.tensor_memory_columns} columns of tensor memory; the limit is {TENSOR_MEMORY_COLUMNS}"
         return None
 
 
 def is_amd(arch: str) -> bool:
-    """Whether an architecture's name is one of AMD's."""
+    """Whether an architecture is AMD's."""
     return arch.startswith("gfx")
 
 
 def is_cdna(arch: str) -> bool:
-    """Whether an architecture is of AMD's data-centre line: waves of 64, MFMA. RDNA has waves of 32 and WMMA."""
+    """Whether an architecture is CDNA, AMD's data center line: waves of 64, MFMA. RDNA has waves of 32 and WMMA."""
     return arch.startswith("gfx9")
 
 
 def device(arch: str) -> DeviceInfo:
-    """What jfa knows of the usual card of an architecture.
+    """The DeviceInfo of an architecture's most common card.
 
     Raises:
       ValueError: not one of names.ARCHS.
@@ -103,7 +103,7 @@ def device(arch: str) -> DeviceInfo:
 
 @contextlib.contextmanager
 def target(arch: str) -> Iterator[DeviceInfo]:
-    """Inside, JAX and jfa trace for arch: an abstract device stands where the real one would.
+    """A context in which JAX and jfa trace for arch: an abstract device replaces the real one.
 
     Raises:
       ValueError: not one of names.ARCHS.
@@ -116,12 +116,12 @@ def target(arch: str) -> Iterator[DeviceInfo]:
 
 
 def lower(fn: Callable, *args: Any, arch: str) -> tuple[Kernel, ...]:
-    """Every Pallas-Triton call that fn(*args) makes on arch, in the order of the program.
+    """All Pallas-Triton calls that fn(*args) makes on arch, in program order.
 
     Args:
-      args: arrays or jax.ShapeDtypeStructs, also in pytrees; only shapes and dtypes matter.
+      args: arrays or jax.ShapeDtypeStructs, or pytrees of them; only shapes and dtypes matter.
 
-    A kernel that is called twice is listed twice, unless JAX has put both calls into one function of the module.
+    A kernel that is called twice is returned twice, unless JAX put both calls into one function of the module.
     """
     with target(arch) as info:
         lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=(info.platform,))
@@ -137,8 +137,8 @@ def _triton_calls(operation: Any) -> Iterator[Any]:
 
 
 def _kernel(call: Any) -> Kernel:
-    """The kernel in one custom call, whose IR is MLIR bytecode in an attribute."""
-    from jax._src.lib.triton import dialect  # no public name for it
+    """The kernel of a custom call, whose IR is MLIR bytecode in an attribute."""
+    from jax._src.lib.triton import dialect  # there is no public API
 
     config = call.attributes["mhlo.backend_config"]
 
@@ -162,15 +162,15 @@ def _kernel(call: Any) -> Kernel:
 
 @functools.lru_cache(maxsize=32)
 def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
-    """The kernel's machine code for arch; about a second, minutes where thousands of registers spill.
+    """Compiles the kernel for arch. Takes about a second, or minutes if thousands of registers spill.
 
-    Code that asks for more memory than a workgroup may have is returned all the same: Compiled.why_not_launched().
-    Nothing stays on disk: Triton's own cache is a folder that goes away.
+    Code that exceeds the memory of a workgroup is returned too, see Compiled.why_not_launched(). Nothing is kept on
+    disk: Triton's cache is a temporary folder.
 
     Raises:
       ValueError: arch is not one of names.ARCHS.
       RuntimeError: the triton package is not installed; the message names the extra.
-      CompileError: the compiler gave up.
+      CompileError: compilation failed.
     """
     device(arch)
     triton = _triton()
@@ -181,7 +181,7 @@ def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
         gpu = GPUTarget("hip", arch, 64 if is_cdna(arch) else 32)
     else:
         gpu = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    # fusing a * b + c is what XLA asks of Triton; said here, since Triton's default is about to change
+    # XLA makes Triton fuse a * b + c; set explicitly, since Triton's default is about to change
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
@@ -190,9 +190,9 @@ def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
         try:
             file.write_text(_simplified(file, gpu, options))
             built = triton.compile(str(file), target=gpu, options=options)
-        except (TritonError, RuntimeError) as error:  # RuntimeError: a pass of MLIR failed
+        except (TritonError, RuntimeError) as error:  # RuntimeError: an MLIR pass failed
             reason = " ".join(str(error).split())[:300]
-            raise CompileError(f"triton made no code for {arch}: {type(error).__name__}: {reason}") from error
+            raise CompileError(f"triton produced no code for {arch}: {type(error).__name__}: {reason}") from error
     shared = {"kernel": kernel, "arch": arch, "lds_bytes": built.metadata.shared}
     if is_amd(arch):
         return Compiled(**shared, asm=built.asm["amdgcn"])
@@ -204,9 +204,9 @@ def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
 
 
 def _simplified(file: Path, gpu: Any, options: dict[str, Any]) -> str:
-    """The IR after Triton's passes on Triton IR, which triton.compile leaves out for a file and XLA does not.
+    """The IR after Triton's passes on Triton IR, which XLA runs but triton.compile skips for a file.
 
-    They fold `acc + dot(a, b)` into one accumulating product, among others: 60 registers of a flash kernel.
+    Among other things they fold `acc + dot(a, b)` into one accumulating dot, which saves a flash kernel 60 registers.
     """
     from triton._C.libtriton import ir as triton_ir  # pyright: ignore[reportMissingImports]
     from triton.backends.compiler import Language  # pyright: ignore[reportMissingImports]
@@ -234,7 +234,7 @@ def triton_version() -> str:
 
 
 def unmet_triton() -> str | None:
-    """A sentence when the installed triton is a release whose output nobody here has looked at; None otherwise."""
+    """A warning if the output of the installed triton release was not checked; None otherwise."""
     version = triton_version()
     if ".".join(version.split(".")[:2]) in TRITON_MET:
         return None
@@ -258,7 +258,7 @@ def _triton() -> Any:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of a thread, as NVIDIA's cuobjdump, which the triton package carries, reads them."""
+    """(registers, bytes of stack) per thread, read by NVIDIA's cuobjdump, which is part of the triton package."""
     tool = Path(_triton().__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -267,5 +267,5 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
-        raise CompileError(f"cuobjdump told no resource usage: {text.strip()[:200]!r}")
+        raise CompileError(f"cuobjdump reported no resource usage: {text.strip()[:200]!r}")
     return int(found[1]), int(found[2])

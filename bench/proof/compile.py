@@ -1,7 +1,7 @@
-"""`jfa-bench compile`: what every kernel of the library becomes on an architecture, whether or not the card is there.
+"""`jfa-bench compile`: compiles every kernel of the library for an architecture, whether or not the GPU is present.
 
-One row per kernel (ops.OPS), dtype, head_dim and architecture, with the configuration that a plain call gets there.
-Rows are compiled in processes of their own: a compiler that ends its process costs that row and no other.
+One row per kernel (ops.OPS), dtype, head_dim and architecture, with the configuration that a plain call uses there.
+Rows are compiled in worker processes: a compiler that crashes its process only loses that row.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from .ops import OPS, Op
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row to compile; plain data, so that another process can be told."""
+    """One row to compile; plain data, so that it can be sent to another process."""
 
-    kernel: str  # of ops.OPS
+    kernel: str  # a kernel of ops.OPS
     dtype: str
     head_dim: int
     arch: str
-    config: tuple[tuple[str, Any], ...] | None = None  # fields of the op's config_type; None: the library's choice
+    config: tuple[tuple[str, Any], ...] | None = None  # fields of the op's config_type; None: the library's default
     variant: str = ""
 
     @property
@@ -45,7 +45,7 @@ def cases(
     dtypes: Sequence[str] | None = None,
     head_dims: Sequence[int] | None = None,
 ) -> list[Case]:
-    """The rows of the table, in its order; None: all that the op has."""
+    """The rows of the table, in order; None: all that the op has."""
     return [
         Case(kernel=op.kernel, dtype=dtype, head_dim=head_dim, arch=arch)
         for op in ops
@@ -57,10 +57,10 @@ def cases(
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """The `compile` record of one row: what it is, status, reason, seconds, and machine_code.FIELDS.
+    """The `compile` record of one row: the case, status, reason, seconds, and machine_code.FIELDS.
 
-    status: "ok"; "spills", registers live in memory; "over_lds", no card would start it; "failed", no code. All but
-    "ok" say why in reason. "unsupported": the kernel refuses the call there.
+    status: "ok"; "spills": registers are spilled to memory; "over_lds": a GPU could not launch it; "failed": no code;
+    "unsupported": the kernel does not support the call there. All except "ok" have a reason.
     """
     start = time.perf_counter()
     op = case.op
@@ -89,7 +89,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         status = "over_lds"
     elif figures["vgpr_spills"]:
         where = "" if "scratch" in (figures["loop_cycles"] or {"scratch": 0}) else ", none of them in the main loop"
-        status, reason = "spills", f"{figures['vgpr_spills']} registers live in memory{where}"
+        status, reason = "spills", f"{figures['vgpr_spills']} registers are spilled to memory{where}"
     return row | {"status": status, "reason": reason, "seconds": round(time.perf_counter() - start, 2)} | figures
 
 
@@ -99,7 +99,7 @@ def _kernel(case: Case, config: Any) -> aot.Kernel:
     wanted = [kernel for kernel in found if kernel.name == case.kernel]
     if not wanted:
         others = ", ".join(kernel.name for kernel in found) or "none"
-        raise aot.CompileError(f"the call lowers to no kernel named {case.kernel}; kernels in it: {others}")
+        raise aot.CompileError(f"the call has no kernel named {case.kernel}; its kernels: {others}")
     return wanted[0]
 
 
@@ -108,21 +108,21 @@ def _without_code(reason: str) -> dict[str, Any]:
 
 
 def compile_all(cases: Sequence[Case], *, processes: int = names.PROCESSES) -> list[dict[str, Any]]:
-    """compile_case of each, in their order, in so many processes at a time; 0: in this one."""
+    """compile_case for each case, in order, in this number of worker processes; 0: in this process."""
     return pool.each(compile_case, cases, crashed=_crashed, doing="compiling", processes=processes)
 
 
 def _crashed(case: Case) -> dict[str, Any]:
-    who = {"kernel": case.kernel, "op": case.op.name, "direction": case.op.direction, "variant": case.variant}
+    about = {"kernel": case.kernel, "op": case.op.name, "direction": case.op.direction, "variant": case.variant}
     what = {"dtype": case.dtype, "head_dim": case.head_dim, "arch": case.arch, "config": dict(case.config or ())}
-    failed = _without_code("the compiler ended its process")
-    return {"benchmark": "compile", **who, **what, **failed, "seconds": None}
+    failed = _without_code("the compiler crashed its process")
+    return {"benchmark": "compile", **about, **what, **failed, "seconds": None}
 
 
 def circumstances() -> dict[str, Any]:
-    """What a record of compiled code says of how it came about; a note of aot.unmet_triton goes to stderr as well.
+    """The fields about versions, commit and date of a `compile` record; prints aot.unmet_triton's note to stderr.
 
-    The device here is not the one that is compiled for.
+    This machine's device is left out: it is not the one that is compiled for.
     """
     here = machine.circumstances()
     about = {name: here[name] for name in ("git_commit", "date")}
@@ -130,21 +130,21 @@ def circumstances() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what made the code."""
+    """The versions of the packages that produced the code."""
     return {name: importlib.metadata.version(name) for name in ("jfa", "jax", "jaxlib")} | {
         "triton": aot.triton_version()
     }
 
 
 def warn_of_unmet_triton() -> str | None:
-    """Says on stderr, and returns, what aot.unmet_triton has to say."""
+    """Prints the note of aot.unmet_triton to stderr and returns it."""
     note = aot.unmet_triton()
     if note:
         click.echo(f"note: {note}", err=True)
     return note
 
 
-# field to heading; of csv. A table in 80 columns takes fewer: TABLE
+# Columns of csv: field to heading. TABLE has fewer, to fit into 80 columns.
 COLUMNS = {
     **{name: name for name in ("op", "direction", "arch", "dtype", "head_dim", "status", "reason")},
     **{f"config.{name}": name for name in ("block_q", "block_kv", "num_warps", "num_stages")},
@@ -158,7 +158,7 @@ TABLE = {
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
-    """Records as text; as md one table for each kernel, and under it the rows that would not run."""
+    """Records as text; for md one table for each kernel, followed by the rows that cannot be launched."""
     if output != "md":
         return record.render(records, output, COLUMNS)
     parts = []
@@ -186,7 +186,7 @@ def _shown(row: Mapping[str, Any], op: Op) -> dict[str, Any]:
 
 
 def tile(config: Mapping[str, Any]) -> str:
-    """A configuration in a few characters: 128x64 4w 2s, and the switches that are on (e4: exp2_degree 4)."""
+    """The short form of a configuration: 128x64 4w 2s, and the switches that are set (e4: exp2_degree 4)."""
     sizes = "x".join(str(config[name]) for name in ("block_q", "block_kv") if name in config)
     rest = [f"{config[name]}{letter}" for name, letter in (("num_warps", "w"), ("num_stages", "s")) if name in config]
     known = ("block_q", "block_kv", "num_warps", "num_stages")
@@ -199,7 +199,7 @@ _LETTERS = {"block_d": "d", "exp2_degree": "e", "round_half_up": "r"}
 
 
 def given(op: Op, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the fields that have their default, in the order of the type."""
+    """A configuration without fields that have their default value, in the order of the type's fields."""
     fields = dataclasses.fields(op.config_type)
     return {
         field.name: config[field.name]

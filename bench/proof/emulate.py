@@ -1,9 +1,9 @@
-"""Runs a function whose Pallas calls are executed as AMD machine code on this CPU, everything else by JAX.
+"""Runs a function with its Pallas calls emulated as AMD machine code on this CPU, and everything else in JAX.
 
-    emulate(fn, *args, arch="gfx942") -> Emulated   what fn returns on that card, with races and instructions counted
+    emulate(fn, *args, arch="gfx942") -> Emulated   the outputs of fn on that GPU, with races and instruction count
 
-Each Pallas call is lowered and compiled by aot.py and run by amdgcn/. An access outside of an operand raises
-amdgcn.MemoryFault; outputs start as NaN (0xff bytes), so that an element nobody writes is seen.
+Each Pallas call is lowered and compiled by aot.py and executed by amdgcn/. An access outside of an operand raises
+amdgcn.MemoryFault; outputs are initialized to NaN (0xff bytes), so that elements that are not written are noticed.
 """
 
 import dataclasses
@@ -20,37 +20,37 @@ from . import aot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Emulated:
-    """What came of a function."""
+    """The result of an emulated function."""
 
     outputs: Any  # as fn returns them
     kernels: tuple[str, ...]  # names of the Pallas calls that ran, in order
-    instructions: int  # that waves executed
-    races: tuple[str, ...]  # a sentence each
+    instructions: int  # number executed, over all waves
+    races: tuple[str, ...]  # a message for each
 
 
 def emulate(fn: Callable, *args: Any, arch: str, edit: Callable[[str], str] = lambda asm: asm) -> Emulated:
-    """fn(*args) on an AMD card that need not be there.
+    """fn(*args) on an emulated AMD GPU.
 
     Args:
-      args: arrays, also in pytrees.
+      args: arrays or pytrees of arrays.
       arch: one of names.EXECUTED_ARCHS.
-      edit: changes the assembly before it runs; tests break kernels with it.
+      edit: changes the assembly before it runs; tests use it to break kernels.
 
     Raises:
       ValueError: arch is not one of names.EXECUTED_ARCHS, or fn made no Pallas call.
-      aot.CompileError: the compiler gave up, or the code asks for more than a workgroup may have.
-      amdgcn.MachineError: the machine code did what it must not, or holds what is not built into the machine.
+      aot.CompileError: compilation failed, or the code exceeds the limits of a workgroup.
+      amdgcn.MachineError: the machine code did something invalid, or has an instruction that is not implemented.
     """
     if arch not in names.EXECUTED_ARCHS:
         raise ValueError(
-            f"arch must be one of {', '.join(names.EXECUTED_ARCHS)}, got {arch!r}: no machine for others is built"
+            f"arch must be one of {', '.join(names.EXECUTED_ARCHS)}, got {arch!r}: others cannot be emulated"
         )
     machine = _Machine(arch, edit)
     with aot.target(arch):
         traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     outputs = machine.evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(args))
     if not machine.kernels:
-        raise ValueError("no Pallas call was reached: nothing ran as AMD machine code")
+        raise ValueError("the function made no Pallas call: nothing ran as AMD machine code")
     return Emulated(
         outputs=jax.tree.unflatten(jax.tree.structure(shapes), outputs),
         kernels=tuple(machine.kernels),
@@ -60,7 +60,7 @@ def emulate(fn: Callable, *args: Any, arch: str, edit: Callable[[str], str] = la
 
 
 class _Machine:
-    """An evaluator of jaxprs that keeps account of the kernels it runs."""
+    """Evaluates jaxprs and records the kernels that it runs."""
 
     def __init__(self, arch: str, edit: Callable[[str], str]):
         self._arch, self._edit = arch, edit

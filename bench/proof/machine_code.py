@@ -1,33 +1,33 @@
-"""What a kernel's machine code says of its speed: registers, spills, memory, and what its hottest loop has to issue.
+"""Estimates a kernel's speed from its machine code: registers, spills, memory, and the instructions of its main loop.
 
 `read` returns these fields. Cycles are issue cycles of one wave; they are counted, not measured.
 
-    vgpr, agpr, sgpr        registers of a lane (NVIDIA: vgpr is the registers of a thread)
-    vgpr_spills             registers that did not fit and live in memory, anywhere in the kernel
-    scratch_bytes           memory of a lane for them
-    lds_bytes, lds_limit    LDS or shared memory of a workgroup, and what it may take
-    waves_per_simd          waves that registers and LDS let reside on one SIMD, in whole workgroups
-    matrix_instructions     MFMA, WMMA (NVIDIA: mma, wgmma, tcgen05.mma) in the whole kernel
-    loop_cycles             of one turn of the main loop, by class (INSTRUCTIONS). `lds_data` is no issue: the time that
-                            the LDS takes for the loop's data while all SIMDs of the unit ask it for as much
-    masked_loop_cycles      the same of the loop over masked tiles; None: no such loop (unrolled, or not needed)
-    dual_issue              instructions of the main loop that do two things at once (RDNA's v_dual_...)
-    useful_matrix_cycles    what the dots of one turn would take at the matrix peak: from the Triton IR, shared among
-                            the waves. Below loop_cycles' matrix, waves repeat each other's products, or the form of
-                            the instruction is not the fast one
-    matrix_bound            useful / max(matrix, vector + transcendental): the share of the matrix peak that the main
+    vgpr, agpr, sgpr        registers per lane (NVIDIA: vgpr is the registers per thread)
+    vgpr_spills             registers that are spilled to memory, anywhere in the kernel
+    scratch_bytes           memory per lane for them
+    lds_bytes, lds_limit    LDS or shared memory of a workgroup, and its limit
+    waves_per_simd          occupancy: resident waves per SIMD, in whole workgroups, limited by registers and LDS
+    matrix_instructions     number of MFMA, WMMA (NVIDIA: mma, wgmma, tcgen05.mma) instructions in the kernel
+    loop_cycles             cycles of one iteration of the main loop by class (INSTRUCTIONS). `lds_data` are not issue
+                            cycles: the time of the LDS for the loop's data while all SIMDs of the unit access it
+    masked_loop_cycles      the same for the loop over masked tiles; None: no such loop (unrolled, or not needed)
+    dual_issue              dual-issue instructions of the main loop (RDNA's v_dual_...)
+    useful_matrix_cycles    cycles of the dots of one iteration at the matrix peak: from the Triton IR, divided among
+                            the waves. If loop_cycles' matrix is more, waves compute redundant products, or the
+                            instruction is not of the fast form
+    matrix_bound            useful / max(matrix, vector + transcendental): the fraction of the matrix peak that the main
                             loop could reach if everything overlapped perfectly. An upper bound, not a measurement
-    flop_per_cycle          FLOP of the dots of one turn per cycle and SIMD: / max(matrix, vector + transcendental),
-                            plus the time that spilled registers take in the loop. Compares tiles of one kernel, also
-                            where no matrix instruction serves its dtype
-    loop_bytes              bytes that a workgroup loads from global memory in one turn of the main loop
-    memory_cycles           their time at a compute unit's share of the card's bandwidth, as if no cache helped
-    memory_bound_share      memory_cycles / max(memory_cycles, issue cycles of the workgroup on its unit): 1: memory
-                            alone limits the loop, as it should in decoding; 0.3: it could use 0.3 of the bandwidth
+    flop_per_cycle          FLOP of the dots of one iteration per cycle and SIMD: / (max(matrix, vector +
+                            transcendental) + time of spilled registers in the loop). Compares tiles of one kernel, even
+                            if no matrix instruction supports its dtype
+    loop_bytes              bytes that a workgroup loads from global memory in one iteration of the main loop
+    memory_cycles           their time at a compute unit's share of the memory bandwidth, without caches
+    memory_bound_share      memory_cycles / max(memory_cycles, issue cycles of the workgroup on its unit). 1: only
+                            memory limits the loop, as it should in decode; 0.3: it could use 0.3 of the bandwidth
 
-The main loop is the innermost one with the most matrix work; of equals (masked and unmasked tiles) the one with less
-vector work. Without matrix instructions it is the one that loads the most bytes. All of a loop's body is counted, also
-what a branch inside may skip. Fields that an architecture does not tell are None.
+The main loop is the innermost one with the most matrix work; among equals (masked and unmasked tiles) the one with less
+vector work. Without matrix instructions it is the one that loads the most bytes. The whole loop body is counted, even
+if a branch inside may skip a part. Fields that are not available on an architecture are None.
 """
 
 import collections
@@ -41,17 +41,17 @@ from .aot import Compiled, device, is_amd, is_cdna
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Peak rates of an architecture's usual card: vendor's peak / (units * SIMDs per unit * boost clock)."""
+    """Peak rates of an architecture's most common card: vendor's peak / (units * SIMDs per unit * boost clock)."""
 
     card: str
-    matrix: dict[str, int]  # dense FLOP per cycle and SIMD by kind of input (_kind); none listed: no instruction
-    bytes_per_cycle: float  # of memory bandwidth, per cycle and compute unit
-    lds_bytes_per_cycle: int  # of a SIMD, all SIMDs of the unit busy
+    matrix: dict[str, int]  # dense FLOP per cycle and SIMD by kind of input (_kind); no entry: no instruction
+    bytes_per_cycle: float  # memory bandwidth per cycle and compute unit
+    lds_bytes_per_cycle: int  # per SIMD, if all SIMDs of the unit are busy
     simds: int  # per compute unit
 
 
 # Sources: AMD's data sheets of the cards (peak TFLOP/s, TB/s, compute units, boost clock) and white papers CDNA 3
-# (LDS: 128 bytes per cycle and unit), CDNA 4 (256), RDNA 3 (128 for two SIMDs). MI210 stands for the gfx90a family.
+# (LDS: 128 bytes per cycle and unit), CDNA 4 (256), RDNA 3 (128 for two SIMDs). MI210 represents the gfx90a family.
 RATES = {
     "gfx90a": Rates(
         card="MI210",
@@ -90,10 +90,10 @@ RATES = {
     ),
 }
 
-L1_BYTES_PER_CYCLE = 64  # of a compute unit; where spilled registers go first. Source: the same white papers
+L1_BYTES_PER_CYCLE = 64  # per compute unit; the L1 cache holds spilled registers first. Source: the same white papers
 
-# Forms that gfx950 has from gfx942 take as long as there, half the rate of its own deeper ones. Source: LLVM's
-# SISchedule.td, passes of SIDPGFX950FullSpeedModel.
+# Instruction forms that gfx950 inherits from gfx942 take as many cycles as there: half the rate of its own deeper ones.
+# Source: LLVM's SISchedule.td, passes of SIDPGFX950FullSpeedModel.
 _OLD_FORMS_OF_GFX950 = {
     ("32x32x8", "16 bits"),
     ("16x16x16", "16 bits"),
@@ -101,8 +101,8 @@ _OLD_FORMS_OF_GFX950 = {
     ("16x16x32", "8 bits"),
 }
 
-# First match wins: mnemonic, class, issue slots. A slot is 4 cycles on CDNA (64 lanes over 16) and 1 on RDNA (32 lanes
-# at once). Quarter rate: LLVM's SISchedule.td (WriteTrans32, WriteQuarterRate32). None: costs nothing to speak of.
+# (mnemonic, class, issue slots); the first match wins. A slot is 4 cycles on CDNA (64 lanes over 16) and 1 on RDNA (32
+# lanes at once). Quarter rate: LLVM's SISchedule.td (WriteTrans32, WriteQuarterRate32). None: negligible cost.
 INSTRUCTIONS: tuple[tuple[str, str | None, int], ...] = (
     (r"v_(mfma|smfmac|wmma|swmmac)_", "matrix", 0),  # from the shape: _matrix_cycles
     (r"v_(s_)?(exp|log|rcp|rsq|sqrt|sin|cos)_", "transcendental", 4),
@@ -114,7 +114,7 @@ INSTRUCTIONS: tuple[tuple[str, str | None, int], ...] = (
     (r"scratch_", "scratch", 1),
     (r"(global|buffer|flat)_(inv|wb|wbl2|wbinv|gl\d_inv)", None, 0),
     (r"(global|buffer|flat)_", "memory", 1),
-    (r"s_", None, 0),  # another unit issues them beside the vector ones
+    (r"s_", None, 0),  # another unit issues them in parallel with vector instructions
 )
 _INSTRUCTIONS = tuple((re.compile(pattern), kind, slots) for pattern, kind, slots in INSTRUCTIONS)
 
@@ -129,7 +129,7 @@ _NVIDIA_MATRIX = re.compile(r"^\s*(?:@\S+\s+)?(?:wgmma\.mma_async|mma\.sync|tcge
 
 
 def read(compiled: Compiled) -> dict[str, Any]:
-    """FIELDS, as the module's docstring defines them, of one kernel."""
+    """FIELDS of one kernel, as defined in the module's docstring."""
     found = _amd(compiled) if is_amd(compiled.arch) else _nvidia(compiled)
     return {field: found.get(field) for field in FIELDS}
 
@@ -172,7 +172,7 @@ def _amd(compiled: Compiled) -> dict[str, Any]:
 
 
 def _nvidia(compiled: Compiled) -> dict[str, Any]:
-    """Registers and stack are the binary's; cycles would need a model of hardware that NVIDIA does not describe."""
+    """Registers and stack come from the binary; cycles would need a model of hardware that NVIDIA does not document."""
     return {
         "vgpr": compiled.registers,
         "vgpr_spills": (compiled.stack_bytes or 0) // 4,
@@ -184,14 +184,14 @@ def _nvidia(compiled: Compiled) -> dict[str, Any]:
 
 
 def parse(asm: str) -> tuple[list[str], list[list[str]]]:
-    """(instructions, those of each innermost loop) of the one kernel in an AMD assembly text, without operands' notes.
+    """(instructions, instructions of each innermost loop) of the kernel in an AMD assembly text, without comments.
 
-    LLVM notes for every block which loop it is in; the blocks of a loop may be apart and in any order, so branches that
-    go back would not tell. Spills through buffer instructions (gfx90a) are known by LLVM's note alone and returned as
-    scratch instructions.
+    Loops are found by LLVM's comments, which name the loop of each block; backward branches would not identify them,
+    since a loop's blocks may be apart and in any order. Spills by buffer instructions (gfx90a), which only LLVM's
+    comments identify, are returned as scratch instructions.
     """
     body: list[str] = []
-    loops: dict[str | None, list[str]] = {}  # by the number of the block that is their header
+    loops: dict[str | None, list[str]] = {}  # by the number of their header block
     inner: list[str] = []
     block = ""
     loop = None
@@ -216,7 +216,7 @@ def parse(asm: str) -> tuple[list[str], list[list[str]]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Cost:
-    """One turn of one loop, for one wave."""
+    """The cost of one iteration of a loop, for one wave."""
 
     cycles: dict[str, float]
     loaded_bytes: int
@@ -237,7 +237,7 @@ def _cost(codes: Sequence[str], arch: str) -> _Cost:
         name = code.split()[0]
         dual += name.startswith("v_dual_")
         if kind == "lds":
-            # a bank is four bytes wide: less takes as long
+            # a bank is four bytes wide: smaller accesses take as long
             lds_data += max(4, _bytes_per_lane(name)) * lanes / RATES[arch].lds_bytes_per_cycle
         elif kind == "scratch":
             scratch += _bytes_per_lane(name) * lanes
@@ -254,7 +254,7 @@ def _class(code: str) -> tuple[str | None, int]:
 
 
 def _bytes_per_lane(name: str) -> int:
-    """Bytes that one lane moves, by the mnemonic: global_load_dwordx4, ds_load_2addr_b64, buffer_load_u16, ..."""
+    """Bytes that one lane accesses, from the mnemonic: global_load_dwordx4, ds_load_2addr_b64, buffer_load_u16, ..."""
     if found := re.search(r"dwordx(\d)", name):
         return 4 * int(found[1])
     named = {"dword": 4, "short": 2, "byte": 1}
@@ -269,7 +269,7 @@ def _bytes_per_lane(name: str) -> int:
 def _matrix_cycles(code: str, arch: str) -> float:
     found = _MATRIX.match(code.split()[0])
     if found is None:
-        raise ValueError(f"a matrix instruction without a shape in its name: {code!r}")
+        raise ValueError(f"matrix instruction without a shape in its name: {code!r}")
     m, n, k = (int(found[i]) for i in (1, 2, 3))
     kind = _kind(found[5])
     arch = "gfx942" if arch == "gfx950" and (f"{m}x{n}x{k}", kind) in _OLD_FORMS_OF_GFX950 else arch
@@ -277,7 +277,7 @@ def _matrix_cycles(code: str, arch: str) -> float:
 
 
 def _kind(dtype: str) -> str:
-    """The row of Rates.matrix that inputs of a dtype use, as mnemonics and Triton IR write it: bf16_1k, fp8_fp8, ..."""
+    """The key of Rates.matrix for a dtype as written in mnemonics and Triton IR: bf16_1k, fp8_fp8, ..."""
     if re.match(r"xf32|tf32", dtype):
         return "tf32"
     if re.match(r"f32", dtype):
@@ -286,7 +286,7 @@ def _kind(dtype: str) -> str:
 
 
 def _main_and_masked(costs: Sequence[_Cost]) -> tuple[_Cost, _Cost | None]:
-    """The main loop, and the one that does the same products with more vector work."""
+    """The main loop, and the loop with the same products and the most vector work."""
     if not costs:
         return _Cost(cycles={}, loaded_bytes=0, scratch_bytes=0, dual=0), None
 
@@ -302,7 +302,7 @@ def _main_and_masked(costs: Sequence[_Cost]) -> tuple[_Cost, _Cost | None]:
 
 
 def dot_flop(ttir: str) -> tuple[int, str | None]:
-    """(FLOP of a workgroup in one turn of the loop with the most dot work, kind of its inputs) in Triton IR."""
+    """(FLOP per workgroup in one iteration of the loop with the most dot work, kind of its inputs) in Triton IR."""
     best: tuple[int, str | None] = (0, None)
     open_loops: list[tuple[int, dict[str, int]]] = []
     depth = 0
@@ -323,14 +323,14 @@ def dot_flop(ttir: str) -> tuple[int, str | None]:
 
 
 def _waves_per_simd(compiled: Compiled) -> int | float:
-    """Whole workgroups that fit, in waves of one SIMD.
+    """Occupancy in waves per SIMD, in whole workgroups.
 
-    Four SIMDs share the LDS: those of a compute unit on CDNA, those of two units (a WGP, with twice a workgroup's
-    limit) on RDNA.
+    Four SIMDs share the LDS: those of a compute unit on CDNA, those of two units (a WGP, with twice the limit of a
+    workgroup) on RDNA.
     """
     found = re.search(r"; Occupancy: (\d+)", compiled.asm)
     if found is None:
-        raise ValueError(f"the assembly of {compiled.kernel.name!r} for {compiled.arch} does not note its occupancy")
+        raise ValueError(f"the assembly of {compiled.kernel.name!r} for {compiled.arch} has no occupancy comment")
     num_warps = compiled.kernel.num_warps
     groups = max(1, int(found[1]) * 4 // num_warps)
     if compiled.lds_bytes:
@@ -341,5 +341,5 @@ def _waves_per_simd(compiled: Compiled) -> int | float:
 
 
 def _metadata(asm: str, key: str) -> int:
-    """A number in the metadata of the assembly's one kernel; 0 where the architecture has no such thing."""
+    """A number in the metadata of the assembly's kernel; 0 if the architecture does not have it."""
     return int((re.findall(rf"\.{key}:\s+(\d+)", asm) or ["0"])[-1])

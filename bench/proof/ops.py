@@ -1,4 +1,4 @@
-"""The kernels of the library as one table: how each is called, what configures it, and what is worth trying."""
+"""Table of the library's kernels: how each is called and configured, and which configurations are worth trying."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +16,19 @@ from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands, PagedCon
 from .. import names
 from . import aot
 
-LENGTH = 4096  # of every representative call: long enough that no tile is cut
+LENGTH = 4096  # of all representative calls: longer than any tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Which configurations of a kernel are worth compiling, for tune.py.
+    """The configurations of a kernel that are worth compiling, for tune.py.
 
-    starts: (arch, dtype, head_dim) to the configurations that are tried, without the axis that grows.
-    grows: one more axis, from its smallest value upwards until a kernel spills, does not fit or gets slower.
-    late: (arch, dtype) to axes of which a configuration starts with the first value; the others are tried one at a
-    time on the best that was found.
-    registers: at least this many 4-byte registers of a lane, so that hopeless tiles are not compiled for minutes.
-    alike: dtypes for which only the best of another dtype are tried.
+    starts: (arch, dtype, head_dim) to the configurations to start with, without the axis `grows`.
+    grows: (axis, values); increased from the smallest value until a kernel spills, does not fit or gets slower.
+    late: (arch, dtype) to {axis: values}; a configuration starts with the first value of each, and the others are tried
+    one at a time on the best candidates.
+    registers: a lower bound of a lane's 4-byte registers, to skip hopeless tiles, which would compile for minutes.
+    alike: dtypes for which only the best configurations of another dtype are tried.
     """
 
     starts: Callable[[str, str, int], list[dict[str, Any]]]
@@ -40,17 +40,17 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Op:
-    """One kernel of the library: a row of the table, and one tuning table per architecture."""
+    """One kernel of the library: a row of the table, with one tuning table per architecture."""
 
-    name: str  # of the op in records
+    name: str  # name of the op in records
     direction: str  # "forward" or "backward"
-    kernel: str  # the name of its Pallas call, and of its tuning table
+    kernel: str  # name of its Pallas call and of its tuning table
     config_type: type
-    # (dtype, head_dim, config or None for the library's choice, variant) -> a call that reaches the kernel
+    # (dtype, head_dim, config or None for the library's default, variant) -> (function, args) that calls the kernel
     call: Callable[[str, int, Any, str], tuple[Callable, tuple]]
-    default_config: Callable[[DeviceInfo, str, int], Any]  # what a plain call gets
-    bound: str = "matrix_bound"  # the figure that a table shows; "memory_bound_share" where no dot is the point
-    variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must serve as well
+    default_config: Callable[[DeviceInfo, str, int], Any]  # the configuration that a plain call uses
+    bound: str = "matrix_bound"  # the figure shown in tables; "memory_bound_share" for kernels limited by memory
+    variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must also support
     sweep: Sweep
     dtypes: tuple[str, ...] = names.FLASH_DTYPES
     head_dims: tuple[int, ...] = names.HEAD_DIMS
@@ -89,7 +89,7 @@ def _flash_default(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig
 
 
 def _flash_backward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
-    """The backward pass of the forward's call; config is that of each of its kernels."""
+    """The backward pass of _flash_forward's call; config is used for each of its kernels."""
     if variant == "padded head_dim":
         head_dim = head_dim * 5 // 8
     q, kv = _rows(dtype, head_dim), _rows(dtype, head_dim, heads=2)
@@ -114,12 +114,12 @@ def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConf
     return config
 
 
-# A batch that decodes, and the same rows with a chunk of a prompt each: 64 rows of 8192 tokens at most, 32 heads on 8.
+# A decode batch, and the same rows with a prompt chunk each: 64 rows of up to 8192 tokens, 32 heads over 8.
 _PAGED_BATCH, _PAGED_CAPACITY, _PAGE_SIZE, _CHUNK = 64, 8192, 16, 64
 
 
 def _paged_operands(dtype: str, head_dim: int, *, ragged: bool) -> PagedOperands:
-    """dtype: of names.PAGED_DTYPES."""
+    """Shapes of a paged call; dtype: one of names.PAGED_DTYPES."""
     of_queries, _, of_pages = dtype.partition(" on ")
     pages_per_seq = _PAGED_CAPACITY // _PAGE_SIZE
     pool = (_PAGED_BATCH * pages_per_seq + 1, _PAGE_SIZE, 8)
@@ -143,7 +143,7 @@ def _paged_operands(dtype: str, head_dim: int, *, ragged: bool) -> PagedOperands
 
 
 def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[Callable, tuple]]:
-    """The call of one of the kernels over pages."""
+    """The call of one of the paged kernels."""
 
     def call_of(dtype: str, head_dim: int, config: PagedConfig | None, variant: str) -> tuple[Callable, tuple]:
         options: dict[str, Any] = {}
@@ -178,11 +178,11 @@ def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]
     return config
 
 
-# What is tried was narrowed by wider sweeps of all architectures: a sweep takes minutes, not an hour.
+# Wider sweeps of all architectures have narrowed these starting points, so that a sweep takes minutes, not an hour.
 
 
 def _forward_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
-    """16 or 32 queries to a wave: with fewer, waves repeat each other's products; with more, a tile spills."""
+    """16 or 32 queries per wave: with fewer, waves compute redundant products; with more, a tile spills."""
     if aot.is_cdna(arch) and dtype == "float32":
         pairs = [(32, 4), (64, 4), (128, 8)]
     elif aot.is_cdna(arch):
@@ -218,7 +218,7 @@ def _dkv_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
 
 
 def _with_chunks(arch: str, dtype: str, head_dim: int, starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """RDNA has too few registers for a tile of a wide head_dim: in chunks."""
+    """RDNA has too few registers for tiles of a wide head_dim, which is therefore split into chunks."""
     if not arch.startswith("gfx1"):
         return starts
     sizes: tuple[dict[str, int], ...] = ({"block_d": 32}, {"block_d": 64}) if head_dim > 128 else ({}, {"block_d": 32})
@@ -226,41 +226,41 @@ def _with_chunks(arch: str, dtype: str, head_dim: int, starts: list[dict[str, An
 
 
 def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """A polynomial for 2^x and rounding by hand pay where vector instructions decide: on AMD, in 16 bits."""
+    """exp2_degree and round_half_up pay off where vector instructions are the bottleneck: on AMD, in 16 bits."""
     if not aot.is_amd(arch):
         return {"num_stages": (2, 1, 3)}
-    axes: dict[str, tuple[Any, ...]] = {"num_stages": (1,)}  # its pipeliner spends registers that a tile needs
+    axes: dict[str, tuple[Any, ...]] = {"num_stages": (1,)}  # pipelining uses registers that a tile needs
     if dtype != "float32" and aot.is_cdna(arch):
-        # where matrix units outrun all else the shorter polynomial pays too
+        # gfx950's matrix units are so fast that the shorter polynomial pays off too
         axes["exp2_degree"] = (4, None, 3) if arch == "gfx950" else (4, None)
     if dtype == "bfloat16":
-        # gfx950 converts in one instruction
+        # gfx950 has an instruction for the conversion
         axes["round_half_up"] = (False, True) if arch == "gfx950" else (True, False)
     return axes
 
 
 def _decode_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
-    """A group of heads is 16 rows at most here, one wave's worth: more waves repeat each other's work."""
+    """A group of heads is at most 16 rows here, which one wave computes: more waves do redundant work."""
     return _with_chunks(arch, dtype, head_dim, [dict(block_q=16, num_warps=warps) for warps in (1, 2, 4)])
 
 
 def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
-    """Those of the forward kernel, without its tallest tiles: rows that decode beside a prompt fill a part of one."""
+    """Those of the forward kernel, without its tallest tiles: rows that decode fill only part of one."""
     if aot.is_cdna(arch) and head_dim > 128:
         return [dict(block_q=64, num_warps=warps) for warps in (4, 8)]
     starts = _forward_starts(arch, dtype.partition(" on ")[0], head_dim)
     if arch.startswith("gfx1") and head_dim > 128:
-        starts = [*_with_chunks(arch, dtype, head_dim, [dict(block_q=16, num_warps=4)]), *starts]  # pages in numbers
+        starts = [*_with_chunks(arch, dtype, head_dim, [dict(block_q=16, num_warps=4)]), *starts]  # quantized pages
     return [start for start in starts if start["block_q"] <= 128]
 
 
 def _ragged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """Those that pay in the forward kernel."""
+    """Those that pay off in the forward kernel."""
     return {name: values[:1] for name, values in _switches(arch, dtype.partition(" on ")[0]).items()}
 
 
 def _decode_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """Memory decides, not the vector work of a few rows' scores."""
+    """Memory is the bottleneck, not the vector instructions for the scores of a few rows."""
     return {"num_stages": (1,) if aot.is_amd(arch) else (2, 1, 3)}
 
 
@@ -378,5 +378,5 @@ OPS = (
 
 
 def named(names: Sequence[str], directions: Sequence[str]) -> tuple[Op, ...]:
-    """The entries of OPS that a name of an op or of a kernel means, in these directions."""
+    """The entries of OPS with these names (of an op or a kernel) and directions."""
     return tuple(op for op in OPS if (op.name in names or op.kernel in names) and op.direction in directions)

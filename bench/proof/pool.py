@@ -1,4 +1,4 @@
-"""Rows of a table, each in a process of its own kind: a compiler that ends its process costs that row and no other."""
+"""Computes the rows of a table in worker processes: a compiler that crashes its process only loses that row."""
 
 import contextlib
 import multiprocessing
@@ -24,10 +24,10 @@ def each[Row](
     doing: str,
     processes: int = names.PROCESSES,
 ) -> list[Record]:
-    """function(row) of each, in their order.
+    """function(row) for each row, in order.
 
-    crashed: the record of a row whose process ended. processes: how many run at a time; 0: all in this one. A bar
-    says on stderr, if that is a terminal, what is being done and how far it is.
+    crashed: returns the record of a row whose process crashed. processes: number of worker processes; 0: run in this
+    process. doing: label of a progress bar on stderr, if that is a terminal.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -55,11 +55,11 @@ def _each[Row](
         for row, future in zip(rows, futures, strict=True):
             try:
                 yield future.result()
-            except BrokenProcessPool:  # this row's process ended, or that of a neighbour
-                yield _alone(function, row, crashed)
+            except BrokenProcessPool:  # the process of this row or of another one crashed
+                yield _retried(function, row, crashed)
 
 
-def _alone[Row](function: Callable[[Row], Record], row: Row, crashed: Callable[[Row], Record]) -> Record:
+def _retried[Row](function: Callable[[Row], Record], row: Row, crashed: Callable[[Row], Record]) -> Record:
     with _workers(1) as pool:
         try:
             return pool.submit(function, row).result()
@@ -69,7 +69,7 @@ def _alone[Row](function: Callable[[Row], Record], row: Row, crashed: Callable[[
 
 @contextlib.contextmanager
 def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    # spawned: JAX's threads do not survive a fork
+    # spawn: JAX's threads do not survive a fork
     pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_on_the_cpu)
     try:
         yield pool
@@ -78,5 +78,5 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _on_the_cpu() -> None:
-    """A process that compiles or emulates takes no memory of a real GPU."""
+    """Keeps worker processes, which compile or emulate, from allocating memory on a real GPU."""
     jax.config.update("jax_platforms", "cpu")

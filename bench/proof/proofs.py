@@ -1,6 +1,6 @@
-"""What is proven of a kernel: that a case, run as machine code, gives the oracle's answer and touches nothing else.
+"""Proves a case: a kernel, run as machine code, returns the oracle's result and accesses nothing out of bounds.
 
-What lies past a row's length, or in a place of a page that holds no token, is NaN or infinite; outputs start as NaN.
+Inputs past a row's length, and page slots without a token, are NaN or infinite; outputs are initialized to NaN.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ GRADIENT_PRODUCTS = 3  # scores, their cotangent, its product
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a case came to. share: the worst error over what the contract allows, of all outputs."""
+    """The result of a case. share: the worst error / limit of the numerics contract, over all outputs."""
 
     share: float | None = None
-    wrong: str | None = None  # a sentence; None: nothing is
+    wrong: str | None = None  # what is wrong; None: nothing
     kernels: tuple[str, ...] = ()
     instructions: int = 0
     races: int = 0
 
 
 def tile_cases(block_q: int, block_kv: int, head_dim: int, *, quick: bool) -> dict[str, Case]:
-    """Cases around a tile: whole tiles, the diagonal, windows, ragged ends, empty rows."""
-    several = block_q + block_q // 2 + 3  # queries: more than one tile and a part
+    """Cases that cover all paths of a tile: whole tiles, the diagonal, windows, ragged ends, empty rows."""
+    several = block_q + block_q // 2 + 3  # queries: one whole tile and part of another
     longer = max(several, 2 * block_kv) + block_kv // 2 + 1
     short = min(block_q, 32) + 5
     found = {
@@ -68,7 +68,7 @@ def tile_cases(block_q: int, block_kv: int, head_dim: int, *, quick: bool) -> di
 
 
 def forward(truth: Truth, arch: str, **options: Any) -> Verdict:
-    """Output and residual of a case on arch's machine code, beside the oracle; options: of emulate."""
+    """Checks output and residual of a case, as machine code of arch, against the oracle; options: of emulate."""
     q, k, v = poisoned(truth)
 
     def call(q, k, v):
@@ -82,7 +82,7 @@ def forward(truth: Truth, arch: str, **options: Any) -> Verdict:
 
 
 def backward(truth: Truth, arch: str, **options: Any) -> Verdict:
-    """The gradients of a case, of all arguments that have one; the forward kernel runs too."""
+    """Like forward, for the gradients of all differentiable arguments of a case; the forward kernel runs too."""
     arrays = dict(zip(("query", "key", "value"), poisoned(truth), strict=True))
     arrays |= {name: truth.options[name] for name in cases.GRADIENTS if name in truth.options}
     others = {name: x for name, x in truth.options.items() if name not in arrays}
@@ -103,7 +103,7 @@ def backward(truth: Truth, arch: str, **options: Any) -> Verdict:
 
 
 def poisoned(truth: Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """query, key and value with NaN and infinities where nobody may read."""
+    """query, key and value with NaN and infinities where the kernel must not read."""
     q, k, v = (np.array(x) for x in truth.arrays)
     for row in range(len(q)):
         if (length := truth.options.get("query_seq_lengths")) is not None:
@@ -117,7 +117,7 @@ def poisoned(truth: Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def verdict(
     fn: Callable, args: Sequence[Any], wanted: Sequence[Any], limits: Sequence[float], *, arch: str, **options: Any
 ) -> Verdict:
-    """fn(*args) as machine code of arch: each output within its limit of what is wanted, no race, no stray access."""
+    """Runs fn(*args) as machine code of arch: each output must be within its limit, without races or memory faults."""
     try:
         done = emulate.emulate(fn, *map(jnp.asarray, args), arch=arch, **options)
     except (amdgcn.MachineError, aot.CompileError) as error:
@@ -142,7 +142,7 @@ def verdict(
 def paged_tile_cases(
     config: jfa.PagedConfig, head_dim: int, pages: str | None, *, ragged: bool
 ) -> dict[str, PagedCase]:
-    """Cases around a tile of a kernel over pages: whole tiles, ragged ends, empty rows, keys that are shared out."""
+    """Cases that cover all paths of a paged kernel's tile: whole tiles, ragged ends, empty rows, split-KV."""
     heads, block_kv = (8, 2), config.block_kv
     tokens = config.block_q // 4 if ragged else 1
     longer = 2 * block_kv + tokens + 3
@@ -172,7 +172,7 @@ def paged_tile_cases(
 
 
 def over_pages(truth: PagedTruth, arch: str, **options: Any) -> Verdict:
-    """Output and residual of a case over pages on arch's machine code, beside the oracle; options: of emulate."""
+    """Like forward, for a paged case."""
 
     def call(*arrays):
         return getattr(jfa, truth.op)(*arrays, implementation="triton", return_residual=True, **truth.options)

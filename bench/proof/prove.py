@@ -1,9 +1,9 @@
-"""`jfa-bench prove`: every kernel's default configuration, run as AMD machine code beside a NumPy oracle.
+"""`jfa-bench prove`: runs each kernel's default configuration as AMD machine code and checks it against a NumPy oracle.
 
-A row is a proof on an architecture, in a dtype and at a head_dim, with its cases: small odd shapes that take every path
-through the tiles of that configuration, or one for each option (CASES). It holds when every case stays within
-the numerics contract (numerics.limit), no access leaves its operand, and no two waves race in the LDS. What lies past a
-row's length is NaN or infinite, and outputs start as NaN. Rows run in processes of their own.
+A row is a proof for an architecture, dtype and head_dim. Its cases are small odd shapes that take every path through
+the tiles of that configuration, or one case for each option (CASES). The proof passes if every case is within the
+numerics contract (numerics.limit), no access is outside of its operand, and no two waves race in the LDS. Inputs past a
+row's length are NaN or infinite, and outputs are initialized to NaN. Rows run in worker processes.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from .proofs import Verdict, backward, forward, over_pages, paged_tile_cases, ti
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row; plain data, so that another process can be told."""
+    """One row; plain data, so that it can be sent to another process."""
 
     op: str
     direction: str
     arch: str
-    dtype: str  # of the queries, or "bfloat16 on int8"
+    dtype: str  # of the queries, or for quantized pages "bfloat16 on int8"
     head_dim: int | None  # None: the named cases of the op
     quick: bool = False
 
@@ -38,16 +38,16 @@ Size = tuple[str, int | None]  # dtype, head_dim
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What is proven of an op in one direction."""
+    """How an op is proven in one direction."""
 
     run: Callable[..., Verdict]  # (truth, arch)
     cases: Callable[[Row], Mapping[str, Any]]
-    truth: Callable[[Any, Row], Any]  # of a case
+    truth: Callable[[Any, Row], Any]  # (case, row)
     sizes: tuple[Size, ...]
     quick: tuple[Size, ...]
 
 
-QUICK_OPTIONS = ("gqa", "cached_chunk", "everything", "int4_odd", "chunks_and_tokens")  # of the named cases
+QUICK_OPTIONS = ("gqa", "cached_chunk", "everything", "int4_odd", "chunks_and_tokens")  # named cases for quick runs
 
 
 def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _flash_cases(row: Row) -> dict[str, cases.Case]:
         return _named(row, cases.CASES)
     config = _config(row, row.head_dim)
     found = tile_cases(config.block_q, config.block_kv, row.head_dim, quick=row.quick)
-    # the gradient of each option is proven with the options; here it is tiles that matter
+    # gradients of the options are proven by the named cases; these cases only have to cover the tiles
     few = ("causal", "windows_and_lengths", "padded_head_dim")
     return found if row.direction == "forward" else {name: case for name, case in found.items() if name in few}
 
@@ -112,7 +112,7 @@ PROOFS: dict[tuple[str, str], Proof] = {
 
 
 def prove_row(row: Row) -> dict[str, Any]:
-    """The record of a row: status "ok" or "wrong" and why, worst error over what is allowed, instructions, seconds."""
+    """The record of a row: status "ok" or "wrong" and the reason, worst error / limit, instructions, seconds."""
     start = time.perf_counter()
     proof = PROOFS[row.op, row.direction]
     verdicts = {name: proof.run(proof.truth(case, row), row.arch) for name, case in proof.cases(row).items()}
@@ -137,11 +137,11 @@ def _about(row: Row) -> dict[str, Any]:
 
 
 def _crashed(row: Row) -> dict[str, Any]:
-    return _about(row) | {"status": "wrong", "reason": "the process ended", "cases": [], "seconds": None}
+    return _about(row) | {"status": "wrong", "reason": "the process crashed", "cases": [], "seconds": None}
 
 
 def rows(archs: Sequence[str], op_names: Sequence[str], directions: Sequence[str], *, quick: bool = False) -> list[Row]:
-    """What is proven, in the table's order; quick: fewer rows and cases."""
+    """The rows to prove, in the table's order; quick: fewer rows and cases."""
     return [
         Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick)
         for (op, direction), proof in PROOFS.items()
@@ -152,7 +152,7 @@ def rows(archs: Sequence[str], op_names: Sequence[str], directions: Sequence[str
 
 
 def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:
-    """prove_row of each, in their order, in so many processes at a time; 0: in this one."""
+    """prove_row for each row, in order, in this number of worker processes; 0: in this process."""
     return pool.each(prove_row, rows, crashed=_crashed, doing="proving", processes=processes)
 
 
@@ -167,7 +167,7 @@ COLUMNS = {
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
-    """Records as text; as md a table for each op and architecture, and a sentence for each row that is wrong."""
+    """Records as text; for md a table for each op and architecture, and the reason of each row that is wrong."""
     if output != "md":
         return record.render(records, output, COLUMNS)
     parts = []
@@ -177,8 +177,8 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
             for row in rows
         ]
         parts += [above, record.render(shown, "md", TABLE)]
-    who = ("op", "arch", "direction", "dtype", "head_dim")
-    lines = [f"{' '.join(str(row[key]) for key in who)}: {row['reason']}" for row in records if row["status"] != "ok"]
+    key = ("op", "arch", "direction", "dtype", "head_dim")
+    lines = [f"{' '.join(str(row[name]) for name in key)}: {row['reason']}" for row in records if row["status"] != "ok"]
     return "\n\n".join(
-        [*parts, "error: worst error over what the numerics contract allows"] + ["\n".join(lines)] * bool(lines)
+        [*parts, "error: worst error / limit of the numerics contract"] + ["\n".join(lines)] * bool(lines)
     )

@@ -1,26 +1,27 @@
-"""`jfa-bench tune`: the configuration of each kernel on an architecture, into jfa/tuning_tables/<arch>/<kernel>.json.
+"""`jfa-bench tune`: chooses each kernel's configuration for an architecture, in jfa/tuning_tables/<arch>/<kernel>.json.
 
-Offline, by compiled code. A kernel's Sweep (ops.OPS) says what is tried: tiles from its starts, grown until a kernel
-spills, loses waves or gets slower, then its late axes, one at a time, on the best LATE; for a dtype that is like
-another, the best ALIKE of that one. Then:
+Offline, the choice is made from compiled code. A kernel's Sweep (ops.OPS) defines what is tried: its starting tiles,
+enlarged until a kernel spills, loses occupancy or gets slower; then its late axes, one at a time, on the best LATE
+candidates; for a dtype that is like another, only the best ALIKE of that one. Then:
 
-AMD: wanted is what fits the LDS, spills nothing and leaves two waves on a SIMD or more; of that the most FLOP per cycle
-(the order of matrix_bound, which also exists where no matrix instruction serves a dtype). Within TIE two candidates are
-equal; then workgroups that do not wait for each other come first (two or more on a compute unit), then the larger tile,
-which reads less, fewer waves, fewer stages.
+AMD: the criteria are that a candidate fits the LDS, spills nothing and keeps at least two waves per SIMD; of these, the
+most FLOP per cycle wins (the order of matrix_bound, but also defined if no matrix instruction supports a dtype).
+Candidates within TIE are equal; then independent workgroups come first (two or more on a compute unit), then the larger
+tile, which reads less, fewer waves, fewer stages.
 
-NVIDIA, whose cycles cannot be counted: what fits the shared memory, also that of neighbours who use the table, spills
-nothing and leaves eight warps on a multiprocessor (two per scheduler) or more; of that the largest tile up to 128 x 128
-and the squarer one, the most warps resident, fewer warps in a workgroup, more stages.
+NVIDIA, whose cycles cannot be counted: the criteria are that a candidate fits the shared memory, including that of
+similar architectures that use the table, spills nothing and keeps at least eight warps on a multiprocessor (two per
+scheduler); of these, the largest tile up to 128 x 128 wins, then the squarer one, the most resident warps, fewer warps
+in a workgroup, more stages.
 
-A winner must hold for the kernel's other calls as well (Op.variants), without spills if it has none; the next ones are
-tried before that is given up. Where nothing is as wanted, the least bad is taken and its entry says so: on AMD what
-spills nothing, unless a spilling one has GAIN times its FLOP per cycle, a single wave counting half; else the most FLOP
-per cycle of those that spill up to SPILLING times as much as the least (spills cost outside of the main loop as well,
-and beyond the caches more than is counted); on NVIDIA the fewest spills.
+A winner must also meet the criteria in the kernel's other calls (Op.variants); otherwise the next candidates are tried.
+If no candidate meets the criteria, the least bad one is used and its entry has a note. On AMD that is one without
+spills, unless a spilling one has GAIN times its FLOP per cycle, where a single wave counts half; otherwise the one with
+the most FLOP per cycle among those with up to SPILLING times the fewest spills (spills also cost time outside of the
+main loop, and more than is counted if they exceed the caches). On NVIDIA it is the one with the fewest spills.
 
-With a GPU, without --offline: the candidates that are best by these rules are measured in turns, the fastest median
-wins, and the table says when, on what and with which versions.
+With a GPU and without --offline, the best candidates by these rules are measured, interleaved; the fastest median wins,
+and the table records date, device and versions.
 """
 
 import dataclasses
@@ -52,16 +53,16 @@ from .compile import (
 )
 from .ops import Op
 
-LANE_REGISTERS = 255  # that a tile may take: of CDNA's 512, half is what leaves two waves on a SIMD
+LANE_REGISTERS = 255  # maximum for a tile; half of CDNA's 512, so that two waves fit on a SIMD
 WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
 GAIN = 1.75
 SPILLING, FEW = 2.5, 32
 TIE = 0.97
-LATE, ALIKE = 2, 3  # candidates on which late axes are tried; that are tried for a dtype like another
-TRIED, LOSS = 6, 0.75  # how many candidates, and how far below the best, before a variant is given up
-MEASURED = 12  # candidates
+LATE, ALIKE = 2, 3  # number of candidates on which late axes are tried; and that are tried for a dtype like another
+TRIED, LOSS = 6, 0.75  # the variants are tried on this many candidates, down to this fraction of the best one
+MEASURED = 12  # number of candidates that are measured
 
-# Architectures that use another's table with less shared memory than it has.
+# Architectures that use another one's table but have less shared memory.
 _SMALLER = ("sm_86", "sm_89")
 _NVIDIA_REGISTERS = 65_536  # of a multiprocessor. Source: CUDA C programming guide, compute capabilities 8.0 to 10.0
 
@@ -69,13 +70,13 @@ RULES = {
     "rocm": (
         f"of the configurations that fit the LDS, spill nothing and keep {WAVES} waves per SIMD, also in the kernel's "
         "other calls (windows, lengths, padded head_dims), the one with the most FLOP per cycle in its main loop, the "
-        "larger tile on a tie; where a note says so nothing was as wanted, and the entry is the least bad"
+        "larger tile on a tie; if there is none, the entry is the least bad configuration and has a note"
     ),
     "cuda": (
         "of the configurations that fit the shared memory, spill nothing and keep "
         f"{WARPS} warps on a multiprocessor, also in the kernel's other calls (windows, lengths, padded head_dims), "
-        "the one with the largest tile up to 128 x 128; vgpr counts the registers of a thread; where a note says so "
-        "nothing was as wanted, and the entry is the least bad"
+        "the one with the largest tile up to 128 x 128; vgpr counts the registers of a thread; if there is none, the "
+        "entry is the least bad configuration and has a note"
     ),
 }
 
@@ -85,10 +86,10 @@ Key = tuple[str, int]  # dtype, head_dim
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a sweep found for one dtype and head_dim."""
+    """The result of a sweep for one dtype and head_dim."""
 
-    chosen: dict[str, Any]  # its compile record
-    note: str | None  # what it lacks
+    chosen: dict[str, Any]  # compile record of the chosen configuration
+    note: str | None  # which criteria it does not meet
     candidates: list[dict[str, Any]]  # compile records, best first
     compiled: int
 
@@ -101,11 +102,11 @@ def offline(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, Choice]:
         if not ordered:
             dtype, head_dim = key
             raise ValueError(f"no configuration of {op.kernel} fits {arch} at {dtype}, head_dim {head_dim}")
-    held = _holding(op, arch, candidates, compile_all)
+    passing = _first_passing(op, arch, candidates, compile_all)
     return {
         key: Choice(
-            chosen=ordered[held[key] or 0],
-            note=_note(ordered[0], held[key]),
+            chosen=ordered[passing[key] or 0],
+            note=_note(ordered[0], passing[key]),
             candidates=ordered,
             compiled=len(found[key]),
         )
@@ -113,14 +114,14 @@ def offline(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, Choice]:
     }
 
 
-def _note(best: Mapping[str, Any], held: int | None) -> str | None:
+def _note(best: Mapping[str, Any], passing: int | None) -> str | None:
     if not wanted(best):
-        return f"nothing tried was as wanted; the least bad: {best['reason'] or 'too few waves'}"
-    return "a window, lengths or a padded head_dim make it spill or lose a wave" if held is None else None
+        return f"no configuration meets the criteria; the least bad: {best['reason'] or 'too few waves'}"
+    return "spills or loses a wave with a window, lengths or a padded head_dim" if passing is None else None
 
 
 def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[str, Any]]]:
-    """Compile records of all that is worth trying, in rounds: many rows at a time, each row knowing those before."""
+    """Compile records of all configurations worth trying, in rounds of many rows that depend on the previous rounds."""
     sweep = op.sweep
     grows, sizes = sweep.grows
     lanes = 64 if aot.is_cdna(arch) else 32
@@ -169,7 +170,7 @@ def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[st
 
 
 def _best_without(records: Iterable[dict[str, Any]], axes: Collection[str]) -> list[dict[str, Any]]:
-    """The configurations of the best ALIKE of the records, apart from these axes, each once."""
+    """The distinct configurations of the best ALIKE records, without these axes."""
     configs: dict[str, dict[str, Any]] = {}
     for one in ranked(records):
         config = {name: value for name, value in one["config"].items() if name not in axes}
@@ -195,22 +196,22 @@ def _compiled(
     )
 
 
-def _holding(
+def _first_passing(
     op: Op, arch: str, candidates: Mapping[Key, Sequence[dict[str, Any]]], compile_all: CompileAll
 ) -> dict[Key, int | None]:
-    """For each key the place of the first candidate that all variants leave as wanted; None: no near one."""
-    held: dict[Key, int | None] = {}
+    """For each key the index of the first candidate that passes in all variants; None: none that is near the best."""
+    passing: dict[Key, int | None] = {}
     for place in range(TRIED):
         rows = [
             (key, ordered[place]["config"])
             for key, ordered in candidates.items()
-            if key not in held and place < len(ordered) and _is_near(ordered[place], ordered[0])
+            if key not in passing and place < len(ordered) and _is_near(ordered[place], ordered[0])
         ]
         records = [_compiled(op, arch, rows, compile_all, variant) for variant in op.variants]
         for (key, _), *variants in zip(rows, *records, strict=True):
-            if all(_holds(candidates[key][place], one) for one in variants):
-                held[key] = place
-    return {key: held.get(key) for key in candidates}
+            if all(_passes(candidates[key][place], one) for one in variants):
+                passing[key] = place
+    return {key: passing.get(key) for key in candidates}
 
 
 def _is_near(one: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
@@ -220,8 +221,8 @@ def _is_near(one: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     return as_good and _merit(one) >= LOSS * _merit(best)
 
 
-def _holds(one: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
-    """Whether a variant of a candidate spills only if that does, and is wanted if that is."""
+def _passes(one: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
+    """Whether a variant spills only if its candidate does, and meets the criteria if its candidate does."""
     if variant["status"] not in ("ok", "spills") or (variant["vgpr_spills"] and not one["vgpr_spills"]):
         return False
     return wanted(variant) or not wanted(one)
@@ -234,7 +235,7 @@ def _merit(one: Mapping[str, Any]) -> float:
 
 
 def ranked(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The records of one kernel, dtype, head_dim and architecture that can be launched, best first."""
+    """The records, of one kernel, dtype, head_dim and architecture, that can be launched; best first."""
     left = [one for one in records if one["status"] in ("ok", "spills") and _fits_neighbours(one)]
     if not left:
         return
@@ -254,7 +255,7 @@ def ranked(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def wanted(one: Mapping[str, Any]) -> bool:
-    """Whether a record has what a table's entry should have; see the module's docstring."""
+    """Whether a record meets the criteria for a table's entry; see the module's docstring."""
     if one["status"] not in ("ok", "spills"):
         return False
     if not aot.is_amd(one["arch"]):
@@ -293,7 +294,7 @@ def _nvidia_preference(one: Mapping[str, Any]) -> tuple:
 
 
 def _least_bad(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """On AMD."""
+    """The order of AMD candidates that spill."""
     fewest = min((one["vgpr_spills"] for one in records), default=0)
     near = [one for one in records if one["vgpr_spills"] <= SPILLING * max(fewest, FEW)]
     yield from _best_of_equals(near)
@@ -309,14 +310,14 @@ def _area(config: Mapping[str, Any]) -> int:
 
 
 def _text(config: Mapping[str, Any]) -> str:
-    """Settles what is equal in everything else."""
+    """Tie-breaker."""
     return json.dumps(config, sort_keys=True)
 
 
 def _resident_warps(one: Mapping[str, Any]) -> int:
-    """Warps of whole workgroups that registers and shared memory let reside on one multiprocessor."""
+    """Resident warps, in whole workgroups, of one multiprocessor, as limited by registers and shared memory."""
     warps = one["config"]["num_warps"]
-    registers = -(-one["vgpr"] // 8) * 8 * 32 * warps  # given out in eights
+    registers = -(-one["vgpr"] // 8) * 8 * 32 * warps  # allocated in units of 8
     groups = min(_NVIDIA_REGISTERS // registers, one["lds_limit"] // max(1, one["lds_bytes"]))
     return groups * warps
 
@@ -329,7 +330,7 @@ def _fits_neighbours(one: Mapping[str, Any]) -> bool:
 def measured(
     op: Op, choices: Mapping[Key, Choice], measure: Callable[[Sequence[Case]], Mapping[Case, float]]
 ) -> dict[Key, tuple[dict[str, Any], float]]:
-    """For each key the record of the fastest candidate, and its milliseconds.
+    """For each key the record of the fastest candidate and its time in milliseconds.
 
     Raises:
       ValueError: none of a key's candidates ran.
@@ -355,7 +356,7 @@ def measured(
 
 
 def measure_here(cases: Sequence[Case], *, samples: int) -> dict[Case, float]:
-    """The median milliseconds of each case that this machine's device runs, measured in turns."""
+    """The median milliseconds of each case that this machine's device can run, measured interleaved."""
     runs: dict[str, Callable[[], object]] = {}
     for number, case in enumerate(cases):
         fn, shapes = case.op.call(case.dtype, case.head_dim, case.op.config_type(**dict(case.config or ())), "")
@@ -366,7 +367,7 @@ def measure_here(cases: Sequence[Case], *, samples: int) -> dict[Case, float]:
         run = jax.jit(fn)
         try:
             jax.block_until_ready(run(*arrays))
-        except jax.errors.JaxRuntimeError as error:  # the device's own compiler may find it too large
+        except jax.errors.JaxRuntimeError as error:  # the device's compiler may reject it as too large
             click.echo(f"note: {tile(dict(case.config or ()))} does not run: {str(error).splitlines()[0]}", err=True)
             continue
         runs[str(number)] = lambda run=run, arrays=arrays: run(*arrays)
@@ -375,7 +376,7 @@ def measure_here(cases: Sequence[Case], *, samples: int) -> dict[Case, float]:
 
 
 def table(op: Op, arch: str, source: str, entries: Mapping[Key, Mapping[str, Any]]) -> str:
-    """The text of a table: an entry a line, so that a change of one is a change of one line."""
+    """The text of a table, with one line per entry, so that changes of an entry change one line."""
     by_dtype = {dtype: {d: entries[t, d] for t, d in entries if t == dtype} for dtype in op.dtypes}
     dtypes = ",\n".join(
         f'    "{dtype}": {{\n'
@@ -390,7 +391,7 @@ def table(op: Op, arch: str, source: str, entries: Mapping[Key, Mapping[str, Any
 
 
 def entry(op: Op, one: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """An entry of a table: the configuration, and the figures that decided."""
+    """An entry of a table: the configuration, and the figures on which the choice is based."""
     figures = ["vgpr", "vgpr_spills", "lds_bytes"]
     if aot.is_amd(one["arch"]):
         figures += ["waves_per_simd", op.bound, "flop_per_cycle"]
@@ -406,28 +407,28 @@ def arch_to_measure(given: Sequence[str] | None) -> str:
     """The architecture of this machine's GPU.
 
     Raises:
-      UsageError: there is none, one was named all the same, or candidates for it cannot be compiled.
+      UsageError: there is none, --arch was given, or candidates cannot be compiled for it.
     """
     device = probe()
     if device.platform not in ("rocm", "cuda"):
         raise click.UsageError(
             f"there is no GPU to measure on (this machine's device: {device.platform}); "
-            "tune by compiled code instead: --offline --arch gfx942"
+            "tune from compiled code instead: --offline --arch gfx942"
         )
     if given:
-        raise click.UsageError(f"--arch goes with --offline; without it this machine's {device.arch} is measured")
+        raise click.UsageError(f"--arch needs --offline; without it this machine's {device.arch} is measured")
     if tuning.table_arch(device.arch) not in names.ARCHS:
-        raise click.UsageError(f"candidates are compiled for {', '.join(names.ARCHS)} alone, not for {device.arch}")
+        raise click.UsageError(f"candidates can only be compiled for {', '.join(names.ARCHS)}, not for {device.arch}")
     return device.arch
 
 
 def resources_folder() -> Path:
-    """Where jfa's own tables lie."""
+    """The folder of jfa's own tables."""
     return Path(str(resources.files("jfa") / "tuning_tables"))
 
 
 def tuned(op: Op, arch: str, *, processes: int, samples: int | None) -> tuple[str, list[dict[str, Any]]]:
-    """(text of the table, a `tune` record for each entry); samples: of each measurement, None: by compiled code."""
+    """(text of the table, a `tune` record for each entry). samples: per measurement; None: choose by compiled code."""
     made_for = tuning.table_arch(arch)
     choices = offline(op, made_for, lambda cases: compile_all(cases, processes=processes))
     with_triton = f"triton {versions()['triton']}"
@@ -451,13 +452,13 @@ def tuned(op: Op, arch: str, *, processes: int, samples: int | None) -> tuple[st
 
 
 def measured_source(arch: str) -> str:
-    """The sentence of a table that was measured."""
+    """The source field of a table that was measured."""
     circumstances = machine.circumstances()
     made_with = ", ".join(f"{name} {circumstances['versions'][name]}" for name in ("jax", "jaxlib"))
     return (
         f"Measured on {jax.devices()[0].device_kind} ({arch}) on {circumstances['date'][:10]} with {made_with}: the "
-        f"fastest median of the {MEASURED} configurations that triton {versions()['triton']} compiles best; figures "
-        "other than time_ms are of compiled code."
+        f"fastest median of the {MEASURED} configurations with the best code from triton {versions()['triton']}; "
+        "figures other than time_ms are from compiled code."
     )
 
 

@@ -1,1 +1,1 @@
-"""What becomes of measurements: records, files of them, tables, pictures and pages."""
+"""Results of measurements: records, files of records, tables, plots and HTML reports."""

@@ -1,7 +1,7 @@
-"""`jfa-bench compare`: what moved between two files of records, beyond the noise of both.
+"""`jfa-bench compare`: the changes between two files of records that exceed the noise.
 
-A time has moved when the medians differ by more than a threshold and the middles of the samples, from p20 to p80, do
-not overlap. A status that changed has moved too.
+A time has changed if the medians differ by more than a threshold and the ranges from p20 to p80 do not overlap. A
+different status is a change too.
 """
 
 import json
@@ -14,7 +14,7 @@ import click
 from . import record
 
 THRESHOLD = 0.03
-# Of the circumstances; what differs between two files is said above what moved.
+# Fields of the machine and software; their differences between the two files are printed before the changes.
 ABOUT = ("device.name", "device.arch", "device.host", "device.driver", "device.power", "runtime", "flags", "versions")
 
 COLUMNS = {
@@ -31,7 +31,7 @@ Record = Mapping[str, Any]
 
 
 def moved(before: Sequence[Record], after: Sequence[Record], *, threshold: float = THRESHOLD) -> Iterator[dict]:
-    """A record of each case whose time or status is another in `after`; cases that only one side has are left out."""
+    """A record for each case whose time or status changed; cases that are only in one file are skipped."""
     known = {_key(one): one for one in before}
     for one in after:
         old = known.get(_key(one))
@@ -51,13 +51,13 @@ def _key(one: Record) -> str:
 
 
 def common(before: Sequence[Record], after: Sequence[Record]) -> int:
-    """How many cases are in both."""
+    """The number of cases that are in both."""
     return len({_key(one) for one in before} & {_key(one) for one in after})
 
 
 def _verdict(old: Record, new: Record, threshold: float) -> str | None:
     if old["status"] != new["status"]:
-        return "mended" if new["status"] == "ok" else "broken" if old["status"] == "ok" else "other status"
+        return "fixed" if new["status"] == "ok" else "broken" if old["status"] == "ok" else "other status"
     ratio = _ratio(old, new)
     if ratio is None or 1 / (1 + threshold) <= ratio <= 1 + threshold:
         return None
@@ -67,7 +67,7 @@ def _verdict(old: Record, new: Record, threshold: float) -> str | None:
 
 
 def _ratio(old: Record, new: Record) -> float | None:
-    """Of the medians; None where one has no time."""
+    """The ratio of the medians; None if one has no time."""
     times = old.get("time_ms_p50"), new.get("time_ms_p50")
     return times[1] / times[0] if times[0] and times[1] else None
 
@@ -77,7 +77,7 @@ def _shown(one: Record) -> str:
 
 
 def other_circumstances(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
-    """A line for each fact of ABOUT that is not the same in both."""
+    """A line for each field of ABOUT that differs."""
     lines = []
     for path in ABOUT:
         old, new = (_facts(records, path) for records in (before, after))
@@ -92,13 +92,13 @@ def _facts(records: Sequence[Record], path: str) -> list[str]:
 
 
 def _differing(rows: Sequence[Record]) -> list[str]:
-    """The fields of the cases that tell rows apart."""
+    """The fields of the cases that are not the same in all rows."""
     names = dict.fromkeys(name for row in rows for name in row["case"])
     return [name for name in names if len({json.dumps(row["case"].get(name)) for row in rows}) > 1]
 
 
 def table(rows: Sequence[Record]) -> str:
-    """Markdown; a case is told by the fields that differ."""
+    """A Markdown table; cases are identified by the fields that differ between them."""
     names = _differing(rows)
     shown = [
         {
@@ -112,12 +112,12 @@ def table(rows: Sequence[Record]) -> str:
 
 
 def timed(path: Path) -> list[record.Record]:
-    """The records of a file that have a time or could have one: those of compile and prove have neither.
+    """The records of a file that are measurements, unlike those of compile and prove.
 
     Raises:
       ClickException: there are none.
     """
     found = [one for one in record.load(path) if "case" in one and "implementation" in one]
     if not found:
-        raise click.ClickException(f"{path} holds no records of measurements")
+        raise click.ClickException(f"{path} contains no records of measurements")
     return found

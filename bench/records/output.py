@@ -1,6 +1,6 @@
-"""What a measuring command does with its records: a bar while they come, a file, a picture, and text on stdout.
+"""The output of a measuring command: a progress bar, a file of records, a plot, and text on stdout.
 
-The bar moves between measurements only: a thread that redraws it would take its share of a small machine's cores.
+The bar is redrawn only between measurements: a thread that redraws it would use a core of a small machine.
 """
 
 import dataclasses
@@ -16,24 +16,24 @@ from . import plot, record, tables
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where records go: a format for stdout, a JSON file and a picture, or None."""
+    """Where records go: the format on stdout, a JSON file and a plot; None for no file or plot."""
 
     format: str
     save: Path | None
     plot: Path | None
 
     def present(self, records: Iterable[record.Record], benchmark: str, *, total: int) -> None:
-        """Prints and keeps records as they come.
+        """Prints and saves records as they are measured.
 
-        Ctrl-C keeps those that have come and ends with status 130.
+        Ctrl-C keeps the records so far and exits with status 130.
 
         Args:
-          benchmark: of tables.VIEWS.
-          total: how many will come.
+          benchmark: a key of tables.VIEWS.
+          total: the expected number of records.
         """
         view = tables.VIEWS[benchmark]
         kept = _opened(self.save) if self.save else None
-        came: list[record.Record] = []
+        received: list[record.Record] = []
         console = Console(stderr=True)
         parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         interrupted = False
@@ -44,7 +44,7 @@ class Output:
             bar.refresh()
             try:
                 for one in records:
-                    came.append(one)
+                    received.append(one)
                     if kept:
                         kept.add(one)
                     if self.format == "jsonl":
@@ -55,13 +55,13 @@ class Output:
         if kept:
             kept.close()
         if self.format == "md":
-            click.echo(view.table(came))
+            click.echo(view.table(received))
         elif self.format != "jsonl":
-            click.echo(record.render(came, self.format, view.csv))
-        if self.plot and came:
-            plot.save(came, self.plot)
+            click.echo(record.render(received, self.format, view.csv))
+        if self.plot and received:
+            plot.save(received, self.plot)
         if interrupted:
-            click.echo(f"interrupted: {len(came)} of {total} records were kept", err=True)
+            click.echo(f"interrupted: {len(received)} of {total} records were kept", err=True)
             click.get_current_context().exit(130)
 
 

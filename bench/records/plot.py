@@ -1,7 +1,7 @@
-"""Pictures of records, from nothing but the records. Every line has a marker and a dash, every bar a hatch, so that
-they are told apart in black and white too.
+"""Plots of records, made only from the records. Each line has its own marker and dashes, and each bar its own hatch, so
+that plots can be read in black and white.
 
-matplotlib is an extra and is imported when a picture is drawn.
+matplotlib is an optional dependency and is imported when a plot is drawn.
 """
 
 import importlib.util
@@ -18,42 +18,44 @@ from .. import names
 from . import record, tables
 
 FORMATS = (".png", ".svg", ".pdf")
-MOST_LABELS = 24  # of the bars of a panel; more would lie over each other
+MOST_LABELS = 24  # maximum number of bars with labels in a panel; more would overlap
 WIDTH, HEIGHT = 5.2, 3.6  # of a panel, in inches
 
-# Okabe and Ito's colours, which are told apart with any eyes. A name has the same looks in every picture.
+# Okabe and Ito's palette, which is safe for color blindness. A name has the same style in every plot.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#B8A800")
 MARKERS = "os^Dv<>PX"
 DASHES = ((), (5, 2), (1, 1.5), (5, 2, 1, 2), (8, 2), (3, 1), (2, 2), (6, 1, 1, 1), (1, 3))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "---", "**")
 LOOKS: dict[str, int] = {name: place for place, name in enumerate(names.PEERS)}
 LOOKS |= {"jfa": 2, "matrix products": 7, "copy": 7, "contiguous": 3, "engine": 2, "static": 0, "sequential": 6}
-# Of a legend where no place in the axes is free for sure.
+# Placement of a legend that would not fit into the axes in all cases.
 BELOW: Mapping[str, Any] = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}
-SAID = {"reference": "reference (plain formula)", "jax.nn": "jax.nn (xla)", "cudnn": "jax.nn (cudnn)"}
+DISPLAY_NAMES = {"reference": "reference (plain formula)", "jax.nn": "jax.nn (xla)", "cudnn": "jax.nn (cudnn)"}
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def check(path: Path) -> None:
-    """Says before anything is measured why a picture could not be drawn.
+    """Checks that a plot can be written, before anything is measured.
 
     Raises:
-      ClickException: no matplotlib, a format that it does not write, or a folder that cannot be written.
+      ClickException: matplotlib is missing, the format is not supported, or the folder is not writable.
     """
     if path.suffix not in FORMATS:
-        raise click.ClickException(f"a picture is a {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {str(path)!r}")
+        raise click.ClickException(
+            f"a plot must be a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file, got {str(path)!r}"
+        )
     if not os.access(path.resolve().parent, os.W_OK):
-        raise click.ClickException(f"there is no folder that can be written at {path.resolve().parent}")
+        raise click.ClickException(f"the folder {path.resolve().parent} does not exist or is not writable")
     if importlib.util.find_spec("matplotlib") is None:
-        raise click.ClickException("pictures need matplotlib: pip install 'jfa[plot]', or pip install matplotlib")
+        raise click.ClickException("plots need matplotlib: pip install 'jfa[plot]', or pip install matplotlib")
 
 
 def save(records: Records, path: Path, kind: str | None = None) -> None:
-    """Draws records into a file. kind: of KINDS; None: what suits the first record's benchmark.
+    """Plots records into a file. kind: a key of KINDS; None: the default kind of the first record's benchmark.
 
     Raises:
-      ValueError: there is nothing in the records that this kind draws.
+      ValueError: the records contain nothing that this kind plots.
     """
     figure(records, kind).savefig(path, dpi=150)
 
@@ -66,7 +68,7 @@ def figure(records: Records, kind: str | None = None) -> Any:
     drawn = _drawn(records, kind)
     if not drawn:
         benchmark, figure_drawn, _ = KINDS[kind]
-        raise ValueError(f"there is no {benchmark} record with {figure_drawn}, which {kind!r} draws")
+        raise ValueError(f"plot {kind!r} needs {benchmark} records with {figure_drawn}, but there are none")
     with rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.35, "hatch.linewidth": 0.6}):
         found = KINDS[kind][2](drawn)
         found.text(0.995, 0.005, _circumstances(drawn), ha="right", va="bottom", fontsize=7, color="#444444")
@@ -79,26 +81,26 @@ def _drawn(records: Records, kind: str) -> Records:
 
 
 def kinds(records: Records) -> list[str]:
-    """The kinds that have something to draw."""
+    """The kinds for which the records contain data."""
     return [kind for kind in KINDS if _drawn(records, kind)]
 
 
 def usual_kind(records: Records) -> str:
-    """The kind that suits the first record.
+    """The default kind for the first record's benchmark.
 
     Raises:
-      ValueError: no kind draws that benchmark.
+      ValueError: there is no plot for that benchmark.
     """
     benchmark = records[0]["benchmark"] if records else None
     for kind, (drawn, *_) in KINDS.items():
         if drawn == benchmark:
             return kind
     known = ", ".join(dict.fromkeys(drawn for drawn, *_ in KINDS.values()))
-    raise ValueError(f"no picture is known for records of {benchmark!r}; there are some for {known}")
+    raise ValueError(f"there is no plot for records of {benchmark!r}, only for {known}")
 
 
 def _attention(records: Records) -> Any:
-    """Speed-up and TFLOP/s over length; of a whole grid of shapes the second alone."""
+    """Speed-up and TFLOP/s over length; only TFLOP/s for more than three shapes."""
     groups = _grouped(records, ("heads", "kv_heads", "head_dim", "causal", "dtype", "direction"))
     return _speedup_and_tflops(groups) if len(groups) <= 3 else _wrapped(groups, _tflops)
 
@@ -111,8 +113,8 @@ def _speedup_and_tflops(groups: Sequence[Records]) -> Any:
     return fig
 
 
-def _alone(panel: Callable) -> Callable[[Records], Any]:
-    """A picture of one kind of panel, one for each shape."""
+def _one_kind(panel: Callable) -> Callable[[Records], Any]:
+    """A plot with one kind of panel, one panel for each shape."""
     return lambda records: _wrapped(
         _grouped(records, ("heads", "kv_heads", "head_dim", "causal", "dtype", "direction")), panel
     )
@@ -131,7 +133,7 @@ def _wrapped(groups: Sequence[Records], panel: Callable) -> Any:
 
 def _speedup(ax: Any, rows: Records) -> None:
     drawn = [row for row in rows if row.get("speedup")]
-    _lines(ax, drawn, "case.length", "speedup", "tokens", "times as fast as the reference")
+    _lines(ax, drawn, "case.length", "speedup", "tokens", "speed-up over the reference")
     ax.set_title(f"Speed-up, {_call(rows[0])}", fontsize=10)
 
 
@@ -142,7 +144,7 @@ def _tflops(ax: Any, rows: Records) -> None:
         ax.axhline(peak, color="#444444", linewidth=1, dashes=(6, 3))
         at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         ax.annotate("matrix product, measured", (0.99, peak), fontsize=8, **at)
-        # above the line there is room for the legend
+        # leave room for the legend above the line
         ax.set_ylim(top=1.4 * max(peak, *(row["tflops"] for row in rows)))
     ax.set_title(f"Throughput, {_call(rows[0])}", fontsize=10)
 
@@ -178,7 +180,7 @@ def _prefill(records: Records) -> Any:
         lengths = sorted({row["case"]["seq_len"] for row in rows})
         _bars(ax, rows, [f"{length:,}" for length in lengths], lambda row: f"{row['case']['seq_len']:,}", "time_ms_p50")
         ax.set_xlabel("tokens of the prompt")
-        ax.set_ylabel("ms, the median\n(x: as fast as the reference)")
+        ax.set_ylabel("ms, median\n(x: speed-up over the reference)")
         ax.set_title(f"Prefill, {_model(rows[0])}", fontsize=10)
     return fig
 
@@ -210,7 +212,7 @@ def _paged(records: Records) -> Any:
         ax.set_ylabel("GB/s of keys and values")
         case = rows[0]["case"]
         ax.set_title(
-            f"Decoding over pages\n{case['dtype']}, {tables.heads(case)}",
+            f"Paged decode\n{case['dtype']}, {tables.heads(case)}",
             fontsize=10,
         )
     return fig
@@ -228,17 +230,17 @@ def _throughput(records: Records) -> Any:
     for ax, rows in zip(axes.flat, groups, strict=True):
         case = rows[0]["case"]
         _bars(ax, rows, [""], lambda row: "", "tokens_per_s")
-        ax.set_ylabel("generated tokens per second\n(x: as fast as static batches)")
+        ax.set_ylabel("generated tokens per second\n(x: speed-up over static batches)")
         ax.set_title(f"{case['model']}, {case['num_prompts']} requests, {case['lengths']} lengths", fontsize=10)
     return fig
 
 
-# kind: the benchmark and the figure that it draws, and how. The first of a benchmark is what suits it.
+# kind: (benchmark, the field that it plots, the function that plots it). A benchmark's first kind is its default.
 KINDS: dict[str, tuple[str, str, Callable[[Records], Any]]] = {
     "attention": ("attention", "tflops", _attention),
-    "speedup": ("attention", "speedup", _alone(_speedup)),
-    "tflops": ("attention", "tflops", _alone(_tflops)),
-    "roofline": ("attention", "bytes", _alone(_roofline)),
+    "speedup": ("attention", "speedup", _one_kind(_speedup)),
+    "tflops": ("attention", "tflops", _one_kind(_tflops)),
+    "roofline": ("attention", "bytes", _one_kind(_roofline)),
     "prefill": ("prefill", "time_ms_p50", _prefill),
     "decode": ("decode", "tokens_per_s", _decode),
     "paged": ("paged", "gb_per_s", _paged),
@@ -247,7 +249,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Records], Any]]] = {
 
 
 def _panels(rows: int, columns: int, *, width: float = 1.0) -> tuple[Any, Any]:
-    """A Figure and its axes; width: of a panel, in those of the others."""
+    """A Figure and its axes; width: factor of a panel's usual width."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(WIDTH * width * columns, HEIGHT * rows + 0.2), layout="constrained")
@@ -261,7 +263,7 @@ def _lines(ax: Any, rows: Records, x: str, y: str, x_label: str, y_label: str, *
         points = sorted((record.field(row, x), row[y]) for row in rows if row["implementation"] == name)
         ax.plot(
             *zip(*points, strict=True),
-            label=SAID.get(name, name),
+            label=DISPLAY_NAMES.get(name, name),
             color=COLOURS[looks],
             marker=MARKERS[looks],
             dashes=DASHES[looks] or (None, None),
@@ -296,7 +298,7 @@ def _bars(ax: Any, rows: Records, groups: Sequence[str], group_of: Callable, y: 
             places,
             [row[y] for row in own],
             width * 0.92,
-            label=SAID.get(name, name),
+            label=DISPLAY_NAMES.get(name, name),
             color=COLOURS[looks] if looks else "#FFFFFF",
             hatch=HATCHES[looks],
             edgecolor="#000000",
@@ -314,21 +316,21 @@ def _bars(ax: Any, rows: Records, groups: Sequence[str], group_of: Callable, y: 
 
 
 def _label(row: Mapping[str, Any], value: float) -> str:
-    """A bar's figure, and how many times as fast as the reference it is."""
+    """A bar's value and its speed-up over the reference."""
     text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     speedup = row.get("speedup") if row["implementation"] not in ("reference", "static") else None
     return f"{text}\n{speedup:.2f} x" if speedup else text
 
 
 def _looks(names: Sequence[str]) -> dict[str, int]:
-    """The place of each name among the colours; those that are not known take the places that are left."""
+    """The index of each name's style; unknown names get the unused ones."""
     looks = {name: LOOKS[name] for name in names if name in LOOKS}
     left = itertools.cycle([place for place in range(len(COLOURS)) if place not in looks.values()])
     return {name: looks[name] if name in looks else next(left) for name in names}
 
 
 def _grouped(records: Records, fields: Sequence[str]) -> list[list[Mapping[str, Any]]]:
-    """Records that agree in these fields of their case, in the order of the first of each group."""
+    """Groups of records whose cases have the same values of these fields, in the order of each group's first record."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for one in records:
         groups.setdefault(tuple(one["case"].get(name) for name in fields), []).append(one)

@@ -1,4 +1,4 @@
-"""Records: how a list of them is printed, kept in a file and read again. Nothing here imports JAX."""
+"""Records: formats a list of them, writes them to a file and reads them. Nothing here imports JAX."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ SHORT_DIRECTIONS = {"forward": "fwd", "backward": "bwd"}
 
 
 def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[str, str]) -> str:
-    """The records as text; columns: field (dots reach inside) to heading, used by md and csv."""
+    """The records as text. columns, for md and csv: field (with dots for nested fields) to heading."""
     if output == "json":
         return json.dumps(records)
     if output == "jsonl":
@@ -33,7 +33,7 @@ def render(records: Sequence[Mapping[str, Any]], output: str, columns: Mapping[s
 
 
 def _shown(record: Mapping[str, Any]) -> Record:
-    """What a table says of a measurement in fewer words than its fields have."""
+    """Shorter names and values for the columns of a table."""
     status, name = record.get("status"), record.get("implementation")
     found: Record = {"ms": record.get("time_ms_p50", "n/a" if status in ("unsupported", "missing") else status)}
     found["what"] = "products" if name == names.MATRIX_PRODUCTS else name
@@ -49,7 +49,7 @@ def _shown(record: Mapping[str, Any]) -> Record:
 
 
 def number(value: float) -> str:
-    """A figure in at most six characters: three digits of it, or all of its whole digits below 100,000."""
+    """A number in at most six characters: three significant digits, but all digits of an integer part below 100,000."""
     size = abs(value)
     if size >= 99_999.5:
         return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
@@ -59,12 +59,12 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in at most four characters."""
+    """A fraction as a percentage in at most four characters."""
     return f"{share:.0%}" if share < 9.995 else ">10x"
 
 
 def field(record: Mapping[str, Any], path: str) -> Any:
-    """What a record says under a name with dots; None where it says nothing."""
+    """The value of a field, with dots for nested fields; None if the record does not have it."""
     value: Any = record
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -79,7 +79,7 @@ def _cell(record: Mapping[str, Any], path: str) -> str:
 
 
 def refusals(records: Sequence[Mapping[str, Any]]) -> str:
-    """A line for every reason why an implementation has no figures, and how many records it stands for."""
+    """A line for each reason why an implementation has no results, with the number of records that it applies to."""
     counts: dict[str, int] = {}
     for record in records:
         if record["status"] != "ok":
@@ -89,7 +89,7 @@ def refusals(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 class File:
-    """A JSON file of records that is whole after each of them: an end at any time loses none."""
+    """A JSON file of records that is valid after each of them, so that an interruption loses none."""
 
     def __init__(self, path: Path):
         self._file = path.open("wb")
@@ -98,7 +98,7 @@ class File:
         self._file.flush()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Appends one."""
+        """Appends a record."""
         self._file.seek(self._end)
         self._file.write((b",\n" if self._end else b"[\n") + json.dumps(record).encode())
         self._end = self._file.tell()
@@ -106,15 +106,15 @@ class File:
         self._file.flush()
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Closes the file."""
         self._file.close()
 
 
 def load(path: Path) -> list[Record]:
-    """The records of a JSON file, or of one with a record a line.
+    """The records of a JSON or JSON lines file.
 
     Raises:
-      ValueError: it holds no records.
+      ValueError: it contains no records.
     """
     text = path.read_text()
     try:
@@ -122,5 +122,5 @@ def load(path: Path) -> list[Record]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: line {error.lineno}, {error.msg}") from None
     if not all(isinstance(one, dict) and "benchmark" in one for one in found):
-        raise ValueError(f"{path} holds no records: they are objects with a field benchmark")
+        raise ValueError(f"{path} contains no records: a record is an object with a field 'benchmark'")
     return found

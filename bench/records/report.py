@@ -1,6 +1,6 @@
-"""`jfa-bench report`: what records say, in tables, in pictures and on one page.
+"""`jfa-bench report`: records as tables, plots and an HTML page.
 
-Without a folder it is the support table, from what `compile` and `prove` have recorded and from nothing else.
+Without a folder it prints the support table, generated only from the records of `compile` and `prove`.
 """
 
 import base64
@@ -25,19 +25,19 @@ DTYPES = {
     "float32": ("float32",),
 }
 
-# Fields of a case that a table is told by; records of earlier versions lack some.
+# Fields of a case that its table needs; records of earlier versions lack some.
 NEEDS = {"prefill": ("model", "layers", "seq_len"), "decode": ("model", "layers", "context")}
 
-PARTS = ("speedup", "tflops")  # kinds of pictures that another one shows too
+PARTS = ("speedup", "tflops")  # kinds of plots that are part of another one
 
 Record = Mapping[str, Any]
 
 
 def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
-    """A Markdown table: for each kernel and architecture the highest rung that all its records reached.
+    """A Markdown table: for each kernel and architecture the highest level that all its records reached.
 
-    executed: every proof in these dtypes held; compiled: machine code that a card would start; a number of spilled
-    registers is that of the worst configuration.
+    executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
+    of spilled registers is that of the worst configuration.
     """
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     kernels = dict.fromkeys(row["kernel"] for row in compiled)
@@ -75,9 +75,9 @@ def load(name: str) -> list[Record]:
 
 
 def gather(folder: Path) -> dict[str, list[record.Record]]:
-    """The records of a folder's .json and .jsonl files by benchmark, those that have a table.
+    """The records of a folder's .json and .jsonl files by benchmark, for benchmarks that have a table.
 
-    Those of earlier versions, whose cases lack a field, are left out with a line on stderr.
+    Records of earlier versions, whose cases lack a field, are skipped with a message on stderr.
 
     Raises:
       ValueError: there are none.
@@ -87,26 +87,24 @@ def gather(folder: Path) -> dict[str, list[record.Record]]:
         records = record.load(file)
         usable = [one for one in records if all(name in one["case"] for name in NEEDS.get(one["benchmark"], ()))]
         if len(usable) < len(records):
-            click.echo(
-                f"{file}: {len(records) - len(usable)} records are of an earlier version, and left out", err=True
-            )
+            click.echo(f"{file}: skipped {len(records) - len(usable)} records of an earlier version", err=True)
         for one in usable:
             found.get(one["benchmark"], []).append(one)
     found = {name: records for name, records in found.items() if records}
     if not found:
-        raise ValueError(f"there are no records of {', '.join(VIEWS)} in {folder}; jfa-bench all makes some")
+        raise ValueError(f"there are no records of {', '.join(VIEWS)} in {folder}; create some with jfa-bench all")
     return found
 
 
 def markdown(found: Mapping[str, Sequence[record.Record]]) -> str:
-    """A section for each benchmark, as README takes it."""
+    """A section for each benchmark, in the form used in the README."""
     return "\n\n".join(
         f"### {name}\n\n{about(records)}\n\n{VIEWS[name].table(records)}" for name, records in found.items()
     )
 
 
 def about(records: Sequence[Record]) -> str:
-    """The circumstances in a sentence."""
+    """Device, versions, flags, commit and date in a sentence."""
     first = records[0]
     device = first["device"]
     name = device.get("name", device["arch"])
@@ -123,7 +121,7 @@ def about(records: Sequence[Record]) -> str:
 
 
 def page(found: Mapping[str, Sequence[record.Record]]) -> str:
-    """One HTML document with everything in it: pictures, tables and the records' circumstances."""
+    """A self-contained HTML document: plots, tables, and the device and versions of the records."""
     sections = []
     for name, records in found.items():
         figures = "".join(_picture(records, kind) for kind in plot.kinds(records) if kind not in PARTS)
@@ -143,7 +141,7 @@ def _picture(records: Sequence[Record], kind: str) -> str:
 
 
 def _tables(text: str) -> str:
-    """Markdown tables, and the lines between them, as HTML."""
+    """Markdown tables and the lines between them as HTML."""
     parts = []
     for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
         if is_table:
@@ -178,7 +176,7 @@ _PAGE = """<!doctype html>
 
 
 def write(folder: Path) -> None:
-    """Prints the tables of a folder's records and writes its page."""
+    """Prints the tables of a folder's records and writes its HTML page."""
     place = folder / "report.html"
     plot.check(place.with_suffix(".svg"))
     found = gather(folder)

@@ -1,4 +1,4 @@
-"""How the records of each benchmark look: as a table that fits 80 columns whatever the figures are, and as csv."""
+"""The columns of each benchmark's records, as a table that fits into 80 columns for any values, and as csv."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +9,10 @@ from .record import Record
 
 
 class View(NamedTuple):
-    """The columns of a benchmark: field (dots reach inside) to heading.
+    """The columns of a benchmark: field (with dots for nested fields) to heading.
 
-    more: fields of csv alone. above: what stands above the table of some records; those with the same text, side by
-    side, make a table of their own.
+    more: additional columns of csv. above: the text above the table that contains a record; consecutive records with
+    the same text share a table.
     """
 
     columns: Mapping[str, str]
@@ -21,39 +21,39 @@ class View(NamedTuple):
 
     @property
     def csv(self) -> dict[str, str]:
-        """All fields."""
+        """All columns."""
         return {**self.more, **self.columns}
 
     def table(self, records: Sequence[Record]) -> str:
-        """Markdown tables, and under them why some rows have no figures."""
+        """Markdown tables, followed by the reasons why some rows have no results."""
         parts = []
         for above, rows in itertools.groupby(records, self.above):
             parts += [above, record.render(list(rows), "md", self.columns)]
         return "\n\n".join(part for part in (*parts, record.refusals(records)) if part)
 
 
-# Of dtypes, where a table has little room.
+# Short names of dtypes for tables.
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float8_e4m3fn": "fp8", "uint8": "int4"}
 
 
 def short_dtype(name: str) -> str:
-    """A dtype, or "bfloat16 on int8", in a few characters."""
+    """The short name of a dtype or of a pair such as "bfloat16 on int8"."""
     return " ".join(_SHORT.get(word, word) for word in name.split(" "))
 
 
 def call(case: Mapping[str, Any]) -> str:
-    """The heads, dtype and mask of a call of attention."""
+    """The dtype, heads and mask of an attention call."""
     return f"{case['dtype']}, {heads(case)}, {'causal' if case['causal'] else 'all keys'}"
 
 
 def heads(case: Mapping[str, Any]) -> str:
-    """How many heads of how many numbers a case has."""
+    """The numbers of heads and the head_dim of a case."""
     over = f" over {case['kv_heads']}" if case["kv_heads"] != case["heads"] else ""
     return f"{case['heads']} heads{over} of {case['head_dim']}"
 
 
 def layers(case: Mapping[str, Any]) -> str:
-    """How much of a model a case has."""
+    """The number of layers of a case, out of its model's."""
     return "all layers" if case["layers"] == case["of_layers"] else f"{case['layers']} of {case['of_layers']} layers"
 
 

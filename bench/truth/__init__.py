@@ -1,1 +1,1 @@
-"""What a kernel is held against: a float64 oracle, the numerics contract, and named cases."""
+"""What kernels are checked against: a float64 oracle, the numerics contract, and named cases."""

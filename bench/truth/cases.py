@@ -1,4 +1,4 @@
-"""Named cases of attention that every leg (oracle, reference, kernels) runs: small, odd, and each for a reason."""
+"""Named attention cases for the oracle, the reference and the kernels: small, odd, and each for a reason."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from .numerics import rounding_to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Shapes, and the options of jfa.dot_product_attention by name; arrays of numbers are seeded."""
+    """Shapes, and the options of jfa.dot_product_attention by name; arrays are generated from a seed."""
 
     shape: tuple[int, int, int, int, int, int]  # batch, tq, tk, hq, hkv, head_dim
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -108,7 +108,7 @@ _ORACLE_NAMES = {
 }
 
 
-# Of jfa.dot_product_attention, what has a gradient: its name here and in the oracle.
+# The differentiable arguments of jfa.dot_product_attention: their names there and in the oracle.
 GRADIENTS = {
     "query": "q",
     "key": "k",
@@ -121,21 +121,21 @@ GRADIENTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """The inputs of a case, the oracle's answer, and that of the plain formula in the dtype's rounding."""
+    """The inputs of a case, the oracle's result, and that of the plain formula with the dtype's rounding."""
 
     arrays: tuple  # q, k, v
-    options: dict[str, Any]  # of jfa.dot_product_attention, arrays included
+    options: dict[str, Any]  # of jfa.dot_product_attention, including arrays
     out: np.ndarray
     lse: np.ndarray
     plain_out: np.ndarray
     plain_lse: np.ndarray
-    d_out: np.ndarray  # a cotangent, in the dtype
+    d_out: np.ndarray  # cotangent of out, in the dtype
     d_lse: np.ndarray
-    named: dict[str, Any]  # the options, as the oracle calls them
+    named: dict[str, Any]  # the options with the oracle's names
 
     @functools.cached_property
     def gradients(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By GRADIENTS' names, what the oracle and the plain formula say."""
+        """The gradients by name in GRADIENTS: (of the oracle, of the plain formula)."""
         rounding = rounding_to(self.arrays[0].dtype)
         q, k, v = self.arrays
         exact = oracle.gradients(q, k, v, self.d_out, self.d_lse, **self.named)
@@ -145,12 +145,12 @@ class Truth:
 
 @functools.cache
 def truth(name: str, dtype: str) -> Truth:
-    """Seeded inputs of a case of CASES in a dtype, and what should come out."""
+    """Seeded inputs of a case of CASES in a dtype, and the expected results."""
     return truth_of(CASES[name], dtype, seed=list(CASES).index(name))
 
 
 def truth_of(case: Case, dtype: str, *, seed: int) -> Truth:
-    """Seeded inputs of a case in a dtype, and what should come out."""
+    """Seeded inputs of a case in a dtype, and the expected results."""
     b, tq, tk, hq, hkv, d = case.shape
     dv = case.value_head_dim or d
     random = np.random.default_rng(seed)
@@ -166,14 +166,14 @@ def truth_of(case: Case, dtype: str, *, seed: int) -> Truth:
     if case.alibi:
         options["alibi_slopes"] = jnp.asarray(2.0 ** -np.arange(1, hq + 1), jnp.float32)
     if case.segments:
-        # the queries' documents end elsewhere than the keys', and the last of the keys' meets no query
+        # query and key documents end at different positions, and no query sees the last key document
         options["query_segment_ids"] = _packed(random, b, tq, case.segments)
         options["key_value_segment_ids"] = _packed(random, b, tk, case.segments + 1)
     named: dict[str, Any] = {_ORACLE_NAMES.get(key, key): x for key, x in options.items()}
     if case.dropout_rate:
         key = jax.random.key(seed)
         options |= {"dropout_rate": case.dropout_rate, "dropout_key": key}
-        # what ops.dot_product_attention draws from a key
+        # the same words that ops.dot_product_attention generates from a key
         seed_words = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
         named |= {"dropout_rate": case.dropout_rate, "dropout_seed": seed_words}
     named.setdefault("scale", d**-0.5)
@@ -187,5 +187,5 @@ def truth_of(case: Case, dtype: str, *, seed: int) -> Truth:
 
 
 def _packed(random: np.random.Generator, batch: int, length: int, documents: int) -> np.ndarray:
-    """i32[batch, length]: documents of odd lengths, one after another."""
+    """i32[batch, length]: the segment ids of packed documents of random lengths."""
     return np.sort(random.integers(0, documents, (batch, length)), axis=1).astype(np.int32)

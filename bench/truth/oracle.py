@@ -1,26 +1,26 @@
-"""Attention and its gradients in NumPy float64, head by head: the truth, which shares no code with jfa."""
+"""Attention and its gradients in NumPy float64, head by head: the ground truth, which shares no code with jfa."""
 
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (NumPy learns bfloat16 from it)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
 
 class Head(NamedTuple):
-    """One head of one batch row: matrices [tq, tk], and rows [tq]."""
+    """One head of one batch row: matrices [tq, tk] and vectors [tq]."""
 
     scores: np.ndarray  # -inf where masked
-    slope: np.ndarray | float  # of the soft cap
+    slope: np.ndarray | float  # derivative of the soft cap
     distance: np.ndarray  # |position - key|
-    kept: np.ndarray | float  # what dropout multiplies a weight by
-    lse: np.ndarray  # of the keys alone
-    total: np.ndarray  # of the keys and the sink
+    kept: np.ndarray | float  # dropout's factor of a weight
+    lse: np.ndarray  # log-sum-exp of the keys only
+    total: np.ndarray  # log-sum-exp of the keys and the sink
 
 
 def attention(q, k, v, *, rounding=lambda x: x, **options):
     """(out [b, tq, hq, dv], lse [b, tq, hq]).
 
-    rounding is applied to every product; the identity leaves float64. Options: those of _head.
+    rounding is applied to every product; the identity keeps float64. Options: those of _head.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     b, tq, hq, _ = q.shape
@@ -33,9 +33,9 @@ def attention(q, k, v, *, rounding=lambda x: x, **options):
 
 
 def gradients(q, k, v, d_out, d_lse, *, rounding=lambda x: x, **options) -> dict[str, np.ndarray]:
-    """The cotangents of q, k, v, and of bias, sinks and alibi_slopes where they are given.
+    """The cotangents of q, k, v, and of bias, sinks and alibi_slopes if they are given.
 
-    bias: summed to its own shape. A residual of -inf passes nothing on.
+    That of bias is summed to the bias's shape. Rows with a residual of -inf have no gradient.
     """
     q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_out, d_lse))
     b, tq, hq, _ = q.shape
@@ -144,12 +144,12 @@ def _head(
 
 
 def _weights(head: Head) -> np.ndarray:
-    """The softmax, 0 in rows that see nothing."""
+    """The softmax; 0 in rows that see no key."""
     return np.exp(head.scores - np.where(np.isfinite(head.lse), head.total, 0.0)[:, None])
 
 
 def _kept(seed, batch: int, head: int, row, key, rate: float) -> np.ndarray:
-    """Which weights stay, in Python's and NumPy's wide integers: the hash that jfa's documentation describes."""
+    """Which weights dropout keeps: the hash described in jfa's documentation, in Python and NumPy 64-bit integers."""
     wrap = (1 << 32) - 1
 
     def mix(x):

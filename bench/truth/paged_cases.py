@@ -1,7 +1,7 @@
-"""Named cases of attention over pages, and their truth: small, odd, and each for a reason.
+"""Named cases of paged attention and their expected results: small, odd, and each for a reason.
 
-Pages lie in the pool in any order; every place that holds no token of a row, NULL_PAGE first of all, holds NaN (where
-numbers are quantized: their scales do).
+Pages are in random order in the pool; every slot without a token of a row, including all of NULL_PAGE, contains NaN (if
+pages are quantized: in its scales).
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from .numerics import rounding_to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedCase:
-    """Shapes, and the options of jfa's ops over pages by name."""
+    """Shapes, and the options of jfa's paged ops by name."""
 
     kv_len: tuple[int, ...]
-    heads: tuple[int, int]  # of queries, of keys
+    heads: tuple[int, int]  # query heads, key heads
     head_dim: int
     page_size: int
-    queries: tuple[int, ...] | None = None  # new tokens of each row, for the ragged op; None: one each, for the other
-    padding: int = 0  # queries behind the last row's
+    queries: tuple[int, ...] | None = None  # new tokens of each row, for the ragged op; None: the decode op, one each
+    padding: int = 0  # number of queries after the last row's
     value_head_dim: int | None = None
-    pages: str | None = None  # of quant.KINDS, or a float dtype; None: as the queries
+    pages: str | None = None  # a kind of quant.KINDS, or a float dtype; None: the dtype of the queries
     sinks: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -93,9 +93,9 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True)
 class PagedTruth:
-    """The inputs of a case, the oracle's answer, and that of the plain formula in the dtype's rounding."""
+    """The inputs of a case, the oracle's result, and that of the plain formula with the dtype's rounding."""
 
-    arrays: tuple  # query, key_pages, value_pages, page_table, kv_len, and query_start of the ragged op
+    arrays: tuple  # query, key_pages, value_pages, page_table, kv_len, and query_start for the ragged op
     options: dict[str, Any]
     out: np.ndarray
     lse: np.ndarray
@@ -110,12 +110,12 @@ class PagedTruth:
 
 @functools.cache
 def truth(name: str, dtype: str) -> PagedTruth:
-    """Seeded inputs of a case of CASES for queries in a dtype, and what should come out."""
+    """Seeded inputs of a case of CASES for queries in a dtype, and the expected results."""
     return truth_of(CASES[name], dtype, seed=list(CASES).index(name))
 
 
 def truth_of(case: PagedCase, dtype: str, *, seed: int) -> PagedTruth:
-    """Seeded inputs of a case for queries in a dtype, and what should come out."""
+    """Seeded inputs of a case for queries in a dtype, and the expected results."""
     random = np.random.default_rng(seed)
     hq = case.heads[0]
     d, dv = case.head_dim, case.value_head_dim or case.head_dim
@@ -150,7 +150,7 @@ def truth_of(case: PagedCase, dtype: str, *, seed: int) -> PagedTruth:
 
 
 def _page_table(random: np.random.Generator, case: PagedCase) -> tuple[np.ndarray, int]:
-    """Every row has the pages that it needs, in any order, one spare place, and NULL_PAGE in the others."""
+    """A page table in which every row has the pages it needs in random order, then NULL_PAGE in at least one entry."""
     needed = [-(-length // case.page_size) for length in case.kv_len]
     num_pages = sum(needed) + 2
     free = list(random.permutation(np.arange(1, num_pages)))
@@ -164,7 +164,7 @@ def _page_table(random: np.random.Generator, case: PagedCase) -> tuple[np.ndarra
 class _Pool:
     pages: Any
     scales: Any
-    rows: list[np.ndarray]  # what a row's tokens really are, float64[kv_len, hkv, d]
+    rows: list[np.ndarray]  # the exact values of each row's tokens, float64[kv_len, hkv, d]
 
 
 def _pool(random: np.random.Generator, case: PagedCase, table: np.ndarray, num_pages: int, d: int, pages: str) -> _Pool:

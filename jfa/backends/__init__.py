@@ -1,7 +1,7 @@
-"""Which backend serves a call: a table per platform, and a sentence for every refusal.
+"""Selects the backend of a call: an ordered list per platform, and a reason for each backend that cannot be used.
 
-A backend is a module here with the functions of interface.py. It is imported when a call asks what it can do: a CPU
-never waits for Pallas.
+A backend is a module in this package that offers the functions of interface.py. It is imported when it is first
+considered, so that a CPU never has to import Pallas.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jfa.types import AttentionSpec, DeviceInfo, Operands, PagedOperands, Unsupp
 
 NAMES = ("reference", "xla", "triton")
 
-# platform: best first. The reference is never chosen, only named.
+# platform: backends, best first. The reference is used only if requested by name.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "rocm": ("triton", "xla"),
     "cuda": ("triton", "xla"),
@@ -29,17 +29,17 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 
 
-# Public names of backends that are planned; named, they are refused with this sentence.
+# Public names of planned backends and the reason with which they are refused.
 NOT_BUILT = {"tpu": "a Pallas kernel for TPU is not built yet", "mosaic_gpu": "a Mosaic GPU kernel is not built yet"}
 
 
 def flash(name: str) -> FlashBackend:
-    """A backend of NAMES for attention."""
+    """The attention backend with this name, one of NAMES."""
     return importlib.import_module(f"jfa.backends.{name}").FLASH
 
 
 def paged(name: str) -> PagedBackend:
-    """A backend of NAMES for attention over pages."""
+    """The paged attention backend with this name, one of NAMES."""
     return importlib.import_module(f"jfa.backends.{name}").PAGED
 
 
@@ -54,15 +54,15 @@ def select(
     *,
     table: Table = flash,
 ) -> str:
-    """The name of the backend that serves this call on this device.
+    """The name of the backend to use for this call on this device.
 
     Args:
-      implementation: a backend by name, or None for the first in the platform's table that can.
+      implementation: a backend by name, or None for the platform's first backend that supports the call.
       operands: Operands, or PagedOperands with table=paged.
 
     Raises:
       ValueError: no such backend.
-      UnsupportedError: the named backend cannot serve the call, or none can; each with its reason.
+      UnsupportedError: the named backend does not support the call, or none does; with the reason of each.
     """
     if implementation is None:
         reasons = []
@@ -82,7 +82,7 @@ def select(
 
 
 def check_config(backend: str, wanted: type | None, given) -> None:
-    """Raises ValueError unless a configuration is of the type that the backend takes."""
+    """Raises ValueError unless a configuration has the type that the backend takes."""
     if wanted is None or not isinstance(given, wanted):
         takes = "no config" if wanted is None else f"a {wanted.__name__}"
         raise ValueError(f"the {backend} backend takes {takes}, got a {type(given).__name__}")
@@ -90,7 +90,7 @@ def check_config(backend: str, wanted: type | None, given) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Who serves an op on a device, and why the others do not."""
+    """Which backend an op uses on a device, and why not the others."""
 
     op: str
     backend: str
@@ -99,10 +99,10 @@ class Explanation:
 
 
 def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
-    """For each op the backend that a plain call gets on this device, and what speaks against the others.
+    """For each op, the backend that a plain call uses on this device, and the reasons against the others.
 
     Args:
-      device: None means the one in use.
+      device: None: the current device.
     """
     device = device or probe()
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
@@ -137,13 +137,13 @@ def _explained(op: str, table: Table, operands: Any, device: DeviceInfo, has_tab
             continue
         reason = table(name).why_not(operands, spec, device)
         if reason is None and name == "reference":
-            reason = "holds every score in memory; runs when named"
+            reason = "stores all scores in memory; used only if requested"
         elif reason is None and name == "triton" and device.platform == "cpu":
-            reason = "interpreted on a CPU, slowly; runs when named"
-        refused.append((name, reason or f"comes after {chosen} on {device.platform}; runs when named"))
+            reason = "interpreted on a CPU, which is slow; used only if requested"
+        refused.append((name, reason or f"comes after {chosen} on {device.platform}; used only if requested"))
     tiles = "defaults"
     if chosen == "triton":
         tiles = f"tuning table of {tuning.table_arch(device.arch)}"
         if not has_table:
-            tiles = f"safe defaults, since no tuning table is for {device.arch}; jfa-bench tune makes one"
+            tiles = f"safe defaults: there is no tuning table for {device.arch}; create one with jfa-bench tune"
     return Explanation(op=op, backend=chosen, tiles=tiles, refused=(*refused, *NOT_BUILT.items()))

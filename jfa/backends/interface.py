@@ -1,4 +1,4 @@
-"""What a backend offers: the functions that the ops call, one set for each kind of op."""
+"""The interface of a backend: the functions that the ops call, one set for each kind of op."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Opera
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlashBackend:
-    """One way to compute attention.
+    """An implementation of attention.
 
     Attributes:
-      why_not: a sentence about a call that it does not serve; None: it serves.
-      default_config: the tiles of a plain call; None: it has none.
-      config_type: of the tiles that a caller may give; None: it takes none.
+      why_not: the reason why it does not support a call; None: it does.
+      default_config: the configuration if the caller gives none; None: the backend has no configuration.
+      config_type: type of the configurations that it takes; None: it takes none.
       run: (operands, spec, config, device) -> (out, lse).
-      backward_config: (operands, config of the forward pass, device) -> the tiles of the gradients.
+      backward_config: (operands, config of the forward pass, device) -> configuration of the backward pass.
       run_backward: (operands, out, lse, d_out, d_lse, spec, config, device) -> cotangents, as Operands.
     """
 
@@ -30,7 +30,7 @@ class FlashBackend:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedBackend:
-    """One way to compute attention over pages. The fields are those of FlashBackend; there are no gradients."""
+    """An implementation of paged attention. The fields are those of FlashBackend; there are no gradients."""
 
     why_not: Callable[[PagedOperands, AttentionSpec, DeviceInfo], str | None]
     default_config: Callable[[PagedOperands, DeviceInfo], BlockConfig | PagedConfig | None]

@@ -1,4 +1,4 @@
-"""The plain formula, for those who ask for it by name. JAX differentiates it."""
+"""The plain formula, used only if requested by name. JAX differentiates it."""
 
 from jfa.backends.interface import FlashBackend, PagedBackend
 from jfa.reference.attention import attention
@@ -22,7 +22,7 @@ def _run_paged(operands, spec, config, device):
 
 
 def _differentiates_itself(*args):
-    raise AssertionError("the reference is differentiated by JAX")
+    raise AssertionError("JAX differentiates the reference; it has no backward pass of its own")
 
 
 FLASH = FlashBackend(

@@ -1,6 +1,6 @@
-"""Pallas kernels through Triton, with the tiles of the architecture's tuning table where it has them, else safe ones.
+"""Pallas-Triton kernels, with tile sizes from the architecture's tuning table if it has them, otherwise safe defaults.
 
-On a CPU they are interpreted.
+On a CPU the kernels are interpreted.
 """
 
 from jfa import tuning

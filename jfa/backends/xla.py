@@ -1,4 +1,4 @@
-"""Blockwise attention in plain XLA, on any platform."""
+"""Blockwise attention in plain XLA, for any platform."""
 
 from jfa.backends.interface import FlashBackend, PagedBackend
 from jfa.kernels.xla import flash, paged

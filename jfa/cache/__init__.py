@@ -1,1 +1,1 @@
-"""KV caches as pytrees. They hold memory and never compute attention."""
+"""KV caches as pytrees. They only store keys and values; they compute no attention."""

@@ -1,4 +1,4 @@
-"""A KV cache that reserves every slot of every row in advance: simple, and the fastest to write to."""
+"""A contiguous KV cache, which reserves all slots of every row in advance: simple, and the fastest to write to."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """The keys and values of all layers of one model. One per model; every method returns a new one.
+    """The keys and values of all layers of one model. Every method returns a new cache.
 
-    Slots at or past kv_len hold garbage and are never read. Donate it to the step that returns its successor: the
-    writes then happen in place.
+    Slots at or past kv_len hold garbage and are never read. Donate the cache to the step that returns the new one, so
+    that writes happen in place.
 
-    Layers that see a window alone are rings: they keep the window and a slack, and position j lies in slot j modulo
-    their slots. Rollback reaches as far as the slack; a ring that was never full forgets nothing.
+    Layers with a window are ring buffers: they keep the window plus some slack, and position j is in slot
+    j % num_slots. truncate can go back by at most the slack; a ring that was never full has no such limit.
 
     Attributes:
-      k, v: an array per layer, slot j of a row holding the token at position j.
-      kv_len: valid tokens of each row, the only truth about fullness.
+      k, v: an array per layer; slot j of a row holds the token at position j.
+      kv_len: number of valid tokens of each row.
       capacity: tokens that a row can hold.
-      ring_sizes: for each layer the slots that it needs at most; None: capacity.
+      ring_sizes: for each layer the maximum number of slots that it needs; None: capacity.
     """
 
     k: tuple[Float[Array, "b slots hkv d"], ...]
@@ -46,20 +46,21 @@ class KVCache:
         windows: Sequence[int | None] = (),
         slack: int = 0,
     ) -> "KVCache":
-        """An empty cache of capacity tokens a row.
+        """An empty cache of capacity tokens per row.
 
         Args:
-          windows: for each layer how many tokens a query sees, itself among them; None: all. Empty: all in each layer.
-          slack: tokens that truncate may forget where a layer has a window.
+          windows: for each layer the number of tokens that a query sees, itself included; None: all. Empty: all tokens
+            in every layer.
+          slack: number of tokens that truncate may drop in layers with a window.
 
         Raises:
-          ValueError: windows are not one for each layer.
+          ValueError: windows does not have one entry per layer.
         """
         if len(windows) not in (0, num_layers):
-            raise ValueError(f"windows must be one for each of {num_layers} layers, got {len(windows)}")
+            raise ValueError(f"windows must have one entry for each of {num_layers} layers, got {len(windows)}")
         ring_sizes = tuple(None if window is None else window + slack for window in windows) or (None,) * num_layers
 
-        # an array of its own per layer, k and v: a buffer that two leaves share cannot be donated
+        # a separate array for each layer's k and v: a buffer that two leaves share cannot be donated
         def slots(size: int | None) -> Array:
             return jnp.zeros((batch, _slots(capacity, size), num_kv_heads, head_dim), dtype)
 
@@ -68,7 +69,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all slots."""
+        """Total size of all slots in bytes."""
         return sum(x.size * x.dtype.itemsize for x in (*self.k, *self.v))
 
     def is_ring(self, layer: int) -> bool:
@@ -82,9 +83,9 @@ class KVCache:
         v: Float[Array, "b t hkv d"],
         lengths: Int[Array, " b"] | None = None,
     ) -> "KVCache":
-        """Puts t tokens of one layer behind kv_len, which stays as it is until advance. What overruns is dropped.
+        """Writes t tokens of one layer starting at kv_len, which advance updates. Tokens past capacity are dropped.
 
-        lengths: how many of them are real in each row, None: all; the others must not enter a ring.
+        lengths: number of valid tokens in each row; None: all. The others are padding and never written to a ring.
         """
         t, slots = k.shape[1], self.k[layer].shape[1]
         row = jnp.arange(k.shape[0])[:, None]
@@ -92,7 +93,7 @@ class KVCache:
         slot = self.kv_len[:, None] + token
         if self.is_ring(layer):
             real = t if lengths is None else lengths[:, None]
-            # of more tokens than slots the last ones; the others get places outside, each its own
+            # of more tokens than slots write the last ones; the others get distinct indices out of bounds
             slot = jnp.where((token < real) & (token >= real - slots), slot % slots, slots + token)
 
         def put(array, new):
@@ -105,7 +106,7 @@ class KVCache:
         )
 
     def slots_seen(self, layer: int, window: int) -> tuple[Bool[Array, "b slots"], Int[Array, " b"]]:
-        """Which slots of a ring the token at kv_len sees once it is written, and how many slots are filled then."""
+        """The slots of a ring that the token at kv_len sees once it is written, and the number of filled slots then."""
         slots = self.k[layer].shape[1]
         position = self.kv_len[:, None]
         age = (position - jnp.arange(slots)) % slots
@@ -114,7 +115,7 @@ class KVCache:
     def followed_by(
         self, layer: int, k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"]
     ) -> tuple[Float[Array, "b n hkv d"], Float[Array, "b n hkv d"], Int[Array, " b"]]:
-        """The tokens that a ring holds in their order, t new ones behind them, and how many stand before these."""
+        """The tokens of a ring in order, followed by t new ones; also returns how many tokens precede the new ones."""
         b, t, slots = *k.shape[:2], self.k[layer].shape[1]
         held = jnp.minimum(self.kv_len, slots)
         oldest = jnp.where(self.kv_len > slots, self.kv_len % slots, 0)
@@ -129,17 +130,17 @@ class KVCache:
         return join(self.k[layer], k), join(self.v[layer], v), held
 
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "KVCache":
-        """Declares the first num_tokens of what was written behind kv_len valid, in every layer."""
+        """Marks the first num_tokens tokens written after kv_len as valid, in every layer."""
         return dataclasses.replace(self, kv_len=(self.kv_len + num_tokens).astype(jnp.int32))
 
     def grow(self, capacity: int) -> "KVCache":
-        """A copy with more slots a row.
+        """A copy with more slots per row.
 
         Raises:
-          ValueError: capacity is below the present one.
+          ValueError: capacity is below the current one.
         """
         if capacity < self.capacity:
-            raise ValueError(f"a cache of {self.capacity} slots cannot grow to {capacity}; truncate forgets tokens")
+            raise ValueError(f"a cache of {self.capacity} slots cannot grow to {capacity}; use truncate to drop tokens")
 
         def padded(array: Array, size: int | None) -> Array:  # a ring that grows was never full
             return jnp.pad(array, ((0, 0), (0, _slots(capacity, size) - array.shape[1]), (0, 0), (0, 0)))
@@ -148,7 +149,7 @@ class KVCache:
         return dataclasses.replace(self, k=k, v=v, capacity=capacity)
 
     def truncate(self, kv_len: Int[Array, " b"]) -> "KVCache":
-        """Forgets every token at or past kv_len, in a full ring at most as many as its slack. Nothing moves."""
+        """Drops every token at or past kv_len, in a full ring at most slack of them. Nothing is copied."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
 

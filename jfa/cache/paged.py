@@ -1,7 +1,7 @@
-"""A KV cache in pages: rows take them when tokens arrive, share them where they begin alike, and give them back.
+"""A paged KV cache: rows take pages as tokens arrive, share the pages of a common prefix, and release them.
 
-Which page belongs to whom is the host's affair (jfa.PageAllocator); here are the pages and the tables that say where a
-row's tokens lie. Source: arXiv:2309.06180, section 4.
+The host decides which row owns which page (jfa.PageAllocator); this module has the pages and the page tables on the
+device. Source: arXiv:2309.06180, section 4.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ Pages = Shaped[Array, "num_pages page_size hkv d"] | QuantizedArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedKVCache:
-    """The keys and values of all layers of one model. One per model; every method returns a new one.
+    """The keys and values of all layers of one model. Every method returns a new cache.
 
-    Token t of row r lies at place t % page_size of page page_table[r, t // page_size]. Places that hold no token of a
-    row below its kv_len are garbage and never read. Nothing is ever written to NULL_PAGE, which fills the tables where
-    a row has no page. Donate it to the step that returns its successor: the writes then happen in place.
+    Token t of row r is in slot t % page_size of page page_table[r, t // page_size]. Slots of tokens at or past kv_len
+    hold garbage and are never read. NULL_PAGE fills the page table where a row has no page and is never written. Donate
+    the cache to the step that returns the new one, so that writes happen in place.
 
     Attributes:
-      k, v: the pages of each layer, in floats or quantized.
-      page_tables: for each attention pattern of the model where its layers have their pages: layers that see a window
-        alone give pages back that the others keep.
-      kv_len: valid tokens of each row, the only truth about fullness.
-      table_of: for each layer which of page_tables is its own.
+      k, v: the pages of each layer, floats or quantized.
+      page_tables: one page table for each attention pattern of the model, since layers with a window release pages that
+        the others keep.
+      kv_len: number of valid tokens of each row.
+      table_of: for each layer the index of its page table in page_tables.
     """
 
     k: tuple[Pages, ...]
@@ -58,33 +58,35 @@ class PagedKVCache:
         kv_dtype: str | None = None,
         table_of: Sequence[int] | None = None,
     ) -> "PagedKVCache":
-        """Empty pages, and tables without a page.
+        """An empty cache whose page tables have no pages.
 
         Args:
-          num_pages: of each layer, or for each page table of the layers that have their pages there; NULL_PAGE counts.
+          num_pages: pages of each layer, or a sequence with the pages of each page table's layers; includes NULL_PAGE.
           batch, pages_per_seq: rows and columns of a page table.
           dtype: of the pages, unless they are quantized.
           kv_dtype: "int8", "fp8" or "int4" (jfa.quant), with a bfloat16 scale for each token and head; None: dtype.
-            On a CPU, where XLA moves no 8-bit floats, every write copies fp8 pages: int8 serves there.
-          table_of: for each layer the number of its page table; None: one for all.
+            On a CPU use int8 rather than fp8: XLA cannot move 8-bit floats there, so that every write copies fp8 pages.
+          table_of: for each layer the index of its page table; None: one for all.
 
         Raises:
-          ValueError: an unknown kv_dtype, int4 of an odd head_dim, or no page beside NULL_PAGE.
+          ValueError: an unknown kv_dtype, int4 with an odd head_dim, or no page except NULL_PAGE.
         """
         if kv_dtype is not None and kv_dtype not in quant.KINDS:
             raise ValueError(
-                f"kv_dtype must be one of {', '.join(quant.KINDS)}, or None for the dtype itself, got {kv_dtype!r}"
+                f"kv_dtype must be one of {', '.join(quant.KINDS)}, or None for unquantized pages, got {kv_dtype!r}"
             )
         table_of = (0,) * num_layers if table_of is None else tuple(table_of)
         if len(table_of) != num_layers or min(table_of, default=0) < 0:
-            raise ValueError(f"table_of must number a table from 0 for each of {num_layers} layers, got {table_of}")
+            raise ValueError(
+                f"table_of must have the index >= 0 of a page table for each of {num_layers} layers, got {table_of}"
+            )
         num_tables = 1 + max(table_of, default=0)
         pools = (num_pages,) * num_tables if isinstance(num_pages, int) else tuple(num_pages)
         if len(pools) != num_tables:
-            raise ValueError(f"num_pages must be one for each of {num_tables} page tables, got {pools}")
+            raise ValueError(f"num_pages must have one entry for each of {num_tables} page tables, got {pools}")
         if min(pools) < 2 or page_size < 1:
             raise ValueError(
-                f"there must be a page beside page {NULL_PAGE}, which holds nothing, of at least one token; got "
+                f"num_pages must be >= 2, since page {NULL_PAGE} is never used, and page_size >= 1, got "
                 f"num_pages={num_pages} and page_size={page_size}"
             )
 
@@ -96,19 +98,19 @@ class PagedKVCache:
             values = jnp.zeros((*shape, quant.stored_size(kv_dtype, head_dim)), stored)
             return QuantizedArray(values=values, scales=jnp.zeros(shape, jnp.bfloat16))
 
-        # an array of its own per layer, k, v and table: a buffer that two leaves share cannot be donated
+        # a separate array for each layer's k and v and each table: a buffer that two leaves share cannot be donated
         k, v = (tuple(map(pages, table_of)) for _ in "kv")
         tables = tuple(jnp.full((batch, pages_per_seq), NULL_PAGE, jnp.int32) for _ in range(num_tables))
         return cls(k=k, v=v, page_tables=tables, kv_len=jnp.zeros(batch, jnp.int32), table_of=table_of)
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Tokens per page."""
         return _values(self.k[0]).shape[1]
 
     @property
     def num_pages(self) -> tuple[int, ...]:
-        """For each page table the pages of its layers, NULL_PAGE among them."""
+        """For each page table the number of pages of its layers, including NULL_PAGE."""
         sizes = dict(zip(self.table_of, (_values(k).shape[0] for k in self.k), strict=True))
         return tuple(sizes.get(table, 0) for table in range(len(self.page_tables)))
 
@@ -119,13 +121,11 @@ class PagedKVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all pages, scales included."""
+        """Total size of all pages in bytes, including scales."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v)))
 
     def arguments(self, layer: int) -> dict[str, Any]:
-        """What a layer gives to jfa's ops over pages, by their names; kv_len is the caller's, and query goes through
-        rotated.
-        """
+        """A layer's keyword arguments for jfa's paged ops, except kv_len, and query, which must go through rotated."""
         k, v = self.k[layer], self.v[layer]
         return {
             "key_pages": _values(k),
@@ -136,9 +136,9 @@ class PagedKVCache:
         }
 
     def rotated(self, x: Float[Array, "*n heads d"]) -> Float[Array, "*n heads d"]:
-        """Queries as the keys are kept: keys in int4 are rotated (quant.rotation), others are as they were.
+        """Rotates queries or keys (quant.rotation) if the pages are int4; otherwise returns them unchanged.
 
-        It leaves a sixth of what int4 pages add to the perplexity of SmolLM2; values gain nothing by it (bench/LOG.md).
+        This cuts the perplexity that int4 pages add for SmolLM2 to a sixth. Values gain nothing by it (bench/LOG.md).
         """
         k = self.k[0]
         if not (isinstance(k, QuantizedArray) and k.kind == "int4"):
@@ -152,11 +152,11 @@ class PagedKVCache:
         v: Float[Array, "b t hkv d"],
         lengths: Int[Array, " b"] | None = None,
     ) -> "PagedKVCache":
-        """Puts t tokens of each row of one layer behind kv_len, which stays as it is until advance.
+        """Writes t tokens of each row of one layer starting at kv_len, which advance updates.
 
         Args:
-          lengths: tokens of each row that are real; the others are written nowhere, since the page behind them may be
-            another row's. None: all.
+          lengths: number of valid tokens in each row; None: all. The others are not written, since the next page may
+            belong to another row.
         """
         b, t = k.shape[:2]
         index = jnp.broadcast_to(jnp.arange(t), (b, t))
@@ -172,9 +172,9 @@ class PagedKVCache:
         v: Float[Array, "n hkv d"],
         query_start: Int[Array, " b+1"],
     ) -> "PagedKVCache":
-        """Puts the tokens query_start[r] to query_start[r + 1] behind kv_len of row r, as write does.
+        """Writes the tokens from query_start[r] up to query_start[r + 1] starting at kv_len of row r, like write.
 
-        Tokens before the first row's and past the last row's are padding and written nowhere.
+        Tokens before the first row's and after the last row's are padding and not written.
         """
         token = jnp.arange(k.shape[0])
         row = jnp.minimum(jnp.searchsorted(query_start[1:], token, side="right"), self.kv_len.shape[0] - 1)
@@ -182,22 +182,21 @@ class PagedKVCache:
         return self._put(layer, self._places(layer, row, token - query_start[row], real), k, v)
 
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "PagedKVCache":
-        """Declares the first num_tokens of what was written behind kv_len valid, in every layer."""
+        """Marks the first num_tokens tokens written after kv_len as valid, in every layer."""
         return dataclasses.replace(self, kv_len=(self.kv_len + num_tokens).astype(jnp.int32))
 
     def truncate(self, kv_len: Int[Array, " b"]) -> "PagedKVCache":
-        """Forgets every token at or past kv_len. Nothing moves: rollback is this."""
+        """Drops every token at or past kv_len (rollback). Nothing is copied."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
     def copy_pages(self, source: Int[Array, " n"], destination: Int[Array, " n"], *, table: int = 0) -> "PagedKVCache":
-        """Each page of source into that of destination, in every layer of a table: what a shared page needs before one
-        of its owners writes.
+        """Copies the pages source to the pages destination, in every layer of a table (copy-on-write of shared pages).
 
-        All are read before one is written. Pairs (NULL_PAGE, NULL_PAGE) do nothing: pad with them.
+        All pages are read before any is written. Pairs (NULL_PAGE, NULL_PAGE) do nothing and serve as padding.
         """
         if not 0 <= table < len(self.page_tables):
             raise ValueError(f"table must be 0 to {len(self.page_tables) - 1}, a page table of this cache, got {table}")
-        nowhere = self.num_pages[table] + jnp.arange(destination.shape[0])  # each its own: indices stay unique
+        nowhere = self.num_pages[table] + jnp.arange(destination.shape[0])  # out of bounds; distinct, as scatter needs
         destination = jnp.where(destination == NULL_PAGE, nowhere, destination)
 
         def copied(pages: Pages, own: bool) -> Pages:
@@ -214,10 +213,10 @@ class PagedKVCache:
         return dataclasses.replace(self, k=k, v=v)
 
     def grow(self, num_pages: int | Sequence[int]) -> "PagedKVCache":
-        """A copy with more pages, behind the present ones; num_pages as in create.
+        """A copy with more pages, appended to the current ones; num_pages as in create.
 
         Raises:
-          ValueError: num_pages is below the present number.
+          ValueError: num_pages is below the current number.
         """
         pools = (num_pages,) * len(self.page_tables) if isinstance(num_pages, int) else tuple(num_pages)
         if len(pools) != len(self.page_tables) or any(
@@ -240,10 +239,10 @@ class PagedKVCache:
     def _places(
         self, layer: int, row: Int[Array, " n"], index: Int[Array, " n"], real: Bool[Array, " n"]
     ) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-        """Page, and place in it, of the index-th token behind kv_len of a row; a page outside of the pool for none."""
+        """Page and slot of the token at kv_len + index of a row; a page out of bounds for tokens not to be written."""
         table = self.table_of[layer]
         page_table = self.page_tables[table]
-        nowhere = self.num_pages[table] + jnp.arange(row.shape[0])  # each its own: indices stay unique
+        nowhere = self.num_pages[table] + jnp.arange(row.shape[0])  # out of bounds; distinct, as scatter needs
         if page_table.size == 0:
             return nowhere, jnp.zeros_like(row)
         position = self.kv_len[row] + index
@@ -257,7 +256,7 @@ class PagedKVCache:
             new = quant.quantize(x, pages.kind) if isinstance(pages, QuantizedArray) else x
 
             def scatter(stored, x):
-                # two indices: for one, the pages would have to be reshaped, and those of one token be copied for it
+                # two index arrays: a single one would need a reshape of the pages, which copies pages of one token
                 return stored.at[places].set(x, mode="drop", unique_indices=True)
 
             return jax.tree.map(lambda stored, x: quant.on_bits(scatter, stored, x.astype(stored.dtype)), pages, new)

@@ -1,4 +1,4 @@
-"""Attention as the formula stands on paper, every score in memory: the truth that kernels are tested against."""
+"""Attention as in the formula, with all scores in memory: the reference that kernels are tested against."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from jfa.types import AttentionSpec, Operands
 def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     """softmax(softcap(scale * q k^T + bias)) v over the visible keys, and the natural log-sum-exp of the scores.
 
-    Sinks join the softmax's denominator and not the log-sum-exp; dropout takes weights away after the softmax.
+    Sinks are added to the softmax's denominator but not to the log-sum-exp; dropout is applied after the softmax.
 
-    Inputs are raised to float32 and the output is rounded once, to the dtype of q. A row that sees no key returns
-    zeros and -inf. Differentiable in both modes.
+    Inputs are cast to float32 and the output is rounded once, to the dtype of q. A row that sees no key returns zeros
+    and -inf. Differentiable in forward and reverse mode.
 
     Source: arXiv:1706.03762, section 3.2.1; log-sum-exp: arXiv:2307.08691, section 3.1.1.
     """
@@ -22,7 +22,7 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
     b, tq, hq, d = q.shape
     tk, hkv, g = k.shape[1], k.shape[2], operands.group_size
     visible = _visible(operands, spec)
-    # what no query sees may hold anything, NaN too, and 0 * NaN is NaN: such rows count as zeros
+    # keys and values that no query sees may hold anything, and 0 * NaN is NaN: replace them by zeros
     seen = visible.reshape(b, hkv, g, tq, tk).any(axis=(2, 3)).swapaxes(1, 2)[..., None]
     sees = visible.any(axis=3).swapaxes(1, 2)[..., None]
     q = jnp.where(sees, q.astype(jnp.float32), 0.0).reshape(b, tq, hkv, g, d)
@@ -35,7 +35,7 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
         distance = jnp.abs(_position(operands) - jnp.arange(tk)).astype(jnp.float32)
         scores = scores - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
     if spec.softcap is not None:
-        # a bias may be NaN where it is masked, and so would be the slope
+        # a bias may be NaN where it is masked, which would make the derivative of tanh NaN
         scores = spec.softcap * jnp.tanh(jnp.where(visible, scores, 0.0) / spec.softcap)
     scores = jnp.where(visible, scores, -jnp.inf)
     m = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
@@ -82,6 +82,6 @@ def _visible(operands: Operands, spec: AttentionSpec) -> Bool[Array, "b hq tq tk
 
 
 def _position(operands: Operands) -> Int[Array, "#b 1 tq 1"]:
-    """Where each query stands among the keys."""
+    """The position of each query among the keys."""
     row = jnp.arange(operands.q.shape[1])[None, None, :, None]
     return row if operands.q_offset is None else row + operands.q_offset[:, None, None, None]

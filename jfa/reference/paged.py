@@ -1,4 +1,4 @@
-"""Attention over pages as the formula stands on paper: every row's pages laid out beside each other, in float32."""
+"""Paged attention as in the formula: the pages of each row are gathered into one float32 array."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -11,7 +11,7 @@ from jfa.types import AttentionSpec, Operands, PagedOperands
 def paged_attention(
     operands: PagedOperands, *, spec: AttentionSpec
 ) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
-    """What reference.attention computes for each row over the keys that its pages hold.
+    """reference.attention for each row, over the keys and values in its pages.
 
     Queries that belong to no row return zeros and -inf.
     """
@@ -19,7 +19,7 @@ def paged_attention(
     b = operands.kv_len.shape[0]
     start = jnp.arange(b + 1) if operands.query_start is None else operands.query_start
     q_len = jnp.diff(start)
-    # each row's queries at the front of a row of their own; one past n is nobody's
+    # [b, n]: each row's queries first; index n, out of bounds, marks unused entries
     index = jnp.where(jnp.arange(n) < q_len[:, None], start[:-1, None] + jnp.arange(n), n)
     kv_len = jnp.minimum(operands.kv_len, operands.capacity)
     rows = Operands(

@@ -1,1 +1,1 @@
-"""Where models are, and what is on disk."""
+"""Checkpoints: locating, reading and writing them."""

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself."""
+"""A checkpoint's configuration, tensors and tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from jfa_models.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint says about itself. Nothing but headers has been read."""
+    """A checkpoint's configuration and where its tensors are. Only headers have been read."""
 
     path: Path
     config: DecoderConfig
     generation: GenerationDefaults
-    stored_dtype: str  # "bfloat16", "Q4_1": for people to read
-    tensors: Mapping[str, StoredTensor | StackedTensors] = dataclasses.field(repr=False)  # by our parameters' names
+    stored_dtype: str  # "bfloat16", "Q4_1": for display
+    tensors: Mapping[str, StoredTensor | StackedTensors] = dataclasses.field(repr=False)  # by our parameter names
     unknown: tuple[StoredTensor, ...] = ()  # tensors that belong to no parameter
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # of a GGUF file
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that came with the weights; None where nothing of one did.
+        """The tokenizer stored with the weights; None if there is none.
 
         Raises:
-          ValueError: a part of it is missing, or it is of a kind that is not supported.
+          ValueError: a part of it is missing, or its kind is not supported.
         """
         if self.metadata:
             has_vocabulary = self.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")

@@ -1,10 +1,10 @@
-"""The families of decoders: the names of their tensors in files, and how a file's configuration becomes ours.
+"""The decoder families: tables that map the tensor names in files to parameters, and what configurations leave out.
 
-A family is a DecoderConfig and a table of names. Two spellings are read, config.json of Hugging Face (older and newer)
+A family is a DecoderConfig and a table of names. Two formats are read, config.json of Hugging Face (older and newer)
 and the metadata of GGUF files; config.json is also written.
 
-In the tables `#` is a layer and `*` an expert, whose tensors are stacked; a file's tensor that is several of ours, one
-below the other, has a tuple. A parameter keeps its kind (weight or bias), but the weight of a norm is its scale.
+In the tables, `#` is a layer and `*` an expert, whose tensors are stacked. A tuple lists the parameters that a file
+stores concatenated (by rows) in one tensor. A parameter keeps its kind (weight or bias), but a norm's is scale.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ Names = dict[str, str | tuple[str, ...]]
 
 
 def _instead(names: Names, other: Names) -> Names:
-    """A table in which some of our modules have other names."""
+    """A copy of a table in which some of our modules have other names in files."""
     renamed = {part for ours in other.values() for part in ([ours] if isinstance(ours, str) else ours)}
     return {theirs: ours for theirs, ours in names.items() if ours not in renamed} | other
 
@@ -79,7 +79,7 @@ _HUGGING_FACE: dict[str, Names] = {
         },
     ),
 }
-_GGUF: Names = {  # the same names in every family; what one lacks, its files do not have
+_GGUF: Names = {  # the same names in every family; files lack the names of what a family does not have
     "token_embd": "embed",
     "blk.#.attn_norm": "layers.#.attention_norm",
     "blk.#.attn_q": "layers.#.attention.q",
@@ -106,18 +106,18 @@ _GGUF: Names = {  # the same names in every family; what one lacks, its files do
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a file of a family leaves unsaid.
+    """What the files of a family do not specify.
 
     Attributes:
-      users: the models people know it by.
-      class_name: of transformers.
-      gguf: general.architecture.
-      always: fields of DecoderConfig that are the same in all of them.
-      defaults: keys that a config.json may leave out.
-      windows: which layers have a window where one is stated and layer_types are not: "all"; "late", from
+      users: the family's well-known models.
+      class_name: its class in transformers.
+      gguf: its general.architecture in GGUF files.
+      always: fields of DecoderConfig that are the same in all its models.
+      defaults: values of keys that a config.json may omit.
+      windows: which layers have a window if a window is given but no layer_types: "all"; "late", from
         max_window_layers on; or "pattern", all but every n-th one. None: the family has no windows.
-      permuted: rows of q and k lie interleaved in GGUF files.
-      chat_template: how its members for conversations read one, for files that do not say it.
+      permuted: rows of q and k are interleaved in GGUF files.
+      chat_template: the template of its chat models, for files without one.
     """
 
     users: str
@@ -130,7 +130,7 @@ class Family:
     chat_template: str | None = None
 
 
-# https://ai.google.dev/gemma/docs/core/prompt-structure; what the system says stands in front of the first turn
+# https://ai.google.dev/gemma/docs/core/prompt-structure; the system message precedes the first turn
 _GEMMA_TURNS = (
     "{{ bos_token }}{% set said = namespace(first='') %}{% for message in messages %}"
     "{% if message.role == 'system' %}{% set said.first = (message.content | trim) ~ '\n\n' %}{% else %}"
@@ -241,12 +241,12 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
 
 
 def hugging_face_names(architecture: str) -> Names:
-    """The modules in a family's safetensors, less `model.` in front, and ours."""
+    """Maps module names in a family's safetensors, without the prefix `model.`, to ours."""
     return _HUGGING_FACE.get(architecture, _LLAMA)
 
 
 def gguf_names(architecture: str) -> Names:
-    """The modules in a family's GGUF files and ours."""
-    if architecture == "phi3":  # gate and up in one, under the name of one
+    """Maps module names in a family's GGUF files to ours."""
+    if architecture == "phi3":  # gate and up are one tensor, named like up
         return _GGUF | {"blk.#.ffn_up": ("layers.#.mlp.gate", "layers.#.mlp.up")}
     return _GGUF

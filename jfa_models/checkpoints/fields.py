@@ -1,4 +1,4 @@
-"""Fields of a configuration file: found, checked, and turned into ours. What both spellings share."""
+"""Fields of a configuration file: lookup, checks and conversion that both formats share."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from jfa_models.checkpoints.families import FAMILIES, Family
 from jfa_models.model.config import Activation
 from jfa_models.model.rope import check_positive
 
-ACTIVATIONS: Mapping[str, Activation] = {  # in config.json; the first name of each is the one that is written
+ACTIVATIONS: Mapping[str, Activation] = {  # by name in config.json; the first name of each is the one that is written
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -17,11 +17,11 @@ ACTIVATIONS: Mapping[str, Activation] = {  # in config.json; the first name of e
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
-ROPE_THETA_UNSTATED = 10_000.0  # in config.json and GGUF files alike
+ROPE_THETA_UNSTATED = 10_000.0  # the default of both config.json and GGUF files
 
 
 def family_of(name: object, where: str, known: Mapping[str, str]) -> Family:
-    """Raises ValueError unless an architecture is one that we build."""
+    """The family of an architecture's name; raises ValueError if it is not supported."""
     if not isinstance(name, str) or name not in known:
         supported = ", ".join(f"{key} ({FAMILIES[ours].users})" for key, ours in known.items())
         raise ValueError(f"{where} {name!r} is not supported; supported architectures: {supported}")
@@ -31,19 +31,19 @@ def family_of(name: object, where: str, known: Mapping[str, str]) -> Family:
 def require(source: Mapping[str, Any], where: str, *keys: str) -> None:
     missing = [key for key in keys if source.get(key) is None]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; take the file that belongs to these weights")
+        raise ValueError(f"{where} lacks {', '.join(missing)}; use the file that belongs to these weights")
 
 
 def check_counts(source: Mapping[str, Any], where: str, *keys: str) -> None:
-    """Raises ValueError unless what is stated of these is a whole number of at least 1."""
+    """Raises ValueError unless those of the keys that are given are integers >= 1."""
     for key in keys:
         value = source.get(key)
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{where}: {key} must be a whole number of at least 1, got {value!r}")
+            raise ValueError(f"{where}: {key} must be an integer >= 1, got {value!r}")
 
 
 def list_of(value: object, kind: type | tuple[type, ...], where: str) -> tuple[Any, ...]:
-    """Raises ValueError unless it is a list of this kind."""
+    """The value as a tuple; raises ValueError unless it is a list of this type."""
     if not isinstance(value, list | tuple) or not all(isinstance(entry, kind) for entry in value):
         names = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
         raise ValueError(f"{where} must be a list of {names}, got {value!r}")
@@ -55,7 +55,7 @@ def default_head_dim(hidden_size: int, num_q_heads: int) -> int:
     if hidden_size % num_q_heads:
         raise ValueError(
             f"the hidden size must be a multiple of the number of heads, got {hidden_size} and {num_q_heads}; "
-            "a model of another shape must state its head_dim"
+            "otherwise the file must specify head_dim"
         )
     return hidden_size // num_q_heads
 
@@ -63,13 +63,13 @@ def default_head_dim(hidden_size: int, num_q_heads: int) -> int:
 def activation_of(source: Mapping[str, Any], architecture: str) -> Activation:
     name = source.get("hidden_activation") or source.get("hidden_act", "silu")
     if architecture == "gemma" and name == "gelu":
-        name = "gelu_pytorch_tanh"  # the first files said the one and were trained with the other
+        name = "gelu_pytorch_tanh"  # early files say gelu, but the models use the tanh approximation
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
 
 
 def longrope_attention(longest: int, original: int) -> float:
-    """Source: arXiv:2402.13753, section 3; a context that is not stretched has 1."""
+    """The attention factor; 1 for a context that is not extended. Source: arXiv:2402.13753, section 3."""
     check_positive("rope scaling", max_position_embeddings=longest, original_max_position_embeddings=original - 1)
     return math.sqrt(1.0 + math.log(longest / original) / math.log(original)) if longest > original else 1.0

@@ -1,4 +1,4 @@
-"""How the authors of a model advise to sample from it."""
+"""The sampling parameters that a model's authors recommend."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from jfa_models.text.gguf_vocabulary import end_token_ids
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """How the authors of a model advise to sample from it. None: they say nothing."""
+    """The sampling parameters that a model's authors recommend. None: not specified."""
 
     eos_token_ids: tuple[int, ...] = ()
     temperature: float | None = None  # 0: greedy
@@ -20,7 +20,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_hf(cls, generation: Mapping[str, Any], config: Mapping[str, Any]) -> "GenerationDefaults":
-        """Reads generation_config.json (empty if there is none); the end of text may stand in config.json instead.
+        """Reads generation_config.json (empty if there is none); the end-of-text tokens may be in config.json instead.
 
         Raises:
           ValueError: eos_token_id is neither a token id nor a list of them.
@@ -41,5 +41,5 @@ class GenerationDefaults:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "GenerationDefaults":
-        """Reads the ends of text, of turn and of message; a GGUF file says nothing about sampling."""
+        """Reads the end-of-text, -turn and -message tokens; a GGUF file has no sampling parameters."""
         return cls(eos_token_ids=end_token_ids(metadata))

@@ -24,7 +24,7 @@ from jfa_models.checkpoints.tensors import StoredTensor, check_length, damaged, 
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Raises ValueError: the file is damaged, or the model is of a kind that is not supported."""
+    """Opens a .gguf file. Raises ValueError: the file is damaged, or the model is not supported."""
     metadata, stored = _read_gguf_header(path)
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"{path} is one part of {metadata['split.count']}; merge them with llama-gguf-split --merge")
@@ -49,14 +49,14 @@ def open_gguf(path: Path) -> Checkpoint:
     )
 
 
-# Kinds of value in the key-value pairs, as codes of `struct`. Source: the GGUF specification, gguf_metadata_value_type.
+# Value types of the key-value pairs, as `struct` codes. Source: the GGUF specification, gguf_metadata_value_type.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 _STRING, _ARRAY = 8, 9
 
 
 class _GgufFields:
-    """Takes one field after the other out of the header of a GGUF file."""
+    """Reads the fields in the header of a GGUF file one after another."""
 
     def __init__(self, file: Path, stream: io.BufferedReader) -> None:
         self._file = file
@@ -65,7 +65,7 @@ class _GgufFields:
 
     def take(self, num_bytes: int) -> bytes:
         self._left -= num_bytes
-        if self._left < 0:  # before anything of that size is allocated: in a damaged file it may be any number
+        if self._left < 0:  # checked before allocating: in a damaged file the size may be any number
             raise damaged(self._file, f"its header needs {-self._left} bytes more than the file has")
         return self._stream.read(num_bytes)
 
@@ -98,13 +98,13 @@ class _GgufFields:
 
 
 def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Little-endian fields: key-value pairs, then a table of tensors. Then padding and the tensors."""
+    """Parses little-endian fields: key-value pairs, then a table of tensors. Padding and the tensors follow."""
     with open(path, "rb") as stream:
         fields = _GgufFields(path, stream)
         if (magic := fields.take(4)) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}; download it again")
         if (version := fields.scalar("I")) not in (2, 3):
-            raise ValueError(f"{path}: GGUF versions 2 and 3 in little-endian order are read, got {version:#x}")
+            raise ValueError(f"{path}: only little-endian GGUF versions 2 and 3 are supported, got {version:#x}")
         num_tensors, num_pairs = fields.scalars("Q", 2)
         metadata = {fields.text(): fields.value(fields.scalar("I")) for _ in range(num_pairs)}
         infos = [

@@ -1,4 +1,4 @@
-"""The metadata of GGUF files, read as a DecoderConfig."""
+"""Reads the metadata of GGUF files as a DecoderConfig."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -24,45 +24,45 @@ def config_from_gguf(
 ) -> DecoderConfig:
     """Reads the metadata of a GGUF file.
 
-    Three facts are not in the metadata and follow from the tensors: tied embeddings (no `output.weight`), biases, and
+    Three things are not in the metadata and follow from the tensors: tied embeddings (no `output.weight`), biases, and
     rope scalings that are tensors: pass `rope_freqs.weight`, `rope_factors_short.weight` and `rope_factors_long.weight`
     as `rope_divisors`.
 
     Raises:
-      ValueError: an architecture or rope type that is not supported, or a key is missing or wrong.
+      ValueError: the architecture or rope type is not supported, or a key is missing or wrong.
     """
-    stated = metadata.get("general.architecture")
+    arch = metadata.get("general.architecture")
     architectures: dict[str, str] = {}
     for name, family in FAMILIES.items():
         architectures.setdefault(family.gguf, name)
-    family = family_of(stated, "GGUF metadata: general.architecture", architectures)
-    architecture = architectures[str(stated)]
-    source = {key.removeprefix(f"{stated}."): value for key, value in metadata.items() if key.startswith(f"{stated}.")}
+    family = family_of(arch, "GGUF metadata: general.architecture", architectures)
+    architecture = architectures[str(arch)]
+    source = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
     if architecture == "llama" and source.get("expert_count"):
         architecture = "mixtral"
     eps = "attention.layer_norm_epsilon" if family.always.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
     counts = ("embedding_length", "block_count", "attention.head_count", "context_length")
     names = (*counts, eps)
-    require(metadata, "GGUF metadata", *(f"{stated}.{name}" for name in names))
-    check_counts(metadata, "GGUF metadata", *(f"{stated}.{name}" for name in (*counts, "attention.key_length")))
+    require(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in names))
+    check_counts(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in (*counts, "attention.key_length")))
     if source.get("attention.sliding_window"):
-        check_counts(metadata, "GGUF metadata", f"{stated}.attention.sliding_window")
+        check_counts(metadata, "GGUF metadata", f"{arch}.attention.sliding_window")
     hidden_size, num_layers, num_q_heads, context_length, norm_eps = (source[name] for name in names)
     head_dim = source.get("attention.key_length") or default_head_dim(hidden_size, num_q_heads)
     if source.get("attention.value_length", head_dim) != head_dim:
-        raise ValueError(f"GGUF metadata: {stated}.attention.value_length must be key_length, {head_dim}")
+        raise ValueError(f"GGUF metadata: {arch}.attention.value_length must be key_length, {head_dim}")
     experts = None
     if num_experts := source.get("expert_count"):
         inner = source.get("expert_feed_forward_length") or source.get("feed_forward_length")
-        require(metadata, "GGUF metadata", f"{stated}.expert_used_count")
+        require(metadata, "GGUF metadata", f"{arch}.expert_used_count")
         experts = ExpertsConfig(
             num_experts=num_experts, experts_per_token=source["expert_used_count"], intermediate_size=inner or 0
         )
     if experts is None:
-        require(metadata, "GGUF metadata", f"{stated}.feed_forward_length")
+        require(metadata, "GGUF metadata", f"{arch}.feed_forward_length")
     windows = _windows_from_gguf(source, family, num_layers)
-    # two sizes divide by what the file does not say
-    odd_scale = (stated, num_layers) in (("gemma2", 46), ("gemma3", 62))
+    # two models have a scale that their files do not specify
+    odd_scale = (arch, num_layers) in (("gemma2", 46), ("gemma3", 62))
     read: dict[str, Any] = dict(
         vocab_size=source.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
         hidden_size=hidden_size,
@@ -73,7 +73,7 @@ def config_from_gguf(
         head_dim=head_dim,
         context_length=context_length,
         norm_eps=norm_eps,
-        rope=_rope_from_gguf(source, str(stated), head_dim, rope_divisors or {}),
+        rope=_rope_from_gguf(source, str(arch), head_dim, rope_divisors or {}),
         local_rope=_local_rope_from_gguf(source) if architecture == "gemma3_text" and any(windows) else None,
         tie_word_embeddings="output.weight" not in tensor_names,
         hidden_act=activation_of(family.defaults, architecture),
@@ -100,17 +100,17 @@ def _windows_from_gguf(source: Mapping[str, Any], family: Family, num_layers: in
 
 
 def _rope_from_gguf(
-    source: Mapping[str, Any], stated: str, head_dim: int, divisors: Mapping[str, tuple[float, ...]]
+    source: Mapping[str, Any], arch: str, head_dim: int, divisors: Mapping[str, tuple[float, ...]]
 ) -> RopeConfig:
     theta = source.get("rope.freq_base", ROPE_THETA_UNSTATED)
-    turned = source.get("rope.dimension_count", head_dim)
+    rotary_dim = source.get("rope.dimension_count", head_dim)
     kind = source.get("rope.scaling.type", "linear")
     factor = source.get("rope.scaling.factor", source.get("rope.scale_linear", 1.0))
     original: Any = source.get("rope.scaling.original_context_length")
     longest = source["context_length"]
     scaling: Scaling | None = None
     if long := divisors.get("rope_factors_long.weight"):
-        require(source, f"GGUF metadata: {stated}", "rope.scaling.original_context_length")
+        require(source, f"GGUF metadata: {arch}", "rope.scaling.original_context_length")
         scaling = LongRopeScaling(
             short=divisors.get("rope_factors_short.weight", ()),
             long=long,
@@ -118,7 +118,7 @@ def _rope_from_gguf(
             attention_factor=source.get("rope.scaling.attn_factor") or longrope_attention(longest, original),
         )
     elif kind == "yarn":
-        require(source, f"GGUF metadata: {stated}", "rope.scaling.original_context_length")
+        require(source, f"GGUF metadata: {arch}", "rope.scaling.original_context_length")
         scaling = YarnScaling(factor=factor, original_context_length=original)
     elif kind in ("none", "linear"):
         linear = LinearScaling(factor=1.0 if kind == "none" else factor)
@@ -128,9 +128,9 @@ def _rope_from_gguf(
             scaling = linear
     else:
         raise ValueError(
-            f"GGUF metadata: {stated}.rope.scaling.type must be none, linear, yarn or longrope, got {kind!r}"
+            f"GGUF metadata: {arch}.rope.scaling.type must be none, linear, yarn or longrope, got {kind!r}"
         )
-    return RopeConfig(theta=theta, scaling=scaling, rotary_dim=None if turned == head_dim else turned)
+    return RopeConfig(theta=theta, scaling=scaling, rotary_dim=None if rotary_dim == head_dim else rotary_dim)
 
 
 def _local_rope_from_gguf(source: Mapping[str, Any]) -> RopeConfig:

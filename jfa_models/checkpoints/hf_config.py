@@ -1,4 +1,4 @@
-"""config.json of Hugging Face, older and newer spellings: read as a DecoderConfig, and written."""
+"""Reads and writes config.json of Hugging Face, in older and newer spellings, as a DecoderConfig."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from jfa_models.model.rope import (
 
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
-_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null: without; unstated: the default
+_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null: off; missing: the default
 _COUNTS = (
     "hidden_size",
     "num_hidden_layers",
@@ -45,10 +45,10 @@ _COUNTS = (
 
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads a config.json of Hugging Face; of a Gemma 3 with eyes the part that reads and writes text.
+    """Reads a config.json of Hugging Face; of a Gemma 3 with a vision tower, only the text part.
 
     Raises:
-      ValueError: an architecture, activation, rope type or quantization that is not supported, or a key is missing or
+      ValueError: the architecture, activation, rope type or quantization is not supported, or a key is missing or
         wrong.
     """
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
@@ -113,10 +113,10 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """A config.json that Hugging Face reads, in the spelling that its older and newer versions know.
+    """A config.json for Hugging Face, in the spelling that both its older and newer versions read.
 
     Raises:
-      ValueError: config.json cannot say what the decoder is; the message names the fields.
+      ValueError: config.json cannot represent the decoder; the message names the fields.
     """
     family = family_of(config.architecture, "architecture", {name: name for name in FAMILIES})
     written = _written_for_hf(config, family)
@@ -155,7 +155,7 @@ def _written_for_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
     if "qkv_bias" not in family.always:
         written["attention_bias"], written["mlp_bias"] = config.qkv_bias, config.mlp_bias
     if "query_pre_attn_scalar" in family.defaults:
-        # transformers takes nothing but a whole number
+        # transformers accepts only an integer
         written["query_pre_attn_scalar"] = round((config.query_scale or config.head_dim**-0.5) ** -2)
         written["attn_logit_softcapping"] = config.attention_soft_cap
         written["final_logit_softcapping"] = config.logits_soft_cap
@@ -220,7 +220,7 @@ def _windows_from_hf(source: Mapping[str, Any], family: Family, num_layers: int)
 
 
 def _ropes_from_hf(source: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
-    """That of layers that see all, and that of layers with a window where it is another one."""
+    """The rope of layers without a window, and the one of layers with a window if it differs."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     if isinstance(rope, Mapping) and _FULL in rope:
         full, local = (_rope_from_hf(source, rope.get(kind) or {}, head_dim) for kind in (_FULL, _WINDOW))
@@ -242,7 +242,7 @@ def _rope_from_hf(source: Mapping[str, Any], rope: Mapping[str, Any], head_dim: 
     longest, where, scaling = source["max_position_embeddings"], "config.json: rope scaling", None
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "su" or (kind == "yarn" and source["model_type"] == "phi3"):
-        kind = "longrope"  # as the first files of Phi-3 call it
+        kind = "longrope"  # early files of Phi-3 use these names
     match kind:
         case "default":
             pass
@@ -277,16 +277,16 @@ def _yarn_from_hf(rope: Mapping[str, Any], longest: int, original: int) -> YarnS
     check_positive("config.json: rope scaling", factor=factor)
     if rope.get("truncate") is False:
         raise ValueError("config.json: rope scaling: truncate=false of yarn is not supported")
-    stated = rope.get("attention_factor")
-    if stated is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         over, under = (0.1 * rope[key] * math.log(max(factor, 1.0)) + 1.0 for key in ("mscale", "mscale_all_dim"))
-        stated = over / under
+        attention_factor = over / under
     return YarnScaling(
         factor=factor,
         original_context_length=original,
         beta_fast=rope.get("beta_fast") or 32.0,
         beta_slow=rope.get("beta_slow") or 1.0,
-        attention_factor=stated,
+        attention_factor=attention_factor,
     )
 
 
@@ -295,7 +295,7 @@ def _rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": _scaling_to_hf(rope.scaling)}
     if rope.rotary_dim is not None:
         part = rope.rotary_dim / config.head_dim
-        # readers cut the product to a whole number
+        # readers truncate the product to an integer
         written["partial_rotary_factor"] = part if int(config.head_dim * part) == rope.rotary_dim else part * (1 + 1e-9)
     if isinstance(rope.scaling, LongRopeScaling):
         written["original_max_position_embeddings"] = rope.scaling.original_context_length
@@ -339,6 +339,6 @@ def _scaling_to_hf(scaling: Scaling | None) -> dict[str, Any] | None:
                 "attention_factor": scaling.attention_factor,
             }
     raise ValueError(
-        "config.json cannot say the rope scaling of this GGUF file, a list of divisors; "
+        "config.json cannot represent the rope scaling of this GGUF file, a list of divisors; "
         "load the model from its safetensors to save it"
     )

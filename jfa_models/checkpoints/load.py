@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as the parameters of a decoder."""
+"""Loads the tensors of a checkpoint as the parameters of a decoder."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,12 @@ from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
 
 
 def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Parameters by name, in the dtype that is expected of each, on the default device.
+    """Loads parameters by name, each in its expected dtype, on the default device.
 
-    One tensor at a time: the peak of host memory is the result (one tensor, on an accelerator) and a chunk.
+    Tensors are read one at a time: the peak host memory is the result (on an accelerator: one tensor) and a chunk.
 
     Raises:
-      ValueError: tensors are missing, left over or of another shape; all of them are named.
+      ValueError: tensors are missing, unexpected or of another shape; the message names the first of them.
     """
     _check_fit(checkpoint, expected)
     params = {}

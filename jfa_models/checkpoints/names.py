@@ -1,4 +1,4 @@
-"""Tensors of a file under the names of our parameters."""
+"""Maps the tensors of a file to the names of our parameters."""
 
 import itertools
 import re
@@ -8,13 +8,13 @@ from jfa_models.checkpoints.families import Names
 from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
 from jfa_models.model.config import DecoderConfig
 
-# Of a GGUF file; part of its configuration rather than of its weights.
+# Tensors of a GGUF file that are part of its configuration rather than its weights.
 ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
-# Tables that can be computed from the configuration, which older checkpoints store all the same.
+# Tables that follow from the configuration, but which older checkpoints store.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|" + "|".join(map(re.escape, ROPE_DIVISORS)))
 
-# Of a model that also sees: what stands in front of the names of its decoder, and the tensors of its eyes.
+# In a multimodal model: the prefix of its decoder's tensor names, and the tensors of its vision tower.
 _PREFIX = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?")
 _OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 
@@ -22,7 +22,7 @@ _OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*"
 def by_our_names(
     tensors: Mapping[str, StoredTensor], table: Names, config: DecoderConfig
 ) -> tuple[dict[str, StoredTensor | StackedTensors], tuple[StoredTensor, ...]]:
-    """Tensors by our names, and those that the table does not know."""
+    """The tensors by our names, and those that the table does not contain."""
     known: dict[str, StoredTensor | StackedTensors] = {}
     stacks: dict[str, dict[int, StoredTensor]] = {}
     unknown = []
@@ -51,14 +51,14 @@ def by_our_names(
 
 
 def _num_rows(module: str, config: DecoderConfig) -> int:
-    """Rows of a weight that shares its tensor with others."""
+    """Number of rows of a weight that a file stores in one tensor with others."""
     q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     inner = config.intermediate_size
     return {"q": q_size, "k": kv_size, "v": kv_size, "gate": inner, "up": inner}[module.rpartition(".")[2]]
 
 
 def _split(tensor: StoredTensor, num_rows: Sequence[int]) -> list[StoredTensor] | None:
-    """A tensor cut into these numbers of rows; None if it has another number of them."""
+    """Splits a tensor into these numbers of rows; None if they do not add up to its number of rows."""
     ends = list(itertools.accumulate(num_rows))
     if not tensor.shape or tensor.shape[0] != ends[-1]:
         return None

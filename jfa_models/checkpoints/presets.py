@@ -1,6 +1,6 @@
-"""Well-known decoders by name, for random weights: benchmarks need the shape of a model and not its knowledge.
+"""Configurations of well-known decoders, for random weights: benchmarks need a model's shape, not its weights.
 
-Each stands here as what its config.json says, less what is the same in its whole family.
+Each is written as in its config.json, without what is the same in its whole family.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def _gemma3(*numbers: float, **more: Any) -> DecoderConfig:
 _TIED = dict(tie_word_embeddings=True)
 _LINEAR = dict(rope_scaling={"rope_type": "linear", "factor": 8.0})
 
-# Behind each: the repository of Hugging Face whose config.json it is.
+# The comments name the Hugging Face repository that each config.json is from.
 PRESETS: Mapping[str, DecoderConfig] = {
     # meta-llama/Llama-2-7b-hf
     "llama-2-7b": _model("llama", 32_000, 4096, 11_008, 32, 32, 32, 4096, 1e4),
@@ -120,10 +120,10 @@ PRESETS: Mapping[str, DecoderConfig] = {
 
 
 def preset(name: str) -> DecoderConfig:
-    """The shape of a well-known decoder.
+    """The configuration of a well-known decoder.
 
     Raises:
-      ValueError: nobody here knows it; the message lists the known ones.
+      ValueError: the name is unknown; the message lists the known ones.
     """
     if (config := PRESETS.get(name.lower())) is None:
         raise ValueError(f"there is no preset {name!r}; presets are {', '.join(PRESETS)}")

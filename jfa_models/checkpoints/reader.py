@@ -1,7 +1,7 @@
 """Opens a checkpoint of any format.
 
 A checkpoint is a folder of safetensors with its config.json (one file, or shards with an index), one .safetensors file
-beside its config.json, or one .gguf file.
+next to its config.json, or one .gguf file.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ from jfa_models.checkpoints.safetensors import open_safetensors, safetensors_fil
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
-    """Reads what a checkpoint is, without its weights.
+    """Opens a checkpoint and reads everything except its weights.
 
     Raises:
-      ValueError: there is no checkpoint, a file is damaged, or the model is of a kind that is not supported.
+      ValueError: there is no checkpoint, a file is damaged, or the model is not supported.
     """
     path = locate(name_or_path)
     if path.is_dir():

@@ -16,13 +16,13 @@ from jfa_models.text.files import read_json
 
 
 def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
-    """The checkpoint at a path, whose config.json lies in a folder and whose tensors lie in these files.
+    """Opens the checkpoint at a path, with config.json in `folder` and tensors in `files`.
 
     Raises:
-      ValueError: a file is missing or damaged, or the model is of a kind that is not supported.
+      ValueError: a file is missing or damaged, or the model is not supported.
     """
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json; put the one that belongs to these weights beside them")
+        raise ValueError(f"{folder} has no config.json; put the one that belongs to these weights next to them")
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     decoder = config_from_hf(config)
@@ -41,7 +41,7 @@ def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The files with the weights of a folder.
+    """The files in a folder that contain its weights.
 
     Raises:
       ValueError: there are none, or some are missing.
@@ -57,19 +57,19 @@ def safetensors_files(folder: Path) -> list[Path]:
         return [folder / shard for shard in shards]
     if (single := folder / "model.safetensors").exists():
         return [single]
-    held = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".gguf"))
-    if held and held[0].endswith(".gguf"):
-        raise ValueError(f"{folder} holds GGUF files; name one of them: {', '.join(held)}")
-    if held:
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".gguf"))
+    if others and others[0].endswith(".gguf"):
+        raise ValueError(f"{folder} contains GGUF files; give the path of one of them: {', '.join(others)}")
+    if others:
         raise ValueError(
-            f"{folder} holds only pickled weights ({held[0]}), which may run code when read; "
+            f"{folder} contains only pickled weights ({others[0]}), which may run code when read; "
             "convert them to safetensors (save_pretrained does it) or download the safetensors"
         )
-    raise ValueError(f"{folder} holds no model.safetensors and no model.safetensors.index.json; give another folder")
+    raise ValueError(f"{folder} contains no model.safetensors and no model.safetensors.index.json; give another folder")
 
 
 def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
-    """Eight bytes with the length of the header, the header in JSON, the tensors."""
+    """Parses the header: eight bytes with its length, then JSON. The tensors follow."""
     on_disk = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

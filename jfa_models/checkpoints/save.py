@@ -33,28 +33,28 @@ def save_checkpoint(
     generation: GenerationDefaults,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes a folder that Hugging Face and open_checkpoint read; one tensor of the device at a time on the host.
+    """Writes a folder that Hugging Face and open_checkpoint read; copies one tensor at a time to the host.
 
-    What was there of another model and its tokenizer is replaced.
+    Files of a model and tokenizer that were saved there before are replaced.
 
     Raises:
-      ValueError: config.json cannot say what the model is, or there is a file in the place of the folder.
+      ValueError: config.json cannot represent the model, or the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder to save into")
     written = config_to_hf(config) | {"dtype": str(next(iter(params.values())).dtype)}
-    advised = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
-    eos = advised.pop("eos_token_ids")
-    advised |= {"eos_token_id": list(eos)} if eos else {}
-    if "temperature" in advised:
-        advised["do_sample"] = advised["temperature"] > 0
-        advised = {name: value for name, value in advised.items() if name != "temperature" or value > 0}
-    # stated even where there is none: the defaults of transformers may lie outside of the vocabulary
-    written |= {"eos_token_id": advised.get("eos_token_id"), "pad_token_id": None}
+    recommended = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
+    eos = recommended.pop("eos_token_ids")
+    recommended |= {"eos_token_id": list(eos)} if eos else {}
+    if "temperature" in recommended:
+        recommended["do_sample"] = recommended["temperature"] > 0
+        recommended = {name: value for name, value in recommended.items() if name != "temperature" or value > 0}
+    # written even if there is none: the defaults of transformers may be outside the vocabulary
+    written |= {"eos_token_id": recommended.get("eos_token_id"), "pad_token_id": None}
     written["bos_token_id"] = None if tokenizer is None else tokenizer.bos_token_id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", written)
-    write_json(folder / "generation_config.json", advised)
+    write_json(folder / "generation_config.json", recommended)
     for name in _OF_A_TOKENIZER:
         (folder / name).unlink(missing_ok=True)
     if tokenizer is not None:
@@ -64,7 +64,7 @@ def save_checkpoint(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """A tensor to write: rows of parameters, one below the other, or one expert of a stack."""
+    """A tensor to write: parameters concatenated by rows, or one expert of a stack."""
 
     name: str
     sources: tuple[Array, ...]
@@ -85,7 +85,7 @@ class _Piece:
 
 
 def _pieces(config: DecoderConfig, params: Mapping[str, Array]) -> list[_Piece]:
-    """The parameters under the names of Hugging Face."""
+    """The parameters under their Hugging Face names."""
     pieces = []
     for theirs, ours in hugging_face_names(config.architecture).items():
         modules = (ours,) if isinstance(ours, str) else ours
@@ -93,7 +93,7 @@ def _pieces(config: DecoderConfig, params: Mapping[str, Array]) -> list[_Piece]:
             for kind, stored in (("weight", "weight"), ("scale", "weight"), ("bias", "bias")):
                 names = [f"{module.replace('#', str(layer))}.{kind}" for module in modules]
                 if names[0] not in params or (params[names[0]].ndim == 3) != ("*" in theirs):
-                    continue  # not in this model, or under another name where a layer is a mixture
+                    continue  # not in this model, or another name applies: this layer is a mixture
                 prefix = "" if theirs == "lm_head" else "model."
                 name = f"{prefix}{theirs.replace('#', str(layer))}.{stored}"
                 sources = tuple(params[name] for name in names)
@@ -127,11 +127,11 @@ def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
     index = () if len(names) == 1 else ("model.safetensors.index.json",)
     for file in folder.iterdir():
         if _OF_A_MODEL.fullmatch(file.name) and file.name not in (*names, *index):
-            file.unlink()  # of what was saved here before, and would be read
+            file.unlink()  # from an earlier save, and would be read
 
 
 def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
-    """The format is simple and the library wants all tensors in memory at once."""
+    """Writes one file, without the library, which needs all tensors in memory at once. The format is simple."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for piece in pieces:
@@ -143,7 +143,7 @@ def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
         offset += piece.num_bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    part = file.with_name(file.name + ".part")  # nobody finds half a file
+    part = file.with_name(file.name + ".part")  # so that no reader finds an incomplete file
     with open(part, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:

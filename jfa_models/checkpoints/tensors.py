@@ -1,4 +1,4 @@
-"""Tensors in files: where each one lies, and how its bytes become numbers.
+"""Tensors in files: where each one is stored, and how its bytes are decoded.
 
 Files are read with plain reads, one chunk at a time, and never mapped: mapped pages count as resident memory, and
 loading a model should need little more than its weights.
@@ -26,24 +26,24 @@ _PLAIN_DTYPES = {  # names in both formats; all other encodings are blocks that 
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 _CHUNK_ELEMENTS = 1 << 17  # 512 KiB in float32: chunks that stay in a core's cache decode twice as fast
-_ALIGNMENT = 64  # of memory that XLA on a CPU adopts without copying it
+_ALIGNMENT = 64  # of memory that XLA on a CPU uses without copying it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where a tensor lies in a file, and how its bytes become numbers."""
+    """Where a tensor is stored in a file, and how its bytes are decoded."""
 
     file: Path
-    name: str  # as the file calls it
+    name: str  # in the file
     shape: tuple[int, ...]
-    encoding: str  # as the file calls it: "BF16", "Q4_1"
+    encoding: str  # in the file: "BF16", "Q4_1"
     offset: int
     num_bytes: int
     interleaved_heads: int | None = None  # set for q and k of GGUF files: see _row_order
-    minus: float = 0.0  # what the file has added to each number
+    minus: float = 0.0  # what the file adds to each number, to be subtracted
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
-        """Some rows of it, as a tensor of its own."""
+        """A range of its rows, as a separate tensor."""
         row_bytes = self.num_bytes // self.shape[0]
         return dataclasses.replace(
             self,
@@ -53,7 +53,7 @@ class StoredTensor:
         )
 
     def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
-        """The whole tensor in host memory.
+        """Reads the whole tensor into new host memory.
 
         Raises:
           ValueError: its encoding is not supported.
@@ -63,13 +63,13 @@ class StoredTensor:
         return out
 
     def read_into(self, out: Shaped[np.ndarray, "..."]) -> None:
-        """The whole tensor into memory of its shape."""
+        """Reads the whole tensor into `out`, which has its shape."""
         rows = out.reshape(self._num_rows, -1)
         for where, values in self.chunks():
             rows[where] = values
 
     def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]:
-        """Row numbers and those rows, a chunk at a time. A vector is one row, unless its numbers belong to heads."""
+        """Yields row numbers and rows, chunk by chunk. A vector is one row, unless its elements belong to heads."""
         num_rows = self._num_rows
         step = max(1, _CHUNK_ELEMENTS * num_rows // max(1, math.prod(self.shape)))
         order = self._row_order()
@@ -85,8 +85,8 @@ class StoredTensor:
         return math.prod(self.shape[:1]) if self.interleaved_heads or len(self.shape) > 1 else 1
 
     def _row_order(self) -> np.ndarray | None:
-        """For each stored row its place in ours: the two rows of a head that rope turns together are neighbours in a
-        GGUF file, and half a head apart with us and with Hugging Face."""
+        """For each stored row, its index in our order: the two rows of a head that rope rotates together are adjacent
+        in a GGUF file, and half a head apart in our order and Hugging Face's."""
         if self.interleaved_heads is None:
             return None
         return np.arange(self.shape[0]).reshape(self.interleaved_heads, 2, -1).swapaxes(1, 2).ravel()
@@ -110,23 +110,23 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackedTensors:
-    """Tensors of one shape, those of a layer's experts, as one with an axis more."""
+    """Tensors of one shape, those of a layer's experts, stacked along a new first axis."""
 
     parts: tuple[StoredTensor, ...]
 
     @property
     def name(self) -> str:
-        """As the file calls the first and the last."""
+        """The names of the first and the last part in the file."""
         return f"{self.parts[0].name} to {self.parts[-1].name}"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of a part behind their number; that of one that differs, so that nobody takes it for right."""
+        """(number of parts, *shape of a part); of a part with another shape if any, so that checks fail."""
         odd = next((part.shape for part in self.parts if part.shape != self.parts[0].shape), self.parts[0].shape)
         return (len(self.parts), *odd)
 
     def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
-        """All of them in host memory."""
+        """Reads all of them into new host memory."""
         out = aligned(self.shape, dtype)
         for i, part in enumerate(self.parts):
             part.read_into(out[i])
@@ -134,7 +134,7 @@ class StackedTensors:
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
-    """Memory that XLA on a CPU adopts."""
+    """Allocates memory that XLA on a CPU uses without copying it."""
     dtype = np.dtype(dtype)
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
@@ -143,7 +143,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
 
 
 def main_encoding(tensors: Mapping[str, StoredTensor]) -> str:
-    """The encoding of most numbers."""
+    """The encoding of most elements."""
     numbers = Counter[str]()
     for tensor in tensors.values():
         numbers[tensor.encoding] += math.prod(tensor.shape)

@@ -1,6 +1,6 @@
-"""The `jfa` command: write text, talk, and say what the machine can do.
+"""The `jfa` command: generate text, chat, and report what the machine supports.
 
-A file for each command. What a command runs is imported when it is called: a help text or a usage error must not wait
+One file per command. A command imports what it runs only when it is called: a help text or a usage error must not wait
 for JAX.
 """
 

@@ -1,4 +1,4 @@
-"""What `jfa info` prints."""
+"""The output of `jfa info`."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PACKAGES = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plug
 
 
 def show(model: str, dtype: str | None) -> None:
-    """Prints a table: versions, the device, the backend of each op with the reasons of the others, the model's size.
+    """Prints a table: versions, the device, the backend of each op and why not the others, the model's size.
 
     Raises:
       ValueError: there is no such model.
@@ -32,18 +32,18 @@ def show(model: str, dtype: str | None) -> None:
     table.add_column(overflow="fold")
     table.add_row("versions", ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))))
     table.add_row("device", escape(", ".join(dict.fromkeys((device.platform, device.arch))) + _details(device)))
-    said = None
+    printed = None
     for op in jfa.explain(device):
         table.add_row(op.op, escape(f"{op.backend} ({op.tiles})"))
-        for backend, reason in () if op.refused == said else op.refused:
+        for backend, reason in () if op.refused == printed else op.refused:
             table.add_row("", escape(f"not {backend}: {reason}"))
-        said = op.refused
+        printed = op.refused
     try:
         sizes = list(_sizes(model, compute_dtype(dtype)))
     except ValueError as error:
         if model != DEFAULT_MODEL:
             raise
-        # nobody asked for this model by name: the rest is worth printing without it
+        # the default model, which the user did not ask for: print the rest without it
         sizes = [("model", str(error))]
     for name, text in sizes:
         table.add_row(name, escape(text))
@@ -64,7 +64,7 @@ def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
     yield "cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
     windows = [window for i in range(config.num_layers) if (window := config.window(i)) is not None]
     if windows:
-        yield "", f"{len(windows)} of {config.num_layers} layers see {windows[0]:,} tokens and keep no more"
+        yield "", f"{len(windows)} of {config.num_layers} layers see and keep only the last {windows[0]:,} tokens"
 
 
 def _version(package: str) -> str | None:

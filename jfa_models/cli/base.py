@@ -1,4 +1,4 @@
-"""What the commands `jfa` and `jfa-bench` share: how they start, how they end, and the options that name a model."""
+"""What the commands `jfa` and `jfa-bench` share: entry point, exit status, and the options that select a model."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ DEFAULT_MODEL = "smollm2"
 
 
 def run(group: click.Group, name: str) -> int:
-    """The exit status of a group of commands: 2, and one line on stderr, for every error that the user can fix."""
+    """Runs a group of commands; the exit status is 2, with one line on stderr, for errors that the user can fix."""
     try:
         status = group.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
@@ -20,14 +20,14 @@ def run(group: click.Group, name: str) -> int:
     except click.ClickException as error:
         click.echo(f"{name}: {error.format_message()}", err=True)
         return 2
-    except (ValueError, RuntimeError, OSError) as error:  # of JAX: no such platform, out of memory
+    except (ValueError, RuntimeError, OSError) as error:  # JAX raises RuntimeError: no such platform, out of memory
         click.echo(f"{name}: {' '.join(str(error).split())}", err=True)
         return 2
     return status if isinstance(status, int) else 0  # what a command passed to Context.exit
 
 
 def command_group(function: Callable) -> click.Group:
-    """A group of commands, which prints its help when it is called without one."""
+    """A group of commands that prints its help when called without a command."""
 
     @click.group(
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -44,7 +44,7 @@ def command_group(function: Callable) -> click.Group:
 
 
 class ModelName(click.ParamType):
-    """A name or a path, checked when the model is loaded. A shell completes the names of packages, then files."""
+    """A name or a path, checked when the model is loaded. Shell completion offers package names, then files."""
 
     name = "model"
 
@@ -61,12 +61,12 @@ def model_options(command: Callable) -> Callable:
         type=ModelName(),
         default=DEFAULT_MODEL,
         show_default=True,
-        help="A folder of safetensors, a .gguf file, owner/name at Hugging Face, smollm2 or gemma-3-270m.",
+        help="A folder of safetensors, a .gguf file, a Hugging Face owner/name, smollm2 or gemma-3-270m.",
     )
     return model(dtype(command))
 
 
 def cache_options(command: Callable) -> Callable:
     """--cache and --kv-dtype."""
-    kv_dtype = click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of quantized pages.")
+    kv_dtype = click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Quantized dtype of the pages.")
     return click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)(kv_dtype(command))

@@ -1,4 +1,4 @@
-"""`jfa chat`: a conversation on the terminal."""
+"""`jfa chat`: a conversation in the terminal."""
 
 import sys
 
@@ -12,9 +12,9 @@ from jfa_models.cli.sampling import check_sampling, sampling_options
 @model_options
 @cache_options
 @sampling_options
-@click.option("--system", help="What the model is told before the first turn.")
+@click.option("--system", help="System prompt, before the first turn.")
 def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system: str | None, **sampling) -> None:
-    """Talk with a model. /reset forgets the conversation; /exit or Ctrl-D ends it."""
+    """Chat with a model. /reset forgets the conversation; /exit or Ctrl-D ends it."""
     check_sampling(sampling)
 
     from jfa_models.cli import running
@@ -27,27 +27,27 @@ def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system
     params = running.sampling_params(language_model, sampling)
     opening = [{"role": "system", "content": system}] if system else []
     messages, session = list(opening), Session()
-    # a pipe gets the answers alone
-    you, answers = (click.style(f"{who}> ", bold=True) if sys.stdin.isatty() else "" for who in ("you", "model"))
+    # through a pipe, only the answers are printed
+    you, answers = (click.style(f"{name}> ", bold=True) if sys.stdin.isatty() else "" for name in ("you", "model"))
     while True:
         try:
-            said = click.prompt(you, prompt_suffix="").strip()
+            message = click.prompt(you, prompt_suffix="").strip()
         except click.exceptions.Abort:
-            said = "/exit"
+            message = "/exit"
             click.echo(nl=bool(you))
-        if said == "/exit":
+        if message == "/exit":
             return
-        if not said:
+        if not message:
             continue
-        if said == "/reset":
+        if message == "/reset":
             messages, session = list(opening), Session()
             continue
-        turn = [*messages, {"role": "user", "content": said}]
+        turn = [*messages, {"role": "user", "content": message}]
         try:
             prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(turn), add_special_tokens=False)
             results = language_model.stream(prompt_ids, params, session=session)
         except ValueError as error:
-            click.echo(f"jfa: {error}. /reset starts anew.", err=True)
+            click.echo(f"jfa: {error}. /reset starts a new conversation.", err=True)
             continue
         answer = running.print_growth(results, after=answers)
         messages = [*turn, {"role": "assistant", "content": answer}]

@@ -8,22 +8,24 @@ import click
 from jfa_models.cli.base import cache_options, model_options
 from jfa_models.cli.sampling import check_sampling, sampling_options
 
-# Options of a single prompt, which a batch over pages has no use for.
-NOT_OF_A_BATCH = {"text": "TEXT", "prompt": "--prompt", "as_json": "--json", "cache": "--cache"}
+# Options of a single prompt, which a batch does not support.
+SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--json", "cache": "--cache"}
 
 
 @click.command()
 @click.argument("text", required=False)
-@click.option("--prompt", help="The prompt, where it is not given as an argument.")
+@click.option("--prompt", help="The prompt, if not given as an argument.")
 @model_options
 @cache_options
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of streaming.")
 @click.option(
-    "--batch-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Prompts, a JSON object a line."
+    "--batch-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Prompts, in JSON Lines."
 )
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Results of --batch-file, appended.")
-@click.option("--max-num-seqs", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of a batch.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Results of --batch-file, in JSON Lines."
+)
+@click.option("--max-num-seqs", type=click.IntRange(min=1), default=32, show_default=True, help="Sequences per batch.")
 @click.pass_context
 def generate(
     context: click.Context,
@@ -39,10 +41,10 @@ def generate(
     max_num_seqs: int,
     **sampling,
 ) -> None:
-    """Continue TEXT, or each prompt of a --batch-file: the same command goes on after an interruption.
+    """Continue TEXT, or each prompt of a --batch-file. After an interruption, the same command resumes the batch.
 
     Lines of a batch file look like {"prompt": "The capital of France is", "max_tokens": 20}: a prompt or
-    prompt_token_ids, and optionally an id and fields of SamplingParams, which replace those of the options.
+    prompt_token_ids, and optionally an id and fields of SamplingParams, which override the options.
     """
 
     def is_given(name: str) -> bool:
@@ -51,13 +53,13 @@ def generate(
     check_sampling(sampling)
     if batch_file is not None or output is not None:
         if batch_file is None or output is None:
-            raise click.UsageError("--batch-file and --output go together")
-        for name, option in NOT_OF_A_BATCH.items():
+            raise click.UsageError("--batch-file and --output must be given together")
+        for name, option in SINGLE_PROMPT_OPTIONS.items():
             if is_given(name) and context.params[name] != "paged":
-                raise click.UsageError(f"{option} is not for a --batch-file, which runs over pages")
+                raise click.UsageError(f"{option} cannot be used with --batch-file, which uses a paged cache")
         context.exit(_batch(batch_file, output, max_num_seqs, model, dtype, kv_dtype, sampling))
     if is_given("max_num_seqs"):
-        raise click.UsageError("--max-num-seqs is for a --batch-file: a single prompt is a row of its own")
+        raise click.UsageError("--max-num-seqs needs --batch-file: a single prompt has no other sequences")
     given = [one for one in (text, prompt) if one is not None]
     if len(given) != 1:
         raise click.UsageError('give one prompt: jfa generate "The capital of France is", or --prompt TEXT')
@@ -84,10 +86,10 @@ def _batch(
     from jfa_models.engine import Engine
 
     lines = batch.read(batch_file)
-    left = batch.done(output, lines)
-    lines = [line for line in lines if line.number not in left]
+    done = batch.done(output, lines)
+    lines = [line for line in lines if line.number not in done]
     if not lines:
-        click.echo(f"all {len(left)} results are in {output}", err=True)
+        click.echo(f"all {len(done)} results are already in {output}", err=True)
         return 0
     language_model = running.load(model, dtype=dtype)
     params = running.sampling_params(language_model, sampling)
@@ -96,14 +98,14 @@ def _batch(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("generating", total=len(lines) + len(left), completed=len(left))
+            task = bar.add_task("generating", total=len(lines) + len(done), completed=len(done))
             for result in batch.run(engine, lines, output, params):
                 written += 1
                 errors += "error" in result
                 bar.advance(task)
     except KeyboardInterrupt:
-        where = f"{len(left) + written} of {len(left) + len(lines)} results are in {output}"
-        click.echo(f"\ninterrupted: {where}; the same command writes the others", err=True)
+        where = f"{len(done) + written} of {len(done) + len(lines)} results are in {output}"
+        click.echo(f"\ninterrupted: {where}; run the same command again for the others", err=True)
         return 130
     refused = f", {errors} of them errors" if errors else ""
     click.echo(f"{written} results written to {output}{refused}", err=True)

@@ -1,4 +1,4 @@
-"""A model for one command: loaded, asked, and printed as it writes."""
+"""Loads a model for one command, runs it, and prints its text while it is generated."""
 
 import contextlib
 import itertools
@@ -22,24 +22,24 @@ from jfa_models.decoding.pretrained import from_pretrained
 
 
 def load(model: str, **options) -> LanguageModel:
-    """Loads with a line on the terminal meanwhile; compiled programs are kept for the next start."""
+    """Loads a model while a status line is shown; compiled programs are cached for the next start."""
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfa" / "xla"
-        with contextlib.suppress(OSError):  # where it cannot be written, every start compiles
+        with contextlib.suppress(OSError):  # if it is not writable, every start compiles
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
-    with Console(stderr=True).status(f"loading {escape(model)}"), warnings.catch_warnings(record=True) as said:
+    with Console(stderr=True).status(f"loading {escape(model)}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         loaded = from_pretrained(model, **options)
-    for warning in said:
+    for warning in caught:
         click.echo(f"jfa: {warning.message}", err=True)
     return loaded
 
 
 def sampling_params(model: LanguageModel, sampling: Mapping[str, Any]) -> SamplingParams:
-    """SamplingParams of the options; what is left out is as the model's authors advise.
+    """SamplingParams of the options; omitted ones are what the model's authors recommend.
 
-    Where they advise no temperature it is greedy, unless an option is given that only a draw can honour.
+    If they recommend no temperature, decoding is greedy, unless an option is given that only affects sampling.
     """
     options = given(sampling)
     if model.defaults.temperature is None and not options.keys() & {"top_k", "top_p", "min_p", "seed"}:
@@ -48,9 +48,9 @@ def sampling_params(model: LanguageModel, sampling: Mapping[str, Any]) -> Sampli
 
 
 def print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
-    """Prints a text as it grows, after another that stands before it; returns it."""
-    # the spinner wipes its line: nothing of ours may stand there yet
-    with Console(stderr=True).status("reading the prompt (the first time: compiling for this machine)"):
+    """Prints `after`, then a text while it grows; returns the text."""
+    # the spinner clears its line, so nothing may be printed there yet
+    with Console(stderr=True).status("processing the prompt (the first run compiles for this machine)"):
         first = next(results)
     click.echo(after, nl=False)
     shown = ""
@@ -63,7 +63,7 @@ def print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
 
 
 def timed(model: LanguageModel, prompt: str, params: SamplingParams) -> dict:
-    """One prompt with its times, after two tokens that compiled every step of it."""
+    """Generates for one prompt and measures times, after generating two tokens to compile every step."""
     for _ in itertools.islice(model.stream(prompt, params), 2):
         pass
     start = time.perf_counter()

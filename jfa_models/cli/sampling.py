@@ -9,10 +9,10 @@ from jfa_models.decoding.params import SamplingParams
 
 
 def sampling_options(command: Callable) -> Callable:
-    """--max-tokens, --temperature and so on; what is left out is as the model's authors advise."""
+    """--max-tokens, --temperature and so on; omitted ones are what the model's authors recommend."""
     for option in (
-        click.option("--stop", multiple=True, help="End before this text; may be repeated."),
-        click.option("--seed", type=int, help="Same seed, same text."),
+        click.option("--stop", multiple=True, help="Stop before this text; may be repeated."),
+        click.option("--seed", type=int, help="The same seed gives the same text."),
         click.option("--repetition-penalty", type=float),
         click.option("--min-p", type=float),
         click.option("--top-p", type=float),
@@ -30,5 +30,5 @@ def given(sampling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """Raises ValueError for a value that no model takes, before one is loaded."""
+    """Raises ValueError for a value that no model accepts, before one is loaded."""
     SamplingParams(**given(sampling))

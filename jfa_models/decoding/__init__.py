@@ -1,1 +1,1 @@
-"""Logits to tokens, for one batch."""
+"""Text generation for one batch: sampling, caches and compiled steps."""

@@ -1,4 +1,4 @@
-"""Caches of a decoder: their shapes, and room for more tokens."""
+"""KV caches of a decoder: how they are created and extended."""
 
 import dataclasses
 
@@ -10,16 +10,16 @@ from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.attention import Cache, paged_cache
 from jfa_models.model.config import DecoderConfig
 
-# Prompts enter the cache in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; caches hold a power
-# of two of tokens, batches a power of two of rows. So few shapes exist, and each compiles once.
+# Prompts are prefilled in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; cache capacities and
+# batch sizes are powers of two. So few shapes exist, and each compiles once.
 PREFILL_CHUNK = 512
 SMALLEST_CHUNK = 16
 SMALLEST_CAPACITY = 256
-SLACK = 128  # tokens that a layer with a window keeps behind it: so far a session can go back
+SLACK = 128  # tokens that a layer keeps in addition to its window: how far a session can go back
 
 
 def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
-    """An empty cache for at least capacity tokens a row."""
+    """An empty cache for at least capacity tokens per row."""
     capacity = max(SMALLEST_CAPACITY, power_of_two(capacity))
     if options.kind == "contiguous":
         return jfa.KVCache.create(
@@ -46,21 +46,21 @@ def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capac
 
 
 def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int) -> tuple[np.ndarray, ...]:
-    """Page tables in which every row has its pages from the start: nothing here is shared.
+    """Page tables in which every row has its own pages from the start: nothing is shared.
 
-    A row goes round in the pages of a window: those that slid out take the next tokens.
+    The pages of a window are reused cyclically: those that slid out of it take the next tokens.
     """
     columns = -(-capacity // page_size)
     tables = []
     for window in config.patterns:
-        # a chunk is written before its first token looks back
+        # a whole chunk is written before its first token attends
         kept = columns if window is None else min(columns, 1 + -(-(window + PREFILL_CHUNK + SLACK) // page_size))
         tables.append(1 + kept * np.arange(batch)[:, None] + np.arange(columns) % kept)
     return tuple(table.astype(np.int32) for table in tables)
 
 
 def grown(config: DecoderConfig, cache: Cache, capacity: int) -> Cache:
-    """The cache of one row with room for more tokens."""
+    """The cache of one row, extended to capacity tokens."""
     if isinstance(cache, jfa.KVCache):
         return cache.grow(capacity)
     own = _own_pages(config, 1, capacity, cache.page_size)
@@ -68,5 +68,5 @@ def grown(config: DecoderConfig, cache: Cache, capacity: int) -> Cache:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()

@@ -9,19 +9,19 @@ from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled
 from jfa_models.text.tokenizer import Tokenizer
 
-# The last tokens of a prompt, enough to end in whole characters: they decide how the first new token is spelled (after
-# a word it keeps its leading space, at the start of a text some tokenizers drop it).
+# Number of the prompt's last tokens that are decoded with the first new token: enough for whole characters. They decide
+# on its leading space (kept after a word; some tokenizers drop it at the start of a text).
 TEXT_CONTEXT = 8
 
 
 class Completion:
-    """What a prompt is continued with: token by token in, text out.
+    """One continuation of a prompt: takes tokens one by one and produces text.
 
     Attributes:
-      token_ids: every token so far, the one that ended it included.
-      finish_reason: None while it grows.
-      max_tokens: when it ends at the latest.
-      cumulative_logprob: the sum over its tokens, where somebody keeps it.
+      token_ids: all tokens so far, including the one that ended it.
+      finish_reason: None until it ends.
+      max_tokens: maximum number of tokens.
+      cumulative_logprob: the sum over its tokens; None if it is not computed.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Completion:
         return self.finish_reason is not None
 
     def push(self, sampled: Sampled, row: int) -> None:
-        """Takes the token that the device chose for a row."""
+        """Takes the token that the device sampled for a row."""
         token = int(sampled.token[row])
         if self._logprobs is not None and self.cumulative_logprob is not None:
             entries = logprobs_of(sampled, row, self.params.logprobs, self._tokenizer)
@@ -66,7 +66,7 @@ class Completion:
         self.take(token)
 
     def take(self, token: int) -> None:
-        """Takes a token that somebody chose."""
+        """Takes a token by its id, and ends if a stop condition is met."""
         self.token_ids.append(token)
         ended_by_id = self._ends(token)
         if self._stream and not ended_by_id:
@@ -84,12 +84,12 @@ class Completion:
             self._stops_from = len(self._text)
 
     def end(self, reason: FinishReason) -> None:
-        """Ends it where it stands, if it has not ended."""
+        """Ends it for this reason, if it has not ended."""
         if not self.finished:
             self.finish_reason = reason
 
     def output(self) -> CompletionOutput:
-        """The result so far. While it grows, text that may turn out to begin a stop string is held back."""
+        """The result so far. Until it ends, text that may be the start of a stop string is withheld."""
         text = self._text if self.finished else self._text[: len(self._text) - self._undecided()]
         return CompletionOutput(
             index=self.index,
@@ -113,14 +113,14 @@ class Completion:
             self.finish_reason, self._stop_reason = "stop", stop
 
     def _undecided(self) -> int:
-        """The length of the longest end of the text that is the beginning of a stop string."""
+        """The length of the longest suffix of the text that is a prefix of a stop string."""
         return max(
             (n for stop in self.params.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
         )
 
 
 def logprobs_of(sampled: Any, row: int, num_top: int | None, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """The num_top likeliest tokens of a row of Sampled, and always its token, by their ids."""
+    """Logprobs of a row of Sampled by token id: the num_top likeliest tokens, and always the sampled one."""
     assert sampled.logprob is not None and sampled.rank is not None
     token, chosen, rank = int(sampled.token[row]), float(sampled.logprob[row]), int(sampled.rank[row])
     entries = {}
@@ -133,7 +133,7 @@ def logprobs_of(sampled: Any, row: int, num_top: int | None, tokenizer: Tokenize
 
 
 def _token_text(tokenizer: Tokenizer | None, token: int) -> str | None:
-    # a model may have more rows than its tokenizer has tokens
+    # a model's vocabulary may be larger than its tokenizer's
     if tokenizer is None or tokenizer.core.id_to_token(token) is None:
         return None
     return tokenizer.token_text(token)

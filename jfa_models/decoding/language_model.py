@@ -1,4 +1,4 @@
-"""A decoder that writes text: the whole forward, batches offline, and one prompt streamed."""
+"""A decoder that generates text: full forward passes, offline batches, and streaming of one prompt."""
 
 import dataclasses
 import operator
@@ -31,17 +31,17 @@ Prompt = str | Sequence[int]
 
 
 def abstract_decoder(config: DecoderConfig, dtype: DTypeLike, implementation: str | None = None) -> Decoder:
-    """A decoder with shapes in the place of parameters."""
+    """A decoder with shapes instead of parameters."""
     return nnx.eval_shape(
         lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), attention_implementation=implementation)
     )
 
 
 def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
-    """The dtype by name, or the platform's own for None.
+    """The dtype of this name; None: the platform's default.
 
     Raises:
-      ValueError: not one that decoders compute in.
+      ValueError: decoders do not compute in this dtype.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -55,12 +55,12 @@ class LanguageModel:
     """A decoder with its parameters and its tokenizer.
 
     Attributes:
-      config: the decoder's shape.
-      params: the leaves of the decoder, as the steps take them.
-      tokenizer: None when there is no text around the model; prompts are token ids then.
-      defaults: what the authors of the checkpoint advise for sampling.
-      eos_token_ids: the tokens that end a text, by the defaults, else by the tokenizer.
-      cache_options: what new_cache makes.
+      config: the decoder's configuration.
+      params: the decoder's parameters as a flat tuple, as the steps take them.
+      tokenizer: None if the model has none; prompts are token ids then.
+      defaults: the sampling parameters that the checkpoint's authors recommend.
+      eos_token_ids: the end-of-text tokens, from the defaults, otherwise from the tokenizer.
+      cache_options: the options of new_cache.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class LanguageModel:
         attention_implementation: str | None = None,
         cache_options: CacheOptions | None = None,
     ) -> "LanguageModel":
-        """A model that knows nothing, without a tokenizer: weights from a normal distribution, made in a moment.
+        """A model with normally distributed random weights, created quickly, without a tokenizer.
 
         Args:
-          dtype: as in from_pretrained.
-          attention_implementation: what jfa's ops are asked for by name; None: they choose.
+          dtype: see from_pretrained.
+          attention_implementation: the implementation of jfa's ops by name; None: they choose.
         """
         dtype = compute_dtype(dtype)
         abstract = abstract_decoder(config, dtype, attention_implementation)
-        # one piece of noise is laid over all weights, so long and odd that no two rows of one are alike
+        # one array of noise is repeated over all weights; its long, odd length keeps the rows of a weight different
         noise = (0.02 * np.random.default_rng(seed).standard_normal(1_000_003)).astype(dtype)
         params, start = [], 0
         for name, shape in named_leaves(abstract).items():
@@ -116,23 +116,23 @@ class LanguageModel:
         """Writes what from_pretrained and Hugging Face load: config.json, safetensors, the tokenizer and its template.
 
         Raises:
-          ValueError: config.json cannot say what the model is.
+          ValueError: config.json cannot represent the model.
         """
         named = dict(zip(self._names, self.params, strict=True))
         save_checkpoint(Path(folder), self.config, named, generation=self.defaults, tokenizer=self.tokenizer)
 
     def logits(self, input_ids: ArrayLike, lengths: ArrayLike | None = None) -> Float[Array, "b t vocab"]:
-        """The next-token logits behind every token, without a cache.
+        """The next-token logits after every token, without a cache.
 
         Args:
           input_ids: i32[b, t], rows padded on the right with any id.
-          lengths: i32[b], tokens of each row; what stands behind them means nothing. None: all.
+          lengths: i32[b], tokens in each row; the logits after them are meaningless. None: all.
         """
         tokens = np.asarray(input_ids)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"input_ids must be integers [batch, length], got {tokens.dtype} of shape {list(tokens.shape)}; "
-                "a single row is [row]"
+                "wrap a single row as [row]"
             )
         self._check_ids(tokens)
         t = tokens.shape[1]
@@ -141,17 +141,17 @@ class LanguageModel:
         if lengths is not None:
             lengths = np.asarray(lengths)
             if lengths.size and not 0 <= lengths.min() <= lengths.max() <= t:
-                raise ValueError(f"lengths must be 0 to {t}, the tokens that a row has, got {lengths.tolist()}")
+                raise ValueError(f"lengths must be 0 to {t}, the length of a row, got {lengths.tolist()}")
             if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
                 raise ValueError(f"lengths must be {len(tokens)} integers, one for each row, got {lengths.tolist()}")
             lengths = lengths.astype(np.int32)
         return self.steps.logits(self.params, tokens.astype(np.int32), lengths)
 
     def default_params(self, **overrides) -> SamplingParams:
-        """SamplingParams as the checkpoint's authors advise, and as vLLM defaults where they say nothing."""
-        advised = {name: value for name, value in dataclasses.asdict(self.defaults).items() if value is not None}
-        advised.pop("eos_token_ids")
-        return SamplingParams(**(advised | overrides))
+        """SamplingParams that the checkpoint's authors recommend, with vLLM's defaults for unspecified fields."""
+        recommended = {name: value for name, value in dataclasses.asdict(self.defaults).items() if value is not None}
+        recommended.pop("eos_token_ids")
+        return SamplingParams(**(recommended | overrides))
 
     def generate(
         self,
@@ -161,18 +161,18 @@ class LanguageModel:
         max_batch: int = 8,
         seed: int = 0,
     ) -> list[RequestOutput]:
-        """Continues each prompt; results in the order of the prompts.
+        """Continues each prompt; results are in the order of the prompts.
 
-        A row's tokens do not depend on the other prompts, nor on how they are batched. Without a seed of its own, a
-        request draws by (seed, its place in prompts).
+        A row's tokens do not depend on the other prompts, nor on how they are batched. A request without its own seed
+        samples from (seed, its index in prompts).
 
         Args:
-          prompts: text or token ids, one or many, of any lengths.
-          sampling_params: one for all or one each; None: default_params().
-          max_batch: prompts that run together.
+          prompts: text or token ids, one or many, of any length.
+          sampling_params: one for all prompts or one per prompt; None: default_params().
+          max_batch: maximum number of prompts per batch.
 
         Raises:
-          ValueError: an empty prompt, or one that with max_tokens does not fit into the model's context.
+          ValueError: a prompt is empty, or together with max_tokens exceeds the model's context.
         """
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -189,13 +189,13 @@ class LanguageModel:
         session: "Session | None" = None,
         seed: int = 0,
     ) -> Iterator[RequestOutput]:
-        """Continues one prompt and yields its result so far after every token; the last one has a finish_reason.
+        """Continues one prompt and yields the result so far after every token; the last one has a finish_reason.
 
         Args:
-          session: keeps the cache for the next call, which then computes only what is new in its prompt.
+          session: keeps the cache for the next call, which then computes only the new part of its prompt.
 
         Raises:
-          ValueError: as generate does, before the first token.
+          ValueError: as in generate, before the first token.
         """
         [request] = self._requests([prompt], sampling_params, seed)
         session = Session() if session is None else session
@@ -208,9 +208,9 @@ class LanguageModel:
         *,
         seed: int = 0,
     ) -> DecodeState:
-        """One batch of prompts behind its first token, for who drives `steps.decode` without texts.
+        """Prefills a batch of prompts and samples its first tokens; for callers that run `steps.decode` themselves.
 
-        Its rows are rounded up to a power of two, as in generate; those past the prompts are not active.
+        The number of rows is rounded up to a power of two, as in generate; rows past the prompts are not active.
         """
         return self._start(self._requests(prompts, sampling_params, seed))[0]
 
@@ -228,26 +228,26 @@ class LanguageModel:
                 request.completion.push(shown.sampled, 0)
                 yield request.output()
         finally:
-            # every token but the last entered the cache; a step that ran ahead added the last one too, or nothing
+            # every token except the last is in the cache; a step that ran ahead added the last one too, or nothing
             held = [*prompt_ids, *request.completion.token_ids[:-1]]
             session.give(state.cache, held)
 
     def _run_batch(self, requests: "Sequence[_Request]") -> None:
-        """Runs requests to their end as one batch."""
+        """Runs one batch until all its requests have finished."""
         state, emitted = self._start(requests)
         self._push(requests, jax.tree.map(lambda x: x[None], jax.device_get(emitted)), 1)
         while not all(request.finished for request in requests):
-            # a stop string ends a row on the host: the device hears of it here
+            # a stop string ends a row on the host: the device learns of it here
             active = np.zeros(state.active.shape, bool)
             active[: len(requests)] = [not request.finished for request in requests]
             state = dataclasses.replace(state, active=active)
-            state, emitted, turns = self.steps.decode_many(self.params, state)
-            self._push(requests, jax.device_get(emitted), int(turns))
+            state, emitted, num_steps = self.steps.decode_many(self.params, state)
+            self._push(requests, jax.device_get(emitted), int(num_steps))
 
     @staticmethod
-    def _push(requests: "Sequence[_Request]", emitted: Emitted, turns: int) -> None:
-        for turn in range(turns):
-            sampled = jax.tree.map(lambda x, turn=turn: x[turn], emitted.sampled)
+    def _push(requests: "Sequence[_Request]", emitted: Emitted, num_steps: int) -> None:
+        for step in range(num_steps):
+            sampled = jax.tree.map(lambda x, step=step: x[step], emitted.sampled)
             for row, request in enumerate(requests):
                 if not request.finished:
                     request.completion.push(sampled, row)
@@ -260,7 +260,7 @@ class LanguageModel:
     def _prefill(
         self, requests: "Sequence[_Request]", cache: Cache, prompts: Sequence[Sequence[int]]
     ) -> tuple[DecodeState, Emitted]:
-        """Brings the prompts (behind what the cache holds already) into the cache and draws each row's first token."""
+        """Prefills the prompts (after what the cache already holds) and samples each row's first token."""
         size = cache.kv_len.shape[0]
         empty = [_EMPTY] * (size - len(requests))
         rows = sampling_rows(
@@ -277,7 +277,7 @@ class LanguageModel:
         return self.steps.first(self.params, cache, hidden, rows, np.arange(size) < len(requests))
 
     def new_cache(self, *, batch: int, capacity: int) -> Cache:
-        """An empty cache for at least capacity tokens a row."""
+        """An empty cache for at least capacity tokens per row."""
         return caches.new_cache(self.config, self.cache_options, batch=batch, capacity=capacity, dtype=self.dtype)
 
     def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
@@ -288,7 +288,7 @@ class LanguageModel:
             sampling_params = [sampling_params] * len(prompts)
         if len(sampling_params) != len(prompts):
             raise ValueError(
-                f"there must be one SamplingParams, or one for each prompt, got {len(sampling_params)} "
+                f"sampling_params must be one SamplingParams, or one per prompt, got {len(sampling_params)} "
                 f"for {len(prompts)} prompts"
             )
         pairs = zip(prompts, sampling_params, strict=True)
@@ -297,17 +297,17 @@ class LanguageModel:
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, seed: int) -> "_Request":
         for name, value, none in (("n", params.n, 1), ("prompt_logprobs", params.prompt_logprobs, None)):
             if value != none:
-                raise ValueError(f"{name} must be {none} here, got {value}; jfa_models.LLM serves it")
+                raise ValueError(f"{name} must be {none} here, got {value}; use jfa_models.LLM for it")
         ids = self.prompt_ids(prompt, name=f"prompt {index}")
         completion = self.completion(ids, params, name=f"prompt {index}")
         text = prompt if isinstance(prompt, str) else None
         return _Request(index=index, prompt=text, prompt_ids=ids, completion=completion, seed=seed)
 
     def prompt_ids(self, prompt: Prompt, *, name: str = "the prompt") -> list[int]:
-        """The token ids of a prompt, which may be token ids already.
+        """The token ids of a prompt, which is a text or token ids. Error messages refer to it by `name`.
 
         Raises:
-          ValueError: there are none, the vocabulary lacks one, or there is a text but no tokenizer; name says of whom.
+          ValueError: the prompt is empty, an id is outside the vocabulary, or it is a text and there is no tokenizer.
         """
         if not isinstance(prompt, str):
             ids = [operator.index(i) for i in prompt]
@@ -323,13 +323,13 @@ class LanguageModel:
     def completion(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int = 0, name: str = "the prompt"
     ) -> Completion:
-        """What will grow behind a prompt.
+        """A new Completion of a prompt.
 
         Raises:
-          ValueError: params ask for what this model does not have, or for more than its context.
+          ValueError: the model does not support the params, or they exceed its context.
         """
         if self.tokenizer is None and params.stop:
-            raise ValueError("this model has no tokenizer, so stop strings cannot be seen: use stop_token_ids")
+            raise ValueError("this model has no tokenizer, so stop strings cannot be detected: use stop_token_ids")
         check_token_ids(params, vocab_size=self.config.vocab_size)
         room = self.config.context_length - len(prompt_ids)
         if room < 1 or (params.max_tokens or 1) > room:
@@ -360,9 +360,9 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 class Session:
-    """The cache of a conversation between two calls of stream. One prompt at a time.
+    """The cache of a conversation, kept between calls of stream. One prompt at a time.
 
-    A prompt that begins like what the cache holds is not computed again, up to the first token that differs.
+    The tokens of a prompt that the cache holds, up to the first token that differs, are not computed again.
     """
 
     def __init__(self) -> None:
@@ -371,13 +371,13 @@ class Session:
         self._ids: list[int] = []
 
     def take(self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int) -> tuple[Cache, int]:
-        """A cache with room for capacity tokens, and how many of prompt_ids it holds already (never all).
+        """A cache with room for capacity tokens, and how many of prompt_ids it already holds (never all).
 
         Raises:
           ValueError: the cache belongs to another model.
         """
         if self._model not in (None, model):
-            raise ValueError("this session holds the cache of another model; give each model a session of its own")
+            raise ValueError("this session holds the cache of another model; use a separate session for each model")
         self._model = model
         cache, self._cache = self._cache, None
         if cache is None:
@@ -389,17 +389,17 @@ class Session:
             known += 1
         windows = [window for window in model.config.patterns if window is not None]
         if windows and len(self._ids) - known > caches.SLACK and len(self._ids) > min(windows):
-            known = 0  # what these tokens would see has left a window
+            known = 0  # keys that the next tokens would see have left a window
         return dataclasses.replace(cache, kv_len=np.array([known], np.int32)), known
 
     def give(self, cache: Cache, ids: Sequence[int]) -> None:
-        """Leaves a cache that holds these tokens for the next call."""
+        """Stores a cache that holds these tokens for the next call."""
         self._cache, self._ids = cache, list(ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Request:
-    """One prompt on its way."""
+    """One prompt and its completion."""
 
     index: int
     prompt: str | None
@@ -428,7 +428,7 @@ _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)
 
 
 def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens i32[size, t], lengths i32[size]) one after another; a row that has ended, or never was, has length 0."""
+    """Yields (tokens i32[size, t], lengths i32[size]) of each chunk; a finished or padding row has length 0."""
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:

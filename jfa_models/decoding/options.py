@@ -1,4 +1,4 @@
-"""What a model is loaded with, by name. Nothing here imports JAX: the command line shows these names in its help."""
+"""Options for loading a model. Nothing here imports JAX, because the command line shows these names in its help."""
 
 import dataclasses
 from typing import Literal
@@ -10,12 +10,12 @@ KV_DTYPES = ("int8", "fp8", "int4")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """How the keys and values of a model's tokens are kept.
+    """How keys and values are stored.
 
     Attributes:
       kind: "contiguous", or "paged".
-      kv_dtype: of pages: "int8", "fp8" or "int4" (jfa.quant); None: the model's dtype.
-      page_size: tokens of a page.
+      kv_dtype: dtype of the pages: "int8", "fp8" or "int4" (jfa.quant); None: the model's dtype.
+      page_size: tokens per page.
     """
 
     kind: Literal["contiguous", "paged"] = "contiguous"
@@ -26,7 +26,7 @@ class CacheOptions:
         if self.kind not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {self.kind!r}")
         if self.kv_dtype is not None and self.kind != "paged":
-            raise ValueError(f"kv_dtype={self.kv_dtype!r} needs cache='paged': a contiguous one is not quantized")
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} needs cache='paged': a contiguous cache is not quantized")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.page_size < 1:

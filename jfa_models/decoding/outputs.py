@@ -1,4 +1,4 @@
-"""What a request gives back, under vLLM's names. Plain values: nothing here holds a device array."""
+"""The results of a request, under vLLM's names. Plain values: nothing here holds a device array."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Logprob:
     """The natural-log probability of one token under the raw logits, before bias, penalties and temperature.
 
-    `rank` is 1 for the likeliest token, and None where it was not computed. `decoded_token` is the token's own text
-    where somebody decoded it; half a character decodes to U+FFFD.
+    `rank` is 1 for the likeliest token, and None if it was not computed. `decoded_token` is the token's own text, None
+    if it was not decoded; an incomplete character decodes to U+FFFD.
     """
 
     logprob: float
@@ -24,12 +24,12 @@ class Logprob:
 class CompletionOutput:
     """One continuation of a prompt.
 
-    `text` ends before the stop string that ended it; `token_ids` holds every token that was generated, the one that
-    ended it included. `cumulative_logprob` is the sum over `token_ids`, `logprobs` has one mapping from token id to
-    Logprob per token: the most likely ones and always the chosen one; both are None unless logprobs were asked for.
-    `finish_reason` is "stop" (an end or stop token, or a stop string; `stop_reason` says which, None for the model's
-    own end token), "length" (max_tokens or the model's context), "abort" (the caller's), "error" (RequestOutput.error
-    says which), or None while it is still growing.
+    `text` ends before the stop string that ended it; `token_ids` holds all generated tokens, including the one that
+    ended it. `cumulative_logprob` is the sum over `token_ids`; `logprobs` has one mapping from token id to Logprob per
+    token: the likeliest ones and always the sampled one; both are None unless logprobs were requested. `finish_reason`
+    is "stop" (an end or stop token, or a stop string; `stop_reason` is that token or string, None for the model's own
+    end token), "length" (max_tokens or the model's context), "abort" (by the caller), "error" (see
+    RequestOutput.error), or None until it ends.
     """
 
     index: int
@@ -43,7 +43,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestMetrics:
-    """When things happened to a request, in seconds on the engine's clock."""
+    """Times of a request's events, in seconds on the engine's clock."""
 
     arrival: float
     first_token: float | None = None
@@ -52,11 +52,11 @@ class RequestMetrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """A prompt and its continuations. `prompt` is None where token ids were given.
+    """A prompt and its continuations. `prompt` is None if token ids were given.
 
-    `prompt_logprobs` has one mapping per token of the prompt, as CompletionOutput.logprobs has, and None for the first
-    token, which nothing precedes. `error` is what ended the request, where its callback did. `request_id` and `metrics`
-    are the engine's.
+    `prompt_logprobs` has one mapping per token of the prompt, like CompletionOutput.logprobs, and None for the first
+    token, which nothing precedes. `error` is the exception that ended the request, such as one of its callback.
+    `request_id` and `metrics` are set by the engine.
     """
 
     prompt: str | None

@@ -1,13 +1,13 @@
-"""What a request asks for: how one prompt is continued. Nothing here imports JAX or NumPy."""
+"""Parameters of a request: how one prompt is continued. Nothing here imports JAX or NumPy."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
-MAX_SAMPLES = 10_000  # of one prompt
+MAX_SAMPLES = 10_000  # maximum continuations per prompt
 MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API give by default
-GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: distances divided by it leave float32
+GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: logit distances divided by it overflow float32
 MAX_INT32 = 2**31 - 1
 
 
@@ -17,16 +17,17 @@ class SamplingParams:
 
     Each token goes through, in this order: `logit_bias`, the ban of end and stop tokens before `min_tokens`,
     `repetition_penalty` (on prompt and output), `frequency_penalty` and `presence_penalty` (on the output),
-    `temperature`, `min_p`, `top_k`, `top_p`, the draw. A filter sees what the one before it left. Tokens that tie at
-    the edge of top_k or top_p are all kept.
+    `temperature`, `min_p`, `top_k`, `top_p`, sampling. Each filter applies to what the previous one left. Tokens that
+    tie at the edge of top_k or top_p are all kept.
 
-    `temperature` 0 (below 1e-5) is greedy and ignores the three filters. `top_k` 0 or -1 keeps all tokens. Equal `seed`
-    (0 to 2**64 - 1), equal text, whatever else is in the batch. `stop` is one string or several; the text ends before
-    it. With `ignore_eos` the model's end tokens neither end the request nor are banned by `min_tokens`. `max_tokens`
-    None means up to the model's context. `logprobs` is how many of the likeliest tokens to report per token, 0 for the
-    chosen one only; they are those of the raw logits. `logit_bias` maps token ids to what is added to their logit; it
-    is kept as a tuple of pairs. `n` continuations of one prompt draw independently of each other; the first is what
-    n = 1 gives. `prompt_logprobs` is `logprobs` for the tokens of the prompt. Engine and LLM serve these two.
+    `temperature` 0 (below 1e-5) is greedy and ignores the three filters. `top_k` 0 or -1 keeps all tokens. The
+    same `seed` (0 to 2**64 - 1) gives the same text, whatever else is in the batch. `stop` is one string or several;
+    the text ends before it. With `ignore_eos`, the model's end tokens neither end the request nor are banned by
+    `min_tokens`. `max_tokens` None means up to the model's context. `logprobs` is how many of the likeliest tokens to
+    report per token, 0 for the sampled one only; they are those of the raw logits. `logit_bias` maps token ids to
+    values added to their logits; it is stored as a tuple of pairs. The `n` continuations of a prompt are sampled
+    independently; the first is what n = 1 gives. `prompt_logprobs` is `logprobs` for the tokens of the prompt. Only
+    Engine and LLM support the last two.
 
     Raises:
       ValueError: a field is out of its range; the message names it. Ids are checked against a vocabulary by
@@ -71,7 +72,7 @@ class SamplingParams:
             ),
         }
         if self.max_tokens is not None:
-            advice = "use None for as many as the context holds"
+            advice = "use None for no limit but the context"
             checked["max_tokens"] = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, advice)
             if self.min_tokens > self.max_tokens:
                 raise ValueError(
@@ -82,7 +83,7 @@ class SamplingParams:
             if (value := getattr(self, name)) is not None:
                 checked[name] = _integer(name, value, 0, MAX_LOGPROBS, "use None for no log-probabilities")
         if self.seed is not None:
-            checked["seed"] = _integer("seed", self.seed, 0, 2**64 - 1, "use None for a seed of the engine's choice")
+            checked["seed"] = _integer("seed", self.seed, 0, 2**64 - 1, "use None to let the engine choose a seed")
         if self.logit_bias is not None:
             checked["logit_bias"] = bias_pairs(self.logit_bias)
         if not isinstance(self.ignore_eos, bool):
@@ -92,26 +93,26 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken and nothing is drawn."""
+        """Whether the likeliest token is taken, without sampling."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether the logits change before the draw: by a bias, a penalty, or a ban of end tokens."""
+        """Whether the logits change before sampling: by a bias, a penalty, or a ban of end tokens."""
         penalties = (self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty)
         return bool(self.logit_bias or self.min_tokens or any(penalties))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """How one request is searched for its likeliest continuations. Names and meanings are vLLM's and transformers'.
+    """Beam search for the likeliest continuations of one request. Names and meanings are vLLM's and transformers'.
 
-    The `beam_width` best of all continuations of the present beams are kept, by their summed log-probability, until
-    `beam_width` have ended with the model's end token (`ignore_eos`: it counts as any other) or have `max_tokens`.
-    Results are ordered by that sum over their length to the power of `length_penalty` (above 0 favours long ones; the
-    end token counts). `early_stopping` True ends as soon as `beam_width` have ended; False, when no present beam can
-    become better at its present length than the worst of them. Each token brings its 2 * `beam_width` likeliest
-    successors, which at least as many live beams need, so `beam_width` is at most MAX_LOGPROBS / 2.
+    In each step the `beam_width` continuations of the current beams with the highest summed log-probability are kept,
+    until `beam_width` have ended with the model's end token (with `ignore_eos` it counts as any other token) or have
+    `max_tokens`. Results are ordered by that sum divided by length ** `length_penalty` (above 0 favours long ones; the
+    end token counts). `early_stopping` True stops as soon as `beam_width` have ended; False, when no current beam would
+    score better at its current length than the worst of them. Each beam reports its 2 * `beam_width` likeliest
+    successors, enough to keep `beam_width` beams live, so `beam_width` is at most MAX_LOGPROBS / 2.
 
     Source: the search of transformers' `generate(num_beams=...)`; arXiv:1609.08144, section 7, for the penalty.
 
@@ -128,7 +129,7 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         largest = MAX_LOGPROBS // 2
         width = _integer("beam_width", self.beam_width, 1, largest, f"there are {MAX_LOGPROBS} candidates per beam")
-        length = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, "say how long a continuation may get")
+        length = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, "it limits the length of a continuation")
         penalty = _number("length_penalty", self.length_penalty, -10, 10, "use 0 for none, 1 for the mean")
         for name in ("early_stopping", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
@@ -139,7 +140,7 @@ class BeamSearchParams:
 
 
 def check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
-    """Check what SamplingParams cannot know by itself: that its token ids exist.
+    """Checks that the token ids of SamplingParams exist in a vocabulary.
 
     Raises:
       ValueError: an id of `stop_token_ids` or `logit_bias` is outside the vocabulary.

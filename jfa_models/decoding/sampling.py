@@ -1,11 +1,11 @@
-"""From logits to a token: what a request asks for, the same for a batch as device arrays, and the draw.
+"""From logits to tokens: the sampling parameters of a batch as device arrays, and sampling itself.
 
-Nothing is sorted. For non-negative floats the bit pattern orders as the value does, so the cut-offs of top-k and top-p
-are found by bisecting the bits of a token's distance below the best logit: at most 31 masked sums over the vocabulary.
+Nothing is sorted. Non-negative floats have the same order as their bit patterns, so the cut-offs of top-k and top-p are
+found by bisecting the bits of a token's distance below the best logit: at most 31 masked sums over the vocabulary.
 
-Probabilities are summed as integers. A float sum depends on the order in which a compiler adds, and this order
-depends on the batch; an integer sum does not, so a row draws the same token alone and among any neighbours, and the
-token that an inverse CDF finds has never weight 0.
+Probabilities are summed as integers. A float sum depends on the compiler's order of additions, which depends on the
+batch; an integer sum does not. So a row samples the same token alone and in any batch, and the token that the inverse
+CDF finds never has weight 0.
 
 Meanings and order are vLLM's; the penalties are those of CTRL (arXiv:1909.05858, section 4.1: repetition) and of the
 OpenAI API (presence, frequency); top-p is arXiv:1904.09751, min-p arXiv:2407.01082.
@@ -24,8 +24,8 @@ from jfa_models.decoding.params import MAX_INT32, MAX_LOGPROBS, SamplingParams, 
 
 MAX_LOGIT = float(np.finfo(np.float32).max)  # finite on purpose: inf - inf is NaN in a distance
 MAX_FINITE_BITS = 0x7F7FFFFF  # the bits of the largest finite float32: a cut-off that keeps all but -inf logits
-DRAW_BLOCK = 128  # tokens whose weights are summed before the cumulative sum: 5 to 10 times less of it to do
-COUNT_ROWS = 64  # partial counts fit int8, whose sums are 2 to 4 times as fast as those of int32 on a CPU
+DRAW_BLOCK = 128  # tokens whose weights are summed before the cumulative sum, which is 5 to 10 times less work
+COUNT_ROWS = 64  # partial counts fit int8, whose sums are 2 to 4 times as fast as int32 on a CPU
 
 
 @jax.tree_util.register_dataclass
@@ -33,9 +33,9 @@ COUNT_ROWS = 64  # partial counts fit int8, whose sums are 2 to 4 times as fast 
 class SamplingRows:
     """The SamplingParams of a batch as arrays, one row per request, made by `sampling_rows`.
 
-    `output_counts` (how often a row has emitted each token) is the only state; `update` returns the next one. What
-    nobody in the batch uses is None or switched off by a static field and costs nothing. These choices change the cost
-    and never the result of a row.
+    `output_counts` (how often a row has emitted each token) is the only state; `update` returns the next one. What no
+    row of the batch uses is None or switched off by a static field, and costs nothing. This changes only the cost,
+    never the result of a row.
     """
 
     temperature: Float32[Array, " b"]  # 0 for greedy rows
@@ -52,7 +52,7 @@ class SamplingRows:
     logit_bias: Float32[Array, "b vocab"] | None
     prompt_seen: Bool[Array, "b vocab"] | None  # for the repetition penalty
     output_counts: Int32[Array, "b vocab"] | None  # for all three penalties
-    greedy: bool = dataclasses.field(metadata=dict(static=True))  # every row is
+    greedy: bool = dataclasses.field(metadata=dict(static=True))  # every row is greedy
     truncates: bool = dataclasses.field(metadata=dict(static=True))  # some row has top_k, top_p or min_p
     num_logprobs: int | None = dataclasses.field(metadata=dict(static=True))  # None, 0 or MAX_LOGPROBS
 
@@ -60,10 +60,10 @@ class SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """One token per row. The natural-log probabilities are those of the raw logits, and None unless asked for.
+    """One token per row. The natural-log probabilities are those of the raw logits, and None unless requested.
 
-    `rank` is 1 for the likeliest token. The `k` alternatives come likeliest first; `k` is MAX_LOGPROBS (or the
-    vocabulary) as soon as one row wants any, so that few shapes exist: cut each row to its own `logprobs`.
+    `rank` is 1 for the likeliest token. The `k` alternatives are sorted, likeliest first; `k` is MAX_LOGPROBS (or the
+    vocabulary size) as soon as one row requests any, so that few shapes exist: cut each row to its own `logprobs`.
     """
 
     token: Int32[Array, " b"]
@@ -121,9 +121,9 @@ def slot_rows(
     vocab_size: int,
     eos_token_ids: Sequence[int],
 ) -> SamplingRows:
-    """The rows of an engine's step, whose dense arrays are kept by slot (steps.Slots): of eight kinds and no more.
+    """The rows of an engine's step, whose dense arrays are kept by slot (steps.Slots). Only eight variants exist.
 
-    min_tokens is there as soon as one of them adjusts its logits.
+    min_tokens is set if any row adjusts its logits.
     """
     greedy = all(one.is_greedy for one in params)
     return SamplingRows(
@@ -144,7 +144,7 @@ def _columns(
     eos_token_ids: Sequence[int],
     vocab_size: int,
 ) -> dict[str, np.ndarray]:
-    """The fields of SamplingRows that hold one number or a few for each row."""
+    """The fields of SamplingRows that hold one or a few numbers per row."""
     filters = [(0, 1.0, 0.0) if one.is_greedy else (one.top_k, one.top_p, one.min_p) for one in params]
     floats = {
         "temperature": [0.0 if one.is_greedy else one.temperature for one in params],
@@ -171,11 +171,11 @@ def _min_tokens(params: Sequence[SamplingParams]) -> Int32[Array, " b"]:
 
 
 def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: Int[Array, " b"]) -> Sampled:
-    """The next token of each row, which has emitted `num_generated` tokens before it. Float32 inside.
+    """The next token of each row, which has emitted `num_generated` tokens before it. Computed in float32.
 
-    What is drawn depends on the row's own logits, settings, key and `num_generated`, and on nothing else. A token whose
-    probability is under about 2**-26 of the likeliest one's (2**-13 where 128k tokens are equally likely) counts as
-    impossible. NaN logits count as -inf, and +inf as the largest float32; a row without any finite logit gives token 0.
+    The result depends only on the row's own logits, settings, key and `num_generated`. A token whose probability is
+    below about 2**-26 of the likeliest one's (2**-13 if 128k tokens are equally likely) counts as impossible. NaN
+    logits count as -inf, and +inf as the largest float32; a row without any finite logit gives token 0.
 
     Source: the order of steps is that of vLLM 0.22, vllm.v1.sample.sampler.Sampler.
     """
@@ -184,7 +184,7 @@ def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: I
     raw = jnp.where(jnp.isnan(raw), -jnp.inf, jnp.minimum(raw, MAX_LOGIT))
     x = _penalized(raw, rows, num_generated)
     best = jnp.max(x, axis=-1)
-    # The first of the best, as argmax gives it: two plain reductions take a third to two thirds of its time on a CPU.
+    # The first maximum, like argmax: two plain reductions take a third to two thirds of its time on a CPU.
     token = jnp.min(jnp.where(x == best[:, None], jnp.arange(vocab_size, dtype=jnp.int32), vocab_size), axis=-1)
     if not rows.greedy:
         weights = _token_weights(x, best, rows)
@@ -196,7 +196,7 @@ def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: I
 
 
 def update(rows: SamplingRows, token: Int[Array, " b"], active: Bool[Array, " b"]) -> SamplingRows:
-    """Count the emitted token of each active row; one element per row is written."""
+    """Counts the emitted token of each active row; writes one element per row."""
     if rows.output_counts is None:
         return rows
     row = jnp.arange(token.shape[0])
@@ -205,14 +205,14 @@ def update(rows: SamplingRows, token: Int[Array, " b"], active: Bool[Array, " b"
 
 
 def finished_by_id(rows: SamplingRows, token: Int[Array, " b"]) -> Bool[Array, " b"]:
-    """Whether the token just emitted is an end or stop token of its row. Before min_tokens none can be drawn."""
+    """Whether the token just emitted is an end or stop token of its row. Before min_tokens none can be sampled."""
     return jnp.any(rows.stop_ids == token[:, None], axis=-1)
 
 
 def _penalized(
     x: Float32[Array, "b vocab"], rows: SamplingRows, num_generated: Int[Array, " b"]
 ) -> Float32[Array, "b vocab"]:
-    """Bias, ban of stop tokens, penalties: all that can change a greedy row."""
+    """Applies bias, ban of stop tokens and penalties: all that can change a greedy row."""
     if rows.logit_bias is not None:
         x = x + rows.logit_bias
     if rows.min_tokens is not None:
@@ -232,15 +232,15 @@ def _penalized(
 def _token_weights(
     x: Float32[Array, "b vocab"], best: Float32[Array, " b"], rows: SamplingRows
 ) -> Int32[Array, "b padded_vocab"]:
-    """Temperature and filters: integers in proportion to the probabilities, 0 for what is filtered out.
+    """Applies temperature and filters: integers proportional to the probabilities, 0 for filtered tokens.
 
-    Each row sums to less than 2**31. All zero only where no logit is finite; padded with zeros to whole blocks.
+    Each row sums to less than 2**31. All zero only if no logit is finite; padded with zeros to whole blocks.
     """
     x = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % DRAW_BLOCK)), constant_values=-jnp.inf)
     # A row without a finite logit must have only infinite distances, and no NaN.
     distance = jnp.maximum(best, -MAX_LOGIT)[:, None] - x
     temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
-    relative = jnp.exp(-distance / temperature[:, None])  # probability over that of the likeliest token
+    relative = jnp.exp(-distance / temperature[:, None])  # probability divided by that of the likeliest token
     if not rows.truncates:
         return _as_integers(relative)
     bits = lax.bitcast_convert_type(distance, jnp.int32)
@@ -249,7 +249,7 @@ def _token_weights(
     weights = _as_integers(jnp.where(kept, relative, 0.0))
     total = jnp.sum(weights, axis=-1, dtype=jnp.int32)
     enough = jnp.maximum(jnp.ceil(rows.top_p * total.astype(jnp.float32)), 1.0)
-    # Rows with top_p = 1 are not searched: rounded to float32 their total may be out of reach, or too small.
+    # Rows with top_p = 1 are not searched: rounded to float32, their total may be unreachable or too small.
     top_p_cutoff = _smallest_cutoff(
         bits,
         lambda cutoff: jnp.sum(jnp.where(bits <= cutoff[:, None], weights, 0), axis=-1, dtype=jnp.int32),
@@ -265,14 +265,14 @@ def _smallest_cutoff(
     need: Int32[Array, " b"],
     is_used: Bool[Array, " b"],
 ) -> Int32[Array, " b"]:
-    """The smallest cut-off (or one that keeps the same tokens) within which lies at least `need`, by bisection.
+    """The smallest cut-off (or one that keeps the same tokens) that keeps an amount of at least `need`, by bisection.
 
-    MAX_FINITE_BITS where even that is too little and in rows that do not use this filter; these cost no step.
+    MAX_FINITE_BITS if even that keeps too little, and in rows that do not use this filter; these cost no step.
     """
 
     def is_row_open(bounds: tuple[Array, Array, Array, Array]) -> Array:
         low, high, low_count, high_count = bounds
-        # One token between the two cut-offs settles the row as well, and does so after 10 to 20 of the 31 steps.
+        # A single token between the two cut-offs also decides the row, after 10 to 20 of the 31 steps.
         return (high - low > 1) & (high_count - low_count > 1)
 
     def is_open(bounds: tuple[Array, Array, Array, Array]) -> Array:
@@ -302,11 +302,11 @@ def _count_within(bits: Int32[Array, "b padded_vocab"], cutoff: Int32[Array, " b
 
 
 def _as_integers(relative: Float32[Array, "b padded_vocab"]) -> Int32[Array, "b padded_vocab"]:
-    """Values from 0 to 1, times the largest power of two for which their sum surely stays below 2**31, rounded down."""
+    """Scales values in [0, 1] by the largest power of two that surely keeps their sum below 2**31, rounding down."""
     vocab_size = relative.shape[-1]
     coarse_shift = 30 - vocab_size.bit_length()
     coarse_sum = jnp.sum((relative * 2.0**coarse_shift).astype(jnp.int32), axis=-1, dtype=jnp.int32)
-    bound = coarse_sum + vocab_size  # what each token lost by rounding down is less than 1
+    bound = coarse_sum + vocab_size  # each token lost less than 1 by rounding down
     scale = jnp.left_shift(jnp.int32(1), coarse_shift + lax.clz(bound) - 1).astype(jnp.float32)
     return (relative * scale[:, None]).astype(jnp.int32)
 
@@ -314,7 +314,7 @@ def _as_integers(relative: Float32[Array, "b padded_vocab"]) -> Int32[Array, "b 
 def _draw(
     weights: Int32[Array, "b padded_vocab"], key: UInt32[Array, "b 2"], num_generated: Int[Array, " b"]
 ) -> Int32[Array, " b"]:
-    """A token with probability weight / sum of weights, by inverse CDF: first its block, then its place in it."""
+    """Samples a token with probability weight / sum of weights, by inverse CDF: its block, then its place in it."""
     blocks = weights.reshape(weights.shape[0], -1, DRAW_BLOCK)
     block_sums = jnp.sum(blocks, axis=-1, dtype=jnp.int32)
     ends = jnp.cumsum(block_sums, axis=-1, dtype=jnp.int32)
@@ -330,7 +330,7 @@ def _draw(
 def _uniform_below(
     limit: Int32[Array, " b"], key: UInt32[Array, "b 2"], num_generated: Int[Array, " b"]
 ) -> Int32[Array, " b"]:
-    """An integer from 0 to limit - 1, equally likely to within limit / 2**32, from (key, num_generated) alone."""
+    """An integer in [0, limit), uniform to within limit / 2**32; depends only on (key, num_generated)."""
 
     def random_bits(key_data: UInt32[Array, " 2"], step: Int[Array, ""]) -> UInt32[Array, ""]:
         row_key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
@@ -341,7 +341,7 @@ def _uniform_below(
 
 
 def _high_half_of_product(x: UInt32[Array, " b"], y: UInt32[Array, " b"]) -> UInt32[Array, " b"]:
-    """x * y // 2**32, by halves: 64-bit integers are switched off in JAX by default."""
+    """x * y // 2**32, by 16-bit halves: JAX disables 64-bit integers by default."""
     x_high, x_low, y_high, y_low = x >> 16, x & 0xFFFF, y >> 16, y & 0xFFFF
     middle = x_high * y_low + ((x_low * y_low) >> 16)
     carry = (x_low * y_high + (middle & 0xFFFF)) >> 16
@@ -349,7 +349,7 @@ def _high_half_of_product(x: UInt32[Array, " b"], y: UInt32[Array, " b"]) -> UIn
 
 
 def with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num_top: int) -> Sampled:
-    """A token of each row of raw logits with its log-probability and rank, and the num_top likeliest ones."""
+    """Each row's token with its log-probability and rank under raw logits, and the num_top likeliest ones."""
     base = jnp.maximum(jnp.max(raw, axis=-1, keepdims=True), -MAX_LOGIT)
     log_sum = jnp.log(jnp.sum(jnp.exp(raw - base), axis=-1, keepdims=True))
 
@@ -368,7 +368,7 @@ def with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num
 
 
 def seed_sequence(params: SamplingParams, default_seed: int, request_id: int, index: int = 0) -> np.random.SeedSequence:
-    """What the draws of one continuation follow: its seed, or the caller's and the request's number; and its index."""
+    """The random seed of one continuation: from its own seed, or the default one and request_id; and its index."""
     if params.seed is None:
         return np.random.SeedSequence(default_seed, spawn_key=(request_id, index) if index else (request_id,))
     return np.random.SeedSequence(params.seed, spawn_key=(0, 0, index) if index else ())
@@ -382,7 +382,7 @@ def _padded_stop_ids(params: Sequence[SamplingParams], eos_token_ids: Sequence[i
 
 
 def dense_bias(params: Sequence[SamplingParams], vocab_size: int) -> np.ndarray:
-    """What each request adds to its logits, f32[b, vocab]."""
+    """The logit bias of each request, f32[b, vocab]."""
     bias = np.zeros((len(params), vocab_size), np.float32)
     for row, one in enumerate(params):
         for token_id, value in bias_pairs(one.logit_bias or ()):
@@ -391,7 +391,7 @@ def dense_bias(params: Sequence[SamplingParams], vocab_size: int) -> np.ndarray:
 
 
 def seen(prompt_ids: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    """Which tokens each prompt has, bool[b, vocab]."""
+    """Which tokens each prompt contains, bool[b, vocab]."""
     found = np.zeros((len(prompt_ids), vocab_size), np.bool_)
     for row, ids in enumerate(prompt_ids):
         found[row, np.asarray(ids, np.int64)] = True

@@ -1,7 +1,7 @@
 """The compiled steps of generation: the only jit, the only donation.
 
 Every step takes the parameters as a flat tuple of leaves (a nested tree costs more on the host than the step's own
-dispatch) and a state that it consumes and returns. A step compiles once per shape: generate.py keeps shapes few.
+dispatch) and a state that is donated and returned. A step compiles once per shape; caches.py keeps shapes few.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from jfa_models.decoding.sampling import Sampled, SamplingRows, finished_by_id, 
 from jfa_models.model.attention import Cache
 from jfa_models.model.decoder import Decoder
 
-# Decoded tokens between two looks of the host at the texts of an offline batch (for stop strings).
+# Tokens decoded per call for an offline batch; the host checks for stop strings in between.
 STEPS_PER_CALL = 32
 
-# Tokens of a prompt whose logits are there at a time.
+# Prompt tokens whose logits are in memory at the same time.
 LOGPROB_ROWS = 64
 
 
@@ -33,10 +33,10 @@ class DecodeState:
     """A batch in the middle of generation.
 
     Attributes:
-      cache: every token of each row but its last.
+      cache: every token of each row except the last.
       token: the last token of each row.
       num_generated: tokens emitted by each row.
-      active: rows that go on; the others are carried along and change nothing.
+      active: rows that continue; the others are computed but change nothing.
     """
 
     cache: Cache
@@ -49,7 +49,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Emitted:
-    """What one step shows to the host: a token per row that was active, and which rows go on after it."""
+    """What one step returns to the host: a token per row that was active, and which rows continue after it."""
 
     sampled: Sampled
     active: Bool[Array, " b"]
@@ -58,14 +58,14 @@ class Emitted:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One step of an engine: the new tokens of some rows, any number of each, one behind the other.
+    """One step of an engine: the new tokens of some rows, any number of each, concatenated.
 
     Attributes:
-      tokens: a negative one stands for the last token of its row's slot, which the host does not know yet.
-      query_start: where each row's tokens begin; None: there is one of each row.
-      slot: of each row; one that does not exist for rows that are padding.
-      last: the place in tokens of the one whose successor a row wants; one past the end for none.
-      next_tokens: what follows each token, where the log-probabilities of a prompt are wanted.
+      tokens: a negative one is replaced by the last token of its row's slot, which the host does not know yet.
+      query_start: where each row's tokens begin; None: one token per row.
+      slot: the slot of each row; out of range for padding rows.
+      last: the index in tokens of the token whose successor a row samples; one past the end for none.
+      next_tokens: the token after each one, if the log-probabilities of a prompt are requested.
     """
 
     tokens: Int[Array, " n"]
@@ -78,7 +78,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots:
-    """What an engine keeps for each request that runs. The last three are there once a request adjusts its logits."""
+    """What an engine keeps on the device per running request. The last three exist once one adjusts its logits."""
 
     last_token: Int[Array, " slots"]
     prompt_seen: Bool[Array, "slots vocab"] | None = None
@@ -91,18 +91,18 @@ class Steps:
 
     logits(params, tokens [b, t], lengths) -> f32[b, t, vocab], without a cache
     prefill(params, cache, hidden, tokens [b, t], lengths) -> (cache, hidden): t more tokens of each row
-    score(params, cache, tokens [b, t], lengths) -> (cache, f32[b, t, vocab]): the same, and the logits behind each
+    score(params, cache, tokens [b, t], lengths) -> (cache, f32[b, t, vocab]): the same, and the logits after each
     first(params, cache, hidden, rows, active) -> (state, emitted): the token after the prompt
     decode(params, state) -> (state, emitted): one more token
-    decode_many(params, state) -> (state, emitted [n, b], turns): up to n = STEPS_PER_CALL more tokens
+    decode_many(params, state) -> (state, emitted [n, b], num_steps): up to n = STEPS_PER_CALL more tokens
 
-    and those of an engine, whose rows come and go (Batch, Slots):
+    and those of an engine, whose rows change from step to step (Batch, Slots):
     advance(params, cache, last_token, batch) -> (cache, f32[b, vocab], Sampled | None)
     draw(slots, logits, rows, slot, samples, num_generated) -> (slots, Sampled): a token of each row that samples
-    adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: what a request brings to its slot
+    adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: sets a slot's values for a request
     copy_pages(cache, source, destination, table=0) -> cache
 
-    Cache, state and slots are donated, and the hidden state of prefill.
+    Cache, state, slots and the hidden state of prefill are donated.
     """
 
     def __init__(self, decoder: Decoder):
@@ -141,7 +141,7 @@ def _prefill(
     tokens: Int[Array, "b t"],
     lengths: Int[Array, " b"],
 ) -> tuple[Cache, Float[Array, "b hidden"]]:
-    """hidden is that of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
+    """hidden: the state of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
     states, filled = decoder(tokens, lengths=lengths, cache=cache)
     assert filled is not None
     last = states[jnp.arange(tokens.shape[0]), jnp.maximum(lengths - 1, 0)]
@@ -173,7 +173,7 @@ def _decode(decoder: Decoder, state: DecodeState) -> tuple[DecodeState, Emitted]
 
 
 def _emit(decoder: Decoder, hidden: Float[Array, "b hidden"], state: DecodeState) -> tuple[DecodeState, Emitted]:
-    """Chooses the token behind hidden and counts it."""
+    """Samples the token after hidden and counts it."""
     sampled = sample(decoder.unembed(hidden), state.rows, state.num_generated)
     num_generated = state.num_generated + state.active
     ended = finished_by_id(state.rows, sampled.token) | (num_generated >= state.rows.max_tokens)
@@ -189,32 +189,32 @@ def _emit(decoder: Decoder, hidden: Float[Array, "b hidden"], state: DecodeState
 
 
 def _decode_many(decoder: Decoder, state: DecodeState) -> tuple[DecodeState, Emitted, Int[Array, ""]]:
-    """Steps until no row is active, at most STEPS_PER_CALL; emitted[:turns] is filled."""
+    """Decodes until no row is active, at most STEPS_PER_CALL tokens; emitted[:num_steps] is filled."""
     shapes = jax.eval_shape(functools.partial(_decode, decoder), state)[1]
     emitted = jax.tree.map(lambda x: jnp.zeros((STEPS_PER_CALL, *x.shape), x.dtype), shapes)
 
-    def goes_on(carry):
-        state, _, turn = carry
-        return (turn < STEPS_PER_CALL) & state.active.any()
+    def is_active(carry):
+        state, _, step = carry
+        return (step < STEPS_PER_CALL) & state.active.any()
 
-    def turn_once(carry):
-        state, emitted, turn = carry
+    def decode_once(carry):
+        state, emitted, step = carry
         state, new = _decode(decoder, state)
-        return state, jax.tree.map(lambda x, y: x.at[turn].set(y), emitted, new), turn + 1
+        return state, jax.tree.map(lambda x, y: x.at[step].set(y), emitted, new), step + 1
 
-    return lax.while_loop(goes_on, turn_once, (state, emitted, jnp.int32(0)))
+    return lax.while_loop(is_active, decode_once, (state, emitted, jnp.int32(0)))
 
 
 def _advance(
     decoder: Decoder, cache: jfa.PagedKVCache, last_token: Int[Array, " slots"], batch: Batch
 ) -> tuple[Cache, Float[Array, "b vocab"], Sampled | None]:
-    """The logits behind each row's wanted token; with next_tokens also their log-probabilities, a row per token."""
+    """The logits after each row's `last` token; with next_tokens also their log-probabilities, a row per token."""
     n, b = batch.tokens.shape[0], batch.slot.shape[0]
     if batch.query_start is None:
         lengths = (batch.slot < last_token.shape[0]).astype(jnp.int32)
         first, shape = jnp.arange(b), (b, 1)
     else:
-        # a row without tokens begins where the next one does, whose first token is not its own
+        # a row without tokens begins where the next row does, and must not replace that row's first token
         lengths, has_tokens = None, jnp.diff(batch.query_start) > 0
         first, shape = jnp.where(has_tokens, batch.query_start[:-1], n), (1, n)
     known = jnp.take(batch.tokens, first, mode="clip")
@@ -232,7 +232,7 @@ def _advance(
         raw = decoder.unembed(states).astype(jnp.float32)
         return with_logprobs(tokens, raw, min(MAX_LOGPROBS, raw.shape[-1]))
 
-    # all logits of a chunk at a time could outweigh the model
+    # the logits of a whole chunk could be larger than the model
     rows = min(n, LOGPROB_ROWS)
 
     def in_blocks(x):
@@ -250,7 +250,7 @@ def _draw(
     samples: Bool[Array, " b"],
     num_generated: Int[Array, " b"],
 ) -> tuple[Slots, Sampled]:
-    """Rows that sample leave their token in their slot. With min_tokens logits are adjusted, and the tokens counted."""
+    """Stores the token of each row that samples in its slot. With min_tokens, adjusts logits and counts the tokens."""
     adjusts = rows.min_tokens is not None
     if adjusts:
         mine = {
@@ -262,7 +262,7 @@ def _draw(
     place = jnp.where(samples, slot, slots.last_token.shape[0])
     slots = dataclasses.replace(slots, last_token=slots.last_token.at[place].set(sampled.token, mode="drop"))
     if adjusts:
-        assert slots.output_counts is not None, "a slot has counts before a row adjusts its logits"
+        assert slots.output_counts is not None, "a slot needs counts before a row adjusts its logits"
         counts = slots.output_counts.at[place, sampled.token].add(1, mode="drop")
         slots = dataclasses.replace(slots, output_counts=counts)
     return slots, sampled

@@ -1,4 +1,4 @@
-"""Many requests at once over one pool of pages: requests, the scheduler, the engine that runs its steps."""
+"""Continuous batching over one pool of pages: requests, the scheduler, and the engine that runs its steps."""
 
 from jfa_models.engine.engine import Engine as Engine
 from jfa_models.engine.engine import EngineMetrics as EngineMetrics

@@ -1,4 +1,4 @@
-"""Beam search on the host: which of the candidates live on, and when it is over. Plain Python, float64 sums."""
+"""Beam search on the host: which candidates survive, and when the search ends. Plain Python, float64 sums."""
 
 import bisect
 from collections.abc import Sequence
@@ -8,30 +8,30 @@ from jfa_models.decoding.params import BeamSearchParams
 
 
 class Beam(NamedTuple):
-    """Tokens behind the prompt, and the sum of their log-probabilities."""
+    """Tokens generated after the prompt, and the sum of their log-probabilities."""
 
     tokens: tuple[int, ...] = ()
     total: float = 0.0
 
 
 class Hypothesis(NamedTuple):
-    """A continuation that has ended. score: the total over its length to the power of the penalty."""
+    """A finished continuation. score: total / length ** length_penalty."""
 
     score: float
     beam: Beam
-    ended: bool  # by an end token, else by its length
+    ended: bool  # by an end token; False: by max_tokens
 
 
 class BeamSearch:
-    """One request's search. Every live beam reports its successors; when all have, `choose` gives the next beams.
+    """The beam search of one request. When all live beams have reported successors, `choose` selects the next beams.
 
-    Source: the search of transformers' `generate(num_beams=...)`: of the 2 * width best candidates an end token among
-    the first width makes a hypothesis, and the first width others live on.
+    Source: the search of transformers' `generate(num_beams=...)`: of the 2 * width best candidates, an end token among
+    the first width makes a hypothesis, and the first width other candidates stay live.
 
     Attributes:
-      live: the present beams, best first.
-      hypotheses: what has ended, best first, at most beam_width.
-      done: nothing better can come.
+      live: the current beams, best first.
+      hypotheses: finished continuations, best first, at most beam_width.
+      done: whether the search is finished: no better result is possible.
     """
 
     def __init__(self, params: BeamSearchParams, eos_token_ids: Sequence[int]):
@@ -43,12 +43,12 @@ class BeamSearch:
         self._reports: dict[int, list[tuple[int, float]]] = {}
 
     def report(self, place: int, successors: Sequence[tuple[int, float]]) -> bool:
-        """The likeliest successors of live[place], each with its log-probability; whether all beams have reported."""
+        """Records the likeliest successors of live[place], with log-probabilities; True if all beams have reported."""
         self._reports[place] = list(successors)
         return len(self._reports) == len(self.live)
 
     def choose(self) -> list[tuple[int, int]]:
-        """The next live beams, as (place of its parent among the present ones, token); none when it is done."""
+        """The next live beams, as (index of the parent among the current ones, token); empty if the search is done."""
         width = self.params.beam_width
         candidates = [
             (self.live[place].total + logprob, place, token)

@@ -1,8 +1,8 @@
-"""The engine: requests come and go, and each step computes a token of all that run and chunks of prompts beside.
+"""The engine: requests are added at any time; each step computes one token of all running ones and chunks of prompts.
 
-The host is one step ahead of what it knows: while the device computes a step, the next one is scheduled and launched
-with last tokens that are still on the device, and only then the results of the former are read. A continuation that
-ends is therefore noticed one step late, its surplus token is dropped, and its place is taken in the step after.
+The host runs one step ahead of the results: while the device computes a step, the next one is scheduled and launched
+with last tokens that are still on the device; only then are the results of the previous step read. The end of a
+continuation is therefore noticed one step late: its surplus token is dropped, and its slot is reused one step later.
 """
 
 import bisect
@@ -30,25 +30,25 @@ from jfa_models.engine.results import Results
 from jfa_models.engine.scheduler import Scheduler
 from jfa_models.model.attention import paged_cache
 
-FREE_MEMORY = 0.85  # of what the device has left, for pages
-HOST_CACHE_BYTES = 2**30  # for pages where the device does not say how much memory it has
+FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
+HOST_CACHE_BYTES = 2**30  # for pages, if the device does not report its memory
 
 Params = SamplingParams | BeamSearchParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineMetrics:
-    """A snapshot. Tokens and counts are since the engine was made or reset; times are means in seconds.
+    """A snapshot. Tokens and counts are since the engine was created or reset; times are means in seconds.
 
     Attributes:
-      running, waiting: continuations that hold pages, and that will.
-      cache_use: share of the pages that continuations hold.
-      cache_waste: share of the held places without a token.
-      cache_saved: share of the pages that continuations would hold without sharing, which sharing saves.
-      prefix_hits: share of the tokens that were looked up and found in the cache; who was preempted looks again.
-      preemptions: how often a continuation gave up its pages.
-      time_to_first_token: of requests that have one.
-      time_per_output_token: behind the first one, of continuations that have ended by themselves.
+      running, waiting: continuations that hold pages, and those that wait for them.
+      cache_use: fraction of the pages that continuations hold.
+      cache_waste: fraction of the token slots in held pages that are empty.
+      cache_saved: fraction saved by sharing, of the pages that continuations would hold without it.
+      prefix_hits: fraction of the looked-up tokens that were in the prefix cache; preempted ones are looked up again.
+      preemptions: how often a continuation was preempted.
+      time_to_first_token: over requests that have a first token.
+      time_per_output_token: after the first one, over continuations that finished normally.
     """
 
     running: int
@@ -67,15 +67,15 @@ class EngineMetrics:
 
 
 class _Abort(NamedTuple):
-    """The wish to end a request."""
+    """A message that aborts a request."""
 
     request: Request
 
 
 class Engine:
-    """Continuous batching over a paged cache. Any thread may call its methods; a step is one thread's at a time.
+    """Continuous batching over a paged cache. Any thread may call its methods; one thread at a time runs a step.
 
-    A request's tokens do not depend on what else runs, but for ties that the rounding of another batch size decides.
+    A request's tokens do not depend on other requests, except for ties that the rounding of a batch size decides.
     """
 
     def __init__(
@@ -93,21 +93,22 @@ class Engine:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Makes the pool of pages.
+        """Allocates the pool of pages.
 
         Args:
-          kv_dtype: of the pages: "int8", "fp8" or "int4"; None: the model's dtype.
-          num_pages: of page_size tokens each; None: what fits most of the device's free memory, or 1 GiB of the host's,
-            and no more than max_num_seqs of max_model_len need.
-          max_num_seqs: continuations that run at a time.
-          max_num_batched_tokens: of a step; None: 512 on a CPU, 2048 elsewhere.
-          max_model_len: tokens of a prompt and its continuation; None: the model's context, or what the pool holds.
-          max_wait_ms: how long an idle engine waits for company of a first request (dynamic batching).
-          seed: of requests without one.
-          clock: seconds, for the metrics and max_wait_ms.
+          kv_dtype: dtype of the pages: "int8", "fp8" or "int4"; None: the model's dtype.
+          num_pages: pages of page_size tokens; None: what fits most of the device's free memory, or 1 GiB of the
+            host's, but no more than max_num_seqs sequences of max_model_len need.
+          max_num_seqs: maximum number of continuations that run at the same time.
+          max_num_batched_tokens: maximum tokens per step; None: 512 on a CPU, 2048 elsewhere.
+          max_model_len: maximum tokens of a prompt and its continuation; None: the model's context, or what the pool
+            holds.
+          max_wait_ms: how long an idle engine waits for more requests after the first one (dynamic batching).
+          seed: for requests without their own.
+          clock: returns seconds, for the metrics and max_wait_ms.
 
         Raises:
-          ValueError: numbers that do not make sense; the message names them.
+          ValueError: an argument is out of range; the message names it.
         """
         config = model.config
         if max_num_batched_tokens is None:
@@ -135,7 +136,7 @@ class Engine:
             return jax.eval_shape(lambda: new_cache(num_pages)).num_bytes
 
         windows = config.patterns
-        num_bytes([2] * len(windows))  # refuses what no cache can be
+        num_bytes([2] * len(windows))  # raises for options that no cache supports
 
         def sizes(num_pages: int) -> list[int]:
             return pool_sizes(
@@ -168,12 +169,12 @@ class Engine:
         )
         self._clock = clock
         self._numbers = itertools.count()
-        self._turning = threading.RLock()
-        self._entering = threading.Lock()
+        self._step_lock = threading.RLock()
+        self._requests_lock = threading.Lock()
         self._start()
 
     def _start(self) -> None:
-        """Nothing runs, nothing is known, nothing has been counted."""
+        """Sets the initial state: no requests, an empty cache, all counters zero."""
         self._scheduler = self._new_scheduler()
         pages_per_seq = -(-self.max_model_len // self._scheduler.pools.page_size)
         self._launcher = Launcher(self.model, self._scheduler, self._new_cache(), pages_per_seq=pages_per_seq)
@@ -197,9 +198,9 @@ class Engine:
 
         Args:
           params: None: model.default_params().
-          priority: smaller ones go first.
-          number: a request without a seed draws by (the engine's seed, number); None: the count of requests so far.
-          on_output: called in step with the result so far, whenever it grew. If it raises, its request ends alone.
+          priority: smaller values run first.
+          number: a request without a seed samples from (the engine's seed, number); None: the count of requests so far.
+          on_output: called within step with the result so far, whenever it grew. If it raises, only its request ends.
 
         Raises:
           ValueError: the request can never be served; the message says why, with the numbers.
@@ -209,9 +210,9 @@ class Engine:
     def _submit(
         self, prompt, params, request_id=None, priority=0, number=None, on_output=None, is_streamed=False
     ) -> Request:
-        self._check_whole()
+        self._check_not_broken()
         if not isinstance(priority, int):
-            raise ValueError(f"priority must be a whole number, smaller ones go first, got {priority!r}")
+            raise ValueError(f"priority must be an integer (smaller values run first), got {priority!r}")
         count = next(self._numbers)
         params = self.model.default_params() if params is None else params
         ids = self.model.prompt_ids(prompt)
@@ -229,41 +230,41 @@ class Engine:
             self._begin_beams(request, params)
         else:
             self._begin(request, params, count if number is None else number)
-        with self._entering:
+        with self._requests_lock:
             while request_id is None and request.id in self._results.requests:
-                request.id += "+"  # somebody has chosen this name
+                request.id += "+"  # a caller has chosen this id
             if request.id in self._results.requests:
-                raise ValueError(f"there is a request {request_id!r} already; wait for its end or choose another id")
+                raise ValueError(f"request id {request_id!r} is in use; wait for that request or choose another id")
             self._results.requests[request.id] = request
             self._inbox.put(request)
         return request
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, wherever it is, with finish_reason "abort"; one that has ended stays as it is."""
+        """Ends a request in any state with finish_reason "abort"; a finished one is unchanged."""
         if (request := self._results.requests.get(request_id)) is not None:
             self._inbox.put(_Abort(request))
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether step has something to do."""
+        """Whether a request is unfinished, so that step has something to do."""
         return bool(self._results.requests)
 
     def step(self) -> list[RequestOutput]:
-        """Launches a step and reads the results of the one before.
+        """Launches the next step and reads the results of the previous one.
 
-        Returns the requests that have ended since the last call, in the order they did, but for those of streams.
+        Returns the requests that finished since the last call, in that order, except for those of streams.
 
         Raises:
-          RuntimeError: an earlier step was interrupted, so that nobody knows what the cache holds: call reset.
+          RuntimeError: an earlier step was interrupted, so the contents of the cache are unknown: call reset.
         """
-        self._turn()
+        self._run_step()
         return [self._results.ended.popleft() for _ in range(len(self._results.ended))]
 
     def run(self) -> Iterator[RequestOutput]:
-        """Steps until nothing is left; every request as it ends, as step has them."""
+        """Steps until all requests have finished; yields each one when it finishes, as step returns it."""
         while self._results.ended or self.has_unfinished:
             if not self._results.ended:
-                self._turn()
+                self._run_step()
             while self._results.ended:
                 yield self._results.ended.popleft()
 
@@ -276,24 +277,24 @@ class Engine:
         priority: int = 0,
         number: int | None = None,
     ) -> "Stream":
-        """One request's results as they grow; others run beside it. Arguments and errors are those of add_request."""
+        """Iterates over one request's results as they grow, while others run. Arguments and errors: see add_request."""
         stream = Stream(self)
         stream.request = self._submit(prompt, params, request_id, priority, number, stream.grown.append, True)
         return stream
 
     def reset(self) -> None:
-        """Forgets all requests and empties the cache: for who was interrupted inside step."""
-        with self._turning:
-            del self._launcher, self._launched  # there may be no memory for another pool beside it
+        """Drops all requests and empties the cache. Call this after an interrupted step."""
+        with self._step_lock:
+            del self._launcher, self._launched  # first: there may be no memory for two pools
             self._start()
 
-    def _check_whole(self) -> None:
+    def _check_not_broken(self) -> None:
         if self._is_broken:
-            raise RuntimeError("a step was interrupted, and nobody knows what the cache holds: call reset() first")
+            raise RuntimeError("a step was interrupted, so the contents of the cache are unknown: call reset() first")
 
-    def _turn(self) -> None:
-        with self._turning:
-            self._check_whole()
+    def _run_step(self) -> None:
+        with self._step_lock:
+            self._check_not_broken()
             try:
                 self._receive()
                 chunks = self._scheduler.schedule()
@@ -305,34 +306,34 @@ class Engine:
                 if before is not None:
                     self._results.collect(before)
                 if not self._results.requests:
-                    self._launched = None  # surplus tokens of those that have ended
-            except BaseException:  # Ctrl-C too: books and device may have parted anywhere above; told on, never hidden
+                    self._launched = None  # holds only surplus tokens of finished requests
+            except BaseException:  # Ctrl-C too: the state of host and device may now differ
                 self._is_broken = True
                 raise
 
     @property
     def num_slots(self) -> int:
-        """Tokens that the largest pool holds."""
+        """Number of tokens that fit into the largest pool."""
         pools = self._scheduler.pools
         return (max(pool.allocator.num_pages for pool in pools.pools) - 1) * pools.page_size
 
     def warm_up(self, params: Sequence[Params] = (GREEDY,)) -> None:
-        """Compiles what any mixture of requests like these needs, so that nothing compiles later.
+        """Compiles all steps that any mixture of requests with these params needs, so that nothing compiles later.
 
         Raises:
-          RuntimeError: requests are on their way.
+          RuntimeError: there are unfinished requests.
         """
-        with self._turning:
+        with self._step_lock:
             if self.has_unfinished:
-                raise RuntimeError("warm_up runs steps of its own: call it before or after all requests")
+                raise RuntimeError("warm_up needs an idle engine: call it before or after all requests")
             self._launcher.warm_up([CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params])
 
     def metrics(self) -> EngineMetrics:
-        """How things stand."""
-        with self._turning:
+        """The current metrics."""
+        with self._step_lock:
             pools = self._scheduler.pools
             held, shared = pools.num_held, pools.num_shared
-            with self._entering:
+            with self._requests_lock:
                 living = [one for request in self._results.requests.values() for one in request.continuations]
             running = self._scheduler.num_running
             return EngineMetrics(
@@ -351,7 +352,7 @@ class Engine:
                 time_per_output_token=self._results.time_per_output_token,
             )
 
-    # How a request begins.
+    # Starting a request.
 
     def _begin(self, request: Request, params: SamplingParams, number: int) -> None:
         room = self.max_model_len - len(request.prompt_ids)
@@ -389,7 +390,7 @@ class Engine:
             )
 
     def _receive(self) -> None:
-        """Takes what other threads sent; an idle engine waits a while for company."""
+        """Handles the messages of other threads; an idle engine waits up to max_wait for more requests."""
         until = None
         while True:
             wait = 0.0
@@ -408,11 +409,9 @@ class Engine:
             self._scheduler.add(message.continuations[0])
             self._prompt_tokens += len(message.prompt_ids)
 
-    # A step on its way to the device.
-
 
 class Stream:
-    """One request's results as they grow: an iterator. Closing it, or letting it go, aborts the request."""
+    """Iterator over one request's results as they grow. Closing or deleting it aborts the request."""
 
     def __init__(self, engine: Engine):
         self.grown: collections.deque[RequestOutput] = collections.deque()
@@ -424,15 +423,15 @@ class Stream:
 
     def __next__(self) -> RequestOutput:
         while not self.grown:
-            with self._engine._turning:  # another thread's turn may have brought it
+            with self._engine._step_lock:  # another thread may have run the step
                 if not self.grown:
                     if self.request is None or self.request.finished:
                         raise StopIteration
-                    self._engine._turn()
+                    self._engine._run_step()
         return self.grown.popleft()
 
     def close(self) -> None:
-        """Aborts the request, if it has not ended."""
+        """Aborts the request if it is unfinished."""
         if self.request is not None and not self.request.finished:
             self._engine.abort(self.request.id)
 
@@ -440,7 +439,7 @@ class Stream:
 
 
 def _most_pages(most: int, num_bytes: Callable[[int], int]) -> int:
-    """Pages for most of what the device has left, at most as many as can be used."""
+    """The number of pages that fit into most of the device's free memory, at most `most`."""
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     room = HOST_CACHE_BYTES if limit is None else int(FREE_MEMORY * (limit - stats.get("bytes_in_use", 0)))

@@ -1,4 +1,4 @@
-"""What the scheduler decided becomes arrays, and the compiled steps run on them: the device's side of an engine."""
+"""Turns the scheduler's decisions into arrays and runs the compiled steps on them: the device side of an engine."""
 
 import dataclasses
 import itertools
@@ -19,17 +19,17 @@ from jfa_models.decoding.steps import Batch, Slots
 from jfa_models.engine.request import GREEDY, NO_SEED, Continuation, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
 
-SMALLEST_STEP = 32  # tokens of a step with prompts: its shapes are the powers of two from here on
-SMALLEST_COPY = 8  # pages that are copied at a time
+SMALLEST_STEP = 32  # minimum tokens of a step with prompts; its sizes double from here on
+SMALLEST_COPY = 8  # minimum number of pages per copy
 _NO_LENGTHS = np.zeros(1, np.int32)
 
 
 class Launched(NamedTuple):
-    """A step on the device: what its results will mean."""
+    """A step on the device, and what its results mean."""
 
-    rows: Sequence[tuple[int, Continuation]]  # that sample
+    rows: Sequence[tuple[int, Continuation]]  # those that sample
     sampled: Sampled | None
-    prompts: Sequence[tuple[Request, int, int, int]]  # first place in the prompt, first token in the step, how many
+    prompts: Sequence[tuple[Request, int, int, int]]  # first position in the prompt, first token in the step, count
     prompt_logprobs: Sampled | None
 
     def read(self) -> tuple[Sampled | None, Sampled | None]:
@@ -38,9 +38,9 @@ class Launched(NamedTuple):
 
 
 class Launcher:
-    """The cache, a slot for each continuation that runs, and the page tables of the slots.
+    """The cache, a slot for each running continuation, and the page tables of the slots.
 
-    A step's arrays are the host's until the step takes them to the device, all at once.
+    A step's arrays are on the host until the step transfers them to the device, all at once.
     """
 
     def __init__(self, model: LanguageModel, scheduler: Scheduler, cache: jfa.PagedKVCache, *, pages_per_seq: int):
@@ -51,14 +51,14 @@ class Launcher:
         self._no_tables = tuple(np.zeros((1, 1), np.int32) for _ in pools)
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         self._slots = Slots(last_token=jnp.zeros(slots, jnp.int32))
-        # for each pool: the pages of each slot, and how many of them stand there
+        # for each pool: the page table of each slot, and how many entries are set
         self._tables = np.full((len(pools), slots, pages_per_seq), NULL_PAGE, np.int32)
         self._num_pages = np.zeros((len(pools), slots), np.int64)
-        self._adjusted: set[int] = set()  # slots whose logits a request adjusts
-        self._rows: tuple[object, SamplingRows | None] = (None, None)  # of the last step, and what they are made of
+        self._adjusted: set[int] = set()  # slots whose request adjusts its logits
+        self._rows: tuple[object, SamplingRows | None] = (None, None)  # cache key and sampling rows of the last step
 
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
-        """Compiles what any mixture of requests like these needs."""
+        """Compiles all steps that any mixture of requests with these params needs."""
         most = self.scheduler.max_num_seqs
         wants_prompt = {False} | {one.prompt_logprobs is not None for one in params}
         mixtures = list(
@@ -66,7 +66,7 @@ class Launcher:
                 {one.is_greedy for one in params},
                 {one.logprobs is None for one in params},
                 {one.adjusts_logits for one in params},
-                {one.stop_token_ids for one in params},  # how many decides a shape
+                {one.stop_token_ids for one in params},  # their number decides a shape
             )
         )
         shapes: list[tuple[int, int | None]] = [(b, None) for b in _buckets(1, most)]
@@ -129,20 +129,20 @@ class Launcher:
                 last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
         batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None)
         logits, prompt_logprobs = self._advance(batch, tables, kv_len)
-        sampled, who = None, [(row, one) for row, (chunk, one) in enumerate(rows) if chunk.samples]
-        if who:
-            of_rows = self._sampling_rows([(one.params, one.seed) for _, one in rows], b)
-            sampled = self._draw(logits, of_rows, slot, samples, generated)
+        sampled, sampling = None, [(row, one) for row, (chunk, one) in enumerate(rows) if chunk.samples]
+        if sampling:
+            sampling_rows = self._sampling_rows([(one.params, one.seed) for _, one in rows], b)
+            sampled = self._draw(logits, sampling_rows, slot, samples, generated)
         for x in jax.tree.leaves((sampled, prompt_logprobs)):
             x.copy_to_host_async()
-        return Launched(who, sampled, prompts, prompt_logprobs)
+        return Launched(sampling, sampled, prompts, prompt_logprobs)
 
     def _advance(self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray) -> tuple[jax.Array, Sampled | None]:
         cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
         cache, logits, prompt_logprobs = self.model.steps.advance(
             self.model.params, cache, self._slots.last_token, batch
         )
-        # between steps the tables are the host's: of one shape here, whatever the step's was
+        # between steps the tables are on the host; a fixed shape here, independent of the step's
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         return logits, prompt_logprobs
 
@@ -150,31 +150,31 @@ class Launcher:
         adjusting = rows.min_tokens is not None
         if adjusting:
             self._make_counts()
-        # what a step does not need stays outside: its program would differ
+        # arrays that a step does not need are left out: they would change its program
         slots = self._slots if adjusting else Slots(last_token=self._slots.last_token)
         slots, sampled = self.model.steps.draw(slots, logits, rows, slot, samples, generated)
         self._slots = slots if adjusting else dataclasses.replace(self._slots, last_token=slots.last_token)
         return sampled
 
-    def _sampling_rows(self, who: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
-        made_of, rows = self._rows
-        key = (b, tuple(who))
-        if rows is None or made_of != key:
-            params, seeds = zip(*who, *[(GREEDY, NO_SEED)] * (b - len(who)), strict=True)
+    def _sampling_rows(self, of_rows: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
+        last_key, rows = self._rows
+        key = (b, tuple(of_rows))
+        if rows is None or last_key != key:
+            params, seeds = zip(*of_rows, *[(GREEDY, NO_SEED)] * (b - len(of_rows)), strict=True)
             vocab_size, eos = self.model.config.vocab_size, self.model.eos_token_ids
             rows = slot_rows(params, seeds, vocab_size=vocab_size, eos_token_ids=eos)
             self._rows = (key, rows)
         return rows
 
     def _enter(self, one: Continuation) -> None:
-        """A continuation takes its slot."""
+        """Initializes the slot of a new continuation."""
         assert one.slot is not None
         one.is_new = False
         self._num_pages[:, one.slot] = 0
         if one.params.adjusts_logits:
             self._adjust(one.slot, one.params, one.request.prompt_ids, one.tokens[one.num_prompt :])
             self._adjusted.add(one.slot)
-        elif one.slot in self._adjusted:  # by who had it before
+        elif one.slot in self._adjusted:  # by its previous continuation
             self._adjust(one.slot, GREEDY, (), ())
             self._adjusted.remove(one.slot)
 
@@ -189,7 +189,7 @@ class Launcher:
             )
 
     def _adjust(self, slot: int, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
-        """Tells a slot what its logits are adjusted by."""
+        """Sets what the logits of a slot are adjusted by."""
         self._make_counts()
         vocab_size = self.model.config.vocab_size
         counts = np.bincount(np.asarray(generated, np.int64), minlength=vocab_size).astype(np.int32)
@@ -198,9 +198,9 @@ class Launcher:
         )
 
     def _pages_of(self, one: Continuation) -> np.ndarray:
-        """Its row of each page table.
+        """The continuation's row of each page table, updated.
 
-        Since the last step its last page may be another one, there may be more, and some may have left a window.
+        Since the last step, its last page may have been replaced, pages added, and others may have left a window.
         """
         assert one.slot is not None
         for i, (allocator, window) in enumerate(self.scheduler.pools.pools):
@@ -223,7 +223,7 @@ class Launcher:
 
 
 def _batch(tokens, query_start, slot, last, next_tokens) -> Batch:
-    """Arrays of the host: a step takes them to the device in one go."""
+    """A Batch of host arrays: a step transfers them to the device at once."""
     return Batch(tokens=tokens, query_start=query_start, slot=slot, last=last, next_tokens=next_tokens)
 
 
@@ -234,12 +234,12 @@ def _wants_prompt(chunk: Chunk) -> bool:
 
 
 def _bucket(n: int, smallest: int, largest: int) -> int:
-    """The first of _buckets that holds n."""
+    """The smallest of _buckets that is at least n."""
     return next(size for size in _buckets(smallest, largest) if size >= n)
 
 
 def _buckets(smallest: int, largest: int) -> Iterator[int]:
-    """Powers of two times smallest, and the largest."""
+    """smallest times the powers of two, up to largest, which is included."""
     while smallest < largest:
         yield smallest
         smallest *= 2

@@ -1,7 +1,7 @@
-"""The pages of an engine: a pool for each attention pattern of its model.
+"""The pages of an engine: one pool for each attention pattern of its model.
 
-Layers that see all keep every page of a sequence. Layers with a window get pages when a step needs them, and give back
-what slid out: their pool is as small as the windows of all that run.
+Layers with full attention keep every page of a sequence. Layers with a window get pages when a step needs them and free
+those that slid out of the window: their pool is only as large as the windows of all running sequences.
 """
 
 import math
@@ -10,21 +10,21 @@ from typing import NamedTuple
 
 from jfa.pages import Copy, PageAllocator
 
-WATERMARK = 0.01  # of the pages, left for those that run when a prompt is admitted
+WATERMARK = 0.01  # fraction of the pages that is kept free for running sequences when a prompt is admitted
 
 
 class Pool(NamedTuple):
-    """Pages, and how many tokens the layers that use them see; None: all."""
+    """An allocator of pages, and the window in tokens of the layers that use them; None: full attention."""
 
     allocator: PageAllocator
     window: int | None = None
 
 
 class Pools:
-    """The pools of one model: what is added, grown and freed is so in all of them.
+    """The pools of one model: sequences are added, extended and freed in all of them.
 
     Attributes:
-      queried_tokens, hit_tokens: tokens that were looked for in the prefix cache, and those that all pools held.
+      queried_tokens, hit_tokens: tokens looked up in the prefix cache, and those that all pools held.
     """
 
     def __init__(self, pools: Sequence[Pool]):
@@ -35,11 +35,11 @@ class Pools:
     def add(
         self, sequence: Hashable, num_tokens: int, at_once: int, *, tokens: Sequence[int] | None = None
     ) -> int | None:
-        """Starts a sequence of num_tokens, and says how many of them need not be computed; None: too few pages.
+        """Starts a sequence of num_tokens; returns how many of them need not be computed, or None: too few pages.
 
         Args:
-          at_once: tokens of its first step: pools of windows make room for these alone.
-          tokens: to look for.
+          at_once: tokens of its first step: pools with a window allocate pages only for these.
+          tokens: the ids to look up in the prefix cache; None: no lookup.
         """
         hit = 0 if tokens is None else self._known_tokens(tokens, num_tokens)
         for i, (allocator, window) in enumerate(self.pools):
@@ -54,16 +54,16 @@ class Pools:
         return hit
 
     def _known_tokens(self, tokens: Sequence[int], num_tokens: int) -> int:
-        """The longest prefix that all pools hold."""
+        """The length of the longest prefix that all pools hold."""
         hit, before = min(num_tokens, len(tokens) - 1), -1
-        while hit != before:  # where one pool has a gap, another may lack a shorter prefix
+        while hit != before:  # one pool shortens the prefix: another may lack the shorter one
             before = hit
             for allocator, window in self.pools:
                 hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, window=window)
         return hit
 
     def most_tokens(self, max_num_batched_tokens: int) -> int | None:
-        """The longest sequence that fits, alone, in steps of at most so many tokens; None: any."""
+        """The length of the longest single sequence that fits, computed in steps of this size; None: any length."""
         size = self.page_size
         limits = [
             room * size
@@ -73,9 +73,9 @@ class Pools:
         return min(limits, default=None)
 
     def make_room(self, sequence: Hashable, num_tokens: int) -> list[tuple[int, Copy]] | None:
-        """Room for its first num_tokens, and the copies that this needs with the number of their pool.
+        """Allocates pages for a sequence's first num_tokens; returns the necessary (pool index, copy) pairs.
 
-        None: too few pages in one of the pools, and nothing has changed.
+        None: one of the pools has too few pages, and nothing has changed.
         """
         missing = [max(0, num_tokens - pool.allocator.num_tokens(sequence)) for pool in self.pools]
         if not all(pool.allocator.fits(sequence, n) for pool, n in zip(self.pools, missing, strict=True)):
@@ -86,44 +86,44 @@ class Pools:
         return copies
 
     def slide(self, sequence: Hashable, num_computed: int) -> None:
-        """Gives back what no token from num_computed on sees."""
+        """Frees pages that no token from num_computed on can see."""
         for allocator, window in self.pools:
             if window is not None and num_computed >= window:
                 allocator.slide(sequence, num_computed - window + 1)
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
-        """Starts a sequence on the pages of another."""
+        """Starts a sequence that shares the pages of another."""
         for pool in self.pools:
             pool.allocator.fork(parent, child)
 
     def commit(self, sequence: Hashable, tokens: Sequence[int]) -> None:
-        """Makes its first tokens known to who looks for them."""
+        """Adds a sequence's first tokens to the prefix cache."""
         for pool in self.pools:
             pool.allocator.commit(sequence, tokens)
 
     def free(self, sequence: Hashable) -> None:
-        """Forgets a sequence."""
+        """Ends a sequence and frees its pages."""
         for pool in self.pools:
             pool.allocator.free(sequence)
 
     @property
     def num_pages(self) -> int:
-        """Pages that can be held."""
+        """Pages that sequences can hold."""
         return sum(pool.allocator.num_pages - 1 for pool in self.pools)
 
     @property
     def num_held(self) -> int:
-        """Pages that sequences own, a shared one counted once."""
+        """Pages that sequences hold; a shared one is counted once."""
         return sum(pool.allocator.num_held for pool in self.pools)
 
     @property
     def num_shared(self) -> int:
-        """Pages that sequences would hold besides, had each its own."""
+        """Additional pages that sequences would hold without sharing."""
         return sum(pool.allocator.num_shared for pool in self.pools)
 
     @property
     def wasted_slots(self) -> int:
-        """Places of held pages without a token."""
+        """Empty token slots in held pages."""
         return sum(pool.allocator.wasted_slots for pool in self.pools)
 
 
@@ -135,9 +135,9 @@ def pool_sizes(
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> list[int]:
-    """Pages of each pool, num_pages of those that keep all.
+    """The number of pages of each pool; num_pages for those without a window.
 
-    A window needs no more than what all that run keep of it, together with the tokens of a step.
+    A pool with a window needs no more than what all running sequences keep of it, plus the tokens of a step.
     """
     step = -(-max_num_batched_tokens // page_size)
     return [
@@ -149,8 +149,8 @@ def pool_sizes(
 def make_pools(sizes: Sequence[int], windows: Sequence[int | None], *, page_size: int) -> Pools:
     """Empty pools.
 
-    One of a few pages has none to spare for a watermark, and one of windows has what all need, beside a pool that
-    admits.
+    A pool of a few pages has no watermark. Nor has a pool with a window, which has enough for all running sequences, if
+    there is also a pool without one, which limits admission.
     """
     is_alone = None not in windows
     watermarks = [
@@ -162,5 +162,5 @@ def make_pools(sizes: Sequence[int], windows: Sequence[int | None], *, page_size
 
 
 def _kept(window: int | None, page_size: int, new_tokens: int = 0) -> float:
-    """Pages that a sequence keeps of a window: its tokens, where it begins, where it is written, and new ones."""
+    """Pages that a sequence keeps of a window: its tokens, a partial page at each end, and the new tokens."""
     return math.inf if window is None else 2 + -(-window // page_size) + -(-new_tokens // page_size)

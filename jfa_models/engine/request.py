@@ -1,4 +1,4 @@
-"""What an engine knows of a request: its continuations, and where each of them stands. No jax, no clock."""
+"""An engine's record of a request: its continuations and their states. No jax, no clock."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from jfa_models.engine.beams import BeamSearch
 OnOutput = Callable[[RequestOutput], None]
 
 GREEDY = SamplingParams(temperature=0.0)
-CANDIDATES = SamplingParams(temperature=0.0, logprobs=MAX_LOGPROBS)  # of a beam
+CANDIDATES = SamplingParams(temperature=0.0, logprobs=MAX_LOGPROBS)  # for a beam
 NO_SEED = np.random.SeedSequence(0)
 
 
@@ -21,15 +21,15 @@ class Continuation:
     """One continuation of a prompt: a row of the steps while it runs, and a sequence of the page allocator.
 
     Attributes:
-      order: who goes first, the smallest; of unique values.
-      tokens: the prompt and all tokens behind it whose id the host knows.
-      num_tokens: those, and the one that was drawn in a step whose result is on its way.
-      num_computed: how many of them have their keys and values in pages, or will have when the last step is done.
-      limit: num_tokens at which nothing more is drawn.
-      draws: the device draws its next token; of a beam the host chooses it.
-      reported: of a beam: its last token's successors are known or on their way, and the choice is not made.
-      slot: where the device keeps its last token; None unless it runs. is_new: since this step.
-      followers: continuations of the same prompt, to be forked off when the prompt is computed.
+      order: scheduling order, the smallest first; unique.
+      tokens: the prompt and all generated tokens whose ids the host knows.
+      num_tokens: the number of these, plus one for a token that is sampled in a step whose result was not read yet.
+      num_computed: how many of them have their keys and values in pages, or will have after the last launched step.
+      limit: the num_tokens at which sampling stops.
+      draws: the device samples its next token; for a beam the host chooses it.
+      reported: for a beam: its last token's successors are computed or being computed, and none is chosen yet.
+      slot: where the device keeps its last token; None unless it runs. is_new: the slot is not initialized yet.
+      followers: other continuations of the same prompt, to be forked off when the prompt is computed.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Continuation:
 
     @property
     def num_new(self) -> int:
-        """Tokens that a step must compute before the next one can be drawn; 0: there is nothing to do."""
+        """Tokens to compute before the next one can be sampled; 0: there is nothing to do."""
         return 0 if self.reported or self.num_tokens >= self.limit else self.num_tokens - self.num_computed
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class Continuation:
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Request:
-    """A prompt and what becomes of it."""
+    """A prompt, its continuations and their results."""
 
     id: str
     number: int
@@ -81,29 +81,29 @@ class Request:
     priority: int
     arrival: float
     on_output: OnOutput | None = None
-    is_streamed: bool = False  # its results go to on_output alone
+    is_streamed: bool = False  # its results go only to on_output
     num_prompt_logprobs: int | None = None
-    continuations: list[Continuation] = dataclasses.field(default_factory=list)  # those that live
+    continuations: list[Continuation] = dataclasses.field(default_factory=list)  # the live ones
     completions: list[Completion] = dataclasses.field(default_factory=list)
     beams: BeamSearch | None = None
-    num_beams: int = 0  # so far
-    prompt_logprobs: dict[int, dict[int, Logprob]] = dataclasses.field(default_factory=dict)  # by place in the prompt
+    num_beams: int = 0  # created so far
+    prompt_logprobs: dict[int, dict[int, Logprob]] = dataclasses.field(default_factory=dict)  # by prompt position
     first_token: float | None = None
     ended: float | None = None
     error: str | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the request has ended."""
         return self.ended is not None
 
     @property
     def num_generated(self) -> int:
-        """Tokens of all its continuations so far."""
+        """Number of tokens of all its continuations so far."""
         return sum(len(one.token_ids) for one in self.completions)
 
     def new_beam(self, tokens: Sequence[int]) -> Continuation:
-        """Another beam of its search, with these tokens, the prompt's among them."""
+        """Creates another beam of its search; tokens includes the prompt."""
         assert self.beams is not None
         self.num_beams += 1
         limit = len(self.prompt_ids) + self.beams.params.max_tokens

@@ -1,4 +1,4 @@
-"""What a step has brought: tokens for each request, text from tokens, and how requests end. No jax."""
+"""Processes the results of a step: tokens for each request, text from tokens, and how requests end. No jax."""
 
 import collections
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from jfa_models.engine.scheduler import Scheduler
 
 
 class Results:
-    """The requests of an engine that have not ended, and the results of those that have.
+    """The unfinished requests of an engine, and the results of finished ones.
 
     Attributes:
-      requests: by id.
-      ended: not yet returned to the caller.
+      requests: unfinished requests by id.
+      ended: results not yet returned to the caller.
     """
 
     def __init__(self, model: LanguageModel, scheduler: Scheduler, clock: Callable[[], float]):
@@ -34,16 +34,16 @@ class Results:
 
     @property
     def time_to_first_token(self) -> float | None:
-        """Seconds, the mean over the requests that have one."""
+        """Mean in seconds, over the requests that have a first token."""
         return self._seconds_to_first / self._begun_requests if self._begun_requests else None
 
     @property
     def time_per_output_token(self) -> float | None:
-        """Seconds from token to token, the mean over the continuations that have ended by themselves."""
+        """Mean seconds between tokens, over the continuations that finished normally."""
         return self._seconds_after / self._tokens_after if self._tokens_after else None
 
     def collect(self, launched: Launched) -> None:
-        """Reads the results of a step and passes them on."""
+        """Reads the results of a step and adds them to their requests."""
         sampled, prompt_logprobs = launched.read()
         now = self._clock()
         tokenizer = self.model.tokenizer
@@ -56,7 +56,7 @@ class Results:
             assert sampled is not None
             request = one.request
             if one.finished or request.finished:
-                continue  # drawn before its end was known
+                continue  # sampled before its end was known
             if request.first_token is None:
                 request.first_token = now
                 self._begun_requests += 1
@@ -67,7 +67,7 @@ class Results:
                     self._report(request, request.beams, one, sampled, row)
                 else:
                     self._push(one, sampled, row, now)
-            except Exception as error:  # its text cannot be made: the others go on
+            except Exception as error:  # its text cannot be decoded: only this request ends
                 self._fail(request, error)
         for request in grown:
             if not request.finished:
@@ -88,7 +88,7 @@ class Results:
         self._tokens_after += len(completion.token_ids) - 1
 
     def _report(self, request: Request, beams: BeamSearch, one: Continuation, sampled: Sampled, row: int) -> None:
-        """A beam's successors; with those of the last one the next beams are chosen."""
+        """Records a beam's successors; chooses the next beams once all have reported."""
         assert sampled.top_ids is not None and sampled.top_logprobs is not None
         width = 2 * beams.params.beam_width
         ids, logprobs = sampled.top_ids[row, :width].tolist(), sampled.top_logprobs[row, :width].tolist()
@@ -96,9 +96,9 @@ class Results:
         if not beams.report(parents.index(one), list(zip(ids, logprobs, strict=True))):
             return
         chosen = beams.choose()
-        heirs = {place: token for place, token in reversed(chosen)}  # the first child goes on as its parent
+        continued = {place: token for place, token in reversed(chosen)}  # the first child reuses its parent's record
         for place, parent in enumerate(parents):
-            if place not in heirs:
+            if place not in continued:
                 self.scheduler.finish(parent)
         live = []
         for place, token in chosen:
@@ -107,7 +107,7 @@ class Results:
                 child = request.new_beam([*parents[place].tokens, token])
                 self.scheduler.fork(parents[place], child)
             live.append(child)
-        for place, token in heirs.items():
+        for place, token in continued.items():
             self.scheduler.choose(parents[place], token)
         request.continuations = live
         if beams.done:
@@ -130,14 +130,14 @@ class Results:
         return completion
 
     def _show(self, request: Request) -> None:
-        """Shows a request that grew to who wants to see it, and ends it if it is done."""
+        """Calls on_output of a request that grew, or ends the request if it is done."""
         done = request.beams.done if request.beams is not None else all(one.finished for one in request.completions)
         if done:
             self.end(request)
         elif request.on_output is not None and request.beams is None:
             try:
                 request.on_output(request.output())
-            except Exception as error:  # somebody else's code: its request ends, the others go on
+            except Exception as error:  # the caller's code: only this request ends
                 self._fail(request, error, "on_output raised ")
 
     def _fail(self, request: Request, error: Exception, what: str = "") -> None:
@@ -145,7 +145,7 @@ class Results:
         self.end(request, "error")
 
     def end(self, request: Request, reason: FinishReason | None = None) -> None:
-        """Gives back all that a request has. reason: of what has not ended by itself."""
+        """Frees everything that a request holds. reason: finish_reason of completions that are unfinished."""
         request.ended = self._clock()
         for one in request.continuations:
             if not one.finished:

@@ -1,11 +1,11 @@
-"""Who computes what in the next step: continuous batching over pages, as plain Python on integers.
+"""Decides what the next step computes: continuous batching over pages, as plain Python on integers.
 
-A step computes new tokens of many continuations at once: one of each that decodes, and chunks of prompts while the
-budget of tokens lasts. Whoever decodes goes first, so a long prompt delays nobody; then prompts that have begun, then
-those that wait, in the order of priority and arrival and without overtaking. A prompt is admitted when there are pages
-for all of it. When a decoding continuation finds no page, the newest ones give up theirs and wait again, with all their
-tokens: they are computed anew later (of what the prefix cache still holds, nothing). The oldest one never gives way, so
-everybody ends.
+A step computes new tokens of many continuations: one token of each that decodes, and chunks of prompts while the token
+budget lasts. Decoding continuations go first, so a long prompt never delays them; then partly computed prompts; then
+waiting ones, in the order of priority and arrival and without overtaking. A prompt is admitted when there are pages for
+all of it. When a decoding continuation finds no free page, the newest ones are preempted: they free their pages and
+wait again, and all their tokens that are not in the prefix cache are recomputed later. The oldest one is never
+preempted, so every request finishes.
 
 Source: Orca, https://www.usenix.org/conference/osdi22/presentation/yu, section 4 (iteration-level scheduling);
 arXiv:2309.06180, section 4.5 (preemption by recomputation); arXiv:2308.16369 (chunked prefill).
@@ -24,9 +24,9 @@ from jfa_models.engine.request import Continuation
 class Chunk(NamedTuple):
     """Tokens of one continuation in a step.
 
-    start: how many were computed before. samples: the chunk ends with its last token, so the next one is drawn, and for
-    each of the followers, which begin here, too. generated: tokens drawn before that. copies: of pages, with the number
-    of their pool.
+    start: tokens computed before. samples: the chunk ends with the continuation's last token, so the next one is
+    sampled, also for each of the followers, which start here. generated: tokens sampled before that one. copies: page
+    copies, each with the index of its pool.
     """
 
     of: Continuation
@@ -39,10 +39,10 @@ class Chunk(NamedTuple):
 
 
 class Scheduler:
-    """Chooses the chunks of each step, and keeps pages and slots with those that run.
+    """Chooses the chunks of each step, and assigns pages and slots to running continuations.
 
     Attributes:
-      num_preemptions: how often somebody gave up their pages.
+      num_preemptions: how often a continuation was preempted.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Scheduler:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens must be at least max_num_seqs, a token of each that decodes, got "
+                f"max_num_batched_tokens must be at least max_num_seqs, one token per decoding sequence, got "
                 f"{max_num_batched_tokens} and {max_num_seqs}"
             )
         self.pools = pools
@@ -65,8 +65,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
-        self._slots = list(reversed(range(max_num_seqs)))  # a stack of free ones
-        self._running: list[Continuation] = []  # in their order
+        self._slots = list(reversed(range(max_num_seqs)))  # a stack of the free ones
+        self._running: list[Continuation] = []  # sorted by order
         self._waiting: list[tuple[tuple[int, int, int], Continuation]] = []  # a heap
 
     @property
@@ -76,21 +76,21 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Continuations that want pages."""
+        """Continuations that wait for pages."""
         return sum(not one.finished for _, one in self._waiting)
 
     def add(self, one: Continuation) -> None:
-        """Lets a continuation wait for its turn."""
+        """Adds a continuation to the waiting queue."""
         heapq.heappush(self._waiting, (one.order, one))
 
     def finish(self, one: Continuation) -> None:
-        """Gives back what a continuation has, wherever it is."""
+        """Ends a continuation in any state and frees what it holds."""
         one.finished = True
         if one.slot is not None:
             self._release(one)
 
     def fork(self, parent: Continuation, child: Continuation) -> bool:
-        """Starts a child with what the parent has computed, on the same pages; without pages or a slot it waits."""
+        """Starts a child with the parent's computed tokens, on the same pages; without pages or a slot it waits."""
         if parent.slot is None or not self._slots:
             self.add(child)
             return False
@@ -100,22 +100,22 @@ class Scheduler:
         return True
 
     def choose(self, beam: Continuation, token: int) -> None:
-        """The host's choice of a beam's next token."""
+        """Appends the next token of a beam, which the host chose."""
         beam.tokens.append(token)
         beam.num_tokens += 1
         beam.reported = False
         if beam.slot is None and not beam.finished:
-            self.add(beam)  # it gave up its pages while the choice was open
+            self.add(beam)  # it was preempted before the choice
 
     def make_way(self) -> bool:
-        """When nothing can be scheduled: a beam whose successors are known lets others have its pages."""
+        """Preempts a beam whose successors are known, when nothing can be scheduled otherwise."""
         if not self._running or not self.num_waiting:
             return False
         self._preempt(self._running[-1])
         return True
 
     def schedule(self) -> list[Chunk]:
-        """The next step; empty if nothing can run before results are known."""
+        """The chunks of the next step; empty if nothing can run before results are known."""
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
         for one in self._running:
@@ -130,7 +130,7 @@ class Scheduler:
                     chunks.append(self._chunk(one, num_tokens, copies))
                     budget -= num_tokens
         while budget and self._slots and (one := self._next_waiting()) is not None:
-            # of a prompt whose log-probabilities are wanted every token must be computed
+            # prompt log-probabilities need every token of the prompt to be computed
             look_up = self.enable_prefix_caching and one.request.num_prompt_logprobs is None
             hit = self.pools.add(one, one.num_tokens, budget, tokens=one.tokens if look_up else None)
             if hit is None:
@@ -144,7 +144,7 @@ class Scheduler:
         return chunks
 
     def _next_waiting(self) -> Continuation | None:
-        """The first in the queue, if its tokens are all known."""
+        """The first continuation in the queue, if all its tokens are known."""
         while self._waiting and self._waiting[0][1].finished:
             heapq.heappop(self._waiting)
         if not self._waiting or len(self._waiting[0][1].tokens) < self._waiting[0][1].num_tokens:
@@ -152,7 +152,7 @@ class Scheduler:
         return self._waiting[0][1]
 
     def _make_room(self, one: Continuation, num_tokens: int) -> Sequence[tuple[int, Copy]] | None:
-        """Room for its next tokens, if need be by preemption; None if it was preempted itself."""
+        """Allocates pages for its next tokens, preempting if necessary; None if it was preempted itself."""
         while (copies := self.pools.make_room(one, one.num_computed + num_tokens)) is None:
             newest = self._running[-1]
             self._preempt(newest)
@@ -171,15 +171,15 @@ class Scheduler:
         if samples:
             followers = [child for child in one.followers if not child.finished and self.fork(one, child)]
             one.followers = []
-            for drawn in (one, *followers):
-                if drawn.draws:
-                    drawn.num_tokens += 1
+            for each in (one, *followers):
+                if each.draws:
+                    each.num_tokens += 1
                 else:
-                    drawn.reported = True
+                    each.reported = True
         return Chunk(one, start, num_tokens, samples, generated, copies, followers)
 
     def _commit(self, one: Continuation, start: int) -> None:
-        """Makes the pages that this step fills known to others: those who share them come later, or read behind it."""
+        """Adds the pages that this step fills to the prefix cache: others read them only after they are written."""
         size = self.pools.page_size
         known = min(one.num_computed, len(one.tokens))
         if known // size > max(0, start - 1) // size:  # the last token of an earlier step may have been unknown then
@@ -200,5 +200,5 @@ class Scheduler:
         self.num_preemptions += 1
         self._release(one)
         one.num_computed = 0
-        if one.num_new:  # else only results are missing
+        if one.num_new:  # otherwise it waits only for results
             self.add(one)

@@ -1,1 +1,1 @@
-"""What a decoder is: a pure module of parameters, and the numbers that shape it."""
+"""The decoder: a pure module of parameters, and its configuration."""

@@ -1,4 +1,4 @@
-"""Self-attention of a decoder: projections, rotary positions, and the meeting of jfa's op with a cache."""
+"""Self-attention of a decoder: projections, rotary position embedding, and jfa's attention ops over a cache."""
 
 import functools
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def paged_cache(
     dtype: DTypeLike,
     kv_dtype: str | None,
 ) -> jfa.PagedKVCache:
-    """An empty cache for a decoder, with a page table, and so many pages, for each of its patterns."""
+    """An empty cache for a decoder, with a page table and num_pages[i] pages per attention pattern."""
     return jfa.PagedKVCache.create(
         num_layers=config.num_layers,
         num_pages=num_pages,
@@ -78,11 +78,11 @@ class Attention(nnx.Module):
         query_start: Int[Array, " rows+1"] | None,
         cache: Cache | None,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
-        """Attends over the cache (its valid tokens, then x), or over x alone without one.
+        """Attends over the cache (its valid tokens, then x), or over only x without a cache.
 
         Args:
           lengths: valid tokens of each row of x; the rest is padding on the right. None: all.
-          query_start: x is one row, in which the new tokens of each row of a paged cache begin here.
+          query_start: x is one row; the new tokens of row i of a paged cache start at query_start[i] in it.
         """
         q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -118,11 +118,11 @@ class Attention(nnx.Module):
         keys, values, offset = written.k[layer], written.v[layer], cache.kv_len
         if cache.is_ring(layer) and t == 1:
             assert self.window is not None
-            # softmax does not mind the order of the slots
+            # softmax does not depend on the order of the slots
             seen, held = cache.slots_seen(layer, self.window)
             see: dict[str, Any] = dict(mask=seen[:, None, None, :], key_value_seq_lengths=held, local_window_size=None)
         else:
-            if cache.is_ring(layer):  # the first of the new tokens see what the last of them overwrite
+            if cache.is_ring(layer):  # the first new tokens see slots that the last ones overwrite
                 keys, values, offset = cache.followed_by(layer, k, v)
             see = dict(is_causal=True, query_offset=offset, key_value_seq_lengths=offset + t)
             see["query_seq_lengths"] = lengths if t > 1 else None
@@ -131,7 +131,7 @@ class Attention(nnx.Module):
     def _over_pages(
         self, q: Float[Array, "b t hq d"], cache: jfa.PagedKVCache, lengths: Int[Array, " b"]
     ) -> Float[Array, "b t hq d"]:
-        """The new tokens, which the cache holds already behind its kv_len, over the cache."""
+        """Attends from the new tokens, which the cache already holds after its kv_len, over the cache."""
         kv_len = cache.kv_len + lengths
         b, t = q.shape[:2]
         if t == 1:
@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         start = jnp.concatenate([jnp.zeros(1, lengths.dtype), jnp.cumsum(lengths)])
         if b == 1:
             return self._ragged(q[0], cache, kv_len, start)[None]
-        # the padding of all rows goes behind the last one's tokens
+        # the tokens of all rows are concatenated; padding gets the out-of-range index b * t
         token = jnp.arange(t)
         place = jnp.where(token < lengths[:, None], start[:-1, None] + token, b * t)
         together = jnp.zeros((b * t, *q.shape[2:]), q.dtype).at[place].set(q, mode="drop")
@@ -175,5 +175,5 @@ class Rotation:
     def __call__(self, x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
         first, second, rest = jnp.split(x, (self.size // 2, self.size), axis=-1)
         first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+        rotated = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), rest], axis=-1)

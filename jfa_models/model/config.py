@@ -1,4 +1,4 @@
-"""What a decoder is, in numbers, and how its authors advise to sample from it."""
+"""The configuration of a decoder."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -11,13 +11,13 @@ Norm = Literal["rms", "rms_plus_one", "layer"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """A mixture of experts in place of an MLP: a router sends each token to a few of them. Source: arXiv:2401.04088.
+    """A mixture of experts instead of an MLP: a router sends each token to a few of them. Source: arXiv:2401.04088.
 
     Attributes:
-      num_experts, experts_per_token: in a layer, and how many of them a token goes to.
+      num_experts, experts_per_token: experts per layer, and how many of them process a token.
       intermediate_size: of one expert.
-      normalize: the weights of a token's experts are made to sum to 1.
-      dense_layers: the layers that keep an MLP.
+      normalize: the weights of a token's experts are normalized to sum to 1.
+      dense_layers: the layers that have an MLP instead.
     """
 
     num_experts: int
@@ -36,22 +36,21 @@ class ExpertsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder. Hashable: it may be a static argument of jit.
+    """The hyperparameters of a decoder. Hashable: it may be a static argument of jit.
 
     Attributes:
-      architecture: whose names its tensors have in files, and which model_type a config.json of it says: a key of
-        families.FAMILIES.
-      context_length: tokens, prompt and answer together.
-      norm: "rms"; "rms_plus_one", whose scale is stored less 1; or "layer", with a bias.
-      gated_mlp: down(act(gate(x)) * up(x)), and not down(act(up(x))).
-      parallel_block: attention and MLP both read the block's one norm, and both are added to its input.
-      post_norms: what attention and MLP give is normalised before it is added.
-      qk_norm: the queries and keys of each head are normalised before they are turned.
+      architecture: a key of families.FAMILIES, the model_type of config.json; selects the tensor names in files.
+      context_length: maximum tokens of prompt and answer together.
+      norm: "rms"; "rms_plus_one", which stores scale - 1; or "layer", with a bias.
+      gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+      parallel_block: attention and MLP both read the block's only norm, and both are added to its input.
+      post_norms: the outputs of attention and MLP are normalized before they are added.
+      qk_norm: the queries and keys of each head are normalized before they are rotated.
       scale_embeddings: embeddings are multiplied by sqrt(hidden_size).
-      query_scale: of the scores; None: head_dim ** -0.5.
-      attention_soft_cap, logits_soft_cap: c tanh(x / c) of the scores, and of the logits.
-      windows: for each layer how many tokens a query sees, itself among them; None for all. Empty: all in every layer.
-      local_rope: of the layers with a window; None: theirs is rope too.
+      query_scale: scale of the scores; None: head_dim ** -0.5.
+      attention_soft_cap, logits_soft_cap: the c of c tanh(x / c), applied to the scores and to the logits.
+      windows: for each layer, how many tokens a query sees, including itself; None: all. Empty: all in every layer.
+      local_rope: rope of the layers with a window; None: the same as rope.
       experts: None: every layer has an MLP.
     """
 
@@ -102,41 +101,41 @@ class DecoderConfig:
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
         if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(f"windows must be one for each of {self.num_layers} layers, got {len(self.windows)}")
+            raise ValueError(f"windows must have one entry per layer, {self.num_layers}, got {len(self.windows)}")
         if any(window is not None and (type(window) is not int or window < 1) for window in self.windows):
-            raise ValueError(f"a window must be a whole number of at least 1, or None, got {self.windows}")
+            raise ValueError(f"a window must be an integer >= 1, or None, got {self.windows}")
 
     def is_local(self, layer: int) -> bool:
-        """Whether this layer has a window, be it as long as the context."""
+        """Whether this layer has a window, even one as long as the context."""
         return bool(self.windows) and self.windows[layer] is not None
 
     def window(self, layer: int) -> int | None:
-        """How many tokens a query of this layer sees, itself among them; None: all that there can be."""
+        """How many tokens a query of this layer sees, including itself; None: the whole context."""
         window = self.windows[layer] if self.windows else None
         return None if window is None or window >= self.context_length else window
 
     @property
     def patterns(self) -> tuple[int | None, ...]:
-        """The windows that occur, each once, in the order of the layers: what has pages of its own in a paged cache."""
+        """The distinct windows, in the order of the layers. Each has separate pages in a paged cache."""
         return tuple(dict.fromkeys(map(self.window, range(self.num_layers))))
 
     def has_experts(self, layer: int) -> bool:
-        """Whether this layer is a mixture."""
+        """Whether this layer is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
     def with_layers(self, num_layers: int) -> "DecoderConfig":
-        """The same decoder with its first num_layers layers alone.
+        """The same decoder with only its first num_layers layers.
 
         Raises:
-          ValueError: there are not as many.
+          ValueError: num_layers is out of range.
         """
         if not 1 <= num_layers <= self.num_layers:
-            raise ValueError(f"num_layers must be 1 to {self.num_layers}, the model's, got {num_layers}")
+            raise ValueError(f"num_layers must be 1 to {self.num_layers}, the model's own, got {num_layers}")
         return dataclasses.replace(self, num_layers=num_layers, windows=self.windows[:num_layers])
 
     @property
     def num_params(self) -> int:
-        """Numbers in all weights; a tied head counts once."""
+        """Number of parameters; a tied output head is counted once."""
         hidden, vocab = self.hidden_size, self.vocab_size
         q_size, kv_size = self.num_q_heads * self.head_dim, self.num_kv_heads * self.head_dim
         norm = 2 * hidden if self.norm == "layer" else hidden
@@ -157,20 +156,20 @@ class DecoderConfig:
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Numbers that one token leaves in a KV cache."""
+        """Number of elements that one token adds to a KV cache."""
         return self.cache_elements(1)
 
     def cache_elements(self, num_tokens: int) -> int:
-        """Numbers in a KV cache of so many tokens, of which layers with a window keep the window."""
+        """Number of elements of a KV cache of num_tokens tokens; layers with a window keep only that many."""
         kept = sum(min(num_tokens, self.window(i) or num_tokens) for i in range(self.num_layers))
         return 2 * kept * self.num_kv_heads * self.head_dim
 
 
 def _check_fields(config: Any) -> None:
-    """Raises ValueError unless counts are counts and flags are flags."""
+    """Raises ValueError unless int fields are positive integers and bool fields are bools."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type is int and (type(value) is not int or value < 1):
-            raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+            raise ValueError(f"{field.name} must be an integer >= 1, got {value!r}")
         if field.type is bool and type(value) is not bool:
             raise ValueError(f"{field.name} must be true or false, got {value!r}")

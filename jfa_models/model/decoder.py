@@ -1,4 +1,4 @@
-"""The decoder: one readable file for every family; a family is a DecoderConfig and a table of tensor names."""
+"""The decoder, one file for every family: a family is a DecoderConfig and a table of tensor names."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or both of one norm(x), in a parallel block (GPT-J's)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or both of the same norm(x), in a parallel block (GPT-J)."""
 
     def __init__(
         self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None
@@ -38,9 +38,9 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer as a pure function: parameters in, nothing hidden, the cache goes in and comes out.
+    """A decoder-only transformer as a pure function: no hidden state; the cache is an argument and a result.
 
-    attention_implementation: what jfa's ops are asked for by name; None: they choose.
+    attention_implementation: the implementation of jfa's ops by name; None: they choose.
     """
 
     def __init__(
@@ -67,21 +67,21 @@ class Decoder(nnx.Module):
         query_start: Int[Array, " rows+1"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
-        """The normalised hidden state of every token, and the cache with the tokens in it.
+        """The normalized hidden state of every token, and the cache with the tokens added.
 
         Args:
           tokens: the next tokens of each row, at positions kv_len, kv_len + 1, ... of the cache (0, 1, ... without).
-          lengths: how many tokens of each row are real; the rest is padding on the right, its states mean nothing and
-            it does not enter the cache's kv_len. None: all.
+          lengths: valid tokens of each row; the rest is padding on the right, whose states are meaningless and which
+            the cache's kv_len does not count. None: all.
           query_start: tokens is [1, t], in which row r of a paged cache has the tokens query_start[r] to
-            query_start[r + 1]: any number each, without padding between them.
+            query_start[r + 1]: any number per row, without padding between rows.
         """
         t = tokens.shape[1]
         if query_start is not None:
             assert cache is not None and lengths is None
             new = jnp.diff(query_start)
             row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right")
-            offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens behind the last row are of no row
+            offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens after the last row belong to no row
             positions = (offset[row] + jnp.arange(t))[None, :]
         else:
             new = t if lengths is None else lengths

@@ -1,4 +1,4 @@
-"""The parts of a decoder that are not attention. Modules hold parameters only; weights lie [out, in] as on disk."""
+"""The layers of a decoder except attention. Modules hold only parameters; weights are [out, in], as on disk."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token id to vector, and, where the head is tied, vector to logits."""
+    """Token id to vector and, if the head is tied, vector to logits."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(_normal(rngs.params(), (vocab_size, hidden_size), dtype))
@@ -43,7 +43,7 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32, returned in the dtype of x.
 
-    Where 1 is added to what is stored of the scale, the product is in float32 too, as its models were trained.
+    With plus_one, 1 is added to the stored scale, and the product is in float32 too, as in training.
     Source: arXiv:1910.07467.
     """
 
@@ -80,7 +80,7 @@ class LayerNorm(nnx.Module):
 
 
 def make_norm(config: DecoderConfig, size: int, *, dtype: DTypeLike) -> RMSNorm | LayerNorm:
-    """The kind of norm that a decoder has."""
+    """The norm that the configuration specifies."""
     if config.norm == "layer":
         return LayerNorm(size, eps=config.norm_eps, dtype=dtype)
     return RMSNorm(size, eps=config.norm_eps, plus_one=config.norm == "rms_plus_one", dtype=dtype)
@@ -106,7 +106,7 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """A mixture of gated MLPs: every token goes to a few of them, and their sum is weighted by the router.
+    """A mixture of gated MLPs: every token goes to a few of them, whose outputs are summed with the router's weights.
 
     Source: arXiv:2401.04088, section 2.1.
     """
@@ -151,17 +151,17 @@ def for_each_expert(
     chosen: Int[Array, "n k"],
     num_experts: int,
 ) -> Float[Array, "n k hidden"]:
-    """function(rows, expert) of every token and each expert it has chosen.
+    """Applies function(rows, expert) to every token and each expert chosen for it.
 
-    Tokens are sorted by their expert and cut into blocks that belong to one each; blocks without a token are skipped.
-    So a token costs k experts, however many there are: XLA's own ragged_dot costs all of them on CPUs and most GPUs
-    (bench/LOG.md). Source: arXiv:2211.15841, section 5.
+    Tokens are sorted by expert and cut into blocks of one expert each; empty blocks are skipped. So a token costs k
+    experts, however many there are: XLA's own ragged_dot costs all of them on CPUs and most GPUs (bench/LOG.md).
+    Source: arXiv:2211.15841, section 5.
     """
     n, k = chosen.shape
     if n == 0:
         return jnp.zeros((0, k, tokens.shape[1]), tokens.dtype)
     expert = chosen.reshape(-1)
-    rows = min(128, max(1, n * k // num_experts))  # of a block: half of the last one of an expert is empty on average
+    rows = min(128, max(1, n * k // num_experts))  # per block: on average, half of an expert's last block is empty
     num_blocks = n * k // rows + min(num_experts, n * k)
     count = jnp.zeros(num_experts, jnp.int32).at[expert].add(1)
     blocks = -(-count // rows)
@@ -190,9 +190,9 @@ _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 
 
 def _times_rows(x: Float[Array, "*b in"], weight: Float[Array, "out in"]) -> Float[Array, "*b out"]:
-    """x weight^T. Contracting the last axis of both reads the weight as it lies; no transposed copy is made."""
+    """x weight^T. Contracting the last axis of both reads the weight as stored; no transposed copy is made."""
     return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=_precision(x))
 
 
 def _precision(x: Float[Array, "..."]) -> str | None:
-    return "highest" if x.dtype == jnp.float32 else None  # else float32 may be rounded to tf32
+    return "highest" if x.dtype == jnp.float32 else None  # otherwise float32 may be rounded to tf32

@@ -1,4 +1,4 @@
-"""Rotary positions: how fast each pair of a head turns, and the scalings that stretch a trained context.
+"""Rotary position embedding: the frequency of each pair of a head, and the scalings that extend a trained context.
 
 Plain numbers: nothing here imports an array library. Source: arXiv:2104.09864.
 """
@@ -7,12 +7,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-Frequencies = Sequence[float]  # one for each pair of a head that turns
+Frequencies = Sequence[float]  # one for each rotated pair of a head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Every rotation slowed by one factor. Source: arXiv:2306.15595."""
+    """Divides every frequency by the same factor. Source: arXiv:2306.15595."""
 
     factor: float
 
@@ -20,16 +20,16 @@ class LinearScaling:
         check_positive("rope scaling", factor=self.factor)
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
-        """What each inverse frequency is divided by."""
+        """The divisor of each inverse frequency."""
         return [self.factor] * len(exact)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Slow rotations divided by `factor`, fast ones kept, a linear blend between the two. Source: arXiv:2407.21783.
+    """Divides slow frequencies by `factor` and keeps fast ones, with a linear blend between. Source: arXiv:2407.21783.
 
-    A rotation is slow if it turns less than `low_freq_factor` times within `original_context_length` positions,
-    and fast if it turns more than `high_freq_factor` times.
+    A pair is slow if it makes fewer than `low_freq_factor` turns within `original_context_length` positions, and fast
+    if it makes more than `high_freq_factor`.
     """
 
     factor: float
@@ -46,7 +46,7 @@ class Llama3Scaling:
             )
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
-        """What each inverse frequency is divided by: from 1 (fast) to `factor` (slow)."""
+        """The divisor of each inverse frequency: from 1 (fast) to `factor` (slow)."""
         turns = [self.original_context_length * frequency / (2 * math.pi) for frequency in exact]
         span = self.high_freq_factor - self.low_freq_factor
         return [_blend((each - self.low_freq_factor) / span, self.factor) for each in turns]
@@ -54,10 +54,10 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """The slow pairs divided by `factor`, the fast ones kept, a ramp over the pairs between. Source: arXiv:2309.00071.
+    """Divides slow frequencies by `factor` and keeps fast ones, with a ramp between. Source: arXiv:2309.00071.
 
-    Pairs are fast that turn `beta_fast` times and more within `original_context_length` positions, and slow that turn
-    `beta_slow` times or less.
+    A pair is fast if it makes at least `beta_fast` turns within `original_context_length` positions, and slow if it
+    makes at most `beta_slow`.
     """
 
     factor: float
@@ -71,9 +71,9 @@ class YarnScaling:
         check_positive("rope scaling", **given)
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
-        """What each inverse frequency is divided by: from 1 (fast) to `factor` (slow)."""
+        """The divisor of each inverse frequency: from 1 (fast) to `factor` (slow)."""
         pairs = len(exact)
-        # exact[i] is theta ** -(i / pairs): the place of the pair that turns so often, a fraction between two
+        # exact[i] is theta ** -(i / pairs): solved for the (fractional) index of the pair with that many turns
         log_step = -math.log(exact[1]) if pairs > 1 else 1.0
         first, last = (
             math.log(self.original_context_length / (turns * 2 * math.pi)) / log_step
@@ -86,10 +86,10 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
-    """A divisor for each pair, from a list for contexts up to the original one or from another for longer ones.
+    """One divisor per pair, from one list for contexts up to the original length, from another for longer ones.
 
-    The model's context_length decides, once for all its texts: a cache whose keys were turned by both lists would be
-    wrong. Source: arXiv:2402.13753.
+    The model's context_length decides once for all its texts: a cache with keys rotated by both lists would be wrong.
+    Source: arXiv:2402.13753.
     """
 
     short: tuple[float, ...]
@@ -106,18 +106,18 @@ class LongRopeScaling:
         )
         if len(self.short) != len(self.long):
             raise ValueError(
-                f"rope scaling: the lists for short and long contexts must have one length, got {len(self.short)} "
+                f"rope scaling: the lists for short and long contexts must have the same length, got {len(self.short)} "
                 f"and {len(self.long)}"
             )
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
-        """What each inverse frequency is divided by."""
+        """The divisor of each inverse frequency."""
         return self.long if context_length > self.original_context_length else self.short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ListedScaling:
-    """One divisor per pair, as a GGUF file stores the outcome of Llama 3's scaling."""
+    """One divisor per pair, as a GGUF file stores the result of Llama 3's scaling."""
 
     values: tuple[float, ...]
 
@@ -125,7 +125,7 @@ class ListedScaling:
         check_positive("rope scaling", smallest_divisor=min(self.values, default=0.0))
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
-        """What each inverse frequency is divided by."""
+        """The divisor of each inverse frequency."""
         return self.values
 
 
@@ -134,9 +134,9 @@ Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | Listed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions: pair `i` of a head turns by `position * inverse_frequencies[i]` radians.
+    """Rotary position embedding: rotates pair `i` of a head by `position * inverse_frequencies[i]` radians.
 
-    rotary_dim: the first numbers of a head, which turn; the others stay. None: the whole head.
+    rotary_dim: number of elements at the start of a head that are rotated. None: the whole head.
     """
 
     theta: float
@@ -147,24 +147,24 @@ class RopeConfig:
         check_positive("rope", theta=self.theta)
 
     def check(self, head_dim: int) -> None:
-        """Raises ValueError unless heads of this size can be turned so."""
-        turned = head_dim if self.rotary_dim is None else self.rotary_dim
-        if turned % 2:
+        """Raises ValueError unless heads of this size can be rotated."""
+        rotated = head_dim if self.rotary_dim is None else self.rotary_dim
+        if rotated % 2:
             raise ValueError(
-                f"{'head_dim' if self.rotary_dim is None else 'rotary_dim'} must be even, because rope turns pairs of "
-                f"numbers, got {turned}"
+                f"{'head_dim' if self.rotary_dim is None else 'rotary_dim'} must be even, because rope rotates pairs "
+                f"of elements, got {rotated}"
             )
-        if not 2 <= turned <= head_dim:
-            raise ValueError(f"rotary_dim must be 2 to head_dim ({head_dim}), got {turned}")
+        if not 2 <= rotated <= head_dim:
+            raise ValueError(f"rotary_dim must be 2 to head_dim ({head_dim}), got {rotated}")
         listed = {ListedScaling: "values", LongRopeScaling: "short"}.get(type(self.scaling))
-        if listed is not None and len(getattr(self.scaling, listed)) != turned // 2:
+        if listed is not None and len(getattr(self.scaling, listed)) != rotated // 2:
             raise ValueError(
-                f"rope scaling must list a divisor for each of {turned // 2} pairs, got "
+                f"rope scaling must list a divisor for each of {rotated // 2} pairs, got "
                 f"{len(getattr(self.scaling, listed))}"
             )
 
     def inverse_frequencies(self, head_dim: int, context_length: int) -> tuple[float, ...]:
-        """Radians per position of each pair that turns, scaling included."""
+        """Radians per position of each rotated pair, including scaling."""
         size = head_dim if self.rotary_dim is None else self.rotary_dim
         exact = tuple(self.theta ** -(i / size) for i in range(0, size, 2))
         if self.scaling is None:
@@ -174,23 +174,23 @@ class RopeConfig:
 
     @property
     def attention_factor(self) -> float:
-        """What turned queries and keys are multiplied by."""
+        """The factor that rotated queries and keys are multiplied by."""
         match self.scaling:
             case YarnScaling(attention_factor=None, factor=factor):
                 return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-            case YarnScaling(attention_factor=float(stated)) | LongRopeScaling(attention_factor=stated):
-                return stated
+            case YarnScaling(attention_factor=float(given)) | LongRopeScaling(attention_factor=given):
+                return given
         return 1.0
 
 
 def check_positive(where: str, **values: float) -> None:
-    """Raises ValueError, with the name, unless all are finite numbers above 0."""
+    """Raises ValueError that names the value, unless all are finite numbers above 0."""
     for name, value in values.items():
         if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
             raise ValueError(f"{where}: {name} must be a finite number > 0, got {value!r}")
 
 
 def _blend(kept: float, factor: float) -> float:
-    """The divisor where `kept`, cut to 0 to 1, is the share of a frequency that stays as it is."""
+    """The divisor if the fraction `kept` of a frequency, clipped to [0, 1], is not divided by `factor`."""
     kept = min(max(kept, 0.0), 1.0)
     return 1.0 / (kept + (1.0 - kept) / factor)

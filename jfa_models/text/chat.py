@@ -1,4 +1,4 @@
-"""Chat templates: Jinja in the dialect of Hugging Face."""
+"""Chat templates: Jinja in Hugging Face's dialect."""
 
 import datetime
 import functools
@@ -10,10 +10,10 @@ import jinja2.sandbox
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a template with these values, such as `messages` and `add_generation_prompt`.
+    """Renders a template with values such as `messages` and `add_generation_prompt`.
 
     Raises:
-      ValueError: the template refuses the values; its own message says why.
+      ValueError: the template refuses the values; the message includes its own reason.
     """
     try:
         return _compile(template).render(**values)
@@ -23,7 +23,7 @@ def render(template: str, **values: Any) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    # templates come with weights, so they run in a sandbox
+    # templates come from checkpoints, so they run in a sandbox
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

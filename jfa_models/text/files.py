@@ -1,4 +1,4 @@
-"""JSON files: read with errors that name the file, written for people to read too."""
+"""JSON files: read with errors that name the file, and written indented."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-      ValueError: the file does not hold one.
+      ValueError: the file does not contain one.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -22,5 +22,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON object as a file, for people to read too."""
+    """Writes a JSON object to a file, indented."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,17 +11,17 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 
-# Ends of a turn that a file may have without naming them: Gemma, ChatML (Qwen, SmolLM2), Llama 3, Phi-3.
+# End-of-turn tokens that a file may contain without naming them: Gemma, ChatML (Qwen, SmolLM2), Llama 3, Phi-3.
 _ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 
 
 class _Dialect(NamedTuple):
-    """How one family of byte-level BPE cuts text before it merges."""
+    """How one family of byte-level BPE splits text before merging."""
 
-    pattern: str | None = None  # what a piece of text is; None: GPT-2's rule, which ByteLevel has built in
+    pattern: str | None = None  # regex of a piece of text; None: GPT-2's rule, which is built into ByteLevel
     single_digits: bool = False
-    whole_words: bool = False  # a piece that is a token by itself is not merged up from letters
-    compose: bool = False  # Unicode NFC first
+    whole_words: bool = False  # a piece that is itself a token is not merged from characters
+    compose: bool = False  # apply Unicode NFC first
     add_bos: bool = False  # unless the file says otherwise
 
 
@@ -45,10 +45,10 @@ _DIALECTS = {
 
 
 def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer without its begin and end of text, and whether a text begins with one unless the file says so.
+    """The tokenizer without begin- and end-of-text tokens, and whether a text gets the former by default.
 
     Raises:
-      ValueError: there is no vocabulary, or it is of a kind that is not supported.
+      ValueError: the metadata has no vocabulary, or its kind is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -77,7 +77,7 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ends of text, of turn and of message. An end of turn that the file does not name is known by its text."""
+    """The end-of-text, -turn and -message tokens. An end of turn that the file does not name is found by its text."""
     keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
     ends = [metadata[key] for key in keys if key in metadata]
     tokens = metadata.get("tokenizer.ggml.tokens", ())
@@ -95,7 +95,7 @@ def _dialect(name: str) -> _Dialect:
 
 
 def _byte_level(metadata: Mapping[str, Any], dialect: _Dialect) -> tokenizers.Tokenizer:
-    """GPT-2's scheme: text becomes bytes, bytes become printable letters, letters are merged."""
+    """GPT-2's scheme: text becomes bytes, bytes become printable characters, characters are merged."""
     vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect.whole_words))
@@ -113,7 +113,7 @@ def _byte_level(metadata: Mapping[str, Any], dialect: _Dialect) -> tokenizers.To
 
 
 def _sentence_piece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Llama 2's scheme: characters are merged, the highest score first; what has no token becomes bytes."""
+    """Llama 2's scheme: characters are merged, the highest score first; text without a token becomes bytes."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata["tokenizer.ggml.token_type"]
     unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
@@ -137,7 +137,7 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, the best scored third first."""
+    """Every way to merge two tokens into a third, the one with the highest score first."""
     outside = (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
     mergeable = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind not in outside}
     best_first = sorted(mergeable, key=lambda token: -mergeable[token])

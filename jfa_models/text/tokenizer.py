@@ -1,7 +1,7 @@
 """Text to token ids and back: from a tokenizer.json, or from the vocabulary inside a GGUF file.
 
-The merging itself is the `tokenizers` library's. Here stands what surrounds it: how a GGUF vocabulary becomes such a
-tokenizer, the rules for adding the begin and end of text, streaming, and chat templates.
+The merging itself is done by the `tokenizers` library. This module adds the rest: conversion of GGUF vocabularies, the
+rules for adding begin- and end-of-text tokens, streaming, and chat templates.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jfa_models.text.gguf_vocabulary import core_of, end_token_ids
 
 # Names in chat templates -> names in tokenizer.ggml.*_token_id.
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_HALF_A_CHARACTER = "\ufffd"  # what bytes decode to while their character is incomplete
+_HALF_A_CHARACTER = "\ufffd"  # what the bytes of an incomplete character decode to
 
 
 @final
@@ -37,10 +37,10 @@ class Tokenizer:
         """Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json and
         chat_template.jinja.
 
-        `add_bos_token` of tokenizer_config.json, if it is there, decides about the begin of text; else tokenizer.json.
+        `add_bos_token` of tokenizer_config.json, if set, decides on the begin-of-text token; otherwise tokenizer.json.
 
         Raises:
-          ValueError: there is no tokenizer.json, a file is damaged, or a flag asks for a token that is not named.
+          ValueError: there is no tokenizer.json, a file is damaged, or a flag asks for a token that is not defined.
         """
         core = _read_core(path / "tokenizer.json")
         config = _read_if_there(path / "tokenizer_config.json")
@@ -56,8 +56,8 @@ class Tokenizer:
         template = config.get("chat_template")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if (beside := path / "chat_template.jinja").exists():
-            template = beside.read_text(encoding="utf-8")
+        if (template_file := path / "chat_template.jinja").exists():
+            template = template_file.read_text(encoding="utf-8")
         return cls(
             core=core,
             bos_token_id=bos,
@@ -71,7 +71,7 @@ class Tokenizer:
         """Builds the tokenizer that the metadata of a GGUF file describes.
 
         Raises:
-          ValueError: there is no vocabulary, or it is of a kind that is not supported.
+          ValueError: the metadata has no vocabulary, or its kind is not supported.
         """
         core, add_bos = core_of(metadata)
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -91,7 +91,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes the files that from_folder and Hugging Face read."""
         self.core.save(str(folder / "tokenizer.json"))
-        # what tokenizer.json does about the begin of text is all there is to do
+        # no add_bos_token: tokenizer.json already adds the begin-of-text token
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
@@ -99,17 +99,17 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that have a text; a model may have a few more rows."""
+        """Number of tokens with a text; a model's vocabulary may be slightly larger."""
         return self.core.get_vocab_size()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Special tokens written out in it count as such.
+        """Token ids of a text. Special tokens written out in it are recognized.
 
-        `add_special_tokens` surrounds the text as the model was trained; the output of a chat template, which writes
-        them itself, is encoded without.
+        `add_special_tokens` adds the begin- and end-of-text tokens that the model was trained with; set it to False for
+        the output of a chat template, which writes them itself.
 
         Raises:
-          ValueError: the text is not valid Unicode, as bytes that a terminal passed on may not be.
+          ValueError: the text is not valid Unicode, which bytes from a terminal may not be.
         """
         try:
             text.encode()
@@ -124,27 +124,27 @@ class Tokenizer:
         return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token as it stands within a text, special tokens included.
+        """The text of one token as it appears within a text, special tokens included.
 
         Raises:
           ValueError: the vocabulary has no such token.
         """
         if self.core.id_to_token(token_id) is None:
-            raise ValueError(f"token id must be one of the vocabulary's {self.vocab_size}, got {token_id}")
-        # SentencePiece decoders drop the space in front of the first token, so the second of two is looked at.
+            raise ValueError(f"token id must be in the vocabulary of {self.vocab_size} tokens, got {token_id}")
+        # SentencePiece decoders drop the space before the first token, so the second of two is used.
         once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :]
 
     def stream(self) -> "StreamingDetokenizer":
-        """A detokenizer for one answer, token by token."""
+        """A streaming detokenizer for one answer."""
         return StreamingDetokenizer(self)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any
     ) -> str:
-        """The conversation as the model was trained to read it; encode it without adding special tokens.
+        """Formats a conversation as the model was trained to read it; encode it without adding special tokens.
 
-        `extra` reaches the template by name (`tools`, `enable_thinking`, ...).
+        `extra` is passed to the template by name (`tools`, `enable_thinking`, ...).
 
         Raises:
           ValueError: the model has no chat template, or its template refuses these messages.
@@ -152,7 +152,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 "this model has no chat template; prompt it with plain text, "
-                "or put a chat_template.jinja beside its tokenizer.json"
+                "or put a chat_template.jinja next to its tokenizer.json"
             )
         given = {"tools": None, "documents": None, **self.special_tokens, **extra}
         return chat.render(self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt, **given)
@@ -160,20 +160,20 @@ class Tokenizer:
 
 @final
 class StreamingDetokenizer:
-    """Turns one answer's tokens into text as they come.
+    """Turns one answer's tokens into text as they arrive.
 
-    The pieces joined are the text of all the tokens. A piece is given out once no later token can change it.
+    The concatenated pieces are the text of all tokens. A piece is returned once no later token can change it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Two runs of tokens: those given out last, which are decoded again because the text of a token depends on
-        # whether it stands first, and those that are still held back.
+        # Two runs of tokens: those returned last, which are decoded again because the text of a token depends on
+        # whether it comes first, and those that are still withheld.
         self._context: list[int] = []
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes final; often the token's own, "" in the middle of a character."""
+        """The text that this token completes; often the token's own, "" in the middle of a character."""
         self._pending.append(token_id)
         piece = self._pending_text()
         if not piece or piece.endswith(_HALF_A_CHARACTER):
@@ -182,7 +182,7 @@ class StreamingDetokenizer:
         return piece
 
     def flush(self) -> str:
-        """What was held back, at the end of the answer; a broken character becomes U+FFFD."""
+        """The withheld text, at the end of the answer; an incomplete character becomes U+FFFD."""
         piece = self._pending_text()
         self._context, self._pending = [], []
         return piece
@@ -196,9 +196,9 @@ def _read_core(path: Path) -> tokenizers.Tokenizer:
     if not path.exists():
         raise ValueError(
             f"{path.parent} has no tokenizer.json; save the tokenizer in that form (save_pretrained of a fast "
-            "tokenizer writes it), a tokenizer.model alone is not read"
+            "tokenizer writes it), a tokenizer.model alone is not supported"
         )
-    read_json(path)  # for its message: of a damaged file the library says little, and in a bare Exception
+    read_json(path)  # for its error message: for a damaged file, the library raises a bare Exception without details
     core = tokenizers.Tokenizer.from_file(str(path))
     core.no_truncation()
     core.no_padding()
@@ -219,7 +219,7 @@ def _surround(bos: int | None, eos: int | None, add_bos: bool, add_eos: bool) ->
     for name, (token_id, add) in wanted.items():
         if add and token_id is None:
             raise ValueError(
-                f"add_{name}_token is set, but the tokenizer names no {name}_token; name it or unset the flag"
+                f"add_{name}_token is set, but the tokenizer defines no {name}_token; define it or unset the flag"
             )
     single = ["bos"] * add_bos + ["$A"] + ["eos"] * add_eos
     known = [(name, token_id) for name, (token_id, add) in wanted.items() if add and token_id is not None]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import run
 
 import jfa
 from jfa_bench.truth import oracle
@@ -39,11 +40,30 @@ ON_TRITON = (
 )
 # the scores of these leave the range in which a rounded formula means anything, or their weights are all alike
 WITHOUT = ("steep_scale",)
+# what a case has that no other of these has; all run with -m exhaustive
+QUICK = {
+    "xla": set(ON_TRITON) | {"offset_and_window", "narrow_values", "broadcast_dropout", "one_query_each", "mask"},
+    "triton": {
+        *("gqa", "head_dim_40", "both_windows", "cached_chunk", "lengths_with_empty_rows", "soft_cap", "bias_per_key"),
+        *("bias_per_head", "mask_per_head", "wide_values", "sinks_and_window", "segments_window_and_lengths"),
+        *("dropout", "everything"),
+    },
+    "reference": {"gqa", "everything"},
+}
+
+
+def dtypes_of(i: int, backend: str) -> tuple[str, ...]:
+    """Of the case with this number; the first one is the quick one."""
+    if backend == "reference":
+        return ("float32",)
+    return ("float32", ("bfloat16", "float16")[i % 2])[i // 2 % 2 :]
+
+
 RUNS = [
-    pytest.param(name, dtype, backend, id=f"{name}-{dtype}-{backend}")
+    run(name, dtype, backend, quick=name in QUICK[backend] and dtype == dtypes_of(i, backend)[0])
     for i, name in enumerate(name for name in CASES if name not in WITHOUT)
     for backend in TILES
-    for dtype in (("float32",) if backend == "reference" else ("float32", ("bfloat16", "float16")[i % 2])[i // 2 % 2 :])
+    for dtype in dtypes_of(i, backend)
     if backend != "triton" or name in ON_TRITON
 ]
 

@@ -15,7 +15,7 @@ WRONG = {
     "rank": (dict(query=Q[0, 0]), r"query must be \[batch, length, heads, head_dim\].* got shape \(6, 16\)"),
     "dtype": (dict(query=Q.astype(jnp.int32)), "query must be float16, bfloat16 or float32, got int32"),
     "dtypes": (dict(key=KV.astype(jnp.bfloat16)), "must share one dtype, got float32, bfloat16 and float32"),
-    "value_shape": (dict(value=KV[:, :6]), r"same shape but for the head_dim, got \(2, 7, 3, 16\) and \(2, 6, 3, 16\)"),
+    "value_shape": (dict(value=KV[:, :6]), r"same shape except .* got \(2, 7, 3, 16\) and \(2, 6, 3, 16\)"),
     "batch": (dict(query=Q[:1]), "same batch size, got 1 and 2"),
     "head_dim": (dict(query=Q[..., :8]), "same head_dim, got 8 and 16"),
     "no_head_dim": (dict(query=Q[..., :0], key=KV[..., :0], value=KV[..., :0]), "head_dim must be at least 1"),
@@ -23,10 +23,10 @@ WRONG = {
     "bias_shape": (dict(bias=jnp.ones((2, 6, 5, 6))), r"= \[2, 6, 5, 7\], got \[2, 6, 5, 6\]"),
     "bias_dtype": (
         dict(bias=jnp.ones((5, 7), bool)),
-        "must be a float array, got bool; a boolean one is called mask",
+        "must be a float array, got bool; pass a boolean mask as mask",
     ),
     "bias_float64": (dict(bias=jnp.ones((5, 7), jnp.int8)), "bias must be float16, bfloat16 or float32, got int8"),
-    "mask_dtype": (dict(mask=jnp.ones((5, 7))), "mask must be boolean, got float32; an additive one is called bias"),
+    "mask_dtype": (dict(mask=jnp.ones((5, 7))), "mask must be boolean, got float32; pass an additive mask as bias"),
     "mask_rank": (dict(mask=jnp.ones((1, 2, 6, 5, 7), bool)), "mask must broadcast to"),
     "lengths_dtype": (dict(key_value_seq_lengths=jnp.ones(2)), "key_value_seq_lengths must hold integers, got float32"),
     "lengths_shape": (dict(query_seq_lengths=jnp.ones(3, int)), r"one integer per batch row, shape \(2,\), got \(3,\)"),
@@ -42,7 +42,7 @@ WRONG = {
     "slopes_dtype": (dict(alibi_slopes=jnp.ones(6, int)), "alibi_slopes must be float16, bfloat16 or float32, got int"),
     "half_of_the_segments": (
         dict(query_segment_ids=jnp.ones((2, 5), int)),
-        "key_value_segment_ids is missing: give the segments of both queries and keys, or of none",
+        "key_value_segment_ids is missing: pass the segment ids of both queries and keys, or neither",
     ),
     "segments_shape": (
         dict(query_segment_ids=jnp.ones((2, 5), int), key_value_segment_ids=jnp.ones((2, 5), int)),
@@ -126,7 +126,7 @@ def test_where_no_backend_can_every_reason_is_told(monkeypatch):
 def test_a_symbolic_length_is_refused():
     [length] = jax.export.symbolic_shape("length")
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-    with pytest.raises(ValueError, match=r"query must have a shape of numbers, .* export each shape by itself"):
+    with pytest.raises(ValueError, match=r"query must have a static shape, .* export each shape separately"):
         jax.export.export(jax.jit(jfa.dot_product_attention))(x, x, x)
 
 

@@ -103,7 +103,7 @@ def test_dropout_keeps_the_share_it_should():
     assert float(out[..., 0].std()) > 0.01  # and not the same for all
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_shard_map_over_batch_and_heads():
     """On eight devices of the CPU, in a process of its own: their number is fixed when JAX starts."""
     program = """
@@ -219,7 +219,7 @@ def drawn_cases(draw) -> Case:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=drawn_cases())

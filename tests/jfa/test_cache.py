@@ -101,5 +101,5 @@ def test_a_ring_grows_until_it_is_one():
     assert cache.k[0].shape[1] == 5 and not cache.is_ring(0)
     grown = cache.grow(16)
     assert grown.k[0].shape[1] == 6 and grown.is_ring(0) and grown.capacity == 16
-    with pytest.raises(ValueError, match="windows must be one for each of 1 layers, got 2"):
+    with pytest.raises(ValueError, match="windows must have one entry for each of 1 layers, got 2"):
         jfa.KVCache.create(capacity=5, **(options | dict(windows=(4, 4))))

@@ -9,7 +9,7 @@ TILES = {
     ("rocm", "gfx942"): "tuning table of gfx942",
     ("rocm", "gfx1151"): "tuning table of gfx1100",
     ("cuda", "sm_89"): "tuning table of sm_80",
-    ("rocm", "gfx1300"): "safe defaults, since no tuning table is for gfx1300; jfa-bench tune makes one",
+    ("rocm", "gfx1300"): "safe defaults: there is no tuning table for gfx1300; create one with jfa-bench tune",
     ("cpu", "cpu"): "defaults",
 }
 
@@ -30,4 +30,4 @@ def test_where_the_tiles_come_from(device):
 def test_ops_over_pages_have_tables_of_their_own():
     tiles = {one.op: one.tiles for one in jfa.explain(describe("cuda", "sm_90"))}
     assert tiles["dot_product_attention"] == "tuning table of sm_90"
-    assert tiles["paged_decode_attention"].startswith("safe defaults, since no tuning table is for sm_90")
+    assert tiles["paged_decode_attention"].startswith("safe defaults: there is no tuning table for sm_90")

@@ -80,9 +80,9 @@ def test_computes_in_the_layer_dtype():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(precision="bfloat16"), "precision=bfloat16: products are as exact as their dtype; leave it None"),
-        (dict(module=object()), "blockwise attention never holds the weights; leave sow_weights off"),
-        (dict(qk_attn_weights_einsum=jnp.einsum), "leave the einsum classes of the layer out"),
+        (dict(precision="bfloat16"), "precision=bfloat16 is not supported: dtype sets the precision of products;"),
+        (dict(module=object()), "blockwise attention never stores the weights; leave sow_weights off"),
+        (dict(qk_attn_weights_einsum=jnp.einsum), "do not set the layer's einsum classes"),
     ],
 )
 def test_refusals(options, message):

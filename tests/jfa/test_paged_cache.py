@@ -314,15 +314,15 @@ def test_empty_tables_name_no_page_and_no_two_arrays_are_one():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(kv_dtype="int3"), "kv_dtype must be one of int8, fp8, int4, or None for the dtype itself, got 'int3'"),
-        (dict(kv_dtype="int4", head_dim=5), "int4 puts two numbers into a byte, .* even length, got 5"),
+        (dict(kv_dtype="int3"), "kv_dtype must be one of int8, fp8, int4, or None for unquantized pages, got 'int3'"),
+        (dict(kv_dtype="int4", head_dim=5), "int4 stores two numbers per byte, .* even length, got 5"),
         (
             dict(num_pages=1),
-            "there must be a page beside page 0, which holds nothing, .* got num_pages=1 and page_size=3",
+            "num_pages must be >= 2, since page 0 is never used, .* got num_pages=1 and page_size=3",
         ),
-        (dict(page_size=0), "of at least one token; got num_pages=9 and page_size=0"),
-        (dict(table_of=(0, 0, 1)), r"number a table from 0 for each of 2 layers, got \(0, 0, 1\)"),
-        (dict(table_of=(0, -1)), r"number a table from 0 for each of 2 layers, got \(0, -1\)"),
+        (dict(page_size=0), "and page_size >= 1, got num_pages=9 and page_size=0"),
+        (dict(table_of=(0, 0, 1)), r"the index >= 0 of a page table for each of 2 layers, got \(0, 0, 1\)"),
+        (dict(table_of=(0, -1)), r"the index >= 0 of a page table for each of 2 layers, got \(0, -1\)"),
     ],
     ids=["kv_dtype", "odd_head_dim", "num_pages", "page_size", "table_of", "negative"],
 )
@@ -421,5 +421,5 @@ def test_each_page_table_has_pages_of_its_own_number():
     assert [k.shape[0] for k in cache.grow((5, 12)).k] == [12, 5, 12]
     with pytest.raises(ValueError, match="a cache of 5, 9 pages cannot grow to 6, 8"):
         cache.grow((6, 8))
-    with pytest.raises(ValueError, match=r"num_pages must be one for each of 2 page tables, got \(5,\)"):
+    with pytest.raises(ValueError, match=r"num_pages must have one entry for each of 2 page tables, got \(5,\)"):
         jfa.PagedKVCache.create(num_pages=(5,), table_of=(1, 0, 1), **shape)

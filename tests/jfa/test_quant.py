@@ -198,8 +198,8 @@ def test_bytes_are_a_share_of_those_of_bfloat16_scales_included(kind, share):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quant.quantize(jnp.ones(3), "int4"), "into a byte, so a vector must have an even length, got 3"),
-        (lambda: quant.stored_size("int4", 7), "int4 puts two numbers into a byte, .* even length, got 7"),
+        (lambda: quant.quantize(jnp.ones(3), "int4"), "per byte, so a vector must have an even length, got 3"),
+        (lambda: quant.stored_size("int4", 7), "int4 stores two numbers per byte, .* even length, got 7"),
         (lambda: quant.quantize(jnp.ones(4), "int3"), "kind must be one of int8, fp8, int4, got 'int3'"),
         (
             lambda: quant.kind_of(jnp.int16),
@@ -218,5 +218,5 @@ def test_refuses(call, message):
 
 
 def test_whole_numbers_are_refused():
-    with pytest.raises(ValueError, match="what is quantized must be floats, got int32"):
+    with pytest.raises(ValueError, match="quantize takes a float array, got int32"):
         quant.quantize(jnp.ones((2, 4), jnp.int32), "int8")

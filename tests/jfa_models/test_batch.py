@@ -63,15 +63,15 @@ def test_each_line_gets_its_result_with_its_own_params(engine, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("oops", "no JSON: Expecting value"),
-        ("[1]", "not an object with one of prompt and prompt_token_ids"),
-        ({"prompt": "x", "prompt_token_ids": [5]}, "not an object with one of prompt and prompt_token_ids"),
-        ({"prompt": "x", "temprature": 1}, "unknown fields temprature; known are id and those of SamplingParams"),
+        ("oops", "not valid JSON: Expecting value"),
+        ("[1]", "must be a JSON object with either prompt or prompt_token_ids"),
+        ({"prompt": "x", "prompt_token_ids": [5]}, "must be a JSON object with either prompt or prompt_token_ids"),
+        ({"prompt": "x", "temprature": 1}, "unknown fields temprature; allowed are id and the fields of"),
         ({"prompt": "x", "temperature": -1}, "temperature must be a finite number >= 0, got -1"),
         ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": 5}, "prompt must be text, got 5; token ids are prompt_token_ids"),
-        ({"prompt_token_ids": None}, "prompt_token_ids must be a list of whole numbers, got None"),
-        ({"prompt_token_ids": "ab"}, "prompt_token_ids must be a list of whole numbers, got 'ab'"),
+        ({"prompt": 5}, "prompt must be text, got 5; give token ids as prompt_token_ids"),
+        ({"prompt_token_ids": None}, "prompt_token_ids must be a list of integers, got None"),
+        ({"prompt_token_ids": "ab"}, "prompt_token_ids must be a list of integers, got 'ab'"),
         ({"prompt": "x" * 200}, "the prompt has 200 tokens and max_tokens is 5, together more than max_model_len=128"),
     ],
 )
@@ -97,10 +97,10 @@ def test_what_is_done_is_not_done_again_and_a_torn_line_is_removed(engine, tmp_p
 def test_results_of_another_batch_are_not_continued(tmp_path):
     lines = batch.read(written(tmp_path / "in", {"prompt": "a"}))
     output = written(tmp_path / "out", {"line": 1, "prompt": "b", "text": ""})
-    with pytest.raises(ValueError, match="has the results of another batch: line 1 had another prompt; give another"):
+    with pytest.raises(ValueError, match="has the results of another batch: line 1 had another prompt; use another"):
         batch.done(output, lines)
     for other in ({"line": 2}, {"prompt": "a"}, "no json"):
-        with pytest.raises(ValueError, match="holds something else than results of this batch"):
+        with pytest.raises(ValueError, match="contains a line that is not a result of this batch"):
             batch.done(written(output, other), lines)
 
 
@@ -121,7 +121,7 @@ def test_a_line_may_ask_for_all_that_requests_can(engine, tmp_path):
     assert results(tmp_path / "out")[0]["logprobs"][0].keys() == {str(i) for i in result["logprobs"][0]}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_command_goes_on_where_it_ended(folder, tmp_path, how):
     count = 30

@@ -90,12 +90,12 @@ def test_refuses(model, llm):
     with pytest.raises(ValueError, match="prompt 1: the prompt has 60 tokens and max_tokens is 6, together more than"):
         llm.generate(["one", "x" * 60], GREEDY)
     assert not llm.engine.has_unfinished and texts(llm.generate("one", GREEDY)) == texts(model.generate("one", GREEDY))
-    with pytest.raises(ValueError, match="there must be one params, or one for each prompt, got 1 for 2"):
+    with pytest.raises(ValueError, match="sampling_params must be one, or one per prompt, got 1 for 2"):
         llm.generate(["one", "two"], [GREEDY])
-    with pytest.raises(ValueError, match="dtype='bfloat16' came too late: the model is loaded, in float32"):
+    with pytest.raises(ValueError, match="dtype='bfloat16' is given too late: the model is loaded in float32"):
         LLM(model, dtype="bfloat16")
     llm.engine.add_request("x", GREEDY)
-    with pytest.raises(RuntimeError, match="the engine is busy with requests of its own"):
+    with pytest.raises(RuntimeError, match="the engine runs other requests: wait until they finish"):
         llm.generate("one", GREEDY)
     llm.engine.reset()
     plain = LanguageModel(decoder=sharp_decoder(CONFIG), params=model.params)
@@ -106,8 +106,8 @@ def test_refuses(model, llm):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (SamplingParams(n=2), "n must be 1 here, got 2; jfa_models.LLM serves it"),
-        (SamplingParams(prompt_logprobs=0), "prompt_logprobs must be None here, got 0; jfa_models.LLM serves it"),
+        (SamplingParams(n=2), "n must be 1 here, got 2; use jfa_models.LLM for it"),
+        (SamplingParams(prompt_logprobs=0), "prompt_logprobs must be None here, got 0; use jfa_models.LLM for it"),
     ],
 )
 def test_the_simple_loop_names_who_serves_what_it_does_not(model, params, message):

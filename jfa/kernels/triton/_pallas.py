@@ -1,7 +1,7 @@
-"""The only import of Pallas' Triton dialect.
+"""The only import of Pallas' Triton backend.
 
-That lowering is Pallas' one way to an AMD GPU, and JAX has deprecated it without naming another (jax 0.11.0). When it
-goes, this folder is replaced by one with the same public functions, and nothing else changes.
+That lowering is the only way from Pallas to an AMD GPU, and JAX has deprecated it without a replacement (jax 0.11.0).
+When it is removed, replace this folder by one with the same public functions; nothing else changes.
 """
 
 from jax.experimental import pallas as pl

@@ -1,14 +1,14 @@
-"""Flash attention forward as a Pallas kernel, through Triton: AMD and NVIDIA GPUs.
+"""Flash attention forward as a Pallas-Triton kernel, for AMD and NVIDIA GPUs.
 
-One program owns `block_q` queries of one head and walks over the tiles of keys that some of them may see, with a
-running maximum and sum. Tiles that every query sees whole take a loop without positional masks; the tiles at the edges
-(diagonal, window, lengths) take another. Query heads of a group read the same keys: nothing is repeated in memory.
+One program computes `block_q` queries of one head and loops over the tiles of keys that any of them may see, with a
+running maximum and sum. Tiles that every query sees completely go through a loop without positional masks; the tiles at
+the edges (diagonal, window, lengths) go through another. Query heads of a group read the same keys: no copies are made.
 
 Scores are kept in units of log2, since the hardware has exp2 and not exp. Where plain products exceed about 1e7
-(natural units), the subtraction of the maximum, fused with the scale, no longer resolves them in float32, and a row's
-weights may be off; scores with a bias, ALiBi or a soft cap are of any size.
+(natural units), the subtraction of the maximum, fused with the scale, loses their precision in float32, and a row's
+weights may be wrong; scores with a bias, ALiBi or a soft cap have no such limit.
 
-Source: arXiv:2307.08691, algorithm 1. What a score is: tile.py. Backward: flash_bwd.py. Tested in tests/jfa/.
+Source: arXiv:2307.08691, algorithm 1. Definition of a score: tile.py. Backward: flash_bwd.py. Tested in tests/jfa/.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ from jfa.kernels.triton.tile import (
 )
 from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 
-# Per head_dim, up to and including: block_q, block_kv, num_warps. RDNA has half the registers for a wave's tile and
-# no float32 matrix instruction.
+# {largest head_dim: (block_q, block_kv, num_warps)}. RDNA has half the registers for a wave's tile and no float32
+# matrix instruction.
 _SAFE_TILES = {
     ("cdna", "16 bits"): {64: (128, 64, 4), 128: (128, 32, 4), 256: (64, 16, 4)},
     ("cdna", "float32"): {64: (64, 32, 4), 128: (64, 16, 4), 256: (32, 16, 4)},
@@ -54,7 +54,7 @@ _SAFE_TILES = {
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
-    """Tiles that spill nothing, or least, on all architectures of a kind that were tried; a table knows better."""
+    """Tile sizes with no or the fewest spills on all tested architectures of a kind; tuning tables have better ones."""
     kind, exact = kind_of(device), operands.q.dtype == jnp.float32
     widest = max(operands.q.shape[3], operands.v.shape[3])
     block_d = (64 if exact else 32) if kind == "rdna" and widest > 128 else None
@@ -62,7 +62,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
-    """What stands between this call and the kernel, as a sentence; None: nothing."""
+    """The reason why the kernel does not support this call; None if it does."""
     if device.platform not in ("rocm", "cuda", "cpu"):
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
     for name, head_dim in (("head_dim", operands.q.shape[3]), ("the head_dim of value", operands.v.shape[3])):
@@ -76,20 +76,20 @@ def flash_attention(
 ) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     """Attention and the natural log-sum-exp, as reference.attention defines them.
 
-    Not differentiable by itself: ops.dot_product_attention joins it to flash_bwd.flash_attention_bwd.
+    Not differentiable by itself: ops.dot_product_attention pairs it with flash_bwd.flash_attention_bwd.
     """
     q, k, v = operands.q, operands.k, operands.v
     shape = Shape.of(operands)
     if min(q.size, v.size) == 0:
         empty = jnp.full((shape.b, shape.tq, shape.hq), -jnp.inf, jnp.float32)
         return jnp.zeros((*empty.shape, shape.dv), q.dtype), empty
-    # a short chunk needs no tile of full height
+    # a short chunk does not need a full tile of queries
     config = dataclasses.replace(config, block_q=min(config.block_q, max(16, pl.next_power_of_2(shape.tq))))
     num_q_tiles = pl.cdiv(shape.tq, config.block_q)
     keys = whole_tiles(shape.tk, config.block_kv)
 
     def q_tile(h, i, b):
-        # the longest rows of a causal grid start first, so that no long one is left over at the end
+        # the longest programs of a causal grid start first, so that none of them runs alone at the end
         return b, num_q_tiles - 1 - i, h, 0
 
     def all_keys(h, i, b):
@@ -123,14 +123,14 @@ def flash_attention(
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
     )
-    with jax.enable_x64(False):  # a kernel's index arithmetic is int32 whatever JAX's default is
+    with jax.enable_x64(False):  # index arithmetic in a kernel is int32, whatever JAX's default
         return call(*(array for array, _ in named.values()))
 
 
 def tiles_in_common(
     first: Int[Array, "b t"], second: Int[Array, "b u"], block: int, other_block: int
 ) -> Int[Array, "b n 2"]:
-    """For each tile of `first` the range [from, to) of tiles of `second` that may hold a segment of it."""
+    """For each tile of `first`, the range [from, to) of tiles of `second` that may contain one of its segments."""
     low, high = _extremes(first, block)
     other_low, other_high = _extremes(second, other_block)
     meets = (other_low[:, None] <= high[:, :, None]) & (other_high[:, None] >= low[:, :, None])
@@ -141,7 +141,7 @@ def tiles_in_common(
 
 
 def _extremes(segments: Int[Array, "b t"], block: int) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
-    """The smallest and the largest segment of each tile."""
+    """The smallest and the largest segment id of each tile."""
     missing = whole_tiles(segments.shape[1], block) - segments.shape[1]
     tiles = jnp.pad(segments, ((0, 0), (0, missing)), mode="edge").reshape(segments.shape[0], -1, block)
     return tiles.min(2), tiles.max(2)
@@ -176,7 +176,7 @@ def _flash_kernel(
         acc, m, l = carry
         start = n * block_kv
         keys = start + jnp.arange(block_kv)
-        # beyond what the tile sees may lie anything, NaN too, and 0 * NaN is NaN
+        # keys that the tile does not see may hold anything, and 0 * NaN is NaN
         inside = (keys >= span.first) & (keys < span.end) if edge else None
         scores = sum_of_products(
             (q_of(c, later(n, head_chunks)), load_rows(k_ref, start, block_kv, c, width=shape.d, inside=inside))
@@ -188,7 +188,7 @@ def _flash_kernel(
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
         m_next = jnp.maximum(m, tile.maximum(scores))
-        # before a row has seen its first key its maximum is -inf, and (-inf) - (-inf) is NaN
+        # until a row sees its first key its maximum is -inf, and (-inf) - (-inf) is NaN
         guarded = visible is not None or tile.may_be_minus_infinity
         m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next) if guarded else m_next
         p = tile.weights(scores, m_safe[:, None])
@@ -199,7 +199,7 @@ def _flash_kernel(
             p = jnp.where(kept, p, 0.0)
         p = tile.rounded(p, v_ref.dtype)
         if tile.has_data_mask and visible is not None:
-            # no query here sees them: a reduction over the tile, only where masks are data
+            # mask values that no query of the tile sees; needs a reduction, so only for masks given as data
             seen = visible.astype(jnp.int32).max(0) > 0
             inside = seen if inside is None else inside & seen
         acc = tuple(

@@ -1,16 +1,16 @@
-"""Flash attention backward as Pallas kernels, through Triton: AMD and NVIDIA GPUs.
+"""Flash attention backward as Pallas-Triton kernels, for AMD and NVIDIA GPUs.
 
-Scores are recomputed from the log-sum-exp. Three kernels, none with atomics, so results repeat bit for bit:
+Scores are recomputed from the log-sum-exp. Three kernels, without atomics, so that results are bitwise reproducible:
 
-  flash_attention_dq    one program per tile of queries and query head, over the tiles of keys
-  flash_attention_dkv   one program per tile of keys and key head, over the query heads of its group and their tiles;
-                        scores stand transposed, so that both products take them as they come
-  flash_attention_dbias one program per tile of the bias as it is stored, over all scores that it was added to
+  flash_attention_dq    one program per tile of queries and query head loops over the tiles of keys
+  flash_attention_dkv   one program per tile of keys and key head loops over the query heads of its group and their
+                        tiles; scores are computed transposed, so that both products need no further transpose
+  flash_attention_dbias one program per tile of the bias in its own shape loops over all scores that it was added to
 
-With p the weights, do the cotangent of the output and delta its product with the output, row by row,
-ds = p (do v^T - delta). A cotangent of the residual joins delta.
+With p the weights, do the cotangent of the output and delta = sum(do * output) of each row,
+ds = p (do v^T - delta). The cotangent of the residual is subtracted from delta.
 
-Source: arXiv:2307.08691, algorithm 2 and section 3.1.2. What a score is: tile.py. Forward: flash.py.
+Source: arXiv:2307.08691, algorithm 2 and section 3.1.2. Definition of a score: tile.py. Forward: flash.py.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from jfa.kernels.triton.tile import (
 )
 from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 
-# Per kernel, kind and head_dim, up to and including: block_q, block_kv, num_warps.
+# (kernel, kind): {largest head_dim: (block_q, block_kv, num_warps)}
 _SAFE_TILES = {
     ("dq", "cdna"): {64: (128, 32, 4), 128: (128, 32, 4), 256: (64, 16, 4)},
     ("dkv", "cdna"): {64: (32, 128, 4), 128: (32, 128, 4), 256: (16, 64, 4)},
@@ -55,14 +55,14 @@ _SAFE_TILES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackwardConfig:
-    """How each kernel of the backward pass computes. The kernel of a bias takes the configuration of dq."""
+    """How each kernel of the backward pass computes. The bias kernel uses the configuration of dq."""
 
     dq: FlashConfig
     dkv: FlashConfig
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BackwardConfig:
-    """Tiles that spill nothing, or least, on the architectures of a kind; a table knows better."""
+    """Tile sizes with no or the fewest spills on the architectures of a kind; tuning tables have better ones."""
     kind = kind_of(device)
     widest = max(operands.q.shape[3], operands.v.shape[3])
 
@@ -70,7 +70,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> BackwardConfig:
         safe = safe_config(_SAFE_TILES[kernel, kind], kind, widest, block_d=32 if kind == "rdna" else None)
         if operands.q.dtype != jnp.float32:
             return safe
-        # twice the registers
+        # float32 needs twice the registers
         halves = max(16, safe.block_q // 2), max(16, safe.block_kv // 2)
         return dataclasses.replace(safe, block_q=halves[0], block_kv=halves[1])
 
@@ -88,18 +88,18 @@ def flash_attention_bwd(
     config: BackwardConfig,
     interpret: bool,
 ) -> Operands:
-    """The cotangents of q, k, v, bias, sinks and alibi_slopes; None for the operands that have none.
+    """The cotangents of q, k, v, bias, sinks and alibi_slopes; None for operands without one.
 
     The gradient of a broadcast bias is summed in the kernel, into an array of the bias's own shape.
     """
     q, k, v = operands.q, operands.k, operands.v
-    nothing = lse == -jnp.inf  # rows that saw no key pass nothing on
+    nothing = lse == -jnp.inf  # rows that saw no key have no gradient
     d_out = jnp.where(nothing[..., None], 0, d_out)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     d_sinks = None
     if operands.sinks is not None:
-        # the weights are those of the keys alone, which lse belongs to, times what the sink leaves of them; that joins
-        # the cotangent, which keeps every factor below 1 however large the sink
+        # lse gives the weights without the sink; the sink scales each row's weights by `left`. The cotangent is scaled
+        # instead, so that no factor exceeds 1, however large the sink
         sinks = operands.sinks.astype(jnp.float32)
         left = jnp.where(nothing, 0.0, jax.nn.sigmoid(jnp.where(nothing, 0.0, lse) - sinks))
         d_sinks = -((1.0 - left) * jnp.where(nothing, 0.0, delta)).sum((0, 1)).astype(operands.sinks.dtype)
@@ -115,7 +115,7 @@ def flash_attention_bwd(
         if operands.alibi_slopes is not None:
             d_slopes = jnp.zeros_like(operands.alibi_slopes)
     else:
-        with jax.enable_x64(False):  # a kernel's index arithmetic is int32 whatever JAX's default is
+        with jax.enable_x64(False):  # index arithmetic in a kernel is int32, whatever JAX's default
             dq, d_slopes = _dq(operands, rows, spec, config.dq, interpret)
             dk, dv = _dkv(operands, rows, spec, config.dkv, interpret)
             d_bias = None if operands.bias is None else _d_bias(operands, rows, spec, config.dq, interpret)
@@ -124,7 +124,7 @@ def flash_attention_bwd(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """What the backward pass knows of each query row. lse is inf for rows that saw nothing."""
+    """The backward pass's inputs for each query row. lse is inf for rows that saw no key."""
 
     d_out: Float[Array, "b tq hq dv"]
     lse: Float[Array, "b tq hq"]
@@ -132,7 +132,7 @@ class _Rows:
 
 
 def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool):
-    """The cotangent of q, and that of the slopes (None without)."""
+    """The cotangents of q and of the slopes (None if there are none)."""
     shape = Shape.of(operands)
     config = dataclasses.replace(config, block_q=min(config.block_q, max(16, pl.next_power_of_2(shape.tq))))
     num_q_tiles = pl.cdiv(shape.tq, config.block_q)
@@ -246,7 +246,7 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
     in_bounds = q_rows < shape.tq
     lse = load(ref["lse"], mask=in_bounds, other=jnp.inf)
     delta = load(ref["delta"], mask=in_bounds, other=0.0)
-    saw = lse != jnp.inf  # the others may hold anything
+    saw = lse != jnp.inf  # q and d_out of other rows may hold anything
     head_chunks, value_chunks = chunks(shape.d, config.block_d), chunks(shape.dv, config.block_d)
 
     def load_q(columns, start):
@@ -362,9 +362,9 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
 
 
 def score_gradient(tile: Tile, product_qk, dp, lse, delta, rows, keys, *, edge: bool):
-    """(p, ds, visible): weights as they meet the values, and the gradient of the score before its scale.
+    """(p, ds, visible): the weights that multiply the values, the gradients of the scores without sm_scale, the mask.
 
-    dp is do v^T; lse and delta broadcast against the scores. Dropped weights are 0, the others not yet divided
+    dp is do v^T; lse and delta broadcast against the scores. Dropped weights are 0; the others are not yet divided
     by 1 - dropout_rate.
     """
     scores = tile.raw(product_qk, rows, keys)
@@ -407,7 +407,7 @@ def _d_bias(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashC
         **arguments(operands, config),
     }
     block = (None, None, config.block_q if num_rows > 1 else None, config.block_kv if num_keys > 1 else None)
-    # one axis of the grid for batch and head: three are all there are
+    # batch and head share an axis of the grid, which has at most three
     grid = (
         pl.cdiv(num_keys, config.block_kv) if num_keys > 1 else 1,
         pl.cdiv(num_rows, config.block_q) if num_rows > 1 else 1,
@@ -436,7 +436,7 @@ def _d_bias_kernel(
     block_q, block_kv = config.block_q, config.block_kv
     batches, heads, num_rows, num_keys = bias_shape
     key_program, row_program, place = (pl.program_id(axis) for axis in range(3))
-    # the axes along which the bias was broadcast, to be walked: how many steps each takes
+    # number of steps along each axis along which the bias was broadcast
     all_batches, all_heads = (shape.b if batches == 1 else 1), (shape.hq if heads == 1 else 1)
     all_rows = pl.cdiv(shape.tq, block_q) if num_rows == 1 else 1
     all_keys = pl.cdiv(shape.tk, block_kv) if num_keys == 1 else 1
@@ -472,7 +472,7 @@ def _d_bias_kernel(
 
 
 def _bias_tile(tile: Tile, ref: dict[str, Any], row, head, q_start, k_start, span) -> Float[Array, "block_q block_kv"]:
-    """The gradient of a tile of scores."""
+    """The gradient of one tile of scores."""
     shape, config = tile.shape, tile.config
     block_q, block_kv = config.block_q, config.block_kv
     q_rows, keys = q_start + jnp.arange(block_q), k_start + jnp.arange(block_kv)
@@ -498,5 +498,5 @@ def _bias_tile(tile: Tile, ref: dict[str, Any], row, head, q_start, k_start, spa
 
 
 def _divided(n, size: int):
-    """(quotient, remainder); nothing to do for a size of 1."""
+    """(quotient, remainder), without any operation if size is 1."""
     return (n, jnp.int32(0)) if size == 1 else (lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size)))

@@ -1,18 +1,18 @@
-"""Attention over paged keys and values as a Pallas kernel, through Triton: AMD and NVIDIA GPUs.
+"""Paged attention as a Pallas-Triton kernel, for AMD and NVIDIA GPUs.
 
-One program owns a tile of one row's queries, in which the query heads of a key head stand beside each other, so that
-the keys are read once for all of them. It walks over its share of the row's keys, in tiles that the page table gathers:
-block_kv has nothing to do with the size of a page. Where a row's keys are shared out (split-KV), partial results are
-float32 and are joined by their log-sum-exp outside of the kernel.
+One program computes a tile of one row's queries. The tile contains all query heads of a key head, so that the keys are
+read once for all of them. The program loops over its part of the row's keys, in tiles gathered through the page table:
+block_kv is independent of page_size. If several programs split a row's keys (split-KV), partial results are float32 and
+are merged by their log-sum-exp outside of the kernel.
 
-  paged_decode_attention   one query for each row: the tile is a group of heads
-  ragged_paged_attention   any number of queries for each row, rows one after another without padding
+  paged_decode_attention   one query per row: the tile is a group of heads
+  ragged_paged_attention   any number of queries per row, rows concatenated without padding
 
-Quantized keys are multiplied as they are and the scores by their scales; the weights take the scales of the values. No
-key or value gets its scale by itself.
+Quantized keys are multiplied without their scales, which are applied to the scores; those of the values are applied to
+the weights. No key or value is dequantized by itself.
 
-Sources: arXiv:2309.06180, section 4; split-KV: "Flash-Decoding for long-context inference" (Dao et al., 2023). What a
-score is: tile.py. Tested in tests/jfa/test_paged_attention.py.
+Sources: arXiv:2309.06180, section 4; split-KV: "Flash-Decoding for long-context inference" (Dao et al., 2023).
+Definition of a score: tile.py. Tested in tests/jfa/test_paged_attention.py.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from jfa.kernels.triton.tile import (
 )
 from jfa.types import NULL_PAGE, AttentionSpec, DeviceInfo, PagedConfig, PagedOperands
 
-# Per head_dim, up to and including: block_q, block_kv, num_warps.
+# {largest head_dim: (block_q, block_kv, num_warps)}
 _SAFE_DECODE = {
     ("cdna", "16 bits"): {64: (16, 64, 1), 128: (16, 32, 1), 256: (16, 16, 1)},
     ("cdna", "float32"): {64: (16, 32, 1), 128: (16, 16, 1), 256: (16, 16, 4)},
@@ -61,12 +61,12 @@ _SAFE_RAGGED = {
 }
 
 MAX_GROUP_SIZE = 64
-_WAVES_PER_UNIT = 8  # of decoding, which hide each other's loads
-_SHORTEST_SPLIT = 256  # keys: a program's start costs more than fewer would take
+_WAVES_PER_UNIT = 8  # in decoding; waves hide each other's load latency
+_SHORTEST_SPLIT = 256  # keys; fewer take less time than the start of a program
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
-    """Tiles that spill nothing on all architectures of a kind that were tried; a table knows better."""
+    """Tile sizes without spills on all tested architectures of a kind; tuning tables have better ones."""
     kind, widest = kind_of(device), max(operands.q.shape[2], _shape(operands).dv)
     safe = _SAFE_DECODE if operands.query_start is None else _SAFE_RAGGED
     tiles = safe[kind, "float32" if operands.q.dtype == jnp.float32 else "16 bits"]
@@ -75,7 +75,7 @@ def default_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
 
 
 def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
-    """What stands between this call and the kernel, as a sentence; None: nothing."""
+    """The reason why the kernel does not support this call; None if it does."""
     if device.platform not in ("rocm", "cuda", "cpu"):
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
     shape = _shape(operands)
@@ -86,16 +86,16 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
         return f"at most {MAX_GROUP_SIZE} query heads may share a key head, got {shape.g}"
     if operands.k_pages.dtype == jnp.float8_e4m3fn and _unit(operands.k_pages.dtype, operands.q.dtype) == 1.0:
         if device.arch in ("sm_80", "sm_86"):
-            return f"Triton does not cast from float8_e4m3fn to bfloat16 on {device.arch}; int8 pages are as small"
+            return f"Triton cannot cast float8_e4m3fn to bfloat16 on {device.arch}; use int8 pages, which are as small"
     for name, pages in (("key_pages", operands.k_pages), ("value_pages", operands.v_pages)):
         if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
-            # such an array gets offsets of 32 bits with a sign (Pallas, jax 0.12)
-            return f"{name} of 2 to 4 GiB in numbers of one byte are addressed wrongly by Pallas; give it fewer pages"
+            # Pallas (jax 0.12) uses signed 32-bit offsets for such an array
+            return f"Pallas computes wrong addresses for {name} of 2 to 4 GiB in a one-byte dtype; use fewer pages"
     return None
 
 
 def num_splits(operands: PagedOperands, config: PagedConfig, device: DeviceInfo) -> int:
-    """Among how many programs a row's keys are shared: as many as keep the device busy, and 1 where tiles do."""
+    """The number of programs that split a row's keys: enough to keep the device busy; 1 for ragged calls."""
     if config.num_splits is not None:
         return config.num_splits
     if operands.query_start is not None:
@@ -111,7 +111,7 @@ def paged_attention(
     """Attention and the natural log-sum-exp, as reference.paged_attention defines them.
 
     Args:
-      num_splits: programs that share a row's keys.
+      num_splits: number of programs that split a row's keys.
     """
     shape = _shape(operands)
     n = shape.tq
@@ -120,7 +120,7 @@ def paged_attention(
     tokens = 1 if decodes else rows // shape.g
     arrays: dict[str, Any] = {
         "q": operands.q,
-        # a slot is a place for a token: page and place in the page in one number
+        # [slots, hkv, stored]: slot = page * page_size + place in the page
         "k": operands.k_pages.reshape(-1, *operands.k_pages.shape[2:]),
         "v": operands.v_pages.reshape(-1, *operands.v_pages.shape[2:]),
         "page_table": operands.page_table,
@@ -157,12 +157,12 @@ def paged_attention(
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
     )
-    with jax.enable_x64(False):  # a kernel's index arithmetic is int32 whatever JAX's default is
+    with jax.enable_x64(False):  # index arithmetic in a kernel is int32, whatever JAX's default
         out, lse = call(*arrays.values())
     if num_splits > 1:
         out, lse = _joined(out, lse, operands)
     if operands.query_start is not None:
-        # no program writes what belongs to no row
+        # no program writes the queries that belong to no row
         query = jnp.arange(n)
         own = (query >= operands.query_start[0]) & (query < operands.query_start[-1])
         out, lse = jnp.where(own[:, None, None], out, 0), jnp.where(own[:, None], lse, -jnp.inf)
@@ -187,9 +187,9 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 
 def _tiles_of_rows(query_start: Array, n: int, tokens: int) -> Array:
-    """i32[tiles, 2]: the row of each tile of queries, and which of its queries is the first.
+    """i32[tiles, 2]: the row of each tile of queries, and the index in the row of its first query.
 
-    There are as many as n queries in any number of rows can need; those that are left over lie behind the last row's.
+    The number of tiles is the most that n queries in b rows can need; unused tiles start after the last row's queries.
     """
     b = query_start.shape[0] - 1
     count = -(-jnp.diff(query_start) // tokens)
@@ -202,7 +202,7 @@ def _tiles_of_rows(query_start: Array, n: int, tokens: int) -> Array:
 def _joined(
     out: Float[Array, "splits n hq dv"], lse: Float[Array, "splits n hq"], operands: PagedOperands
 ) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
-    """The parts of each row as one."""
+    """Merges the split-KV results of each row."""
     m = lse.max(0)
     m = jnp.where(m == -jnp.inf, 0.0, m)
     weight = jnp.exp(lse - m)
@@ -216,12 +216,12 @@ def _joined(
 
 
 class _Piece(NamedTuple):
-    """Stored columns that are loaded at a time, and the columns of a head that they are: of 4-bit numbers twice."""
+    """Stored columns that are loaded at a time. Packed 4-bit numbers give two ranges of head_dim columns."""
 
     start: int
     size: int  # a power of two
-    width: int  # columns past it hold nothing
-    firsts: tuple[int, ...]  # of the head_dim, where column 0 of the stored ones stands
+    width: int  # number of stored columns; loads past it are masked
+    firsts: tuple[int, ...]  # the columns of the head_dim that stored column 0 contains
 
 
 def _pieces(head_dim: int, *, packed: bool, block_d: int | None) -> tuple[_Piece, ...]:
@@ -277,7 +277,7 @@ def _paged_kernel(
         q = load(ref["q"].at[at], mask=own[:, None] & (columns < piece.width)[None, :], other=0.0)
         return q if tile.q_factor == 1.0 else q * tile.q_factor
 
-    # one piece is loaded here and kept in registers, of several each is loaded when it is used
+    # a single piece is loaded here and kept in registers; several pieces are each loaded when used
     held = {(piece, at): load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts if len(k_pieces) == 1}
     span = tile.keys_of(first, tokens, block_kv)
     if o_ref.ndim == 4:
@@ -332,7 +332,7 @@ def _paged_kernel(
         if "v_scales" in ref:
             v_scales = scales("v_scales")
             if dtype == jnp.float16:
-                # a small scale would take the weights below the smallest float16: the tile's largest is kept apart
+                # small scales could make weights underflow in float16: factor out the largest scale of the tile
                 common = jnp.max(v_scales)
                 v_scales = v_scales * jnp.where(common == 0.0, 0.0, 1.0 / common)
             p = p * v_scales[None, :]
@@ -370,26 +370,26 @@ def _paged_kernel(
 
 
 def _unit(pages: Any, dtype: Any) -> float:
-    """What the numbers of pages, as _numbers gives them, still have to be multiplied by."""
+    """The factor by which numbers from _numbers still have to be multiplied."""
     return 256.0 if pages == jnp.float8_e4m3fn and dtype != jnp.bfloat16 else 1.0
 
 
 def _numbers(x: Array, dtype: Any, packed: bool) -> tuple[Array, ...]:
-    """Stored numbers in the dtype of a product: as they are stored, or the low and the high half of each byte."""
+    """Stored numbers in the dtype of a product: one array, or the low and the high half of each byte."""
     if packed:
         return tuple(_exact((half.astype(jnp.float32) - 7.5), dtype) for half in (x & 15, x >> 4))
     if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
         return (_exact(x.astype(jnp.float32), dtype),)
     if _unit(x.dtype, dtype) != 1.0:
-        # compilers go through float32: the same bits are a float16 too, but for the bias of the exponent. A NaN becomes
-        # a number, which is no loss: quant.quantize tells a NaN by the scale
+        # a cast would go through float32; shifted, the bits are a float16 with another exponent bias. A NaN becomes a
+        # number, which is harmless: quant.quantize marks a vector with a NaN by its scale
         bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
         return (lax.bitcast_convert_type(((bits & 128) << 8) | ((bits & 127) << 7), jnp.float16).astype(dtype),)
     return (x.astype(dtype),)
 
 
 def _exact(x: Float[Array, "n d"], dtype: Any) -> Array:
-    """float32 that a smaller dtype holds exactly, in that dtype: to bfloat16 it is a cut, and no rounding."""
+    """Casts float32 values that are exact in a smaller dtype to it; to bfloat16 by truncation, without rounding."""
     if dtype != jnp.bfloat16:
         return x.astype(dtype)
     upper = (lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16)

@@ -1,8 +1,8 @@
-"""One tile of scores, as the forward and the backward kernels share it.
+"""One tile of scores: code that the forward and backward kernels share.
 
-A kernel's arrays are named: `arguments` says which of the optional ones a call has and how the kernel sees them, and
-`Tile` computes scores, masks and dropout from them. Index arrays come with their orientation, queries down and keys
-across or the other way, so that one definition serves kernels that want the scores transposed.
+A kernel's arrays are named: `arguments` collects the optional arrays of a call with their BlockSpecs, and `Tile`
+computes scores, masks and dropout from them. Index arrays are passed as a column and a row, queries by keys or keys by
+queries, so that the same code also serves kernels that compute the scores transposed.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 LOG2_E = math.log2(math.e)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
-# 2^f for f in [-1/2, 1/2], constant first, exact at 0, so that equal scores have exact weights: the largest relative
-# error is 1.0e-4 and 2.8e-6 (least squares, reweighted until the error is even).
+# Coefficients of 2^f for f in [-1/2, 1/2], constant first. Exact at 0, so that equal scores have exact weights. The
+# largest relative error is 1.0e-4 and 2.8e-6 (least squares, reweighted until the error is even).
 _EXP2 = {
     3: (1.0, 0.6932829022407532, 0.2422109693288803, 0.055008918046951294),
     4: (1.0, 0.6931241750717163, 0.24024099111557007, 0.055906426161527634, 0.009582852013409138),
 }
-_SMALL_CAP = 256.0  # of scores, for which a shorter tanh will do
-_ROUNDER = 1.5 * 2.0**23  # a float32 plus this has no fraction, and its integer part in the low bits
+_SMALL_CAP = 256.0  # largest soft cap for which a faster tanh is precise enough
+_ROUNDER = 1.5 * 2.0**23  # added to a float32, it rounds it to an integer, which is then in the low bits
 
 
 def kind_of(device: DeviceInfo) -> str:
-    """What of an architecture decides a tile where no table does: "cdna", "rdna" or "cuda"."""
+    """The kind of architecture that selects the default tile sizes: "cdna", "rdna" or "cuda"."""
     if device.platform == "cuda":
         return "cuda"
     return "rdna" if device.arch.startswith("gfx1") else "cdna"
@@ -43,9 +43,9 @@ def kind_of(device: DeviceInfo) -> str:
 def safe_config(
     tiles: Mapping[int, tuple[int, int, int]], kind: str, widest: int, *, block_d: int | None
 ) -> FlashConfig:
-    """The first of the tiles (head_dim, up to and including: block_q, block_kv, num_warps) that serves the widest."""
+    """The first of tiles {largest head_dim: (block_q, block_kv, num_warps)} for head_dims of at least widest."""
     block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if widest <= limit)
-    stages = 2 if kind == "cuda" else 1  # AMD's pipeliner spends registers that the tile needs
+    stages = 2 if kind == "cuda" else 1  # pipelining on AMD uses registers that the tile needs
     return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages, block_d=block_d)
 
 
@@ -73,32 +73,32 @@ class Shape:
 
 
 def padded(head_dim: int) -> int:
-    """Arrays in a Triton kernel have power-of-two sizes; loads past head_dim are masked."""
+    """head_dim rounded up to a power of two, as Triton requires of array sizes; loads past head_dim are masked."""
     return max(MIN_HEAD_DIM, pl.next_power_of_2(head_dim))
 
 
 def whole_tiles(length: int, block: int) -> int:
-    """A length rounded up to tiles, so that none starts outside of a block; loads past the length are masked."""
+    """A length rounded up to whole tiles, so that none starts out of bounds; loads past the length are masked."""
     return pl.cdiv(length, block) * block
 
 
 def chunks(head_dim: int, block_d: int | None) -> tuple[tuple[int, int], ...]:
-    """(start, size) of the pieces in which a padded head_dim is multiplied."""
+    """(start, size) of the pieces into which a padded head_dim is split for matrix products."""
     whole = padded(head_dim)
     size = min(block_d or whole, whole)
     return tuple((start, size) for start in range(0, whole, size))
 
 
 def arguments(operands: Operands, config: FlashConfig) -> dict[str, tuple[Any, Any]]:
-    """The optional arrays of a call and how a kernel sees them, by name: (array, BlockSpec), each whole.
+    """The optional arrays of a call by name, as (array, BlockSpec of the whole array).
 
-    Bias and mask keep their axes of ones. Lengths are rounded up to tiles: loads past them are masked.
+    Bias and mask keep their axes of size 1. Lengths are rounded up to tiles: loads past them are masked.
     """
     tq, tk = operands.q.shape[1], operands.k.shape[1]
     rows, keys = whole_tiles(tq, config.block_q), whole_tiles(tk, config.block_kv)
     arrays: dict[str, Any] = {name: getattr(operands, name) for name in OPTIONAL}
     if operands.mask is not None:
-        arrays["mask"] = operands.mask.astype(jnp.int8)  # Triton has no array of bits
+        arrays["mask"] = operands.mask.astype(jnp.int8)  # Triton has no boolean arrays in memory
     found = {}
     for name, x in arrays.items():
         if x is None:
@@ -115,7 +115,7 @@ def arguments(operands: Operands, config: FlashConfig) -> dict[str, tuple[Any, A
 
 
 def output(shape: tuple[int, ...], dtype: Any, *, like: Array) -> jax.ShapeDtypeStruct:
-    """What a kernel returns; inside shard_map it varies over the mesh axes that `like` does."""
+    """Shape and dtype of a kernel's output; inside shard_map it varies over the same mesh axes as `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
@@ -128,9 +128,9 @@ def _at_the_start(ndim: int, *grid) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Span:
-    """The tiles that a program visits: those it needs no positional mask for, and those at the edges around them."""
+    """The tiles that a program visits: whole ones, which need no positional mask, and edge tiles around them."""
 
-    first: Any  # the keys (or queries) that count, as [first, end)
+    first: Any  # the visible keys (or queries) are [first, end)
     end: Any
     tile_first: Any
     tile_end: Any
@@ -138,11 +138,11 @@ class Span:
     whole_end: Any
 
     def walk(self, body, carry):
-        """body(n, carry, edge=) over the tiles n: first the whole ones, then the others."""
+        """Runs body(n, carry, edge=) over the tiles n: first the whole ones, then those at the edges."""
         return self.walk_heads(lambda n, carry, edge, head: body(n, carry, edge=edge), carry, 1)
 
     def walk_heads(self, body, carry, heads: int):
-        """body(n, carry, edge=, head=) over the tiles of each head: a loop of whole tiles and one of the others."""
+        """Runs body(n, carry, edge=, head=) over all heads' tiles: one loop for whole tiles, one for those at edges."""
         num_whole = self.whole_end - self.whole_first
         before = self.whole_first - self.tile_first
         num_edges = jnp.maximum(0, (self.tile_end - self.tile_first) - num_whole)
@@ -163,7 +163,7 @@ class Span:
         return carry
 
     def part(self, i, n: int) -> "Span":
-        """The i-th of n parts of the tiles, as many in each."""
+        """The i-th of n equal parts of the tiles."""
         each = lax.div(jnp.maximum(0, self.tile_end - self.tile_first) + (n - 1), jnp.int32(n))
         first = self.tile_first + i * each
         end = jnp.minimum(self.tile_end, first + each)
@@ -179,9 +179,9 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What the tiles of one query head have in common, inside a kernel.
+    """The properties that all tiles of one query head share, inside a kernel.
 
-    ref: the arguments by name. row, head: batch row and query head of the program (head may change in its loop).
+    ref: the kernel's arguments by name. row, head: batch row and query head of the program (its loop may change head).
     """
 
     ref: dict[str, Any]
@@ -198,7 +198,7 @@ class Tile:
     def of(
         cls, ref: dict[str, Any], *, shape: Shape, spec: AttentionSpec, config: FlashConfig, row: Any, head: Any
     ) -> "Tile":
-        """The tile of a batch row that has its lengths and its offset among the arguments, or none."""
+        """The Tile of a batch row; lengths and offset come from the arguments if they are there."""
         return cls(
             ref=ref,
             shape=shape,
@@ -213,7 +213,7 @@ class Tile:
 
     @property
     def exact(self) -> bool:
-        """Whether inputs are float32: no shortcut of a 16-bit dtype."""
+        """Whether inputs are float32, so that the approximations for 16-bit dtypes must not be used."""
         return self.ref["q"].dtype == jnp.float32
 
     @property
@@ -222,57 +222,58 @@ class Tile:
 
     @property
     def _simple(self) -> bool:
-        """Whether a score is a product and nothing else: then its scale joins the exponent's factor.
+        """Whether a score is only a scaled product: then its scale is merged into the factor of the exponent.
 
-        Others may be of any size (a bias of -1e30 is a mask to many), so they meet the row's maximum before the factor.
+        Other scores may be of any size (some callers mask with a bias of -1e30), so the row's maximum is subtracted
+        before the factor is applied.
         """
         return self.spec.softcap is None and "bias" not in self.ref and "alibi_slopes" not in self.ref
 
     @property
     def factor(self) -> float:
-        """What turns raw scores into units of log2. Positive, so that the maximum may be taken before it."""
+        """The factor from raw scores to units of log2. Positive, so that the maximum may be taken before it."""
         if self.spec.softcap is not None:
             return LOG2_E * self.spec.softcap
         return LOG2_E * (abs(self.sm_scale) or 1.0) if self._simple else LOG2_E
 
     @property
     def q_factor(self) -> float:
-        """What the queries are multiplied by before all: the sign of the scale, where raw scores go without it."""
+        """The factor of the queries: the sign of the scale if `factor` has only its magnitude."""
         if not self._simple or self.sm_scale > 0:
             return 1.0
         return math.copysign(1.0 if self.sm_scale else 0.0, self.sm_scale)
 
     @property
     def has_data_mask(self) -> bool:
-        """Whether which keys are seen depends on more than positions: no tile is known to be seen whole."""
+        """Whether visibility depends on arrays, not only on positions: then any tile may have masked scores."""
         return "mask" in self.ref or "q_segments" in self.ref
 
     @property
     def may_be_minus_infinity(self) -> bool:
-        """Whether a score may be -inf where no position is masked."""
+        """Whether a score may be -inf although no position is masked."""
         return self.has_data_mask or "bias" in self.ref
 
     def keys_of(self, first_row, block_q: int, block_kv: int) -> Span:
         """The tiles of keys that the queries [first_row, first_row + block_q) may see."""
         first, end = 0, self.kv_len
         whole_first, whole_end = 0, self.kv_len
-        # the last row sees the furthest in both directions
+        # the last row's window starts and ends furthest to the right
         if self.spec.left is not None:
             first = jnp.maximum(0, first_row + self.offset - self.spec.left)
             whole_first = jnp.maximum(0, first_row + block_q - 1 + self.offset - self.spec.left)
         if self.spec.right is not None:
-            # rows that are padding see nothing: what lies past the last real one's keys may be anything
+            # padding rows see no keys: keys past those of the last valid row may hold anything
             last = jnp.minimum(first_row + block_q, self.q_len)
             end = jnp.minimum(self.kv_len, last + self.offset + self.spec.right)
             whole_end = jnp.minimum(self.kv_len, first_row + 1 + self.offset + self.spec.right)
-        # typed: Pallas (jax 0.12) lowers a choice between two weakly typed numbers as booleans
+        # int32: Pallas (jax 0.12) lowers a select between two weakly typed numbers as booleans
         end = jnp.where(first_row < self.q_len, jnp.int32(end), 0)
         return self._span(first, end, whole_first, tile_of(whole_end, block_kv), block_kv)
 
     def queries_of(self, first_key, block_q: int, block_kv: int) -> Span:
         """The tiles of queries that may see the keys [first_key, first_key + block_kv).
 
-        A tile with queries past the row's length is whole all the same: their log-sum-exp hides them.
+        Queries past the row's length do not make a tile an edge tile: their log-sum-exp masks them.
         """
         last_key = first_key + block_kv - 1
         first, end = 0, self.q_len
@@ -306,7 +307,7 @@ class Tile:
         )
 
     def raw(self, product: Float[Array, "x y"], rows, keys) -> Float[Array, "x y"]:
-        """Scores before masks, in units in which `factor` makes them log2; with softcap they are tanh."""
+        """Scores before masks and before `factor` is applied; with softcap, the tanh."""
         if self._simple:
             return product
         scores = product * self.sm_scale
@@ -319,14 +320,14 @@ class Tile:
         return self._tanh(scores * (1.0 / self.spec.softcap))
 
     def distance(self, rows, keys) -> Float[Array, "x y"]:
-        """What ALiBi's slope is multiplied by: how far a key is from the query's position, negative."""
+        """The factor of ALiBi's slope: minus the distance of a key from the query's position."""
         return -jnp.abs(rows + self.offset - keys).astype(jnp.float32)
 
     def visible(self, rows, keys, *, edge: bool):
-        """Which scores count; None: all. edge: positions may mask some."""
+        """The mask of visible scores; None: all are. edge: positions may mask some."""
         conditions = []
         if edge:
-            # rows of padding see nothing: what lies past the real ones' keys may be anything
+            # padding rows see no keys: keys past those of the valid rows may hold anything
             conditions.append((keys < self.kv_len) & (rows < self.q_len))
             position = rows + self.offset
             if self.spec.left is not None:
@@ -347,7 +348,7 @@ class Tile:
         return jnp.broadcast_to(both, jnp.broadcast_shapes(rows.shape, keys.shape))
 
     def kept(self, rows, keys):
-        """Which weights dropout keeps; None: all."""
+        """The mask of weights that dropout keeps; None: all."""
         if "dropout_seed" not in self.ref:
             return None
         seed = self.ref["dropout_seed"]
@@ -356,23 +357,23 @@ class Tile:
 
     @property
     def unit(self) -> float:
-        """What turns a row's maximum, as weights() takes it, into natural units."""
+        """The factor from a row's maximum, as passed to weights(), to natural units."""
         return 1.0 / LOG2_E if self._simple else self.factor / LOG2_E
 
     def maximum(self, scores: Array) -> Array:
-        """The largest of each row of raw scores, as weights() takes it."""
+        """The maximum of each row of raw scores, in the units that weights() takes."""
         return scores.max(1) * self.factor if self._simple else scores.max(1)
 
     def weights(self, scores: Array, m: Array) -> Array:
-        """e^(score - m) of raw scores; m broadcasts, in units of log2 where a score is simple, else raw."""
+        """e^(score - m) of raw scores; m broadcasts and is in units of log2 if _simple, otherwise raw."""
         return self.exp2(scores * self.factor - m if self._simple else (scores - m) * self.factor)
 
     def rescale(self, m: Array, m_next: Array) -> Array:
-        """e^(m - m_next) for maxima as weights() takes them."""
+        """e^(m - m_next) for maxima in the units that weights() takes."""
         return jnp.exp2(m - m_next if self._simple else (m - m_next) * self.factor)
 
     def exp2(self, x: Array) -> Array:
-        """2^x of scores less their maximum."""
+        """2^x, for scores minus their maximum."""
         degree = None if self.exact else self.config.exp2_degree
         if degree is None:
             return jnp.exp2(x)
@@ -381,19 +382,19 @@ class Tile:
         result = jnp.full_like(x, _EXP2[degree][-1])
         for coefficient in _EXP2[degree][-2::-1]:
             result = result * fraction + coefficient
-        # the integer part goes to the exponent; below it there is nothing
+        # add the integer part to the exponent bits; results below the smallest normal number become 0
         exponent = lax.bitcast_convert_type(shifted, jnp.int32) << 23
         result = lax.bitcast_convert_type(lax.bitcast_convert_type(result, jnp.int32) + exponent, jnp.float32)
         return jnp.where(x < -126.0, 0.0, result)
 
     @property
     def early_scale(self) -> float:
-        """What a score's gradient is multiplied by before it is rounded: float16 would overflow without the scale."""
+        """The factor of a score's gradient before it is rounded: without the scale, float16 would overflow."""
         half = self.ref["q"].dtype == jnp.float16
         return self.sm_scale if half and self.sm_scale else 1.0
 
     def rounded(self, x: Array, dtype: Any) -> Array:
-        """x in the dtype of a product's operand."""
+        """x rounded to the dtype of a product's operand."""
         if dtype != jnp.bfloat16 or not self.config.round_half_up:
             return x.astype(dtype)
         bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)
@@ -402,7 +403,7 @@ class Tile:
     def _tanh(self, x: Array) -> Array:
         if self.exact or self.spec.softcap is None or self.spec.softcap > _SMALL_CAP:
             return jnp.tanh(x)
-        # 1 - 2 / (1 + e^2x): off by a rounding of 1, which times a small cap is little beside those of 16-bit operands
+        # 1 - 2 / (1 + e^2x): the error is a rounding of 1, which times a small cap is less than that of 16-bit operands
         root = lax.rsqrt(1.0 + jnp.exp2(x * (2 * LOG2_E)))
         return 1.0 - 2.0 * root * root
 
@@ -421,18 +422,18 @@ class Tile:
 
 
 def product(a: Array, b: Array, *, trans_b: bool = False) -> Array:
-    """A product with float32 sums; float32 inputs are not rounded to tf32 on the way."""
+    """A matrix product with float32 sums; float32 inputs are not rounded to tf32."""
     return dot(a, b, trans_b=trans_b, precision="highest" if a.dtype == jnp.float32 else None)
 
 
 def sum_of_products(pairs) -> Array:
-    """The sum of a b^T over pieces of the head_dim."""
+    """The sum of the products a b^T over pieces of the head_dim."""
     total = None
     for a, b in pairs:
         if total is None:
             total = product(a, b, trans_b=True)
         elif a.dtype == jnp.float32:
-            # not an addition, which Triton would make one long chain of rounded sums with the product
+            # not an addition, which Triton would fuse with the product into one long chain of rounded sums
             total = total - product(-a, b, trans_b=True)
         else:
             total = total + product(a, b, trans_b=True)
@@ -441,9 +442,9 @@ def sum_of_products(pairs) -> Array:
 
 
 def once(load_piece, pieces: tuple[tuple[int, int], ...]):
-    """load_piece(piece, start), but one whole piece is loaded here and kept in registers.
+    """A function like load_piece(piece, start); a single piece is loaded here, once, and kept in registers.
 
-    Smaller ones are loaded at each use. start: 0, or what `later` makes of it.
+    Several pieces are loaded at each use. start: the result of `later`, or 0.
     """
     if len(pieces) > 1:
         return load_piece
@@ -452,27 +453,27 @@ def once(load_piece, pieces: tuple[tuple[int, int], ...]):
 
 
 def later(n, pieces: Sized, *, use: int = 0):
-    """0, which for several pieces the compiler cannot know: it would load them all ahead of the loop and keep them.
+    """0, computed such that for several pieces the compiler cannot hoist their loads out of the loop into registers.
 
-    n: the loop's index. use: another one for each use in a turn, else two loads become one that is kept.
+    n: the loop's index. use: must differ between uses in one iteration, otherwise two loads are merged and kept.
     """
     return lax.shift_right_logical(n, jnp.int32(30 - use)) if len(pieces) > 1 else 0
 
 
 def tile_of(index, block: int):
-    """The tile that an index lies in. Traced ones are never negative where it matters (lax.div rounds to 0)."""
+    """The tile that contains an index. Traced indices are never negative where it matters (lax.div rounds to 0)."""
     return lax.div(index, jnp.int32(block)) if not isinstance(index, int) else index // block
 
 
 def load_rows(
     ref, start, block: int, columns: tuple[int, int], *, width: int, inside=None, head=None, row=None
 ) -> Array:
-    """[block, size] of a ref [rows, width], with more axes where row and head say: [b, rows, heads, width].
+    """Loads [block, size] of a ref [rows, width], or [b, rows, heads, width] where row and head are given.
 
     Args:
       columns: (start, size) of the head_dim.
-      width: how many columns hold anything; past it comes 0.
-      inside: bool[block], False where 0 is wanted instead of a row; None: all rows.
+      width: number of valid columns; the others are loaded as 0.
+      inside: bool[block], False for rows to load as 0; None: load all rows.
     """
     first, size = columns
     mask = None

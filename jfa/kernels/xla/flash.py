@@ -1,9 +1,9 @@
-"""Blockwise attention in plain XLA: memory linear in the length, forward and backward, on any platform.
+"""Blockwise attention in plain XLA: forward and backward in memory linear in the length, on any platform.
 
-One tile of queries meets one tile of keys at a time; a running maximum and sum (online softmax) join the tiles. The
-backward pass recomputes the scores from the log-sum-exp. Tiles that no row of the batch can see are not visited. A
-length that the tile does not divide is served by a last tile that starts earlier, its repeated rows masked: nothing
-is padded or copied.
+Scores are computed for one tile of queries and one tile of keys at a time, and combined with a running maximum and sum
+(online softmax). The backward pass recomputes the scores from the log-sum-exp. Tiles that no row of the batch can see
+are skipped. If the tile size does not divide a length, the last tile starts earlier and its repeated rows are masked:
+nothing is padded or copied.
 
 Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_attention.py.
 """
@@ -18,16 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 from jfa import dropout
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
-# A tile of scores should stay in the second level caches of the cores (measured: bench/LOG.md).
+# A tile of scores should stay in the cores' L2 caches (measured: bench/LOG.md).
 _SCORE_TILE_BYTES = 4 << 20
 
-# Few rows of queries (decoding) meet the keys in one product whose left side is block-diagonal: hkv times the work of
-# a product per head, but the keys need no transposed copy, which costs more (bench/LOG.md).
+# Few rows of queries (decode) are multiplied with the keys of all heads in one product with a block-diagonal left side:
+# hkv times the work of a product per head, but no transposed copy of the keys, which costs more (bench/LOG.md).
 _PACKED_ROWS, _PACKED_HEADS = 64, 8
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
-    """Tiles of at most 256 x 256, narrower when batch and heads are many."""
+    """Tiles of at most 256 x 256, narrower for large batches and many heads."""
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
     if on_cpu and tq * hq <= _PACKED_ROWS and operands.k.shape[2] <= _PACKED_HEADS:
@@ -39,7 +39,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
-    """Every call is served."""
+    """None: every call is supported."""
     return None
 
 
@@ -48,7 +48,7 @@ def flash_attention(
 ) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     """Attention and the natural log-sum-exp, as reference.attention defines them.
 
-    Not differentiable by itself: ops.dot_product_attention joins it to flash_attention_bwd.
+    Not differentiable by itself: ops.dot_product_attention pairs it with flash_attention_bwd.
     """
     q = operands.q
     b, tq, hq, _ = q.shape
@@ -61,7 +61,7 @@ def flash_attention(
         start = grid.q_start(i)
         q_block = _heads_first(_rows(q, start, grid.block_q), hkv)
         scale = spec.sm_scale
-        if config.widen:  # float32 queries take the scale once, and no score has to
+        if config.widen:  # scale the float32 queries once instead of all scores
             q_block, scale = q_block.astype(jnp.float32) * scale, 1.0
 
         def kv_tile(j, carry):
@@ -83,7 +83,7 @@ def flash_attention(
         l = jnp.where(empty, 1.0, l)
         lse_block = _rows_first(jnp.where(empty, -jnp.inf, m + jnp.log(l)))
         if operands.sinks is not None:
-            # where the sink is far above m this is inf, and acc / inf the 0 that it should be
+            # if the sink is far above m this is inf, and acc / inf is 0, as it should be
             l = l + jnp.exp(_per_head(operands.sinks, hkv)[..., 0] - jnp.where(empty, 0.0, m))
         out_block = _rows_first(acc / (l * (1.0 - spec.dropout_rate))[..., None]).astype(q.dtype)
         if done is None:
@@ -95,7 +95,7 @@ def flash_attention(
         return jnp.zeros((b, tq, hq, d), q.dtype), float32(q, (b, tq, hq), -jnp.inf)
     if grid.num_q == 1:
         return q_tile(0, None)
-    if grid.num_q == 2:  # a loop would copy more than it is worth to the chunks that prompts come in
+    if grid.num_q == 2:  # typical of prompt chunks, for which the copies of a loop cost more than they save
         pairs = zip(q_tile(0, None), q_tile(1, None), strict=True)
         out, lse = (jnp.concatenate([x, y[:, grid.block_q - tq :]], axis=1) for x, y in pairs)
         return out, lse
@@ -113,21 +113,21 @@ def flash_attention_bwd(
     spec: AttentionSpec,
     config: BlockConfig,
 ) -> Operands:
-    """The cotangents of q, k, v, bias, sinks and slopes, recomputed tile by tile; None for operands that have none.
+    """The cotangents of q, k, v, bias, sinks and slopes, recomputed tile by tile; None for operands without one.
 
     The gradient of a broadcast bias is summed into an array of the bias's own shape.
     """
     q, k, v, bias = operands.q, operands.k, operands.v, operands.bias
     hkv = k.shape[2]
     grid = _Grid.of(operands, config)
-    # rows that saw nothing pass nothing on; their q and cotangent may hold anything
+    # rows that saw no key have no gradient; their q and cotangent may hold anything
     empty = lse == -jnp.inf
     d_out = jnp.where(empty[..., None], 0, d_out)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     d_sinks = None
     if operands.sinks is not None:
-        # the weights below are those of the keys alone, which lse belongs to; what the sink leaves of them joins the
-        # cotangent, so that no factor is above 1 however large the sink
+        # lse gives the weights without the sink; the sink scales each row's weights by `left`. The cotangent is scaled
+        # instead, so that no factor exceeds 1, however large the sink
         sinks = operands.sinks.astype(jnp.float32)
         left = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks))
         d_sinks = -((1.0 - left) * delta).sum((0, 1)).astype(operands.sinks.dtype)
@@ -140,7 +140,7 @@ def flash_attention_bwd(
         q_block = _heads_first(_rows(jnp.where(empty[..., None], 0, q), start, grid.block_q), hkv)
         do_block = _heads_first(_rows(d_out, start, grid.block_q), hkv)
         lse_block = _heads_first(_rows(lse, start, grid.block_q), hkv)
-        # the rows that a last tile shares with the one before it count once: exp(score - inf) = 0
+        # mask the rows that the last tile shares with the one before it: exp(score - inf) = 0
         lse_block = jnp.where(start + jnp.arange(grid.block_q) >= i * grid.block_q, lse_block, jnp.inf)[..., None]
         delta_block = _heads_first(_rows(delta, start, grid.block_q), hkv)[..., None]
         if config.widen:
@@ -197,7 +197,7 @@ def flash_attention_bwd(
 
 
 class _Grid(NamedTuple):
-    """The tiles of one call. The last tile of an axis starts early enough to end with it."""
+    """The tiles of one call. The last tile of an axis starts early enough to end exactly at the axis's end."""
 
     tq: int
     tk: int
@@ -224,7 +224,7 @@ class _Grid(NamedTuple):
         return _least(j * self.block_kv, self.tk - self.block_kv)
 
     def kv_tiles(self, operands: Operands, spec: AttentionSpec, q_start):
-        """The range of key tiles that some row of the query tile may see."""
+        """The range of key tiles that any row of the query tile may see."""
         offset = operands.q_offset
         first, end = 0, self.tk
         if spec.left is not None:
@@ -247,7 +247,7 @@ class _Grid(NamedTuple):
 class _ScoreTile(NamedTuple):
     scores: Float[Array, "b hkv g bq bk"]  # soft-capped; -inf where masked
     visible: Bool[Array, "#b #hkv #g bq bk"]
-    seen: Bool[Array, "#b bk #hkv"]  # keys that some query of the tile sees; the others may hold anything, NaN too
+    seen: Bool[Array, "#b bk #hkv"]  # keys that any query of the tile sees; the others may hold anything, even NaN
     k_block: Float[Array, "b bk hkv d"]
     v_block: Float[Array, "b bk hkv d"]
 
@@ -259,7 +259,7 @@ def _score_tile(
     row = q_start + jnp.arange(grid.block_q)[:, None]
     key = k_start + jnp.arange(grid.block_kv)
     position = _position(operands, grid, q_start)
-    # the keys that a last tile shares with the one before it count once
+    # mask the keys that the last tile shares with the one before it
     visible = jnp.broadcast_to(key >= j * grid.block_kv, (1, 1, 1, grid.block_q, grid.block_kv))
     if spec.left is not None:
         visible &= key >= position - spec.left
@@ -279,10 +279,10 @@ def _score_tile(
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
     if config.packed:
-        # made once: XLA on a CPU would make a tile anew for each of its uses below
+        # computed once: XLA on a CPU would compute a tile again for each of its uses below
         k_block, v_block = lax.optimization_barrier((k_block, v_block))
         scores = _dot("brc,bkc->brk", _block_diagonal(q_block), _merge_heads(k_block))
-        # the zeros of the other heads times inf or NaN are NaN: then each head must be by itself
+        # the zeros of other heads times inf or NaN are NaN: in that case use one product per head
         scores = lax.cond(
             jnp.isfinite(scores).all(),
             lambda: scores.reshape(*q_block.shape[:4], -1),
@@ -304,13 +304,13 @@ def _score_tile(
 
 
 def _position(operands: Operands, grid: _Grid, q_start) -> Int[Array, "#b 1 1 bq 1"]:
-    """Where the queries of a tile stand among the keys."""
+    """The positions of a tile's queries among the keys."""
     row = q_start + jnp.arange(grid.block_q)[:, None]
     return row if operands.q_offset is None else row + _per_row(operands.q_offset)
 
 
 def _distance(operands: Operands, grid: _Grid, q_start, k_start) -> Float[Array, "#b 1 1 bq bk"]:
-    """How far the keys of a tile are from its queries."""
+    """The distances between the keys and queries of a tile."""
     key = k_start + jnp.arange(grid.block_kv)
     return jnp.abs(_position(operands, grid, q_start) - key).astype(jnp.float32)
 
@@ -318,7 +318,7 @@ def _distance(operands: Operands, grid: _Grid, q_start, k_start) -> Float[Array,
 def _kept(
     operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, k_start
 ) -> Bool[Array, "b hkv g bq bk"] | None:
-    """The weights of a tile that dropout leaves; None: all."""
+    """The mask of a tile's weights that dropout keeps; None: all."""
     if operands.dropout_seed is None:
         return None
     b, hq, hkv = operands.q.shape[0], operands.q.shape[2], operands.k.shape[2]
@@ -330,7 +330,7 @@ def _kept(
 
 
 def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
-    """p v of one tile. Values that nobody sees are cleaned of NaN: 0 * NaN is NaN."""
+    """p v of one tile. Values that no query sees are replaced by 0, since 0 * NaN is NaN."""
     p, v_block = p.astype(tile.v_block.dtype), tile.v_block
     if not config.packed:
         return _dot("bhgqk,bkhd->bhgqd", p, jnp.where(tile.seen[..., None], v_block, 0))
@@ -340,7 +340,7 @@ def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: Bl
         out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
         return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
 
-    # the cleaning makes a copy, which costs few queries as much as the product: only where there is something to clean
+    # the replacement makes a copy, which for few queries costs as much as the product: only do it if needed
     return lax.cond(
         tile.seen.all(),
         lambda: product(v_block),
@@ -356,8 +356,8 @@ def _block_diagonal(q_block: Float[Array, "b hkv g bq d"]) -> Float[Array, "b ro
 
 
 class _Flat(NamedTuple):
-    """Keys or values with their heads in one axis, where a tile is one run of numbers: XLA on a CPU copies that in half
-    the time (bench/LOG.md)."""
+    """Keys or values with heads and head_dim merged, so that a tile is contiguous: XLA on a CPU copies it in half the
+    time (bench/LOG.md)."""
 
     merged: Float[Array, "b tk hkv*d"]
     hkv: int
@@ -368,7 +368,7 @@ class _Flat(NamedTuple):
         return b, tk, self.hkv, width // self.hkv
 
     def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
-        tile = lax.optimization_barrier(_rows(self.merged, start, size))  # or the loop would run over the result's axes
+        tile = lax.optimization_barrier(_rows(self.merged, start, size))  # or XLA would loop over the result's axes
         return tile.reshape(*tile.shape[:2], *self.shape[2:])
 
 
@@ -381,20 +381,20 @@ def _merge_heads(x: Float[Array, "b bk hkv d"]) -> Float[Array, "b bk hkv*d"]:
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
-    """A product with float32 sums; float32 inputs are not rounded to tf32 on the way."""
+    """A matrix product with float32 sums; float32 inputs are not rounded to tf32."""
     precision = "highest" if a.dtype == jnp.float32 else None
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _loop(first, end, most: int, body, carry):
-    """fori_loop, without the loop where there is no more than one turn to take."""
+    """fori_loop, without a loop if there is at most one iteration."""
     if most == 1:
         return body(0, carry)
     return lax.fori_loop(first, end, body, carry)
 
 
 def float32(like: Array, shape: tuple[int, ...], value: float = 0.0) -> Array:
-    """float32 also where JAX's default is float64; inside shard_map it varies over the mesh axes that `like` does."""
+    """float32 even if JAX's default is float64; inside shard_map it varies over the same mesh axes as `like`."""
     axes = jax.typeof(like).manual_axis_type.varying
     full = jnp.full(shape, value, jnp.float32)
     return lax.pcast(full, tuple(axes), to="varying") if axes else full
@@ -439,7 +439,7 @@ def _rows_first(x: Array) -> Array:
 
 
 def _bias_tile(x: Array, grid: _Grid, q_start, k_start, group_size: int) -> Array:
-    """The tile of a bias or mask of any broadcast shape, as [b, hkv, g, bq, bk] with ones kept."""
+    """The tile of a bias or mask of any broadcastable shape, as [b, hkv, g, bq, bk]; axes of size 1 stay 1."""
     if x.shape[2] > 1:
         x = lax.dynamic_slice_in_dim(x, q_start, grid.block_q, axis=2)
     if x.shape[3] > 1:
@@ -449,7 +449,7 @@ def _bias_tile(x: Array, grid: _Grid, q_start, k_start, group_size: int) -> Arra
 
 
 def _add_bias_tile(d_bias: Array, ds: Array, q_start, k_start) -> Array:
-    """Adds a tile of score gradients, summed over the axes that the bias broadcasts along."""
+    """Adds a tile of score gradients, summed over the axes along which the bias was broadcast."""
     tile = ds.reshape(ds.shape[0], -1, *ds.shape[3:])
     tile = tile.sum([axis for axis in range(4) if d_bias.shape[axis] == 1], keepdims=True)
     at = (0, 0, q_start if d_bias.shape[2] > 1 else 0, k_start if d_bias.shape[3] > 1 else 0)

@@ -1,6 +1,6 @@
-"""Attention over pages in plain XLA, for any platform: flash.py over tiles of keys that the page table gathers.
+"""Paged attention in plain XLA, for any platform: flash.py over tiles of keys gathered through the page table.
 
-A tile is gathered, and its numbers get their scales, when it is needed: no row's keys ever lie beside each other.
+A tile is gathered and dequantized when it is needed: the keys of a row are never stored contiguously.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from jfa import quant
 from jfa.kernels.xla import flash
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOperands
 
-# XLA on a CPU splits a gather among threads where the pool is large, however little is taken, and waking them takes
-# longer than a small tile does. Up to so many pages of a tile are sliced instead; joining more takes longer still
-# (bench/LOG.md).
+# XLA on a CPU splits a gather among threads if the pool is large, however little is gathered, and waking them takes
+# longer than gathering a small tile. Tiles of up to this many pages are sliced instead; concatenating more is slower
+# than the gather (bench/LOG.md).
 _MOST_SLICES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The keys or values of rows, as flash.py takes them: [b, capacity, hkv, d], of which tiles can be had."""
+    """The keys or values of all rows as a virtual [b, capacity, hkv, d], from which flash.py takes tiles."""
 
     pages: Shaped[Array, "num_pages page_size hkv _"]
     scales: Float[Array, "num_pages page_size hkv"] | None
@@ -38,13 +38,13 @@ class Rows:
         return b, pages_per_seq * page_size, hkv, quant.width(self.pages, self.scales)
 
     def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
-        """The tokens [start, start + size) of each row, where flash.py's tiles begin."""
+        """The tokens [start, start + size) of each row; start is the start of one of flash.py's tiles."""
         page_size = self.pages.shape[1]
-        run = math.gcd(size, page_size)  # tokens that lie beside each other wherever a tile starts
+        run = math.gcd(size, page_size)  # tokens that are contiguous wherever a tile starts
         token = start + run * jnp.arange(size // run)
         page = self.page_table[:, token // page_size]
         index = page * (page_size // run) + token % page_size // run
-        # bound to the tile: XLA would take the bytes of all pages in fp8 once, before the loop
+        # tied to the tile by the barrier: XLA would bitcast all fp8 pages once, before the loop
         pages, index = lax.optimization_barrier((self.pages, index))
         found = quant.on_bits(functools.partial(_runs, index=index, run=run), pages)
         if self.scales is not None:
@@ -54,7 +54,7 @@ class Rows:
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
-    """Of one query a row what flash.py takes, and whole pages on a CPU; else tiles of about a row's queries."""
+    """For one query per row flash.py's default, with whole pages on a CPU; otherwise block_q near the mean queries."""
     b = operands.kv_len.shape[0]
     if operands.query_start is None:
         config = flash.default_config(_one_query_each(operands), device)
@@ -70,7 +70,7 @@ def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
 
 
 def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
-    """Every call is served."""
+    """None: every call is supported."""
     return None
 
 
@@ -117,10 +117,10 @@ def paged_attention(
 def _runs(
     x: Shaped[Array, "num_pages page_size *rest"], index: Int[Array, "b m"], run: int
 ) -> Shaped[Array, "b m*run *rest"]:
-    """The tokens [run * i, run * i + run) of the pool for each i of a row, one behind the other."""
+    """The tokens [run * i, run * i + run) of the pool for each i of a row, concatenated."""
     num_pages, page_size, *rest = x.shape
-    # all heads of a token in one axis until the barrier: XLA on a CPU takes twice as long to loop over short axes. Not
-    # its tokens too: heads that are sharded would be gathered from all devices
+    # merge the heads of a token into one axis until the barrier: XLA on a CPU takes twice as long to loop over short
+    # axes. Do not merge the tokens: sharded heads would be gathered from all devices
     width = math.prod(rest)
     if index.size <= _MOST_SLICES and run == page_size:
         pages = [lax.dynamic_slice_in_dim(x, i, 1).reshape(1, run, width) for i in index.reshape(-1)]
@@ -136,7 +136,7 @@ def _one_query_each(operands: PagedOperands) -> Operands:
 
 
 def _rows(operands: PagedOperands) -> Operands:
-    """All but what the queries need."""
+    """The operands of flash.py, except q_len and q_offset."""
     k, v = (
         Rows(pages=pages, scales=scales, page_table=operands.page_table, dtype=operands.q.dtype)
         for pages, scales in ((operands.k_pages, operands.k_scales), (operands.v_pages, operands.v_scales))

@@ -84,7 +84,7 @@ def test_a_race_is_told_with_instruction_and_line():
     assert races
     for race in races:
         line = int(race.rsplit("(line ", 1)[1].rstrip(")"))
-        assert race.startswith("LDS read of what another wave has written since the last barrier")
+        assert race.startswith("LDS read of data that another wave has written since the last barrier")
         assert "ds_read" in built.asm.split("\n")[line - 1]
 
 

@@ -69,7 +69,7 @@ def test_what_is_wrong_has_no_time(monkeypatch):
     replaced(monkeypatch, lambda *arrays, causal: xla(*arrays, causal=causal).at[0, -1, 0, 0].add(0.1))
     [one] = measured("xla", "forward")
     assert one["status"] == "wrong" and "time_ms_p50" not in one and "tflops" not in one
-    assert one["reason"].startswith("out at (0, 7, 0, 0): ") and "is allowed" in one["reason"]
+    assert one["reason"].startswith("out at (0, 7, 0, 0): ") and "the allowed" in one["reason"]
 
 
 @pytest.mark.parametrize("argument", ["q", "k", "v"])
@@ -105,7 +105,7 @@ def test_what_cannot_run_is_a_row_and_not_an_end():
 def test_what_a_cpu_has_no_room_for_is_refused_before_it_runs(monkeypatch):
     monkeypatch.setattr(peers.machine, "free_bytes", lambda: 1000)
     [one] = measured("reference", "forward")
-    assert one["status"] == "oom" and one["reason"].endswith("GiB beside its arguments, 0.0 are free")
+    assert one["status"] == "oom" and one["reason"].endswith("GiB in addition to its arguments, 0.0 are free")
 
 
 def test_float16_of_jax_nn_on_a_cpu_says_why_not():
@@ -178,16 +178,16 @@ class _Ticking:
         (["--kv-heads", "3"], "3 key heads do not divide 4 query heads"),
         (
             ["--implementation", "cuda"],
-            "'cuda' is no implementation here; known: reference, xla, triton, jax.nn, cudnn, pallas, tokamax, "
+            "unknown implementation 'cuda'; use one of reference, xla, triton, jax.nn, cudnn, pallas, tokamax, "
             "jax-aiter, torch, or all",
         ),
-        (["--dtype", "float8"], "'float8' is no dtype here; known: float16, bfloat16, float32, or all"),
-        (["--direction", "sideways"], "'sideways' is no direction here; known: forward, backward, both, or all"),
-        (["--seq-lens", "0"], "'0' is not a list of whole numbers above 0, such as 1,8, nor a range first:last:step"),
+        (["--dtype", "float8"], "unknown dtype 'float8'; use one of float16, bfloat16, float32, or all"),
+        (["--direction", "sideways"], "unknown direction 'sideways'; use one of forward, backward, both, or all"),
+        (["--seq-lens", "0"], "'0' is not a list of integers above 0, such as 1,8, nor a range first:last:step"),
         (["--seq-lens", "64:32:8"], "'64:32:8' is not a list"),
         (["--seq-lens", "8:32"], "'8:32' is not a list"),
         (["--seq-lens", "8:32:0"], "such as 256:4096:64"),
-        (["--grid", "fa2", "--seq-lens", "64"], "--grid has shapes of its own: leave out --seq-lens"),
+        (["--grid", "fa2", "--seq-lens", "64"], "--grid sets the shapes: remove --seq-lens"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, message):

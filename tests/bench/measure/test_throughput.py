@@ -60,7 +60,7 @@ def test_arrivals_are_a_poisson_process():
 OPTIONS = ("--num-prompts", 6, "--input-len", 20, "--output-len", 12, "--max-num-seqs", 3, "-o", "json")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_records_of_all_implementations(bench, folder):
     everything = "engine,static,sequential"
     status, out, _ = bench("throughput", "--model", folder, *OPTIONS, "--implementation", everything)
@@ -75,15 +75,15 @@ def test_records_of_all_implementations(bench, folder):
     assert 0 < engine["wasted_share"] < 1 and engine["reserved_share"] > 0 and engine["speedup"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_samples_share_and_a_rate_is_the_engine_s_alone(bench, folder):
     options = ("--n", 3, "--request-rate", 500, "--max-concurrency", 2, "--implementation", "static,engine")
     status, out, _ = bench("throughput", "--model", folder, *OPTIONS, *options)
     static, engine = json.loads(out)
-    assert status == 0 and static["status"] == "unsupported" and "single continuations" in static["reason"]
+    assert status == 0 and static["status"] == "unsupported" and "single completions" in static["reason"]
     assert engine["saved_share"] > 0.05 and engine["case"]["n"] == 3
 
 
 def test_refuses(bench):
     status, _, err = bench("throughput", "--n", 2, "--beam-width", 2)
-    assert (status, err) == (2, "jfa-bench: --n and --beam-width exclude each other\n")
+    assert (status, err) == (2, "jfa-bench: --n and --beam-width cannot be combined\n")

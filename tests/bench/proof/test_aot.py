@@ -111,7 +111,7 @@ def test_compiling_leaves_nothing_on_disk(compiled, monkeypatch, tmp_path):
 @needs_triton
 def test_what_triton_cannot_compile_is_an_error_with_its_reason(capfd):
     kernel = aot.Kernel(name="broken", ttir="module { tt.func }", grid=(1, 1, 1), num_warps=1, num_stages=1)
-    with pytest.raises(aot.CompileError, match="triton made no code for gfx942: RuntimeError: "):
+    with pytest.raises(aot.CompileError, match="triton produced no code for gfx942: RuntimeError: "):
         aot.compile_kernel(kernel, arch="gfx942")
 
 
@@ -122,11 +122,11 @@ def code_with(arch, **fields):
 
 def test_code_that_no_card_would_start_says_why():
     over = code_with("gfx942", lds_bytes=65_537).why_not_launched()
-    assert over == "takes 65,537 bytes of LDS; a workgroup on gfx942 may take 65,536"
+    assert over == "needs 65,537 bytes of LDS; the limit of a workgroup on gfx942 is 65,536"
     assert code_with("gfx950", lds_bytes=65_537).why_not_launched() is None
     assert "of shared memory" in (code_with("sm_80", lds_bytes=200_000).why_not_launched() or "")
     columns = code_with("sm_100", tensor_memory_columns=640).why_not_launched()
-    assert columns == "takes 640 columns of tensor memory; there are 512"
+    assert columns == "needs 640 columns of tensor memory; the limit is 512"
 
 
 def test_without_triton_the_extra_is_named(monkeypatch):

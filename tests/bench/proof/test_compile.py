@@ -102,7 +102,9 @@ def test_each_kernel_of_the_backward_pass_gets_its_configuration():
 def test_a_tile_over_the_lds_limit_is_caught():
     record = compile_case(case(head_dim=256, block_q=256, num_warps=8))
     assert record["status"] == "over_lds" and record["lds_bytes"] > record["lds_limit"] == 65_536
-    assert record["reason"] == f"takes {record['lds_bytes']:,} bytes of LDS; a workgroup on gfx942 may take 65,536"
+    assert (
+        record["reason"] == f"needs {record['lds_bytes']:,} bytes of LDS; the limit of a workgroup on gfx942 is 65,536"
+    )
     line = compile.render([record], "md").splitlines()[-1]
     assert line == f"gfx942 bfloat16 256: over_lds: {record['reason']}"
 
@@ -110,25 +112,25 @@ def test_a_tile_over_the_lds_limit_is_caught():
 def test_spilled_registers_are_a_status_with_their_number():
     record = compile_case(case("gfx1100", head_dim=128, block_q=64, num_warps=4))
     assert record["status"] == "spills" and record["vgpr_spills"] > 0
-    assert record["reason"].startswith(f"{record['vgpr_spills']} registers live in memory")
+    assert record["reason"].startswith(f"{record['vgpr_spills']} registers are spilled to memory")
 
 
 def test_a_call_that_the_kernel_refuses_is_a_row_and_not_an_end():
     refused = Case(kernel="paged_decode_attention", dtype="bfloat16 on float8_e4m3fn", head_dim=64, arch="sm_80")
     [record] = compile_all([refused], processes=0)
     assert (record["status"], record["vgpr"]) == ("unsupported", None)
-    assert "does not cast from float8_e4m3fn to bfloat16 on sm_80" in record["reason"]
+    assert "cannot cast float8_e4m3fn to bfloat16 on sm_80" in record["reason"]
     assert "unsupported" in compile.render([record], "md")
 
 
 def test_a_kernel_that_is_not_compiled_is_a_failed_row(monkeypatch):
     def fails(kernel, *, arch):
-        raise aot.CompileError(f"triton made no code for {arch}: PassManager::run failed")
+        raise aot.CompileError(f"triton produced no code for {arch}: PassManager::run failed")
 
     monkeypatch.setattr(aot, "compile_kernel", fails)
     [record] = compile_all([case()], processes=0)
     assert (record["status"], record["vgpr"]) == ("failed", None)
-    assert record["reason"] == "triton made no code for gfx942: PassManager::run failed"
+    assert record["reason"] == "triton produced no code for gfx942: PassManager::run failed"
     assert "failed" in compile.render([record], "md")
 
 
@@ -142,7 +144,7 @@ class EndsItsProcess:
 def test_a_compiler_that_ends_its_process_costs_its_own_row_alone():
     bad = case(block_q=EndsItsProcess())
     first, second = compile_all([bad, case(block_kv=32)], processes=2)
-    assert (first["status"], first["reason"]) == ("failed", "the compiler ended its process")
+    assert (first["status"], first["reason"]) == ("failed", "the compiler crashed its process")
     assert second["status"] == "ok" and second["config"]["block_kv"] == 32
 
 
@@ -180,11 +182,11 @@ def test_an_unmet_triton_is_said_on_stderr_and_in_the_record(bench, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "gfx9"], "'gfx9' is no architecture here; known: gfx90a, gfx942, gfx950, gfx1100, gfx1201, sm_80"),
-        (["--arch", "gfx942,"], "'' is no architecture here"),
-        (["--op", "conv"], "'conv' is no op here; known: flash_attention"),
-        (["--dtype", "int8"], "'int8' is no dtype here; known: bfloat16, float16, float32, bfloat16 on int8"),
-        (["--head-dim", "96"], "'96' is no head_dim here; known: 64, 80, 128, 256, or all"),
+        (["--arch", "gfx9"], "unknown architecture 'gfx9'; use one of gfx90a, gfx942, gfx950, gfx1100, gfx1201, sm_80"),
+        (["--arch", "gfx942,"], "unknown architecture ''"),
+        (["--op", "conv"], "unknown op 'conv'; use one of flash_attention"),
+        (["--dtype", "int8"], "unknown dtype 'int8'; use one of bfloat16, float16, float32, bfloat16 on int8"),
+        (["--head-dim", "96"], "unknown head_dim '96'; use one of 64, 80, 128, 256, or all"),
         (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
     ],
 )

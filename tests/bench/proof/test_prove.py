@@ -63,7 +63,7 @@ def test_a_store_past_the_end_is_caught(truth):
 def test_a_wrong_mask_edge_is_caught(truth, monkeypatch):
     right = jfa.AttentionSpec.right
     monkeypatch.setattr(jfa.AttentionSpec, "right", property(lambda spec: right.fget(spec) + 1))
-    assert "is allowed" in proofs.forward(truth, "gfx1100").wrong
+    assert "the allowed" in proofs.forward(truth, "gfx1100").wrong
 
 
 def test_a_tile_that_no_card_would_start_is_caught(truth):
@@ -73,11 +73,11 @@ def test_a_tile_that_no_card_would_start_is_caught(truth):
 
     shapes = [np.zeros((1, 512, 2, 256), np.float16)] * 3
     found = proofs.verdict(call, shapes, [shapes[0]], [1.0], arch="gfx942").wrong
-    assert re.search(r"CompileError: flash_attention takes [\d,]+ bytes of LDS; .* may take 65,536", found)
+    assert re.search(r"CompileError: flash_attention needs [\d,]+ bytes of LDS; .* is 65,536", found)
 
 
 def test_a_function_without_a_kernel_is_refused():
-    with pytest.raises(ValueError, match="no Pallas call was reached: nothing ran as AMD machine code"):
+    with pytest.raises(ValueError, match="the function made no Pallas call: nothing ran as AMD machine code"):
         emulate.emulate(lambda x: x + 1, jnp.ones(3), arch="gfx942")
 
 
@@ -125,10 +125,10 @@ def test_the_process_ends_with_that_status(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "gfx900"], "'gfx900' is no architecture here; known: gfx942, gfx950, gfx1100, gfx1201, or all"),
+        (["--arch", "gfx900"], "unknown architecture 'gfx900'; use one of gfx942, gfx950, gfx1100, gfx1201, or all"),
         (
             ["--op", "paged"],
-            "'paged' is no op here; known: flash_attention, paged_decode_attention, ragged_paged_attention, or all",
+            "unknown op 'paged'; use one of flash_attention, paged_decode_attention, ragged_paged_attention, or all",
         ),
     ],
 )

@@ -34,7 +34,7 @@ def row(arch="gfx942", tile=(128, 32, 4, 1), status=None, dtype="bfloat16", head
     base = dict(vgpr=100, vgpr_spills=0, lds_bytes=16_384, lds_limit=65_536, waves_per_simd=2, flop_per_cycle=100.0)
     record = dict.fromkeys(machine_code.FIELDS) | base | dict(loop_cycles={}, matrix_bound=0.5) | figures
     spills = record["vgpr_spills"]
-    reason = f"{spills} registers live in memory" if spills else None
+    reason = f"{spills} registers are spilled to memory" if spills else None
     told = dict(status=status or ("spills" if spills else "ok"), reason=reason)
     return dict(arch=arch, dtype=dtype, head_dim=head_dim, config=config) | told | record
 
@@ -240,15 +240,15 @@ def test_a_variant_that_spills_is_borne_if_the_call_itself_spills():
     fragile = tune.offline(OP, "gfx942", Paper(spills))["bfloat16", 64]
     assert fragile.note is not None and not fragile.chosen["vgpr_spills"]
     everywhere = Paper(lambda case, config: dict(vgpr_spills=20 if case.variant else 10))
-    assert tune.offline(OP, "gfx942", everywhere)["bfloat16", 64].note.startswith("nothing tried was as wanted")
+    assert tune.offline(OP, "gfx942", everywhere)["bfloat16", 64].note.startswith("no configuration meets the criteria")
 
 
 def test_what_an_entry_lacks_stands_in_its_note():
     spills = Paper(lambda case, config: dict(vgpr_spills=50, loop_cycles={"scratch": 4}))
-    note = "nothing tried was as wanted; the least bad: 50 registers live in memory"
+    note = "no configuration meets the criteria; the least bad: 50 registers are spilled to memory"
     assert tune.offline(OP, "gfx942", spills)["float32", 64].note == note
     fragile = Paper(lambda case, config: dict(waves_per_simd=1) if case.variant else {})
-    note = "a window, lengths or a padded head_dim make it spill or lose a wave"
+    note = "spills or loses a wave with a window, lengths or a padded head_dim"
     assert tune.offline(OP, "gfx942", fragile)["float32", 64].note == note
 
 
@@ -294,7 +294,7 @@ def test_tables_are_written_alike_byte_for_byte_and_read_back(bench, tmp_path, m
 
 
 def test_without_a_place_nothing_is_written(bench, monkeypatch):
-    monkeypatch.setattr(tune, "resources_folder", lambda: pytest.fail("nobody asked to write"))
+    monkeypatch.setattr(tune, "resources_folder", lambda: pytest.fail("no write was requested"))
     status, out, err = bench("--offline", "--arch", "gfx1100", "-o", "json")
     records = json.loads(out)
     assert (status, err, len(records)) == (0, "", sum(len(keys(op)) for op in ops.OPS))
@@ -304,12 +304,12 @@ def test_without_a_place_nothing_is_written(bench, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "there is no GPU to measure on (this machine's device: cpu); tune by compiled code instead: --offline"),
+        ([], "there is no GPU to measure on (this machine's device: cpu); tune from compiled code instead: --offline"),
         (["--arch", "gfx942"], "there is no GPU to measure on"),
-        (["--offline"], "--offline needs --arch, of gfx90a, gfx942"),
-        (["--offline", "--arch", "gfx9"], "'gfx9' is no architecture here; known: gfx90a"),
-        (["--offline", "--arch", "all", "--op", "conv"], "'conv' is no op here; known: flash_attention"),
-        (["--offline", "--arch", "all", "--write", "--folder", "x"], "two places for the same tables; give one"),
+        (["--offline"], "--offline needs --arch: one or more of gfx90a, gfx942"),
+        (["--offline", "--arch", "gfx9"], "unknown architecture 'gfx9'; use one of gfx90a"),
+        (["--offline", "--arch", "all", "--op", "conv"], "unknown op 'conv'; use one of flash_attention"),
+        (["--offline", "--arch", "all", "--write", "--folder", "x"], "--write and --folder cannot be combined"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(bench, monkeypatch, arguments, message):
@@ -343,7 +343,7 @@ def test_with_a_device_the_fastest_candidate_wins_and_the_table_says_how(bench, 
 
 def test_an_architecture_of_the_device_is_not_named(bench, monkeypatch):
     monkeypatch.setattr(tune, "probe", lambda: describe("rocm", "gfx942"))
-    assert "--arch goes with --offline; without it this machine's gfx942 is measured" in bench("--arch", "gfx942")[2]
+    assert "--arch needs --offline; without it this machine's gfx942 is measured" in bench("--arch", "gfx942")[2]
     monkeypatch.setattr(tune, "probe", lambda: describe("rocm", "gfx803"))
     assert "not for gfx803" in bench()[2]
 

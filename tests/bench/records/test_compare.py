@@ -54,7 +54,7 @@ def test_a_status_that_changed_has_moved():
     [one] = compare.moved(before, after)
     assert (one["before"], one["after"], one["verdict"]) == ("10.24 ms", "oom", "broken") or one["verdict"] == "broken"
     [one] = compare.moved(after, before)
-    assert one["verdict"] == "mended"
+    assert one["verdict"] == "fixed"
 
 
 def run(tmp_path, before, after, *arguments):
@@ -82,12 +82,12 @@ def test_the_command_tells_cases_by_what_differs_and_circumstances_that_do(tmp_p
 
 def test_nothing_moved_is_a_sentence(tmp_path):
     done = run(tmp_path, records(0), records(1))
-    assert done.stdout == "nothing moved by more than 3% and the noise\n"
+    assert done.stdout == "no change exceeds 3% and the noise\n"
 
 
 def test_records_without_times_are_refused(tmp_path):
     done = run(tmp_path, [{"benchmark": "compile", "kernel": "x"}], records(0))
-    assert done.exit_code == 1 and "a.json holds no records of measurements" in done.stderr
+    assert done.exit_code == 1 and "a.json contains no records of measurements" in done.stderr
 
 
 def test_files_without_a_case_in_common_are_refused(tmp_path):

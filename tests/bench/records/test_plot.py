@@ -145,13 +145,13 @@ def test_saved_records_alone_make_a_picture(tmp_path):
 
 @needs_matplotlib
 def test_records_that_a_kind_does_not_draw_are_refused():
-    with pytest.raises(ValueError, match="no attention record with bytes, which 'roofline' draws"):
+    with pytest.raises(ValueError, match="plot 'roofline' needs attention records with bytes, but there are none"):
         plot.figure(PREFILL, "roofline")
-    with pytest.raises(ValueError, match="no picture is known for records of 'memory'; there are some for attention"):
+    with pytest.raises(ValueError, match="there is no plot for records of 'memory', only for attention"):
         plot.figure([{"benchmark": "memory"}])
     refused = [one | {"status": "oom", "time_ms_p50": None} for one in PREFILL]
     assert plot.kinds(refused) == [] and plot.kinds(PREFILL) == ["prefill"]
-    with pytest.raises(ValueError, match="no prefill record with time_ms_p50"):
+    with pytest.raises(ValueError, match="needs prefill records with time_ms_p50"):
         plot.figure(refused)
 
 
@@ -164,13 +164,13 @@ def test_without_matplotlib_the_command_says_how_to_get_it(monkeypatch, tmp_path
     (tmp_path / "a.json").write_text(json.dumps(PREFILL))
     done = run("plot", tmp_path / "a.json", "--plot", tmp_path / "a.png")
     assert done.exit_code == 1
-    assert "pictures need matplotlib: pip install 'jfa[plot]', or pip install matplotlib" in done.stderr
+    assert "plots need matplotlib: pip install 'jfa[plot]', or pip install matplotlib" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plot", "a.gif"], "a picture is a .png, .svg or .pdf, got 'a.gif'"),
+        (["--plot", "a.gif"], "a plot must be a .png, .svg or .pdf file, got 'a.gif'"),
         (["--plot", "a.png", "--kind", "pie"], "'pie' is not one of 'attention', 'speedup'"),
         ([], "Missing option '--plot'"),
     ],

@@ -127,8 +127,8 @@ def test_a_file_of_lines_is_read_too(tmp_path):
     ("text", "message"),
     [
         ('[{"benchmark": ', "is not JSON: line 1"),
-        ("[1]", "holds no records: they are objects with a field benchmark"),
-        ('{"a": 1}', "holds no records"),
+        ("[1]", "contains no records: a record is an object with a field 'benchmark'"),
+        ('{"a": 1}', "contains no records"),
     ],
 )
 def test_what_is_no_file_of_records_is_refused(tmp_path, text, message):
@@ -187,8 +187,8 @@ def test_ctrl_c_keeps_what_came(present, tmp_path):
     ("arguments", "message"),
     [
         (["--save", "/no/such/folder/a.json"], "cannot write /no/such/folder/a.json: No such file or directory"),
-        (["--plot", "a.jpeg"], "a picture is a .png, .svg or .pdf, got 'a.jpeg'"),
-        (["--plot", "/no/such/folder/a.png"], "there is no folder that can be written at /no/such/folder"),
+        (["--plot", "a.jpeg"], "a plot must be a .png, .svg or .pdf file, got 'a.jpeg'"),
+        (["--plot", "/no/such/folder/a.png"], "the folder /no/such/folder does not exist or is not writable"),
         (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
     ],
 )

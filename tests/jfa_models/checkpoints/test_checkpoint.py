@@ -322,10 +322,10 @@ def test_the_default_model_that_is_not_installed_says_how_to_install_it(monkeypa
 
 
 FOLDERS = {  # name: (files, message)
-    "empty": ([], "holds no model.safetensors and no model.safetensors.index.json; give another folder"),
-    "pickled": (["pytorch_model.bin"], r"holds only pickled weights \(pytorch_model.bin\), .*; convert them to safet"),
-    "gguf": (["b.gguf", "a.gguf"], "holds GGUF files; name one of them: a.gguf, b.gguf"),
-    "no_config": (["model.safetensors"], "has no config.json; put the one that belongs to these weights beside them"),
+    "empty": ([], "contains no model.safetensors and no model.safetensors.index.json; give another folder"),
+    "pickled": (["pytorch_model.bin"], r"contains only pickled weights \(pytorch_model.bin\), .*; convert them to sa"),
+    "gguf": (["b.gguf", "a.gguf"], "contains GGUF files; give the path of one of them: a.gguf, b.gguf"),
+    "no_config": (["model.safetensors"], "has no config.json; put the one that belongs to these weights next to them"),
 }
 
 
@@ -455,7 +455,7 @@ def test_a_file_that_is_not_gguf_is_refused(gguf_file):
 
 
 def test_other_versions_of_gguf_are_refused(gguf_file):
-    with pytest.raises(ValueError, match="GGUF versions 2 and 3 in little-endian order are read, got 0x3000000"):
+    with pytest.raises(ValueError, match="only little-endian GGUF versions 2 and 3 are supported, got 0x3000000"):
         open_checkpoint(patch(gguf_file, 4, struct.pack(">I", 3)))
 
 

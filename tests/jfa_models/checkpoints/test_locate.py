@@ -76,11 +76,11 @@ FAILURES = {  # name: (error, message)
     "offline": (
         errors.LocalEntryNotFoundError("no network"),
         r"there is no folder 'owner/name', owner/name is not in the cache of Hugging Face \(.*hub\), and it cannot be "
-        "downloaded: no network; download it where there is a network, or give the path of a copy",
+        "downloaded: no network; download it with network access, or give the path of a copy",
     ),
     "gated": (
         http_error(errors.GatedRepoError),
-        "owner/name asks for an agreement: accept it at https://huggingface.co/owner/name, then log in with `hf auth",
+        "owner/name is a gated repository: accept its terms at https://huggingface.co/owner/name, then log in with `hf",
     ),
     "unknown": (
         http_error(errors.RepositoryNotFoundError),

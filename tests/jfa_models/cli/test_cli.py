@@ -88,7 +88,7 @@ def test_chat_goes_on_after_a_turn_that_is_too_long_and_ends_with_its_input(jfa,
     assert (status, out.count("\n")) == (0, 1)
     assert err == (
         "jfa: prompt 0 has 605 tokens and max_tokens is 8, together more than the model's context of 512; "
-        "shorten the prompt or lower max_tokens. /reset starts anew.\n"
+        "shorten the prompt or lower max_tokens. /reset starts a new conversation.\n"
     )
 
 
@@ -190,4 +190,4 @@ def test_an_interrupt_is_quiet(jfa, monkeypatch):
 def test_rows_of_a_batch_are_no_option_of_a_single_prompt(jfa, folder):
     status, out, err = jfa("generate", "Hi", "--model", folder, "--max-num-seqs", 4)
     assert (status, out) == (2, "")
-    assert err == "jfa: --max-num-seqs is for a --batch-file: a single prompt is a row of its own\n"
+    assert err == "jfa: --max-num-seqs needs --batch-file: a single prompt has no other sequences\n"

@@ -97,7 +97,7 @@ def reference():
 
 
 @needs_smollm2
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_smollm2_first_logits_agree_with_transformers(smollm2, reference):
     lengths = [len(prompt["ids"]) for prompt in reference]
     tokens = np.zeros((len(reference), max(lengths)), np.int32)
@@ -111,7 +111,7 @@ def test_smollm2_first_logits_agree_with_transformers(smollm2, reference):
 
 
 @needs_smollm2
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_smollm2_writes_what_transformers_writes(smollm2, reference):
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     for result, prompt in zip(smollm2.generate([p["text"] for p in reference], params), reference, strict=True):
@@ -214,7 +214,7 @@ def test_a_session_belongs_to_one_model(model):
     session = Session()
     last(model.stream("Hi", GREEDY, session=session))
     other = from_pretrained(GOLDEN / "llama3")
-    with pytest.raises(ValueError, match="holds the cache of another model; give each model a session of its own"):
+    with pytest.raises(ValueError, match="holds the cache of another model; use a separate session for each model"):
         last(other.stream([1, 2], GREEDY, session=session))
 
 
@@ -416,7 +416,7 @@ REFUSED = {  # name: (prompts, params, options, message)
     "too long alone": ([5] * 320, SamplingParams(max_tokens=None), {}, "prompt 0 has 320 tokens .* context of 320"),
     "id past the vocabulary": ([5, 272], GREEDY, {}, "token ids must be 0 to 271, got 272"),
     "negative id": ([5, -1], GREEDY, {}, "token ids must be 0 to 271, got -1"),
-    "two params for three prompts": (["a", "b", "c"], [GREEDY] * 2, {}, "one for each prompt, got 2 for 3 prompts"),
+    "two params for three prompts": (["a", "b", "c"], [GREEDY] * 2, {}, "or one per prompt, got 2 for 3 prompts"),
     "stop id": (
         "Hi",
         SamplingParams(stop_token_ids=[300]),
@@ -450,11 +450,11 @@ def test_a_token_id_must_be_whole(model):
 @pytest.mark.parametrize(
     ("ids", "lengths", "message"),
     [
-        ([1, 2], None, r"input_ids must be integers \[batch, length\], got int64 of shape \[2\]; a single row is"),
+        ([1, 2], None, r"input_ids must be integers \[batch, length\], got int64 of shape \[2\]; wrap a single row"),
         ([[0.5]], None, r"input_ids must be integers \[batch, length\], got float64 of shape \[1, 1\]"),
         ([[272]], None, "token ids must be 0 to 271, got 272"),
         ([[1, 2]], [1, 2], r"lengths must be 1 integers, one for each row, got \[1, 2\]"),
-        ([[1, 2]], [3], r"lengths must be 0 to 2, the tokens that a row has, got \[3\]"),
+        ([[1, 2]], [3], r"lengths must be 0 to 2, the length of a row, got \[3\]"),
         (np.zeros((1, 0), int), None, "rows must have 1 to 320 tokens, the model's context, got 0"),
         (np.zeros((1, 321), int), None, "rows must have 1 to 320 tokens, the model's context, got 321"),
     ],
@@ -477,12 +477,12 @@ def test_a_folder_without_a_tokenizer_takes_token_ids():
     assert (output.text, len(output.token_ids), output.finish_reason) == ("", 3, "length")
     with pytest.raises(ValueError, match="this model has no tokenizer: give the prompt as token ids"):
         model.generate("Hi")
-    with pytest.raises(ValueError, match="no tokenizer, so stop strings cannot be seen: use stop_token_ids"):
+    with pytest.raises(ValueError, match="no tokenizer, so stop strings cannot be detected: use stop_token_ids"):
         model.generate([1], SamplingParams(stop="x"))
 
 
 def test_a_part_of_a_tokenizer_is_refused(tmp_path):
     folder = shutil.copytree(GOLDEN / "llama3", tmp_path / "llama3")
     (folder / "tokenizer.model").touch()
-    with pytest.raises(ValueError, match=r"has no tokenizer.json; .* a tokenizer.model alone is not read"):
+    with pytest.raises(ValueError, match=r"has no tokenizer.json; .* a tokenizer.model alone is not supported"):
         from_pretrained(folder)

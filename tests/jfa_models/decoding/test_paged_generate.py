@@ -180,7 +180,7 @@ def test_quantized_pages_give_nearly_the_same_logits(make, decoder, kv_dtype):
     ("options", "message"),
     [
         (dict(kind="ring"), "cache must be one of contiguous, paged, got 'ring'"),
-        (dict(kv_dtype="int8"), "kv_dtype='int8' needs cache='paged': a contiguous one is not quantized"),
+        (dict(kv_dtype="int8"), "kv_dtype='int8' needs cache='paged': a contiguous cache is not quantized"),
         (dict(kind="paged", kv_dtype="int2"), "kv_dtype must be one of int8, fp8, int4, got 'int2'"),
         (dict(kind="paged", page_size=0), "page_size must be at least 1, got 0"),
     ],
@@ -252,7 +252,7 @@ def test_without_options_the_command_keeps_its_tokens_in_one_array(command):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--kv-dtype", "int8"), "kv_dtype='int8' needs cache='paged': a contiguous one is not quantized"),
+        (("--kv-dtype", "int8"), "kv_dtype='int8' needs cache='paged': a contiguous cache is not quantized"),
         (("--cache", "contiguous", "--kv-dtype", "fp8"), "kv_dtype='fp8' needs cache='paged'"),
         (("--cache", "ring"), "'ring' is not one of 'contiguous', 'paged'"),
         (("--cache", "paged", "--kv-dtype", "int2"), "'int2' is not one of 'int8', 'fp8', 'int4'"),

@@ -381,7 +381,7 @@ REFUSED = {  # name: (fields, the whole message)
     "top_k_bool": ({"top_k": True}, "top_k must be an integer >= -1, got True; use 0 to keep all tokens"),
     "max_tokens": (
         {"max_tokens": 0},
-        "max_tokens must be an integer from 1 to 2147483647, got 0; use None for as many as the context holds",
+        "max_tokens must be an integer from 1 to 2147483647, got 0; use None for no limit but the context",
     ),
     "min_tokens": ({"min_tokens": -1}, "min_tokens must be an integer >= 0, got -1; use 0 for no minimum"),
     "min_above_max": (
@@ -394,7 +394,7 @@ REFUSED = {  # name: (fields, the whole message)
     ),
     "seed": (
         {"seed": -1},
-        "seed must be an integer from 0 to 18446744073709551615, got -1; use None for a seed of the engine's choice",
+        "seed must be an integer from 0 to 18446744073709551615, got -1; use None to let the engine choose a seed",
     ),
     "ignore_eos": ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1; use False to stop at the end"),
     "stop": ({"stop": ["a", ""]}, "stop must hold non-empty strings, got ''; leave it out, or use stop_token_ids"),

@@ -117,7 +117,7 @@ def test_early_stopping_ends_with_the_width():
 
 REFUSED = {
     "beam_width": (dict(beam_width=11), "beam_width must be an integer from 1 to 10, got 11; there are 20 candidates"),
-    "max_tokens": (dict(max_tokens=0), "max_tokens must be an integer from 1 to 2147483647, got 0; say how long"),
+    "max_tokens": (dict(max_tokens=0), "max_tokens must be an integer from 1 to 2147483647, got 0; it limits the"),
     "length_penalty": (dict(length_penalty=11), r"length_penalty must be a number in \[-10, 10\], got 11; use 0"),
     "early_stopping": (dict(early_stopping="never"), "early_stopping must be True or False, got 'never'"),
 }

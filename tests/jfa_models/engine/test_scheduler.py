@@ -222,7 +222,7 @@ def test_everybody_ends_and_the_books_are_clean(seed, caching):
         (dict(max_num_seqs=0), "max_num_seqs must be at least 1, got 0"),
         (
             dict(max_num_seqs=8, max_num_batched_tokens=7),
-            "max_num_batched_tokens must be at least max_num_seqs, a token of each that decodes, got 7 and 8",
+            "max_num_batched_tokens must be at least max_num_seqs, one token per decoding sequence, got 7 and 8",
         ),
     ],
 )

@@ -29,18 +29,18 @@ def test_a_config_is_hashable():
 
 
 REFUSED_FIELDS = {  # name: (changed fields, message)
-    "zero": ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
-    "text": ({"hidden_size": "96"}, "hidden_size must be a whole number of at least 1, got '96'"),
+    "zero": ({"num_layers": 0}, "num_layers must be an integer >= 1, got 0"),
+    "text": ({"hidden_size": "96"}, "hidden_size must be an integer >= 1, got '96'"),
     "flag": ({"qkv_bias": 1}, "qkv_bias must be true or false, got 1"),
     "heads": ({"num_kv_heads": 4}, "num_q_heads must be a multiple of num_kv_heads, got 6 and 4"),
-    "odd_head": ({"head_dim": 15}, "head_dim must be even, because rope turns pairs of numbers, got 15"),
+    "odd_head": ({"head_dim": 15}, "head_dim must be even, because rope rotates pairs of elements, got 15"),
     "activation": ({"hidden_act": "tanh"}, "hidden_act must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"),
     "norm": ({"norm": "batch"}, "norm must be one of rms, rms_plus_one, layer, got 'batch'"),
     "cap": ({"logits_soft_cap": -1.0}, "logits_soft_cap must be a finite number > 0, got -1.0"),
-    "windows": ({"windows": (4, 4)}, "windows must be one for each of 3 layers, got 2"),
+    "windows": ({"windows": (4, 4)}, "windows must have one entry per layer, 3, got 2"),
     "window": (
         {"windows": (4, None, 0)},
-        r"a window must be a whole number of at least 1, or None, got \(4, None, 0\)",
+        r"a window must be an integer >= 1, or None, got \(4, None, 0\)",
     ),
     "eps": ({"norm_eps": 0.0}, "norm_eps must be a finite number > 0, got 0.0"),
     "divisors": (
@@ -53,7 +53,7 @@ REFUSED_FIELDS = {  # name: (changed fields, message)
 def test_the_first_layers_of_a_decoder():
     config = dataclasses.replace(CONFIG, windows=(4, None, 4)).with_layers(2)
     assert (config.num_layers, config.windows) == (2, (4, None))
-    with pytest.raises(ValueError, match="num_layers must be 1 to 3, the model's, got 4"):
+    with pytest.raises(ValueError, match="num_layers must be 1 to 3, the model's own, got 4"):
         CONFIG.with_layers(4)
 
 

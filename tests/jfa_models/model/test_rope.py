@@ -63,7 +63,7 @@ def test_a_part_of_a_head_turns():
 
 
 REFUSED = {  # name: (rope of a head of 16, message)
-    "odd_part": (RopeConfig(theta=1e4, rotary_dim=7), "rotary_dim must be even, because rope turns pairs of numbers"),
+    "odd_part": (RopeConfig(theta=1e4, rotary_dim=7), "rotary_dim must be even, because rope rotates pairs of"),
     "large_part": (RopeConfig(theta=1e4, rotary_dim=18), r"rotary_dim must be 2 to head_dim \(16\), got 18"),
     "listed": (
         RopeConfig(theta=1e4, scaling=ListedScaling(values=(1.0,))),
@@ -87,7 +87,7 @@ def test_a_rope_that_does_not_fit_its_heads_is_refused(name):
 
 
 def test_impossible_rope_numbers_are_refused():
-    with pytest.raises(ValueError, match=r"lists for short and long contexts must have one length, got 1 and 2"):
+    with pytest.raises(ValueError, match=r"lists for short and long contexts must have the same length, got 1 and 2"):
         LongRopeScaling(short=(1.0,), long=(1.0, 2.0), original_context_length=64, attention_factor=1.0)
     with pytest.raises(ValueError, match="rope: theta must be a finite number > 0, got -1"):
         RopeConfig(theta=-1.0)

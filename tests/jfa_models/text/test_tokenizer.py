@@ -194,7 +194,7 @@ def test_sentence_piece_without_the_space_in_front():
 def test_token_text_keeps_the_space_in_front():
     tokenizer = Tokenizer.from_gguf(sentence_piece_metadata())
     assert [tokenizer.token_text(i) for i in tokenizer.encode("ab é")] == ["<s>", " ab", " ", "\ufffd", "\ufffd"]
-    with pytest.raises(ValueError, match="token id must be one of the vocabulary's 267, got 267"):
+    with pytest.raises(ValueError, match="token id must be in the vocabulary of 267 tokens, got 267"):
         tokenizer.token_text(267)
 
 
@@ -214,7 +214,7 @@ REFUSED_GGUF = {  # name: (metadata, message)
     "no_scores": (sentence_piece_metadata(scores=None), "GGUF metadata lacks tokenizer.ggml.scores"),
     "no_bos": (
         byte_level_metadata(bos_token_id=None, add_bos_token=True),
-        "add_bos_token is set, but the tokenizer names no bos_token; name it or unset the flag",
+        "add_bos_token is set, but the tokenizer defines no bos_token; define it or unset the flag",
     ),
 }
 

@@ -1,0 +1,9 @@
+"""Which runs of a table of cases are quick, and which are left to `pytest -m exhaustive`."""
+
+import pytest
+
+
+def run(*values, quick: bool):
+    """A parameter set, with the values as its id."""
+    marks = () if quick else pytest.mark.exhaustive
+    return pytest.param(*values, id="-".join(map(str, values)), marks=marks)
