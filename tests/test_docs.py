@@ -10,6 +10,7 @@ import jax
 import pytest
 from doc_examples import run_page
 from golden import GOLDEN
+from runs import run
 from tiny_model import folder_with_text
 
 from jfa_bench.records import report
@@ -37,8 +38,13 @@ def has_blocks(page: Path) -> bool:
     return bool(re.search(r"^ *```(python|console)$", page.read_text(), re.M))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if has_blocks(page)], ids=lambda page: page.name)
-def test_every_block_runs_with_a_tiny_model(page, tiny):
+# the pages that compile kernels, measure, or load a model several times are left to -m exhaustive
+QUICK = ("attention.md", "index.md", "install.md", "models.md", "code.md", "family.md", "backend.md")
+
+
+@pytest.mark.parametrize("name", [run(page.name, quick=page.name in QUICK) for page in PAGES if has_blocks(page)])
+def test_every_block_runs_with_a_tiny_model(name, tiny):
+    [page] = [page for page in PAGES if page.name == name]
     needs_triton = "jfa-bench compile" in page.read_text()
     if needs_triton:
         pytest.importorskip("triton", reason='the page compiles kernels, which needs: pip install "jfa[aot]"')

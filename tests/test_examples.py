@@ -33,6 +33,7 @@ def test_there_are_no_others_and_they_are_short():
     assert all(file.read_text().count("\n") <= 60 for file in files)
 
 
+@pytest.mark.exhaustive
 def test_training_lowers_the_loss_and_keeps_a_checkpoint(tmp_path):
     out = run("train_transformer", "--steps", 41, "--folder", tmp_path / "kept", cwd=tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
@@ -40,17 +41,20 @@ def test_training_lowers_the_loss_and_keeps_a_checkpoint(tmp_path):
     assert (tmp_path / "kept").is_dir()
 
 
+@pytest.mark.exhaustive
 def test_text_is_generated_from_a_folder(model, tmp_path):
     assert run("generate_text", "--model", model, "--max-tokens", 4, cwd=tmp_path).endswith("\n")
     assert run("generate_text", "--model", model, "--max-tokens", 4, "--chat", cwd=tmp_path).endswith("\n")
 
 
+@pytest.mark.exhaustive
 def test_a_shared_prefix_is_found(model, tmp_path):
     first, second, *answers = run("batch_with_prefix", "--model", model, cwd=tmp_path).splitlines()
     assert first.endswith(" 0% of looked-up tokens found") and re.search(r"[1-9]\d% of looked-up tokens", second)
     assert len(answers) == 8 and answers[0].startswith("France: ")
 
 
+@pytest.mark.exhaustive
 def test_attention_is_compared_and_drawn(tmp_path):
     out = run("compare_attention", "--lengths", 32, 64, "--picture", "a.png", cwd=tmp_path)
     assert out.count("jax.nn ") == 2 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -5,13 +5,15 @@ from importlib import resources
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jfa
 from jfa import tuning
 from jfa.device import describe
 from jfa.kernels.triton.flash import default_config
-from jfa.types import Operands
+from jfa.kernels.xla import paged as xla_paged
+from jfa.types import Operands, PagedOperands
 
 NEIGHBOURS = [
     ("gfx940", "gfx942"),
@@ -126,6 +128,26 @@ def test_an_unknown_architecture_has_no_entry_and_gets_the_default(platform, arc
             assert tuning.flash_config(arch, dtype=dtype, head_dim=head_dim, kernel=kernel) is None
         row = jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)
         assert isinstance(default_config(Operands(row, row, row), describe(platform, arch)), jfa.FlashConfig)
+
+
+def test_default_tiles_are_pipelined_on_nvidia_alone():
+    """On AMD the second stage would take registers that the tile needs."""
+    row = jax.ShapeDtypeStruct((1, 64, 2, 64), "bfloat16")
+    stages = [
+        default_config(Operands(row, row, row), describe(*device)).num_stages
+        for device in (("cuda", "sm_77"), ("rocm", "gfx908"), ("rocm", "gfx1399"))
+    ]
+    assert stages == [2, 1, 1]
+
+
+def test_default_tiles_of_xla_over_pages():
+    """Whole pages for one query per row on a CPU; else tiles of about as many queries as a row has."""
+    pages, table = jnp.zeros((9, 256, 1, 8)), jnp.zeros((4, 2), int)
+    decode = PagedOperands(jnp.zeros((4, 4, 8)), pages, pages, table, jnp.zeros(4, int))
+    assert xla_paged.default_config(decode, describe("cpu", "cpu")).block_kv == 256
+    for queries, block_q in ((8, 16), (128, 32), (400, 128), (4096, 256)):
+        ragged = decode._replace(q=jnp.zeros((queries, 4, 8)), query_start=jnp.zeros(5, int))
+        assert xla_paged.default_config(ragged, describe("cpu", "cpu")).block_q == block_q
 
 
 def test_an_unknown_dtype_has_no_entry():

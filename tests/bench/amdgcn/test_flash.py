@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from runs import run
 
 from jfa.types import AttentionSpec
 from jfa_bench import amdgcn
@@ -30,8 +31,10 @@ def complaint(known, asm=None) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [run(arch, dtype, quick=dtype == "bfloat16") for arch in ARCHS for dtype in ("bfloat16", "float16", "float32")],
+)
 def test_sound_kernel_keeps_the_contract(arch, dtype):
     flash(arch, dtype).check()
 
@@ -77,7 +80,7 @@ BREAKS = (diagonal_one_too_far, diagonal_one_short, window_one_too_far, window_o
 
 
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
+@pytest.mark.parametrize("arch", [run("gfx942", quick=True), run("gfx1201", quick=False)])
 def test_broken_kernel_is_noticed(arch, break_it, monkeypatch):
     sound = flash(arch, "float32")
     break_it(monkeypatch)

@@ -141,6 +141,7 @@ class EndsItsProcess:
         return os._exit, (1,)
 
 
+@pytest.mark.exhaustive
 def test_a_compiler_that_ends_its_process_costs_its_own_row_alone():
     bad = case(block_q=EndsItsProcess())
     first, second = compile_all([bad, case(block_kv=32)], processes=2)
@@ -148,6 +149,7 @@ def test_a_compiler_that_ends_its_process_costs_its_own_row_alone():
     assert second["status"] == "ok" and second["config"]["block_kv"] == 32
 
 
+@pytest.mark.exhaustive
 def test_a_table_fits_80_columns(bench):
     status, out, err = bench(*"compile --arch gfx942,sm_80 --dtype bfloat16 --head-dim 64 --processes 0".split())
     assert (status, err) == (0, "")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from runs import run
 
 import jfa
 from jfa_bench import cli, names
@@ -25,7 +26,7 @@ def truth():
     return cases.truth_of(CASE, "float16", seed=0)
 
 
-@pytest.mark.parametrize("arch", names.EXECUTED_ARCHS)
+@pytest.mark.parametrize("arch", [run(arch, quick=arch == "gfx942") for arch in names.EXECUTED_ARCHS])
 def test_forward_and_backward_run_as_machine_code(arch):
     truth = cases.truth("everything", "bfloat16")
     for proof, kernels in (
@@ -37,8 +38,14 @@ def test_forward_and_backward_run_as_machine_code(arch):
         assert set(found.kernels) == kernels
 
 
-@pytest.mark.parametrize("arch", names.EXECUTED_ARCHS)
-@pytest.mark.parametrize("name", ["int8_odd", "chunk_int4"])
+PAGED = [
+    run(name, arch, quick=(name, arch) in (("int8_odd", "gfx1201"), ("chunk_int4", "gfx950")))
+    for name in ("int8_odd", "chunk_int4")
+    for arch in names.EXECUTED_ARCHS
+]
+
+
+@pytest.mark.parametrize(("name", "arch"), PAGED)
 def test_attention_over_pages_runs_as_machine_code(name, arch):
     found = proofs.over_pages(paged_cases.truth(name, "bfloat16"), arch)
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000

@@ -503,6 +503,23 @@ def test_a_list_of_divisors_cannot_be_saved(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_mixture_is_written_under_the_names_of_its_family():
+    mixtral, qwen3 = (config_to_hf(loaded(name).config) for name in ("mixtral", "qwen3_moe_sparse"))
+    assert mixtral["num_local_experts"] == loaded("mixtral").config.experts.num_experts and "num_experts" not in mixtral
+    assert qwen3["num_experts"] and qwen3["moe_intermediate_size"] and "num_local_experts" not in qwen3
+
+
+@pytest.mark.parametrize(
+    ("step", "listed", "dense"), [(1, [], ()), (2, [], (0, 2)), (3, [], (0, 1, 3)), (3, [2], (0, 1, 2, 3))]
+)
+def test_every_step_th_layer_is_a_mixture_unless_it_is_listed(step, listed, dense):
+    """As transformers' Qwen3MoeDecoderLayer has it: layer i is one if (i + 1) % decoder_sparse_step == 0."""
+    hf = json.loads((GOLDEN / "qwen3_moe_sparse" / "config.json").read_text())
+    hf |= {"num_hidden_layers": 4, "decoder_sparse_step": step, "mlp_only_layers": listed}
+    hf.pop("layer_types", None)
+    assert config_from_hf(hf).experts.dense_layers == dense
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_config_json(name):
     assert config_from_hf(json.loads(json.dumps(config_to_hf(PRESETS[name])))) == PRESETS[name]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from runs import run as run_of
-from tiny_model import byte_tokenizer, counted_compilations, sharp_decoder, tiny_config
+from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sharp_decoder, tiny_config
 
 from jfa_models import BeamSearchParams, Engine, LanguageModel, SamplingParams
 from jfa_models.decoding.options import CacheOptions
@@ -194,6 +194,17 @@ def test_samples_of_a_prompt_draw_apart_and_the_first_is_that_of_one(model, engi
     assert run(engine, ("many ways on", params))[0].outputs == six.outputs
 
 
+def test_a_sample_that_has_ended_takes_no_token_of_a_step_that_ran_ahead(model, engine):
+    """The others of its request go on, so that the request itself has not ended."""
+    stops = PRINTABLE[::3]
+    params = SamplingParams(temperature=1.5, seed=5, max_tokens=12, n=6, stop_token_ids=stops)
+    [six] = run(engine, ("some end early", params))
+    assert len({len(output.token_ids) for output in six.outputs}) > 2, "the samples should end at different steps"
+    for output in six.outputs:
+        *before, last = output.token_ids
+        assert not set(before) & set(stops) and (last in stops) == (output.finish_reason == "stop")
+
+
 def brute_force(model, prompt, params):
     """The rules of beam search with the logits of whole sequences."""
     live, ended = [((), 0.0)], []
@@ -262,20 +273,27 @@ def test_prompt_logprobs_are_those_of_the_whole_forward(model, engine):
     assert alone.prompt_logprobs == (None,)
 
 
-def test_nothing_compiles_after_warm_up(model):
+KINDS = [
+    dict(temperature=0.0),
+    dict(temperature=0.9),
+    dict(temperature=0.7, top_k=9, top_p=0.8, seed=4),
+    dict(temperature=0.0, logprobs=3),
+    dict(temperature=0.0, presence_penalty=1.0),
+    dict(temperature=1.0, min_tokens=2, stop="e"),
+    dict(temperature=0.0, prompt_logprobs=1),
+    dict(temperature=0.0, stop_token_ids=range(250, 262)),
+]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [pytest.param(KINDS[:3], id="few"), pytest.param(KINDS, id="all", marks=pytest.mark.exhaustive)],
+)
+def test_nothing_compiles_after_warm_up(model, kinds):
     rng = random.Random(7)
     engine = Engine(model, **SMALL | dict(num_pages=24, max_num_seqs=3, max_num_batched_tokens=40), max_model_len=48)
-    kinds = [
-        dict(temperature=0.0),
-        dict(temperature=0.9),
-        dict(temperature=0.7, top_k=9, top_p=0.8, seed=4),
-        dict(temperature=0.0, logprobs=3),
-        dict(temperature=0.0, presence_penalty=1.0),
-        dict(temperature=1.0, min_tokens=2, stop="e"),
-        dict(temperature=0.0, prompt_logprobs=1),
-        dict(temperature=0.0, stop_token_ids=range(250, 262)),
-    ]
-    engine.warm_up([*(SamplingParams(**kind) for kind in kinds), BeamSearchParams()])
+    beams = [BeamSearchParams()] if kinds is KINDS else []
+    engine.warm_up([*(SamplingParams(**kind) for kind in kinds), *beams])
     with counted_compilations() as compilations:
         for _ in range(500):
             params = SamplingParams(**rng.choice(kinds), max_tokens=rng.randint(2, 12), n=rng.choice([1, 1, 1, 2, 4]))
@@ -283,7 +301,8 @@ def test_nothing_compiles_after_warm_up(model):
             if rng.random() < 0.5:
                 engine.step()
         assert len(list(engine.run())) > 400
-        run(engine, ("beams", BeamSearchParams(beam_width=3, max_tokens=4)))
+        for _ in beams:
+            run(engine, ("beams", BeamSearchParams(beam_width=3, max_tokens=4)))
     assert not compilations
     assert_clean(engine)
 
