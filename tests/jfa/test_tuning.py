@@ -142,12 +142,15 @@ def test_default_tiles_are_pipelined_on_nvidia_alone():
 
 def test_default_tiles_of_xla_over_pages():
     """Whole pages for one query per row on a CPU; else tiles of about as many queries as a row has."""
-    pages, table = jnp.zeros((9, 256, 1, 8)), jnp.zeros((4, 2), int)
-    decode = PagedOperands(jnp.zeros((4, 4, 8)), pages, pages, table, jnp.zeros(4, int))
-    assert xla_paged.default_config(decode, describe("cpu", "cpu")).block_kv == 256
-    for queries, block_q in ((8, 16), (128, 32), (400, 128), (4096, 256)):
-        ragged = decode._replace(q=jnp.zeros((queries, 4, 8)), query_start=jnp.zeros(5, int))
-        assert xla_paged.default_config(ragged, describe("cpu", "cpu")).block_q == block_q
+    pages = jnp.zeros((9, 256, 1, 8))
+
+    def config(b, num_queries, **ragged):
+        rows = PagedOperands(jnp.zeros((num_queries, 4, 8)), pages, pages, jnp.zeros((b, 2), int), jnp.zeros(b, int))
+        return xla_paged.default_config(rows._replace(**ragged), describe("cpu", "cpu"))
+
+    assert config(4, 4).block_kv == 256
+    for b, queries, block_q in ((4, 8, 16), (4, 128, 32), (4, 400, 128), (4, 4096, 256), (1, 128, 128), (0, 64, 64)):
+        assert config(b, queries, query_start=jnp.zeros(b + 1, int)).block_q == block_q
 
 
 def test_an_unknown_dtype_has_no_entry():
