@@ -49,7 +49,7 @@ GROUPS = {
         tests/jfa/test_paged_attention.py tests/jfa_models/decoding/test_windows.py
         tests/jfa_models/decoding/test_paged_generate.py tests/jfa_models/decoding/test_generate.py""",
     ),
-    "allocator": Group("jfa/pages.py", "tests/jfa/test_pages.py"),
+    "allocator": Group("jfa/pages.py", "tests/jfa/test_pages.py tests/jfa/test_pages_random.py"),
     "scheduler": Group(
         """jfa_models/engine/scheduler.py jfa_models/engine/pools.py jfa_models/engine/beams.py
         jfa_models/engine/launch.py jfa_models/engine/results.py jfa_models/engine/request.py""",
