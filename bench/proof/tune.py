@@ -22,6 +22,8 @@ main loop, and more than is counted if they exceed the caches). On NVIDIA it is 
 
 With a GPU and without --offline, the best candidates by these rules are measured, interleaved; the fastest median wins,
 and the table records date, device and versions.
+
+One file: the rules above and the code that applies them are read together.
 """
 
 import dataclasses

@@ -10,6 +10,8 @@ Scores are recomputed from the log-sum-exp. Three kernels, without atomics, so t
 With p the weights, do the cotangent of the output and delta = sum(do * output) of each row,
 ds = p (do v^T - delta). The cotangent of the residual is subtracted from delta.
 
+One file, because the three kernels share their operands, their checks and the loop over tiles.
+
 Source: arXiv:2307.08691, algorithm 2 and section 3.1.2. Definition of a score: tile.py. Forward: flash.py.
 """
 

@@ -3,6 +3,8 @@
 A kernel's arrays are named: `arguments` collects the optional arrays of a call with their BlockSpecs, and `Tile`
 computes scores, masks and dropout from them. Index arrays are passed as a column and a row, queries by keys or keys by
 queries, so that the same code also serves kernels that compute the scores transposed.
+
+One file, because the arguments, mask and value of each option (bias, window, soft cap, dropout) are read together.
 """
 
 import dataclasses

@@ -5,6 +5,8 @@ Scores are computed for one tile of queries and one tile of keys at a time, and 
 are skipped. If the tile size does not divide a length, the last tile starts earlier and its repeated rows are masked:
 nothing is padded or copied.
 
+One file, because forward and backward walk the same tiles and share how a tile is sliced and masked.
+
 Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_attention.py.
 """
 
