@@ -1,7 +1,6 @@
 """The library's flash attention kernel on the machine: right as it is, and noticed when it is broken."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from .support import ARCHS
 
 MAX_BLOCKS = 2000  # several times what the sound kernel takes
 NOTICED, MUTANTS = 45, 60
-INSTRUCTIONS_PER_S = 30_000
 
 
 def complaint(known, asm=None) -> str | None:
@@ -108,14 +106,3 @@ def test_store_past_the_end_is_noticed(arch, output):
     args[output] = args[output].ravel()[:-1]
     with pytest.raises(amdgcn.MemoryFault, match=rf"write .* of argument {len(args) + output}\b"):
         known.built.run(*args, grid=known.grid)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("arch", ARCHS)
-def test_fast_enough_to_be_used(arch):
-    known = flash(arch, "float16")
-    known.run()  # what is done once per program is done
-    start = time.perf_counter()
-    instructions = known.run().instructions
-    per_s = instructions / (time.perf_counter() - start)
-    assert per_s >= INSTRUCTIONS_PER_S, f"{per_s:,.0f} wave instructions per second on {arch}"
