@@ -11,7 +11,7 @@ from . import names
 
 
 def unknown(models: Iterable[str]) -> str | None:
-    """An error message about the first name that is no preset, package or path; None if all are known."""
+    """An error message about the first name that is not a preset, package or path; None if all are known."""
     for name in models:
         if name not in PRESETS and name not in PACKAGED and not Path(name).exists():
             known = ", ".join(dict.fromkeys((*PRESETS, *PACKAGED)))
@@ -20,9 +20,9 @@ def unknown(models: Iterable[str]) -> str | None:
 
 
 def decoded_tokens(samples: int) -> int:
-    """The number of tokens that `decode` generates in a row for this many samples.
+    """The number of consecutive tokens that `decode` generates for this many samples.
 
-    These are the first one, one for the step that measures the host time, one for the trial run, and those of the
+    These are the first one, one each for the step that measures the host time and for the trial run, and those of the
     warm-up and of the timed steps.
     """
     return 3 + names.WARM_UP_CALLS + samples

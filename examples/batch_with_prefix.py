@@ -1,8 +1,8 @@
-"""Runs many questions with one long common prefix through the engine, and shows what sharing it saved.
+"""Runs many questions with one long common prefix through the engine, and shows what prefix caching saves.
 
     python examples/batch_with_prefix.py --model smollm2
 
-The model may be a folder, a GGUF file or a repository of Hugging Face.
+The model may be a folder, a GGUF file or a Hugging Face repository.
 """
 
 import argparse

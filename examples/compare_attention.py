@@ -1,8 +1,8 @@
-"""Times jfa's attention next to jax.nn's on this machine, and draws both.
+"""Compares the speed of jfa's attention with jax.nn's on this machine, and plots both.
 
     python examples/compare_attention.py --lengths 512 1024 2048 --picture attention.png
 
-For a thorough benchmark use `jfa-bench attention`. Needs matplotlib.
+It needs matplotlib. For a thorough benchmark use `jfa-bench attention`.
 """
 
 import argparse
@@ -54,4 +54,4 @@ plt.ylabel("milliseconds, the median of ten")
 plt.title(f"Causal attention, 8 heads of 64, {args.dtype}, {jax.devices()[0].device_kind}")
 plt.legend()
 plt.savefig(args.picture)
-print(f"{args.picture} drawn")
+print(f"{args.picture} saved")

@@ -2,7 +2,7 @@
 
     python examples/generate_text.py --model path/to/model --prompt "Once upon a time"
 
-The model is a folder of safetensors, a GGUF file or a repository of Hugging Face.
+The model is a folder of safetensors, a GGUF file or a Hugging Face repository.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Trains a small causal transformer on its own source code, with jfa's attention in Flax's layer. Needs optax."""
+"""Trains a small causal transformer on its own source code, with jfa's attention in Flax's layer. It needs optax."""
 
 import argparse
 import functools
@@ -45,7 +45,7 @@ def step(model, optimizer, key):
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--folder", type=Path, default=Path("checkpoint"), help="of the checkpoint that is kept")
+parser.add_argument("--folder", type=Path, default=Path("checkpoint"), help="where the checkpoint is saved")
 args = parser.parse_args()
 model = Transformer(nnx.Rngs(0))
 optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)

@@ -2,10 +2,10 @@
 # jax.device_put(x, may_alias=False) still shares memory with x on a CPU.
 #
 # Expected: may_alias=False makes a copy, so that the caller may write to its NumPy array again.
-# Seen with jax 0.12.0.1 on 2026-11-28: if the array happens to be 64-byte aligned, the device array adopts its memory,
-# whatever may_alias says; a later write to the NumPy array changes the JAX array. jnp.array(x, copy=True) copies.
-# About half of all NumPy arrays of some size are aligned so, so that a program works or fails by chance.
-# jfa: arrays that the host writes again are handed over with jnp.array, or are new in every step.
+# Seen with jax 0.12.0.1 on 2026-11-28: if the array happens to be 64-byte aligned, the device array shares its memory,
+# whatever may_alias is; a later write to the NumPy array changes the JAX array. jnp.array(x, copy=True) copies. About
+# half of all larger NumPy arrays have this alignment, so whether a program works depends on chance.
+# jfa: arrays that the host writes again are passed through jnp.array, or are new in every step.
 set -euo pipefail
 cd "$(mktemp -d)"
 uv run --quiet --isolated --no-project --python 3.12 --with "jax==0.12.0.1" python - <<'PYTHON'

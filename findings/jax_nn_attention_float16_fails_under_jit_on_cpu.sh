@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# jax.nn.dot_product_attention in float16 works on a CPU when it is called, and fails under jax.jit.
+# jax.nn.dot_product_attention in float16 works on a CPU without jit, and fails under jax.jit.
 #
 # Expected: jit changes the speed of a function, not whether it works; float16 is a documented dtype of its arguments.
 # Seen with jax 0.12.0.1 on 2026-11-28: under jit "The precision 'F16_F16_F32' is not supported by dot_general on CPU";

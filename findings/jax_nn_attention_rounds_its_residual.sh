@@ -3,7 +3,7 @@
 #
 # Expected: return_residual=True gives the log-sum-exp in float32, so that parts computed over pieces of the keys can
 # be combined (as ring attention and split decoding do), and a gradient flows through it.
-# Seen with jax 0.12.0.1 on 2026-11-28: with bfloat16 inputs the residual is bfloat16 (5.90625 where it is 5.9136), so
+# Seen with jax 0.12.0.1 on 2026-11-28: with bfloat16 inputs the residual is bfloat16 (5.90625 instead of 5.9136), so
 # that the weights of two combined parts are off by about one per cent, and its gradient is zero in every dtype.
 # jfa: the residual is float32 and differentiable.
 set -euo pipefail

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # jax.lax.ragged_dot on a CPU costs as many FLOP as if every row went through every group.
 #
-# Expected: 64 rows, each multiplied by the weight of its own group, cost 64 row products, however many groups there are.
+# Expected: 64 rows, each multiplied by the weight of its own group, cost 64 row products, however many groups exist.
 # Seen with jax 0.12.0.1 on 2026-11-28: XLA's own cost analysis counts 8.4 million FLOP with 1 group, 67.6 million with
-# 8 and 541 million with 64, and temporaries grow alike. A mixture of 64 experts costs 64 dense layers.
+# 8 and 541 million with 64, and temporaries grow likewise. A mixture of 64 experts costs as much as 64 dense layers.
 # jfa: tokens are sorted by expert and cut into blocks that belong to one expert each (jfa_models/model/layers.py).
 set -euo pipefail
 cd "$(mktemp -d)"

@@ -2,8 +2,8 @@
 # safetensors.numpy saves a float8 array, and cannot load the file again.
 #
 # Expected: what save_file writes, load_file reads, as it does for bfloat16 (also a type of ml_dtypes).
-# Seen with safetensors 0.8.0, ml_dtypes 0.6.0 and NumPy 2.5.5 on 2026-11-28: save_file writes F8_E4M3, and load_file ends with
-# AttributeError: module 'numpy' has no attribute 'float8_e4m3fn'.
+# Seen with safetensors 0.8.0, ml_dtypes 0.6.0 and NumPy 2.5.5 on 2026-11-28: save_file writes F8_E4M3, and load_file
+# raises AttributeError: module 'numpy' has no attribute 'float8_e4m3fn'.
 # jfa: reads the bytes at the offsets of the header, and views them as ml_dtypes types.
 set -euo pipefail
 cd "$(mktemp -d)"

@@ -4,7 +4,7 @@
 # Expected: reading 4 of 4,096 rows of a float8_e4m3fn array moves bytes and touches 4 rows.
 # Seen with jax 0.12.0.1 on 2026-11-28: the compiled program holds a float16 array of all 4,096 rows ("f16[4096,...]
 # convert"), and a scatter into a donated array has temporaries of twice the array's size. The same programs on uint8
-# do not. So an fp8 KV cache is copied, widened, in every step.
+# have neither. So an fp8 KV cache is widened and copied in every step.
 # jfa: on a CPU, fp8 pages are moved as bytes (bitcast to uint8) and widened tile by tile.
 set -euo pipefail
 cd "$(mktemp -d)"

@@ -12,13 +12,14 @@ from jaxtyping import Array
 from jfa import checks
 from jfa.types import Operands, PagedOperands
 
-# Upper bound of a sequence's length: a row, an offset and a window of this size sum to less than the largest int32.
+# Upper bound of lengths and offsets: a query index, an offset and a window of _WIDEST can be added without overflowing
+# int32.
 _LONGEST = 2**29
-_WIDEST = 2 * _LONGEST  # a window that reaches the first key even from the largest offset
+_WIDEST = 2 * _LONGEST  # a window this wide reaches the first key even from the largest offset
 
 
 def broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, boolean: bool) -> Array | None:
-    """x with four axes, each that of the scores or 1; None stays None."""
+    """Reshapes x to four axes and checks that it broadcasts to the shape of the scores; None stays None."""
     if x is None:
         return None
     x = jnp.asarray(x)
@@ -28,7 +29,7 @@ def broadcastable(name: str, x: ArrayLike | None, scores: tuple[int, ...], *, bo
 
 
 def narrowed(x: ArrayLike) -> Array:
-    """Converts integers of any width to a JAX array; clips them first, since JAX would drop their upper 32 bits."""
+    """Converts integers of any width to a JAX array. Clips them first, since JAX would drop the upper 32 of 64 bits."""
     if isinstance(x, Array):
         return x
     leaves = jax.tree.leaves(x)
@@ -41,7 +42,7 @@ def narrowed(x: ArrayLike) -> Array:
 
 
 def per_row(name: str, x: ArrayLike | None, batch: int, *, spread: bool = False) -> Array | None:
-    """i32[batch], clipped to valid positions. spread: accept one number for all rows."""
+    """Converts to i32[batch], clipped to valid positions. spread: accept one number for all rows."""
     if x is None:
         return None
     x = narrowed(x)

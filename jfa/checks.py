@@ -19,7 +19,7 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
-                f"{name} must be [batch, length, heads, head_dim], or without batch like the other two, "
+                f"{name} must be [batch, length, heads, head_dim] (or query, key and value all without batch), "
                 f"got shape {x.shape}"
             )
         if not all(isinstance(n, int) for n in x.shape):
@@ -68,9 +68,9 @@ def broadcasts(name: str, x: Array, shape: Sequence[int], *, boolean: bool) -> N
 def per_row(name: str, x: Array, batch: int) -> None:
     """Raises ValueError unless x is i32[batch]."""
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must hold integers, got {x.dtype}")
+        raise ValueError(f"{name} must contain integers, got {x.dtype}")
     if x.shape != (batch,):
-        raise ValueError(f"{name} must hold one integer per batch row, shape ({batch},), got {x.shape}")
+        raise ValueError(f"{name} must contain one integer per batch row, shape ({batch},), got {x.shape}")
 
 
 def per_head(name: str, x: Array, num_heads: int) -> None:
@@ -78,15 +78,15 @@ def per_head(name: str, x: Array, num_heads: int) -> None:
     if x.dtype.name not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}")
     if x.shape != (num_heads,):
-        raise ValueError(f"{name} must hold one number per query head, shape ({num_heads},), got {x.shape}")
+        raise ValueError(f"{name} must contain one number per query head, shape ({num_heads},), got {x.shape}")
 
 
 def segments(name: str, x: Array, shape: Sequence[int]) -> None:
     """Raises ValueError unless x is i32 of this shape."""
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must hold integers, got {x.dtype}")
+        raise ValueError(f"{name} must contain integers, got {x.dtype}")
     if x.shape != tuple(shape):
-        raise ValueError(f"{name} must hold one integer per position, shape {tuple(shape)}, got {x.shape}")
+        raise ValueError(f"{name} must contain one integer per position, shape {tuple(shape)}, got {x.shape}")
 
 
 def paged_shapes(
@@ -130,7 +130,8 @@ def paged_shapes(
         )
     if page_table.ndim != 2 or not jnp.issubdtype(page_table.dtype, jnp.integer):
         raise ValueError(
-            f"page_table must be integers [rows, pages per row], got {page_table.dtype} of shape {page_table.shape}"
+            f"page_table must be an integer array [rows, pages per row], got {page_table.dtype} of shape "
+            f"{page_table.shape}"
         )
 
 
@@ -143,7 +144,7 @@ def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None,
             raise ValueError(f"pages must be {_one_of(FLOAT_DTYPES)}, or quantized; {error}") from None
     for name, scales, pages in (("key_scales", key_scales, key_pages), ("value_scales", value_scales, value_pages)):
         if quantized != (scales is not None):
-            way = "need scales, got None" if quantized else "have no scales; leave it None"
+            way = "need scales, got None" if quantized else "have no scales; pass None"
             raise ValueError(f"{name}: pages of dtype {pages.dtype} {way}")
         if scales is None:
             continue
@@ -151,17 +152,17 @@ def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None,
             raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {scales.dtype}")
         if scales.shape != pages.shape[:3]:
             raise ValueError(
-                f"{name} must hold one scale for each page, token and head, shape {pages.shape[:3]}, got {scales.shape}"
+                f"{name} must contain one scale per page, token and head, shape {pages.shape[:3]}, got {scales.shape}"
             )
 
 
 def paged_values(
     page_table: ArrayLike, kv_len: ArrayLike, *, num_pages: int, page_size: int, query_start: ArrayLike | None = None
 ) -> None:
-    """Raises ValueError unless the array values of a paged call are valid. Reads the arrays: for tests and debugging.
+    """Raises ValueError unless the values in the arrays of a paged call are valid; for tests and debugging.
 
-    Every page of a row's kv_len tokens must be in the pool and not NULL_PAGE; query_start must not decrease, and no row
-    may have more queries than tokens.
+    Copies the arrays to the host. Every page of a row's kv_len tokens must be in the pool and not NULL_PAGE;
+    query_start must not decrease, and no row may have more queries than tokens.
     """
     table, lengths = np.asarray(page_table), np.asarray(kv_len)
     capacity = table.shape[1] * page_size
@@ -181,7 +182,7 @@ def paged_values(
         raise ValueError(f"query_start must begin with 0, the first query of row 0, got {start[0]}")
     for row, (first, end) in enumerate(itertools.pairwise(start.tolist())):
         if end < first:
-            raise ValueError(f"row {row}: its queries end at {end}, before they start at {first}")
+            raise ValueError(f"row {row}: query_start must not decrease, got {end} after {first}")
         if end - first > lengths[row]:
             raise ValueError(
                 f"row {row}: it has {end - first} queries but kv_len, which includes them, is only {lengths[row]}"

@@ -12,7 +12,7 @@ from jfa.types import DeviceInfo
 _LDS_BYTES = {"gfx950": 163_840, "sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 _LDS_BYTES_OTHERWISE = {"rocm": 65_536, "cuda": 101_376}
 
-# JAX's abstract NVIDIA devices have marketing names; these are the data center GPUs that JAX knows.
+# JAX's abstract NVIDIA devices are identified by marketing name; these are the data center GPUs that JAX knows.
 _NVIDIA_ARCH = {
     "A100": "sm_80",
     "H100": "sm_90",

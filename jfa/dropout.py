@@ -1,7 +1,7 @@
-"""Which attention weights dropout keeps: a pure function of a key and a weight's indices, the same on every backend.
+"""Decides which attention weights dropout keeps: a pure function of a key and the indices of a weight.
 
-It is a counter-based hash, not a stream of random numbers: forward, backward and reference visit the weights in
-different orders and tiles, and must get the same result for each weight.
+It is a counter-based hash, not a stream of random numbers: the forward pass, the backward pass and the reference visit
+the weights in different orders and tiles, but must get the same result for each weight.
 """
 
 import jax.numpy as jnp
@@ -35,14 +35,14 @@ def keep(
       query, key: indices in the op's own arrays, before any offset.
       rate: the fraction that is dropped, to within 2^-32.
     """
-    # most of it is per row or per column; per weight there is one addition, one _mix and one comparison
+    # most of the work is per row or per column; per weight it is one addition, one _mix and one comparison
     row = _mix(seed ^ (query.astype(jnp.uint32) * jnp.uint32(_ROW)))
     column = key.astype(jnp.uint32) * jnp.uint32(_COLUMN)
     return _mix(row + column) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A bijection of 32 bits in which each bit of x flips about half of the result's.
+    """A bijection on 32-bit integers: flipping one bit of x flips about half of the bits of the result.
 
     Source: C. Wellons, "Prospecting for Hash Functions", 2018: lowbias32.
     """

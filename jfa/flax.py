@@ -1,4 +1,4 @@
-"""jfa's attention for the attention layers of Flax, both NNX and Linen."""
+"""Use jfa's attention in the attention layers of Flax, NNX or Linen."""
 
 import math
 
@@ -37,29 +37,32 @@ def attention_fn(
 ) -> Array:
     """The attention_fn of a Flax layer: nnx.MultiHeadAttention(..., attention_fn=jfa.flax.attention_fn).
 
-    Also works with flax.linen.MultiHeadDotProductAttention. Set the keyword-only options, which mean the same as in
-    jfa.dot_product_attention, with functools.partial.
+    Also works with flax.linen.MultiHeadDotProductAttention. Use functools.partial to set the keyword-only options,
+    which have the same meaning as in jfa.dot_product_attention.
 
     Args:
-      query, key, value: [batch..., length, heads, head_dim], any number of batch axes; key may have fewer heads.
-      bias, mask: broadcast to [batch..., heads, query length, key length]; a mask of numbers counts nonzero as True.
+      query, key, value: [batch..., length, heads, head_dim], any number of batch axes; key and value may have fewer
+        heads.
+      bias, mask: broadcast to [batch..., heads, query length, key length]; in a numeric mask, nonzero means True.
       broadcast_dropout: drop the same weights in all batch rows and heads.
-      dtype: of the computation and the output; None: the promoted dtype of query, key and value.
-      precision: None, or "highest". Products of float32 inputs are always exact to float32.
-      force_fp32_for_softmax: has no effect, the softmax is always float32.
+      dtype: dtype of the computation and the output; None: the promoted dtype of query, key and value.
+      precision: None or "highest". Products of float32 inputs always have full float32 precision.
+      force_fp32_for_softmax: has no effect; the softmax is always computed in float32.
 
     Raises:
       ValueError: active dropout without a dropout_rng.
-      UnsupportedError: sow_weights (the weights are never stored), or a replaced einsum.
+      UnsupportedError: sow_weights (the weights are never stored), a custom einsum, or another precision.
     """
     if precision not in (None, "default", "highest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST):
         raise UnsupportedError(
-            f"precision={precision} is not supported: dtype sets the precision of products; leave it None, or set dtype"
+            f"precision={precision} is not supported: the precision of products follows from dtype; use precision=None"
         )
     if module is not None:
-        raise UnsupportedError("sow_weights: blockwise attention never stores the weights; leave sow_weights off")
+        raise UnsupportedError("sow_weights is not supported: the attention weights are never stored; set it to False")
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
-        raise UnsupportedError("the products are computed inside a kernel: do not set the layer's einsum classes")
+        raise UnsupportedError(
+            "custom einsum classes are not supported: a kernel computes the products; do not set them in the layer"
+        )
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     batch = query.shape[:-3]

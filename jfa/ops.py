@@ -1,4 +1,4 @@
-"""dot_product_attention: check arguments, select a backend and its configuration, run it; defines the gradient."""
+"""dot_product_attention: checks arguments, selects a backend and its configuration, runs it, defines the gradient."""
 
 import dataclasses
 import functools
@@ -95,8 +95,8 @@ def dot_product_attention(
     Scores are scaled, then bias and ALiBi are added, then the soft cap and the masks are applied; sinks, if given, are
     added to the softmax's denominator. Scores, softmax and sums are float32. First-order reverse-mode gradients of
     query, key, value, bias, sinks and alibi_slopes work on every backend; forward mode works on "reference" only. Keys
-    and values that no query sees may hold anything, even NaN; NaN in one that some query sees may also reach queries
-    that do not see it.
+    and values that no query sees may contain anything, even NaN. If some query sees a NaN, the outputs of queries that
+    do not see it may become NaN too.
 
     Numbers and flags (scale, is_causal, local_window_size, logits_soft_cap, dropout_rate) are static; arrays may be
     traced.
@@ -109,33 +109,35 @@ def dot_product_attention(
       mask: boolean, True where a key is visible; broadcasts to [b, hq, tq, tk].
       scale: factor of the scores, a Python number; None: 1 / sqrt(d).
       is_causal: query i sees the keys up to its own position, i + query_offset.
-      query_seq_lengths, key_value_seq_lengths: i32[b], valid queries and keys of each row; the rest is never read.
-      local_window_size: (left, right) number of keys that a query sees before and after its own position; an int sets
-        both.
-      implementation: "reference", "xla" or "triton" to require that backend; None to choose one.
-      return_residual: also return the log-sum-exp of the scores, natural units.
+      query_seq_lengths, key_value_seq_lengths: i32[b], number of valid queries and keys in each row; the rest is never
+        read.
+      local_window_size: (left, right), the number of keys that a query sees before and after its own position; an int
+        sets both.
+      implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
+      return_residual: also return the (natural) log-sum-exp of the scores.
       logits_soft_cap: scores become cap * tanh(score / cap).
-      sinks: [hq], a logit per head in natural units that is added to the softmax's denominator and has no value; not
-        part of the residual.
-      alibi_slopes: [hq]; adds -slope * |position of the query - key| to the scores. If all keys that a query sees are
-        thousands of positions away (query_offset), gradients lose digits, those of the slopes the most.
-      query_segment_ids, key_value_segment_ids: i32[b, tq] and i32[b, tk], both or neither: a query sees the keys of its
-        own segment, so that documents can be packed in a row.
-      query_offset: i32[b] or int, position of the first query among the keys, for chunks after cached tokens; None: 0.
+      sinks: [hq], one attention sink logit per head: exp(sink) is added to the softmax's denominator. It has no value
+        vector and is not part of the residual.
+      alibi_slopes: [hq]; adds -slope * |query position - key position| to the scores. If all keys that a query sees are
+        thousands of positions away (query_offset), gradients lose precision, most of all those of the slopes.
+      query_segment_ids, key_value_segment_ids: i32[b, tq] and i32[b, tk], both or neither: a query only sees keys of
+        its own segment, so that several documents can be packed into one row.
+      query_offset: i32[b] or int, position of the first query among the keys, for a chunk that follows cached tokens;
+        None: 0.
       dropout_rate: fraction of the weights set to 0; the others are divided by 1 - dropout_rate.
       dropout_key: a JAX random key, required if dropout_rate > 0. On every backend, which weights are kept depends only
-        on the key and their indices (row, head, query, key). Indices are those of this call's arrays: under shard_map
+        on this key and on the indices (row, head, query, key) of the weight in this call's arrays. Under shard_map,
         fold the device's index into the key.
       broadcast_dropout: drop the same weights in all rows and heads.
       config: tile sizes, a FlashConfig for "triton" (forward) or a BlockConfig for "xla"; None: the backend's default.
 
     Returns:
-      [b, tq, hq, dv] in query's dtype; with return_residual also the residual f32[b, tq, hq]. Without the batch axis if
-      query has none.
+      [b, tq, hq, dv] in query's dtype; with return_residual also the residual, f32[b, tq, hq]. Without the batch axis
+      if query has none.
 
     Raises:
       ValueError: invalid shapes, dtypes or numbers; the message names them.
-      UnsupportedError: a valid call that this backend does not implement.
+      UnsupportedError: the call is valid, but the backend does not implement it.
 
     Source: arXiv:2205.14135; arXiv:2307.08691.
     """

@@ -1,4 +1,4 @@
-"""The paged attention ops: check arguments, select a backend and its configuration, run it. They have no gradients."""
+"""The paged attention ops: check arguments, select a backend and its configuration, run it. Not differentiable."""
 
 import dataclasses
 import functools
@@ -81,35 +81,36 @@ def paged_decode_attention(
     """Decode attention over a paged KV cache: one new token of each row attends to the row's keys and values.
 
     Row r has kv_len[r] tokens, including the new one: token t is in page page_table[r, t // page_size], in slot
-    t % page_size. Other slots (the rest of a last page, jfa.types.NULL_PAGE) never reach the output, even if they hold
-    NaN. A row without tokens returns zeros and a residual of -inf. Scores, softmax and sums are float32. Not
-    differentiable.
+    t % page_size. Other slots (the rest of the last page, and jfa.types.NULL_PAGE) never affect the output, even if
+    they contain NaN. A row without tokens returns zeros and a residual of -inf. Scores, softmax and sums are float32.
+    Not differentiable.
 
-    Values in page_table and kv_len are not checked: jfa.checks.paged_values does that, for tests and debugging.
+    Values in page_table and kv_len are not checked; for tests and debugging, jfa.checks.paged_values checks them.
     Lengths are clipped to the capacity of a page table row.
 
     Args:
       query: [b, hq, d]; float16, bfloat16 or float32.
-      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Either floats of any
-        of these dtypes; or quantized as in jfa.quant, with scales: int8, float8_e4m3fn, or uint8 with two 4-bit numbers
-        per byte and half the last axis. hq is a multiple of hkv.
+      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Either floats of one
+        of these dtypes, or quantized with scales as in jfa.quant: int8, float8_e4m3fn, or uint8, which packs two 4-bit
+        numbers per byte, so that the last axis is half as long. hq is a multiple of hkv.
       page_table: i32[b, pages_per_seq].
       kv_len: i32[b].
       scale: factor of the scores, a Python number; None: 1 / sqrt(d).
-      local_window_size: number of keys before its own that the query sees; only left of a pair (left, right) matters.
+      local_window_size: number of keys before its own position that the query sees; of a pair (left, right), only left
+        is used.
       logits_soft_cap: scores become cap * tanh(score / cap).
-      sinks: [hq], a logit per head in natural units that is added to the softmax's denominator and has no value.
+      sinks: [hq], one attention sink logit per head: exp(sink) is added to the softmax's denominator.
       key_scales, value_scales: [num_pages, page_size, hkv], for quantized pages.
-      return_residual: also return the log-sum-exp of the scores, natural units, without the sink.
-      implementation: "reference", "xla" or "triton" to require that backend; None to choose one.
+      return_residual: also return the (natural) log-sum-exp of the scores, without the sink.
+      implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
       config: a PagedConfig for "triton" or a BlockConfig for "xla"; None: the backend's default.
 
     Returns:
-      [b, hq, dv] in query's dtype; with return_residual also f32[b, hq].
+      [b, hq, dv] in query's dtype; with return_residual also the residual, f32[b, hq].
 
     Raises:
       ValueError: invalid shapes, dtypes or numbers; the message names them.
-      UnsupportedError: a valid call that this backend does not implement.
+      UnsupportedError: the call is valid, but the backend does not implement it.
 
     Source: arXiv:2309.06180, section 4.1.
     """
@@ -117,7 +118,7 @@ def paged_decode_attention(
     if operands.q.shape[0] != operands.kv_len.shape[0]:
         raise ValueError(
             f"query must have one token for each row of page_table, got {operands.q.shape[0]} for "
-            f"{operands.kv_len.shape[0]} rows; use ragged_paged_attention for any other number"
+            f"{operands.kv_len.shape[0]} rows; use ragged_paged_attention for other numbers of tokens"
         )
     out, lse = _run(operands, _spec(operands, scale, local_window_size, logits_soft_cap), implementation, config)
     return (out, lse) if return_residual else out
@@ -171,17 +172,17 @@ def ragged_paged_attention(
 ) -> Array | tuple[Array, Array]:
     """Causal attention over a paged KV cache for any number of new tokens per row: mixed prefill and decode.
 
-    Prompt chunks and single tokens of decoding rows go into one call, concatenated without padding. The parameters are
-    those of paged_decode_attention, except:
+    One call processes prompt chunks and single tokens of decoding rows, concatenated without padding. The parameters
+    are those of paged_decode_attention, except:
 
     Args:
-      query: [n, hq, d], the new tokens of row 0, then those of row 1 ...
-      kv_len: i32[b], including the new tokens: a row's queries are its last tokens.
+      query: [n, hq, d], the new tokens of row 0, then those of row 1, ...
+      kv_len: i32[b], number of tokens in each row, including the new ones, which are its last tokens.
       query_start: i32[b + 1], non-decreasing: row r has the queries query_start[r] up to query_start[r + 1]. Queries
         from query_start[b] on are padding and return zeros and a residual of -inf.
 
     Returns:
-      [n, hq, dv] in query's dtype; with return_residual also f32[n, hq].
+      [n, hq, dv] in query's dtype; with return_residual also the residual, f32[n, hq].
     """
     operands = _operands(
         query, key_pages, value_pages, page_table, kv_len, query_start, sinks, key_scales, value_scales
@@ -259,5 +260,5 @@ def _computed(plan: _Plan, operands: PagedOperands) -> tuple[Array, Array]:
 @_computed.defjvp
 def _refused(plan: _Plan, primals, tangents):
     raise UnsupportedError(
-        "paged attention has no gradients: train with dot_product_attention, or use stop_gradient on the operands"
+        "paged attention is not differentiable: train with dot_product_attention, or use stop_gradient on the operands"
     )

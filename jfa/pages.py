@@ -2,13 +2,13 @@
 
 Host-side Python on integers: the device only sees a page table and kv_len. A page is in one of three states:
 
-    free       no sequence owns it and its content is unknown
+    free       no sequence owns it and its content is not used
     held       one or more sequences own it (its reference count), all at the same index among their pages
     evictable  no sequence owns it, but its content is registered in the prefix cache: `add` reuses it for the same
                prefix, and when no page is free, the least recently used evictable page is evicted
 
-Sharing is safe because a page is written only while one sequence owns it and its content is not registered. `append`
-ensures this before it makes room.
+Sharing is safe because a page is written only while exactly one sequence owns it and its content is not registered.
+`append` ensures this before it adds room to a sequence.
 
 Source: PagedAttention, arXiv:2309.06180, section 4; prefixes are looked up by a chain of hashes as in vLLM's automatic
 prefix caching, https://docs.vllm.ai/en/stable/design/prefix_caching.html.
@@ -25,7 +25,7 @@ from jfa.types import NULL_PAGE
 
 
 class Copy(NamedTuple):
-    """A page to be copied to another page, in every layer, before the next step writes.
+    """A page to be copied to another page, in every layer, before the next step writes to the cache.
 
     Make the copies of a step in the order in which append returned them: if sequences are forked or freed between the
     calls, the source or destination of one copy can be the destination of a later one.
@@ -40,13 +40,13 @@ class _Sequence:
     pages: list[int]
     num_tokens: int
     chain: list[bytes]  # digest of the salt, then of every full page whose tokens were committed
-    gone: int = 0  # pages at its start that slide released; NULL_PAGE takes their places
+    gone: int = 0  # number of pages at its start that slide released and replaced by NULL_PAGE
 
 
 class PageAllocator:
     """Allocates the pages of a pool to sequences, shares them, and finds cached prefixes.
 
-    A sequence is named by any hashable id. When there are too few pages, a method returns None and changes nothing;
+    A sequence is identified by any hashable id. If there are too few pages, a method returns None and changes nothing;
     misuse raises ValueError. Each method takes time proportional to the number of pages that it touches. Allocation is
     deterministic: the same calls return the same pages.
 
@@ -55,8 +55,8 @@ class PageAllocator:
       page_size: tokens per page.
       watermark: pages that `add` leaves free, so that running sequences can grow. A sequence of more than
         (num_pages - 1 - watermark) * page_size tokens is never admitted, however long it waits.
-      queried_tokens, hit_tokens: tokens that `add` looked up in the prefix cache, and how many of them it found.
-      evictions: registered contents that were dropped because a page was needed.
+      queried_tokens, hit_tokens: number of tokens that `add` looked up in the prefix cache, and how many it found.
+      evictions: number of registered pages whose content was dropped because a page was needed.
     """
 
     def __init__(self, num_pages: int, page_size: int, *, watermark: int = 0) -> None:
@@ -66,8 +66,8 @@ class PageAllocator:
             raise ValueError(f"page_size is the number of tokens per page and must be >= 1, got {page_size}")
         if not 0 <= watermark <= num_pages - 2:
             raise ValueError(
-                f"watermark must be >= 0 and leave a page to allocate, so at most {num_pages - 2} of {num_pages} "
-                f"pages, got {watermark}"
+                f"watermark must be >= 0 and leave at least one page to allocate, so at most {num_pages - 2} of "
+                f"{num_pages} pages, got {watermark}"
             )
         self.num_pages = num_pages
         self.page_size = page_size
@@ -92,22 +92,23 @@ class PageAllocator:
         salt: bytes = b"",
         window: int | None = None,
     ) -> int | None:
-        """Starts a sequence with room for num_tokens tokens and returns how many of them need not be computed.
+        """Starts a sequence with room for num_tokens tokens and returns how many of them are already cached.
 
         Args:
-          tokens: token ids of the sequence, to look up in the prefix cache. The longest cached prefix in full pages is
-            shared, of at most num_tokens tokens and without the last of tokens, whose logits are needed.
+          tokens: token ids of the sequence, to look up in the prefix cache. The longest cached prefix of full pages is
+            shared. It has at most num_tokens tokens and never includes the last of `tokens`, which must be computed to
+            get its logits.
           salt: anything else that the cached values depend on (an adapter, an image): prefixes with different salts
             never match.
-          window: tokens that a query sees, itself included. Only the pages that the next token sees must be cached;
-            NULL_PAGE takes the places of those before, as after slide.
+          window: number of tokens that a query sees, including itself. Only the pages that the next token sees must be
+            cached; earlier pages are replaced by NULL_PAGE, as after slide.
 
         Returns:
           The number of cached tokens, or None if fewer than `watermark` pages would be left.
         """
         self._check_new(sequence)
         if num_tokens < 0:
-            raise ValueError(f"add starts sequence {sequence!r} with num_tokens >= 0, got {num_tokens}")
+            raise ValueError(f"to add sequence {sequence!r}, num_tokens must be >= 0, got {num_tokens}")
         pages, chain = self._known(() if tokens is None else tokens, num_tokens, salt, window)
         gone = pages.count(NULL_PAGE)
         missing = -(-num_tokens // self.page_size) - len(pages)
@@ -129,16 +130,19 @@ class PageAllocator:
         return len(self._known(tokens, num_tokens, salt, window)[0]) * self.page_size
 
     def append(self, sequence: Hashable, num_tokens: int = 1) -> list[Copy] | None:
-        """Makes room for num_tokens more tokens and returns the page copies to make before they are written.
+        """Adds room for num_tokens more tokens and returns the page copies to make before they are written.
 
-        There is at most one copy: of the last page, if it has room and either other sequences own it too or its content
-        is registered (truncate may leave part of a registered full page). The copy then takes its place.
+        There is at most one copy: of the last page, if it has room and either other sequences also own it or its
+        content is registered (truncate may leave part of a registered full page). The sequence then uses the copy.
 
-        Returns None if there are too few pages, even with those that the watermark reserves.
+        Returns None if there are too few pages, even including those that the watermark reserves.
         """
         record = self._record(sequence)
         if num_tokens < 0:
-            raise ValueError(f"append adds num_tokens >= 0 to sequence {sequence!r}, got {num_tokens}; see truncate")
+            raise ValueError(
+                f"to append to sequence {sequence!r}, num_tokens must be >= 0, got {num_tokens}; "
+                "use truncate to drop tokens"
+            )
         length = record.num_tokens + num_tokens
         missing, shared, registered = self._needs(record, num_tokens)
         if not (missing or shared or registered):
@@ -149,7 +153,7 @@ class PageAllocator:
             return None
         copies = []
         if registered and not shared and missing == self.num_free:
-            self._forget(record.pages[-1])  # no page left for a copy: the content is dropped, as in an eviction
+            self._forget(record.pages[-1])  # no page is left for a copy: drop the registered content, as in an eviction
         elif shared or registered:
             copies.append(Copy(record.pages[-1], self._take()))
             self._release(record.pages[-1:])
@@ -164,10 +168,10 @@ class PageAllocator:
         return missing + shared <= self.num_free
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
-        """Starts a sequence with the tokens of another, on the same pages; the first one to append gets a copy.
+        """Starts a sequence with the tokens of another, on the same pages; the first to append gets a copy of the last.
 
-        The tokens that the parent has room for must be written by then or be the same in both sequences: only `append`
-        separates them.
+        The tokens that the parent has room for must already be written, or be the same in both sequences: the sequences
+        stay on the same pages until `append`.
         """
         record = self._record(parent)
         self._check_new(child)
@@ -177,13 +181,13 @@ class PageAllocator:
     def slide(self, sequence: Hashable, first_token: int) -> None:
         """Releases the pages whose tokens are all before first_token: a layer with a window no longer sees them.
 
-        NULL_PAGE takes their places among the pages of the sequence; registered contents stay registered.
+        They are replaced by NULL_PAGE in the pages of the sequence; registered contents stay registered.
         """
         record = self._record(sequence)
         if not 0 <= first_token <= record.num_tokens:
             raise ValueError(
-                f"slide keeps the tokens of sequence {sequence!r} from first_token on, which must be between 0 and its "
-                f"{record.num_tokens} tokens, got {first_token}"
+                f"to slide sequence {sequence!r}, first_token must be from 0 to its length, "
+                f"{record.num_tokens}, got {first_token}"
             )
         gone = first_token // self.page_size
         if gone > record.gone:
@@ -192,16 +196,16 @@ class PageAllocator:
             record.gone = gone
 
     def truncate(self, sequence: Hashable, num_tokens: int) -> None:
-        """Keeps the first num_tokens tokens of a sequence and releases the pages that only the others need."""
+        """Keeps the first num_tokens tokens of a sequence and releases the pages that these do not need."""
         record = self._record(sequence)
         if not 0 <= num_tokens <= record.num_tokens:
             raise ValueError(
-                f"truncate must keep between 0 and all {record.num_tokens} tokens of sequence {sequence!r}, "
-                f"got {num_tokens}; append makes room for more"
+                f"truncate must keep 0 to {record.num_tokens} tokens of sequence {sequence!r}, "
+                f"got {num_tokens}; use append to add room"
             )
         if num_tokens < record.gone * self.page_size:
             raise ValueError(
-                f"truncate to {num_tokens} tokens needs pages of sequence {sequence!r} that slide released, up to "
+                f"cannot truncate to {num_tokens} tokens: slide released the pages of sequence {sequence!r} up to "
                 f"token {record.gone * self.page_size}; free it and add it again"
             )
         num_pages = -(-num_tokens // self.page_size)
@@ -211,17 +215,17 @@ class PageAllocator:
         record.num_tokens = num_tokens
 
     def commit(self, sequence: Hashable, tokens: Sequence[int]) -> None:
-        """Registers the full pages of the first len(tokens) tokens, which are written on the device, for reuse.
+        """Registers the full pages of the first len(tokens) tokens for reuse; they must be written on the device.
 
-        tokens are the sequence's token ids from its first one; only those of pages that were not committed before are
-        read. Of several pages with the same content, the first stays registered.
+        tokens: the sequence's token ids from the first one on; only those of pages that were not committed before are
+        read. If several pages have the same content, the first one stays registered.
         """
         record = self._record(sequence)
         committed = (len(record.chain) - 1) * self.page_size
         if not committed <= len(tokens) <= record.num_tokens:
             raise ValueError(
-                f"commit takes the tokens of sequence {sequence!r} from its first one, at least the {committed} of its "
-                f"committed pages and at most {record.num_tokens}, got {len(tokens)}; see append and truncate"
+                f"to commit sequence {sequence!r}, pass its tokens from the first one on: at least the {committed} "
+                f"already committed and at most {record.num_tokens}, got {len(tokens)}; see append and truncate"
             )
         for index in range(committed // self.page_size, len(tokens) // self.page_size):
             page = record.pages[index]
@@ -231,8 +235,8 @@ class PageAllocator:
                 continue
             if self._digest_of[page] not in (None, digest):
                 raise ValueError(
-                    f"sequence {sequence!r} commits different tokens from {index * self.page_size} on than a sequence "
-                    f"that shares page {page} with it; fork before append, and append before the tokens differ"
+                    f"the tokens of sequence {sequence!r} from {index * self.page_size} on differ from those that "
+                    f"another owner of page {page} committed; fork before append, and append before the tokens differ"
                 )
             if self._page_of.setdefault(digest, page) == page:
                 self._digest_of[page] = digest
@@ -245,9 +249,9 @@ class PageAllocator:
         del self._sequences[sequence]
 
     def pages(self, sequence: Hashable, start: int = 0) -> tuple[int, ...]:
-        """The pages of a sequence in order, from index start: its row of the page table.
+        """The pages of a sequence in order, from index start on: its row of the page table.
 
-        NULL_PAGE takes the places of those that slide released.
+        Pages that slide released are NULL_PAGE.
         """
         return tuple(self._record(sequence).pages[start:])
 
@@ -261,7 +265,7 @@ class PageAllocator:
 
     @property
     def sequences(self) -> tuple[Hashable, ...]:
-        """The ids of all sequences, the oldest first."""
+        """The ids of all sequences, oldest first."""
         return tuple(self._sequences)
 
     @property
@@ -276,22 +280,25 @@ class PageAllocator:
 
     @property
     def num_held(self) -> int:
-        """Pages that sequences own; a shared page counts once."""
+        """Pages that sequences own; a shared page is counted once."""
         return self.num_pages - 1 - self.num_free
 
     @property
     def num_shared(self) -> int:
-        """Additional pages that would be held without sharing. Takes time proportional to the sequences."""
+        """Additional pages that would be held without sharing. Takes time proportional to the number of sequences."""
         return sum(len(record.pages) - record.gone for record in self._sequences.values()) - self.num_held
 
     @property
     def wasted_slots(self) -> int:
-        """Unused slots of held pages, out of num_held * page_size. Takes time proportional to the sequences."""
-        filled: dict[int, list[int]] = {}  # partly filled last page: tokens in it, for each sequence that ends there
+        """Unused slots among the num_held * page_size of held pages.
+
+        Takes time proportional to the number of sequences.
+        """
+        filled: dict[int, list[int]] = {}  # partly filled last page: number of tokens of each sequence that ends there
         for record in self._sequences.values():
             if record.num_tokens % self.page_size:
                 filled.setdefault(record.pages[-1], []).append(record.num_tokens % self.page_size)
-        # an owner that is not in the list fills the whole page
+        # an owner that is not in the list uses the whole page
         return sum(self.page_size - max(n) for page, n in filled.items() if len(n) == self._counts[page])
 
     def check(self) -> None:
@@ -307,26 +314,27 @@ class PageAllocator:
             count = self._counts[page]
             assert count == owners[page], f"page {page} has {owners[page]} owners and a count of {count}"
             assert (count > 0) + free[page] + evictable == (page != NULL_PAGE), (
-                f"page {page} is not in one state: {count} owners, {free[page]} times free, evictable is {evictable}"
+                f"page {page} is not in exactly one state: {count} owners, {free[page]} times free, "
+                f"evictable is {evictable}"
             )
             if digest is None:
                 assert not evictable, f"page {page} is evictable, but not registered"
             else:
                 assert not free[page], f"page {page} is free, but registered"
-                assert self._page_of.get(digest) == page, f"page {page} is registered, but not found"
+                assert self._page_of.get(digest) == page, f"page {page} is registered, but not found by its digest"
         for digest, page in self._page_of.items():
-            assert self._digest_of[page] == digest, f"page {page} is found by a digest that is not its own"
+            assert self._digest_of[page] == digest, f"page {page} is found by the digest of another page"
         for name, record in self._sequences.items():
             full, rest = divmod(record.num_tokens, self.page_size)
             assert len(record.pages) == full + (rest > 0), (
                 f"sequence {name!r} of {record.num_tokens} tokens has {len(record.pages)} pages of {self.page_size}"
             )
             held = record.pages[record.gone :]
-            assert record.pages[: record.gone] == [NULL_PAGE] * record.gone, f"sequence {name!r} has a released page"
+            assert record.pages[: record.gone] == [NULL_PAGE] * record.gone, f"sequence {name!r} lists a released page"
             assert len(set(held)) == len(held), f"sequence {name!r} has a page twice: {record.pages}"
             assert len(record.chain) - 1 <= full, f"sequence {name!r} has committed more than its {full} full pages"
             for page, digest in zip(held, record.chain[1 + record.gone :], strict=False):
-                assert self._digest_of[page] in (None, digest), f"page {page} of sequence {name!r} holds other tokens"
+                assert self._digest_of[page] in (None, digest), f"page {page} of sequence {name!r} has other tokens"
 
     def _known(
         self, tokens: Sequence[int], num_tokens: int, salt: bytes, window: int | None
@@ -350,8 +358,8 @@ class PageAllocator:
         return found[:size], chain[: 1 + size]
 
     def _needs(self, record: _Sequence, num_tokens: int) -> tuple[int, bool, bool]:
-        """Pages to allocate for num_tokens more, and whether the last page, if they are written to it, is shared or
-        registered.
+        """Number of pages to allocate for num_tokens more tokens; and, if some of these are written to the last page,
+        whether that page is shared and whether it is registered.
         """
         missing = -(-(record.num_tokens + num_tokens) // self.page_size) - len(record.pages)
         if not num_tokens or not record.num_tokens % self.page_size:
@@ -360,7 +368,7 @@ class PageAllocator:
         return missing, self._counts[tail] > 1, self._digest_of[tail] is not None
 
     def _digest(self, parent: bytes, tokens: Sequence[int], index: int) -> bytes:
-        """Hashes a full page's tokens and all before them. 32 bytes, so that collisions cannot even be constructed."""
+        """Hashes a full page's tokens and all tokens before them. 32 bytes: collisions cannot be found on purpose."""
         start = index * self.page_size
         page = array("q", tokens[start : start + self.page_size]).tobytes()
         return hashlib.blake2b(parent + page, digest_size=32).digest()
@@ -372,11 +380,11 @@ class PageAllocator:
     def _record(self, sequence: Hashable) -> _Sequence:
         record = self._sequences.get(sequence)
         if record is None:
-            raise ValueError(f"there is no sequence {sequence!r}; add or fork starts one")
+            raise ValueError(f"there is no sequence {sequence!r}; start it with add or fork")
         return record
 
     def _take(self) -> int:
-        """Allocates a page to one owner. The caller has checked that there is one."""
+        """Allocates a page to one owner. The caller has checked that a page is available."""
         if self._free:
             page = self._free.pop()
         else:
@@ -393,7 +401,7 @@ class PageAllocator:
             self._counts[page] += 1
 
     def _release(self, pages: list[int]) -> None:
-        """Removes an owner from each page, last page first: the end of a prefix must be evicted before its start."""
+        """Removes an owner from each page, last page first: a prefix must be evicted from its end."""
         for page in reversed(pages):
             self._counts[page] -= 1
             if self._counts[page]:

@@ -1,13 +1,13 @@
 """Quantized arrays with a scale for each vector, used by KV caches, kernels and weights.
 
-Quantization is symmetric. The scale of a vector is its largest magnitude divided by the largest number of the kind:
+Quantization is symmetric. The scale of a vector is its absolute maximum divided by the largest number of the kind:
 
   int8  integers from -127 to 127
   fp8   float8_e4m3fn, up to 448
   int4  sixteen levels, -7.5, -6.5 ... 7.5, two per byte: element i in the low half of byte i, element i + d / 2 in the
         high half, so that a kernel unpacks a row into two contiguous halves
 
-Scales are rounded to bfloat16 before the numbers are divided by them, so that this rounding adds no error.
+Scales are rounded to bfloat16 before the division, so that this rounding adds no error.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class QuantizedArray:
 
     Attributes:
       values: int8, float8_e4m3fn, or uint8 with two 4-bit numbers per byte.
-      scales: one per vector, in the shape of values without its last axis.
+      scales: one per vector; the shape is that of values without the last axis.
     """
 
     values: Shaped[Array, "*n stored"]
@@ -41,20 +41,20 @@ class QuantizedArray:
 
     @property
     def kind(self) -> str:
-        """The key in KINDS."""
+        """The key in KINDS: "int8", "fp8" or "int4"."""
         return kind_of(self.values.dtype)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes, scales included."""
+        """Total size in bytes, including scales."""
         return sum(x.size * x.dtype.itemsize for x in (self.values, self.scales))
 
 
 def kind_of(dtype: DTypeLike) -> str:
-    """The kind that is stored in this dtype.
+    """The kind whose numbers are stored in this dtype.
 
     Raises:
-      ValueError: no kind is stored in this dtype.
+      ValueError: no kind uses this dtype.
     """
     name = jnp.dtype(dtype).name
     for kind, (stored, _) in KINDS.items():
@@ -84,13 +84,13 @@ def width(values: Any, scales: Any) -> int:
 
 
 def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
-    """Quantizes to the nearest numbers of a kind. A vector with a NaN or an infinity is dequantized to NaN.
+    """Quantizes to the nearest numbers of a kind. A vector that contains NaN or infinity is dequantized to NaN.
 
     Args:
       kind: "int8", "fp8" or "int4".
 
     Raises:
-      ValueError: an unknown kind, or int4 of an odd length.
+      ValueError: unknown kind, or int4 with an odd last axis.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -101,8 +101,8 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
     top = float(jnp.finfo(x.dtype).max)
     x = x.astype(jnp.float32)
     scales = (jnp.abs(x).max(-1, initial=0.0) / largest).astype(jnp.bfloat16)
-    # a scale rounded up would dequantize the largest number of x's dtype to infinity; with the lower 16 bits cleared,
-    # the bound is exact in bfloat16
+    # if its scale were rounded up, the largest number of x's dtype would be dequantized to infinity; with the lower 16
+    # bits cleared, the bound is exact in bfloat16
     bound = np.float32(top / largest).view(np.uint32) & np.uint32(0xFFFF0000)
     scales = jnp.where(jnp.isfinite(scales), jnp.minimum(scales, bound.view(np.float32).astype(scales.dtype)), jnp.nan)
     divisor = scales.astype(jnp.float32)[..., None]
@@ -112,7 +112,7 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
     elif kind == "int8":
         values = jnp.round(x)
     else:
-        # no level represents a NaN: the scale is NaN instead
+        # no level represents NaN: the scale is NaN instead
         levels = jnp.clip(jnp.floor(jnp.where(jnp.isnan(x), 0.0, x) + 8.0), 0, 15).astype(jnp.uint8)
         values = levels[..., :half] | (levels[..., half:] << 4)
     return QuantizedArray(values=values.astype(dtype), scales=scales)
@@ -147,10 +147,10 @@ def numbers(values: Shaped[Array, "*n stored"]) -> Float[Array, "*n d"]:
 
 
 def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:
-    """function(*arrays), for a function that only moves numbers of one dtype and computes nothing.
+    """function(*arrays), for a function that only moves elements (gather, scatter, pad) and computes nothing.
 
-    XLA on a CPU cannot move 8-bit floats: it converts all of them to float16 and back. There they are moved as uint8,
-    which copies the array that a scatter updates.
+    XLA on a CPU cannot move 8-bit floats: it converts the whole array to float16 and back. There they are moved as
+    uint8 instead, which still copies the array that a scatter updates.
     """
     dtype = arrays[0].dtype
     if dtype != jnp.float8_e4m3fn:
@@ -163,7 +163,7 @@ def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def _from_fp8(values: Shaped[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """astype(float32) by bit operations and selects: on a CPU a third of the time of XLA's own conversion."""
+    """astype(float32) by bit operations and selects: on a CPU three times as fast as XLA's own conversion."""
     bits = lax.bitcast_convert_type(values, jnp.int8).astype(jnp.int32)
     low = bits & 0x7F  # 4 bits of exponent, 3 of mantissa; all ones: NaN
     normal = lax.bitcast_convert_type((low << 20) + (120 << 23), jnp.float32)  # exponent bias 7 becomes 127

@@ -6,7 +6,7 @@ from importlib import resources
 
 from jfa.types import FlashConfig, PagedConfig
 
-# Architectures with compute units similar enough to use another one's table.
+# Architectures whose compute units are similar enough to those of another one to use its table.
 _NEIGHBOUR = {
     "gfx940": "gfx942",
     "gfx941": "gfx942",
@@ -29,7 +29,7 @@ def table_arch(arch: str) -> str:
 
 
 def flash_config(arch: str, *, dtype: str, head_dim: int, kernel: str = "flash_attention") -> FlashConfig | None:
-    """The table's entry for the smallest listed head_dim >= head_dim; None without a table or entry.
+    """The table's entry for the smallest listed head_dim >= head_dim; None if there is no table or no such entry.
 
     kernel: "flash_attention", "flash_attention_dq" or "flash_attention_dkv".
     """
@@ -39,7 +39,7 @@ def flash_config(arch: str, *, dtype: str, head_dim: int, kernel: str = "flash_a
 
 
 def paged_config(kernel: str, arch: str, *, dtype: str, pages: str, head_dim: int) -> PagedConfig | None:
-    """The table's entry for a paged attention kernel, looked up as in flash_config.
+    """Like flash_config, for a paged attention kernel.
 
     kernel: "paged_decode_attention" or "ragged_paged_attention". pages: dtype of the pages.
     """

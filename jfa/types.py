@@ -1,4 +1,4 @@
-"""Types that the rest of the library shares.
+"""Types that the whole library uses.
 
 Axis letters in annotations: `b` batch, `tq` and `tk` query and key positions, `hq` and `hkv` query and key heads,
 `g` query heads per key head, `d` head_dim of queries and keys, `dv` head_dim of values. A *block* is always a tile of a
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-# Padded rows and unused entries of a page table point to this page: it is in bounds and its content reaches no output.
+# Padded rows and unused page table entries point to this page: it is in bounds, and its content affects no output.
 NULL_PAGE = 0
 
 
@@ -31,7 +31,7 @@ class AttentionSpec:
 
     sm_scale: float
     causal: bool = False
-    window: tuple[int, int] | None = None  # keys seen to the left and right, not counting the query's own position
+    window: tuple[int, int] | None = None  # visible keys to the left and right, not counting the query's own position
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     dropout_rate: float = 0.0  # fraction of the weights set to 0; the others are divided by 1 - dropout_rate
     broadcast_dropout: bool = False  # drop the same weights in all batch rows and heads
@@ -41,7 +41,7 @@ class AttentionSpec:
             raise ValueError(f"scale must be a finite number, got {self.sm_scale}")
         if self.window is not None and min(self.window) < 0:
             raise ValueError(
-                f"local_window_size is the number of keys seen to the left and right of a query, so both must be >= 0, "
+                f"local_window_size is the number of visible keys to the left and right of a query: both must be >= 0, "
                 f"got {self.window}; None means no window"
             )
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
@@ -63,7 +63,7 @@ class AttentionSpec:
 
 
 class Operands(NamedTuple):
-    """The arrays that attention reads, or their shapes. None: the option is not used and costs nothing."""
+    """The arrays that attention reads, or their shapes. None: the option is not used and has no cost."""
 
     q: Float[Array, "b tq hq d"]
     k: Float[Array, "b tk hkv d"]
@@ -73,7 +73,7 @@ class Operands(NamedTuple):
     q_len: Int[Array, " b"] | None = None
     kv_len: Int[Array, " b"] | None = None
     q_offset: Int[Array, " b"] | None = None
-    sinks: Float[Array, " hq"] | None = None  # a logit per head, natural units, added to the denominator only
+    sinks: Float[Array, " hq"] | None = None  # a logit per head; exp(sink) is added to the denominator only
     alibi_slopes: Float[Array, " hq"] | None = None  # adds -slope * |position - key| to the scores
     q_segments: Int[Array, "b tq"] | None = None  # a query sees the keys of its own segment; needs kv_segments
     kv_segments: Int[Array, "b tk"] | None = None
@@ -88,13 +88,13 @@ class Operands(NamedTuple):
 class PagedOperands(NamedTuple):
     """The arrays that paged attention reads, or their shapes.
 
-    A row's queries are its last tokens: their positions end at kv_len - 1, and their keys are in the pages.
+    A row's queries are its last tokens: the last one is at position kv_len - 1, and their keys are in the pages.
     """
 
     q: Float[Array, "n hq d"]  # the queries of all rows, one row after another
     k_pages: Shaped[Array, "num_pages page_size hkv _"]  # floats, or quantized as in quant.KINDS
     v_pages: Shaped[Array, "num_pages page_size hkv _"]
-    page_table: Int[Array, "b pages_per_seq"]  # entry j of a row: the page of its tokens from page_size * j on
+    page_table: Int[Array, "b pages_per_seq"]  # entry j of a row: the page of tokens page_size * j and following
     kv_len: Int[Array, " b"]
     query_start: Int[Array, " b+1"] | None = None  # index of each row's first query; None: one query per row
     k_scales: Float[Array, "num_pages page_size hkv"] | None = None  # for quantized pages
@@ -114,12 +114,12 @@ class PagedOperands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """How the `xla` backend computes: tile sizes. Changes the speed, not the result."""
+    """Tile sizes and options of the `xla` backend. They affect the speed, not the result."""
 
     block_q: int
     block_kv: int
     widen: bool = False  # cast tiles to float32 before a matrix product: CPUs have no fast 16-bit one
-    packed: bool = False  # forward: all heads in one block-diagonal product, which needs no transposed copy of the keys
+    packed: bool = False  # forward: one block-diagonal product for all heads, without a transposed copy of the keys
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_kv < 1:
@@ -128,20 +128,20 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlashConfig:
-    """How a `triton` flash kernel computes: tile sizes, warps and pipeline stages of one program, and two switches.
+    """Tile sizes, warps and pipeline stages of a `triton` flash attention kernel, and two switches.
 
-    The switches exp2_degree (16-bit inputs) and round_half_up (bfloat16) change roundings within the documented
+    The switches exp2_degree (16-bit inputs) and round_half_up (bfloat16) change rounding within the documented
     tolerances. They pay off where vector instructions, not matrix units, limit the kernel: on AMD (bench/LOG.md). With
-    them, a NaN whose bits are all ones, as NVIDIA GPUs produce it, may become a number.
+    them, a NaN whose bits are all ones, as produced by NVIDIA GPUs, may become a number.
     """
 
     block_q: int
     block_kv: int
     num_warps: int
     num_stages: int
-    block_d: int | None = None  # columns of the head_dim that are multiplied at a time; None: all at once
-    exp2_degree: int | None = None  # 2^x by a polynomial of degree 3 or 4 instead of the hardware function
-    round_half_up: bool = False  # round weights to bfloat16 half up, by an integer addition, instead of to nearest even
+    block_d: int | None = None  # number of head_dim columns that are multiplied at a time; None: all at once
+    exp2_degree: int | None = None  # compute 2^x by a polynomial of degree 3 or 4 instead of the hardware function
+    round_half_up: bool = False  # round weights to bfloat16 half up (one integer addition) instead of to nearest even
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_kv", "block_d"):
@@ -158,12 +158,12 @@ class FlashConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedConfig(FlashConfig):
-    """How a `triton` paged attention kernel computes. A tile of queries contains the heads of a group side by side.
+    """Like FlashConfig, for a `triton` paged attention kernel. A tile of queries contains all heads of a group.
 
     Keys are gathered through the page table, so block_kv is independent of page_size.
     """
 
-    num_splits: int | None = None  # programs that share a row's keys; None: enough to keep the device busy
+    num_splits: int | None = None  # programs that split a row's keys; None: enough to keep the device busy
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Decoder models on Flax NNX, and what they need to generate text.
+"""Decoder models in Flax NNX, and everything needed to generate text with them.
 
 The public names are listed in __init__.pyi and imported on first use, so that the command line can show its help
 without importing JAX.

@@ -1,4 +1,4 @@
-"""A file of prompts to a file of results; after an interruption, the same call resumes where it stopped."""
+"""Runs a file of prompts and writes a file of results; after an interruption, the same call resumes the batch."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a batch file: its number, from 1, and its request or the reason why it cannot be served."""
+    """One line of a batch file: its number, counted from 1, and its request, or the reason why it is invalid."""
 
     number: int
     given: dict[str, Any]
@@ -30,7 +30,7 @@ class Line:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a batch file without the blank ones.
+    """Reads the lines of a batch file, except blank ones.
 
     Each is a JSON object with "prompt" or "prompt_token_ids", and optionally "id" and fields of SamplingParams.
     """
@@ -49,7 +49,7 @@ def _line(number: int, text: bytes) -> Line:
     if unknown := given.keys() - {*PROMPTS, "id", *FIELDS}:
         error = f"unknown fields {', '.join(sorted(unknown))}; allowed are id and the fields of SamplingParams"
     elif not isinstance(given.get("prompt", ""), str):
-        error = f"prompt must be text, got {given['prompt']!r}; give token ids as prompt_token_ids"
+        error = f"prompt must be a string, got {given['prompt']!r}; pass token ids as prompt_token_ids"
     elif not _are_integers(given.get("prompt_token_ids", [])):
         error = f"prompt_token_ids must be a list of integers, got {given['prompt_token_ids']!r}"
     elif isinstance(bias := given.get("logit_bias"), dict):
@@ -63,10 +63,10 @@ def _are_integers(tokens: Any) -> bool:
 
 
 def done(path: Path, lines: list[Line]) -> set[int]:
-    """The numbers of the lines with results in the file. An incomplete last line is removed from it.
+    """The numbers of the lines that already have a result in the file. Removes an incomplete last line from the file.
 
     Raises:
-      ValueError: the file is not the result of these lines.
+      ValueError: the file contains something other than results of these lines.
     """
     if not path.exists():
         return set()
@@ -84,7 +84,8 @@ def done(path: Path, lines: list[Line]) -> set[int]:
             raise ValueError(f"{path} contains a line that is not a result of this batch: {text[:60]!r}") from None
         if line.prompt is not None and line.error is None and line.prompt != result.get(_prompt_name(line)):
             raise ValueError(
-                f"{path} has the results of another batch: line {line.number} had another prompt; use another --output"
+                f"{path} has the results of another batch: the prompt of line {line.number} differs; "
+                "use another --output"
             )
         found.add(line.number)
     return found
@@ -93,13 +94,13 @@ def done(path: Path, lines: list[Line]) -> set[int]:
 def run(engine: Engine, lines: list[Line], output: Path, defaults: SamplingParams) -> Iterator[dict[str, Any]]:
     """Appends the result of each line to the output as soon as it is available, and yields it.
 
-    The result of a line that cannot be served has an "error" field.
+    The result of an invalid line has an "error" field.
     """
     waiting: dict[str, Line] = {}
     with output.open("a", encoding="utf-8") as file:
 
         def write(result: dict[str, Any]) -> dict[str, Any]:
-            file.write(json.dumps(result) + "\n")  # in ASCII: lone surrogates and line separators are escaped
+            file.write(json.dumps(result) + "\n")  # ASCII: lone surrogates and line separators are escaped
             file.flush()
             return result
 

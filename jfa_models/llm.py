@@ -53,7 +53,9 @@ class LLM:
         if not isinstance(model, LanguageModel):
             model = from_pretrained(model, dtype=dtype)
         elif dtype is not None:
-            raise ValueError(f"dtype={dtype!r} is given too late: the model is loaded in {model.dtype}; leave it out")
+            raise ValueError(
+                f"dtype={dtype!r} has no effect: the model is already loaded in {model.dtype}; leave it out"
+            )
         self.model = model
         self.engine = Engine(
             model,
@@ -77,8 +79,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues each prompt; results are in the order of the prompts.
 
-        A request without its own seed samples from (the seed of this LLM, its index in prompts). If the call is
-        interrupted or a callback raises, the engine is reset: unfinished requests are lost.
+        A request without a seed gets one from (the seed of this LLM, its index in prompts). If the call is interrupted
+        or a callback raises, the engine is reset: unfinished requests are lost.
 
         Args:
           prompts: text or token ids, one or many, of any length.
@@ -92,7 +94,9 @@ class LLM:
         prompts = as_prompts(prompts)
         params = [sampling_params] * len(prompts) if not isinstance(sampling_params, Sequence) else sampling_params
         if len(params) != len(prompts):
-            raise ValueError(f"sampling_params must be one, or one per prompt, got {len(params)} for {len(prompts)}")
+            raise ValueError(
+                f"sampling_params must be one, or one per prompt, got {len(params)} for {len(prompts)} prompts"
+            )
         if self.engine.has_unfinished:
             raise RuntimeError("the engine runs other requests: wait until they finish, or use engine.add_request")
         results: dict[int, RequestOutput] = {}

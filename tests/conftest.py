@@ -2,6 +2,6 @@
 
 import os
 
-# Tests compile far longer than they compute: without LLVM's optimizations a quarter of the suite's time goes. What XLA
-# itself does to a program stays. It must be said before JAX starts.
+# Tests spend far more time compiling than computing: disabling LLVM's optimizations saves a quarter of the suite's
+# time. XLA's own passes still run. The flag must be set before JAX starts.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"

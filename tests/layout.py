@@ -1,9 +1,9 @@
-"""The layout in figures: for each folder its entries, how they are layered, and the imports between them.
+"""Statistics of the layout: for each folder the number of its entries, layers and imports between the entries.
 
     uv run python tests/layout.py [ROOT]    # of this checkout, or of another commit's
 
-An entry is a file or a subfolder of the folder, taken as one. Entries import each other, type imports included; layers
-is the number of entries on the longest chain of imports. In a cycle there is no such chain.
+An entry is a file, or a subfolder as a whole. Imports include type imports; layers is the number of entries on the
+longest chain of imports, which does not exist if there is a cycle.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def imports(file: Path, name: str) -> Iterator[str]:
 
 
 def edges(root: Path) -> dict[str, set[str]]:
-    """What each module imports of the three packages, as names of modules."""
+    """The modules of the three packages that each module imports, by name."""
     files = {}
     for package, folder in PACKAGES.items():
         for file in sorted((root / folder).rglob("*.py")):

@@ -1,11 +1,11 @@
-"""What the suite notices: seeded one-line changes to the code, each tried against the tests that are about it.
+"""Mutation testing: seeded one-line changes to the code, for each of which the tests of that code are run.
 
     uv run python tests/mutants.py                        # all of them, two at a time: about an hour
     uv run python tests/mutants.py --group allocator      # of one group; --list shows them without running anything
 
-A change turns a comparison, moves a constant by one, drops a branch, shifts an index, or exchanges plus and minus or
-`and` and `or`. It is noticed when a test fails, or runs far longer than all of them should. Some changes change no
-result: SURVIVORS says why.
+A change alters a comparison, increments a constant, drops a branch, shifts an index, or exchanges plus and minus or
+`and` and `or`. It is noticed when a test fails or the tests run far too long. Some changes have no effect on results:
+SURVIVORS says why.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LIMIT_S = 900
 
 
 class Group(NamedTuple):
-    """Files that are changed, and the tests that are about them, those that fail soonest first."""
+    """Files that are changed, and the tests that cover them, those that fail soonest first."""
 
     files: str
     tests: str
@@ -73,7 +73,7 @@ PER_GROUP = 14
 
 SURVIVORS = {  # the changed line: why no test can notice it
     "if operands.q_segments is not None or operands.kv_segments is not None:": "both are given, or neither",
-    "if tile.has_data_mask or visible is not None:": "weights that are zero already are masked once more",
+    "if tile.has_data_mask or visible is not None:": "weights that are already zero are masked again",
     "num_pages=[1 + int(table.max(initial=1)) for table in own],": "an empty table gets a pool of one page more",
     "return hashlib.blake2b(parent + page, digest_size=33).digest()": "any size that avoids collisions will do",
 }
@@ -84,7 +84,7 @@ _COMPARISONS |= {ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn:
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """A line of a file, and what is put in its place."""
+    """A line of a file and its replacement."""
 
     group: str
     file: str
@@ -97,7 +97,7 @@ class Mutant:
 
 
 def mutants(group: str, *, count: int = PER_GROUP, seed: int = 0) -> list[Mutant]:
-    """Changes of a group, of each kind in turn; the same for a seed as long as the files are the same."""
+    """Changes of a group, cycling through the kinds; they depend only on the seed and the files."""
     draw = random.Random(f"{seed} {group}")
     kinds: dict[str, list[Mutant]] = defaultdict(list)
     for file in GROUPS[group].files.split():
@@ -107,7 +107,7 @@ def mutants(group: str, *, count: int = PER_GROUP, seed: int = 0) -> list[Mutant
                 line = lines[node.lineno - 1].encode()
                 changed = (line[:start] + text.encode() + line[end:]).decode()
                 kinds[kind].append(Mutant(group, file, node.lineno, line.decode(), changed))
-    chosen: dict[tuple[str, int], Mutant] = {}  # one of each line
+    chosen: dict[tuple[str, int], Mutant] = {}  # at most one per line
     for found in kinds.values():
         draw.shuffle(found)
     while len(chosen) < count and any(kinds.values()):
@@ -120,12 +120,12 @@ def mutants(group: str, *, count: int = PER_GROUP, seed: int = 0) -> list[Mutant
     return list(chosen.values())
 
 
-# What is shifted as an index: names of whole numbers here, not of keys.
+# Variables that are shifted when used as an index: in this code they are integers, not keys.
 _NUMBERS = {"i", "j", "n", "page", "row", "place", "layer", "index", "slot", "start", "turn", "table", "cut", "at"}
 
 
 def _replacements(tree: ast.AST, lines: Sequence[str]) -> Iterator[tuple[str, Any, int, int, str]]:
-    """(kind of change, an expression, two places in its line, what stands between them afterwards)."""
+    """(kind of change, the expression, start and end columns in its line, the text that replaces them)."""
     for node in _computed(tree):
         match node:
             case ast.Compare(ops=[op]):
@@ -147,7 +147,7 @@ def _replacements(tree: ast.AST, lines: Sequence[str]) -> Iterator[tuple[str, An
 
 
 def _computed(tree: ast.AST) -> Iterator[ast.AST]:
-    """Expressions and statements within functions that are computed: no annotations, messages or decorators."""
+    """Expressions and statements that functions execute: without annotations, messages and decorators."""
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
             waiting: list[ast.AST] = list(function.body)
@@ -189,14 +189,14 @@ def noticed(mutant: Mutant, *, root: Path = ROOT, options: Sequence[str] = ()) -
 
 
 def main() -> int:
-    """Prints what was noticed, and the survivors; exit status 1 if less than nine in ten were noticed."""
+    """Prints which changes were noticed and which survived; exit status 1 if less than nine in ten were noticed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group", choices=GROUPS, action="append")
-    parser.add_argument("--count", type=int, default=PER_GROUP, help="of each group")
+    parser.add_argument("--count", type=int, default=PER_GROUP, help="changes per group")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="show the changes and run nothing")
-    parser.add_argument("--json", type=Path, help="also write them to a file")
+    parser.add_argument("--json", type=Path, help="also write the results to a file")
     asked = parser.parse_args()
     chosen = [one for group in asked.group or GROUPS for one in mutants(group, count=asked.count, seed=asked.seed)]
     if asked.list:

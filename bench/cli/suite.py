@@ -7,7 +7,7 @@ import click
 
 from ..records import plot, report
 
-# File name to the command line that creates it. What a machine does not support becomes records with a reason.
+# File name to the command line that creates it. What a machine does not support is recorded with a reason.
 FULL: Mapping[str, str] = {
     "attention": "attention --direction all",
     "attention-fa2": "attention --grid fa2 --dtype bfloat16",

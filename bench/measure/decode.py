@@ -1,7 +1,7 @@
 """`jfa-bench decode`: the time of decode steps, for a batch of rows after a context of a given length.
 
-A step reads every weight and all keys and values once: their bytes per time are compared with the bandwidth of a copy,
-measured in the same run. For comparison the model's matrix products are measured alone, interleaved.
+A step reads every weight and all keys and values once: the bytes per second are compared with the bandwidth of a copy,
+measured in the same run. For comparison only the model's matrix products are measured as well, interleaved.
 """
 
 import functools

@@ -29,9 +29,9 @@ WAYS = (("one", 1), *itertools.product(("parallel", "beams"), (2, 4, 6)))
 def measure(*, data_sets: tuple[str, ...], page_sizes: tuple[int, ...], steps: int, seed: int = 0) -> Iterator[dict]:
     """A record for each data set, page size and kind of sampling.
 
-    wasted_share: fraction of the slots in held pages that have no token. saved_share: fraction of the pages that would
-    be held without sharing and that sharing saves. reserved_share: held slots / slots of a cache that reserves 2048
-    tokens for every sequence. Means over all steps after the first fifth.
+    wasted_share: fraction of the slots in held pages that have no token. saved_share: of the pages that would be held
+    without sharing, the fraction that sharing saves. reserved_share: held slots / slots of a cache that reserves 2048
+    tokens for every sequence. All are means over the steps after the first fifth.
     """
     shared = machine.circumstances() | {"benchmark": "memory"}
     for data, page_size, (sampling, width) in itertools.product(data_sets, page_sizes, WAYS):

@@ -50,7 +50,7 @@ def build(
 
 
 def chosen(implementation: str) -> str | None:
-    """The implementation argument of the ops; None: they choose."""
+    """The implementation argument of the ops; None: the ops choose."""
     return None if implementation == "jfa" else implementation
 
 

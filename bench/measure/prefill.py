@@ -1,7 +1,7 @@
 """`jfa-bench prefill`: the prefill time of whole models, with jfa's attention and with the plain formula.
 
-The prompt is processed in one chunk; the logits after it are part of decode. For comparison the model's matrix products
-are measured alone, interleaved.
+The prompt is processed in one chunk; the logits after it are part of decode. For comparison only the model's matrix
+products are measured as well, interleaved.
 """
 
 import time

@@ -78,9 +78,9 @@ def measure(
     """A record for each implementation; everything is compiled before timing starts.
 
     tokens_per_s: generated tokens / time from the first arrival to the last token. wasted_share: fraction of the slots
-    in held pages that have no token; saved_share: fraction of the pages that would be held without sharing and that it
-    saves; reserved_share: maximum number of held slots / slots of the same number of rows that all reserve the longest
-    request.
+    in held pages that have no token; saved_share: of the pages that would be held without sharing, the fraction that
+    sharing saves; reserved_share: maximum number of held slots / slots of the same number of rows that all reserve the
+    longest request.
     """
     shared = machine.circumstances() | {"benchmark": "throughput", "case": dict(case)}
     static = None

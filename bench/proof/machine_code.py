@@ -92,7 +92,7 @@ RATES = {
 
 L1_BYTES_PER_CYCLE = 64  # per compute unit; the L1 cache holds spilled registers first. Source: the same white papers
 
-# Instruction forms that gfx950 inherits from gfx942 take as many cycles as there: half the rate of its own deeper ones.
+# Instruction forms that gfx950 inherits from gfx942 take the same number of cycles: half the rate of its deeper ones.
 # Source: LLVM's SISchedule.td, passes of SIDPGFX950FullSpeedModel.
 _OLD_FORMS_OF_GFX950 = {
     ("32x32x8", "16 bits"),

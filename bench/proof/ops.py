@@ -114,7 +114,7 @@ def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConf
     return config
 
 
-# A decode batch, and the same rows with a prompt chunk each: 64 rows of up to 8192 tokens, 32 heads over 8.
+# A decode batch, and the same rows with a prompt chunk each: 64 rows of up to 8192 tokens, 32 query heads over 8.
 _PAGED_BATCH, _PAGED_CAPACITY, _PAGE_SIZE, _CHUNK = 64, 8192, 16, 64
 
 
@@ -178,7 +178,7 @@ def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]
     return config
 
 
-# Wider sweeps of all architectures have narrowed these starting points, so that a sweep takes minutes, not an hour.
+# These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
 
 
 def _forward_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
@@ -245,7 +245,7 @@ def _decode_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
 
 
 def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
-    """Those of the forward kernel, without its tallest tiles: rows that decode fill only part of one."""
+    """The tiles of the forward kernel except the tallest, of which rows that decode fill only a part."""
     if aot.is_cdna(arch) and head_dim > 128:
         return [dict(block_q=64, num_warps=warps) for warps in (4, 8)]
     starts = _forward_starts(arch, dtype.partition(" on ")[0], head_dim)
@@ -255,12 +255,12 @@ def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
 
 
 def _ragged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """Those that pay off in the forward kernel."""
+    """The first, best value of each switch of the forward kernel."""
     return {name: values[:1] for name, values in _switches(arch, dtype.partition(" on ")[0]).items()}
 
 
 def _decode_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """Memory is the bottleneck, not the vector instructions for the scores of a few rows."""
+    """Only num_stages: memory is the bottleneck, not the vector instructions for the scores of a few rows."""
     return {"num_stages": (1,) if aot.is_amd(arch) else (2, 1, 3)}
 
 

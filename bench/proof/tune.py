@@ -2,7 +2,7 @@
 
 Offline, the choice is made from compiled code. A kernel's Sweep (ops.OPS) defines what is tried: its starting tiles,
 enlarged until a kernel spills, loses occupancy or gets slower; then its late axes, one at a time, on the best LATE
-candidates; for a dtype that is like another, only the best ALIKE of that one. Then:
+candidates; for a dtype that is like another, only the best ALIKE candidates of the other. Then:
 
 AMD: the criteria are that a candidate fits the LDS, spills nothing and keeps at least two waves per SIMD; of these, the
 most FLOP per cycle wins (the order of matrix_bound, but also defined if no matrix instruction supports a dtype).
@@ -23,7 +23,7 @@ main loop, and more than is counted if they exceed the caches). On NVIDIA it is 
 With a GPU and without --offline, the best candidates by these rules are measured, interleaved; the fastest median wins,
 and the table records date, device and versions.
 
-One file: the rules above and the code that applies them are read together.
+The rules above and the code that applies them are in one file because they are read together.
 """
 
 import dataclasses

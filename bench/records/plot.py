@@ -1,7 +1,7 @@
 """Plots of records, made only from the records. Each line has its own marker and dashes, and each bar its own hatch, so
 that plots can be read in black and white.
 
-matplotlib is an optional dependency and is imported when a plot is drawn.
+matplotlib is an optional dependency and is imported when a plot is made.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The numerics contract (README, "Numerics"): tolerances are computed from the dtype, never hard-coded in a test."""
+"""The numerics contract (docs/attention.md): tolerances are computed from the dtype, never hard-coded in a test."""
 
 from collections.abc import Callable
 

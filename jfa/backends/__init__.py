@@ -1,7 +1,7 @@
 """Selects the backend of a call: an ordered list per platform, and a reason for each backend that cannot be used.
 
-A backend is a module in this package that offers the functions of interface.py. It is imported when it is first
-considered, so that a CPU never has to import Pallas.
+A backend is a module in this package that implements interface.py. It is imported when it is first considered for a
+call, so that calls on a CPU do not import Pallas.
 """
 
 import dataclasses
@@ -29,8 +29,11 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 
 
-# Public names of planned backends and the reason with which they are refused.
-NOT_BUILT = {"tpu": "a Pallas kernel for TPU is not built yet", "mosaic_gpu": "a Mosaic GPU kernel is not built yet"}
+# Planned backends: public name, and the reason given to a call that requests it.
+NOT_BUILT = {
+    "tpu": "the Pallas kernel for TPU is not implemented yet",
+    "mosaic_gpu": "the Mosaic GPU kernel is not implemented yet",
+}
 
 
 def flash(name: str) -> FlashBackend:
@@ -61,8 +64,8 @@ def select(
       operands: Operands, or PagedOperands with table=paged.
 
     Raises:
-      ValueError: no such backend.
-      UnsupportedError: the named backend does not support the call, or none does; with the reason of each.
+      ValueError: there is no backend with this name.
+      UnsupportedError: the named backend, or every backend, does not support the call; the message has the reasons.
     """
     if implementation is None:
         reasons = []
@@ -71,7 +74,7 @@ def select(
             if reason is None:
                 return name
             reasons.append(f"{name}: {reason}")
-        raise UnsupportedError(f"no attention backend on {device.platform}:\n  " + "\n  ".join(reasons))
+        raise UnsupportedError(f"no backend supports this call on {device.platform}:\n  " + "\n  ".join(reasons))
     if implementation not in NAMES and implementation not in NOT_BUILT:
         known = ", ".join((*NAMES, *NOT_BUILT))
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
@@ -82,7 +85,7 @@ def select(
 
 
 def check_config(backend: str, wanted: type | None, given) -> None:
-    """Raises ValueError unless a configuration has the type that the backend takes."""
+    """Raises ValueError unless a configuration has the type that the backend accepts."""
     if wanted is None or not isinstance(given, wanted):
         takes = "no config" if wanted is None else f"a {wanted.__name__}"
         raise ValueError(f"the {backend} backend takes {takes}, got a {type(given).__name__}")
@@ -90,7 +93,7 @@ def check_config(backend: str, wanted: type | None, given) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Which backend an op uses on a device, and why not the others."""
+    """Which backend an op uses on a device, and why the others are not used."""
 
     op: str
     backend: str
@@ -99,7 +102,7 @@ class Explanation:
 
 
 def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
-    """For each op, the backend that a plain call uses on this device, and the reasons against the others.
+    """For each op, the backend that a plain call uses on this device, and why the others are not used.
 
     Args:
       device: None: the current device.
@@ -140,7 +143,7 @@ def _explained(op: str, table: Table, operands: Any, device: DeviceInfo, has_tab
             reason = "stores all scores in memory; used only if requested"
         elif reason is None and name == "triton" and device.platform == "cpu":
             reason = "interpreted on a CPU, which is slow; used only if requested"
-        refused.append((name, reason or f"comes after {chosen} on {device.platform}; used only if requested"))
+        refused.append((name, reason or f"{chosen} is preferred on {device.platform}; used only if requested"))
     tiles = "defaults"
     if chosen == "triton":
         tiles = f"tuning table of {tuning.table_arch(device.arch)}"

@@ -13,8 +13,8 @@ class FlashBackend:
 
     Attributes:
       why_not: the reason why it does not support a call; None: it does.
-      default_config: the configuration if the caller gives none; None: the backend has no configuration.
-      config_type: type of the configurations that it takes; None: it takes none.
+      default_config: the configuration if the caller passes none; None: the backend has no configuration.
+      config_type: type of the configurations that it accepts; None: it accepts none.
       run: (operands, spec, config, device) -> (out, lse).
       backward_config: (operands, config of the forward pass, device) -> configuration of the backward pass.
       run_backward: (operands, out, lse, d_out, d_lse, spec, config, device) -> cotangents, as Operands.

@@ -1,1 +1,1 @@
-"""KV caches as pytrees. They only store keys and values; they compute no attention."""
+"""KV caches as pytrees. They only store keys and values and do not compute attention."""

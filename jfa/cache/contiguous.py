@@ -14,17 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 class KVCache:
     """The keys and values of all layers of one model. Every method returns a new cache.
 
-    Slots at or past kv_len hold garbage and are never read. Donate the cache to the step that returns the new one, so
-    that writes happen in place.
+    Slots at or past kv_len contain garbage and are never read. Donate the cache to the jitted function that returns the
+    new one, so that writes happen in place.
 
-    Layers with a window are ring buffers: they keep the window plus some slack, and position j is in slot
-    j % num_slots. truncate can go back by at most the slack; a ring that was never full has no such limit.
+    Layers with a window are ring buffers: they store the last window + slack tokens, position j in slot j % num_slots.
+    Once such a ring is full, truncate can drop at most slack tokens.
 
     Attributes:
       k, v: an array per layer; slot j of a row holds the token at position j.
       kv_len: number of valid tokens of each row.
       capacity: tokens that a row can hold.
-      ring_sizes: for each layer the maximum number of slots that it needs; None: capacity.
+      ring_sizes: for each layer, the maximum number of slots that it needs; None: capacity.
     """
 
     k: tuple[Float[Array, "b slots hkv d"], ...]
@@ -49,8 +49,8 @@ class KVCache:
         """An empty cache of capacity tokens per row.
 
         Args:
-          windows: for each layer the number of tokens that a query sees, itself included; None: all. Empty: all tokens
-            in every layer.
+          windows: for each layer, the number of tokens that a query sees, including itself; None: all. Empty: all
+            tokens in every layer.
           slack: number of tokens that truncate may drop in layers with a window.
 
         Raises:
@@ -85,7 +85,7 @@ class KVCache:
     ) -> "KVCache":
         """Writes t tokens of one layer starting at kv_len, which advance updates. Tokens past capacity are dropped.
 
-        lengths: number of valid tokens in each row; None: all. The others are padding and never written to a ring.
+        lengths: number of valid tokens in each row; None: all. The rest is padding, which is never written to a ring.
         """
         t, slots = k.shape[1], self.k[layer].shape[1]
         row = jnp.arange(k.shape[0])[:, None]
@@ -93,7 +93,7 @@ class KVCache:
         slot = self.kv_len[:, None] + token
         if self.is_ring(layer):
             real = t if lengths is None else lengths[:, None]
-            # of more tokens than slots write the last ones; the others get distinct indices out of bounds
+            # if there are more tokens than slots, write the last ones; the others get distinct out-of-bounds indices
             slot = jnp.where((token < real) & (token >= real - slots), slot % slots, slots + token)
 
         def put(array, new):
@@ -106,7 +106,7 @@ class KVCache:
         )
 
     def slots_seen(self, layer: int, window: int) -> tuple[Bool[Array, "b slots"], Int[Array, " b"]]:
-        """The slots of a ring that the token at kv_len sees once it is written, and the number of filled slots then."""
+        """The slots of a ring that the token to be written at kv_len will see, and how many slots will be filled."""
         slots = self.k[layer].shape[1]
         position = self.kv_len[:, None]
         age = (position - jnp.arange(slots)) % slots
@@ -142,14 +142,14 @@ class KVCache:
         if capacity < self.capacity:
             raise ValueError(f"a cache of {self.capacity} slots cannot grow to {capacity}; use truncate to drop tokens")
 
-        def padded(array: Array, size: int | None) -> Array:  # a ring that grows was never full
+        def padded(array: Array, size: int | None) -> Array:  # a ring that still grows has never wrapped around
             return jnp.pad(array, ((0, 0), (0, _slots(capacity, size) - array.shape[1]), (0, 0), (0, 0)))
 
         k, v = (tuple(map(padded, arrays, self.ring_sizes)) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v, capacity=capacity)
 
     def truncate(self, kv_len: Int[Array, " b"]) -> "KVCache":
-        """Drops every token at or past kv_len, in a full ring at most slack of them. Nothing is copied."""
+        """Drops all tokens at positions >= kv_len (at most slack of them in a full ring), without copying."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
 

@@ -1,6 +1,6 @@
-"""A paged KV cache: rows take pages as tokens arrive, share the pages of a common prefix, and release them.
+"""A paged KV cache: rows get pages as tokens arrive, share the pages of a common prefix, and release them.
 
-The host decides which row owns which page (jfa.PageAllocator); this module has the pages and the page tables on the
+The host decides which row owns which page (jfa.PageAllocator); this module manages the pages and the page tables on the
 device. Source: arXiv:2309.06180, section 4.
 """
 
@@ -25,16 +25,16 @@ Pages = Shaped[Array, "num_pages page_size hkv d"] | QuantizedArray
 class PagedKVCache:
     """The keys and values of all layers of one model. Every method returns a new cache.
 
-    Token t of row r is in slot t % page_size of page page_table[r, t // page_size]. Slots of tokens at or past kv_len
-    hold garbage and are never read. NULL_PAGE fills the page table where a row has no page and is never written. Donate
-    the cache to the step that returns the new one, so that writes happen in place.
+    Token t of row r is in slot t % page_size of page page_table[r, t // page_size]. Slots at or past kv_len contain
+    garbage and are never read. Page table entries without a page are NULL_PAGE, which is never written. Donate the
+    cache to the jitted function that returns the new one, so that writes happen in place.
 
     Attributes:
       k, v: the pages of each layer, floats or quantized.
-      page_tables: one page table for each attention pattern of the model, since layers with a window release pages that
-        the others keep.
+      page_tables: one page table for each attention pattern of the model, since layers with a window release pages
+        that the others still need.
       kv_len: number of valid tokens of each row.
-      table_of: for each layer the index of its page table in page_tables.
+      table_of: for each layer, the index of its page table in page_tables.
     """
 
     k: tuple[Pages, ...]
@@ -58,18 +58,20 @@ class PagedKVCache:
         kv_dtype: str | None = None,
         table_of: Sequence[int] | None = None,
     ) -> "PagedKVCache":
-        """An empty cache whose page tables have no pages.
+        """An empty cache with empty page tables.
 
         Args:
-          num_pages: pages of each layer, or a sequence with the pages of each page table's layers; includes NULL_PAGE.
+          num_pages: number of pages per layer, including NULL_PAGE; or a sequence of these numbers, one for the layers
+            of each page table.
           batch, pages_per_seq: rows and columns of a page table.
-          dtype: of the pages, unless they are quantized.
+          dtype: dtype of the pages, unless they are quantized.
           kv_dtype: "int8", "fp8" or "int4" (jfa.quant), with a bfloat16 scale for each token and head; None: dtype.
-            On a CPU use int8 rather than fp8: XLA cannot move 8-bit floats there, so that every write copies fp8 pages.
-          table_of: for each layer the index of its page table; None: one for all.
+            On a CPU, prefer int8 to fp8: XLA has no in-place update of 8-bit floats there, so every write copies all
+            fp8 pages.
+          table_of: for each layer, the index of its page table; None: one page table for all layers.
 
         Raises:
-          ValueError: an unknown kv_dtype, int4 with an odd head_dim, or no page except NULL_PAGE.
+          ValueError: unknown kv_dtype, int4 with an odd head_dim, or no page other than NULL_PAGE.
         """
         if kv_dtype is not None and kv_dtype not in quant.KINDS:
             raise ValueError(
@@ -78,12 +80,12 @@ class PagedKVCache:
         table_of = (0,) * num_layers if table_of is None else tuple(table_of)
         if len(table_of) != num_layers or min(table_of, default=0) < 0:
             raise ValueError(
-                f"table_of must have the index >= 0 of a page table for each of {num_layers} layers, got {table_of}"
+                f"table_of must have a page table index >= 0 for each of the {num_layers} layers, got {table_of}"
             )
         num_tables = 1 + max(table_of, default=0)
         pools = (num_pages,) * num_tables if isinstance(num_pages, int) else tuple(num_pages)
         if len(pools) != num_tables:
-            raise ValueError(f"num_pages must have one entry for each of {num_tables} page tables, got {pools}")
+            raise ValueError(f"num_pages must have one entry for each of the {num_tables} page tables, got {pools}")
         if min(pools) < 2 or page_size < 1:
             raise ValueError(
                 f"num_pages must be >= 2, since page {NULL_PAGE} is never used, and page_size >= 1, got "
@@ -110,7 +112,7 @@ class PagedKVCache:
 
     @property
     def num_pages(self) -> tuple[int, ...]:
-        """For each page table the number of pages of its layers, including NULL_PAGE."""
+        """For each page table, the number of pages of its layers, including NULL_PAGE."""
         sizes = dict(zip(self.table_of, (_values(k).shape[0] for k in self.k), strict=True))
         return tuple(sizes.get(table, 0) for table in range(len(self.page_tables)))
 
@@ -125,7 +127,7 @@ class PagedKVCache:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v)))
 
     def arguments(self, layer: int) -> dict[str, Any]:
-        """A layer's keyword arguments for jfa's paged ops, except kv_len, and query, which must go through rotated."""
+        """A layer's keyword arguments for jfa's paged ops, except kv_len, and the query, which must pass rotated()."""
         k, v = self.k[layer], self.v[layer]
         return {
             "key_pages": _values(k),
@@ -138,7 +140,8 @@ class PagedKVCache:
     def rotated(self, x: Float[Array, "*n heads d"]) -> Float[Array, "*n heads d"]:
         """Rotates queries or keys (quant.rotation) if the pages are int4; otherwise returns them unchanged.
 
-        This cuts the perplexity that int4 pages add for SmolLM2 to a sixth. Values gain nothing by it (bench/LOG.md).
+        This reduces the increase in perplexity that int4 pages cause for SmolLM2 to a sixth. Rotating the values does
+        not help (bench/LOG.md).
         """
         k = self.k[0]
         if not (isinstance(k, QuantizedArray) and k.kind == "int4"):
@@ -155,8 +158,8 @@ class PagedKVCache:
         """Writes t tokens of each row of one layer starting at kv_len, which advance updates.
 
         Args:
-          lengths: number of valid tokens in each row; None: all. The others are not written, since the next page may
-            belong to another row.
+          lengths: number of valid tokens in each row; None: all. Padding is not written, since the next page may belong
+            to another row.
         """
         b, t = k.shape[:2]
         index = jnp.broadcast_to(jnp.arange(t), (b, t))
@@ -172,9 +175,9 @@ class PagedKVCache:
         v: Float[Array, "n hkv d"],
         query_start: Int[Array, " b+1"],
     ) -> "PagedKVCache":
-        """Writes the tokens from query_start[r] up to query_start[r + 1] starting at kv_len of row r, like write.
+        """Like write, for rows that are concatenated: row r has the tokens query_start[r] up to query_start[r + 1].
 
-        Tokens before the first row's and after the last row's are padding and not written.
+        Tokens before query_start[0] and from query_start[-1] on are padding and are not written.
         """
         token = jnp.arange(k.shape[0])
         row = jnp.minimum(jnp.searchsorted(query_start[1:], token, side="right"), self.kv_len.shape[0] - 1)
@@ -186,17 +189,17 @@ class PagedKVCache:
         return dataclasses.replace(self, kv_len=(self.kv_len + num_tokens).astype(jnp.int32))
 
     def truncate(self, kv_len: Int[Array, " b"]) -> "PagedKVCache":
-        """Drops every token at or past kv_len (rollback). Nothing is copied."""
+        """Drops all tokens at positions >= kv_len (rollback), without copying."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
     def copy_pages(self, source: Int[Array, " n"], destination: Int[Array, " n"], *, table: int = 0) -> "PagedKVCache":
-        """Copies the pages source to the pages destination, in every layer of a table (copy-on-write of shared pages).
+        """Copies pages source to pages destination in all layers of a page table, for copy-on-write of shared pages.
 
         All pages are read before any is written. Pairs (NULL_PAGE, NULL_PAGE) do nothing and serve as padding.
         """
         if not 0 <= table < len(self.page_tables):
-            raise ValueError(f"table must be 0 to {len(self.page_tables) - 1}, a page table of this cache, got {table}")
-        nowhere = self.num_pages[table] + jnp.arange(destination.shape[0])  # out of bounds; distinct, as scatter needs
+            raise ValueError(f"table must be 0 to {len(self.page_tables) - 1}, an index of page_tables, got {table}")
+        nowhere = self.num_pages[table] + jnp.arange(destination.shape[0])  # out of bounds; unique_indices=True below
         destination = jnp.where(destination == NULL_PAGE, nowhere, destination)
 
         def copied(pages: Pages, own: bool) -> Pages:
@@ -239,10 +242,10 @@ class PagedKVCache:
     def _places(
         self, layer: int, row: Int[Array, " n"], index: Int[Array, " n"], real: Bool[Array, " n"]
     ) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-        """Page and slot of the token at kv_len + index of a row; a page out of bounds for tokens not to be written."""
+        """Page and slot of the token at kv_len + index of a row; an out-of-bounds page for tokens not to be written."""
         table = self.table_of[layer]
         page_table = self.page_tables[table]
-        nowhere = self.num_pages[table] + jnp.arange(row.shape[0])  # out of bounds; distinct, as scatter needs
+        nowhere = self.num_pages[table] + jnp.arange(row.shape[0])  # out of bounds; distinct for unique_indices=True
         if page_table.size == 0:
             return nowhere, jnp.zeros_like(row)
         position = self.kv_len[row] + index

@@ -1,4 +1,4 @@
-"""Attention as in the formula, with all scores in memory: the reference that kernels are tested against."""
+"""Attention by the plain formula, with all scores in memory: the reference that kernels are tested against."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
     b, tq, hq, d = q.shape
     tk, hkv, g = k.shape[1], k.shape[2], operands.group_size
     visible = _visible(operands, spec)
-    # keys and values that no query sees may hold anything, and 0 * NaN is NaN: replace them by zeros
+    # keys and values that no query sees may contain anything, and 0 * NaN is NaN: replace them by zeros
     seen = visible.reshape(b, hkv, g, tq, tk).any(axis=(2, 3)).swapaxes(1, 2)[..., None]
     sees = visible.any(axis=3).swapaxes(1, 2)[..., None]
     q = jnp.where(sees, q.astype(jnp.float32), 0.0).reshape(b, tq, hkv, g, d)
@@ -35,7 +35,7 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
         distance = jnp.abs(_position(operands) - jnp.arange(tk)).astype(jnp.float32)
         scores = scores - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
     if spec.softcap is not None:
-        # a bias may be NaN where it is masked, which would make the derivative of tanh NaN
+        # a bias may be NaN at masked positions, which would make the derivative of tanh NaN
         scores = spec.softcap * jnp.tanh(jnp.where(visible, scores, 0.0) / spec.softcap)
     scores = jnp.where(visible, scores, -jnp.inf)
     m = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))

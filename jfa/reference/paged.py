@@ -1,4 +1,4 @@
-"""Paged attention as in the formula: the pages of each row are gathered into one float32 array."""
+"""Paged attention by the plain formula: the pages of each row are gathered into one float32 array."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped

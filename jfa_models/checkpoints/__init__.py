@@ -1,1 +1,1 @@
-"""Checkpoints: locating, reading and writing them."""
+"""Locates, reads and writes checkpoints."""

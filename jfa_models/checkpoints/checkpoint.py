@@ -14,7 +14,7 @@ from jfa_models.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint's configuration and where its tensors are. Only headers have been read."""
+    """A checkpoint's configuration and the locations of its tensors. Only file headers have been read."""
 
     path: Path
     config: DecoderConfig
@@ -28,7 +28,7 @@ class Checkpoint:
         """The tokenizer stored with the weights; None if there is none.
 
         Raises:
-          ValueError: a part of it is missing, or its kind is not supported.
+          ValueError: a part of the tokenizer is missing, or its type is not supported.
         """
         if self.metadata:
             has_vocabulary = self.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")

@@ -1,10 +1,11 @@
-"""The decoder families: tables that map the tensor names in files to parameters, and what configurations leave out.
+"""The decoder families: tables that map the tensor names in files to parameters, and defaults of their configurations.
 
 A family is a DecoderConfig and a table of names. Two formats are read, config.json of Hugging Face (older and newer)
 and the metadata of GGUF files; config.json is also written.
 
-In the tables, `#` is a layer and `*` an expert, whose tensors are stacked. A tuple lists the parameters that a file
-stores concatenated (by rows) in one tensor. A parameter keeps its kind (weight or bias), but a norm's is scale.
+In the tables, `#` is a layer number and `*` an expert number; the tensors of all experts are stacked. A tuple lists the
+parameters that a file stores in one tensor, concatenated by rows. The last part of a name (weight or bias) stays the
+same, except that the weight of a norm is called scale.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ Names = dict[str, str | tuple[str, ...]]
 
 
 def _instead(names: Names, other: Names) -> Names:
-    """A copy of a table in which some of our modules have other names in files."""
+    """A copy of a table in which some of our modules have different names in files."""
     renamed = {part for ours in other.values() for part in ([ours] if isinstance(ours, str) else ours)}
     return {theirs: ours for theirs, ours in names.items() if ours not in renamed} | other
 
@@ -54,7 +55,7 @@ _HUGGING_FACE: dict[str, Names] = {
     ),
     "qwen3": _QWEN3,
     "qwen3_moe": {
-        **_QWEN3,  # some layers have an MLP
+        **_QWEN3,  # some layers have a dense MLP
         "layers.#.mlp.gate": "layers.#.mlp.router",
         "layers.#.mlp.experts.*.gate_proj": "layers.#.mlp.gate",
         "layers.#.mlp.experts.*.up_proj": "layers.#.mlp.up",
@@ -79,7 +80,7 @@ _HUGGING_FACE: dict[str, Names] = {
         },
     ),
 }
-_GGUF: Names = {  # the same names in every family; files lack the names of what a family does not have
+_GGUF: Names = {  # the same names in every family; a file has only those that its family uses
     "token_embd": "embed",
     "blk.#.attn_norm": "layers.#.attention_norm",
     "blk.#.attn_q": "layers.#.attention.q",
@@ -106,17 +107,17 @@ _GGUF: Names = {  # the same names in every family; files lack the names of what
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the files of a family do not specify.
+    """The properties of a family that its files do not specify.
 
     Attributes:
-      users: the family's well-known models.
+      users: well-known models of the family.
       class_name: its class in transformers.
       gguf: its general.architecture in GGUF files.
       always: fields of DecoderConfig that are the same in all its models.
       defaults: values of keys that a config.json may omit.
-      windows: which layers have a window if a window is given but no layer_types: "all"; "late", from
+      windows: which layers have a window if config.json has sliding_window but no layer_types: "all"; "late", from
         max_window_layers on; or "pattern", all but every n-th one. None: the family has no windows.
-      permuted: rows of q and k are interleaved in GGUF files.
+      permuted: whether rows of q and k are interleaved in GGUF files.
       chat_template: the template of its chat models, for files without one.
     """
 
@@ -130,7 +131,7 @@ class Family:
     chat_template: str | None = None
 
 
-# https://ai.google.dev/gemma/docs/core/prompt-structure; the system message precedes the first turn
+# https://ai.google.dev/gemma/docs/core/prompt-structure; the system message is prepended to the first turn
 _GEMMA_TURNS = (
     "{{ bos_token }}{% set said = namespace(first='') %}{% for message in messages %}"
     "{% if message.role == 'system' %}{% set said.first = (message.content | trim) ~ '\n\n' %}{% else %}"
@@ -247,6 +248,6 @@ def hugging_face_names(architecture: str) -> Names:
 
 def gguf_names(architecture: str) -> Names:
     """Maps module names in a family's GGUF files to ours."""
-    if architecture == "phi3":  # gate and up are one tensor, named like up
+    if architecture == "phi3":  # gate and up are stored as one tensor with the name of up
         return _GGUF | {"blk.#.ffn_up": ("layers.#.mlp.gate", "layers.#.mlp.up")}
     return _GGUF

@@ -1,4 +1,4 @@
-"""Fields of a configuration file: lookup, checks and conversion that both formats share."""
+"""Fields of a configuration file: lookup, checks and conversion for both formats."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from jfa_models.checkpoints.families import FAMILIES, Family
 from jfa_models.model.config import Activation
 from jfa_models.model.rope import check_positive
 
-ACTIVATIONS: Mapping[str, Activation] = {  # by name in config.json; the first name of each is the one that is written
+ACTIVATIONS: Mapping[str, Activation] = {  # by name in config.json; the first name of each activation is written
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -35,7 +35,7 @@ def require(source: Mapping[str, Any], where: str, *keys: str) -> None:
 
 
 def check_counts(source: Mapping[str, Any], where: str, *keys: str) -> None:
-    """Raises ValueError unless those of the keys that are given are integers >= 1."""
+    """Raises ValueError if a key is present and its value is not an integer >= 1."""
     for key in keys:
         value = source.get(key)
         if value is not None and (type(value) is not int or value < 1):
@@ -54,8 +54,8 @@ def default_head_dim(hidden_size: int, num_q_heads: int) -> int:
     check_positive("config", hidden_size=hidden_size, num_q_heads=num_q_heads)
     if hidden_size % num_q_heads:
         raise ValueError(
-            f"the hidden size must be a multiple of the number of heads, got {hidden_size} and {num_q_heads}; "
-            "otherwise the file must specify head_dim"
+            f"the hidden size must be a multiple of the number of heads, got {hidden_size} and {num_q_heads}, "
+            "unless the file specifies head_dim"
         )
     return hidden_size // num_q_heads
 
@@ -70,6 +70,6 @@ def activation_of(source: Mapping[str, Any], architecture: str) -> Activation:
 
 
 def longrope_attention(longest: int, original: int) -> float:
-    """The attention factor; 1 for a context that is not extended. Source: arXiv:2402.13753, section 3."""
+    """The attention factor; 1 if the context is not extended. Source: arXiv:2402.13753, section 3."""
     check_positive("rope scaling", max_position_embeddings=longest, original_max_position_embeddings=original - 1)
     return math.sqrt(1.0 + math.log(longest / original) / math.log(original)) if longest > original else 1.0

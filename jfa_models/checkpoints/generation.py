@@ -20,7 +20,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_hf(cls, generation: Mapping[str, Any], config: Mapping[str, Any]) -> "GenerationDefaults":
-        """Reads generation_config.json (empty if there is none); the end-of-text tokens may be in config.json instead.
+        """Reads generation_config.json (empty if it does not exist); the eos tokens may be in config.json instead.
 
         Raises:
           ValueError: eos_token_id is neither a token id nor a list of them.
@@ -33,7 +33,7 @@ class GenerationDefaults:
         return cls(
             eos_token_ids=eos_token_ids,
             temperature=0.0 if generation.get("do_sample") is False else generation.get("temperature"),
-            top_k=generation.get("top_k") or None,  # 0 also means that the authors do not use it
+            top_k=generation.get("top_k") or None,  # 0 means that top-k is not used
             top_p=generation.get("top_p"),
             min_p=generation.get("min_p"),
             repetition_penalty=generation.get("repetition_penalty"),
@@ -41,5 +41,5 @@ class GenerationDefaults:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "GenerationDefaults":
-        """Reads the end-of-text, -turn and -message tokens; a GGUF file has no sampling parameters."""
+        """Reads the end-of-text, end-of-turn and end-of-message tokens; a GGUF file has no sampling parameters."""
         return cls(eos_token_ids=end_token_ids(metadata))

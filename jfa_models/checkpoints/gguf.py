@@ -1,7 +1,7 @@
 """Reads .gguf files. Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
-The header is parsed here: the reader of the `gguf` package makes several arrays for each of the hundred thousand
-strings of a vocabulary, which takes seconds and 150 MB for SmolLM2. The package's tables of types are used as they are.
+The header is parsed here: the reader of the `gguf` package creates several arrays for each of the about 100,000 strings
+of a vocabulary, which takes seconds and 150 MB for SmolLM2. Only the package's tables of types are used.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from jfa_models.checkpoints.tensors import StoredTensor, check_length, damaged, 
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Opens a .gguf file. Raises ValueError: the file is damaged, or the model is not supported."""
+    """Opens a .gguf file. Raises ValueError if the file is damaged or the model is not supported."""
     metadata, stored = _read_gguf_header(path)
     if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{path} is one part of {metadata['split.count']}; merge them with llama-gguf-split --merge")
+        raise ValueError(f"{path} is one of {metadata['split.count']} parts; merge them with llama-gguf-split --merge")
     divisors = {name: tuple(stored[name].read(np.float32).tolist()) for name in ROPE_DIVISORS if name in stored}
     config = config_from_gguf(metadata, stored.keys(), divisors)
     tensors, unknown = by_our_names(stored, gguf_names(config.architecture), config)
@@ -66,7 +66,7 @@ class _GgufFields:
     def take(self, num_bytes: int) -> bytes:
         self._left -= num_bytes
         if self._left < 0:  # checked before allocating: in a damaged file the size may be any number
-            raise damaged(self._file, f"its header needs {-self._left} bytes more than the file has")
+            raise damaged(self._file, f"its header is {-self._left} bytes longer than the file")
         return self._stream.read(num_bytes)
 
     def scalars(self, code: str, count: int) -> tuple[Any, ...]:
@@ -93,7 +93,7 @@ class _GgufFields:
 
     def _code(self, kind: int) -> str:
         if kind not in _SCALARS:
-            raise damaged(self._file, f"its header holds a value of kind {kind}")
+            raise damaged(self._file, f"its header has a value of unknown type {kind}")
         return _SCALARS[kind]
 
 
@@ -118,7 +118,7 @@ def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTenso
     tensors = {}
     for name, extents, kind, offset in infos:
         if kind not in GGMLQuantizationType:
-            raise ValueError(f"{path}: {name} is of type {kind}, which the gguf package does not know; upgrade it")
+            raise ValueError(f"{path}: {name} has type {kind}, which the gguf package does not know; upgrade gguf")
         encoding = GGMLQuantizationType(kind)
         block_elements, block_bytes = GGML_QUANT_SIZES[encoding]
         tensors[name] = StoredTensor(

@@ -1,4 +1,4 @@
-"""Reads the metadata of GGUF files as a DecoderConfig."""
+"""Converts the metadata of GGUF files to a DecoderConfig."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,14 +22,14 @@ def config_from_gguf(
     tensor_names: Collection[str],
     rope_divisors: Mapping[str, tuple[float, ...]] | None = None,
 ) -> DecoderConfig:
-    """Reads the metadata of a GGUF file.
+    """Converts the metadata of a GGUF file.
 
-    Three things are not in the metadata and follow from the tensors: tied embeddings (no `output.weight`), biases, and
-    rope scalings that are tensors: pass `rope_freqs.weight`, `rope_factors_short.weight` and `rope_factors_long.weight`
-    as `rope_divisors`.
+    Three properties are not in the metadata, but follow from the tensors: tied embeddings (no `output.weight`), biases,
+    and rope scalings that are stored as tensors. Pass the tensors `rope_freqs.weight`, `rope_factors_short.weight` and
+    `rope_factors_long.weight` as `rope_divisors`.
 
     Raises:
-      ValueError: the architecture or rope type is not supported, or a key is missing or wrong.
+      ValueError: the architecture or rope type is not supported, or a key is missing or invalid.
     """
     arch = metadata.get("general.architecture")
     architectures: dict[str, str] = {}
@@ -50,7 +50,7 @@ def config_from_gguf(
     hidden_size, num_layers, num_q_heads, context_length, norm_eps = (source[name] for name in names)
     head_dim = source.get("attention.key_length") or default_head_dim(hidden_size, num_q_heads)
     if source.get("attention.value_length", head_dim) != head_dim:
-        raise ValueError(f"GGUF metadata: {arch}.attention.value_length must be key_length, {head_dim}")
+        raise ValueError(f"GGUF metadata: {arch}.attention.value_length must equal key_length, {head_dim}")
     experts = None
     if num_experts := source.get("expert_count"):
         inner = source.get("expert_feed_forward_length") or source.get("feed_forward_length")
@@ -61,7 +61,7 @@ def config_from_gguf(
     if experts is None:
         require(metadata, "GGUF metadata", f"{arch}.feed_forward_length")
     windows = _windows_from_gguf(source, family, num_layers)
-    # two models have a scale that their files do not specify
+    # two models scale their queries by a factor that their files do not specify
     odd_scale = (arch, num_layers) in (("gemma2", 46), ("gemma3", 62))
     read: dict[str, Any] = dict(
         vocab_size=source.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),

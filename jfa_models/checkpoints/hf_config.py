@@ -1,4 +1,4 @@
-"""Reads and writes config.json of Hugging Face, in older and newer spellings, as a DecoderConfig."""
+"""Converts Hugging Face's config.json, in its older and newer formats, to a DecoderConfig and back."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ from jfa_models.model.rope import (
 
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
-_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null: off; missing: the default
+_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null: off; missing key: the default
 _COUNTS = (
     "hidden_size",
     "num_hidden_layers",
@@ -45,11 +45,11 @@ _COUNTS = (
 
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
-    """Reads a config.json of Hugging Face; of a Gemma 3 with a vision tower, only the text part.
+    """Reads a Hugging Face config.json; for a Gemma 3 with a vision tower, only its text part.
 
     Raises:
       ValueError: the architecture, activation, rope type or quantization is not supported, or a key is missing or
-        wrong.
+        invalid.
     """
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
         outer = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if key in config}
@@ -113,7 +113,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """A config.json for Hugging Face, in the spelling that both its older and newer versions read.
+    """A config.json in a form that both older and newer versions of transformers read.
 
     Raises:
       ValueError: config.json cannot represent the decoder; the message names the fields.
@@ -127,7 +127,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if lost:
         differ = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
         raise ValueError(
-            f"a {config.architecture} checkpoint cannot have {differ}; choose another architecture to save it"
+            f"config.json of a {config.architecture} model cannot represent {differ}; save it as another architecture"
         )
     return written
 
@@ -211,8 +211,8 @@ def _windows_from_hf(source: Mapping[str, Any], family: Family, num_layers: int)
     kinds = list_of(kinds, str, "config.json: layer_types")
     if len(kinds) != num_layers or set(kinds) - {_FULL, _WINDOW}:
         raise ValueError(
-            f"config.json: layer_types must be {_FULL} or {_WINDOW} for each of {num_layers} layers, "
-            f"got {len(kinds)}: {', '.join(sorted(set(kinds)))}"
+            f"config.json: layer_types must be {_FULL} or {_WINDOW} for each of the {num_layers} layers, "
+            f"got {len(kinds)} entries: {', '.join(sorted(set(kinds)))}"
         )
     if window is None or not source.get("use_sliding_window", True) or _WINDOW not in kinds:
         return ()
@@ -220,7 +220,7 @@ def _windows_from_hf(source: Mapping[str, Any], family: Family, num_layers: int)
 
 
 def _ropes_from_hf(source: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
-    """The rope of layers without a window, and the one of layers with a window if it differs."""
+    """The rope of layers without a window, and that of layers with a window if it is different."""
     rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
     if isinstance(rope, Mapping) and _FULL in rope:
         full, local = (_rope_from_hf(source, rope.get(kind) or {}, head_dim) for kind in (_FULL, _WINDOW))
@@ -233,7 +233,7 @@ def _ropes_from_hf(source: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig
 
 def _rope_from_hf(source: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) -> RopeConfig:
     if not isinstance(rope, Mapping):
-        raise ValueError(f"config.json: the parameters of rope must be an object, got {rope!r}")
+        raise ValueError(f"config.json: the rope parameters must be a JSON object, got {rope!r}")
     check_counts(rope, "config.json: rope scaling", "original_max_position_embeddings")
     theta = rope.get("rope_theta") or source.get("rope_theta", ROPE_THETA_UNSTATED)
     part = rope.get("partial_rotary_factor") or source.get("partial_rotary_factor", 1.0)
@@ -242,7 +242,7 @@ def _rope_from_hf(source: Mapping[str, Any], rope: Mapping[str, Any], head_dim: 
     longest, where, scaling = source["max_position_embeddings"], "config.json: rope scaling", None
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "su" or (kind == "yarn" and source["model_type"] == "phi3"):
-        kind = "longrope"  # early files of Phi-3 use these names
+        kind = "longrope"  # early Phi-3 files use these names
     match kind:
         case "default":
             pass
@@ -276,7 +276,7 @@ def _yarn_from_hf(rope: Mapping[str, Any], longest: int, original: int) -> YarnS
     factor = rope.get("factor") or longest / original
     check_positive("config.json: rope scaling", factor=factor)
     if rope.get("truncate") is False:
-        raise ValueError("config.json: rope scaling: truncate=false of yarn is not supported")
+        raise ValueError("config.json: rope scaling: yarn with truncate=false is not supported")
     attention_factor = rope.get("attention_factor")
     if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         over, under = (0.1 * rope[key] * math.log(max(factor, 1.0)) + 1.0 for key in ("mscale", "mscale_all_dim"))
@@ -340,5 +340,5 @@ def _scaling_to_hf(scaling: Scaling | None) -> dict[str, Any] | None:
             }
     raise ValueError(
         "config.json cannot represent the rope scaling of this GGUF file, a list of divisors; "
-        "load the model from its safetensors to save it"
+        "to save the model, load it from its safetensors checkpoint"
     )

@@ -11,17 +11,18 @@ from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
 
 
 def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Loads parameters by name, each in its expected dtype, on the default device.
+    """Loads parameters by name to the default device, each in its expected dtype.
 
-    Tensors are read one at a time: the peak host memory is the result (on an accelerator: one tensor) and a chunk.
+    Tensors are read one at a time: the peak host memory is that of the result (on an accelerator, of one tensor) plus a
+    chunk.
 
     Raises:
-      ValueError: tensors are missing, unexpected or of another shape; the message names the first of them.
+      ValueError: tensors are missing, unexpected or have the wrong shape; the message names the first ones.
     """
     _check_fit(checkpoint, expected)
     params = {}
     for name, wanted in expected.items():
-        # Waiting keeps a queue of transfers, and so of host copies, from building up.
+        # Waiting prevents a growing queue of transfers, each of which keeps its host copy alive.
         params[name] = jax.device_put(checkpoint.tensors[name].read(wanted.dtype)).block_until_ready()
     return params
 
@@ -29,7 +30,7 @@ def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStr
 def _check_fit(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     stored = checkpoint.tensors
     wrong = [
-        f"{stored[name].name} has shape {list(stored[name].shape)} where {list(wanted.shape)} is needed"
+        f"{stored[name].name} has shape {list(stored[name].shape)}, expected {list(wanted.shape)}"
         for name, wanted in expected.items()
         if name in stored and stored[name].shape != tuple(wanted.shape)
     ]
@@ -44,12 +45,12 @@ def _check_fit(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStru
     if problems := missing + wrong + extra:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(
-            f"{checkpoint.path}: the tensors do not fit the configuration, which may belong to another model: {shown}"
+            f"{checkpoint.path}: the tensors do not match the configuration, which may belong to another model: {shown}"
         )
 
 
 def _repeats_embedding(stored: Mapping[str, StoredTensor | StackedTensors]) -> bool:
-    """Whether the embedding is stored a second time as the output layer, as some tied models do."""
+    """Whether the embedding is stored a second time as the output layer, as in some tied models."""
     head, embedding = stored.get("lm_head.weight"), stored.get("embed.weight")
     if not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor) or head.shape != embedding.shape:
         return False

@@ -1,4 +1,4 @@
-"""Finds a model: a path, a package that contains it, or a Hugging Face repository, which is downloaded."""
+"""Finds a model: a path, a package that contains it, or a Hugging Face repository to download."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# owner/name, a GGUF file in it, a revision; the path of a missing local file looks similar
+# owner/name, optionally a GGUF file in it and a revision. Excludes paths of missing local files, which look similar.
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.gguf)?(@[\w./-]+)?")
 # The files that a decoder needs: no pickles, and no second copy of the weights in another layout.
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
@@ -25,14 +25,14 @@ class _Package(NamedTuple):
 
 
 def _contained_file(package: str) -> Path | None:
-    # The package is only located: importing it would start an inference library that is not needed.
+    # The package is only located: importing it would load an inference library that is not needed.
     spec = importlib.util.find_spec(package)
     folders = (spec and spec.submodule_search_locations) or ()
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def _assembled_file(package: str) -> Path | None:
-    """The file of a package that splits it into several; assembled once, in the user's cache."""
+    """The file of a package that ships it in parts; assembled once, in the user's cache."""
     if importlib.util.find_spec(package) is None:
         return None
     module = importlib.import_module(package)
@@ -54,7 +54,7 @@ PACKAGED: Mapping[str, _Package] = {
 
 
 def locate(model: str | Path) -> Path:
-    """The path of a checkpoint: the given one, that of a named package, or that of a download from Hugging Face.
+    """The path of a checkpoint: the given path, the file of a package, or a download from Hugging Face.
 
     A repository is "owner/name", or "owner/name/file.gguf" for one of its GGUF files, optionally followed by "@" and a
     branch, tag or commit. Downloads are cached; an interrupted download is resumed.
@@ -76,13 +76,13 @@ def locate(model: str | Path) -> Path:
     if isinstance(model, str) and _REPOSITORY.fullmatch(name):
         return _download(name)
     raise ValueError(
-        f"there is no model at {name!r}: give a folder of safetensors, a .safetensors or .gguf file, a repository of "
-        f"Hugging Face (owner/name), or one of the names {', '.join(PACKAGED)}"
+        f"there is no model {name!r}: use a folder of safetensors, a .safetensors or .gguf file, a Hugging Face "
+        f"repository (owner/name), or one of the names {', '.join(PACKAGED)}"
     )
 
 
 def _download(name: str) -> Path:
-    # takes half a second, which only downloads need
+    # this import takes half a second and is only needed for downloads
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -95,9 +95,9 @@ def _download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options))
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(
-            f"there is no folder {name!r}, {name} is not in the cache of Hugging Face "
-            f"({huggingface_hub.constants.HF_HUB_CACHE}), and it cannot be downloaded: {_reason(error)}; "
-            "download it with network access, or give the path of a copy"
+            f"there is no folder {name!r}, {name} is not in the Hugging Face cache "
+            f"({huggingface_hub.constants.HF_HUB_CACHE}), and the download failed: {_reason(error)}; "
+            "download it with network access, or use the path of a copy"
         ) from None
     except errors.GatedRepoError:
         raise ValueError(

@@ -11,7 +11,7 @@ from jfa_models.model.config import DecoderConfig
 # Tensors of a GGUF file that are part of its configuration rather than its weights.
 ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
-# Tables that follow from the configuration, but which older checkpoints store.
+# Tensors that follow from the configuration, but that older checkpoints contain.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|" + "|".join(map(re.escape, ROPE_DIVISORS)))
 
 # In a multimodal model: the prefix of its decoder's tensor names, and the tensors of its vision tower.
@@ -22,7 +22,7 @@ _OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*"
 def by_our_names(
     tensors: Mapping[str, StoredTensor], table: Names, config: DecoderConfig
 ) -> tuple[dict[str, StoredTensor | StackedTensors], tuple[StoredTensor, ...]]:
-    """The tensors by our names, and those that the table does not contain."""
+    """The tensors by our parameter names, and the tensors that are not in the table."""
     known: dict[str, StoredTensor | StackedTensors] = {}
     stacks: dict[str, dict[int, StoredTensor]] = {}
     unknown = []
@@ -51,14 +51,14 @@ def by_our_names(
 
 
 def _num_rows(module: str, config: DecoderConfig) -> int:
-    """Number of rows of a weight that a file stores in one tensor with others."""
+    """Number of rows of a weight that a file stores together with others in one tensor."""
     q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     inner = config.intermediate_size
     return {"q": q_size, "k": kv_size, "v": kv_size, "gate": inner, "up": inner}[module.rpartition(".")[2]]
 
 
 def _split(tensor: StoredTensor, num_rows: Sequence[int]) -> list[StoredTensor] | None:
-    """Splits a tensor into these numbers of rows; None if they do not add up to its number of rows."""
+    """Splits a tensor into parts with these numbers of rows; None if they do not add up to its number of rows."""
     ends = list(itertools.accumulate(num_rows))
     if not tensor.shape or tensor.shape[0] != ends[-1]:
         return None

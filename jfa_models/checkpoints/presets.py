@@ -1,6 +1,6 @@
 """Configurations of well-known decoders, for random weights: benchmarks need a model's shape, not its weights.
 
-Each is written as in its config.json, without what is the same in its whole family.
+Each lists the values of its config.json, except those that are the same in its whole family.
 """
 
 from collections.abc import Mapping
@@ -126,5 +126,5 @@ def preset(name: str) -> DecoderConfig:
       ValueError: the name is unknown; the message lists the known ones.
     """
     if (config := PRESETS.get(name.lower())) is None:
-        raise ValueError(f"there is no preset {name!r}; presets are {', '.join(PRESETS)}")
+        raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
     return config

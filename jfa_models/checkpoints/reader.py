@@ -25,4 +25,4 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         return open_safetensors(path, path.parent, [path])
     if path.suffix == ".gguf":
         return open_gguf(path)
-    raise ValueError(f"{path} is not a model: give a folder of safetensors, a .safetensors or a .gguf file")
+    raise ValueError(f"{path} is not a model: use a folder of safetensors, a .safetensors or a .gguf file")

@@ -22,7 +22,7 @@ def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
       ValueError: a file is missing or damaged, or the model is not supported.
     """
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json; put the one that belongs to these weights next to them")
+        raise ValueError(f"{folder} has no config.json; put the config.json of these weights into the folder")
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     decoder = config_from_hf(config)
@@ -53,19 +53,19 @@ def safetensors_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
         shards = sorted(set(weight_map.values()))
         if missing := [shard for shard in shards if not (folder / shard).exists()]:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names; download them again")
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, listed in its index; download them again")
         return [folder / shard for shard in shards]
     if (single := folder / "model.safetensors").exists():
         return [single]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".gguf"))
     if others and others[0].endswith(".gguf"):
-        raise ValueError(f"{folder} contains GGUF files; give the path of one of them: {', '.join(others)}")
+        raise ValueError(f"{folder} contains GGUF files; use the path of one of them: {', '.join(others)}")
     if others:
         raise ValueError(
-            f"{folder} contains only pickled weights ({others[0]}), which may run code when read; "
-            "convert them to safetensors (save_pretrained does it) or download the safetensors"
+            f"{folder} contains only pickled weights ({others[0]}), which may execute code when they are loaded; "
+            "convert them to safetensors (with save_pretrained of transformers) or download safetensors files"
         )
-    raise ValueError(f"{folder} contains no model.safetensors and no model.safetensors.index.json; give another folder")
+    raise ValueError(f"{folder} contains no model.safetensors and no model.safetensors.index.json; use another folder")
 
 
 def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
@@ -75,7 +75,7 @@ def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(stream.read(8), "little")
         start = 8 + length
         if start > on_disk:
-            raise damaged(file, f"its header needs {start} bytes, the file has {on_disk}")
+            raise damaged(file, f"its header needs {start} bytes, but the file has {on_disk}")
         header = stream.read(length)
     try:
         entries: dict[str, Any] = json.loads(header)

@@ -1,4 +1,4 @@
-"""Writes a checkpoint that Hugging Face reads: config.json, safetensors, the tokenizer and its chat template."""
+"""Writes a checkpoint that transformers can load: config.json, safetensors, the tokenizer and its chat template."""
 
 import dataclasses
 import json
@@ -33,15 +33,15 @@ def save_checkpoint(
     generation: GenerationDefaults,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes a folder that Hugging Face and open_checkpoint read; copies one tensor at a time to the host.
+    """Writes a folder that transformers and open_checkpoint can load; copies one tensor at a time to the host.
 
-    Files of a model and tokenizer that were saved there before are replaced.
+    Replaces the files of a model and tokenizer that were saved there before.
 
     Raises:
       ValueError: config.json cannot represent the model, or the folder is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder to save into")
+        raise ValueError(f"{folder} is a file; pass a folder to save into")
     written = config_to_hf(config) | {"dtype": str(next(iter(params.values())).dtype)}
     recommended = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
     eos = recommended.pop("eos_token_ids")
@@ -49,7 +49,7 @@ def save_checkpoint(
     if "temperature" in recommended:
         recommended["do_sample"] = recommended["temperature"] > 0
         recommended = {name: value for name, value in recommended.items() if name != "temperature" or value > 0}
-    # written even if there is none: the defaults of transformers may be outside the vocabulary
+    # written even if there are no such tokens: the defaults of transformers may be outside the vocabulary
     written |= {"eos_token_id": recommended.get("eos_token_id"), "pad_token_id": None}
     written["bos_token_id"] = None if tokenizer is None else tokenizer.bos_token_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _pieces(config: DecoderConfig, params: Mapping[str, Array]) -> list[_Piece]:
             for kind, stored in (("weight", "weight"), ("scale", "weight"), ("bias", "bias")):
                 names = [f"{module.replace('#', str(layer))}.{kind}" for module in modules]
                 if names[0] not in params or (params[names[0]].ndim == 3) != ("*" in theirs):
-                    continue  # not in this model, or another name applies: this layer is a mixture
+                    continue  # not in this model, or another name applies because this layer has experts
                 prefix = "" if theirs == "lm_head" else "model."
                 name = f"{prefix}{theirs.replace('#', str(layer))}.{stored}"
                 sources = tuple(params[name] for name in names)
@@ -127,11 +127,11 @@ def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
     index = () if len(names) == 1 else ("model.safetensors.index.json",)
     for file in folder.iterdir():
         if _OF_A_MODEL.fullmatch(file.name) and file.name not in (*names, *index):
-            file.unlink()  # from an earlier save, and would be read
+            file.unlink()  # left over from an earlier save, and would be loaded
 
 
 def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
-    """Writes one file, without the library, which needs all tensors in memory at once. The format is simple."""
+    """Writes one file; not with the safetensors library, which needs all tensors in memory at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for piece in pieces:

@@ -1,7 +1,7 @@
 """Tensors in files: where each one is stored, and how its bytes are decoded.
 
-Files are read with plain reads, one chunk at a time, and never mapped: mapped pages count as resident memory, and
-loading a model should need little more than its weights.
+Files are read one chunk at a time and never memory-mapped: mapped pages count as resident memory, and loading a model
+should need little more memory than its weights.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from jaxtyping import Shaped
 
-_PLAIN_DTYPES = {  # names in both formats; all other encodings are blocks that `gguf` dequantizes
+_PLAIN_DTYPES = {  # names in both formats; all other encodings consist of blocks that `gguf` dequantizes
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -26,7 +26,7 @@ _PLAIN_DTYPES = {  # names in both formats; all other encodings are blocks that 
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 _CHUNK_ELEMENTS = 1 << 17  # 512 KiB in float32: chunks that stay in a core's cache decode twice as fast
-_ALIGNMENT = 64  # of memory that XLA on a CPU uses without copying it
+_ALIGNMENT = 64  # bytes; XLA on a CPU uses memory with this alignment without copying it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class StoredTensor:
     offset: int
     num_bytes: int
     interleaved_heads: int | None = None  # set for q and k of GGUF files: see _row_order
-    minus: float = 0.0  # what the file adds to each number, to be subtracted
+    minus: float = 0.0  # subtracted from each number when it is read: files store some norm scales plus 1
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
         """A range of its rows, as a separate tensor."""
@@ -69,7 +69,7 @@ class StoredTensor:
             rows[where] = values
 
     def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]:
-        """Yields row numbers and rows, chunk by chunk. A vector is one row, unless its elements belong to heads."""
+        """Yields (row numbers, rows) chunk by chunk. A vector is one row, unless its elements belong to heads."""
         num_rows = self._num_rows
         step = max(1, _CHUNK_ELEMENTS * num_rows // max(1, math.prod(self.shape)))
         order = self._row_order()
@@ -85,8 +85,11 @@ class StoredTensor:
         return math.prod(self.shape[:1]) if self.interleaved_heads or len(self.shape) > 1 else 1
 
     def _row_order(self) -> np.ndarray | None:
-        """For each stored row, its index in our order: the two rows of a head that rope rotates together are adjacent
-        in a GGUF file, and half a head apart in our order and Hugging Face's."""
+        """For each stored row, its index in our order.
+
+        The two rows of a head that rope rotates together are adjacent in a GGUF file, but half a head apart in our
+        order and in that of Hugging Face.
+        """
         if self.interleaved_heads is None:
             return None
         return np.arange(self.shape[0]).reshape(self.interleaved_heads, 2, -1).swapaxes(1, 2).ravel()
@@ -121,7 +124,7 @@ class StackedTensors:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(number of parts, *shape of a part); of a part with another shape if any, so that checks fail."""
+        """(number of parts, *shape of a part); if the shapes differ, that of a differing part, so that checks fail."""
         odd = next((part.shape for part in self.parts if part.shape != self.parts[0].shape), self.parts[0].shape)
         return (len(self.parts), *odd)
 
@@ -143,7 +146,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
 
 
 def main_encoding(tensors: Mapping[str, StoredTensor]) -> str:
-    """The encoding of most elements."""
+    """The encoding of the largest number of elements."""
     numbers = Counter[str]()
     for tensor in tensors.values():
         numbers[tensor.encoding] += math.prod(tensor.shape)
@@ -153,8 +156,8 @@ def main_encoding(tensors: Mapping[str, StoredTensor]) -> str:
 def check_length(file: Path, tensors: Mapping[str, StoredTensor], on_disk: int) -> None:
     needed = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=0)
     if needed > on_disk:
-        raise damaged(file, f"its tensors need {needed} bytes, the file has {on_disk}")
+        raise damaged(file, f"its tensors need {needed} bytes, but the file has {on_disk}")
 
 
 def damaged(file: Path, problem: str) -> ValueError:
-    return ValueError(f"{file} is damaged or cut short: {problem}; download it again")
+    return ValueError(f"{file} is damaged or truncated: {problem}; download it again")

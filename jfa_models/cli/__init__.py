@@ -1,7 +1,7 @@
 """The `jfa` command: generate text, chat, and report what the machine supports.
 
-One file per command. A command imports what it runs only when it is called: a help text or a usage error must not wait
-for JAX.
+One file per command. Commands import what they need only when they are called, so that help texts and usage errors do
+not wait for the import of JAX.
 """
 
 import sys
@@ -13,13 +13,13 @@ from jfa_models.cli.info import info
 
 
 def main() -> None:
-    """Runs the command line. An error that the user can fix is one line on stderr and exit status 2."""
+    """Runs the command line. For an error that the user can fix, prints one line to stderr and exits with status 2."""
     sys.exit(run(commands, "jfa"))
 
 
 @command_group
 def commands() -> None:
-    """Decoders on JAX: AMD and NVIDIA GPUs, TPUs and CPUs."""
+    """Generate text with language models in JAX, on AMD and NVIDIA GPUs, TPUs and CPUs."""
 
 
 for command in (generate, chat, info):

@@ -20,7 +20,7 @@ PACKAGES = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plug
 
 
 def show(model: str, dtype: str | None) -> None:
-    """Prints a table: versions, the device, the backend of each op and why not the others, the model's size.
+    """Prints a table: versions, the device, the backend of each op and why others are not used, the model's size.
 
     Raises:
       ValueError: there is no such model.
@@ -43,7 +43,7 @@ def show(model: str, dtype: str | None) -> None:
     except ValueError as error:
         if model != DEFAULT_MODEL:
             raise
-        # the default model, which the user did not ask for: print the rest without it
+        # the user did not ask for the default model: print the rest without it
         sizes = [("model", str(error))]
     for name, text in sizes:
         table.add_row(name, escape(text))
@@ -61,10 +61,10 @@ def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
     yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
     whole = config.cache_elements(config.context_length) * dtype.itemsize
     context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
-    yield "cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
+    yield "KV cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
     windows = [window for i in range(config.num_layers) if (window := config.window(i)) is not None]
     if windows:
-        yield "", f"{len(windows)} of {config.num_layers} layers see and keep only the last {windows[0]:,} tokens"
+        yield "", f"{len(windows)} of {config.num_layers} layers see and store only the last {windows[0]:,} tokens"
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What the commands `jfa` and `jfa-bench` share: entry point, exit status, and the options that select a model."""
+"""Shared by the commands `jfa` and `jfa-bench`: entry point, exit status, and the options that select a model."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ DEFAULT_MODEL = "smollm2"
 
 
 def run(group: click.Group, name: str) -> int:
-    """Runs a group of commands; the exit status is 2, with one line on stderr, for errors that the user can fix."""
+    """Runs a group of commands. For errors that the user can fix, prints one line to stderr and returns status 2."""
     try:
         status = group.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Abort:
@@ -20,7 +20,7 @@ def run(group: click.Group, name: str) -> int:
     except click.ClickException as error:
         click.echo(f"{name}: {error.format_message()}", err=True)
         return 2
-    except (ValueError, RuntimeError, OSError) as error:  # JAX raises RuntimeError: no such platform, out of memory
+    except (ValueError, RuntimeError, OSError) as error:  # RuntimeError of JAX: no such platform, out of memory
         click.echo(f"{name}: {' '.join(str(error).split())}", err=True)
         return 2
     return status if isinstance(status, int) else 0  # what a command passed to Context.exit
@@ -54,19 +54,19 @@ class ModelName(click.ParamType):
 
 
 def model_options(command: Callable) -> Callable:
-    """--model and --dtype."""
+    """Adds --model and --dtype."""
     dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
     model = click.option(
         "--model",
         type=ModelName(),
         default=DEFAULT_MODEL,
         show_default=True,
-        help="A folder of safetensors, a .gguf file, a Hugging Face owner/name, smollm2 or gemma-3-270m.",
+        help="Folder of safetensors, .gguf file, Hugging Face repository (owner/name), smollm2 or gemma-3-270m.",
     )
     return model(dtype(command))
 
 
 def cache_options(command: Callable) -> Callable:
-    """--cache and --kv-dtype."""
-    kv_dtype = click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Quantized dtype of the pages.")
+    """Adds --cache and --kv-dtype."""
+    kv_dtype = click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Quantize the pages of the KV cache.")
     return click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)(kv_dtype(command))

@@ -12,9 +12,9 @@ from jfa_models.cli.sampling import check_sampling, sampling_options
 @model_options
 @cache_options
 @sampling_options
-@click.option("--system", help="System prompt, before the first turn.")
+@click.option("--system", help="System prompt.")
 def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system: str | None, **sampling) -> None:
-    """Chat with a model. /reset forgets the conversation; /exit or Ctrl-D ends it."""
+    """Chat with a model. /reset starts over; /exit or Ctrl-D ends the chat."""
     check_sampling(sampling)
 
     from jfa_models.cli import running
@@ -23,11 +23,11 @@ def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system
     language_model = running.load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype)
     tokenizer = language_model.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
-        raise click.UsageError(f"{model} has no chat template, so it was not made for conversations: use jfa generate")
+        raise click.UsageError(f"{model} has no chat template, so it is not a chat model: use jfa generate")
     params = running.sampling_params(language_model, sampling)
     opening = [{"role": "system", "content": system}] if system else []
     messages, session = list(opening), Session()
-    # through a pipe, only the answers are printed
+    # if the input is a pipe, print only the answers
     you, answers = (click.style(f"{name}> ", bold=True) if sys.stdin.isatty() else "" for name in ("you", "model"))
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`jfa generate`: continue a prompt, or each prompt of a file."""
+"""`jfa generate`: continues a prompt, or each prompt of a file."""
 
 import json
 from pathlib import Path
@@ -8,24 +8,24 @@ import click
 from jfa_models.cli.base import cache_options, model_options
 from jfa_models.cli.sampling import check_sampling, sampling_options
 
-# Options of a single prompt, which a batch does not support.
+# Options for a single prompt, which a batch does not support.
 SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--json", "cache": "--cache"}
 
 
 @click.command()
 @click.argument("text", required=False)
-@click.option("--prompt", help="The prompt, if not given as an argument.")
+@click.option("--prompt", help="Prompt, instead of the argument TEXT.")
 @model_options
 @cache_options
 @sampling_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of streaming.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of streaming text.")
 @click.option(
-    "--batch-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Prompts, in JSON Lines."
+    "--batch-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Prompts, as JSON Lines."
 )
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Results of --batch-file, in JSON Lines."
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Results of --batch-file, as JSON Lines."
 )
-@click.option("--max-num-seqs", type=click.IntRange(min=1), default=32, show_default=True, help="Sequences per batch.")
+@click.option("--max-num-seqs", type=click.IntRange(min=1), default=32, show_default=True, help="Maximum batch size.")
 @click.pass_context
 def generate(
     context: click.Context,
@@ -41,10 +41,11 @@ def generate(
     max_num_seqs: int,
     **sampling,
 ) -> None:
-    """Continue TEXT, or each prompt of a --batch-file. After an interruption, the same command resumes the batch.
+    """Continue TEXT, or each prompt of a --batch-file.
 
-    Lines of a batch file look like {"prompt": "The capital of France is", "max_tokens": 20}: a prompt or
-    prompt_token_ids, and optionally an id and fields of SamplingParams, which override the options.
+    Each line of a batch file is a JSON object like {"prompt": "The capital of France is", "max_tokens": 20}, with a
+    prompt or prompt_token_ids, and optionally an id and fields of SamplingParams, which override the options.
+    After an interruption, the same command resumes the batch.
     """
 
     def is_given(name: str) -> bool:
@@ -56,13 +57,13 @@ def generate(
             raise click.UsageError("--batch-file and --output must be given together")
         for name, option in SINGLE_PROMPT_OPTIONS.items():
             if is_given(name) and context.params[name] != "paged":
-                raise click.UsageError(f"{option} cannot be used with --batch-file, which uses a paged cache")
+                raise click.UsageError(f"{option} cannot be combined with --batch-file, which uses a paged cache")
         context.exit(_batch(batch_file, output, max_num_seqs, model, dtype, kv_dtype, sampling))
     if is_given("max_num_seqs"):
-        raise click.UsageError("--max-num-seqs needs --batch-file: a single prompt has no other sequences")
+        raise click.UsageError("--max-num-seqs needs --batch-file: it has no effect on a single prompt")
     given = [one for one in (text, prompt) if one is not None]
     if len(given) != 1:
-        raise click.UsageError('give one prompt: jfa generate "The capital of France is", or --prompt TEXT')
+        raise click.UsageError('pass one prompt: jfa generate "The capital of France is", or --prompt TEXT')
 
     from jfa_models.cli import running
 
@@ -105,8 +106,8 @@ def _batch(
                 bar.advance(task)
     except KeyboardInterrupt:
         where = f"{len(done) + written} of {len(done) + len(lines)} results are in {output}"
-        click.echo(f"\ninterrupted: {where}; run the same command again for the others", err=True)
+        click.echo(f"\ninterrupted: {where}; run the same command again to continue", err=True)
         return 130
-    refused = f", {errors} of them errors" if errors else ""
+    refused = f", of which {errors} are errors" if errors else ""
     click.echo(f"{written} results written to {output}{refused}", err=True)
     return 0

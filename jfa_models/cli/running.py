@@ -1,4 +1,4 @@
-"""Loads a model for one command, runs it, and prints its text while it is generated."""
+"""Loads and runs the model of a command, and prints text while it is generated."""
 
 import contextlib
 import itertools
@@ -37,9 +37,9 @@ def load(model: str, **options) -> LanguageModel:
 
 
 def sampling_params(model: LanguageModel, sampling: Mapping[str, Any]) -> SamplingParams:
-    """SamplingParams of the options; omitted ones are what the model's authors recommend.
+    """The SamplingParams of a command line; for omitted options, the values that the model's authors recommend.
 
-    If they recommend no temperature, decoding is greedy, unless an option is given that only affects sampling.
+    If they recommend no temperature, decoding is greedy, unless an option that only affects sampling is given.
     """
     options = given(sampling)
     if model.defaults.temperature is None and not options.keys() & {"top_k", "top_p", "min_p", "seed"}:
@@ -48,9 +48,9 @@ def sampling_params(model: LanguageModel, sampling: Mapping[str, Any]) -> Sampli
 
 
 def print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
-    """Prints `after`, then a text while it grows; returns the text."""
-    # the spinner clears its line, so nothing may be printed there yet
-    with Console(stderr=True).status("processing the prompt (the first run compiles for this machine)"):
+    """Prints `after`, then the text of the results as it grows; returns the text."""
+    # the spinner clears its line, so nothing must be printed there yet
+    with Console(stderr=True).status("processing the prompt (the first run also compiles)"):
         first = next(results)
     click.echo(after, nl=False)
     shown = ""

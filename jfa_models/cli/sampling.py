@@ -9,15 +9,15 @@ from jfa_models.decoding.params import SamplingParams
 
 
 def sampling_options(command: Callable) -> Callable:
-    """--max-tokens, --temperature and so on; omitted ones are what the model's authors recommend."""
+    """Adds --max-tokens, --temperature and so on; an omitted option is what the model's authors recommend."""
     for option in (
-        click.option("--stop", multiple=True, help="Stop before this text; may be repeated."),
-        click.option("--seed", type=int, help="The same seed gives the same text."),
+        click.option("--stop", multiple=True, help="Stop before this text; can be repeated."),
+        click.option("--seed", type=int, help="With the same seed, the text is the same."),
         click.option("--repetition-penalty", type=float),
         click.option("--min-p", type=float),
         click.option("--top-p", type=float),
         click.option("--top-k", type=int),
-        click.option("--temperature", type=float, help="0 is greedy."),
+        click.option("--temperature", type=float, help="0: greedy decoding."),
         click.option("--max-tokens", type=int, default=128, show_default=True),
     ):
         command = option(command)
@@ -30,5 +30,5 @@ def given(sampling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:
-    """Raises ValueError for a value that no model accepts, before one is loaded."""
+    """Raises ValueError for a value that no model accepts, before a model is loaded."""
     SamplingParams(**given(sampling))

@@ -10,12 +10,12 @@ from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.attention import Cache, paged_cache
 from jfa_models.model.config import DecoderConfig
 
-# Prompts are prefilled in chunks of PREFILL_CHUNK tokens and a last one of the next power of two; cache capacities and
-# batch sizes are powers of two. So few shapes exist, and each compiles once.
+# Prompts are prefilled in chunks of PREFILL_CHUNK tokens, the last one padded to a power of two; cache capacities and
+# batch sizes are powers of two. This keeps the number of shapes, and so of compilations, small.
 PREFILL_CHUNK = 512
 SMALLEST_CHUNK = 16
 SMALLEST_CAPACITY = 256
-SLACK = 128  # tokens that a layer keeps in addition to its window: how far a session can go back
+SLACK = 128  # tokens that a layer stores in addition to its window: how far a session can go back
 
 
 def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
@@ -48,12 +48,12 @@ def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capac
 def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int) -> tuple[np.ndarray, ...]:
     """Page tables in which every row has its own pages from the start: nothing is shared.
 
-    The pages of a window are reused cyclically: those that slid out of it take the next tokens.
+    The pages of a window are reused cyclically: pages that slid out of the window store the next tokens.
     """
     columns = -(-capacity // page_size)
     tables = []
     for window in config.patterns:
-        # a whole chunk is written before its first token attends
+        # a whole chunk is written before its first token attends to the cache
         kept = columns if window is None else min(columns, 1 + -(-(window + PREFILL_CHUNK + SLACK) // page_size))
         tables.append(1 + kept * np.arange(batch)[:, None] + np.arange(columns) % kept)
     return tuple(table.astype(np.int32) for table in tables)

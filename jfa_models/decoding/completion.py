@@ -1,4 +1,4 @@
-"""One continuation as it grows on the host: its tokens, its text, and when it ends."""
+"""One continuation while it is generated: its tokens, its text, and its end. Runs on the host."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled
 from jfa_models.text.tokenizer import Tokenizer
 
-# Number of the prompt's last tokens that are decoded with the first new token: enough for whole characters. They decide
-# on its leading space (kept after a word; some tokenizers drop it at the start of a text).
+# Number of prompt tokens that are decoded together with the first new token: enough to complete a character, and to
+# keep the leading space of the new token, which some tokenizers drop at the start of a text.
 TEXT_CONTEXT = 8
 
 
@@ -21,7 +21,7 @@ class Completion:
       token_ids: all tokens so far, including the one that ended it.
       finish_reason: None until it ends.
       max_tokens: maximum number of tokens.
-      cumulative_logprob: the sum over its tokens; None if it is not computed.
+      cumulative_logprob: sum of the log-probabilities of its tokens; None if they are not computed.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Completion:
 
     @property
     def finished(self) -> bool:
-        """Whether no more tokens are taken."""
+        """Whether it has ended and takes no more tokens."""
         return self.finish_reason is not None
 
     def push(self, sampled: Sampled, row: int) -> None:
@@ -84,7 +84,7 @@ class Completion:
             self._stops_from = len(self._text)
 
     def end(self, reason: FinishReason) -> None:
-        """Ends it for this reason, if it has not ended."""
+        """Ends it for this reason, if it has not ended yet."""
         if not self.finished:
             self.finish_reason = reason
 
@@ -120,7 +120,7 @@ class Completion:
 
 
 def logprobs_of(sampled: Any, row: int, num_top: int | None, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """Logprobs of a row of Sampled by token id: the num_top likeliest tokens, and always the sampled one."""
+    """Logprobs of a row of Sampled by token id: the num_top most likely tokens, and always the sampled one."""
     assert sampled.logprob is not None and sampled.rank is not None
     token, chosen, rank = int(sampled.token[row]), float(sampled.logprob[row]), int(sampled.rank[row])
     entries = {}

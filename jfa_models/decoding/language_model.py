@@ -1,4 +1,4 @@
-"""A decoder that generates text: full forward passes, offline batches, and streaming of one prompt."""
+"""A decoder that generates text: full forward passes, offline batches, and streaming for a single prompt."""
 
 import dataclasses
 import operator
@@ -56,10 +56,10 @@ class LanguageModel:
 
     Attributes:
       config: the decoder's configuration.
-      params: the decoder's parameters as a flat tuple, as the steps take them.
-      tokenizer: None if the model has none; prompts are token ids then.
+      params: the decoder's parameters as a flat tuple, in the form that the steps take.
+      tokenizer: None if the model has none; prompts must then be token ids.
       defaults: the sampling parameters that the checkpoint's authors recommend.
-      eos_token_ids: the end-of-text tokens, from the defaults, otherwise from the tokenizer.
+      eos_token_ids: the end-of-text tokens, from the defaults, or otherwise from the tokenizer.
       cache_options: the options of new_cache.
     """
 
@@ -92,15 +92,15 @@ class LanguageModel:
         attention_implementation: str | None = None,
         cache_options: CacheOptions | None = None,
     ) -> "LanguageModel":
-        """A model with normally distributed random weights, created quickly, without a tokenizer.
+        """A model with normally distributed random weights, without a tokenizer; fast to create.
 
         Args:
           dtype: see from_pretrained.
-          attention_implementation: the implementation of jfa's ops by name; None: they choose.
+          attention_implementation: the `implementation` argument of jfa's attention ops.
         """
         dtype = compute_dtype(dtype)
         abstract = abstract_decoder(config, dtype, attention_implementation)
-        # one array of noise is repeated over all weights; its long, odd length keeps the rows of a weight different
+        # one array of noise is repeated over all weights; its large odd length makes the rows of a weight differ
         noise = (0.02 * np.random.default_rng(seed).standard_normal(1_000_003)).astype(dtype)
         params, start = [], 0
         for name, shape in named_leaves(abstract).items():
@@ -113,7 +113,9 @@ class LanguageModel:
         return cls(decoder=abstract, params=tuple(params), cache_options=cache_options)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes what from_pretrained and Hugging Face load: config.json, safetensors, the tokenizer and its template.
+        """Writes a folder that from_pretrained and transformers can load.
+
+        It contains config.json, the weights as safetensors, the tokenizer and its chat template.
 
         Raises:
           ValueError: config.json cannot represent the model.
@@ -122,22 +124,22 @@ class LanguageModel:
         save_checkpoint(Path(folder), self.config, named, generation=self.defaults, tokenizer=self.tokenizer)
 
     def logits(self, input_ids: ArrayLike, lengths: ArrayLike | None = None) -> Float[Array, "b t vocab"]:
-        """The next-token logits after every token, without a cache.
+        """The logits of the next token after every token, computed without a cache.
 
         Args:
           input_ids: i32[b, t], rows padded on the right with any id.
-          lengths: i32[b], tokens in each row; the logits after them are meaningless. None: all.
+          lengths: i32[b], number of tokens in each row; the logits of the padding are meaningless. None: all.
         """
         tokens = np.asarray(input_ids)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"input_ids must be integers [batch, length], got {tokens.dtype} of shape {list(tokens.shape)}; "
-                "wrap a single row as [row]"
+                "pass a single row as [row]"
             )
         self._check_ids(tokens)
         t = tokens.shape[1]
         if not 1 <= t <= self.config.context_length:
-            raise ValueError(f"rows must have 1 to {self.config.context_length} tokens, the model's context, got {t}")
+            raise ValueError(f"rows must have 1 to {self.config.context_length} tokens, the context length, got {t}")
         if lengths is not None:
             lengths = np.asarray(lengths)
             if lengths.size and not 0 <= lengths.min() <= lengths.max() <= t:
@@ -148,7 +150,7 @@ class LanguageModel:
         return self.steps.logits(self.params, tokens.astype(np.int32), lengths)
 
     def default_params(self, **overrides) -> SamplingParams:
-        """SamplingParams that the checkpoint's authors recommend, with vLLM's defaults for unspecified fields."""
+        """The SamplingParams that the checkpoint's authors recommend, with vLLM's defaults for unspecified fields."""
         recommended = {name: value for name, value in dataclasses.asdict(self.defaults).items() if value is not None}
         recommended.pop("eos_token_ids")
         return SamplingParams(**(recommended | overrides))
@@ -161,18 +163,18 @@ class LanguageModel:
         max_batch: int = 8,
         seed: int = 0,
     ) -> list[RequestOutput]:
-        """Continues each prompt; results are in the order of the prompts.
+        """Continues each prompt; returns the results in the order of the prompts.
 
-        A row's tokens do not depend on the other prompts, nor on how they are batched. A request without its own seed
-        samples from (seed, its index in prompts).
+        The tokens of a prompt depend neither on the other prompts nor on how they are batched. A request without a seed
+        gets one from (seed, index of its prompt).
 
         Args:
-          prompts: text or token ids, one or many, of any length.
+          prompts: one or several prompts of any length, each a string or token ids.
           sampling_params: one for all prompts or one per prompt; None: default_params().
           max_batch: maximum number of prompts per batch.
 
         Raises:
-          ValueError: a prompt is empty, or together with max_tokens exceeds the model's context.
+          ValueError: a prompt is empty, or prompt and max_tokens together exceed the context length.
         """
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -192,7 +194,7 @@ class LanguageModel:
         """Continues one prompt and yields the result so far after every token; the last one has a finish_reason.
 
         Args:
-          session: keeps the cache for the next call, which then computes only the new part of its prompt.
+          session: stores the cache for the next call, which then computes only the new part of its prompt.
 
         Raises:
           ValueError: as in generate, before the first token.
@@ -208,9 +210,9 @@ class LanguageModel:
         *,
         seed: int = 0,
     ) -> DecodeState:
-        """Prefills a batch of prompts and samples its first tokens; for callers that run `steps.decode` themselves.
+        """Prefills a batch of prompts and samples the first tokens; for callers that run `steps.decode` themselves.
 
-        The number of rows is rounded up to a power of two, as in generate; rows past the prompts are not active.
+        The number of rows is rounded up to a power of two, as in generate; rows without a prompt are not active.
         """
         return self._start(self._requests(prompts, sampling_params, seed))[0]
 
@@ -222,13 +224,13 @@ class LanguageModel:
             while not request.finished:
                 shown = emitted
                 if len(request.completion.token_ids) + 1 < request.max_tokens:
-                    # the next step runs while the host reads and prints this one
+                    # the next step runs on the device while the host reads and prints this one
                     state, emitted = self.steps.decode(self.params, state)
                 shown = jax.device_get(shown)
                 request.completion.push(shown.sampled, 0)
                 yield request.output()
         finally:
-            # every token except the last is in the cache; a step that ran ahead added the last one too, or nothing
+            # the cache contains every token except the last one, which only a step that ran ahead may have added
             held = [*prompt_ids, *request.completion.token_ids[:-1]]
             session.give(state.cache, held)
 
@@ -237,7 +239,7 @@ class LanguageModel:
         state, emitted = self._start(requests)
         self._push(requests, jax.tree.map(lambda x: x[None], jax.device_get(emitted)), 1)
         while not all(request.finished for request in requests):
-            # a stop string ends a row on the host: the device learns of it here
+            # stop strings are detected on the host: tell the device which rows have ended
             active = np.zeros(state.active.shape, bool)
             active[: len(requests)] = [not request.finished for request in requests]
             state = dataclasses.replace(state, active=active)
@@ -260,7 +262,7 @@ class LanguageModel:
     def _prefill(
         self, requests: "Sequence[_Request]", cache: Cache, prompts: Sequence[Sequence[int]]
     ) -> tuple[DecodeState, Emitted]:
-        """Prefills the prompts (after what the cache already holds) and samples each row's first token."""
+        """Prefills the prompts, after the tokens that are already in the cache, and samples each row's first token."""
         size = cache.kv_len.shape[0]
         empty = [_EMPTY] * (size - len(requests))
         rows = sampling_rows(
@@ -297,26 +299,26 @@ class LanguageModel:
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, seed: int) -> "_Request":
         for name, value, none in (("n", params.n, 1), ("prompt_logprobs", params.prompt_logprobs, None)):
             if value != none:
-                raise ValueError(f"{name} must be {none} here, got {value}; use jfa_models.LLM for it")
+                raise ValueError(f"{name} must be {none} in LanguageModel, got {value}; use jfa_models.LLM instead")
         ids = self.prompt_ids(prompt, name=f"prompt {index}")
         completion = self.completion(ids, params, name=f"prompt {index}")
         text = prompt if isinstance(prompt, str) else None
         return _Request(index=index, prompt=text, prompt_ids=ids, completion=completion, seed=seed)
 
     def prompt_ids(self, prompt: Prompt, *, name: str = "the prompt") -> list[int]:
-        """The token ids of a prompt, which is a text or token ids. Error messages refer to it by `name`.
+        """The token ids of a prompt, which is a string or token ids. Error messages refer to it by `name`.
 
         Raises:
-          ValueError: the prompt is empty, an id is outside the vocabulary, or it is a text and there is no tokenizer.
+          ValueError: the prompt is empty, an id is outside the vocabulary, or it is a string and there is no tokenizer.
         """
         if not isinstance(prompt, str):
             ids = [operator.index(i) for i in prompt]
         elif self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: give the prompt as token ids")
+            raise ValueError("this model has no tokenizer: pass the prompt as token ids")
         else:
             ids = self.tokenizer.encode(prompt)
         if not ids:
-            raise ValueError(f"{name} is empty: there is nothing to continue; give at least one token")
+            raise ValueError(f"{name} is empty: pass at least one token")
         self._check_ids(np.asarray(ids))
         return ids
 
@@ -326,7 +328,7 @@ class LanguageModel:
         """A new Completion of a prompt.
 
         Raises:
-          ValueError: the model does not support the params, or they exceed its context.
+          ValueError: the model does not support the params, or prompt and max_tokens exceed its context length.
         """
         if self.tokenizer is None and params.stop:
             raise ValueError("this model has no tokenizer, so stop strings cannot be detected: use stop_token_ids")
@@ -335,7 +337,7 @@ class LanguageModel:
         if room < 1 or (params.max_tokens or 1) > room:
             raise ValueError(
                 f"{name} has {len(prompt_ids)} tokens and max_tokens is {params.max_tokens}, together more than the "
-                f"model's context of {self.config.context_length}; shorten the prompt or lower max_tokens"
+                f"context length of {self.config.context_length}; shorten the prompt or lower max_tokens"
             )
         return Completion(
             prompt_ids,
@@ -353,16 +355,16 @@ class LanguageModel:
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one or many."""
+    """Converts one or several prompts to a list."""
     if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
 class Session:
-    """The cache of a conversation, kept between calls of stream. One prompt at a time.
+    """The KV cache of a conversation, kept between calls of stream. It supports one call at a time.
 
-    The tokens of a prompt that the cache holds, up to the first token that differs, are not computed again.
+    If the beginning of a prompt is already in the cache, only the tokens from the first difference on are computed.
     """
 
     def __init__(self) -> None:
@@ -371,13 +373,13 @@ class Session:
         self._ids: list[int] = []
 
     def take(self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int) -> tuple[Cache, int]:
-        """A cache with room for capacity tokens, and how many of prompt_ids it already holds (never all).
+        """A cache with room for capacity tokens, and how many of prompt_ids are already in it (never all of them).
 
         Raises:
           ValueError: the cache belongs to another model.
         """
         if self._model not in (None, model):
-            raise ValueError("this session holds the cache of another model; use a separate session for each model")
+            raise ValueError("this session has the cache of another model; use a separate session for each model")
         self._model = model
         cache, self._cache = self._cache, None
         if cache is None:
@@ -389,11 +391,11 @@ class Session:
             known += 1
         windows = [window for window in model.config.patterns if window is not None]
         if windows and len(self._ids) - known > caches.SLACK and len(self._ids) > min(windows):
-            known = 0  # keys that the next tokens would see have left a window
+            known = 0  # keys that the next tokens must see are no longer stored in layers with a window
         return dataclasses.replace(cache, kv_len=np.array([known], np.int32)), known
 
     def give(self, cache: Cache, ids: Sequence[int]) -> None:
-        """Stores a cache that holds these tokens for the next call."""
+        """Stores a cache that contains these tokens for the next call."""
         self._cache, self._ids = cache, list(ids)
 
 
@@ -428,7 +430,7 @@ _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)
 
 
 def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (tokens i32[size, t], lengths i32[size]) of each chunk; a finished or padding row has length 0."""
+    """Yields (tokens i32[size, t], lengths i32[size]) for each chunk; a finished or padding row has length 0."""
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:

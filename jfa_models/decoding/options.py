@@ -1,4 +1,4 @@
-"""Options for loading a model. Nothing here imports JAX, because the command line shows these names in its help."""
+"""Options for loading a model. Nothing here imports JAX, since the help of the command line shows these names."""
 
 import dataclasses
 from typing import Literal
@@ -13,8 +13,8 @@ class CacheOptions:
     """How keys and values are stored.
 
     Attributes:
-      kind: "contiguous", or "paged".
-      kv_dtype: dtype of the pages: "int8", "fp8" or "int4" (jfa.quant); None: the model's dtype.
+      kind: "contiguous" or "paged".
+      kv_dtype: quantized dtype of the pages: "int8", "fp8" or "int4" (jfa.quant); None: the model's dtype.
       page_size: tokens per page.
     """
 

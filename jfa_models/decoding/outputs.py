@@ -1,4 +1,4 @@
-"""The results of a request, under vLLM's names. Plain values: nothing here holds a device array."""
+"""The results of a request, with vLLM's names. They are plain Python values and contain no device arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Logprob:
-    """The natural-log probability of one token under the raw logits, before bias, penalties and temperature.
+    """The natural log-probability of one token under the raw logits, before bias, penalties and temperature.
 
-    `rank` is 1 for the likeliest token, and None if it was not computed. `decoded_token` is the token's own text, None
-    if it was not decoded; an incomplete character decodes to U+FFFD.
+    `rank` is 1 for the most likely token, and None if it was not computed. `decoded_token` is the text of the token
+    by itself, and None if it was not decoded; an incomplete character is decoded to U+FFFD.
     """
 
     logprob: float
@@ -24,12 +24,16 @@ class Logprob:
 class CompletionOutput:
     """One continuation of a prompt.
 
-    `text` ends before the stop string that ended it; `token_ids` holds all generated tokens, including the one that
-    ended it. `cumulative_logprob` is the sum over `token_ids`; `logprobs` has one mapping from token id to Logprob per
-    token: the likeliest ones and always the sampled one; both are None unless logprobs were requested. `finish_reason`
-    is "stop" (an end or stop token, or a stop string; `stop_reason` is that token or string, None for the model's own
-    end token), "length" (max_tokens or the model's context), "abort" (by the caller), "error" (see
-    RequestOutput.error), or None until it ends.
+    Attributes:
+      index: its index among the continuations of the prompt.
+      text: the generated text, without the stop string that ended it.
+      token_ids: all generated tokens, including the one that ended it.
+      cumulative_logprob: sum of the log-probabilities of token_ids; None unless logprobs were requested.
+      logprobs: for each token, a mapping from token id to Logprob with the most likely tokens and always the generated
+        one; None unless logprobs were requested.
+      finish_reason: "stop" (end token, stop token or stop string), "length" (max_tokens or the context length),
+        "abort" (by the caller), "error" (see RequestOutput.error), or None until it ends.
+      stop_reason: the stop token or stop string that ended it; None for the model's own end token.
     """
 
     index: int
@@ -43,7 +47,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestMetrics:
-    """Times of a request's events, in seconds on the engine's clock."""
+    """Times of the events of a request, in seconds on the engine's clock."""
 
     arrival: float
     first_token: float | None = None
@@ -52,11 +56,14 @@ class RequestMetrics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """A prompt and its continuations. `prompt` is None if token ids were given.
+    """A prompt and its continuations.
 
-    `prompt_logprobs` has one mapping per token of the prompt, like CompletionOutput.logprobs, and None for the first
-    token, which nothing precedes. `error` is the exception that ended the request, such as one of its callback.
-    `request_id` and `metrics` are set by the engine.
+    Attributes:
+      prompt: None if the prompt was passed as token ids.
+      prompt_logprobs: for each token of the prompt, a mapping as in CompletionOutput.logprobs; None for the first
+        token, which has no predecessor.
+      request_id, metrics: set by the engine.
+      error: the exception that ended the request, for example one raised by its callback.
     """
 
     prompt: str | None

@@ -1,4 +1,4 @@
-"""Parameters of a request: how one prompt is continued. Nothing here imports JAX or NumPy."""
+"""Parameters of a request: how a prompt is continued. Nothing here imports JAX or NumPy."""
 
 import dataclasses
 import math
@@ -6,32 +6,37 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 MAX_SAMPLES = 10_000  # maximum continuations per prompt
-MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API give by default
-GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: logit distances divided by it overflow float32
+MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API return by default
+GREEDY_BELOW = 1e-5  # smaller temperatures mean greedy, as in vLLM: logit differences divided by them overflow float32
 MAX_INT32 = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is sampled. Names, defaults and meanings are vLLM's.
+    """How the tokens of a request are sampled. Names, defaults and meanings are those of vLLM.
 
-    Each token goes through, in this order: `logit_bias`, the ban of end and stop tokens before `min_tokens`,
-    `repetition_penalty` (on prompt and output), `frequency_penalty` and `presence_penalty` (on the output),
-    `temperature`, `min_p`, `top_k`, `top_p`, sampling. Each filter applies to what the previous one left. Tokens that
-    tie at the edge of top_k or top_p are all kept.
+    The logits are processed in this order: `logit_bias`, masking of end and stop tokens before `min_tokens`,
+    `repetition_penalty` (prompt and output), `frequency_penalty` and `presence_penalty` (output), `temperature`,
+    `min_p`, `top_k`, `top_p`, sampling. Each filter applies to the tokens that the previous one kept. Tokens that tie
+    at the limit of top_k or top_p are all kept.
 
-    `temperature` 0 (below 1e-5) is greedy and ignores the three filters. `top_k` 0 or -1 keeps all tokens. The
-    same `seed` (0 to 2**64 - 1) gives the same text, whatever else is in the batch. `stop` is one string or several;
-    the text ends before it. With `ignore_eos`, the model's end tokens neither end the request nor are banned by
-    `min_tokens`. `max_tokens` None means up to the model's context. `logprobs` is how many of the likeliest tokens to
-    report per token, 0 for the sampled one only; they are those of the raw logits. `logit_bias` maps token ids to
-    values added to their logits; it is stored as a tuple of pairs. The `n` continuations of a prompt are sampled
-    independently; the first is what n = 1 gives. `prompt_logprobs` is `logprobs` for the tokens of the prompt. Only
-    Engine and LLM support the last two.
+    Attributes:
+      n: number of continuations, which are sampled independently; the first one is the same as with n=1. Only Engine
+        and LLM support more than 1.
+      temperature: 0 (or less than 1e-5): greedy decoding, without min_p, top_k and top_p.
+      top_k: 0 or -1 keeps all tokens.
+      seed: 0 to 2**64 - 1. The same seed gives the same text, regardless of the other requests in a batch.
+      stop: one or several strings; the text ends before the first one that is generated.
+      stop_token_ids: tokens that end the text, in addition to the model's end tokens.
+      ignore_eos: the model's end tokens neither end the text nor are masked before min_tokens.
+      max_tokens: None: up to the context length.
+      logprobs: number of most likely tokens to report for each token; 0: only the sampled token. They are computed
+        from the raw logits.
+      prompt_logprobs: like logprobs, for the tokens of the prompt. Only Engine and LLM support it.
+      logit_bias: token ids and the values to add to their logits; stored as a tuple of pairs.
 
     Raises:
-      ValueError: a field is out of its range; the message names it. Ids are checked against a vocabulary by
-        `check_token_ids`.
+      ValueError: a field is out of range; the message names it. `check_token_ids` checks ids against a vocabulary.
     """
 
     n: int = 1
@@ -54,7 +59,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {
-            "temperature": _number("temperature", self.temperature, 0, None, "use 0 for greedy, 0.7 to 1 for variety"),
+            "temperature": _number("temperature", self.temperature, 0, None, "use 0 for greedy, 0.7 to 1 for sampling"),
             "top_p": _number("top_p", self.top_p, 0, 1, "use 1 to keep all tokens", low_is_allowed=False),
             "min_p": _number("min_p", self.min_p, 0, 1, "use 0 to keep all tokens"),
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -2, 2, "use 0 for none"),
@@ -67,17 +72,17 @@ class SamplingParams:
             "min_tokens": _integer("min_tokens", self.min_tokens, 0, None, "use 0 for no minimum"),
             "stop": _stop_strings(self.stop),
             "stop_token_ids": tuple(
-                _integer("stop_token_ids", token_id, 0, MAX_INT32, "use ids of the model's vocabulary")
+                _integer("stop_token_ids", token_id, 0, MAX_INT32, "use ids from the model's vocabulary")
                 for token_id in self.stop_token_ids
             ),
         }
         if self.max_tokens is not None:
-            advice = "use None for no limit but the context"
+            advice = "use None for as many as the context allows"
             checked["max_tokens"] = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, advice)
             if self.min_tokens > self.max_tokens:
                 raise ValueError(
                     f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}; "
-                    "lower the one or raise the other"
+                    "lower min_tokens or raise max_tokens"
                 )
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
@@ -87,37 +92,43 @@ class SamplingParams:
         if self.logit_bias is not None:
             checked["logit_bias"] = bias_pairs(self.logit_bias)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}; use False to stop at the end")
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}; use False to end at eos")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, without sampling."""
+        """Whether the most likely token is taken, without sampling."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether the logits change before sampling: by a bias, a penalty, or a ban of end tokens."""
+        """Whether the logits change before sampling: by a bias, a penalty, or masking of end tokens."""
         penalties = (self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty)
         return bool(self.logit_bias or self.min_tokens or any(penalties))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """Beam search for the likeliest continuations of one request. Names and meanings are vLLM's and transformers'.
+    """Beam search for the most likely continuations of a prompt. Names and meanings are those of vLLM and transformers.
 
-    In each step the `beam_width` continuations of the current beams with the highest summed log-probability are kept,
-    until `beam_width` have ended with the model's end token (with `ignore_eos` it counts as any other token) or have
-    `max_tokens`. Results are ordered by that sum divided by length ** `length_penalty` (above 0 favours long ones; the
-    end token counts). `early_stopping` True stops as soon as `beam_width` have ended; False, when no current beam would
-    score better at its current length than the worst of them. Each beam reports its 2 * `beam_width` likeliest
-    successors, enough to keep `beam_width` beams live, so `beam_width` is at most MAX_LOGPROBS / 2.
+    Each step keeps the `beam_width` continuations of the current beams with the highest sum of log-probabilities, until
+    `beam_width` continuations have ended or have `max_tokens` tokens. The score of a result is this sum divided by
+    length ** `length_penalty`; the end token counts for the length. Results are ordered by score, best first.
+
+    Attributes:
+      beam_width: number of beams and of results. Each beam reports its 2 * beam_width most likely next tokens, enough
+        to continue with beam_width beams even if some of them are end tokens; so beam_width is at most
+        MAX_LOGPROBS / 2.
+      length_penalty: values above 0 favor long continuations.
+      early_stopping: True: stop as soon as beam_width continuations have ended. False: stop when no current beam, at
+        its current length, would score better than the worst of them.
+      ignore_eos: treat the model's end tokens like all other tokens.
 
     Source: the search of transformers' `generate(num_beams=...)`; arXiv:1609.08144, section 7, for the penalty.
 
     Raises:
-      ValueError: a field is out of its range; the message names it.
+      ValueError: a field is out of range; the message names it.
     """
 
     beam_width: int = 4
@@ -129,7 +140,7 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         largest = MAX_LOGPROBS // 2
         width = _integer("beam_width", self.beam_width, 1, largest, f"there are {MAX_LOGPROBS} candidates per beam")
-        length = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, "it limits the length of a continuation")
+        length = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, "it limits the length of the continuations")
         penalty = _number("length_penalty", self.length_penalty, -10, 10, "use 0 for none, 1 for the mean")
         for name in ("early_stopping", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
@@ -143,23 +154,23 @@ def check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
     """Checks that the token ids of SamplingParams exist in a vocabulary.
 
     Raises:
-      ValueError: an id of `stop_token_ids` or `logit_bias` is outside the vocabulary.
+      ValueError: an id in `stop_token_ids` or `logit_bias` is outside the vocabulary.
     """
     biased = [token_id for token_id, _ in bias_pairs(params.logit_bias or ())]
     for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
         outside = [token_id for token_id in token_ids if token_id >= vocab_size]
         if outside:
             raise ValueError(
-                f"{name} must hold ids from 0 to {vocab_size - 1}, the model's vocabulary, got {outside}; "
-                "take the ids from this model's tokenizer"
+                f"{name} must contain ids from 0 to {vocab_size - 1}, the model's vocabulary, got {outside}; "
+                "use ids from this model's tokenizer"
             )
 
 
 def bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     return tuple(
         (
-            _integer("logit_bias", token_id, 0, MAX_INT32, "use token ids as its keys"),
-            _number(f"logit_bias of token {token_id}", value, -100, 100, "-100 all but bans a token"),
+            _integer("logit_bias", token_id, 0, MAX_INT32, "its keys are token ids"),
+            _number(f"logit_bias of token {token_id}", value, -100, 100, "-100 practically bans a token"),
         )
         for token_id, value in sorted(dict(bias).items())
     )
@@ -169,7 +180,7 @@ def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"stop must hold non-empty strings, got {text!r}; leave it out, or use stop_token_ids")
+            raise ValueError(f"stop must contain non-empty strings, got {text!r}; omit it, or use stop_token_ids")
     return texts
 
 

@@ -28,22 +28,24 @@ def from_pretrained(
     """Loads a model of a supported family (families.FAMILIES).
 
     Args:
-      model: a Hugging Face folder; a .safetensors or .gguf file; "smollm2" or "gemma-3-270m", which are packages; the
-        name of a preset (presets.PRESETS), which gets random weights; or a Hugging Face repository, "owner/name".
+      model: a folder with a Hugging Face checkpoint; a .safetensors or .gguf file; "smollm2" or "gemma-3-270m", which
+        are in packages; a Hugging Face repository, "owner/name"; or the name of a preset (presets.PRESETS), which gets
+        random weights.
       dtype: float32, bfloat16 or float16, for weights, computation and cache. None: float32 on a CPU, which has no
-        fast 16-bit matrix multiplication, bfloat16 elsewhere.
+        fast 16-bit matrix multiplication, and bfloat16 elsewhere.
       cache, kv_dtype, page_size: see CacheOptions.
-      context_length: maximum tokens of a prompt and its answer, if fewer than the model's own. A model with two rope
-        scalings (Phi-3 for 128,000 tokens) uses the one for this length.
+      context_length: maximum number of tokens of a prompt and its answer, if less than the model's own. A model with
+        two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
 
     Raises:
-      ValueError: the checkpoint does not exist or is damaged, or its architecture is unknown; the message says which.
+      ValueError: the checkpoint does not exist or is damaged, or the architecture is not supported; the message says
+        which.
     """
     dtype = compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
     name = os.fspath(model)
     if (config := shape_of(name)) is not None:
-        warnings.warn(f"{name} is a preset, without trained weights: its weights are random", stacklevel=2)
+        warnings.warn(f"{name} is a preset without trained weights: its weights are random", stacklevel=2)
         return LanguageModel.random(_with_context(config, context_length), dtype=dtype, cache_options=options)
     checkpoint = open_checkpoint(name)
     abstract = abstract_decoder(_with_context(checkpoint.config, context_length), dtype)
@@ -59,7 +61,7 @@ def from_pretrained(
 
 
 def shape_of(name: str) -> DecoderConfig | None:
-    """The preset of this name, or None; a package or path of the same name, which has weights, takes precedence."""
+    """The preset with this name, or None; a package or path with the same name, which has weights, takes precedence."""
     has_weights = name.lower() in PACKAGED or os.path.exists(name)
     return None if has_weights else PRESETS.get(name.lower())
 

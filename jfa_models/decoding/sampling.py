@@ -4,8 +4,8 @@ Nothing is sorted. Non-negative floats have the same order as their bit patterns
 found by bisecting the bits of a token's distance below the best logit: at most 31 masked sums over the vocabulary.
 
 Probabilities are summed as integers. A float sum depends on the compiler's order of additions, which depends on the
-batch; an integer sum does not. So a row samples the same token alone and in any batch, and the token that the inverse
-CDF finds never has weight 0.
+batch; an integer sum does not. So a row samples the same token in any batch, and the token that the inverse CDF finds
+never has weight 0.
 
 Meanings and order are vLLM's; the penalties are those of CTRL (arXiv:1909.05858, section 4.1: repetition) and of the
 OpenAI API (presence, frequency); top-p is arXiv:1904.09751, min-p arXiv:2407.01082.
@@ -33,8 +33,8 @@ COUNT_ROWS = 64  # partial counts fit int8, whose sums are 2 to 4 times as fast 
 class SamplingRows:
     """The SamplingParams of a batch as arrays, one row per request, made by `sampling_rows`.
 
-    `output_counts` (how often a row has emitted each token) is the only state; `update` returns the next one. What no
-    row of the batch uses is None or switched off by a static field, and costs nothing. This changes only the cost,
+    `output_counts` (how often a row has emitted each token) is the only state; `update` returns the next one. A feature
+    that no row of the batch uses is None or disabled by a static field, and costs nothing. This changes only the cost,
     never the result of a row.
     """
 
@@ -63,7 +63,7 @@ class Sampled:
     """One token per row. The natural-log probabilities are those of the raw logits, and None unless requested.
 
     `rank` is 1 for the likeliest token. The `k` alternatives are sorted, likeliest first; `k` is MAX_LOGPROBS (or the
-    vocabulary size) as soon as one row requests any, so that few shapes exist: cut each row to its own `logprobs`.
+    vocabulary size) if any row requests some, so that few shapes are compiled: cut each row to its own `logprobs`.
     """
 
     token: Int32[Array, " b"]
@@ -212,7 +212,7 @@ def finished_by_id(rows: SamplingRows, token: Int[Array, " b"]) -> Bool[Array, "
 def _penalized(
     x: Float32[Array, "b vocab"], rows: SamplingRows, num_generated: Int[Array, " b"]
 ) -> Float32[Array, "b vocab"]:
-    """Applies bias, ban of stop tokens and penalties: all that can change a greedy row."""
+    """Applies bias, ban of stop tokens and penalties: all options that can change a greedy row."""
     if rows.logit_bias is not None:
         x = x + rows.logit_bias
     if rows.min_tokens is not None:
@@ -267,7 +267,7 @@ def _smallest_cutoff(
 ) -> Int32[Array, " b"]:
     """The smallest cut-off (or one that keeps the same tokens) that keeps an amount of at least `need`, by bisection.
 
-    MAX_FINITE_BITS if even that keeps too little, and in rows that do not use this filter; these cost no step.
+    It is MAX_FINITE_BITS if even that keeps too little, and in rows that do not use this filter, which cost no step.
     """
 
     def is_row_open(bounds: tuple[Array, Array, Array, Array]) -> Array:
@@ -314,7 +314,7 @@ def _as_integers(relative: Float32[Array, "b padded_vocab"]) -> Int32[Array, "b 
 def _draw(
     weights: Int32[Array, "b padded_vocab"], key: UInt32[Array, "b 2"], num_generated: Int[Array, " b"]
 ) -> Int32[Array, " b"]:
-    """Samples a token with probability weight / sum of weights, by inverse CDF: its block, then its place in it."""
+    """Samples a token with probability weight / sum of weights, by inverse CDF: its block, then its index in it."""
     blocks = weights.reshape(weights.shape[0], -1, DRAW_BLOCK)
     block_sums = jnp.sum(blocks, axis=-1, dtype=jnp.int32)
     ends = jnp.cumsum(block_sums, axis=-1, dtype=jnp.int32)
@@ -368,14 +368,14 @@ def with_logprobs(token: Int32[Array, " b"], raw: Float32[Array, "b vocab"], num
 
 
 def seed_sequence(params: SamplingParams, default_seed: int, request_id: int, index: int = 0) -> np.random.SeedSequence:
-    """The random seed of one continuation: from its own seed, or the default one and request_id; and its index."""
+    """The random seed of one continuation: from its index and either its own seed or default_seed and request_id."""
     if params.seed is None:
         return np.random.SeedSequence(default_seed, spawn_key=(request_id, index) if index else (request_id,))
     return np.random.SeedSequence(params.seed, spawn_key=(0, 0, index) if index else ())
 
 
 def _padded_stop_ids(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> np.ndarray:
-    """Unique ids per row; the width is 8 or a larger power of two, so that few shapes exist."""
+    """Unique ids per row; the width is 8 or a larger power of two, so that few shapes are compiled."""
     ids = [sorted({*one.stop_token_ids, *(() if one.ignore_eos else eos_token_ids)}) for one in params]
     width = 1 << (max(8, *map(len, ids)) - 1).bit_length()
     return np.asarray([row + [-1] * (width - len(row)) for row in ids], np.int32)

@@ -78,7 +78,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots:
-    """What an engine keeps on the device per running request. The last three exist once one adjusts its logits."""
+    """An engine's state on the device, per running request. The last three are None until one adjusts its logits."""
 
     last_token: Int[Array, " slots"]
     prompt_seen: Bool[Array, "slots vocab"] | None = None
@@ -91,7 +91,7 @@ class Steps:
 
     logits(params, tokens [b, t], lengths) -> f32[b, t, vocab], without a cache
     prefill(params, cache, hidden, tokens [b, t], lengths) -> (cache, hidden): t more tokens of each row
-    score(params, cache, tokens [b, t], lengths) -> (cache, f32[b, t, vocab]): the same, and the logits after each
+    score(params, cache, tokens [b, t], lengths) -> (cache, f32[b, t, vocab]): the same, with logits after each token
     first(params, cache, hidden, rows, active) -> (state, emitted): the token after the prompt
     decode(params, state) -> (state, emitted): one more token
     decode_many(params, state) -> (state, emitted [n, b], num_steps): up to n = STEPS_PER_CALL more tokens

@@ -26,7 +26,7 @@ class BeamSearch:
     """The beam search of one request. When all live beams have reported successors, `choose` selects the next beams.
 
     Source: the search of transformers' `generate(num_beams=...)`: of the 2 * width best candidates, an end token among
-    the first width makes a hypothesis, and the first width other candidates stay live.
+    the first width becomes a hypothesis, and the first width candidates without an end token stay live.
 
     Attributes:
       live: the current beams, best first.

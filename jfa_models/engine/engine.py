@@ -1,7 +1,7 @@
-"""The engine: requests are added at any time; each step computes one token of all running ones and chunks of prompts.
+"""The engine: requests are added at any time; a step computes one token of each running one and chunks of prompts.
 
 The host runs one step ahead of the results: while the device computes a step, the next one is scheduled and launched
-with last tokens that are still on the device; only then are the results of the previous step read. The end of a
+with last tokens that only the device knows; only then are the results of the previous step read. The end of a
 continuation is therefore noticed one step late: its surplus token is dropped, and its slot is reused one step later.
 """
 
@@ -45,7 +45,7 @@ class EngineMetrics:
       cache_use: fraction of the pages that continuations hold.
       cache_waste: fraction of the token slots in held pages that are empty.
       cache_saved: fraction saved by sharing, of the pages that continuations would hold without it.
-      prefix_hits: fraction of the looked-up tokens that were in the prefix cache; preempted ones are looked up again.
+      prefix_hits: fraction of the looked-up tokens that were in the prefix cache. Preemption repeats a look-up.
       preemptions: how often a continuation was preempted.
       time_to_first_token: over requests that have a first token.
       time_per_output_token: after the first one, over continuations that finished normally.
@@ -75,7 +75,7 @@ class _Abort(NamedTuple):
 class Engine:
     """Continuous batching over a paged cache. Any thread may call its methods; one thread at a time runs a step.
 
-    A request's tokens do not depend on other requests, except for ties that the rounding of a batch size decides.
+    A request's tokens do not depend on other requests, unless rounding, which depends on the batch size, breaks a tie.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class Engine:
 
         Args:
           kv_dtype: dtype of the pages: "int8", "fp8" or "int4"; None: the model's dtype.
-          num_pages: pages of page_size tokens; None: what fits most of the device's free memory, or 1 GiB of the
-            host's, but no more than max_num_seqs sequences of max_model_len need.
+          num_pages: pages of page_size tokens; None: as many as fit into most of the device's free memory, or into 1
+            GiB of the host's, but no more than max_num_seqs sequences of max_model_len need.
           max_num_seqs: maximum number of continuations that run at the same time.
           max_num_batched_tokens: maximum tokens per step; None: 512 on a CPU, 2048 elsewhere.
-          max_model_len: maximum tokens of a prompt and its continuation; None: the model's context, or what the pool
-            holds.
+          max_model_len: maximum tokens of a prompt and its continuation; None: the model's context, or less if the pool
+            is smaller.
           max_wait_ms: how long an idle engine waits for more requests after the first one (dynamic batching).
           seed: for requests without their own.
           clock: returns seconds, for the metrics and max_wait_ms.
@@ -199,7 +199,7 @@ class Engine:
         Args:
           params: None: model.default_params().
           priority: smaller values run first.
-          number: a request without a seed samples from (the engine's seed, number); None: the count of requests so far.
+          number: a request without a seed gets one from (the engine's seed, number); None: the request count so far.
           on_output: called within step with the result so far, whenever it grew. If it raises, only its request ends.
 
         Raises:

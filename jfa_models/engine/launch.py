@@ -66,7 +66,7 @@ class Launcher:
                 {one.is_greedy for one in params},
                 {one.logprobs is None for one in params},
                 {one.adjusts_logits for one in params},
-                {one.stop_token_ids for one in params},  # their number decides a shape
+                {one.stop_token_ids for one in params},  # the number of ids decides a shape
             )
         )
         shapes: list[tuple[int, int | None]] = [(b, None) for b in _buckets(1, most)]
@@ -142,7 +142,7 @@ class Launcher:
         cache, logits, prompt_logprobs = self.model.steps.advance(
             self.model.params, cache, self._slots.last_token, batch
         )
-        # between steps the tables are on the host; a fixed shape here, independent of the step's
+        # between steps the tables are on the host; these have a fixed shape, which does not depend on the step
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         return logits, prompt_logprobs
 
@@ -189,7 +189,7 @@ class Launcher:
             )
 
     def _adjust(self, slot: int, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
-        """Sets what the logits of a slot are adjusted by."""
+        """Sets the values that adjust the logits of a slot."""
         self._make_counts()
         vocab_size = self.model.config.vocab_size
         counts = np.bincount(np.asarray(generated, np.int64), minlength=vocab_size).astype(np.int32)
@@ -200,7 +200,7 @@ class Launcher:
     def _pages_of(self, one: Continuation) -> np.ndarray:
         """The continuation's row of each page table, updated.
 
-        Since the last step, its last page may have been replaced, pages added, and others may have left a window.
+        Since the last step, its last page may have been replaced, pages added, and pages outside of a window freed.
         """
         assert one.slot is not None
         for i, (allocator, window) in enumerate(self.scheduler.pools.pools):

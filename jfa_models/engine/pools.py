@@ -24,7 +24,7 @@ class Pools:
     """The pools of one model: sequences are added, extended and freed in all of them.
 
     Attributes:
-      queried_tokens, hit_tokens: tokens looked up in the prefix cache, and those that all pools held.
+      queried_tokens, hit_tokens: tokens looked up in the prefix cache, and those of them found in all pools.
     """
 
     def __init__(self, pools: Sequence[Pool]):
@@ -35,7 +35,7 @@ class Pools:
     def add(
         self, sequence: Hashable, num_tokens: int, at_once: int, *, tokens: Sequence[int] | None = None
     ) -> int | None:
-        """Starts a sequence of num_tokens; returns how many of them need not be computed, or None: too few pages.
+        """Starts a sequence of num_tokens; returns how many of them are cached, or None if there are too few pages.
 
         Args:
           at_once: tokens of its first step: pools with a window allocate pages only for these.
@@ -54,9 +54,9 @@ class Pools:
         return hit
 
     def _known_tokens(self, tokens: Sequence[int], num_tokens: int) -> int:
-        """The length of the longest prefix that all pools hold."""
+        """The length of the longest prefix that is cached in all pools."""
         hit, before = min(num_tokens, len(tokens) - 1), -1
-        while hit != before:  # one pool shortens the prefix: another may lack the shorter one
+        while hit != before:  # if one pool shortens the prefix, another may lack the shorter one
             before = hit
             for allocator, window in self.pools:
                 hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, window=window)
@@ -137,7 +137,7 @@ def pool_sizes(
 ) -> list[int]:
     """The number of pages of each pool; num_pages for those without a window.
 
-    A pool with a window needs no more than what all running sequences keep of it, plus the tokens of a step.
+    A pool with a window needs no more than the windows of all running sequences, plus the tokens of a step.
     """
     step = -(-max_num_batched_tokens // page_size)
     return [
@@ -149,8 +149,8 @@ def pool_sizes(
 def make_pools(sizes: Sequence[int], windows: Sequence[int | None], *, page_size: int) -> Pools:
     """Empty pools.
 
-    A pool of a few pages has no watermark. Nor has a pool with a window, which has enough for all running sequences, if
-    there is also a pool without one, which limits admission.
+    A pool of a few pages has no watermark. Neither has a pool with a window, which has enough pages for all running
+    sequences, if there is also a pool without one, which limits admission.
     """
     is_alone = None not in windows
     watermarks = [
@@ -162,5 +162,5 @@ def make_pools(sizes: Sequence[int], windows: Sequence[int | None], *, page_size
 
 
 def _kept(window: int | None, page_size: int, new_tokens: int = 0) -> float:
-    """Pages that a sequence keeps of a window: its tokens, a partial page at each end, and the new tokens."""
+    """Pages that a sequence needs for a window: its tokens, a partial page at each end, and the new tokens."""
     return math.inf if window is None else 2 + -(-window // page_size) + -(-new_tokens // page_size)

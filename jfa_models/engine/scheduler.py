@@ -2,8 +2,8 @@
 
 A step computes new tokens of many continuations: one token of each that decodes, and chunks of prompts while the token
 budget lasts. Decoding continuations go first, so a long prompt never delays them; then partly computed prompts; then
-waiting ones, in the order of priority and arrival and without overtaking. A prompt is admitted when there are pages for
-all of it. When a decoding continuation finds no free page, the newest ones are preempted: they free their pages and
+waiting ones, strictly in the order of priority and arrival. A prompt is admitted when there are pages for all of it.
+When a decoding continuation needs a page and none is free, the newest ones are preempted: they free their pages and
 wait again, and all their tokens that are not in the prefix cache are recomputed later. The oldest one is never
 preempted, so every request finishes.
 
@@ -25,8 +25,8 @@ class Chunk(NamedTuple):
     """Tokens of one continuation in a step.
 
     start: tokens computed before. samples: the chunk ends with the continuation's last token, so the next one is
-    sampled, also for each of the followers, which start here. generated: tokens sampled before that one. copies: page
-    copies, each with the index of its pool.
+    sampled, also for each of the followers, which are forked here. generated: tokens sampled before that one. copies:
+    page copies, each with the index of its pool.
     """
 
     of: Continuation
@@ -108,7 +108,7 @@ class Scheduler:
             self.add(beam)  # it was preempted before the choice
 
     def make_way(self) -> bool:
-        """Preempts a beam whose successors are known, when nothing can be scheduled otherwise."""
+        """Preempts a beam whose successors are known, so that a waiting one can run when nothing else can."""
         if not self._running or not self.num_waiting:
             return False
         self._preempt(self._running[-1])

@@ -131,7 +131,7 @@ class Attention(nnx.Module):
     def _over_pages(
         self, q: Float[Array, "b t hq d"], cache: jfa.PagedKVCache, lengths: Int[Array, " b"]
     ) -> Float[Array, "b t hq d"]:
-        """Attends from the new tokens, which the cache already holds after its kv_len, over the cache."""
+        """Attends over the cache, which already contains the new tokens after its kv_len."""
         kv_len = cache.kv_len + lengths
         b, t = q.shape[:2]
         if t == 1:

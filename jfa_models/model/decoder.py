@@ -40,7 +40,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only transformer as a pure function: no hidden state; the cache is an argument and a result.
 
-    attention_implementation: the implementation of jfa's ops by name; None: they choose.
+    attention_implementation: the implementation of jfa's ops by name; None: the ops choose.
     """
 
     def __init__(

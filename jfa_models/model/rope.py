@@ -28,8 +28,8 @@ class LinearScaling:
 class Llama3Scaling:
     """Divides slow frequencies by `factor` and keeps fast ones, with a linear blend between. Source: arXiv:2407.21783.
 
-    A pair is slow if it makes fewer than `low_freq_factor` turns within `original_context_length` positions, and fast
-    if it makes more than `high_freq_factor`.
+    A pair is slow if it makes fewer than `low_freq_factor` rotations within `original_context_length` positions, and
+    fast if it makes more than `high_freq_factor`.
     """
 
     factor: float
@@ -56,7 +56,7 @@ class Llama3Scaling:
 class YarnScaling:
     """Divides slow frequencies by `factor` and keeps fast ones, with a ramp between. Source: arXiv:2309.00071.
 
-    A pair is fast if it makes at least `beta_fast` turns within `original_context_length` positions, and slow if it
+    A pair is fast if it makes at least `beta_fast` rotations within `original_context_length` positions, and slow if it
     makes at most `beta_slow`.
     """
 
@@ -73,7 +73,7 @@ class YarnScaling:
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
         """The divisor of each inverse frequency: from 1 (fast) to `factor` (slow)."""
         pairs = len(exact)
-        # exact[i] is theta ** -(i / pairs): solved for the (fractional) index of the pair with that many turns
+        # exact[i] is theta ** -(i / pairs): solved for the (fractional) index of the pair with that many rotations
         log_step = -math.log(exact[1]) if pairs > 1 else 1.0
         first, last = (
             math.log(self.original_context_length / (turns * 2 * math.pi)) / log_step

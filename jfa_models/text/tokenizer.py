@@ -109,7 +109,7 @@ class Tokenizer:
         the output of a chat template, which writes them itself.
 
         Raises:
-          ValueError: the text is not valid Unicode, which bytes from a terminal may not be.
+          ValueError: the text is not valid Unicode, for example because of bytes from a terminal.
         """
         try:
             text.encode()
@@ -120,7 +120,7 @@ class Tokenizer:
         return self.core.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no character become U+FFFD."""
+        """The text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
         return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
@@ -196,7 +196,7 @@ def _read_core(path: Path) -> tokenizers.Tokenizer:
     if not path.exists():
         raise ValueError(
             f"{path.parent} has no tokenizer.json; save the tokenizer in that form (save_pretrained of a fast "
-            "tokenizer writes it), a tokenizer.model alone is not supported"
+            "tokenizer writes it); tokenizer.model files are not supported"
         )
     read_json(path)  # for its error message: for a damaged file, the library raises a bare Exception without details
     core = tokenizers.Tokenizer.from_file(str(path))

@@ -1,4 +1,4 @@
-"""The names that command lines take are those of the things they name."""
+"""The names that command lines accept agree with what they refer to."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jfa_bench.records import plot
 from jfa_models.decoding import options
 
 
-def test_kernels_are_those_of_the_table():
+def test_kernels_agree_with_the_table_of_ops():
     assert list(names.KERNELS.items()) == [(op.kernel, (op.name, op.direction)) for op in ops.OPS]
     assert {op for op, _ in prove.PROOFS} == set(names.OPS)
     dtypes = dict.fromkeys(dtype for op in ops.OPS for dtype in op.dtypes)
@@ -18,17 +18,17 @@ def test_kernels_are_those_of_the_table():
     assert all(op.head_dims == names.HEAD_DIMS and op.between == names.BETWEEN for op in ops.OPS)
 
 
-def test_architectures_are_those_of_the_machine():
+def test_architectures_agree_with_the_emulator():
     assert tuple(amdgcn.TARGETS) == names.EXECUTED_ARCHS and set(names.EXECUTED_ARCHS) < set(names.ARCHS)
 
 
-def test_implementations_are_those_that_are_measured():
+def test_implementations_agree_with_those_that_are_measured():
     assert tuple(peers.PEERS) == names.PEERS and set(names.PEERS) <= set(plot.LOOKS)
     assert names.IMPLEMENTATIONS == ("jfa", *backends.NAMES)
     assert tuple(memory.DATA_SETS) == names.DATA_SETS
     assert names.PAGE_KINDS == ("same", *options.KV_DTYPES)
 
 
-def test_options_of_a_cache_are_those_of_the_command_line():
+def test_cache_options_agree_with_the_command_line():
     fields = {field.name: field.default for field in dataclasses.fields(options.CacheOptions)}
     assert fields["kind"] in options.CACHES

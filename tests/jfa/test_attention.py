@@ -18,7 +18,7 @@ TILES = {
     "triton": jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1),
 }
 # float16 and bfloat16 differ only in rounding, so half of the cases run in each. An interpreted kernel takes seconds:
-# the quick runs leave out cases on triton whose options another case has too, and run xla in one dtype of each case.
+# the quick runs skip cases on triton whose options are also in another case, and run xla in one dtype of each case.
 DTYPES = {name: ("float32", ("bfloat16", "float16")[i % 2]) for i, name in enumerate(CASES)}
 NOT_QUICK_ON_TRITON = {
     *("square", "ragged_tiles", "causal", "mqa", "left_window", "window_of_itself", "zero_scale", "steep_scale"),
@@ -47,7 +47,7 @@ RUNS = [
 def attend(name, dtype, backend, **more):
     known = truth(name, dtype)
     options = known.options | dict(implementation=backend, config=TILES[backend], return_residual=True) | more
-    # one program: its parts one by one take several times as long to compile
+    # compiled as one program: compiling its operations one by one takes several times as long
     return jax.jit(functools.partial(jfa.dot_product_attention, **options))(*known.arrays)
 
 
@@ -62,7 +62,7 @@ def test_agrees_with_the_oracle(name, dtype, backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["one_query_each", "cached_chunk", "gqa", "mask"])
-def test_packed_heads_give_the_same(name, dtype):
+def test_packed_heads_give_the_same_result(name, dtype):
     known = truth(name, dtype)
     out, lse = attend(name, dtype, "xla", config=jfa.BlockConfig(block_q=8, block_kv=16, widen=True, packed=True))
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
@@ -77,7 +77,7 @@ def test_rows_without_keys_give_zeros_and_minus_infinity(backend):
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_nothing_past_the_lengths_is_read(backend):
+def test_tokens_past_the_lengths_are_not_read(backend):
     clean = truth("lengths_with_empty_rows", "float32")
     q, k, v = (np.array(x) for x in clean.arrays)
     for row in range(3):
@@ -97,7 +97,7 @@ def test_float16_extremes_do_not_overflow_the_scores(backend):
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_bit_identical_on_repetition(backend):
+def test_repeated_calls_are_bit_identical(backend):
     first, again = (attend("cached_chunk", "bfloat16", backend)[0] for _ in range(2))
     np.testing.assert_array_equal(first, again)
 
@@ -123,7 +123,7 @@ def test_empty_input(backend, shape):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [None, 3, (5, 2)])
-def test_means_what_jax_nn_means(is_causal, window):
+def test_agrees_with_jax_nn(is_causal, window):
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.standard_normal((2, 24, h, 16)), jnp.float32) for h in (4, 2, 2))
     bias = jnp.asarray(random.standard_normal((1, 4, 24, 24)), jnp.float32)
@@ -135,7 +135,7 @@ def test_means_what_jax_nn_means(is_causal, window):
     np.testing.assert_allclose(np.asarray(our_lse)[seen], np.asarray(their_lse)[seen], atol=2e-6)
 
 
-def test_chosen_on_a_cpu_is_xla_and_its_default_tiles_agree():
+def test_the_default_on_a_cpu_is_xla_and_its_default_tiles_agree():
     known = truth("ragged_tiles", "bfloat16")
     out = jax.jit(lambda *arrays: jfa.dot_product_attention(*arrays))(*known.arrays)
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
@@ -157,14 +157,14 @@ def test_vmap_of_the_blockwise_op():
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_where_the_default_is_float64(backend):
+def test_with_float64_as_the_default_dtype(backend):
     with jax.enable_x64(True):
         out, lse = attend("cached_chunk", "float32", backend)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     np.testing.assert_array_equal(out, attend("cached_chunk", "float32", backend)[0])
 
 
-def test_packed_heads_do_not_poison_each_other():
+def test_nan_in_one_of_several_packed_heads_stays_there():
     key = jnp.ones((1, 9, 2, 16)).at[0, 3, 0].set(jnp.nan)  # key head 0, which query heads 0 and 1 read
     out = jfa.dot_product_attention(jnp.ones((1, 1, 4, 16)), key, jnp.ones((1, 9, 2, 16)))
     assert jnp.isnan(out).any((0, 1, 3)).tolist() == [True, True, False, False]
@@ -180,7 +180,7 @@ def test_offsets_and_windows_beyond_all_keys(backend):
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_numbers_may_be_arrays_of_jax(backend):
+def test_numbers_may_be_jax_arrays(backend):
     known = truth("soft_cap", "float32")
     options = dict(is_causal=True, implementation=backend, config=TILES[backend], scale=jnp.float32(0.25))
     out = jfa.dot_product_attention(*known.arrays, logits_soft_cap=jnp.float32(2.0), **options)
@@ -205,22 +205,22 @@ def test_a_list_of_traced_lengths():
 
 @pytest.mark.parametrize("backend", TILES)
 @pytest.mark.parametrize("hidden", [-1e10, float(jnp.finfo(jnp.float32).min), -jnp.inf])
-def test_a_bias_that_hides_keys(backend, hidden):
+def test_a_bias_that_masks_keys(backend, hidden):
     q, k, v = truth("bias_per_key", "float32").arrays
     bias = jnp.zeros((1, 1, 1, 37)).at[..., :32].set(hidden)
     options = dict(implementation=backend, config=TILES[backend])
     out = jfa.dot_product_attention(q, k, v, bias, **options)
     mask = jnp.arange(37)[None, None, None] >= 32
     np.testing.assert_allclose(out, jfa.dot_product_attention(q, k, v, mask=mask, **options), atol=2e-6)
-    if hidden != -jnp.inf:  # all alike: the mean of the values
+    if hidden != -jnp.inf:  # all weights are equal: the output is the mean of the values
         all_hidden = jnp.full((1, 1, 1, 37), hidden)
         mean = jnp.broadcast_to(v.mean(1, keepdims=True), (*v.shape[:1], 20, *v.shape[2:])).repeat(2, 2)
         np.testing.assert_allclose(jfa.dot_product_attention(q, k, v, all_hidden, **options), mean, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_keys_that_only_padding_of_a_tile_would_see_may_hold_anything(backend):
-    """Three queries of a cache: a tile of sixteen has rows that would see further."""
+def test_keys_seen_only_by_the_padding_of_a_tile_may_be_nan(backend):
+    """Three queries with a cache: the padding rows of a tile of sixteen queries would see later keys."""
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.standard_normal((1, n, 2, 16)), jnp.float32) for n in (3, 20, 20))
     dirty_k, dirty_v = k.at[:, 7:].set(jnp.nan), v.at[:, 7:].set(jnp.inf)
@@ -235,7 +235,7 @@ def test_keys_that_only_padding_of_a_tile_would_see_may_hold_anything(backend):
         np.testing.assert_array_equal(got, want)
 
 
-def test_sinks_of_sixteen_bits_are_the_numbers_they_are():
+def test_16_bit_sinks_are_converted_exactly():
     q, k, v = truth("sinks", "float32").arrays
     sinks = jnp.asarray([10.3, -2.0, 0.1, 4.7], jnp.bfloat16)
     options = dict(implementation="triton", config=TILES["triton"])

@@ -1,4 +1,4 @@
-"""Gradients on every backend against the oracle's, which are checked by finite differences."""
+"""Gradients on every backend, compared with the oracle's, which are checked by finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ TILES = {
     "xla": jfa.BlockConfig(block_q=16, block_kv=16, widen=True),
     "triton": jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1),
 }
-PRODUCTS = 3  # a gradient has gone through the scores, their cotangent and its own product
-# interpreted kernels take seconds each: what an option does to the others is left to the cheaper backends
+PRODUCTS = 3  # consecutive products: the scores, their cotangent and the gradient
+# interpreted kernels take seconds each: combinations of options are tested on the cheaper backends
 ON_TRITON = (
     "more_queries_than_keys",
     "gqa",
@@ -38,9 +38,9 @@ ON_TRITON = (
     "dropout",
     "everything",
 )
-# the scores of these leave the range in which a rounded formula means anything, or their weights are all alike
+# in these cases, the scores are too large for the rounded formula to be meaningful, or all weights are equal
 WITHOUT = ("steep_scale",)
-# what a case has that no other of these has; all run with -m exhaustive
+# cases with an option that no other of these has; all cases run with -m exhaustive
 QUICK = {
     "xla": set(ON_TRITON) | {"offset_and_window", "narrow_values", "broadcast_dropout", "one_query_each", "mask"},
     "triton": {
@@ -53,7 +53,7 @@ QUICK = {
 
 
 def dtypes_of(i: int, backend: str) -> tuple[str, ...]:
-    """Of the case with this number; the first one is the quick one."""
+    """The dtypes of the case with this number; quick runs use the first."""
     if backend == "reference":
         return ("float32",)
     return ("float32", ("bfloat16", "float16")[i % 2])[i // 2 % 2 :]
@@ -69,7 +69,7 @@ RUNS = [
 
 
 def gradients(name, dtype, backend):
-    """By cases.GRADIENTS' names, of sum(out * d_out) + sum(lse * d_lse)."""
+    """The gradients of sum(out * d_out) + sum(lse * d_lse), by the names in cases.GRADIENTS."""
     known = truth(name, dtype)
     arrays = dict(zip(("query", "key", "value"), known.arrays, strict=True))
     arrays |= {key: known.options[key] for key in ("bias", "sinks", "alibi_slopes") if key in known.options}
@@ -85,7 +85,7 @@ def gradients(name, dtype, backend):
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), RUNS)
-def test_gradients_are_the_oracles(name, dtype, backend):
+def test_gradients_agree_with_the_oracle(name, dtype, backend):
     got = gradients(name, dtype, backend)
     wanted = truth(name, dtype).gradients
     assert set(got) == set(wanted)
@@ -95,7 +95,7 @@ def test_gradients_are_the_oracles(name, dtype, backend):
 
 
 @pytest.mark.parametrize("argument", ["q", "k", "v", "bias", "sinks", "alibi_slopes"])
-def test_the_oracles_gradients_are_its_slopes(argument):
+def test_gradients_of_the_oracle_agree_with_finite_differences(argument):
     known = truth("everything", "float32")
     q, k, v = (np.asarray(x, np.float64) for x in known.arrays)
     inputs = dict(known.named, q=q, k=k, v=v)
@@ -112,7 +112,7 @@ def test_the_oracles_gradients_are_its_slopes(argument):
     np.testing.assert_allclose((gradient * step).sum(), slope, rtol=1e-6)
 
 
-def test_nothing_past_the_lengths_reaches_a_gradient():
+def test_tokens_past_the_lengths_do_not_change_gradients():
     clean = truth("lengths_with_empty_rows", "float32")
     dirty = [np.array(x) for x in clean.arrays]
     for row in range(3):
@@ -130,7 +130,7 @@ def test_nothing_past_the_lengths_reaches_a_gradient():
             np.testing.assert_array_equal(got, want)
 
 
-def test_the_gradient_of_a_bias_of_a_single_head():
+def test_the_gradient_of_a_single_head_bias():
     q, kv = jnp.ones((1, 20, 1, 16)), jnp.ones((1, 37, 1, 16))
     options = dict(implementation="triton", config=TILES["triton"])
     grad = jax.grad(lambda bias: jfa.dot_product_attention(q, kv, kv, bias, **options).sum())
@@ -138,7 +138,7 @@ def test_the_gradient_of_a_bias_of_a_single_head():
     np.testing.assert_allclose(grad(jnp.zeros((1, 1, 20, 37))), 0, atol=1e-6)
 
 
-def test_float16_gradients_that_fit_do_not_overflow_on_the_way():
+def test_float16_gradients_have_no_intermediate_overflow():
     random = np.random.default_rng(0)
     x, d_out = (jnp.asarray(random.standard_normal((1, 20, 1, 64)), jnp.float32) for _ in range(2))
     arrays = [(factor * x).astype(jnp.float16) for factor in (1, 0.1, 100)]
@@ -152,7 +152,7 @@ def test_float16_gradients_that_fit_do_not_overflow_on_the_way():
         np.testing.assert_allclose(got, want, atol=0.02 * float(jnp.abs(want).max()))
 
 
-def test_a_nan_bias_under_a_mask_leaves_no_trace():
+def test_a_nan_bias_under_a_mask_has_no_effect():
     q, k, v = truth("mask", "float32").arrays
     mask = jnp.ones((1, 1, 20, 37), bool).at[..., 3].set(False).at[:, :, 2].set(False)
     bias = jnp.where(mask, 0.1, jnp.nan)
@@ -165,8 +165,8 @@ def test_a_nan_bias_under_a_mask_leaves_no_trace():
         assert all(jnp.isfinite(x).all() for x in gradients(backend))
 
 
-def test_memory_is_linear_in_the_length():
-    """Forward and backward at 32768 within 4 GB; the scores of 8 heads alone would be 34 GB."""
+def test_memory_is_linear_in_the_sequence_length():
+    """Forward and backward pass at length 32768 within 4 GB; the scores of 8 heads would take 34 GB."""
     row = jax.ShapeDtypeStruct((1, 32768, 8, 64), jnp.float32)
 
     def loss(q, k, v):
@@ -176,7 +176,7 @@ def test_memory_is_linear_in_the_length():
     assert used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes < 4e9
 
 
-def test_gradients_where_the_default_is_float64():
+def test_gradients_with_float64_as_the_default_dtype():
     with jax.enable_x64(True):
         got = gradients("causal", "float32", "xla")
     for argument, want in gradients("causal", "float32", "xla").items():

@@ -1,4 +1,4 @@
-"""What dot_product_attention refuses, and in which words."""
+"""What dot_product_attention refuses, and with which message."""
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +28,20 @@ WRONG = {
     "bias_float64": (dict(bias=jnp.ones((5, 7), jnp.int8)), "bias must be float16, bfloat16 or float32, got int8"),
     "mask_dtype": (dict(mask=jnp.ones((5, 7))), "mask must be boolean, got float32; pass an additive mask as bias"),
     "mask_rank": (dict(mask=jnp.ones((1, 2, 6, 5, 7), bool)), "mask must broadcast to"),
-    "lengths_dtype": (dict(key_value_seq_lengths=jnp.ones(2)), "key_value_seq_lengths must hold integers, got float32"),
+    "lengths_dtype": (
+        dict(key_value_seq_lengths=jnp.ones(2)),
+        "key_value_seq_lengths must contain integers, got float32",
+    ),
     "lengths_shape": (dict(query_seq_lengths=jnp.ones(3, int)), r"one integer per batch row, shape \(2,\), got \(3,\)"),
-    "offset": (dict(query_offset=jnp.ones((2, 1), int)), "query_offset must hold one integer per batch row"),
+    "offset": (dict(query_offset=jnp.ones((2, 1), int)), "query_offset must contain one integer per batch row"),
     "window": (dict(local_window_size=(-1, 0)), r"both must be >= 0, got \(-1, 0\)"),
     "window_kind": (dict(local_window_size=(1, 2, 3)), r"a pair \(left, right\) of ints, got \(1, 2, 3\)"),
     "window_float": (dict(local_window_size=2.5), r"a pair \(left, right\) of ints, got 2.5"),
-    "mixed_rank": (dict(query=Q[0]), r"query must be .* or without batch like the other two, got shape \(5, 6, 16\)"),
+    "mixed_rank": (dict(query=Q[0]), r"query must be .* key and value all without batch\), got shape \(5, 6, 16\)"),
     "scale": (dict(scale=float("nan")), "scale must be a finite number, got nan"),
     "soft_cap": (dict(logits_soft_cap=0.0), "logits_soft_cap must be a finite number > 0, got 0.0"),
     "implementation": (dict(implementation="cudnn"), "one of reference, xla, triton, tpu, mosaic_gpu, got 'cudnn'"),
-    "sinks_shape": (dict(sinks=jnp.ones(3)), r"sinks must hold one number per query head, shape \(6,\), got \(3,\)"),
+    "sinks_shape": (dict(sinks=jnp.ones(3)), r"sinks must contain one number per query head, shape \(6,\), got \(3,\)"),
     "slopes_dtype": (dict(alibi_slopes=jnp.ones(6, int)), "alibi_slopes must be float16, bfloat16 or float32, got int"),
     "half_of_the_segments": (
         dict(query_segment_ids=jnp.ones((2, 5), int)),
@@ -46,11 +49,11 @@ WRONG = {
     ),
     "segments_shape": (
         dict(query_segment_ids=jnp.ones((2, 5), int), key_value_segment_ids=jnp.ones((2, 5), int)),
-        r"key_value_segment_ids must hold one integer per position, shape \(2, 7\), got \(2, 5\)",
+        r"key_value_segment_ids must contain one integer per position, shape \(2, 7\), got \(2, 5\)",
     ),
     "segments_dtype": (
         dict(query_segment_ids=jnp.ones((2, 5)), key_value_segment_ids=jnp.ones((2, 7), int)),
-        "query_segment_ids must hold integers, got float32",
+        "query_segment_ids must contain integers, got float32",
     ),
     "segments_of_64_bits": (
         dict(query_segment_ids=np.full((2, 5), 2**40), key_value_segment_ids=np.ones((2, 7), int)),
@@ -68,31 +71,31 @@ WRONG = {
 
 
 UNSERVED = {
-    "tpu": (dict(implementation="tpu"), "implementation='tpu': a Pallas kernel for TPU is not built yet"),
-    "mosaic": (dict(implementation="mosaic_gpu"), "a Mosaic GPU kernel is not built yet"),
+    "tpu": (dict(implementation="tpu"), "implementation='tpu': the Pallas kernel for TPU is not implemented yet"),
+    "mosaic": (dict(implementation="mosaic_gpu"), "the Mosaic GPU kernel is not implemented yet"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_makes_no_sense_is_a_value_error(name):
+def test_invalid_arguments_raise_value_error(name):
     given, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         jfa.dot_product_attention(**(dict(query=Q, key=KV, value=KV) | given))
 
 
 @pytest.mark.parametrize("name", UNSERVED)
-def test_a_named_backend_that_cannot_serve_says_why(name):
+def test_a_requested_backend_that_does_not_support_the_call_says_why(name):
     given, message = UNSERVED[name]
     with pytest.raises(jfa.UnsupportedError, match=message):
         jfa.dot_product_attention(Q, KV, KV, **(dict(implementation="triton") | given))
 
 
 @pytest.mark.parametrize("head_dim", [8, 320])
-def test_head_dims_outside_the_kernel(head_dim):
+def test_head_dims_that_the_kernel_does_not_support(head_dim):
     x = jnp.ones((1, 4, 1, head_dim))
     with pytest.raises(jfa.UnsupportedError, match=f"head_dim must be 16 to 256, got {head_dim}"):
         jfa.dot_product_attention(x, x, x, implementation="triton")
-    assert jfa.dot_product_attention(x, x, x).shape == x.shape  # left to choose, jfa takes xla
+    assert jfa.dot_product_attention(x, x, x).shape == x.shape  # without a requested backend, jfa uses xla
 
 
 @pytest.mark.parametrize(
@@ -106,19 +109,19 @@ def test_head_dims_outside_the_kernel(head_dim):
         (dict(exp2_degree=5), "exp2_degree must be None, 3 or 4, got 5"),
     ],
 )
-def test_impossible_tiles(fields, message):
+def test_invalid_tiles(fields, message):
     with pytest.raises(ValueError, match=message):
         jfa.FlashConfig(**(dict(block_q=16, block_kv=16, num_warps=4, num_stages=1) | fields))
 
 
-def test_impossible_blocks():
+def test_invalid_blocks():
     with pytest.raises(ValueError, match="block_q and block_kv must be >= 1, got 0 and 4"):
         jfa.BlockConfig(block_q=0, block_kv=4)
 
 
-def test_where_no_backend_can_every_reason_is_told(monkeypatch):
+def test_without_a_backend_the_error_has_every_reason(monkeypatch):
     monkeypatch.setattr("jfa.backends.PREFERENCE", {"cpu": ("triton",)})
-    message = "no attention backend on cpu:\n  triton: the head_dim of value must be 16 to 256, got 8"
+    message = "no backend supports this call on cpu:\n  triton: the head_dim of value must be 16 to 256, got 8"
     with pytest.raises(jfa.UnsupportedError, match=message):
         jfa.dot_product_attention(Q, KV, KV[..., :8])
 
@@ -130,7 +133,7 @@ def test_a_symbolic_length_is_refused():
         jax.export.export(jax.jit(jfa.dot_product_attention))(x, x, x)
 
 
-def test_a_call_of_known_shapes_is_exported():
+def test_a_call_with_static_shapes_can_be_exported():
     x = jnp.linspace(-1, 1, 64).reshape(1, 4, 1, 16)
     exported = jax.export.export(jax.jit(jfa.dot_product_attention))(x, x, x)
     np.testing.assert_array_equal(exported.call(x, x, x), jax.jit(jfa.dot_product_attention)(x, x, x))

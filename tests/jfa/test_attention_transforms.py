@@ -1,4 +1,4 @@
-"""jit, vmap, checkpoint and shard_map of the op, and its backends on drawn shapes and options."""
+"""jit, vmap, checkpoint and shard_map of the op, and its backends on random shapes and options."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_checkpoint_gives_the_same_gradient(names):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jax 0.11 leaves the unused forward pass to XLA")
-def test_names_saved_for_a_checkpoint_spare_the_second_forward_pass():
+def test_saving_the_checkpoint_names_avoids_a_second_forward_pass():
     q, k, v = truth("gqa", "float32").arrays
 
     def loss(q, k, v):
@@ -80,7 +80,7 @@ def test_forward_mode_works_on_the_reference():
     np.testing.assert_allclose(slope, difference, atol=1e-3)
 
 
-def test_gradients_repeat_bit_for_bit():
+def test_repeated_gradients_are_bit_identical():
     known = truth("gqa", "bfloat16")
 
     def gradient():
@@ -93,19 +93,19 @@ def test_gradients_repeat_bit_for_bit():
     np.testing.assert_array_equal(gradient(), gradient())
 
 
-def test_dropout_keeps_the_share_it_should():
+def test_dropout_keeps_the_expected_fraction():
     q = jnp.zeros((2, 256, 2, 16))
     v = jnp.ones_like(q)
     options = dict(dropout_rate=0.3, dropout_key=jax.random.key(1), config=jfa.BlockConfig(block_q=64, block_kv=64))
     out = jfa.dot_product_attention(q, q, v, **options)
-    # 262,144 weights: the mean of what is kept, divided by 0.7, is 1 to within four standard deviations
+    # 262,144 weights: the mean of the kept ones, divided by 0.7, is 1 to within four standard deviations
     assert abs(float(out.mean()) - 1) < 4 * (0.3 / 0.7 / 262_144) ** 0.5
     assert float(out[..., 0].std()) > 0.01  # and not the same for all
 
 
 @pytest.mark.exhaustive
 def test_shard_map_over_batch_and_heads():
-    """On eight devices of the CPU, in a process of its own: their number is fixed when JAX starts."""
+    """Uses eight CPU devices in a separate process, because their number is fixed when JAX starts."""
     program = """
         import functools
         import jax, jax.numpy as jnp, numpy as np
@@ -154,7 +154,7 @@ def test_shard_map_over_batch_and_heads():
         split = jax.shard_map(ragged, mesh=mesh, in_specs=by_head, out_specs=P(None, "heads", None))
         np.testing.assert_allclose(split(q[:, 0], pages, *rows, start), ragged(q[:, 0], pages, *rows, start), atol=1e-5)
 
-        # heads that the compiler shards: no device is sent the pages of the others' heads
+        # heads sharded by the compiler: no device receives the pages of heads on other devices
         place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
         large = place(jnp.ones((500, 16, 2, 64)), *heads)
         table = jnp.arange(1, 81).reshape(4, 20)
@@ -163,7 +163,7 @@ def test_shard_map_over_batch_and_heads():
             compiled = jax.jit(op).lower(wide, large, table, jnp.full(4, 300), *more).compile()
             assert compiled.memory_analysis().temp_size_in_bytes < large.nbytes / 4, op
 
-        # interpreted kernels do not run under shard_map's check; they lower
+        # interpreted kernels do not run under shard_map's check, so they are only lowered
         from jax.sharding import AbstractDevice, AbstractMesh, AxisType
         device = AbstractDevice(device_kind="gfx942", num_cores=None, platform="rocm")
         kernel = functools.partial(loss, implementation="triton")
@@ -223,7 +223,7 @@ def drawn_cases(draw) -> Case:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=drawn_cases())
-def test_drawn_shapes_and_options_agree_with_the_oracle(dtype, case):
+def test_random_shapes_and_options_agree_with_the_oracle(dtype, case):
     known = truth_of(case, dtype, seed=1)
     arrays = dict(zip(("query", "key", "value"), known.arrays, strict=True))
     arrays |= {name: known.options[name] for name in cases.GRADIENTS if name in known.options}

@@ -1,4 +1,4 @@
-"""KVCache: kv_len is the only truth about fullness."""
+"""KVCache: only kv_len determines which tokens are valid."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ def empty(capacity=6):
 
 
 def tokens(*values):
-    """k or v [2, t, 1, 2]: every number of a token is its value."""
+    """k or v [2, t, 1, 2]: all elements of a token have the given value."""
     return jnp.broadcast_to(jnp.asarray(values, jnp.float32)[None, :, None, None], (2, len(values), 1, 2))
 
 
-def test_write_lands_behind_kv_len_and_advance_makes_it_valid():
+def test_write_starts_at_kv_len_and_advance_makes_tokens_valid():
     cache = empty().write(1, tokens(1, 2, 3), tokens(4, 5, 6)).advance(jnp.array([3, 1]))
     cache = cache.write(1, tokens(7), tokens(8))
     np.testing.assert_array_equal(cache.k[1][:, :, 0, 0], [[1, 2, 3, 7, 0, 0], [1, 7, 3, 0, 0, 0]])
@@ -27,7 +27,7 @@ def test_write_lands_behind_kv_len_and_advance_makes_it_valid():
     assert not cache.k[0].any() and cache.kv_len.tolist() == [3, 1]
 
 
-def test_what_overruns_is_dropped():
+def test_tokens_past_the_capacity_are_dropped():
     cache = empty(capacity=2).advance(1).write(0, tokens(1, 2, 3), tokens(1, 2, 3))
     np.testing.assert_array_equal(cache.k[0][:, :, 0, 0], [[0, 1], [0, 1]])
 
@@ -47,7 +47,7 @@ def test_num_bytes():
     assert empty().num_bytes == 2 * 2 * 2 * 6 * 1 * 2 * 4  # layers, k and v, rows, slots, heads, head_dim, bytes
 
 
-def test_is_a_pytree_and_written_in_place_under_donation():
+def test_is_a_pytree_and_is_written_in_place_if_donated():
     @jax.jit
     def step(cache, k):
         return cache.write(0, k, k).advance(1)
@@ -63,7 +63,7 @@ def test_is_a_pytree_and_written_in_place_under_donation():
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 2), (0, 4), (7, 12), (12, 9)])
 @pytest.mark.parametrize("kv_len", [(0, 0), (3, 5), (6, 13), (40, 7)])
 def test_a_ring_keeps_the_last_tokens_of_each_row(kv_len, lengths):
-    """Against positions counted one by one; the number in a slot is the position of its token."""
+    """Compares slots with positions counted one by one; the value in a slot is the position of its token."""
     window, slack, slots = 4, 2, 6
     cache = jfa.KVCache.create(
         num_layers=2, batch=2, capacity=64, num_kv_heads=1, head_dim=1, dtype=jnp.float32, windows=(4, None), slack=2
@@ -95,7 +95,7 @@ def test_a_ring_keeps_the_last_tokens_of_each_row(kv_len, lengths):
     assert slack == slots - window
 
 
-def test_a_ring_grows_until_it_is_one():
+def test_grow_enlarges_a_windowed_layer_until_it_is_a_ring():
     options = dict(num_layers=1, batch=1, num_kv_heads=1, head_dim=1, dtype=jnp.float32, windows=(4,), slack=2)
     cache = jfa.KVCache.create(capacity=5, **options)
     assert cache.k[0].shape[1] == 5 and not cache.is_ring(0)

@@ -1,4 +1,4 @@
-"""What jfa.device says of real, abstract and imagined devices."""
+"""The DeviceInfo that jfa.device returns for real, abstract and unknown devices."""
 
 import types
 
@@ -16,7 +16,7 @@ H200 = dict(platform="gpu", device_kind="NVIDIA H200", core_count=132, compute_c
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(platform=..., device_kind=..., ...) puts that device in the place of the real one."""
+    """machine(platform=..., device_kind=..., ...) replaces the real device with that one."""
 
     def install(**attributes):
         monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**attributes)])
@@ -40,30 +40,30 @@ def test_describe_knows_architectures_by_name():
     assert describe("cuda", "sm_90").compute_units == 132
 
 
-def test_describe_is_careful_with_unknown_ones():
+def test_describe_has_conservative_values_for_unknown_architectures():
     assert describe("rocm", "gfx1399") == jfa.DeviceInfo(
         platform="rocm", arch="gfx1399", compute_units=1, lds_bytes=65_536
     )
     assert describe("cuda", "sm_77").lds_bytes == 101_376
 
 
-def test_counted_compute_units_win_over_the_usual_number():
+def test_reported_compute_units_take_precedence_over_the_usual_number():
     assert describe("rocm", "gfx942", 38).compute_units == 38
 
 
-def test_the_machine_itself_without_an_abstract_device(machine):
+def test_the_real_device_without_an_abstract_device(machine):
     machine(platform="cpu", device_kind="cpu")
     assert probe() == describe("cpu", "cpu")
 
 
 @pytest.mark.parametrize("capability", ["gfx942", "gfx942:sramecc+:xnack-"])
 @pytest.mark.parametrize("platform", ["gpu", "rocm"])
-def test_a_rocm_card_is_named_by_its_architecture(machine, platform, capability):
+def test_a_rocm_gpu_is_identified_by_its_architecture(machine, platform, capability):
     machine(**MI300X | dict(platform=platform, compute_capability=capability))
     assert probe() == describe("rocm", "gfx942", 304)
 
 
-def test_a_cuda_card_is_named_by_its_capability(machine):
+def test_a_cuda_gpu_is_identified_by_its_compute_capability(machine):
     machine(**H200)
     assert probe() == describe("cuda", "sm_90", 132)
 
@@ -86,7 +86,7 @@ def test_a_device_without_a_core_count_gets_the_usual_number(machine):
         ("NVIDIA B200", "cuda", "sm_100"),
     ],
 )
-def test_an_abstract_architecture_wins_over_another_real_one(machine, kind, platform, arch):
+def test_an_abstract_architecture_takes_precedence_over_the_real_one(machine, kind, platform, arch):
     machine(platform="cpu", device_kind="cpu")
     with abstract(kind, platform):
         assert probe() == describe(platform, arch)
@@ -95,13 +95,13 @@ def test_an_abstract_architecture_wins_over_another_real_one(machine, kind, plat
 @pytest.mark.parametrize(
     "kind", ["AMD Instinct MI300X", "AMD Radeon RX 7900 XTX", "NVIDIA GeForce RTX 4090", "TPU v5 lite", "cpu"]
 )
-def test_other_names_say_nothing_of_the_target(machine, kind):
+def test_other_device_kinds_do_not_change_the_target(machine, kind):
     machine(platform="cpu", device_kind="cpu")
     with abstract(kind, "rocm"):
         assert probe() == describe("cpu", "cpu")
 
 
-def test_the_real_card_under_its_own_architecture_keeps_its_counted_units(machine):
+def test_an_abstract_device_of_the_real_architecture_keeps_its_core_count(machine):
     machine(**MI300X | dict(compute_capability="gfx942:sramecc+:xnack-", core_count=80))
     with abstract("gfx942", "rocm"):
         assert probe().compute_units == 80
@@ -109,7 +109,7 @@ def test_the_real_card_under_its_own_architecture_keeps_its_counted_units(machin
         assert probe() == describe("rocm", "gfx950")
 
 
-def test_shard_map_fills_in_the_marketing_name_of_the_real_card(machine):
+def test_shard_map_uses_the_marketing_name_of_the_real_gpu(machine):
     machine(**MI300X | dict(compute_capability="gfx942"))
     with abstract(MI300X["device_kind"], "rocm"):
         assert probe() == describe("rocm", "gfx942", 304)

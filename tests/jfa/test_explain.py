@@ -1,4 +1,4 @@
-"""What jfa.explain, and with it `jfa info`, says of a device."""
+"""The information about a device that jfa.explain returns and `jfa info` prints."""
 
 import pytest
 
@@ -15,7 +15,7 @@ TILES = {
 
 
 @pytest.mark.parametrize("device", TILES, ids="-".join)
-def test_where_the_tiles_come_from(device):
+def test_the_source_of_the_tile_sizes(device):
     told, *paged = jfa.explain(describe(*device))
     assert told.tiles == TILES[device]
     assert [one.op for one in (told, *paged)] == [
@@ -27,7 +27,7 @@ def test_where_the_tiles_come_from(device):
     assert all(len(one.refused) == 4 for one in (told, *paged))
 
 
-def test_ops_over_pages_have_tables_of_their_own():
+def test_paged_ops_have_separate_tuning_tables():
     tiles = {one.op: one.tiles for one in jfa.explain(describe("cuda", "sm_90"))}
     assert tiles["dot_product_attention"] == "tuning table of sm_90"
     assert tiles["paged_decode_attention"].startswith("safe defaults: there is no tuning table for sm_90")

@@ -1,4 +1,4 @@
-"""attention_fn under Flax's own layers gives what Flax's own attention gives."""
+"""Flax's layers with jfa's attention_fn give the same results as with Flax's own attention."""
 
 import functools
 
@@ -59,14 +59,14 @@ def test_linen_and_its_gradient(call):
         np.testing.assert_allclose(got, want, atol=2e-4)
 
 
-def test_bias_with_a_batch_axis_of_its_own():
+def test_bias_with_a_batch_axis():
     q = jax.random.normal(jax.random.key(2), (2, 3, 11, 4, 16))
     bias = jax.random.normal(jax.random.key(3), (3, 1, 11, 11))
     want = nnx.dot_product_attention(q, q, q, bias=jnp.broadcast_to(bias, (2, 3, 4, 11, 11)))
     np.testing.assert_allclose(jfa.flax.attention_fn(q, q, q, bias=bias), want, atol=1e-5)
 
 
-def test_options_of_ours_through_partial():
+def test_jfa_options_through_partial():
     window = functools.partial(jfa.flax.attention_fn, local_window_size=2, implementation="reference")
     q = jax.random.normal(jax.random.key(2), (2, 11, 4, 16))
     want = jfa.dot_product_attention(q, q, q, local_window_size=2)
@@ -80,9 +80,18 @@ def test_computes_in_the_layer_dtype():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(precision="bfloat16"), "precision=bfloat16 is not supported: dtype sets the precision of products;"),
-        (dict(module=object()), "blockwise attention never stores the weights; leave sow_weights off"),
-        (dict(qk_attn_weights_einsum=jnp.einsum), "do not set the layer's einsum classes"),
+        (
+            dict(precision="bfloat16"),
+            "precision=bfloat16 is not supported: the precision of products follows from dtype; use precision=None",
+        ),
+        (
+            dict(module=object()),
+            "sow_weights is not supported: the attention weights are never stored; set it to False",
+        ),
+        (
+            dict(qk_attn_weights_einsum=jnp.einsum),
+            "custom einsum classes are not supported: .*; do not set them in the layer",
+        ),
     ],
 )
 def test_refusals(options, message):
@@ -91,7 +100,7 @@ def test_refusals(options, message):
         jfa.flax.attention_fn(q, q, q, **options)
 
 
-def test_dropout_that_is_off_is_no_dropout():
+def test_inactive_dropout_has_no_effect():
     q = jnp.ones((1, 4, 2, 16))
     assert jfa.flax.attention_fn(q, q, q, dropout_rate=0.5, deterministic=True).shape == q.shape
 
@@ -103,15 +112,15 @@ def test_active_dropout_needs_a_key():
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
-def test_dropout_is_the_same_for_all_rows_and_heads_where_flax_says_so(broadcast):
-    q = jnp.zeros((3, 40, 2, 16))  # every weight alike: the output tells which values were kept
+def test_dropout_is_broadcast_over_rows_and_heads_as_in_flax(broadcast):
+    q = jnp.zeros((3, 40, 2, 16))  # all weights are equal: the output shows which values were kept
     v = jnp.broadcast_to(jnp.arange(40.0)[:, None, None], q.shape)
     out = jfa.flax.attention_fn(q, q, v, broadcast_dropout=broadcast, dropout_rng=jax.random.key(3), dropout_rate=0.5)
     alike = np.array_equal(out, np.broadcast_to(out[:1, :, :1], out.shape))
     assert alike == broadcast
 
 
-def test_a_layer_with_dropout_runs_and_repeats():
+def test_a_layer_with_dropout_runs_and_is_reproducible():
     layer = nnx_layer(attention_fn=jfa.flax.attention_fn, dropout_rate=0.3)
     first, again, other = (layer(X, rngs=nnx.Rngs(seed), deterministic=False) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

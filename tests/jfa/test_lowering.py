@@ -1,4 +1,4 @@
-"""The Triton kernel as a GPU would be given it: lowered on the CPU for cards that the machine does not have."""
+"""The Triton kernel, lowered on the CPU for GPUs that are not present."""
 
 import contextlib
 import math
@@ -54,14 +54,14 @@ OPTIONS = {
 
 @contextlib.contextmanager
 def target(kind):
-    """Inside, JAX traces and lowers for a card by name: an abstract device stands where the real one would."""
+    """A context in which JAX traces and lowers for a named GPU: an abstract device replaces the real one."""
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=ALL_PLATFORMS[kind][0])
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         yield
 
 
 def lowered(kind, dtype="bfloat16", head_dim=64, q_len=Q_LEN, **options):
-    """StableHLO of a plain call, no backend named."""
+    """StableHLO of a call without a requested backend."""
     q = jax.ShapeDtypeStruct((BATCH, q_len, Q_HEADS, head_dim), dtype)
     kv = jax.ShapeDtypeStruct((BATCH, KV_LEN, KV_HEADS, head_dim), dtype)
     with target(kind):
@@ -70,7 +70,7 @@ def lowered(kind, dtype="bfloat16", head_dim=64, q_len=Q_LEN, **options):
 
 
 def assert_one_kernel(text, config, q_len=Q_LEN):
-    """One Triton call, with this configuration's grid, warps and stages."""
+    """Checks that text has one Triton call, with this configuration's grid, warps and stages."""
     assert re.findall(r"custom_call @(\S+?)\(", text) == ["__gpu$xla.gpu.triton"]
     found = {name: int(x) for name, x in re.findall(r"(grid_[xyz]|num_warps|num_stages) = (\d+) : i32", text)}
     assert found == dict(
@@ -85,7 +85,7 @@ def assert_one_kernel(text, config, q_len=Q_LEN):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", TARGETS)
-def test_a_plain_call_is_one_kernel_with_the_tiles_of_the_table(kind, dtype, head_dim):
+def test_a_plain_call_is_one_kernel_with_the_tuned_tiles(kind, dtype, head_dim):
     config = tuning.flash_config(TARGETS[kind][1], dtype=dtype, head_dim=head_dim)
     assert config is not None, "no entry in the tuning table"
     assert_one_kernel(lowered(kind, dtype, head_dim, is_causal=True), config)
@@ -99,22 +99,22 @@ def test_every_option_lowers(kind, options):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_the_residual_costs_no_second_kernel(kind):
+def test_the_residual_needs_no_second_kernel(kind):
     config = tuning.flash_config(TARGETS[kind][1], dtype="bfloat16", head_dim=64)
     assert_one_kernel(lowered(kind, return_residual=True), config)
 
 
-def test_a_single_query_takes_a_low_tile():
+def test_a_single_query_needs_one_tile():
     config = jfa.FlashConfig(block_q=128, block_kv=32, num_warps=2, num_stages=1)
     assert_one_kernel(lowered("gfx942", q_len=1, config=config), config, q_len=1)
 
 
-def test_a_named_configuration_overrules_the_table():
+def test_an_explicit_config_overrides_the_table():
     config = jfa.FlashConfig(block_q=32, block_kv=32, num_warps=2, num_stages=2)
     assert_one_kernel(lowered("gfx942", config=config), config)
 
 
-def test_what_the_kernel_does_not_serve_goes_to_xla():
+def test_calls_that_the_kernel_does_not_support_use_xla():
     assert "triton" not in lowered("gfx942", head_dim=8)
 
 
@@ -124,7 +124,7 @@ def test_lowering_twice_gives_the_same_text(kind):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_the_probe_sees_the_target(kind):
+def test_probe_sees_the_target(kind):
     with target(kind):
         assert probe() == describe(*TARGETS[kind])
 

@@ -1,4 +1,4 @@
-"""Attention over pages: oracle, reference, kernels; each case on every backend."""
+"""Paged attention: oracle, reference, kernels; each case on every backend."""
 
 import dataclasses
 import functools
@@ -20,8 +20,8 @@ TILES = {
     "xla": jfa.BlockConfig(block_q=16, block_kv=16, widen=True),
     "triton": jfa.PagedConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1, num_splits=1),
 }
-# float16 and bfloat16 differ in rounding alone, so half of the cases run in each; an interpreted kernel takes seconds,
-# and most of what float32 could show there is in the other one
+# float16 and bfloat16 differ only in rounding, so half of the cases run in each; an interpreted kernel takes seconds,
+# and most of what float32 could show on it is covered by the 16-bit dtype
 DTYPES = {name: ("float32", ("bfloat16", "float16")[i % 2]) for i, name in enumerate(CASES)}
 IN_FLOAT32 = ("ragged", "head_dim_80", "int8_odd", "int4_odd", "chunks_and_tokens")
 NOT_QUICK_ON_TRITON = {"one_row", "pages_of_one", "window_of_itself", "mqa_16", "soft_cap", "int8", "int4", "prefill"}
@@ -52,7 +52,7 @@ def attend(name, dtype, backend, **more):
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), RUNS)
-def test_agrees_with_the_oracle_beside_poison(name, dtype, backend):
+def test_agrees_with_the_oracle_despite_nan_in_unused_slots(name, dtype, backend):
     known = truth(name, dtype)
     out, lse = attend(name, dtype, backend)
     assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
@@ -61,7 +61,7 @@ def test_agrees_with_the_oracle_beside_poison(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_no_queries_no_rows_and_no_pages_of_a_row_give_nothing(backend):
+def test_without_queries_rows_or_pages_the_output_is_empty_or_zero(backend):
     q, pages = jnp.ones((3, 2, 16)), jnp.ones((2, 4, 1, 16))
     for n, b, p in ((0, 0, 1), (0, 2, 1), (3, 0, 1), (3, 2, 0)):
         start = jnp.zeros(b + 1, jnp.int32)
@@ -78,7 +78,7 @@ def test_no_queries_no_rows_and_no_pages_of_a_row_give_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_queries_of_no_row_give_zeros_wherever_they_stand(backend):
+def test_queries_of_no_row_give_zeros(backend):
     out, lse = jfa.ragged_paged_attention(
         *(jnp.ones((4, 1, 16)), jnp.ones((2, 4, 1, 16)), jnp.ones((2, 4, 1, 16)), jnp.array([[1]]), jnp.array([3])),
         jnp.array([1, 3]),
@@ -91,7 +91,7 @@ def test_queries_of_no_row_give_zeros_wherever_they_stand(backend):
 
 
 @pytest.mark.parametrize("backend", TILES)
-def test_there_are_no_derivatives(backend):
+def test_gradients_are_refused(backend):
     known = truth("one_row", "float32")
 
     def loss(q):
@@ -102,7 +102,7 @@ def test_there_are_no_derivatives(backend):
 
 
 @pytest.mark.parametrize("name", ["ragged", "sinks", "window", "int8", "chunks_and_tokens", "chunk_with_sinks"])
-def test_a_row_whose_keys_are_shared_out_gives_the_same(name):
+def test_split_kv_gives_the_same_result(name):
     known = truth(name, "bfloat16")
     config = dataclasses.replace(TILES["triton"], num_splits=3)
     out, lse = attend(name, "bfloat16", "triton", config=config)
@@ -142,7 +142,7 @@ def drawn_cases(draw) -> PagedCase:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=drawn_cases())
-def test_drawn_shapes_and_options_agree_with_the_oracle(dtype, backend, case):
+def test_random_shapes_and_options_agree_with_the_oracle(dtype, backend, case):
     known = truth_of(case, dtype, seed=1)
     options = known.options | dict(implementation=backend, config=TILES[backend], return_residual=True)
     out, lse = jax.jit(functools.partial(getattr(jfa, known.op), **options))(*known.arrays)

@@ -1,4 +1,4 @@
-"""PagedKVCache against plain Python: every write lands where its row's table says, and nothing else changes."""
+"""PagedKVCache compared with plain Python: a write changes only the slots that its row's page table specifies."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jfa import quant
 from jfa.types import NULL_PAGE
 
 PAGE_SIZES = (1, 3, 16)
-# row 0 has all its pages, row 1 two, row 2 none: the places of the others are NULL_PAGE
+# row 0 has all its pages, row 1 two, row 2 none: the other entries are NULL_PAGE
 TABLE = np.array([[7, 2, 5], [3, 6, 0], [0, 0, 0]], np.int32)
 SHAPE = dict(num_layers=2, num_pages=9, page_size=3, batch=3, pages_per_seq=3, num_kv_heads=2, head_dim=4)
 
@@ -24,7 +24,7 @@ def empty(**changed):
 
 
 def filled(**changed):
-    """A cache with TABLE for every layer, in whose pages each number is another one below 0 (where they are floats)."""
+    """A cache with TABLE for every layer, whose pages contain distinct numbers, below 0 if they are floats."""
     cache = empty(**changed)
     number = iter(range(1, 100))
     pages = {
@@ -54,7 +54,7 @@ def stored(pages):
 
 
 def written(pages, kv_dtype, table, kv_len, rows):
-    """What pages, as stored gives them, hold after each row's tokens were put behind its kv_len; plain Python."""
+    """The expected pages, in the form of `stored`, after each row's tokens are written at its kv_len; plain Python."""
     page_size = pages[0].shape[1]
     for row, new in enumerate(rows):
         for place, token in enumerate(new):
@@ -92,12 +92,12 @@ def assert_pages(cache, layer, want_k, want_v):
 @pytest.mark.parametrize(
     ("page_size", "kv_dtype"), [*((size, None) for size in PAGE_SIZES), *((3, kind) for kind in quant.KINDS)]
 )
-def test_writes_land_where_the_table_says_and_nowhere_else(page_size, kv_dtype):
+def test_writes_go_only_to_the_slots_in_the_page_table(page_size, kv_dtype):
     cache = filled(page_size=page_size, kv_dtype=kv_dtype)
     others = stored(cache.k[0]) + stored(cache.v[0])
     want = [stored(cache.k[1]), stored(cache.v[1])]
     t = 4
-    # padding, a full row, a row without pages; then across a page, past the second page; then past the table
+    # padding, a full row, a row without pages; then across a page boundary, past the second page; then past the table
     for step, (kv_len, lengths) in enumerate(
         [((0, 0, 0), (2, 4, 4)), ((2, 4, 4), (4, 3, 1)), ((3 * page_size - 2, 2 * page_size - 1, 0), (4, 4, 4))]
     ):
@@ -107,7 +107,7 @@ def test_writes_land_where_the_table_says_and_nowhere_else(page_size, kv_dtype):
         for pages, new in zip(want, (np.asarray(cache.rotated(k)), v), strict=True):
             written(pages, kv_dtype, TABLE, kv_len, [row[:n] for row, n in zip(new, lengths, strict=True)])
         assert_pages(cache, 1, *want)
-    assert cache.kv_len.tolist() == [3 * page_size - 2, 2 * page_size - 1, 0], "advance alone changes it"
+    assert cache.kv_len.tolist() == [3 * page_size - 2, 2 * page_size - 1, 0], "only advance changes it"
     for got, leaf in zip(stored(cache.k[0]) + stored(cache.v[0]), others, strict=True):
         np.testing.assert_array_equal(got, leaf)
 
@@ -119,7 +119,7 @@ def test_without_lengths_all_tokens_are_written():
 
 
 @pytest.mark.parametrize(("page_size", "kv_dtype"), [(1, None), (3, "int8"), (16, None)])
-def test_write_ragged_writes_what_write_does(page_size, kv_dtype):
+def test_write_ragged_agrees_with_write(page_size, kv_dtype):
     cache = filled(page_size=page_size, kv_dtype=kv_dtype)
     k, v = tokens(3, 4)
     for kv_len, lengths in (
@@ -151,7 +151,7 @@ def test_null_page_is_never_written(kv_dtype):
         jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
-def test_keys_in_int4_alone_are_rotated_and_products_with_rotated_queries_stay():
+def test_only_int4_keys_are_rotated_and_rotated_queries_give_the_same_scores():
     q, k = tokens(3, 4)
     for kv_dtype in (None, "int8", "fp8"):
         assert empty(kv_dtype=kv_dtype).rotated(q) is q
@@ -192,7 +192,7 @@ def test_tables_of_no_rows_or_columns_write_nothing(shape):
 # Lengths
 
 
-def test_advance_and_truncate_move_kv_len_alone():
+def test_advance_and_truncate_change_only_kv_len():
     cache = filled()
     moved = cache.advance(jnp.array([3, 1, 0])).advance(2)
     assert moved.kv_len.tolist() == [5, 3, 2]
@@ -201,7 +201,7 @@ def test_advance_and_truncate_move_kv_len_alone():
     jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(back, kv_len=cache.kv_len), cache)
 
 
-def test_what_was_truncated_is_written_over():
+def test_truncated_tokens_are_overwritten():
     k, v = tokens(3, 3)
     cache = write(filled(), 0, k, v, jnp.array([3, 3, 3])).advance(3).truncate(jnp.array([1, 3, 3]))
     cache = write(cache, 0, 2 * k, 2 * v, jnp.array([1, 0, 0]))
@@ -240,7 +240,7 @@ def test_copy_pages_reads_all_before_it_writes_and_ignores_padding(kv_dtype):
     assert copied.kv_len.tolist() == [0, 0, 0]
 
 
-def test_copy_pages_touches_the_layers_of_its_table_alone():
+def test_copy_pages_copies_only_in_the_layers_of_its_table():
     cache = filled(table_of=(0, 1))
     one = jnp.array([3]), jnp.array([6])
     for table in (0, 1):
@@ -253,7 +253,7 @@ def test_copy_pages_touches_the_layers_of_its_table_alone():
         np.testing.assert_array_equal(copied.v[table][6], cache.v[table][3])
 
 
-def test_layers_use_the_table_that_table_of_names():
+def test_layers_use_their_table_in_table_of():
     cache = filled(table_of=(1, 0))
     assert len(cache.page_tables) == 2
     other = np.full((3, 3), NULL_PAGE, np.int32)
@@ -267,7 +267,7 @@ def test_layers_use_the_table_that_table_of_names():
         np.testing.assert_array_equal(after.k[1 - layer], cache.k[1 - layer])
 
 
-def test_grow_keeps_pages_tables_and_lengths_and_adds_empty_pages_behind():
+def test_grow_keeps_pages_tables_and_lengths_and_appends_empty_pages():
     for kv_dtype in (None, "int4"):
         cache = filled(kv_dtype=kv_dtype).advance(2)
         more = cache.grow(12)
@@ -294,7 +294,7 @@ def test_arguments_are_those_of_the_ops(kv_dtype):
     assert out.shape == (3, 4, 4) and out[:2].all() and not out[2].any()
 
 
-def test_its_sizes_are_those_of_its_arrays():
+def test_sizes_are_those_of_the_arrays():
     cache = empty(page_size=16, head_dim=64, dtype=jnp.bfloat16)
     assert (cache.page_size, cache.num_pages, cache.capacity) == (16, (9,), 48)
     slots = 2 * 2 * 9 * 16 * 2  # layers, k and v, pages, tokens of a page, heads
@@ -304,7 +304,7 @@ def test_its_sizes_are_those_of_its_arrays():
         assert (cache.page_size, cache.num_pages, cache.capacity) == (16, (9,), 48)
 
 
-def test_empty_tables_name_no_page_and_no_two_arrays_are_one():
+def test_empty_tables_contain_no_page_and_arrays_are_not_aliased():
     cache = empty(table_of=(0, 1), kv_dtype="int8")
     assert all((table == NULL_PAGE).all() for table in cache.page_tables) and not cache.kv_len.any()
     leaves = jax.tree.leaves(cache)
@@ -321,8 +321,8 @@ def test_empty_tables_name_no_page_and_no_two_arrays_are_one():
             "num_pages must be >= 2, since page 0 is never used, .* got num_pages=1 and page_size=3",
         ),
         (dict(page_size=0), "and page_size >= 1, got num_pages=9 and page_size=0"),
-        (dict(table_of=(0, 0, 1)), r"the index >= 0 of a page table for each of 2 layers, got \(0, 0, 1\)"),
-        (dict(table_of=(0, -1)), r"the index >= 0 of a page table for each of 2 layers, got \(0, -1\)"),
+        (dict(table_of=(0, 0, 1)), r"a page table index >= 0 for each of the 2 layers, got \(0, 0, 1\)"),
+        (dict(table_of=(0, -1)), r"a page table index >= 0 for each of the 2 layers, got \(0, -1\)"),
     ],
     ids=["kv_dtype", "odd_head_dim", "num_pages", "page_size", "table_of", "negative"],
 )
@@ -334,8 +334,8 @@ def test_create_refuses(changed, message):
 # Memory
 
 
-def test_a_table_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="table must be 0 to 0, a page table of this cache, got 5"):
+def test_a_table_index_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="table must be 0 to 0, an index of page_tables, got 5"):
         empty().copy_pages(jnp.array([1]), jnp.array([2]), table=5)
 
 
@@ -414,12 +414,12 @@ def test_caches_of_many_models_are_written_by_vmap():
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x[i], y), got, want)
 
 
-def test_each_page_table_has_pages_of_its_own_number():
+def test_each_page_table_has_its_own_number_of_pages():
     shape = dict(num_layers=3, page_size=2, batch=1, pages_per_seq=4, num_kv_heads=1, head_dim=2, dtype=jnp.float32)
     cache = jfa.PagedKVCache.create(num_pages=(5, 9), table_of=(1, 0, 1), **shape)
     assert cache.num_pages == (5, 9) and [k.shape[0] for k in cache.k] == [9, 5, 9]
     assert [k.shape[0] for k in cache.grow((5, 12)).k] == [12, 5, 12]
     with pytest.raises(ValueError, match="a cache of 5, 9 pages cannot grow to 6, 8"):
         cache.grow((6, 8))
-    with pytest.raises(ValueError, match=r"num_pages must have one entry for each of 2 page tables, got \(5,\)"):
+    with pytest.raises(ValueError, match=r"num_pages must have one entry for each of the 2 page tables, got \(5,\)"):
         jfa.PagedKVCache.create(num_pages=(5,), table_of=(1, 0, 1), **shape)

@@ -1,4 +1,4 @@
-"""The kernels over pages as a GPU would be given them: lowered on the CPU for cards that the machine does not have."""
+"""The paged kernels, lowered on the CPU for GPUs that are not present."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_a_plain_call_becomes_one_kernel(kernel, dtype, arch):
 
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx950", "gfx1201", "sm_80", "sm_100"])
 @pytest.mark.parametrize("kernel", PAGED)
-def test_other_cards_get_it_as_well(kernel, arch):
+def test_other_architectures_lower(kernel, arch):
     for dtype in ("bfloat16", "bfloat16 on int8", "float16 on uint8"):
         fn, args = PAGED[kernel].call(dtype, 64, None, "")
         assert [found.name for found in aot.lower(fn, *args, arch=arch)] == [kernel]
@@ -35,12 +35,12 @@ def test_other_cards_get_it_as_well(kernel, arch):
 @pytest.mark.parametrize("head_dim", [16, 40, 80, 256])
 @pytest.mark.parametrize("variant", ["", "window"])
 @pytest.mark.parametrize("kernel", PAGED)
-def test_any_head_dim_and_option_lowers(kernel, variant, head_dim):
+def test_every_head_dim_and_option_lowers(kernel, variant, head_dim):
     fn, args = PAGED[kernel].call("bfloat16 on int8", head_dim, None, variant)
     assert len(aot.lower(fn, *args, arch="gfx942")) == 1
 
 
-def test_a_row_is_shared_out_until_the_card_is_busy():
+def test_a_row_is_split_until_all_compute_units_are_busy():
     def grid(batch):
         q = jax.ShapeDtypeStruct((batch, 8, 64), jnp.bfloat16)
         pages = jax.ShapeDtypeStruct((1000, 16, 2, 64), jnp.bfloat16)

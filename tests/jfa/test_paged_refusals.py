@@ -1,4 +1,4 @@
-"""What attention over pages refuses, and in which words; and how many programs share a row's keys."""
+"""What paged attention refuses, and with which message; and the number of splits of a row's keys."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ WRONG = {  # name: (arguments, message); of both ops
     ),
     "scales_of_floats": (
         dict(key_scales=SCALES),
-        "key_scales: pages of dtype float32 have no scales; leave it None",
+        "key_scales: pages of dtype float32 have no scales; pass None",
     ),
     "value_scales_of_floats": (dict(value_scales=SCALES), "value_scales: pages of dtype float32 have no scales"),
     "scale_dtype": (
@@ -65,7 +65,7 @@ WRONG = {  # name: (arguments, message); of both ops
     ),
     "scale_shape": (
         QUANTIZED | dict(value_scales=SCALES[..., None]),
-        r"value_scales must hold one scale for each page, token and head, shape \(5, 4, 3\), got \(5, 4, 3, 1\)",
+        r"value_scales must contain one scale per page, token and head, shape \(5, 4, 3\), got \(5, 4, 3, 1\)",
     ),
     "head_dim": (dict(query=Q[..., :8]), r"same head_dim, at least 1, got 8 and 16 \(value_pages: 16\)"),
     "head_dim_of_int4": (
@@ -81,20 +81,20 @@ WRONG = {  # name: (arguments, message); of both ops
     "no_key_heads": (dict(key_pages=PAGES[:, :, :0], value_pages=PAGES[:, :, :0]), "of key heads, got 6 and 0"),
     "table_rank": (
         dict(page_table=np.ones(2, np.int32)),
-        r"page_table must be integers \[rows, pages per row\], got int32 of shape \(2,\)",
+        r"page_table must be an integer array \[rows, pages per row\], got int32 of shape \(2,\)",
     ),
     "table_dtype": (
         dict(page_table=np.ones((2, 2), np.float32)),
-        r"page_table must be integers \[rows, pages per row\], got float32 of shape \(2, 2\)",
+        r"page_table must be an integer array \[rows, pages per row\], got float32 of shape \(2, 2\)",
     ),
     "lengths_shape": (
         dict(kv_len=np.array([3])),
-        r"kv_len must hold one integer per batch row, shape \(2,\), got \(1,\)",
+        r"kv_len must contain one integer per batch row, shape \(2,\), got \(1,\)",
     ),
-    "lengths_dtype": (dict(kv_len=np.array([3.0, 5.0], np.float32)), "kv_len must hold integers, got float32"),
+    "lengths_dtype": (dict(kv_len=np.array([3.0, 5.0], np.float32)), "kv_len must contain integers, got float32"),
     "sinks": (
         dict(sinks=np.ones(3, np.float32)),
-        r"sinks must hold one number per query head, shape \(6,\), got \(3,\)",
+        r"sinks must contain one number per query head, shape \(6,\), got \(3,\)",
     ),
     "window": (dict(local_window_size=-1), r"both must be >= 0, got \(-1, -1\)"),
     "scale": (dict(scale=float("inf")), "scale must be a finite number, got inf"),
@@ -116,7 +116,7 @@ WRONG = {  # name: (arguments, message); of both ops
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_both_ops_refuse_what_makes_no_sense(name):
+def test_both_ops_refuse_invalid_arguments(name):
     given, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         jfa.paged_decode_attention(**(CALL | given))
@@ -124,8 +124,8 @@ def test_both_ops_refuse_what_makes_no_sense(name):
         jfa.ragged_paged_attention(**(CALL | dict(query_start=np.array([0, 1, 2])) | given))
 
 
-def test_decode_takes_one_query_for_each_row():
-    message = "one token for each row of page_table, got 3 for 2 rows; use ragged_paged_attention for any"
+def test_decode_needs_one_query_per_row():
+    message = "one token for each row of page_table, got 3 for 2 rows; use ragged_paged_attention for other"
     with pytest.raises(ValueError, match=message):
         jfa.paged_decode_attention(**(CALL | dict(query=np.ones((3, 6, 16), np.float32))))
 
@@ -133,12 +133,12 @@ def test_decode_takes_one_query_for_each_row():
 @pytest.mark.parametrize(
     ("query_start", "message"),
     [
-        (np.array([0, 2]), r"query_start must hold one integer per batch row, shape \(3,\), got \(2,\)"),
-        (np.array([0.0, 1.0, 2.0], np.float32), "query_start must hold integers, got float32"),
+        (np.array([0, 2]), r"query_start must contain one integer per batch row, shape \(3,\), got \(2,\)"),
+        (np.array([0.0, 1.0, 2.0], np.float32), "query_start must contain integers, got float32"),
     ],
     ids=["shape", "dtype"],
 )
-def test_ragged_refuses_a_query_start_of_another_form(query_start, message):
+def test_ragged_refuses_an_invalid_query_start(query_start, message):
     with pytest.raises(ValueError, match=message):
         jfa.ragged_paged_attention(**CALL, query_start=query_start)
 
@@ -146,8 +146,14 @@ def test_ragged_refuses_a_query_start_of_another_form(query_start, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(implementation="tpu"), "implementation='tpu': a Pallas kernel for TPU is not built yet; leave it None"),
-        (dict(implementation="mosaic_gpu"), "implementation='mosaic_gpu': a Mosaic GPU kernel is not built yet"),
+        (
+            dict(implementation="tpu"),
+            "implementation='tpu': the Pallas kernel for TPU is not implemented yet; leave it None",
+        ),
+        (
+            dict(implementation="mosaic_gpu"),
+            "implementation='mosaic_gpu': the Mosaic GPU kernel is not implemented yet",
+        ),
         (
             dict(implementation="triton", query=Q[..., :8], key_pages=PAGES[..., :8]),
             "implementation='triton': head_dim must be 16 to 256, got 8; leave it None to let jfa choose",
@@ -155,19 +161,19 @@ def test_ragged_refuses_a_query_start_of_another_form(query_start, message):
     ],
     ids=["tpu", "mosaic_gpu", "triton"],
 )
-def test_a_named_backend_that_cannot_serve_says_why(given, message):
+def test_a_requested_backend_that_does_not_support_the_call_says_why(given, message):
     with pytest.raises(jfa.UnsupportedError, match=message):
         jfa.paged_decode_attention(**(CALL | given))
 
 
-def test_what_triton_refuses_is_served_when_jfa_chooses():
+def test_calls_that_triton_refuses_run_if_jfa_chooses():
     out = jax.eval_shape(
         lambda: jfa.paged_decode_attention(**(CALL | dict(query=Q[..., :8], key_pages=PAGES[..., :8])))
     )
     assert out.shape == (2, 6, 16)
 
 
-# Numbers in the arrays
+# Values in the arrays
 
 VALUES = dict(page_table=[[1, 2], [3, 0]], kv_len=[7, 4], num_pages=4, page_size=4, query_start=[0, 3, 5])
 
@@ -189,7 +195,7 @@ WRONG_VALUES = {
         dict(page_table=[[1, 2], [-1, 0]]),
         "row 1: entry 0 of its page table, for the tokens from 0 on, is page -1; pages",
     ),
-    "falling_start": (dict(query_start=[0, 3, 2]), "row 1: its queries end at 2, before they start at 3"),
+    "falling_start": (dict(query_start=[0, 3, 2]), "row 1: query_start must not decrease, got 2 after 3"),
     "negative_start": (
         dict(query_start=[-2, 1, 2]),
         "query_start must begin with 0, the first query of row 0, got -2",
@@ -202,7 +208,7 @@ WRONG_VALUES = {
 
 
 @pytest.mark.parametrize("name", WRONG_VALUES)
-def test_numbers_that_make_no_sense_are_named_with_their_row(name):
+def test_invalid_values_are_reported_with_their_row(name):
     given, message = WRONG_VALUES[name]
     with pytest.raises(ValueError, match=message):
         checks.paged_values(**{key: np.asarray(value) for key, value in (VALUES | given).items()})
@@ -215,14 +221,14 @@ def test_numbers_that_make_no_sense_are_named_with_their_row(name):
         dict(query_start=None),
         dict(query_start=[0, 0, 0]),
         dict(kv_len=[8, 0], page_table=[[1, 2], [0, 0]], query_start=[0, 8, 8]),
-        dict(kv_len=[4, 4], page_table=[[1, 99], [3, -5]]),  # places behind the last token are not looked at
+        dict(kv_len=[4, 4], page_table=[[1, 99], [3, -5]]),  # entries after the last token are not checked
         dict(kv_len=jnp.array([7, 4]), page_table=jnp.array([[1, 2], [3, 0]])),
         dict(kv_len=np.zeros(0, int), page_table=np.zeros((0, 2), int), query_start=[0]),
         dict(kv_len=[0, 0], page_table=np.zeros((2, 0), int), query_start=None),
     ],
     ids=["plain", "decode", "no_queries", "whole_row", "unused_places", "arrays", "no_rows", "no_pages"],
 )
-def test_numbers_that_make_sense_pass(changed):
+def test_valid_values_pass(changed):
     checks.paged_values(**(VALUES | changed))
 
 
@@ -238,7 +244,7 @@ def test_numbers_that_make_sense_pass(changed):
         (dict(num_warps=3), "num_warps must be 1, 2, 4, 8 or 16, got 3"),
     ],
 )
-def test_impossible_tiles(fields, message):
+def test_invalid_tiles(fields, message):
     with pytest.raises(ValueError, match=message):
         jfa.PagedConfig(**(TILES | fields))
 
@@ -250,7 +256,7 @@ H100, A100, MI300 = describe("cuda", "sm_90"), describe("cuda", "sm_80"), descri
 
 def operands(*, dtype="bfloat16", pages=None, head_dim=64, value_head_dim=None, heads=(8, 2), b=4, num_pages=100,
              page_size=16, pages_per_seq=64, queries=None):  # fmt: skip
-    """Shapes of a call; queries: of the ragged op, in all."""
+    """Shapes of a call; queries: the total number of the ragged op."""
     sizes = [head_dim, value_head_dim or head_dim]
     stored = jnp.dtype({"int8": "int8", "fp8": "float8_e4m3fn", "int4": "uint8"}.get(pages, pages or dtype))
     if pages == "int4":
@@ -269,8 +275,8 @@ def operands(*, dtype="bfloat16", pages=None, head_dim=64, value_head_dim=None, 
     )
 
 
-GIB = 2**30 // (16 * 2 * 64)  # pages of one GiB in numbers of one byte
-TOO_LARGE = "_pages of 2 to 4 GiB in a one-byte dtype; use fewer pages"
+GIB = 2**30 // (16 * 2 * 64)  # number of pages in one GiB, with one byte per element
+TOO_LARGE = "_pages of 2 to 4 GiB with a one-byte dtype; use fewer pages"
 UNSERVED = {
     "tpu": ({}, describe("tpu", "TPU v5e"), "Triton kernels run on AMD and NVIDIA GPUs .* not on tpu"),
     "head_dim_300": (dict(head_dim=300), H100, "^head_dim must be 16 to 256, got 300"),
@@ -286,7 +292,7 @@ UNSERVED = {
     "fp8_to_bfloat16": (
         dict(pages="fp8"),
         A100,
-        "Triton cannot cast float8_e4m3fn to bfloat16 on sm_80; use int8 pages, which are as small",
+        "Triton cannot cast float8_e4m3fn to bfloat16 on sm_80; use int8 pages, of the same size",
     ),
     "two_gib_of_int8": (dict(pages="int8", num_pages=2 * GIB), MI300, "key" + TOO_LARGE),
     "four_gib_of_fp8": (dict(pages="fp8", num_pages=4 * GIB), H100, "key" + TOO_LARGE),
@@ -318,7 +324,7 @@ SERVED = {
 
 
 @pytest.mark.parametrize("name", UNSERVED)
-def test_the_triton_kernel_says_what_it_cannot_serve(name):
+def test_why_not_states_what_the_triton_kernel_does_not_support(name):
     shapes, device, message = UNSERVED[name]
     reason = paged.why_not(operands(**shapes), SPEC, device)
     with pytest.raises(jfa.UnsupportedError, match=message):
@@ -326,12 +332,12 @@ def test_the_triton_kernel_says_what_it_cannot_serve(name):
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_the_triton_kernel_serves_what_is_just_inside(name):
+def test_the_triton_kernel_supports_the_limits_themselves(name):
     shapes, device = SERVED[name]
     assert paged.why_not(operands(**shapes), SPEC, device) is None
 
 
-# Programs that share a row's keys
+# Splits of a row's keys
 
 CONFIG = jfa.PagedConfig(**TILES)
 
@@ -340,22 +346,22 @@ def splits(device=MI300, config=CONFIG, **shapes):
     return paged.num_splits(operands(**(dict(pages_per_seq=4096) | shapes)), config, device)
 
 
-def test_ragged_calls_share_no_row():
+def test_ragged_calls_split_no_row():
     assert splits(queries=9, b=1) == 1
 
 
-def test_the_configuration_wins():
+def test_num_splits_of_the_config_takes_precedence():
     for shapes in (dict(b=1), dict(b=500), dict(b=1, pages_per_seq=1), dict(queries=9)):
         assert splits(config=dataclasses.replace(CONFIG, num_splits=7), **shapes) == 7
 
 
-def test_more_compute_units_and_fewer_warps_share_more():
+def test_more_compute_units_and_fewer_warps_split_more():
     found = [splits(describe("cuda", "sm_90", units), b=2) for units in (1, 16, 64, 256)]
     assert found == sorted(set(found)) and found[0] == 1
     assert splits(config=dataclasses.replace(CONFIG, num_warps=1)) > splits()
 
 
-def test_more_rows_and_key_heads_share_less():
+def test_more_rows_and_key_heads_split_less():
     found = [splits(b=b) for b in (1, 4, 16, 64, 2000)]
     assert found == sorted(set(found), reverse=True) and found[-1] == 1
     assert splits(heads=(8, 8)) < splits(heads=(8, 2))
@@ -367,5 +373,5 @@ def test_no_split_is_shorter_than_256_keys(pages_per_seq):
     assert found == max(1, pages_per_seq * 16 // 256)
 
 
-def test_no_rows_are_shared_by_at_least_one():
+def test_a_call_without_rows_has_one_split():
     assert splits(b=0) >= 1

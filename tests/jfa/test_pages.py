@@ -320,7 +320,7 @@ def truncate_what_slid():
     allocator.truncate("a", 3)
 
 
-UNKNOWN = "there is no sequence 'x'; add or fork starts one"
+UNKNOWN = "there is no sequence 'x'; start it with add or fork"
 THERE = "sequence 'b' already exists; free it first or choose another id"
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "one_page": (lambda: PageAllocator(1, 2), "num_pages must be >= 2, since page 0 is never allocated, got 1"),
@@ -331,35 +331,35 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "watermark_below_0": (lambda: PageAllocator(9, 2, watermark=-1), "watermark must be >= 0 .* got -1"),
     "watermark_of_all": (
         lambda: PageAllocator(9, 2, watermark=8),
-        "leave a page to allocate, so at most 7 of 9 pages, got 8",
+        "leave at least one page to allocate, so at most 7 of 9 pages, got 8",
     ),
     "add_known": (lambda: busy().add("b", 1), THERE),
-    "add_negative": (lambda: busy().add("c", -1), "add starts sequence 'c' with num_tokens >= 0, got -1"),
+    "add_negative": (lambda: busy().add("c", -1), "to add sequence 'c', num_tokens must be >= 0, got -1"),
     "append_unknown": (lambda: busy().append("x"), UNKNOWN),
     "append_negative": (
         lambda: busy().append("a", -2),
-        "append adds num_tokens >= 0 to sequence 'a', got -2; see truncate",
+        "to append to sequence 'a', num_tokens must be >= 0, got -2; use truncate to drop tokens",
     ),
     "fork_unknown": (lambda: busy().fork("x", "c"), UNKNOWN),
     "fork_known": (lambda: busy().fork("a", "b"), THERE),
     "truncate_unknown": (lambda: busy().truncate("x", 0), UNKNOWN),
-    "truncate_negative": (lambda: busy().truncate("a", -1), "between 0 and all 5 tokens of sequence 'a', got -1"),
-    "truncate_to_more": (lambda: busy().truncate("a", 6), "all 5 tokens of sequence 'a', got 6; append makes room"),
+    "truncate_negative": (lambda: busy().truncate("a", -1), "0 to 5 tokens of sequence 'a', got -1"),
+    "truncate_to_more": (lambda: busy().truncate("a", 6), "must keep 0 to 5 tokens of sequence 'a', got 6; use append"),
     "slide_unknown": (lambda: busy().slide("x", 0), UNKNOWN),
-    "slide_too_far": (lambda: busy().slide("a", 6), "keeps the tokens of sequence 'a' from .* its 5 tokens, got 6"),
+    "slide_too_far": (lambda: busy().slide("a", 6), "first_token must be from 0 to its length, 5, got 6"),
     "truncate_what_slid": (
         truncate_what_slid,
-        "truncate to 3 tokens needs pages of sequence 'a' that slide released, up to token 4; free it and add",
+        "cannot truncate to 3 tokens: slide released the pages of sequence 'a' up to token 4; free it and add",
     ),
     "commit_unknown": (lambda: busy().commit("x", []), UNKNOWN),
     "commit_too_many": (
         lambda: busy().commit("a", [1, 2, 3, 4, 5, 6]),
-        "from its first one, at least the 4 of its committed pages and at most 5, got 6; see append and truncate",
+        "from the first one on: at least the 4 already committed and at most 5, got 6; see append and truncate",
     ),
-    "commit_only_the_new": (lambda: busy().commit("a", [5]), "tokens of sequence 'a' from its first one, .* got 1"),
+    "commit_only_the_new": (lambda: busy().commit("a", [5]), "pass its tokens from the first one on: .* got 1"),
     "commit_other_tokens": (
         commit_other_tokens_than_the_fork,
-        "sequence 'b' commits different tokens from 0 on than a sequence that shares page 1 with it; fork before",
+        "tokens of sequence 'b' from 0 on differ from those that another owner of page 1 committed; fork before",
     ),
     "free_unknown": (lambda: busy().free("x"), UNKNOWN),
     "pages_unknown": (lambda: busy().pages("x"), UNKNOWN),
@@ -409,18 +409,18 @@ def corrupt(allocator, name):
 
 CORRUPTIONS = {
     "count": "page 3 has 2 owners and a count of 3",
-    "free_and_held": "page 3 is not in one state: 2 owners, 1 times free, evictable is False",
-    "lost": "page 8 is not in one state: 0 owners, 0 times free, evictable is False",
-    "twice_free": "page 8 is not in one state: 0 owners, 2 times free",
-    "null_page": "page 0 is not in one state: 0 owners, 1 times free",
+    "free_and_held": "page 3 is not in exactly one state: 2 owners, 1 times free, evictable is False",
+    "lost": "page 8 is not in exactly one state: 0 owners, 0 times free, evictable is False",
+    "twice_free": "page 8 is not in exactly one state: 0 owners, 2 times free",
+    "null_page": "page 0 is not in exactly one state: 0 owners, 1 times free",
     "evictable_unknown": "page 8 is evictable, but not registered",
     "free_registered": "page 4 is free, but registered",
     "not_found": "page 4 is registered, but not found",
-    "found_elsewhere": "page 3 is found by a digest that is not its own",
+    "found_elsewhere": "page 3 is found by the digest of another page",
     "too_few_pages": "sequence 'a' of 7 tokens has 3 pages of 2",
     "page_twice": r"sequence 'a' has a page twice: \[1, 2, 1\]",
     "commits_too_much": "sequence 'a' has committed more than its 2 full pages",
-    "other_tokens": "page 1 of sequence 'a' holds other tokens",
+    "other_tokens": "page 1 of sequence 'a' has other tokens",
 }
 
 

@@ -1,4 +1,4 @@
-"""PageAllocator under random operations: after each, its pages are compared with a pool that is kept by brute force."""
+"""PageAllocator under random operations: after each, its state is compared with a brute-force model of the pool."""
 
 import dataclasses
 import random
@@ -24,17 +24,18 @@ class Row:
     tokens: list[int]
     kv: list[int]
     committed: int  # tokens in pages that were committed
-    gone: int = 0  # pages at its begin that it gave back
+    gone: int = 0  # pages at its start that slide released
 
     def copy(self):
         return Row(self.salt, self.pages.copy(), self.tokens.copy(), self.kv.copy(), self.committed, self.gone)
 
 
 class Device:
-    """A pool of pages with contents beside the allocator, whose answers are worked out again by brute force.
+    """A pool of pages with contents, and the allocator, whose results are recomputed by brute force.
 
-    What a slot holds stands for a key and a value: a number that depends on the salt and on every token so far. Copies
-    and writes wait until settle, as those of an engine wait for its step, so that pages change hands in between.
+    The content of a slot represents a key and a value: a number that depends on the salt and on every token so far.
+    Copies and writes are deferred until settle, as an engine defers them until its step, so that the owners of pages
+    change in between.
     """
 
     def __init__(self, num_pages, page_size, watermark):
@@ -43,14 +44,14 @@ class Device:
         self.slots = {page: [-1] * page_size for page in range(num_pages)}
         self.rows: dict[str, Row] = {}
         self.registered: dict[int, int] = {}  # kv of a page's last slot: page
-        self.idle: list[int] = []  # registered pages that nobody owns, the next to be evicted first
+        self.idle: list[int] = []  # registered pages that no row owns, in the order of eviction
         self.numbers: dict[tuple, int] = {}  # (kv before, token): kv
         self.copies: list[Copy] = []
         self.writes: list[tuple[str, int]] = []  # row, position
         self.named = 0
-        self.counts = Counter()  # of operations and of what came of them
+        self.counts = Counter()  # of operations and of their outcomes
 
-    # What is so, counted anew each time.
+    # The state, recomputed at each call.
 
     def owned(self):
         return {page for row in self.rows.values() for page in row.pages[row.gone :]}
@@ -70,10 +71,10 @@ class Device:
     def num_pages_for(self, num_tokens):
         return (num_tokens + self.size - 1) // self.size
 
-    # What an operation does to the model.
+    # How an operation changes the model.
 
     def ask(self, fits, call):
-        """The allocator's answer, which is None if and only if there is no room, and then changes nothing."""
+        """The allocator's result. It must be None, and nothing may change, if and only if there are too few pages."""
         if fits:
             answer = call()
             assert answer is not None, f"None with {len(self.free())} free pages"
@@ -83,12 +84,12 @@ class Device:
         return None
 
     def take(self, page):
-        """The allocator has given this page out: rightly?"""
+        """Checks that the allocator was right to allocate this page."""
         empty = self.free() - set(self.idle)
         if empty:
-            assert page in empty, f"page {page} was given out, but {empty} hold nothing"
+            assert page in empty, f"page {page} was allocated, but {empty} are empty"
         else:
-            assert page == self.idle.pop(0), f"page {page} was evicted out of turn"
+            assert page == self.idle.pop(0), f"page {page} was evicted in the wrong order"
             self.forget(page)
 
     def forget(self, page):
@@ -108,13 +109,13 @@ class Device:
         row.kv += kv
 
     def settle(self):
-        """The step: copies in their order, then writes, each to a page that has one owner and no registration."""
+        """Runs a step: copies in their order, then writes, each to a page with one owner that is not registered."""
         for source, destination in self.copies:
             self.slots[destination] = self.slots[source].copy()
         for name, position in self.writes:
             page = self.rows[name].pages[position // self.size]
             assert page != NULL_PAGE and self.owners(page) == [name], f"page {page} is of {self.owners(page)}"
-            assert page not in self.registered.values(), f"page {page} is written under its registration"
+            assert page not in self.registered.values(), f"page {page} is written while it is registered"
             self.slots[page][position % self.size] = self.rows[name].kv[position]
         self.copies, self.writes = [], []
         self.verify()
@@ -122,7 +123,7 @@ class Device:
     # The operations.
 
     def add(self, tokens, num_tokens, *, salt=b"", reuse=True, window=None):
-        """Starts a row that holds tokens, cut or filled up with zeros to num_tokens."""
+        """Starts a row with tokens, truncated or padded with zeros to num_tokens."""
         self.counts["add"] += 1
         self.named += 1
         name = f"row{self.named}"
@@ -223,7 +224,7 @@ class Device:
             row.committed = end
 
     def drop(self, name):
-        """Frees a row, whose tokens of this step are then not written: it may be preempted."""
+        """Frees a row, so that its tokens of this step are not written, as for a preempted sequence."""
         self.counts["free"] += 1
         self.allocator.free(name)
         self.writes = [write for write in self.writes if write[0] != name]
@@ -231,7 +232,7 @@ class Device:
         del self.rows[name]
 
     def verify(self):
-        """The allocator's figures are the model's, and every row reads its own tokens through its pages."""
+        """Checks that the allocator agrees with the model, and that every row reads its own tokens from its pages."""
         allocator, owned = self.allocator, self.owned()
         allocator.check()
         assert allocator.sequences == tuple(self.rows)
@@ -255,7 +256,7 @@ class Device:
 
 OPERATIONS = ("add", "append", "fork", "truncate", "slide", "commit", "free")
 LETTERS = st.lists(st.integers(0, 1), max_size=3)
-PROMPTS = st.builds(lambda n, letters: [0] * n + letters, st.integers(0, 6), LETTERS)  # prefixes meet often
+PROMPTS = st.builds(lambda n, letters: [0] * n + letters, st.integers(0, 6), LETTERS)  # with many common prefixes
 SALTS = st.sampled_from([b"", b"", b"adapter"])
 WINDOWS = st.sampled_from([None, None, 1, 2, 5])
 INDEX = st.integers(0, 99)
@@ -263,7 +264,7 @@ has_rows = precondition(lambda self: self.device.rows)
 
 
 class PageMachine(RuleBasedStateMachine):
-    """Any order of calls, with arguments that hypothesis can make small."""
+    """Calls in any order, with arguments that hypothesis can shrink."""
 
     @initialize(num_pages=st.integers(4, 16), page_size=st.sampled_from([2, 3, 1]), watermark=st.integers(0, 1))
     def start(self, num_pages, page_size, watermark):
@@ -291,7 +292,7 @@ class PageMachine(RuleBasedStateMachine):
     @has_rows
     @rule(index=INDEX, tokens=LETTERS, window=WINDOWS)
     def add_same_again(self, index, tokens, window):
-        """A prompt that begins like a row which has committed all it has."""
+        """Adds a prompt that starts like a row whose tokens are all committed."""
         self.commit(index, 0)
         row = self.device.rows[self.name(index)]
         self.add(row.tokens + tokens, 0, row.salt, True, window)
@@ -334,7 +335,7 @@ class PageMachine(RuleBasedStateMachine):
 
     @rule(share=st.integers(0, 3))
     def evict(self, share):
-        """Ends the oldest rows, and has pages that are free by then taken for other contents."""
+        """Frees the oldest rows, and reuses all free pages for other contents."""
         device = self.device
         for name in list(device.rows)[: len(device.rows) * share // 3]:
             device.drop(name)
@@ -359,8 +360,8 @@ TestAnyOrderOfCalls = PageMachine.TestCase
 
 
 def drive(device, rng, steps):
-    """A workload of many steps, as an engine makes them: grow, fork, roll back, end, and preempt when pages run out."""
-    trunk = [rng.randrange(2) for _ in range(6 * device.size)]  # prompts have a part of it in common
+    """A workload of many steps like an engine's: grow, fork, roll back, end, and preempt when pages run out."""
+    trunk = [rng.randrange(2) for _ in range(6 * device.size)]  # prompts share prefixes of it
     for _ in range(steps):
         name = rng.choice(list(device.rows)) if device.rows else None
         size = len(device.rows[name].tokens) if name else 0
@@ -392,7 +393,7 @@ def drive(device, rng, steps):
 
 
 @pytest.mark.parametrize("count", [run(10_000, quick=True), run(100_000, quick=False)])
-def test_many_operations_of_a_seeded_workload(count):
+def test_a_seeded_workload_of_many_operations(count):
     rng = random.Random(20230612)
     total = Counter()
     while total["done"] < count:
@@ -401,7 +402,7 @@ def test_many_operations_of_a_seeded_workload(count):
         drive(device, rng, 1000)
         total += device.counts
         total["done"] += sum(device.counts[name] for name in OPERATIONS) - device.counts["refused"]
-    # nothing that can happen was left out
+    # every operation and outcome occurred
     assert min(total[name] for name in OPERATIONS) > count / 20, total
     assert min(total[name] for name in ("refused", "evicted", "hit")) > count / 20, total
     assert min(total["copied"], total["windowed"]) > count / 200 and total["given up"] > count / 5_000, total

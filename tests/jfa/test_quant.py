@@ -1,4 +1,4 @@
-"""Quantized arrays: how far off they may be, how they lie in memory, and what they refuse."""
+"""Quantized arrays: the bounds of their errors, their layout in memory, and what is refused."""
 
 import functools
 
@@ -25,27 +25,27 @@ def round_trip(x, kind, dtype=jnp.float32):
 
 
 def vectors(*shape):
-    """Seeded normal numbers whose vectors differ in magnitude."""
+    """Seeded normally distributed vectors of different magnitudes."""
     random = np.random.default_rng(0)
     return random.standard_normal(shape) * np.exp(2 * random.standard_normal((*shape[:-1], 1)))
 
 
 def half_steps(x, kind, scales):
-    """How far off the nearest number of a kind may be, by the scales that were found."""
+    """The largest error of the nearest number of a kind, computed from the scales."""
     scales = np.asarray(scales, np.float64)[..., None]
     step = np.ones(x.shape)
     if kind == "fp8":
         in_scales = np.abs(x) / np.where(scales == 0, 1, scales)
-        # three bits behind the point; what is below 2^-6 has the step of 2^-6
+        # three bits of mantissa; numbers below 2^-6 have the same step as 2^-6
         step = 2.0 ** (np.floor(np.log2(np.maximum(in_scales, 2.0**-6))) - 3)
     rounding = 2 * float(FLOAT32.eps) * np.abs(x).max(-1, keepdims=True, initial=0)
-    # what is below the smallest normal float32 may count as 0: a result, and a scale
+    # results and scales below the smallest normal float32 may be flushed to 0
     vanished = float(FLOAT32.tiny) * np.where(scales == 0, quant.KINDS[kind][1], 1)
     return 0.5 * step * scales + rounding + vanished
 
 
 def check(x, kind):
-    """Asserts that x comes back within the computed bound; gives what comes back."""
+    """Checks that quantizing and dequantizing x has an error within the computed bound; returns the result."""
     found, got = round_trip(x, kind)
     assert found.kind == kind and found.scales.dtype == jnp.bfloat16 and found.scales.shape == x.shape[:-1]
     got, x = np.asarray(got, np.float64), np.asarray(x, np.float64)
@@ -56,7 +56,7 @@ def check(x, kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", quant.KINDS)
-def test_a_number_comes_back_within_half_a_step(kind, dtype):
+def test_the_error_of_a_number_is_at_most_half_a_step(kind, dtype):
     check(jnp.asarray(vectors(3, 8), dtype), kind)
     largest = float(jnp.finfo(dtype).max) / 2 if dtype != "float32" else LARGEST
     check(jnp.asarray([[largest, -largest, 1.0, 0.0, 9.0, largest / 2, 8.0, 7.0]] * 3, dtype), kind)
@@ -64,21 +64,21 @@ def test_a_number_comes_back_within_half_a_step(kind, dtype):
 
 @pytest.mark.parametrize("magnitude", [1e-40, 1e-37, 1e-35, 1e-30, 1e30, LARGEST])
 @pytest.mark.parametrize("kind", quant.KINDS)
-def test_tiny_and_huge_numbers_come_back_within_half_a_step(kind, magnitude):
+def test_the_error_of_tiny_and_huge_numbers_is_at_most_half_a_step(kind, magnitude):
     got = check(jnp.asarray([np.linspace(-1, 1, 8) * magnitude] * 3, jnp.float32), kind)
     assert np.isfinite(got).all()
     if magnitude >= 1e-35:
-        assert got[0, 0] < 0 < got[0, -1], "a magnitude whose scale can be held must not vanish"
+        assert got[0, 0] < 0 < got[0, -1], "a magnitude whose scale is representable must not become 0"
 
 
 @pytest.mark.parametrize("kind", quant.KINDS)
 @settings(max_examples=50, deadline=None)
 @given(x=hypothesis.extra.numpy.arrays(np.float32, (3, 8), elements=st.floats(-LARGEST, LARGEST, width=32)))
-def test_any_finite_vector_comes_back_within_half_a_step(kind, x):
+def test_the_error_of_any_finite_vector_is_at_most_half_a_step(kind, x):
     check(x, kind)
 
 
-def test_the_largest_number_of_a_dtype_comes_back_finite_in_it():
+def test_the_largest_number_of_a_dtype_stays_finite():
     infinite = []
     for kind in quant.KINDS:
         for dtype in ("float32", "bfloat16", "float16"):
@@ -107,14 +107,14 @@ def test_zeros_among_other_numbers_stay_zeros(kind):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", quant.KINDS)
-def test_a_vector_with_a_nan_or_an_infinity_is_nan_and_its_neighbours_are_not(kind, bad):
+def test_a_vector_with_nan_or_infinity_becomes_nan_without_affecting_others(kind, bad):
     x = vectors(3, 8).astype(np.float32)
     want = np.array(round_trip(x, kind)[1])
     x[1, 5], want[1] = bad, np.nan
     np.testing.assert_array_equal(round_trip(x, kind)[1], want)
 
 
-def test_int4_holds_element_i_low_and_element_i_plus_half_high_in_byte_i():
+def test_byte_i_of_int4_has_element_i_low_and_element_i_plus_half_high():
     levels = np.array([[0, 15, 3, 7, 9, 12, 15, 1], [15, 0, 8, 8, 4, 2, 6, 13], [0] * 8])
     found, got = round_trip((levels - 7.5).astype(np.float32), "int4")
     assert found.values.dtype == jnp.uint8 and found.scales.tolist() == [1.0, 1.0, 1.0]
@@ -124,7 +124,7 @@ def test_int4_holds_element_i_low_and_element_i_plus_half_high_in_byte_i():
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("int8", jnp.int8), ("fp8", jnp.float8_e4m3fn)])
-def test_other_kinds_hold_one_number_an_element_up_to_their_largest(kind, dtype):
+def test_other_kinds_store_one_number_per_element_up_to_their_largest(kind, dtype):
     largest = quant.KINDS[kind][1]
     x = np.array([[largest, -largest, 0, 16, 1, 2, 3, 4]] * 3, np.float32)
     found, _ = round_trip(x, kind)
@@ -132,7 +132,7 @@ def test_other_kinds_hold_one_number_an_element_up_to_their_largest(kind, dtype)
     np.testing.assert_array_equal(quant.numbers(found.values), x)
 
 
-def test_all_codes_of_fp8_are_the_numbers_that_they_stand_for():
+def test_all_codes_of_fp8_are_dequantized_exactly():
     codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
     got = np.asarray(jax.jit(quant.numbers)(codes))
     want = codes.astype(np.float32)
@@ -141,7 +141,7 @@ def test_all_codes_of_fp8_are_the_numbers_that_they_stand_for():
 
 
 @pytest.mark.parametrize("kind", quant.KINDS)
-def test_what_comes_back_is_quantized_to_itself(kind):
+def test_quantizing_a_dequantized_array_changes_nothing(kind):
     once = round_trip(vectors(3, 8).astype(np.float32), kind)[1]
     np.testing.assert_array_equal(round_trip(once, kind)[1], once)
 
@@ -155,7 +155,7 @@ def test_empty_arrays_stay_empty(kind, shape):
 
 
 @pytest.mark.parametrize("kind", quant.KINDS)
-def test_dequantize_rounds_once_to_the_dtype_that_is_asked(kind):
+def test_dequantize_rounds_once_to_the_requested_dtype(kind):
     x = vectors(3, 8).astype(np.float32)
     exact = np.asarray(round_trip(x, kind)[1])
     for dtype in (jnp.bfloat16, jnp.float16):
@@ -178,7 +178,7 @@ def test_is_a_pytree_and_the_same_under_jit_and_vmap_and_in_double_precision(kin
 
 
 @pytest.mark.parametrize("d", [1, 2, 6, 40, 64, 80, 128])
-def test_a_rotation_is_its_own_inverse_and_of_one_magnitude_in_blocks(d):
+def test_a_rotation_is_its_own_inverse_and_of_constant_magnitude_in_blocks(d):
     turn = quant.rotation(d)
     assert turn.shape == (d, d) and turn.dtype == np.float32
     np.testing.assert_array_equal(turn, turn.T)
@@ -188,7 +188,7 @@ def test_a_rotation_is_its_own_inverse_and_of_one_magnitude_in_blocks(d):
 
 
 @pytest.mark.parametrize(("kind", "share"), [("int8", 0.53), ("fp8", 0.53), ("int4", 0.29)])
-def test_bytes_are_a_share_of_those_of_bfloat16_scales_included(kind, share):
+def test_bytes_relative_to_bfloat16_including_scales(kind, share):
     x = jax.ShapeDtypeStruct((10, 3, 64), jnp.bfloat16)
     found = jax.eval_shape(lambda x: quant.quantize(x, kind), x)
     assert found.num_bytes == 30 * (quant.stored_size(kind, 64) + 2)
@@ -217,6 +217,6 @@ def test_refuses(call, message):
         call()
 
 
-def test_whole_numbers_are_refused():
+def test_integers_are_refused():
     with pytest.raises(ValueError, match="quantize takes a float array, got int32"):
         quant.quantize(jnp.ones((2, 4), jnp.int32), "int8")

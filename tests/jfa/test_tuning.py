@@ -1,4 +1,4 @@
-"""The tuning tables as they are shipped, and the rules by which a call finds its entry."""
+"""The tuning tables in the package, and the rules by which a call finds its entry."""
 
 import json
 from importlib import resources
@@ -66,7 +66,7 @@ def test_every_table_is_tested():
 
 
 @pytest.mark.parametrize(("kernel", "arch"), TABLES)
-def test_a_table_says_what_it_is(kernel, arch):
+def test_a_table_states_its_kernel_architecture_source_and_dtypes(kernel, arch):
     table = TABLES[kernel, arch]
     assert (table["op"], table["arch"]) == (kernel, arch)
     assert "not measured" in table["source"]
@@ -84,7 +84,7 @@ def test_an_entry_fits_its_architecture(kernel, arch, table, entry):
 
 @pytest.mark.parametrize("dtype", PAGED_DTYPES)
 @pytest.mark.parametrize(("kernel", "arch"), [key for key in TABLES if key[0] in PAGED])
-def test_every_head_dim_over_pages_has_an_entry(kernel, arch, dtype):
+def test_every_head_dim_of_the_paged_kernels_has_an_entry(kernel, arch, dtype):
     of_queries, _, of_pages = dtype.partition(" on ")
     for head_dim in (16, 64, 80, 256):
         found = tuning.paged_config(kernel, arch, dtype=of_queries, pages=of_pages or of_queries, head_dim=head_dim)
@@ -106,12 +106,12 @@ def listed(arch, head_dim, kernel="flash_attention"):
 
 
 @pytest.mark.parametrize(("head_dim", "entry"), [(16, "64"), (64, "64"), (65, "128"), (80, "128"), (129, "256")])
-def test_a_head_dim_between_entries_takes_the_next_larger(head_dim, entry):
+def test_a_head_dim_between_entries_uses_the_next_larger(head_dim, entry):
     assert tuning.flash_config("gfx942", dtype="bfloat16", head_dim=head_dim) == listed("gfx942", entry)
 
 
 @pytest.mark.parametrize(("arch", "neighbour"), [*NEIGHBOURS, ("gfx942", "gfx942")])
-def test_a_neighbour_serves_an_architecture_without_a_table(arch, neighbour):
+def test_an_architecture_without_a_table_uses_that_of_a_similar_one(arch, neighbour):
     assert tuning.table_arch(arch) == neighbour
     for kernel in (kernel for kernel, archs in SHIPPED.items() if neighbour in archs):
         found = tuning.flash_config(arch, dtype="bfloat16", head_dim=128, kernel=kernel)
@@ -130,8 +130,8 @@ def test_an_unknown_architecture_has_no_entry_and_gets_the_default(platform, arc
         assert isinstance(default_config(Operands(row, row, row), describe(platform, arch)), jfa.FlashConfig)
 
 
-def test_default_tiles_are_pipelined_on_nvidia_alone():
-    """On AMD the second stage would take registers that the tile needs."""
+def test_default_tiles_are_pipelined_only_on_nvidia():
+    """On AMD a second stage would use registers that the tile needs."""
     row = jax.ShapeDtypeStruct((1, 64, 2, 64), "bfloat16")
     stages = [
         default_config(Operands(row, row, row), describe(*device)).num_stages
@@ -140,8 +140,8 @@ def test_default_tiles_are_pipelined_on_nvidia_alone():
     assert stages == [2, 1, 1]
 
 
-def test_default_tiles_of_xla_over_pages():
-    """Whole pages for one query per row on a CPU; else tiles of about as many queries as a row has."""
+def test_default_tiles_of_the_paged_xla_ops():
+    """Whole pages for one query per row on a CPU; otherwise tiles of about the number of queries per row."""
     pages = jnp.zeros((9, 256, 1, 8))
 
     def config(b, num_queries, **ragged):

@@ -1,4 +1,4 @@
-"""A file of prompts to a file of results: nothing lost, nothing twice."""
+"""Files of prompts: each line gets exactly one result, also after an interruption."""
 
 import json
 import os
@@ -69,20 +69,20 @@ def test_each_line_gets_its_result_with_its_own_params(engine, tmp_path):
         ({"prompt": "x", "temprature": 1}, "unknown fields temprature; allowed are id and the fields of"),
         ({"prompt": "x", "temperature": -1}, "temperature must be a finite number >= 0, got -1"),
         ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": 5}, "prompt must be text, got 5; give token ids as prompt_token_ids"),
+        ({"prompt": 5}, "prompt must be a string, got 5; pass token ids as prompt_token_ids"),
         ({"prompt_token_ids": None}, "prompt_token_ids must be a list of integers, got None"),
         ({"prompt_token_ids": "ab"}, "prompt_token_ids must be a list of integers, got 'ab'"),
         ({"prompt": "x" * 200}, "the prompt has 200 tokens and max_tokens is 5, together more than max_model_len=128"),
     ],
 )
-def test_a_line_that_cannot_be_served_says_why_in_its_place(engine, tmp_path, line, message):
+def test_a_line_that_cannot_be_served_gets_an_error_as_its_result(engine, tmp_path, line, message):
     prompts = written(tmp_path / "in", {"prompt": "Hi"}, line)
     found = list(batch.run(engine, batch.read(prompts), tmp_path / "out", GREEDY))
     assert [one["line"] for one in found] == [2, 1]
     assert found[0]["error"].startswith(message) and "text" in found[1]
 
 
-def test_what_is_done_is_not_done_again_and_a_torn_line_is_removed(engine, tmp_path):
+def test_finished_lines_are_skipped_and_a_truncated_line_is_removed(engine, tmp_path):
     lines = batch.read(written(tmp_path / "in", *({"prompt": f"{i}"} for i in range(4))))
     output = tmp_path / "out"
     assert batch.done(output, lines) == set()
@@ -97,14 +97,14 @@ def test_what_is_done_is_not_done_again_and_a_torn_line_is_removed(engine, tmp_p
 def test_results_of_another_batch_are_not_continued(tmp_path):
     lines = batch.read(written(tmp_path / "in", {"prompt": "a"}))
     output = written(tmp_path / "out", {"line": 1, "prompt": "b", "text": ""})
-    with pytest.raises(ValueError, match="has the results of another batch: line 1 had another prompt; use another"):
+    with pytest.raises(ValueError, match="has the results of another batch: the prompt of line 1 differs; use another"):
         batch.done(output, lines)
     for other in ({"line": 2}, {"prompt": "a"}, "no json"):
         with pytest.raises(ValueError, match="contains a line that is not a result of this batch"):
             batch.done(written(output, other), lines)
 
 
-def test_any_character_survives(engine, tmp_path):
+def test_any_character_is_written_and_read_back(engine, tmp_path):
     asked = [{"prompt": f"a{separator}b", "id": "\ud800"} for separator in ("\u2028", "\x85", "\x1e", "\ud800")]
     lines = batch.read(written(tmp_path / "in", *asked, '{"prompt": "raw \u2028 line"}'))
     output = tmp_path / "out"
@@ -113,7 +113,7 @@ def test_any_character_survives(engine, tmp_path):
     assert sum("error" in one for one in results(output)) <= 1
 
 
-def test_a_line_may_ask_for_all_that_requests_can(engine, tmp_path):
+def test_a_line_may_have_all_sampling_parameters(engine, tmp_path):
     asked = {"prompt": "Hi", "logit_bias": {"70": 90}, "logprobs": 1, "prompt_logprobs": 0, "stop_token_ids": [70]}
     [result] = batch.run(engine, batch.read(written(tmp_path / "in", asked)), tmp_path / "out", GREEDY)
     assert result["token_ids"] == [70] and result["stop_reason"] == 70 and result["cumulative_logprob"] < 0
@@ -123,11 +123,11 @@ def test_a_line_may_ask_for_all_that_requests_can(engine, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_command_goes_on_where_it_ended(folder, tmp_path, how):
+def test_an_interrupted_command_resumes_where_it_stopped(folder, tmp_path, how):
     count = 30
     prompts = written(tmp_path / "in", *({"prompt": f"prompt {i}", "max_tokens": 20} for i in range(count)))
     output = tmp_path / "out"
-    # a shell's background jobs are started deaf to Ctrl-C, and so would be what the tests start there
+    # a shell starts background jobs with SIGINT ignored, which the processes that tests start would inherit
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program += "; from jfa_models import cli; cli.main()"
     command = [sys.executable, "-c", program, "generate", "--model", str(folder), "--max-num-seqs", "2"]

@@ -1,4 +1,4 @@
-"""The face of the engine: lists in, lists out."""
+"""LLM: lists of prompts in, lists of results out."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def test_results_come_in_the_order_of_the_prompts(model, llm, capsys):
     assert texts(results) == texts(model.generate(prompts, params))
     assert [result.prompt for result in results] == ["one", None, "a longer one", "x", "yz", "the sixth"]
     assert sorted(order) == list(range(6)) != order
-    assert capsys.readouterr().err == ""  # no bar where there is no terminal
+    assert capsys.readouterr().err == ""  # no progress bar without a terminal
 
 
 def test_a_single_prompt_is_a_list_of_one(model, llm):
@@ -49,7 +49,7 @@ def test_no_prompts_give_no_results(llm):
     assert llm.generate([], GREEDY) == []
 
 
-def test_without_seeds_a_call_repeats_itself(model, llm):
+def test_without_seeds_a_call_is_reproducible(model, llm):
     params = SamplingParams(temperature=1.2, max_tokens=8)
     prompts = ["same", "same", "same"]
     first, second = llm.generate(prompts, params), llm.generate(prompts, params)
@@ -61,7 +61,7 @@ def test_default_params_are_those_of_the_model(model, llm):
     assert texts(llm.generate(["one"])) == texts(model.generate(["one"]))
 
 
-def test_beams_and_samples_go_together(llm):
+def test_one_call_may_mix_beam_search_and_sampling(llm):
     found = llm.generate(["ab", "cd"], [BeamSearchParams(beam_width=3, max_tokens=4), SamplingParams(n=2, seed=1)])
     assert [len(result.outputs) for result in found] == [3, 2]
     scores = [output.cumulative_logprob for output in found[0].outputs]
@@ -92,7 +92,7 @@ def test_refuses(model, llm):
     assert not llm.engine.has_unfinished and texts(llm.generate("one", GREEDY)) == texts(model.generate("one", GREEDY))
     with pytest.raises(ValueError, match="sampling_params must be one, or one per prompt, got 1 for 2"):
         llm.generate(["one", "two"], [GREEDY])
-    with pytest.raises(ValueError, match="dtype='bfloat16' is given too late: the model is loaded in float32"):
+    with pytest.raises(ValueError, match="dtype='bfloat16' has no effect: the model is already loaded in float32"):
         LLM(model, dtype="bfloat16")
     llm.engine.add_request("x", GREEDY)
     with pytest.raises(RuntimeError, match="the engine runs other requests: wait until they finish"):
@@ -106,10 +106,10 @@ def test_refuses(model, llm):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (SamplingParams(n=2), "n must be 1 here, got 2; use jfa_models.LLM for it"),
-        (SamplingParams(prompt_logprobs=0), "prompt_logprobs must be None here, got 0; use jfa_models.LLM for it"),
+        (SamplingParams(n=2), "n must be 1 in LanguageModel, got 2; use jfa_models.LLM instead"),
+        (SamplingParams(prompt_logprobs=0), "prompt_logprobs must be None in LanguageModel, got 0; use jfa_models.LLM"),
     ],
 )
-def test_the_simple_loop_names_who_serves_what_it_does_not(model, params, message):
+def test_generate_names_the_class_that_supports_other_params(model, params, message):
     with pytest.raises(ValueError, match=message):
         model.generate("x", params)

@@ -1,10 +1,10 @@
-"""What tests of the page allocator share."""
+"""Helpers for tests of the page allocator."""
 
 import copy
 
 
 def snapshot(allocator):
-    """All that an allocator knows."""
+    """The whole state of an allocator."""
     return copy.deepcopy(vars(allocator))
 
 

@@ -2,10 +2,10 @@
 
     python tests/support/doc_examples.py README.md       # with the real model; exit status 1 if a block fails
 
-The Python blocks of a page share their names. A console block is run line by line: `jfa` and `jfa-bench` in this
-process, in a folder of the page's own; what follows a command in the block is how its output begins. Two kinds of
-lines are checked without running them: installation, whose extras and packages must be those of pyproject.toml, and
-blocks after a comment `<!-- parsed only: reason -->`, whose options must be valid.
+The Python blocks of a page share one namespace. A console block is run line by line: `jfa` and `jfa-bench` in this
+process, in a temporary folder per page; the lines after a command are the start of its output. Two kinds of lines are
+checked without running them: installation, whose extras and packages must be those of pyproject.toml, and blocks after
+a comment `<!-- parsed only: reason -->`, whose options must be valid.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ GROUPS = {"jfa": "jfa_models.cli", "jfa-bench": "jfa_bench.cli"}
 
 
 class Console:
-    """Evaluates console blocks. compares: whether outputs must be as they are written."""
+    """Evaluates console blocks. compares: whether outputs must match the page."""
 
     def __init__(self, *, compares: bool):
         self.compares = compares
 
     def __call__(self, example: Example) -> str | None:
-        """What is wrong with a block; None: nothing."""
+        """The problems of a block; None: it has none."""
         before = example.document.text[: example.region.start]
         is_run = not re.search(r"<!-- parsed only: [^>]*-->\s*\Z", before)
         found = [self._run(command, output, is_run) for command, output in _commands(example.parsed)]
@@ -125,7 +125,7 @@ def run_page(page: Path, *, compares: bool = True) -> int:
     document = Sybil(parsers=parsers, path=str(page.parent), pattern=page.name).parse(page)
     count = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        Path("LICENSE").write_text((ROOT / "LICENSE").read_text())  # which a page measures
+        Path("LICENSE").write_text((ROOT / "LICENSE").read_text())  # input of a page's benchmark
         for example in document.examples():
             example.evaluate()
             count += 1

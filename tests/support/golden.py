@@ -1,4 +1,4 @@
-"""Where small checkpoints and reference values lie."""
+"""Paths of small checkpoints and reference values."""
 
 from pathlib import Path
 

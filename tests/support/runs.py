@@ -1,4 +1,4 @@
-"""Which runs of a table of cases are quick, and which are left to `pytest -m exhaustive`."""
+"""Marks the cases of a parametrized test as quick, or as run only by `pytest -m exhaustive`."""
 
 import pytest
 

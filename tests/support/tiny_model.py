@@ -1,4 +1,4 @@
-"""Models of a few thousand numbers, with text around them."""
+"""Models of a few thousand parameters, with tokenizers and chat templates."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def sentence_piece_tokenizer() -> Tokenizer:
-    """In the manner of Llama 2: the space belongs to the word behind it, and the first word of a text has none."""
+    """As in Llama 2: a space belongs to the word after it, and the first word of a text has none."""
     metadata = {
         "model": "llama",
         "tokens": ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"],
@@ -53,7 +53,7 @@ def sentence_piece_tokenizer() -> Tokenizer:
 
 
 def folder_with_text(weights: Path, to: Path) -> Path:
-    """A copy of a folder of weights, with a tokenizer of bytes and a chat template beside them."""
+    """A copy of a folder of weights, with a byte tokenizer and a chat template added."""
     folder = Path(shutil.copytree(weights, to))
     byte_tokenizer().core.save(str(folder / "tokenizer.json"))
     names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": CHAT_TEMPLATE}
@@ -62,7 +62,7 @@ def folder_with_text(weights: Path, to: Path) -> Path:
 
 
 def tiny_config(*, num_layers: int, context_length: int) -> DecoderConfig:
-    """More rows of the vocabulary than the tokenizer of bytes has tokens, as in many checkpoints."""
+    """The vocabulary has more rows than the byte tokenizer has tokens, as in many checkpoints."""
     return DecoderConfig(
         vocab_size=272,
         hidden_size=32,
@@ -78,7 +78,7 @@ def tiny_config(*, num_layers: int, context_length: int) -> DecoderConfig:
 
 
 def sharp_decoder(config: DecoderConfig) -> Decoder:
-    """Writes printable letters: weights are large enough for sharp choices, and the head is zero for other tokens."""
+    """Generates printable letters: large weights give clear maxima, and the head is zero for other tokens."""
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     nnx.update(decoder, jax.tree.map(lambda x: 12 * x if x.ndim == 2 else x, nnx.state(decoder)))
     assert decoder.lm_head is not None

@@ -1,14 +1,15 @@
 """Flash attention forward as a Pallas-Triton kernel, for AMD and NVIDIA GPUs.
 
 One program computes `block_q` queries of one head and loops over the tiles of keys that any of them may see, with a
-running maximum and sum. Tiles that every query sees completely go through a loop without positional masks; the tiles at
-the edges (diagonal, window, lengths) go through another. Query heads of a group read the same keys: no copies are made.
+running maximum and sum. Tiles that every query sees completely are processed by a loop without positional masks; the
+tiles at the edges (diagonal, window, lengths) by another one. Query heads of a group read the same keys: no copies are
+made.
 
-Scores are kept in units of log2, since the hardware has exp2 and not exp. Where plain products exceed about 1e7
-(natural units), the subtraction of the maximum, fused with the scale, loses their precision in float32, and a row's
-weights may be wrong; scores with a bias, ALiBi or a soft cap have no such limit.
+Scores are in base-2 units, since the hardware has exp2 but no exp. If scaled products without bias, ALiBi and soft cap
+exceed about 1e7, subtracting the maximum, which is fused with the scaling, loses too much float32 precision, and the
+weights of a row may be wrong. Other scores have no such limit.
 
-Source: arXiv:2307.08691, algorithm 1. Definition of a score: tile.py. Backward: flash_bwd.py. Tested in tests/jfa/.
+Source: arXiv:2307.08691, algorithm 1. Scores are defined in tile.py. Backward: flash_bwd.py. Tested in tests/jfa/.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ _SAFE_TILES = {
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
-    """Tile sizes with no or the fewest spills on all tested architectures of a kind; tuning tables have better ones."""
+    """Tile sizes with few or no spills on all tested architectures of this kind; tuning tables have better ones."""
     kind, exact = kind_of(device), operands.q.dtype == jnp.float32
     widest = max(operands.q.shape[3], operands.v.shape[3])
     block_d = (64 if exact else 32) if kind == "rdna" and widest > 128 else None
@@ -123,7 +124,7 @@ def flash_attention(
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
     )
-    with jax.enable_x64(False):  # index arithmetic in a kernel is int32, whatever JAX's default
+    with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
         return call(*(array for array, _ in named.values()))
 
 
@@ -176,7 +177,7 @@ def _flash_kernel(
         acc, m, l = carry
         start = n * block_kv
         keys = start + jnp.arange(block_kv)
-        # keys that the tile does not see may hold anything, and 0 * NaN is NaN
+        # keys that the tile does not see may contain anything, and 0 * NaN is NaN
         inside = (keys >= span.first) & (keys < span.end) if edge else None
         scores = sum_of_products(
             (q_of(c, later(n, head_chunks)), load_rows(k_ref, start, block_kv, c, width=shape.d, inside=inside))

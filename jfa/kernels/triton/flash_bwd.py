@@ -1,18 +1,18 @@
 """Flash attention backward as Pallas-Triton kernels, for AMD and NVIDIA GPUs.
 
-Scores are recomputed from the log-sum-exp. Three kernels, without atomics, so that results are bitwise reproducible:
+Weights are recomputed from the log-sum-exp. Three kernels, without atomics, so that results are bitwise reproducible:
 
-  flash_attention_dq    one program per tile of queries and query head loops over the tiles of keys
-  flash_attention_dkv   one program per tile of keys and key head loops over the query heads of its group and their
-                        tiles; scores are computed transposed, so that both products need no further transpose
-  flash_attention_dbias one program per tile of the bias in its own shape loops over all scores that it was added to
+  flash_attention_dq    one program for each tile of queries and query head; it loops over the tiles of keys
+  flash_attention_dkv   one program for each tile of keys and key head; it loops over the query heads of its group and
+                        their tiles. Scores are computed transposed, so that neither product needs a transpose
+  flash_attention_dbias one program for each tile of the bias; it loops over all scores that the tile was added to
 
-With p the weights, do the cotangent of the output and delta = sum(do * output) of each row,
+If p are the weights, do is the cotangent of the output, and delta = sum(do * output) for each row, then
 ds = p (do v^T - delta). The cotangent of the residual is subtracted from delta.
 
-One file, because the three kernels share their operands, their checks and the loop over tiles.
+The kernels are in one file because they share their operands, their checks and the loop over tiles.
 
-Source: arXiv:2307.08691, algorithm 2 and section 3.1.2. Definition of a score: tile.py. Forward: flash.py.
+Source: arXiv:2307.08691, algorithm 2 and section 3.1.2. Scores are defined in tile.py. Forward: flash.py.
 """
 
 import dataclasses
@@ -57,14 +57,14 @@ _SAFE_TILES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackwardConfig:
-    """How each kernel of the backward pass computes. The bias kernel uses the configuration of dq."""
+    """The configurations of the kernels of the backward pass. The bias kernel uses that of dq."""
 
     dq: FlashConfig
     dkv: FlashConfig
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BackwardConfig:
-    """Tile sizes with no or the fewest spills on the architectures of a kind; tuning tables have better ones."""
+    """Tile sizes with few or no spills on the architectures of this kind; tuning tables have better ones."""
     kind = kind_of(device)
     widest = max(operands.q.shape[3], operands.v.shape[3])
 
@@ -100,7 +100,7 @@ def flash_attention_bwd(
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     d_sinks = None
     if operands.sinks is not None:
-        # lse gives the weights without the sink; the sink scales each row's weights by `left`. The cotangent is scaled
+        # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent
         # instead, so that no factor exceeds 1, however large the sink
         sinks = operands.sinks.astype(jnp.float32)
         left = jnp.where(nothing, 0.0, jax.nn.sigmoid(jnp.where(nothing, 0.0, lse) - sinks))
@@ -117,7 +117,7 @@ def flash_attention_bwd(
         if operands.alibi_slopes is not None:
             d_slopes = jnp.zeros_like(operands.alibi_slopes)
     else:
-        with jax.enable_x64(False):  # index arithmetic in a kernel is int32, whatever JAX's default
+        with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
             dq, d_slopes = _dq(operands, rows, spec, config.dq, interpret)
             dk, dv = _dkv(operands, rows, spec, config.dkv, interpret)
             d_bias = None if operands.bias is None else _d_bias(operands, rows, spec, config.dq, interpret)
@@ -248,7 +248,7 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
     in_bounds = q_rows < shape.tq
     lse = load(ref["lse"], mask=in_bounds, other=jnp.inf)
     delta = load(ref["delta"], mask=in_bounds, other=0.0)
-    saw = lse != jnp.inf  # q and d_out of other rows may hold anything
+    saw = lse != jnp.inf  # q and d_out of other rows may contain anything
     head_chunks, value_chunks = chunks(shape.d, config.block_d), chunks(shape.dv, config.block_d)
 
     def load_q(columns, start):
@@ -364,7 +364,7 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
 
 
 def score_gradient(tile: Tile, product_qk, dp, lse, delta, rows, keys, *, edge: bool):
-    """(p, ds, visible): the weights that multiply the values, the gradients of the scores without sm_scale, the mask.
+    """(p, ds, visible): the weights that multiply the values, the gradients of the scores before sm_scale, the mask.
 
     dp is do v^T; lse and delta broadcast against the scores. Dropped weights are 0; the others are not yet divided
     by 1 - dropout_rate.

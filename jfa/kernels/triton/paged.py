@@ -8,11 +8,11 @@ are merged by their log-sum-exp outside of the kernel.
   paged_decode_attention   one query per row: the tile is a group of heads
   ragged_paged_attention   any number of queries per row, rows concatenated without padding
 
-Quantized keys are multiplied without their scales, which are applied to the scores; those of the values are applied to
-the weights. No key or value is dequantized by itself.
+The scales of quantized keys are applied to the scores, and those of quantized values to the weights; the keys and
+values themselves are never dequantized.
 
 Sources: arXiv:2309.06180, section 4; split-KV: "Flash-Decoding for long-context inference" (Dao et al., 2023).
-Definition of a score: tile.py. Tested in tests/jfa/test_paged_attention.py.
+Scores are defined in tile.py. Tested in tests/jfa/test_paged_attention.py.
 """
 
 import dataclasses
@@ -61,12 +61,12 @@ _SAFE_RAGGED = {
 }
 
 MAX_GROUP_SIZE = 64
-_WAVES_PER_UNIT = 8  # in decoding; waves hide each other's load latency
-_SHORTEST_SPLIT = 256  # keys; fewer take less time than the start of a program
+_WAVES_PER_UNIT = 8  # for decode; waves hide each other's load latency
+_SHORTEST_SPLIT = 256  # keys; fewer take less time than starting a program
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
-    """Tile sizes without spills on all tested architectures of a kind; tuning tables have better ones."""
+    """Tile sizes without spills on all tested architectures of this kind; tuning tables have better ones."""
     kind, widest = kind_of(device), max(operands.q.shape[2], _shape(operands).dv)
     safe = _SAFE_DECODE if operands.query_start is None else _SAFE_RAGGED
     tiles = safe[kind, "float32" if operands.q.dtype == jnp.float32 else "16 bits"]
@@ -86,11 +86,11 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
         return f"at most {MAX_GROUP_SIZE} query heads may share a key head, got {shape.g}"
     if operands.k_pages.dtype == jnp.float8_e4m3fn and _unit(operands.k_pages.dtype, operands.q.dtype) == 1.0:
         if device.arch in ("sm_80", "sm_86"):
-            return f"Triton cannot cast float8_e4m3fn to bfloat16 on {device.arch}; use int8 pages, which are as small"
+            return f"Triton cannot cast float8_e4m3fn to bfloat16 on {device.arch}; use int8 pages, of the same size"
     for name, pages in (("key_pages", operands.k_pages), ("value_pages", operands.v_pages)):
         if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
             # Pallas (jax 0.12) uses signed 32-bit offsets for such an array
-            return f"Pallas computes wrong addresses for {name} of 2 to 4 GiB in a one-byte dtype; use fewer pages"
+            return f"Pallas computes wrong addresses in {name} of 2 to 4 GiB with a one-byte dtype; use fewer pages"
     return None
 
 
@@ -157,7 +157,7 @@ def paged_attention(
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
     )
-    with jax.enable_x64(False):  # index arithmetic in a kernel is int32, whatever JAX's default
+    with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
         out, lse = call(*arrays.values())
     if num_splits > 1:
         out, lse = _joined(out, lse, operands)
@@ -187,9 +187,10 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
 
 
 def _tiles_of_rows(query_start: Array, n: int, tokens: int) -> Array:
-    """i32[tiles, 2]: the row of each tile of queries, and the index in the row of its first query.
+    """i32[tiles, 2]: for each tile of queries, its row and the index of its first query in the row.
 
-    The number of tiles is the most that n queries in b rows can need; unused tiles start after the last row's queries.
+    The number of tiles is the maximum that n queries in b rows can need; unused tiles start after the last row's
+    queries.
     """
     b = query_start.shape[0] - 1
     count = -(-jnp.diff(query_start) // tokens)
@@ -216,12 +217,12 @@ def _joined(
 
 
 class _Piece(NamedTuple):
-    """Stored columns that are loaded at a time. Packed 4-bit numbers give two ranges of head_dim columns."""
+    """Stored columns that are loaded at a time. Packed 4-bit numbers unpack to two ranges of head_dim columns."""
 
     start: int
     size: int  # a power of two
     width: int  # number of stored columns; loads past it are masked
-    firsts: tuple[int, ...]  # the columns of the head_dim that stored column 0 contains
+    firsts: tuple[int, ...]  # the head_dim columns that the first stored column contains
 
 
 def _pieces(head_dim: int, *, packed: bool, block_d: int | None) -> tuple[_Piece, ...]:
@@ -277,7 +278,7 @@ def _paged_kernel(
         q = load(ref["q"].at[at], mask=own[:, None] & (columns < piece.width)[None, :], other=0.0)
         return q if tile.q_factor == 1.0 else q * tile.q_factor
 
-    # a single piece is loaded here and kept in registers; several pieces are each loaded when used
+    # a single piece is loaded here and kept in registers; if there are several, each is loaded when it is used
     held = {(piece, at): load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts if len(k_pieces) == 1}
     span = tile.keys_of(first, tokens, block_kv)
     if o_ref.ndim == 4:
@@ -332,7 +333,7 @@ def _paged_kernel(
         if "v_scales" in ref:
             v_scales = scales("v_scales")
             if dtype == jnp.float16:
-                # small scales could make weights underflow in float16: factor out the largest scale of the tile
+                # small scales could make float16 weights underflow: factor out the largest scale of the tile
                 common = jnp.max(v_scales)
                 v_scales = v_scales * jnp.where(common == 0.0, 0.0, 1.0 / common)
             p = p * v_scales[None, :]
@@ -381,8 +382,8 @@ def _numbers(x: Array, dtype: Any, packed: bool) -> tuple[Array, ...]:
     if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
         return (_exact(x.astype(jnp.float32), dtype),)
     if _unit(x.dtype, dtype) != 1.0:
-        # a cast would go through float32; shifted, the bits are a float16 with another exponent bias. A NaN becomes a
-        # number, which is harmless: quant.quantize marks a vector with a NaN by its scale
+        # a cast would go through float32; the shifted bits are a float16 with another exponent bias. NaN becomes a
+        # number, which is harmless: quant.quantize gives a vector with a NaN a scale of NaN
         bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
         return (lax.bitcast_convert_type(((bits & 128) << 8) | ((bits & 127) << 7), jnp.float16).astype(dtype),)
     return (x.astype(dtype),)

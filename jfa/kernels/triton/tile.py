@@ -4,7 +4,7 @@ A kernel's arrays are named: `arguments` collects the optional arrays of a call 
 computes scores, masks and dropout from them. Index arrays are passed as a column and a row, queries by keys or keys by
 queries, so that the same code also serves kernels that compute the scores transposed.
 
-One file, because the arguments, mask and value of each option (bias, window, soft cap, dropout) are read together.
+This is one file so that the arguments, mask and value of each option (bias, window, soft cap, dropout) are together.
 """
 
 import dataclasses
@@ -25,14 +25,15 @@ from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 LOG2_E = math.log2(math.e)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
-# Coefficients of 2^f for f in [-1/2, 1/2], constant first. Exact at 0, so that equal scores have exact weights. The
-# largest relative error is 1.0e-4 and 2.8e-6 (least squares, reweighted until the error is even).
+# Coefficients of 2^f for f in [-1/2, 1/2], constant term first. Exact at 0, so that equal scores have exact weights.
+# The largest relative error is 1.0e-4 (degree 3) and 2.8e-6 (degree 4): least squares, reweighted until the error is
+# equally large everywhere.
 _EXP2 = {
     3: (1.0, 0.6932829022407532, 0.2422109693288803, 0.055008918046951294),
     4: (1.0, 0.6931241750717163, 0.24024099111557007, 0.055906426161527634, 0.009582852013409138),
 }
 _SMALL_CAP = 256.0  # largest soft cap for which a faster tanh is precise enough
-_ROUNDER = 1.5 * 2.0**23  # added to a float32, it rounds it to an integer, which is then in the low bits
+_ROUNDER = 1.5 * 2.0**23  # adding this rounds a float32 to an integer, which is then in the low bits of the sum
 
 
 def kind_of(device: DeviceInfo) -> str:
@@ -45,7 +46,7 @@ def kind_of(device: DeviceInfo) -> str:
 def safe_config(
     tiles: Mapping[int, tuple[int, int, int]], kind: str, widest: int, *, block_d: int | None
 ) -> FlashConfig:
-    """The first of tiles {largest head_dim: (block_q, block_kv, num_warps)} for head_dims of at least widest."""
+    """The first entry of tiles {largest head_dim: (block_q, block_kv, num_warps)} whose head_dim is at least widest."""
     block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if widest <= limit)
     stages = 2 if kind == "cuda" else 1  # pipelining on AMD uses registers that the tile needs
     return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages, block_d=block_d)
@@ -130,7 +131,7 @@ def _at_the_start(ndim: int, *grid) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Span:
-    """The tiles that a program visits: whole ones, which need no positional mask, and edge tiles around them."""
+    """The tiles that a program visits: whole tiles, which need no positional mask, and edge tiles around them."""
 
     first: Any  # the visible keys (or queries) are [first, end)
     end: Any
@@ -226,14 +227,14 @@ class Tile:
     def _simple(self) -> bool:
         """Whether a score is only a scaled product: then its scale is merged into the factor of the exponent.
 
-        Other scores may be of any size (some callers mask with a bias of -1e30), so the row's maximum is subtracted
+        Other scores may have any magnitude (some callers mask with a bias of -1e30), so the row's maximum is subtracted
         before the factor is applied.
         """
         return self.spec.softcap is None and "bias" not in self.ref and "alibi_slopes" not in self.ref
 
     @property
     def factor(self) -> float:
-        """The factor from raw scores to units of log2. Positive, so that the maximum may be taken before it."""
+        """The factor from raw scores to base-2 units. Positive, so that the maximum may be taken before applying it."""
         if self.spec.softcap is not None:
             return LOG2_E * self.spec.softcap
         return LOG2_E * (abs(self.sm_scale) or 1.0) if self._simple else LOG2_E
@@ -247,28 +248,28 @@ class Tile:
 
     @property
     def has_data_mask(self) -> bool:
-        """Whether visibility depends on arrays, not only on positions: then any tile may have masked scores."""
+        """Whether visibility depends on arrays and not only on positions: then any tile may have masked scores."""
         return "mask" in self.ref or "q_segments" in self.ref
 
     @property
     def may_be_minus_infinity(self) -> bool:
-        """Whether a score may be -inf although no position is masked."""
+        """Whether a score may be -inf even if no position is masked."""
         return self.has_data_mask or "bias" in self.ref
 
     def keys_of(self, first_row, block_q: int, block_kv: int) -> Span:
         """The tiles of keys that the queries [first_row, first_row + block_q) may see."""
         first, end = 0, self.kv_len
         whole_first, whole_end = 0, self.kv_len
-        # the last row's window starts and ends furthest to the right
+        # the window of the last row starts and ends furthest to the right
         if self.spec.left is not None:
             first = jnp.maximum(0, first_row + self.offset - self.spec.left)
             whole_first = jnp.maximum(0, first_row + block_q - 1 + self.offset - self.spec.left)
         if self.spec.right is not None:
-            # padding rows see no keys: keys past those of the last valid row may hold anything
+            # padding rows see no keys: keys past those of the last valid row may contain anything
             last = jnp.minimum(first_row + block_q, self.q_len)
             end = jnp.minimum(self.kv_len, last + self.offset + self.spec.right)
             whole_end = jnp.minimum(self.kv_len, first_row + 1 + self.offset + self.spec.right)
-        # int32: Pallas (jax 0.12) lowers a select between two weakly typed numbers as booleans
+        # int32: Pallas (jax 0.12) lowers a select between two weakly typed numbers as one of booleans
         end = jnp.where(first_row < self.q_len, jnp.int32(end), 0)
         return self._span(first, end, whole_first, tile_of(whole_end, block_kv), block_kv)
 
@@ -329,7 +330,7 @@ class Tile:
         """The mask of visible scores; None: all are. edge: positions may mask some."""
         conditions = []
         if edge:
-            # padding rows see no keys: keys past those of the valid rows may hold anything
+            # padding rows see no keys: keys past those of the valid rows may contain anything
             conditions.append((keys < self.kv_len) & (rows < self.q_len))
             position = rows + self.offset
             if self.spec.left is not None:
@@ -367,7 +368,7 @@ class Tile:
         return scores.max(1) * self.factor if self._simple else scores.max(1)
 
     def weights(self, scores: Array, m: Array) -> Array:
-        """e^(score - m) of raw scores; m broadcasts and is in units of log2 if _simple, otherwise raw."""
+        """e^(score - m) of raw scores; m broadcasts, and is in base-2 units if _simple, otherwise raw."""
         return self.exp2(scores * self.factor - m if self._simple else (scores - m) * self.factor)
 
     def rescale(self, m: Array, m_next: Array) -> Array:
@@ -391,7 +392,7 @@ class Tile:
 
     @property
     def early_scale(self) -> float:
-        """The factor of a score's gradient before it is rounded: without the scale, float16 would overflow."""
+        """The factor of a score's gradient before rounding: without the scale, float16 would overflow."""
         half = self.ref["q"].dtype == jnp.float16
         return self.sm_scale if half and self.sm_scale else 1.0
 
@@ -405,7 +406,7 @@ class Tile:
     def _tanh(self, x: Array) -> Array:
         if self.exact or self.spec.softcap is None or self.spec.softcap > _SMALL_CAP:
             return jnp.tanh(x)
-        # 1 - 2 / (1 + e^2x): the error is a rounding of 1, which times a small cap is less than that of 16-bit operands
+        # 1 - 2 / (1 + e^2x): the error is one rounding of 1, which times a small cap is less than that of 16-bit inputs
         root = lax.rsqrt(1.0 + jnp.exp2(x * (2 * LOG2_E)))
         return 1.0 - 2.0 * root * root
 
@@ -435,7 +436,7 @@ def sum_of_products(pairs) -> Array:
         if total is None:
             total = product(a, b, trans_b=True)
         elif a.dtype == jnp.float32:
-            # not an addition, which Triton would fuse with the product into one long chain of rounded sums
+            # not an addition: Triton would fuse it with the product into one long chain of rounded sums
             total = total - product(-a, b, trans_b=True)
         else:
             total = total + product(a, b, trans_b=True)
@@ -446,7 +447,7 @@ def sum_of_products(pairs) -> Array:
 def once(load_piece, pieces: tuple[tuple[int, int], ...]):
     """A function like load_piece(piece, start); a single piece is loaded here, once, and kept in registers.
 
-    Several pieces are loaded at each use. start: the result of `later`, or 0.
+    Several pieces are loaded each time they are used. start: the result of `later`, or 0.
     """
     if len(pieces) > 1:
         return load_piece
@@ -455,9 +456,10 @@ def once(load_piece, pieces: tuple[tuple[int, int], ...]):
 
 
 def later(n, pieces: Sized, *, use: int = 0):
-    """0, computed such that for several pieces the compiler cannot hoist their loads out of the loop into registers.
+    """0, but computed so that the compiler cannot hoist the loads of several pieces out of the loop into registers.
 
-    n: the loop's index. use: must differ between uses in one iteration, otherwise two loads are merged and kept.
+    n: the loop index. use: must differ between uses in one iteration; otherwise two loads are merged and the result is
+    kept in registers.
     """
     return lax.shift_right_logical(n, jnp.int32(30 - use)) if len(pieces) > 1 else 0
 

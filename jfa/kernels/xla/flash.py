@@ -1,11 +1,11 @@
-"""Blockwise attention in plain XLA: forward and backward in memory linear in the length, on any platform.
+"""Blockwise attention in plain XLA, for any platform: the memory of both passes is linear in the sequence length.
 
 Scores are computed for one tile of queries and one tile of keys at a time, and combined with a running maximum and sum
-(online softmax). The backward pass recomputes the scores from the log-sum-exp. Tiles that no row of the batch can see
+(online softmax). The backward pass recomputes the weights from the log-sum-exp. Tiles that no row of the batch can see
 are skipped. If the tile size does not divide a length, the last tile starts earlier and its repeated rows are masked:
 nothing is padded or copied.
 
-One file, because forward and backward walk the same tiles and share how a tile is sliced and masked.
+Forward and backward pass are in one file because they visit the same tiles, sliced and masked in the same way.
 
 Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_attention.py.
 """
@@ -23,8 +23,8 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 # A tile of scores should stay in the cores' L2 caches (measured: bench/LOG.md).
 _SCORE_TILE_BYTES = 4 << 20
 
-# Few rows of queries (decode) are multiplied with the keys of all heads in one product with a block-diagonal left side:
-# hkv times the work of a product per head, but no transposed copy of the keys, which costs more (bench/LOG.md).
+# A few rows of queries (decode) are multiplied by the keys of all heads in one product with a block-diagonal left side:
+# hkv times the work of one product per head, but no transposed copy of the keys, which costs more (bench/LOG.md).
 _PACKED_ROWS, _PACKED_HEADS = 64, 8
 
 
@@ -97,7 +97,7 @@ def flash_attention(
         return jnp.zeros((b, tq, hq, d), q.dtype), float32(q, (b, tq, hq), -jnp.inf)
     if grid.num_q == 1:
         return q_tile(0, None)
-    if grid.num_q == 2:  # typical of prompt chunks, for which the copies of a loop cost more than they save
+    if grid.num_q == 2:  # typical of prompt chunks; unrolled, since the copies that a loop makes cost more
         pairs = zip(q_tile(0, None), q_tile(1, None), strict=True)
         out, lse = (jnp.concatenate([x, y[:, grid.block_q - tq :]], axis=1) for x, y in pairs)
         return out, lse
@@ -122,13 +122,13 @@ def flash_attention_bwd(
     q, k, v, bias = operands.q, operands.k, operands.v, operands.bias
     hkv = k.shape[2]
     grid = _Grid.of(operands, config)
-    # rows that saw no key have no gradient; their q and cotangent may hold anything
+    # rows that saw no key have no gradient; their q and cotangent may contain anything
     empty = lse == -jnp.inf
     d_out = jnp.where(empty[..., None], 0, d_out)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     d_sinks = None
     if operands.sinks is not None:
-        # lse gives the weights without the sink; the sink scales each row's weights by `left`. The cotangent is scaled
+        # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent
         # instead, so that no factor exceeds 1, however large the sink
         sinks = operands.sinks.astype(jnp.float32)
         left = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks))
@@ -249,7 +249,7 @@ class _Grid(NamedTuple):
 class _ScoreTile(NamedTuple):
     scores: Float[Array, "b hkv g bq bk"]  # soft-capped; -inf where masked
     visible: Bool[Array, "#b #hkv #g bq bk"]
-    seen: Bool[Array, "#b bk #hkv"]  # keys that any query of the tile sees; the others may hold anything, even NaN
+    seen: Bool[Array, "#b bk #hkv"]  # keys that any query of the tile sees; the others may contain anything, even NaN
     k_block: Float[Array, "b bk hkv d"]
     v_block: Float[Array, "b bk hkv d"]
 
@@ -281,10 +281,10 @@ def _score_tile(
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
     if config.packed:
-        # computed once: XLA on a CPU would compute a tile again for each of its uses below
+        # without this barrier, XLA on a CPU would compute a tile again for each of its uses below
         k_block, v_block = lax.optimization_barrier((k_block, v_block))
         scores = _dot("brc,bkc->brk", _block_diagonal(q_block), _merge_heads(k_block))
-        # the zeros of other heads times inf or NaN are NaN: in that case use one product per head
+        # 0 (of another head) times inf or NaN is NaN: in that case, use one product per head
         scores = lax.cond(
             jnp.isfinite(scores).all(),
             lambda: scores.reshape(*q_block.shape[:4], -1),
@@ -342,7 +342,7 @@ def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: Bl
         out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
         return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
 
-    # the replacement makes a copy, which for few queries costs as much as the product: only do it if needed
+    # the replacement makes a copy, which for few queries costs as much as the product: do it only if needed
     return lax.cond(
         tile.seen.all(),
         lambda: product(v_block),
@@ -351,7 +351,7 @@ def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: Bl
 
 
 def _block_diagonal(q_block: Float[Array, "b hkv g bq d"]) -> Float[Array, "b rows hkv*d"]:
-    """Each query row in the columns of its own key head, zeros elsewhere."""
+    """Puts each query row into the columns of its own key head, with zeros elsewhere."""
     b, hkv, _, _, d = q_block.shape
     rows = q_block.reshape(b, hkv, -1, 1, d) * jnp.eye(hkv, dtype=q_block.dtype)[:, None, :, None]
     return rows.reshape(b, -1, hkv * d)
@@ -370,7 +370,7 @@ class _Flat(NamedTuple):
         return b, tk, self.hkv, width // self.hkv
 
     def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
-        tile = lax.optimization_barrier(_rows(self.merged, start, size))  # or XLA would loop over the result's axes
+        tile = lax.optimization_barrier(_rows(self.merged, start, size))  # otherwise XLA loops over the result's axes
         return tile.reshape(*tile.shape[:2], *self.shape[2:])
 
 
@@ -389,7 +389,7 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
 
 
 def _loop(first, end, most: int, body, carry):
-    """fori_loop, without a loop if there is at most one iteration."""
+    """fori_loop, or only the body if there is at most one iteration."""
     if most == 1:
         return body(0, carry)
     return lax.fori_loop(first, end, body, carry)

@@ -16,15 +16,15 @@ from jfa import quant
 from jfa.kernels.xla import flash
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOperands
 
-# XLA on a CPU splits a gather among threads if the pool is large, however little is gathered, and waking them takes
-# longer than gathering a small tile. Tiles of up to this many pages are sliced instead; concatenating more is slower
-# than the gather (bench/LOG.md).
+# If the pool is large, XLA on a CPU splits a gather among threads, however little is gathered, and waking them takes
+# longer than gathering a small tile. Tiles of up to this many pages are sliced instead; concatenating more slices is
+# slower than the gather (bench/LOG.md).
 _MOST_SLICES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The keys or values of all rows as a virtual [b, capacity, hkv, d], from which flash.py takes tiles."""
+    """The keys or values of all rows as a virtual array [b, capacity, hkv, d], from which flash.py reads tiles."""
 
     pages: Shaped[Array, "num_pages page_size hkv _"]
     scales: Float[Array, "num_pages page_size hkv"] | None
@@ -38,13 +38,13 @@ class Rows:
         return b, pages_per_seq * page_size, hkv, quant.width(self.pages, self.scales)
 
     def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
-        """The tokens [start, start + size) of each row; start is the start of one of flash.py's tiles."""
+        """The tokens [start, start + size) of each row; a tile of flash.py starts at start."""
         page_size = self.pages.shape[1]
         run = math.gcd(size, page_size)  # tokens that are contiguous wherever a tile starts
         token = start + run * jnp.arange(size // run)
         page = self.page_table[:, token // page_size]
         index = page * (page_size // run) + token % page_size // run
-        # tied to the tile by the barrier: XLA would bitcast all fp8 pages once, before the loop
+        # without this barrier, XLA would bitcast all fp8 pages once, before the loop
         pages, index = lax.optimization_barrier((self.pages, index))
         found = quant.on_bits(functools.partial(_runs, index=index, run=run), pages)
         if self.scales is not None:
@@ -54,7 +54,10 @@ class Rows:
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
-    """For one query per row flash.py's default, with whole pages on a CPU; otherwise block_q near the mean queries."""
+    """The default of flash.py, with whole pages on a CPU, for one query per row.
+
+    Otherwise block_q is near the mean number of queries per row.
+    """
     b = operands.kv_len.shape[0]
     if operands.query_start is None:
         config = flash.default_config(_one_query_each(operands), device)
@@ -119,8 +122,8 @@ def _runs(
 ) -> Shaped[Array, "b m*run *rest"]:
     """The tokens [run * i, run * i + run) of the pool for each i of a row, concatenated."""
     num_pages, page_size, *rest = x.shape
-    # merge the heads of a token into one axis until the barrier: XLA on a CPU takes twice as long to loop over short
-    # axes. Do not merge the tokens: sharded heads would be gathered from all devices
+    # merge the heads of a token into one axis up to the barrier: XLA on a CPU takes twice as long to loop over short
+    # axes. Do not merge the tokens as well: sharded heads would be gathered from all devices
     width = math.prod(rest)
     if index.size <= _MOST_SLICES and run == page_size:
         pages = [lax.dynamic_slice_in_dim(x, i, 1).reshape(1, run, width) for i in index.reshape(-1)]

@@ -1,4 +1,4 @@
-"""The library's flash attention kernel as machine code, with inputs for which every path of it matters."""
+"""The library's flash attention kernel as machine code, with inputs that exercise all of its paths."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ SHAPE = (2, 70, 180, 2, 1, 16)  # batch, tq, tk, hq, hkv, head_dim
 WINDOW = (160, 0)
 CONFIG = jfa.FlashConfig(block_q=64, block_kv=32, num_warps=4, num_stages=1)
 
-# Per call, what differs from row to row. First: whole tiles, tiles at both edges of the window, at the diagonal and at
-# the end of the keys. Then: no keys at all, a single query, steep scores, lengths that end with a tile.
+# The arguments of each call that differ between rows. First: whole tiles, tiles at both edges of the window, at the
+# diagonal and at the end of the keys. Then: no keys at all, a single query, steep scores, lengths that end with a tile.
 ROWS = [
     dict(query_seq_lengths=(70, 41), key_value_seq_lengths=(173, 150), query_offset=(120, -3)),
     dict(query_seq_lengths=(64, 70), key_value_seq_lengths=(160, 0), query_offset=(110, 100)),
@@ -31,7 +31,7 @@ STEEPNESS = (1, 1, 8)  # of the scores
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Arguments of the kernel, and the truth."""
+    """Arguments of the kernel, and the expected outputs."""
 
     args: tuple[np.ndarray, ...]  # inputs, then the two outputs, poisoned
     wanted: tuple[np.ndarray, np.ndarray]  # out and lse of the oracle
@@ -47,22 +47,22 @@ class Flash:
     calls: tuple[Call, ...]
 
     def run(self, asm: str | None = None, call: int = 0, **limits):
-        """What the kernel, or other machine code in its place, does with the arguments of a call."""
+        """Runs the kernel, or the assembly `asm` in its place, with the arguments of a call."""
         built = self.built if asm is None else self.built.replaced(asm)
         return built.run(*self.calls[call].args, grid=self.grid, **limits)
 
     def check(self, asm: str | None = None, **limits) -> None:
-        """That every call's outputs keep the numerics contract and no wave ran into another."""
+        """Checks that the outputs of every call meet the numerics contract and that there are no races."""
         for number, call in enumerate(self.calls):
             done = self.run(asm, number, **limits)
             for got, want, allowed in zip(done.outputs[-2:], call.wanted, call.allowed, strict=True):
-                with np.errstate(invalid="ignore"):  # poison may be a NaN that signals
+                with np.errstate(invalid="ignore"):  # unwritten elements may be signalling NaN
                     assert_within(got, want, allowed)
             assert not done.races, done.races[0]
 
 
 def call_of(dtype: str, rows: dict[str, np.ndarray], steepness: float, seed: int) -> Call:
-    """Past the lengths lie NaN and infinities, which nobody must read."""
+    """A call whose inputs past the lengths are NaN and infinities, which the kernel must not read."""
     b, tq, tk, hq, hkv, d = SHAPE
     random = np.random.default_rng(seed)
     sizes = (b, tq, hq, d), (b, tk, hkv, d), (b, tk, hkv, d)

@@ -1,4 +1,4 @@
-"""Small Triton kernels, one for each class of instructions that AMD's backend makes of them.
+"""Small Triton kernels, one for each class of instructions that AMD's backend generates.
 
 A kernel named *_functions writes one row of SIZE results for each function of its table in test_arithmetic, in order.
 """
@@ -180,7 +180,7 @@ def two_dots(q, k, v, out, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TI
 
 @triton.jit
 def softmax(x, out, width, stride, BLOCK: tl.constexpr):
-    """One row a program."""
+    """One row per program."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     a = tl.load(x + row * stride + at, mask=at < width, other=-float("inf")).to(tl.float32)
@@ -266,7 +266,7 @@ def program_ids(out):
 
 @triton.jit
 def ragged_sums(x, length, out, stride, BLOCK: tl.constexpr):
-    """A loop whose number of turns each program reads from memory."""
+    """A loop whose trip count each program reads from memory."""
     row = tl.program_id(0)
     end = tl.load(length + row)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -278,7 +278,7 @@ def ragged_sums(x, length, out, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def collatz(x, out):
-    """A while loop, with a choice in it."""
+    """A while loop with a conditional expression."""
     n = tl.load(x + tl.program_id(0))
     steps = 0
     while n != 1:
@@ -292,7 +292,7 @@ def collatz(x, out):
 
 @triton.jit
 def branch(x, out, BLOCK: tl.constexpr):
-    """Either branch stores something else; the scalar is uniform in a program."""
+    """Each branch stores something different; the scalar condition is uniform in a program."""
     at = tl.arange(0, BLOCK)
     row = tl.program_id(0)
     choice = tl.load(x + row)
@@ -332,7 +332,7 @@ def copy_two_rows(x, out, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def atomic_counts(x, out, old, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Each element meets one of eight cells; what the cell held before is kept."""
+    """Each element updates one of eight cells; the previous value of the cell is stored in `old`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(x + at)
     cell = out + at % 8
@@ -357,7 +357,7 @@ def atomic_counts(x, out, old, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def atomic_ticket(counter, out):
-    """Each program draws a number: a scalar atomic, whose result every wave needs."""
+    """Each program takes a number from a counter: a scalar atomic, whose result every wave needs."""
     ticket = tl.atomic_add(counter, 1)
     at = tl.arange(0, 256)
     tl.store(out + ticket * 256 + at, at + ticket)
@@ -378,7 +378,7 @@ def spilled(x, out, SIZE: tl.constexpr, TURNS: tl.constexpr):
 
 @triton.jit
 def bfloat16_sum(x, out, turns, stride, BLOCK: tl.constexpr, ROUNDED: tl.constexpr):
-    """Sums of rows in float32, or, if ROUNDED, in an accumulator that is rounded to bfloat16 each turn."""
+    """Sums of rows in float32, or, if ROUNDED, in an accumulator rounded to bfloat16 in each iteration."""
     at = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for row in range(turns):

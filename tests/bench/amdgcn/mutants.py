@@ -1,11 +1,11 @@
-"""One-instruction changes to assembly, as a bug in a compiler, in a kernel or in the interpreter might make them."""
+"""One-instruction changes to assembly, like those due to a bug in a compiler, in a kernel or in the emulator."""
 
 import random
 import re
 
 from .support import without
 
-# What follows a name in both directions is its neighbour.
+# Pairs of strings in instruction names that are exchanged, in both directions.
 _NEIGHBOURS = [
     ("add_", "sub_"),
     ("max_", "min_"),
@@ -25,16 +25,16 @@ _NEIGHBOURS = [
     ("execz", "execnz"),
     ("vccz", "vccnz"),
 ]
-# Not modelled, or no part of what is computed.
+# Not modelled by the emulator, or without effect on the results.
 _NO_MEANING = re.compile(
     r"s_(waitcnt|wait_|nop|delay_alu|clause|set|sleep|endpgm|code_end|barrier|sendmsg)|\w*prefetch|\w+_(inv|wb)"
-    r"|v_max_\w+ v\d+, (?P<x>v\d+), (?P=x)$"  # makes a NaN quiet
+    r"|v_max_\w+ v\d+, (?P<x>v\d+), (?P=x)$"  # converts a signalling NaN to a quiet one
     r"|v_dual_max_\w+ v\d+, (?P<y>v\d+), (?P=y) :: v_dual_max_\w+ v\d+, (?P<z>v\d+), (?P=z)$"
 )
 
 
 def mutants(asm: str, number: int, seed: int) -> list[tuple[str, str]]:
-    """Seeded changes: (what was changed, the text). A fourth each of opcodes, constants, registers and deletions."""
+    """Seeded changes: (description, assembly). A quarter each of opcodes, constants, registers and deletions."""
     draw = random.Random(seed)
     lines = asm.split("\n")
     end = next(n for n, line in enumerate(lines) if line.startswith("\t.section"))
@@ -70,9 +70,9 @@ def _other_constant(line: str, draw: random.Random) -> str | None:
         return None
     place = draw.choice(places)
     value = int(place[0], 0)
-    if value >= 1 << 16:  # the bits of a number: the lowest would be a rounding of it
+    if value >= 1 << 16:  # the bits of a float: changing the lowest would only be a rounding error
         new = f"0x{value ^ 1 << draw.randrange(20, 31):x}"
-    elif value == 0 and line[place.start() - 1] in " \t":  # 1 would be next to nothing, were it the bits of a number
+    elif value == 0 and line[place.start() - 1] in " \t":  # as the bits of a float, 1 would be almost 0
         new = "1.0"
     elif "[" in line[: place.start()].split()[-1]:  # a list of lanes or of halves
         new = str(value ^ 1)
@@ -82,7 +82,7 @@ def _other_constant(line: str, draw: random.Random) -> str | None:
 
 
 def _other_register(line: str, draw: random.Random) -> str | None:
-    places = list(re.finditer(r"\b([vs])(\d+)\b|\b([vs])\[(\d+):(\d+)\]", line.split(";")[0]))[1:]  # but the first
+    places = list(re.finditer(r"\b([vs])(\d+)\b|\b([vs])\[(\d+):(\d+)\]", line.split(";")[0]))[1:]  # all but the first
     if not places:
         return None
     place = draw.choice(places)

@@ -1,4 +1,4 @@
-"""Kernels compiled on the spot for cards that the machine does not have, and their assembly, run and edited."""
+"""Compiles kernels for GPUs that are not present, and edits and runs their assembly."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ ARCHS = tuple(LANES)
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """Machine code, and how a workgroup of it is launched."""
+    """Machine code, and its launch parameters."""
 
     asm: str
     num_warps: int
     lds_bytes: int
 
     def run(self, *args, grid=(1, 1, 1), **options):
-        """What the machine code leaves in its arguments."""
+        """Runs the machine code in the emulator and returns its result."""
         grid = (*grid, 1, 1)[:3]
         return amdgcn.run(self.asm, args, grid=grid, num_warps=self.num_warps, lds_bytes=self.lds_bytes, **options)
 
@@ -70,7 +70,7 @@ def build(
 
 
 def poisoned(shape, dtype) -> np.ndarray:
-    """An array of 0xff bytes: NaN, or -1. What nobody writes is seen."""
+    """An array of 0xff bytes (NaN or -1), so that elements that are not written are noticed."""
     empty = np.empty(shape, dtype)
     empty.reshape(-1).view(np.uint8)[...] = 0xFF
     return empty

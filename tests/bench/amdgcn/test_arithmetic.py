@@ -1,4 +1,4 @@
-"""Functions of one or more numbers, as the machine code that Triton makes of them, against NumPy."""
+"""Functions of one or more numbers, compiled by Triton to machine code, compared with NumPy."""
 
 import math
 
@@ -76,7 +76,7 @@ TRANSCENDENTAL = {  # in the order of kernels.transcendental_functions: (functio
     "divide": (lambda a, b: a / b, "any", 3),
     "exp2": (lambda a, b: np.exp2(a), "any", 2),
     "log2": (lambda a, b: np.log2(a), "positive", 2),
-    "exp": (lambda a, b: np.exp(a), "any", 24),  # 2 to a rounded product: as many as the argument is large
+    "exp": (lambda a, b: np.exp(a), "any", 24),  # 2 to a rounded product: the error is proportional to the argument
     "log": (lambda a, b: np.log(a), "positive", 3),
     "sqrt": (lambda a, b: np.sqrt(a), "positive", 2),
     "rsqrt": (lambda a, b: 1 / np.sqrt(a), "positive", 2),
@@ -93,7 +93,7 @@ TRANSCENDENTAL = {  # in the order of kernels.transcendental_functions: (functio
 
 
 def c_divide(a, b):
-    """Towards zero, as machines divide."""
+    """Integer division that rounds toward zero."""
     return a // b + ((a % b != 0) & ((a < 0) != (b < 0))).astype(a.dtype)
 
 
@@ -135,7 +135,7 @@ def high_half(a, b):
 
 
 def in_bits(count):
-    """A function of an array that looks at each number's bits as text."""
+    """Makes a function of an array from a function of each number's bits as text."""
     return lambda a, b: np.array([count(f"{x:0{8 * a.itemsize}b}") for x in a.view(f"u{a.itemsize}").tolist()], a.dtype)
 
 
@@ -162,7 +162,7 @@ CASTS = {  # name: (from, to, rounding)
 
 
 def floats(seed: int, dtype) -> np.ndarray:
-    """Numbers of all sizes, with every pair of special values met when seed differs."""
+    """Numbers of all magnitudes; an even and an odd seed together contain every pair of special values."""
     random = np.random.default_rng(seed)
     x = random.standard_normal(SIZE) * np.exp2(random.integers(-8, 9, SIZE))
     order = np.arange(len(SPECIAL) ** 2)
@@ -195,7 +195,7 @@ def rows(kernel, arch, kind, inputs, names):
 
 
 def difference(got, want, inputs) -> str | None:
-    """The first element that differs in more than the sign of a zero or which NaN it is."""
+    """The first element that differs, ignoring the sign of a zero and the payload of a NaN."""
     at = np.flatnonzero(~((got == want) | ((got != got) & (want != want))))
     return (
         f"of {[x[at[0]] for x in inputs]}: {got[at[0]]} instead of {want[at[0]]}, {len(at)} such" if len(at) else None
@@ -223,7 +223,7 @@ def test_float32_functions_are_exact(arch):
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_functions_of_16_bits_are_exact(arch, kind):
+def test_16_bit_functions_are_exact(arch, kind):
     inputs = tuple(floats(seed, TYPES[kind]) for seed in (0, 1, 2))
     assert_exact(rows(kernels.float16_functions, arch, kind, inputs, FLOAT16), FLOAT16, inputs)
 
@@ -241,7 +241,7 @@ def test_transcendental_functions_are_within_a_few_roundings(arch, domain):
             continue
         with np.errstate(all="ignore"):
             want = function(*(x.astype(np.float64) for x in inputs))
-        # near a zero of the function that is not one of its argument, an absolute error is all that is promised
+        # only an absolute error is guaranteed near a zero of the function whose argument is not 0
         scale = np.maximum(np.abs(want), 1.0 if name in ("sin", "cos", "log2", "log") else 0.0)
         allowed = roundings * np.finfo(np.float32).eps * np.where(np.isfinite(want), scale, 0)
         near = (np.abs(got[name] - np.where(np.isinf(want), 0, want)) <= allowed) | (got[name] == want)
@@ -263,13 +263,13 @@ def test_integer_functions_are_exact(arch, kind):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_functions_of_bits_are_exact(arch):
+def test_bit_functions_are_exact(arch):
     inputs = tuple(integers(seed, np.dtype(np.int32)) for seed in (0, 1))
     assert_exact(rows(kernels.bit_functions, arch, "i32", inputs, BITS), BITS, inputs)
 
 
 def castable(source, target) -> np.ndarray:
-    """Inputs for which the cast is defined: a float that becomes an integer lies in its range."""
+    """Inputs for which the cast is defined: a float cast to an integer must be in its range."""
     dtype, to = TYPES[source], TYPES[target]
     if dtype.kind in "iu":
         return integers(0, dtype)

@@ -1,4 +1,4 @@
-"""Matrix products, on the matrix units of each card or without, against NumPy."""
+"""Matrix products, with and without the matrix units of each architecture, compared with NumPy."""
 
 import ml_dtypes
 import numpy as np
@@ -61,7 +61,7 @@ def operands(kind, case, seed=0):
 
 
 def assert_product(got, a, b, rounding=2.0**-24):
-    """Within what any order of float32 sums may do: k roundings of the sum of absolute products."""
+    """Checks the error bound of a float32 sum in any order: k roundings of the sum of absolute products."""
     if a.dtype.kind == "i":
         assert np.array_equal(got, a.astype(np.int32) @ b.astype(np.int32))
         return
@@ -81,14 +81,14 @@ PRODUCTS = [
 
 
 @pytest.mark.parametrize(("arch", "kind", "case"), PRODUCTS)
-def test_product_is_that_of_numpy(arch, kind, case):
+def test_a_product_agrees_with_numpy(arch, kind, case):
     a, b = operands(kind, case)
     assert_product(run_dot(arch, kind, a, b, case), a, b)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_infinities_and_nan_go_through_a_product(arch, kind):
+def test_a_product_propagates_infinities_and_nan(arch, kind):
     a, b = (np.ones_like(x) for x in operands(kind, "two_waves"))
     a[1, 2], a[3, 4], a[5, 6] = np.inf, -np.inf, np.nan
     b[2, 1], b[4, 7] = 0, -1
@@ -107,7 +107,7 @@ def test_tf32_rounds_the_operands_to_ten_bits():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_three_bfloat16_products_make_a_float32_one(arch):
+def test_a_float32_product_from_three_bfloat16_products(arch):
     a, b = operands("fp32", "two_waves")
     assert_product(run_dot(arch, "fp32", a, b, "two_waves", precision="bf16x3"), a, b, rounding=2.0**-20)
 

@@ -1,4 +1,4 @@
-"""What the machine refuses and what it leaves alone: accesses out of bounds, unknown instructions, poison."""
+"""What the emulator rejects and what it leaves unchanged: accesses out of bounds, unknown instructions, NaN."""
 
 import dataclasses
 import re
@@ -17,7 +17,10 @@ def line_named_in(error, asm) -> str:
     return asm.split("\n")[int(re.search(r"\(line (\d+)\)", str(error.value))[1]) - 1]
 
 
-SHORT = {"load": ("read of 4 bytes", 0), "store": ("write of 4 bytes", 1)}  # what the message says, whose argument
+SHORT = {
+    "load": ("read of 4 bytes", 0),
+    "store": ("write of 4 bytes", 1),
+}  # (text of the message, index of the argument)
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["buffer_access", "global_access"])
@@ -45,7 +48,7 @@ def test_an_index_before_the_start_is_a_fault(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_masked_lanes_may_point_anywhere(arch):
+def test_masked_lanes_may_have_any_address(arch):
     built = build(kernels.gather, arch, "*fp32 *i32 *fp32 i32", BLOCK=256)
     x, index = np.arange(300, dtype=np.float32), np.arange(200, dtype=np.int32)
     got = built.run(x, index, poisoned(200, np.float32), 150).outputs[2]
@@ -54,7 +57,7 @@ def test_masked_lanes_may_point_anywhere(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_lds_ends_where_the_launch_says(arch):
+def test_an_access_beyond_the_launched_lds_size_is_a_fault(arch):
     built = build(kernels.transpose, arch, "*fp32 *fp32", ROWS=64, COLUMNS=32)
     args = np.zeros((64, 32), np.float32), np.zeros((32, 64), np.float32)
     with pytest.raises(amdgcn.MemoryFault, match=f"LDS write .* of {built.lds_bytes - 16} bytes") as error:
@@ -63,7 +66,7 @@ def test_the_lds_ends_where_the_launch_says(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_unknown_instruction_is_refused_by_name_before_anything_runs(arch):
+def test_an_unknown_instruction_is_rejected_by_name_before_anything_runs(arch):
     built = build(kernels.copy, arch, "*fp32 *fp32 i32", BLOCK=1024)
     end = built.asm.index("\ts_endpgm")
     asm = f"{built.asm[:end]}\tv_twirl_b32_e32 v10, 4, v0\n{built.asm[end:]}"
@@ -74,7 +77,7 @@ def test_an_unknown_instruction_is_refused_by_name_before_anything_runs(arch):
 
 
 @pytest.mark.parametrize("modifier", ["mul:2", "twirl", "op_sel:[0,1,0]"])
-def test_a_modifier_without_a_meaning_is_refused(modifier):
+def test_an_unsupported_modifier_is_rejected(modifier):
     built = build(kernels.copy, "gfx942", "*fp32 *fp32 i32", BLOCK=1024)
     changed = re.sub(r"(\tv_lshlrev_b32_e32 [^;\n]*)", rf"\1 {modifier}", built.asm, count=1)
     assert changed != built.asm
@@ -83,7 +86,7 @@ def test_a_modifier_without_a_meaning_is_refused(modifier):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_what_nobody_writes_keeps_its_poison_and_inputs_keep_their_values(arch):
+def test_unwritten_elements_stay_nan_and_inputs_are_unchanged(arch):
     x, out = np.arange(200, dtype=np.float32), poisoned((3, 200), np.float32)
     built = build(kernels.copy_two_rows, arch, "*fp32 *fp32 i32", BLOCK=256)
     done = built.run(x, out, 200)
@@ -96,12 +99,12 @@ def test_what_nobody_writes_keeps_its_poison_and_inputs_keep_their_values(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_kernel_without_end_is_stopped(arch):
+def test_an_infinite_loop_is_stopped(arch):
     built = build(kernels.collatz, arch, "*i32 *i32")
     with pytest.raises(amdgcn.Deadlock, match="without an end"):
-        built.run(np.zeros(1, np.int32), np.zeros(1, np.int32), max_blocks=1000)  # 0 stays 0 and never meets 1
+        built.run(np.zeros(1, np.int32), np.zeros(1, np.int32), max_blocks=1000)  # 0 stays 0 and never becomes 1
 
 
 @pytest.mark.parametrize("error", [amdgcn.MemoryFault, amdgcn.UnsupportedInstruction, amdgcn.Deadlock])
-def test_every_refusal_is_a_machine_error(error):
+def test_every_exception_is_a_machine_error(error):
     assert issubclass(error, amdgcn.MachineError)

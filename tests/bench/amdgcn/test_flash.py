@@ -1,4 +1,4 @@
-"""The library's flash attention kernel on the machine: right as it is, and noticed when it is broken."""
+"""The library's flash attention kernel in the emulator: it is correct, and changes that break it are detected."""
 
 import dataclasses
 
@@ -16,12 +16,12 @@ from .flash import compiled, flash
 from .mutants import mutants
 from .support import ARCHS
 
-MAX_BLOCKS = 2000  # several times what the sound kernel takes
+MAX_BLOCKS = 2000  # several times the number that the correct kernel executes
 NOTICED, MUTANTS = 45, 60
 
 
 def complaint(known, asm=None) -> str | None:
-    """What speaks against the kernel, or against other machine code in its place; None: it does what it should."""
+    """The error of the kernel, or of the assembly `asm` in its place; None: it is correct."""
     try:
         known.check(asm, max_blocks=MAX_BLOCKS)
     except (amdgcn.MachineError, AssertionError) as error:
@@ -33,13 +33,13 @@ def complaint(known, asm=None) -> str | None:
     ("arch", "dtype"),
     [run(arch, dtype, quick=dtype == "bfloat16") for arch in ARCHS for dtype in ("bfloat16", "float16", "float32")],
 )
-def test_sound_kernel_keeps_the_contract(arch, dtype):
+def test_the_kernel_meets_the_numerics_contract(arch, dtype):
     flash(arch, dtype).check()
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
-def test_most_changes_of_one_instruction_are_noticed(arch):
+def test_most_one_instruction_changes_are_detected(arch):
     known = flash(arch, "float16")
     missed = [what for what, asm in mutants(known.built.asm, MUTANTS, seed=0) if complaint(known, asm) is None]
     noticed = MUTANTS - len(missed)
@@ -79,7 +79,7 @@ BREAKS = (diagonal_one_too_far, diagonal_one_short, window_one_too_far, window_o
 
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("arch", [run("gfx942", quick=True), run("gfx1201", quick=False)])
-def test_broken_kernel_is_noticed(arch, break_it, monkeypatch):
+def test_a_broken_kernel_is_detected(arch, break_it, monkeypatch):
     sound = flash(arch, "float32")
     break_it(monkeypatch)
     broken = compiled(arch, "float32")
@@ -89,7 +89,7 @@ def test_broken_kernel_is_noticed(arch, break_it, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
-def test_one_key_past_the_length_is_noticed(arch):
+def test_one_key_past_the_length_is_detected(arch):
     known = flash(arch, "bfloat16")
     call = known.calls[0]
     kv_len = call.args[4] + np.array([1, 0], np.int32)
@@ -100,7 +100,7 @@ def test_one_key_past_the_length_is_noticed(arch):
 
 @pytest.mark.parametrize("output", [-2, -1], ids=["out", "lse"])
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1201"])
-def test_store_past_the_end_is_noticed(arch, output):
+def test_a_store_past_the_end_is_detected(arch, output):
     known = flash(arch, "float16")
     args = list(known.calls[0].args)
     args[output] = args[output].ravel()[:-1]

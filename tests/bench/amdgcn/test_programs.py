@@ -13,7 +13,7 @@ TYPES = {"fp32": np.float32, "fp16": np.float16, "i8": np.int8, "i32": np.int32,
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (5, 1, 1), (2, 3, 4), (1, 7, 2), (300, 1, 1)], ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_programs_know_their_place_in_the_grid(arch, grid):
+def test_programs_have_the_right_program_ids(arch, grid):
     nx, ny, nz = grid
     out = poisoned((nz, ny, nx), np.int32)
     z, y, x = np.indices(out.shape)
@@ -30,7 +30,7 @@ def test_an_empty_grid_runs_nothing(grid):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_each_program_takes_its_own_number_of_turns(arch):
+def test_loops_with_a_different_trip_count_per_program(arch):
     length = np.array([0, 1, 400, 127, 128, 129, 3, 256], np.int32)
     x = np.random.default_rng(0).integers(-9, 9, (len(length), 400)).astype(np.float32)
     built = build(kernels.ragged_sums, arch, "*fp32 *i32 *fp32 i32", BLOCK=128)
@@ -40,7 +40,7 @@ def test_each_program_takes_its_own_number_of_turns(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_while_loops_end_when_each_program_says(arch):
+def test_while_loops_with_a_condition_per_program(arch):
     def steps(n):
         return 0 if n == 1 else 1 + steps(n // 2 if n % 2 == 0 else 3 * n + 1)
 
@@ -97,7 +97,7 @@ def test_copies_of_odd_sizes(arch, kind, num_warps, small):
     assert np.array_equal(built.run(x, poisoned(x.shape, x.dtype), x.size, grid=(3,)).outputs[1], x)
 
 
-ATOMICS = {  # what a cell holds after an element has met it
+ATOMICS = {  # the new value of a cell
     "add": np.add,
     "max": np.maximum,
     "min": np.minimum,
@@ -120,7 +120,7 @@ ATOMIC_CASES = [  # type, name, through a buffer descriptor
 
 @pytest.mark.parametrize(("kind", "name", "small"), ATOMIC_CASES)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_atomics_meet_in_a_cell_one_after_the_other(arch, kind, name, small):
+def test_atomics_on_one_address_are_executed_one_by_one(arch, kind, name, small):
     dtype = np.dtype(TYPES[kind])
     x = np.random.default_rng(0).integers(0 if dtype.kind == "u" else -20, 20, 512).astype(dtype)
     x[x == 0] = 1
@@ -129,12 +129,12 @@ def test_atomics_meet_in_a_cell_one_after_the_other(arch, kind, name, small):
     _, out, old = built.run(x, start, poisoned(x.shape, dtype), grid=(2,)).outputs
     for cell in range(8):
         before, after = old[cell::8], ATOMICS[name](old[cell::8], x[cell::8])
-        # in whatever order: what one element leaves is what the next one finds
+        # in any order: the value that one element stores is the one that the next element reads
         assert sorted([*before, out[cell]]) == sorted([start[cell], *after])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_scalar_atomic_is_drawn_once_and_known_to_every_wave(arch):
+def test_a_scalar_atomic_runs_once_and_every_wave_gets_its_result(arch):
     counter, out = np.zeros(1, np.int32), poisoned((6, 256), np.int32)
     done = build(kernels.atomic_ticket, arch, "*i32 *i32").run(counter, out, grid=(6,))
     assert not done.races
@@ -150,7 +150,7 @@ SPILLS = {
 
 @pytest.mark.parametrize("case", SPILLS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_spilled_registers_come_back(arch, case):
+def test_spilled_registers_are_restored(arch, case):
     sizes, options = SPILLS[case]
     size = sizes[LANES[arch]]
     built = build(kernels.spilled, arch, "*i32 *i32", num_warps=1, options=options, SIZE=size, TURNS=3)

@@ -1,4 +1,4 @@
-"""Waves that share the LDS without a barrier between them are found, whatever order the machine runs them in."""
+"""Waves that share the LDS without a barrier are detected, whatever order the emulator runs them in."""
 
 import numpy as np
 import pytest
@@ -36,12 +36,12 @@ def two_dots(arch):
     return built, (*inputs, poisoned((64, 32), np.float32))
 
 
-# Kernels in which four waves need each other, and Triton has placed no barrier too many.
+# Kernels in which four waves exchange data, and in which Triton inserts no unnecessary barrier.
 EXCHANGES = (transpose, softmax, scan_across_waves, two_dots)
 
 
 def unnoticed(built, args, grid=(1, 1, 1)):
-    """The barriers of a kernel whose absence shows in nothing, and how many it has."""
+    """(barriers of a kernel whose removal is not detected, number of its barriers)."""
     want = built.run(*args, grid=grid)
     assert not want.races
     found = barriers(built.asm)
@@ -63,7 +63,7 @@ def unnoticed(built, args, grid=(1, 1, 1)):
 
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_barrier_is_missed_when_it_is_gone(arch, exchange):
+def test_removing_any_barrier_is_detected(arch, exchange):
     built, args = exchange(arch)
     missed, number = unnoticed(built, args)
     assert number > 0
@@ -71,14 +71,14 @@ def test_every_barrier_is_missed_when_it_is_gone(arch, exchange):
 
 
 @pytest.mark.parametrize("arch", [run(arch, quick=arch == "gfx1201") for arch in ARCHS])
-def test_every_barrier_of_flash_attention_is_missed_when_it_is_gone(arch):
+def test_removing_any_barrier_of_flash_attention_is_detected(arch):
     known = flash(arch, "float16")
     missed, number = unnoticed(known.built, known.calls[0].args, known.grid)
     assert number > 5
     assert not missed
 
 
-def test_a_race_is_told_with_instruction_and_line():
+def test_a_race_is_reported_with_instruction_and_line():
     built, args = transpose("gfx942")
     [barrier] = barriers(built.asm)
     races = built.replaced(without(built.asm, barrier)).run(*args).races
@@ -101,7 +101,7 @@ def test_half_a_barrier_is_a_deadlock_on_gfx12(half):
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
 def test_a_barrier_that_some_waves_never_reach_is_a_deadlock(arch):
     built, args = transpose(arch)
-    # the wave that holds thread 0 leaves before it
+    # the wave of thread 0 exits before the barrier
     leave = "\tv_readfirstlane_b32 s90, v0\n\ts_cmp_eq_u32 s90, 0\n\ts_cbranch_scc1 .LBB0_99\n"
     entry = built.asm.index("\ts_load")
     end = built.asm.index("\ts_endpgm")

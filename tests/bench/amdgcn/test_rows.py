@@ -1,4 +1,4 @@
-"""Softmax, reductions, scans, sorting, and data that change places between lanes and waves, against NumPy."""
+"""Softmax, reductions, scans, sorting, and data movement between lanes and waves, compared with NumPy."""
 
 import ml_dtypes
 import numpy as np
@@ -59,7 +59,7 @@ LAYOUTS = {  # in the order of kernels.layouts
 
 
 def small_integers(shape, dtype, seed=0):
-    """Whose sums and products are exact in any order, with many equal among them."""
+    """Numbers whose sums and products are exact in any order; many of them are equal."""
     return np.random.default_rng(seed).integers(-9, 10, shape).astype(dtype)
 
 
@@ -122,7 +122,7 @@ def test_scans(arch, tile, axis):
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "i8", "i64"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_data_change_places(arch, kind):
+def test_layout_changes(arch, kind):
     rows, columns = 32, 32
     built = build(kernels.layouts, arch, f"*{kind} *{kind}", ROWS=rows, COLUMNS=columns)
     x = small_integers((rows, columns), TYPES[kind]) % 4

@@ -1,4 +1,4 @@
-"""`jfa-bench all`: every line of its plans is one that the commands take, and what fails does not end the others."""
+"""`jfa-bench all`: every line of its plans is a valid command, and a failing command does not stop the others."""
 
 import json
 
@@ -12,7 +12,7 @@ from jfa_bench.records import plot, report
 
 
 @pytest.mark.parametrize("plan", [suite.QUICK, suite.FULL], ids=["quick", "full"])
-def test_every_line_is_a_command(plan, tmp_path):
+def test_every_line_is_a_valid_command(plan, tmp_path):
     """Options, choices and models are parsed; nothing runs."""
     for name, line in plan.items():
         command, *arguments = line.split()
@@ -25,7 +25,7 @@ def test_every_line_is_a_command(plan, tmp_path):
 
 
 def planned(monkeypatch, tmp_path, **actions):
-    """Runs `all` with commands that do as they are told; the report writes nothing."""
+    """Runs `all` with fake commands, one for each of `actions`; the report writes nothing."""
     plan = {}
     for name, action in actions.items():
 
@@ -56,13 +56,13 @@ def ends(context, save):
     context.exit(130)
 
 
-def test_what_fails_is_a_line_and_the_others_go_on(monkeypatch, tmp_path):
+def test_a_failure_is_one_line_and_the_other_commands_run(monkeypatch, tmp_path):
     done = planned(monkeypatch, tmp_path, one=fails, two=writes)
     assert done.exit_code == 0 and done.stdout == "reported\n"
     assert done.stderr == "jfa-bench one\none: there is no such thing\njfa-bench two\n"
     assert (tmp_path / "new" / "results" / "two.json").exists()
 
 
-def test_ctrl_c_ends_all_of_it(monkeypatch, tmp_path):
+def test_ctrl_c_ends_the_whole_run(monkeypatch, tmp_path):
     done = planned(monkeypatch, tmp_path, one=ends, two=writes)
     assert done.exit_code == 130 and done.stdout == "" and "jfa-bench two" not in done.stderr

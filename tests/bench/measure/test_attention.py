@@ -1,4 +1,4 @@
-"""`jfa-bench attention` checks, measures in turns, and says what could not run."""
+"""`jfa-bench attention` checks results, measures interleaved, and reports what could not run."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ SMALL = ("--heads", "4", "--head-dim", "16", "--samples", "2", "--dtype", "float
 
 @pytest.fixture(autouse=True)
 def ceilings(monkeypatch):
-    """Measured once on a real machine, and not for every test."""
+    """Fixed values, since measuring the ceilings takes too long for every test."""
     found = {"matrix_tflops": 2.0, "copy_gb_per_s": 10.0}
     monkeypatch.setattr(roofline, "ceilings", lambda dtype, *, clock: found)
     return found
@@ -60,12 +60,12 @@ def xla(*arrays, causal):
 
 
 def replaced(monkeypatch, attend):
-    """Puts attend(q, k, v, causal) in the place of xla."""
+    """Replaces the xla implementation with attend(q, k, v, causal)."""
     program = peers.of_jax(lambda causal: functools.partial(attend, causal=causal))
     monkeypatch.setitem(peers.PEERS, "xla", peers.Peer(program=program))
 
 
-def test_what_is_wrong_has_no_time(monkeypatch):
+def test_an_incorrect_result_is_not_timed(monkeypatch):
     replaced(monkeypatch, lambda *arrays, causal: xla(*arrays, causal=causal).at[0, -1, 0, 0].add(0.1))
     [one] = measured("xla", "forward")
     assert one["status"] == "wrong" and "time_ms_p50" not in one and "tflops" not in one
@@ -73,7 +73,7 @@ def test_what_is_wrong_has_no_time(monkeypatch):
 
 
 @pytest.mark.parametrize("argument", ["q", "k", "v"])
-def test_a_wrong_gradient_has_no_time(monkeypatch, argument):
+def test_an_incorrect_gradient_is_not_timed(monkeypatch, argument):
     def leaning(*arrays, causal):
         total = arrays["qkv".index(argument)].sum()
         return xla(*arrays, causal=causal) + 0.01 * (total - jax.lax.stop_gradient(total))
@@ -91,7 +91,7 @@ def measured(name, direction, **more):
     return list(attention.measure(cases, directions=[direction], implementations=[name], samples=1))
 
 
-def test_what_cannot_run_is_a_row_and_not_an_end():
+def test_an_unsupported_implementation_is_a_row_with_a_reason():
     done = run("--seq-lens", "24", "--head-dim", "8", "--implementation", "xla,triton,tokamax", "-o", "json")
     assert done.exit_code == 0
     rows = {r["implementation"]: r for r in json.loads(done.stdout) if r["case"]["direction"] == "forward"}
@@ -102,13 +102,13 @@ def test_what_cannot_run_is_a_row_and_not_an_end():
     assert "triton: unsupported: " in table and "(2 times)" in table
 
 
-def test_what_a_cpu_has_no_room_for_is_refused_before_it_runs(monkeypatch):
+def test_a_call_that_exceeds_the_memory_of_a_cpu_is_not_run(monkeypatch):
     monkeypatch.setattr(peers.machine, "free_bytes", lambda: 1000)
     [one] = measured("reference", "forward")
     assert one["status"] == "oom" and one["reason"].endswith("GiB in addition to its arguments, 0.0 are free")
 
 
-def test_float16_of_jax_nn_on_a_cpu_says_why_not():
+def test_float16_of_jax_nn_on_a_cpu_is_a_row_with_a_reason():
     [one] = measured("jax.nn", "forward", dtype="float16")
     assert one["status"] == "unsupported" and "F16" in one["reason"]
 
@@ -121,7 +121,7 @@ def test_the_grid_of_the_papers():
 
 
 def told(**more):
-    """A record as a GPU would make it."""
+    """A record like one that is measured on a GPU."""
     case = {"batch": 1, "length": 16384, "heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
     case |= {"causal": True, "direction": "backward"}
     times = {"time_ms_p20": 1234.5, "time_ms_p50": 1334.5, "time_ms_p80": 1534.5}
@@ -130,7 +130,7 @@ def told(**more):
     return one | times | figures | more
 
 
-def test_tables_fit_a_terminal_and_say_the_peak():
+def test_tables_fit_a_terminal_and_show_the_peak():
     other = told()["case"] | {"head_dim": 64, "causal": False}
     refused = {"case": other, "implementation": "triton", "status": "unsupported", "reason": "too wide"}
     lines = (
@@ -144,13 +144,13 @@ def test_tables_fit_a_terminal_and_say_the_peak():
     assert max(map(len, lines)) <= 80
 
 
-def test_usual_implementations_are_installed_and_of_the_platform():
+def test_default_implementations_are_installed_and_support_the_platform():
     assert peers.usual("cpu")[:3] == ("reference", "xla", "jax.nn") and "triton" not in peers.usual("cpu")
     assert {"triton", "pallas"} <= set(peers.usual("rocm")) and "cudnn" not in peers.usual("rocm")
     assert "cudnn" in peers.usual("cuda")
 
 
-def test_torch_says_the_same_where_it_is_installed():
+def test_torch_agrees_if_it_is_installed():
     pytest.importorskip("torch")
     for direction in names.MEASURED:
         [one] = measured("torch", direction)
@@ -163,7 +163,7 @@ def test_the_ceilings_are_measured(monkeypatch):
 
 
 class _Ticking:
-    """A clock on which every look takes a second."""
+    """A clock that advances by a second at every call."""
 
     now = 0.0
 
@@ -190,19 +190,19 @@ class _Ticking:
         (["--grid", "fa2", "--seq-lens", "64"], "--grid sets the shapes: remove --seq-lens"),
     ],
 )
-def test_bad_input_ends_in_one_sentence(arguments, message):
+def test_invalid_input_is_reported_in_one_sentence(arguments, message):
     done = run(*arguments)
     assert done.exit_code == 2 and message in " ".join(done.stderr.split())
 
 
-def test_ranges_hold_both_ends():
+def test_ranges_include_both_ends():
     convert = options.Counts().convert
     assert convert("16:24:4,40", None, None) == (16, 20, 24, 40)
     assert convert("256:4096:64", None, None) == tuple(range(256, 4097, 64))
     assert convert("5:6:4", None, None) == (5,)
 
 
-def test_the_checked_rows_hold_the_first_and_the_last():
+def test_the_checked_rows_include_the_first_and_the_last():
     case = attention.Case(batch=1, length=40, heads=1, kv_heads=1, head_dim=16, dtype="float32", causal=True)
     rows = attention._rows(case)
     assert rows[0] == 0 and rows[-1] == 39 and len(rows) == attention.ROWS

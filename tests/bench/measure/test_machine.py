@@ -1,4 +1,4 @@
-"""What a record says of its machine, read from trees like those of Linux."""
+"""The fields of a record about its machine, read from folders like /proc and /sys of Linux."""
 
 import stat
 
@@ -26,14 +26,14 @@ AMD = {
 }
 
 
-def test_an_amd_card_says_its_driver_clocks_and_limits(tmp_path):
+def test_driver_clocks_and_limits_of_an_amd_gpu(tmp_path):
     root = tree(tmp_path, AMD)
     assert machine.driver(root) == "amdgpu 6.14.14"
     said = {"clock": "2100Mhz", "memory_clock": "900Mhz", "level": "auto", "power_cap": "750 W"}
     assert machine.power("rocm", root) == said
 
 
-def test_an_nvidia_card_says_its_own(tmp_path, monkeypatch):
+def test_driver_clocks_and_limits_of_an_nvidia_gpu(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text('#!/bin/sh\ncase "$2" in *clocks.sm,clocks.mem,pstate,power.limit) ;; *) exit 1;; esac\n')
     program.write_text(program.read_text() + "echo '1980 MHz, 3201 MHz, P0, 700.00 W'\n")
@@ -45,7 +45,7 @@ def test_an_nvidia_card_says_its_own(tmp_path, monkeypatch):
     assert machine.driver(tree(tmp_path, {"proc/driver/nvidia/version": text})) == "nvidia 580.65.06"
 
 
-def test_a_processor_says_its_clock_and_its_memory(tmp_path):
+def test_clock_and_memory_of_a_processor(tmp_path):
     files = {
         "proc/cpuinfo": "processor : 0\nmodel name\t: Fast One\ncpu MHz\t\t: 2999.998\n",
         "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    2048 kB\n",
@@ -57,12 +57,12 @@ def test_a_processor_says_its_clock_and_its_memory(tmp_path):
     assert machine.circumstances(root)["device"]["host"] == "Fast One"
 
 
-def test_what_a_machine_does_not_say_is_nothing_and_no_error(tmp_path):
+def test_missing_information_is_none_without_an_error(tmp_path):
     assert machine.driver(tmp_path) is None and machine.free_bytes(tmp_path) is None
     assert machine.power("rocm", tmp_path) == machine.power("cpu", tmp_path) == {}
 
 
-def test_circumstances_name_what_was_used(monkeypatch):
+def test_circumstances_include_device_versions_flags_and_date(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=")
     said = machine.circumstances()
     assert said["device"]["platform"] == jax.default_backend()

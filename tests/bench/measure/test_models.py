@@ -1,4 +1,4 @@
-"""`jfa-bench prefill` and `decode`: what a record says beside what, and what is refused."""
+"""`jfa-bench prefill` and `decode`: the contents of records, and what is refused."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from jfa_bench.measure import models, roofline
 from jfa_bench.records import record
 from jfa_models.decoding.language_model import LanguageModel
 
-FIELDS = {  # README, "The house", and every record of the two benchmarks
+FIELDS = {  # of every record of the two benchmarks
     *("benchmark", "case", "implementation", "status", "reason"),
     *("device", "versions", "runtime", "flags", "git_commit", "date"),
     *("time_ms_p20", "time_ms_p50", "time_ms_p80", "samples_ms", "share_of_peak"),
@@ -36,7 +36,7 @@ def bench(monkeypatch, capsys):
     return run
 
 
-def test_decode_records_say_what_was_measured_beside_what(bench):
+def test_decode_records_compare_jfa_with_the_matrix_products(bench):
     asked = ("--models", LLAMA3, "--batch", "1,3", "--context", 5, "--samples", 3, "--dtype", "float32")
     status, out, err = bench("decode", *asked, "-o", "json")
     assert (status, err) == (0, "")
@@ -54,7 +54,7 @@ def test_decode_records_say_what_was_measured_beside_what(bench):
         assert one["tokens_per_s"] == pytest.approx(one["case"]["batch"] / one["time_ms_p50"] * 1e3, rel=1e-2)
         assert one["share_of_bandwidth"] == pytest.approx(one["gb_per_s"] / 10)
         assert one["device"]["platform"] == jax.default_backend() and one["versions"]["jax"] == jax.__version__
-    # keys and values of 5 tokens come to the weights
+    # the keys and values of 5 tokens are read in addition to the weights
     products, jfa = records[:2]
     c = configs.config_of(str(LLAMA3))
     read = [one["gb_per_s"] * one["time_ms_p50"] * 1e6 for one in (products, jfa)]
@@ -62,7 +62,7 @@ def test_decode_records_say_what_was_measured_beside_what(bench):
     assert read[1] - read[0] == pytest.approx(kv_bytes, rel=0.2)
 
 
-def test_prefill_stands_beside_its_products_and_the_plain_formula(bench):
+def test_prefill_is_compared_with_its_products_and_the_plain_formula(bench):
     asked = ("--models", LLAMA3, "--layers", 2, "--seq-lens", "20", "--samples", 2, "--batch", 2)
     status, out, err = bench("prefill", *asked, "-o", "jsonl")
     assert (status, err) == (0, "")
@@ -99,7 +99,7 @@ def test_implementations_share_their_weights_and_differ_in_attention(monkeypatch
 
 
 @pytest.mark.parametrize(("command", "length"), [("prefill", "--seq-lens"), ("decode", "--context")])
-def test_an_implementation_that_refuses_is_a_row(bench, monkeypatch, command, length):
+def test_an_unsupported_implementation_is_a_row_with_a_reason(bench, monkeypatch, command, length):
     def refuses(*args, implementation=None, **options):
         if implementation == "triton":
             raise jfa.UnsupportedError("not on this card")
@@ -114,7 +114,7 @@ def test_an_implementation_that_refuses_is_a_row(bench, monkeypatch, command, le
     assert (rows["triton"]["status"], rows["triton"]["reason"]) == ("unsupported", "not on this card")
 
 
-def test_a_model_without_room_is_rows(bench, monkeypatch):
+def test_a_model_that_exceeds_the_memory_is_rows_with_a_reason(bench, monkeypatch):
     monkeypatch.setattr(models.machine, "free_bytes", lambda: 1000)
     for command, length in (("prefill", "--seq-lens"), ("decode", "--context")):
         status, out, _ = bench(command, "--models", LLAMA3, "--layers", 1, length, "16", "--samples", 1, "-o", "json")
@@ -138,7 +138,7 @@ def test_a_model_without_room_is_rows(bench, monkeypatch):
         (["prefill", "--models", LLAMA3, "--seq-lens", "513"], "has a context of 512 tokens, got 513"),
         (
             ["decode", "--models", LLAMA3, "--context", "512"],
-            "has room for at most 484 tokens of context besides the timed ones, got 512",
+            "supports at most 484 tokens of context in addition to the timed ones, got 512",
         ),
         (["prefill", "--implementation", "magic"], "unknown implementation 'magic'; use one of jfa, reference, xla"),
         (["compose"], "No such command 'compose'"),
@@ -148,7 +148,7 @@ def test_a_model_without_room_is_rows(bench, monkeypatch):
         ),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_status_2(bench, arguments, message):
+def test_user_errors_are_one_line_and_exit_status_2(bench, arguments, message):
     status, out, err = bench(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("jfa-bench: ") and err.count("\n") == 1 and message in err

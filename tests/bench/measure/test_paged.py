@@ -1,4 +1,4 @@
-"""`jfa-bench paged`, `memory` and `accuracy`: what their records say."""
+"""`jfa-bench paged`, `memory` and `accuracy`: the contents of their records."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def records(*arguments):
     return json.loads(done.stdout)
 
 
-def test_pages_stand_beside_a_copy_and_the_contiguous_cache():
+def test_pages_are_compared_with_a_copy_and_the_contiguous_cache():
     found = records(
         *("paged", "--batch", 2, "--context", 40, "--page-size", "16,3", "--kv-dtype", "same,int4"),
         *("--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--samples", 2),
@@ -40,7 +40,7 @@ def test_pages_stand_beside_a_copy_and_the_contiguous_cache():
     assert found[1]["gb_per_s"] == pytest.approx(2 * 2 * 40 * 2 * 16 * 4 / found[1]["time_ms_p50"] / 1e6, rel=0.01)
 
 
-def test_what_a_kernel_does_not_serve_is_a_row_and_not_an_end():
+def test_an_unsupported_call_is_a_row_with_a_reason():
     found = records(
         *("paged", "--batch", 1, "--context", 16, "--heads", 2, "--kv-heads", 1, "--head-dim", 8, "--samples", 1),
         *("--kv-dtype", "int8", "--implementation", "triton"),
@@ -88,7 +88,7 @@ def test_accuracy_compares_every_kind_of_page_with_floats(tmp_path):
     assert int4["bytes_ratio"] < int8["bytes_ratio"] < 0.5
 
 
-def test_perplexity_is_that_of_the_logits_without_a_cache():
+def test_perplexity_agrees_with_the_logits_without_a_cache():
     model = jfa_models.from_pretrained(LLAMA3, dtype="float32", cache="paged", page_size=4)
     ids = [3, 17, 200, 5, 9, 44, 8]
     log_probs = jax.nn.log_softmax(model.logits(np.array([ids]))[0])

@@ -1,4 +1,4 @@
-"""The trace, and what is measured of it."""
+"""`jfa-bench throughput`: the trace, and the records."""
 
 import itertools
 import json
@@ -32,12 +32,12 @@ def bench(monkeypatch, capsys):
     return run
 
 
-def test_a_trace_is_a_function_of_its_seed():
+def test_a_trace_is_determined_by_its_seed():
     assert throughput.trace(lengths="sharegpt", **ASKED) == throughput.trace(lengths="sharegpt", **ASKED)
     assert throughput.trace(lengths="sharegpt", **ASKED) != throughput.trace(lengths="sharegpt", **ASKED | dict(seed=4))
 
 
-def test_lengths_are_drawn_as_their_name_says():
+def test_lengths_have_the_named_distribution():
     lengths = {
         name: [(len(one.prompt), one.output_len) for one in throughput.trace(lengths=name, **ASKED)]
         for name in names.LENGTHS
@@ -76,7 +76,7 @@ def test_records_of_all_implementations(bench, folder):
 
 
 @pytest.mark.exhaustive
-def test_samples_share_and_a_rate_is_the_engine_s_alone(bench, folder):
+def test_samples_share_pages_and_only_the_engine_supports_a_rate(bench, folder):
     options = ("--n", 3, "--request-rate", 500, "--max-concurrency", 2, "--implementation", "static,engine")
     status, out, _ = bench("throughput", "--model", folder, *OPTIONS, *options)
     static, engine = json.loads(out)

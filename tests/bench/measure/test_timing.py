@@ -1,4 +1,4 @@
-"""Warm-up, turns, statistics and rotation on a clock that the tests turn."""
+"""Warm-up, interleaving, statistics and rotation of inputs, on a simulated clock."""
 
 import dataclasses
 import types
@@ -11,7 +11,7 @@ from jfa_bench.measure import timing
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds that pass when a run says so."""
+    """A simulated clock in seconds, which the runs advance."""
 
     now: float = 0.0
 
@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
     def run(self, milliseconds):
-        """A run that takes the next of these each time, then the last again and again."""
+        """A run that takes the next of these times at each call, and the last one after that."""
         left = list(milliseconds)
 
         def call():
@@ -37,12 +37,12 @@ class Clock:
         ([3000, 1500, 1500], 1),  # too slow to wait for
     ],
 )
-def test_a_run_is_warm_when_two_calls_agree(milliseconds, calls):
+def test_a_run_is_warm_when_two_calls_take_the_same_time(milliseconds, calls):
     clock = Clock()
     assert timing.warm_up(clock.run(milliseconds), clock=clock) == calls
 
 
-def test_runs_take_turns_and_warm_up_is_not_counted():
+def test_runs_are_interleaved_and_warm_up_is_not_counted():
     clock, order = Clock(), []
 
     def named(name, run):
@@ -54,13 +54,13 @@ def test_runs_take_turns_and_warm_up_is_not_counted():
     assert order[-6:] == ["slow", "fast"] * 3
 
 
-def test_summary_is_the_median_and_its_neighbours():
+def test_summary_has_the_median_and_percentiles():
     found = timing.summary([5.0, 1.0, 2.0, 4.0, 3.0, 100.0])
     assert (found["time_ms_p20"], found["time_ms_p50"], found["time_ms_p80"]) == (2.0, 3.5, 5.0)
     assert found["samples_ms"] == [5.0, 1.0, 2.0, 4.0, 3.0, 100.0]
 
 
-def test_rate_is_by_the_median_and_has_a_mean_and_a_deviation():
+def test_rate_has_a_median_mean_and_deviation():
     found = timing.rate(10, [1.0, 2.0, 4.0])
     assert found["tokens_per_s"] == pytest.approx(5000)
     assert found["tokens_per_s_mean"] == pytest.approx((10000 + 5000 + 2500) / 3)
@@ -68,7 +68,7 @@ def test_rate_is_by_the_median_and_has_a_mean_and_a_deviation():
     assert timing.rate(10, [2.0])["tokens_per_s_deviation"] == 0
 
 
-def test_inputs_go_past_every_cache():
+def test_rotated_inputs_exceed_every_cache():
     assert timing.copies_past_cache(timing.CACHE_BYTES) == 1
     for num_bytes in (2**23, 10**7, timing.CACHE_BYTES - 1):
         copies = timing.copies_past_cache(num_bytes)
@@ -78,7 +78,7 @@ def test_inputs_go_past_every_cache():
     assert [run(), run(), run()] == [(1, 2), (3, 4), (1, 2)]
 
 
-def test_a_device_is_busy_where_any_stream_works():
+def test_a_device_is_busy_while_any_stream_is():
     def plane(name, **lines):
         events = {
             line: [types.SimpleNamespace(start_ns=start, duration_ns=end - start) for start, end in spans]

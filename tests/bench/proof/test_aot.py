@@ -1,4 +1,4 @@
-"""Kernels lowered and compiled for cards that the machine does not have."""
+"""Kernels lowered and compiled for GPUs that are not present."""
 
 import importlib.metadata
 import importlib.util
@@ -57,7 +57,7 @@ def test_a_plain_call_lowers_to_one_kernel_with_the_configuration_of_the_archite
 
 
 def aot_config(info):
-    """What a plain call gets there: the table's entry, else the kernel's default."""
+    """The configuration of a plain call there: the table's entry, else the kernel's default."""
     tuned = tuning.flash_config(info.arch, dtype="bfloat16", head_dim=64)
     return tuned or flash.default_config(Operands(*SHAPES), info)
 
@@ -76,7 +76,7 @@ def test_lowering_twice_gives_the_same_kernel():
 
 
 @pytest.mark.parametrize("arch", ["gfx9", "gfx908", "sm_77", "", "MI300X"])
-def test_an_unknown_architecture_is_refused_with_the_known_ones(arch):
+def test_the_error_for_an_unknown_architecture_lists_the_known_ones(arch):
     with pytest.raises(ValueError, match=r"arch must be one of gfx90a, .*, sm_100, got"), aot.target(arch):
         pass
     with pytest.raises(ValueError, match="arch must be one of"):
@@ -84,7 +84,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(arch):
 
 
 @needs_triton
-def test_amd_code_is_assembly_for_that_card(compiled):
+def test_amd_code_is_assembly_for_the_architecture(compiled):
     code = compiled("gfx942")
     assert '-gfx942"' in code.asm.splitlines()[0] and "v_mfma_" in code.asm
     assert 0 < code.lds_bytes <= 65_536 and code.why_not_launched() is None
@@ -120,7 +120,7 @@ def code_with(arch, **fields):
     return aot.Compiled(**{"kernel": kernel, "arch": arch, "asm": "", "lds_bytes": 0} | fields)
 
 
-def test_code_that_no_card_would_start_says_why():
+def test_code_that_cannot_be_launched_has_a_reason():
     over = code_with("gfx942", lds_bytes=65_537).why_not_launched()
     assert over == "needs 65,537 bytes of LDS; the limit of a workgroup on gfx942 is 65,536"
     assert code_with("gfx950", lds_bytes=65_537).why_not_launched() is None
@@ -129,7 +129,7 @@ def test_code_that_no_card_would_start_says_why():
     assert columns == "needs 640 columns of tensor memory; the limit is 512"
 
 
-def test_without_triton_the_extra_is_named(monkeypatch):
+def test_without_triton_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     kernel = aot.Kernel(name="k", ttir="", grid=(1, 1, 1), num_warps=1, num_stages=1)
     for ask in (lambda: aot.compile_kernel(kernel, arch="gfx942"), aot.triton_version, aot.unmet_triton):
@@ -138,7 +138,7 @@ def test_without_triton_the_extra_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(("version", "met"), [("3.6.0", True), ("3.9.1", True), ("3.10.0", False), ("4.0", False)])
-def test_a_triton_that_nobody_has_looked_at_is_said(monkeypatch, version, met):
+def test_a_note_names_an_unchecked_triton_release(monkeypatch, version, met):
     monkeypatch.setattr(aot, "_triton", lambda: None)
     monkeypatch.setattr(importlib.metadata, "version", {"triton": version}.__getitem__)
     said = aot.unmet_triton()

@@ -15,7 +15,7 @@ from jfa_models.cli import run
 
 pytest.importorskip("triton", reason="machine code needs the triton package (extra aot)")
 
-FIELDS = {  # DESIGN.md, "Public surface"
+FIELDS = {  # of docs/proofs.md
     *("op", "direction", "dtype", "head_dim", "arch", "config", "vgpr", "vgpr_spills", "scratch_bytes", "lds_bytes"),
     *("lds_limit", "waves_per_simd", "matrix_instructions", "loop_cycles", "useful_matrix_cycles", "matrix_bound"),
 }
@@ -54,7 +54,7 @@ def test_the_table_has_a_row_for_every_kernel_dtype_head_dim_and_architecture():
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "sm_90"])
-def test_a_record_says_what_was_compiled_and_what_came_of_it(records, arch):
+def test_a_record_has_the_case_and_its_result(records, arch):
     record = records[arch]
     assert set(record) >= FIELDS | set(machine_code.FIELDS) | {"status", "reason", "seconds"}
     assert (record["benchmark"], record["op"], record["direction"]) == ("compile", "flash_attention", "forward")
@@ -64,7 +64,7 @@ def test_a_record_says_what_was_compiled_and_what_came_of_it(records, arch):
     json.dumps(record)
 
 
-def test_the_configuration_in_a_record_is_that_of_the_kernel(records):
+def test_the_configuration_in_a_record_agrees_with_the_kernel(records):
     for arch, record in records.items():
         fn, args = case(arch).op.call("bfloat16", 64, None, "")
         [kernel] = aot.lower(fn, *args, arch=arch)
@@ -115,7 +115,7 @@ def test_spilled_registers_are_a_status_with_their_number():
     assert record["reason"].startswith(f"{record['vgpr_spills']} registers are spilled to memory")
 
 
-def test_a_call_that_the_kernel_refuses_is_a_row_and_not_an_end():
+def test_an_unsupported_call_is_a_row_with_a_reason():
     refused = Case(kernel="paged_decode_attention", dtype="bfloat16 on float8_e4m3fn", head_dim=64, arch="sm_80")
     [record] = compile_all([refused], processes=0)
     assert (record["status"], record["vgpr"]) == ("unsupported", None)
@@ -123,7 +123,7 @@ def test_a_call_that_the_kernel_refuses_is_a_row_and_not_an_end():
     assert "unsupported" in compile.render([record], "md")
 
 
-def test_a_kernel_that_is_not_compiled_is_a_failed_row(monkeypatch):
+def test_a_compilation_error_is_a_failed_row(monkeypatch):
     def fails(kernel, *, arch):
         raise aot.CompileError(f"triton produced no code for {arch}: PassManager::run failed")
 
@@ -135,14 +135,14 @@ def test_a_kernel_that_is_not_compiled_is_a_failed_row(monkeypatch):
 
 
 class EndsItsProcess:
-    """Whoever unpickles it is gone."""
+    """Ends the process that unpickles it."""
 
     def __reduce__(self):
         return os._exit, (1,)
 
 
 @pytest.mark.exhaustive
-def test_a_compiler_that_ends_its_process_costs_its_own_row_alone():
+def test_a_compiler_that_crashes_its_process_loses_only_its_row():
     bad = case(block_q=EndsItsProcess())
     first, second = compile_all([bad, case(block_kv=32)], processes=2)
     assert (first["status"], first["reason"]) == ("failed", "the compiler crashed its process")
@@ -172,7 +172,7 @@ def test_json_is_one_document_with_versions(bench):
         assert set(record) >= FIELDS and record["note"] is None
 
 
-def test_an_unmet_triton_is_said_on_stderr_and_in_the_record(bench, monkeypatch):
+def test_an_unchecked_triton_release_is_noted_on_stderr_and_in_the_record(bench, monkeypatch):
     monkeypatch.setattr(aot, "TRITON_MET", ("1.0", "2.0"))
     monkeypatch.setattr(compile, "compile_case", lambda case: {"kernel": case.kernel})
     status, out, err = bench(*"compile --arch gfx942 --dtype float16 --head-dim 64 --processes 0 -o jsonl".split())
@@ -192,13 +192,13 @@ def test_an_unmet_triton_is_said_on_stderr_and_in_the_record(bench, monkeypatch)
         (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_status_2(bench, arguments, message):
+def test_user_errors_are_one_line_and_exit_status_2(bench, arguments, message):
     status, out, err = bench("compile", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("jfa-bench: ") and err.count("\n") == 1 and message in err
 
 
-def test_without_triton_the_extra_is_named_in_one_line(bench, monkeypatch):
+def test_without_triton_one_line_names_the_extra(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     status, out, err = bench("compile", "--arch", "gfx942")
     assert (status, out) == (2, "")

@@ -1,11 +1,11 @@
-"""Machine code read: a small text with known counts, single instructions, and what a compiled kernel must have."""
+"""Analysis of machine code: a small text with known counts, single instructions, and compiled kernels."""
 
 import pytest
 
 from jfa_bench.proof import aot, machine_code
 
-# Two loops over the same products: main (LBB0_2) and masked (LBB0_5, with a block before its header), as LLVM notes
-# them, and an outer loop around the first; a branch back without a loop (LBB0_1).
+# Two loops over the same products, with LLVM's comments: main (LBB0_2) and masked (LBB0_5, with a block before its
+# header); an outer loop around the first; and a backward branch without a loop (LBB0_1).
 ASM = """
 	.text
 attention:                              ; @attention
@@ -106,8 +106,8 @@ def test_a_text_with_known_counts():
     assert read["dual_issue"] == 0
 
 
-def test_a_kernel_bound_by_memory_in_name_only_says_so():
-    """Decoding: no matrix instruction, and more vector work than the bytes of a tile pay for."""
+def test_memory_bound_share_is_low_if_vector_work_is_the_bottleneck():
+    """Like decoding: no matrix instruction, and vector work that takes longer than loading the bytes of a tile."""
     lines = ["\tv_cndmask_b32_e32 v3, v4, v5, vcc"] * 1000
     asm = "\n".join(
         [".LBB0_1:   ; =>This Inner Loop Header: Depth=1", "\tglobal_load_dwordx4 v[8:11], v[0:1], off", *lines]
@@ -136,7 +136,7 @@ def test_two_operations_at_once_are_one_slot_on_rdna():
 
 
 @pytest.mark.parametrize(("lds_bytes", "waves"), [(65_536, 4), (32_768, 8), (40_000, 6)])
-def test_two_units_of_rdna_share_twice_the_lds_of_a_workgroup(lds_bytes, waves):
+def test_two_rdna_compute_units_share_twice_the_lds_of_a_workgroup(lds_bytes, waves):
     asm = "\tv_mov_b32_e32 v0, 0\n; Occupancy: 16\n"
     assert machine_code.read(code("gfx1100", asm, num_warps=8, lds_bytes=lds_bytes))["waves_per_simd"] == waves
 
@@ -165,7 +165,7 @@ def test_two_units_of_rdna_share_twice_the_lds_of_a_workgroup(lds_bytes, waves):
         ("gfx1201", "v_wmma_f32_16x16x16_fp8_fp8", 8),
     ],
 )
-def test_matrix_instructions_take_their_shape_over_the_rate(arch, name, cycles):
+def test_cycles_of_a_matrix_instruction_are_its_flop_over_the_rate(arch, name, cycles):
     assert machine_code._class(name)[0] == "matrix"
     assert machine_code._matrix_cycles(f"{name} v[0:15], v[16:17], v[18:19], v[0:15]", arch) == cycles
 
@@ -194,7 +194,7 @@ def test_matrix_instructions_take_their_shape_over_the_rate(arch, name, cycles):
         ("scratch_load_b96", 12),
     ],
 )
-def test_bytes_of_a_lane_by_the_mnemonic(name, number):
+def test_bytes_per_lane_from_the_mnemonic(name, number):
     assert machine_code._bytes_per_lane(name) == number
 
 
@@ -233,14 +233,14 @@ def test_the_dots_of_a_loop_are_counted_in_the_ir(line, found):
     assert machine_code.dot_flop(f"scf.for %i = %a to %b {{\n %1 = tt.dot %a, %b, %c : {line}\n}}\n") == found
 
 
-def test_a_dot_outside_of_every_loop_is_no_turn_of_one():
+def test_a_dot_outside_of_every_loop_is_not_counted():
     assert machine_code.dot_flop("%1 = tt.dot %a : tensor<64x32xf16> * tensor<32x16xf16> -> tensor<64x16xf32>") == (
         0,
         None,
     )
 
 
-def test_nvidia_tells_registers_spills_and_tensor_core_instructions():
+def test_nvidia_has_registers_spills_and_tensor_core_instructions():
     ptx = "\twgmma.mma_async.sync.aligned.m64n64k16 {%f1};\n\t@%p1 mma.sync.aligned.m16n8k16 {%f2};\n// mma.sync.\n"
     read = machine_code.read(code("sm_90", ptx, registers=168, stack_bytes=24))
     told = {name for name, value in read.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`jfa-bench prove` holds for the library's kernels and fails for broken ones."""
+"""`jfa-bench prove` passes for the library's kernels and fails for broken ones."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ PAGED = [
 
 
 @pytest.mark.parametrize(("name", "arch"), PAGED)
-def test_attention_over_pages_runs_as_machine_code(name, arch):
+def test_paged_attention_runs_as_machine_code(name, arch):
     found = proofs.over_pages(paged_cases.truth(name, "bfloat16"), arch)
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
 
@@ -73,7 +73,7 @@ def test_a_wrong_mask_edge_is_caught(truth, monkeypatch):
     assert "the allowed" in proofs.forward(truth, "gfx1100").wrong
 
 
-def test_a_tile_that_no_card_would_start_is_caught(truth):
+def test_a_tile_that_cannot_be_launched_is_caught(truth):
     def call(q, k, v):
         config = jfa.FlashConfig(block_q=128, block_kv=128, num_warps=4, num_stages=3)
         return jfa.dot_product_attention(q, k, v, implementation="triton", config=config)
@@ -88,20 +88,20 @@ def test_a_function_without_a_kernel_is_refused():
         emulate.emulate(lambda x: x + 1, jnp.ones(3), arch="gfx942")
 
 
-def test_an_architecture_without_a_machine_is_refused():
+def test_an_architecture_without_an_emulator_is_refused():
     with pytest.raises(ValueError, match="arch must be one of gfx942, gfx950, gfx1100, gfx1201, got 'gfx90a'"):
         emulate.emulate(lambda x: x, jnp.ones(3), arch="gfx90a")
 
 
 def quick(run, *arguments, monkeypatch):
-    """The command with one row of one case, its proof replaced."""
+    """Runs the command for one row of one case, with its proof replaced by `run`."""
     proof = dataclasses.replace(prove.PROOFS["flash_attention", "forward"], quick=(("bfloat16", None),), run=run)
     monkeypatch.setattr(prove, "PROOFS", {("flash_attention", "forward"): proof})
     monkeypatch.setattr(prove, "QUICK_OPTIONS", ("gqa",))
     return CliRunner().invoke(cli.commands, ["prove", "--quick", "--arch", "gfx942", "--processes", "0", *arguments])
 
 
-def test_exit_status_0_and_a_record_when_all_hold(monkeypatch):
+def test_exit_status_0_and_a_record_if_all_proofs_pass(monkeypatch):
     holds = proofs.Verdict(share=0.25, instructions=7)
     done = quick(lambda truth, arch: holds, "-o", "json", monkeypatch=monkeypatch)
     assert done.exit_code == 0
@@ -109,7 +109,7 @@ def test_exit_status_0_and_a_record_when_all_hold(monkeypatch):
     assert row["status"] == "ok" and row["worst_error_of_limit"] == 0.25 and row["cases"] == ["gqa"]
 
 
-def test_exit_status_1_and_a_sentence_when_one_does_not(monkeypatch):
+def test_exit_status_1_and_a_reason_if_a_proof_fails(monkeypatch):
     done = quick(lambda truth, arch: proofs.Verdict(wrong="2 is not 3"), monkeypatch=monkeypatch)
     assert done.exit_code == 1
     assert "flash_attention gfx942 forward bfloat16 options: gqa: 2 is not 3" in done.stdout
@@ -139,12 +139,12 @@ def test_the_process_ends_with_that_status(monkeypatch):
         ),
     ],
 )
-def test_unknown_names_print_the_known_ones(arguments, message):
+def test_the_error_for_an_unknown_name_lists_the_known_ones(arguments, message):
     done = CliRunner().invoke(cli.commands, ["prove", *arguments])
     assert done.exit_code == 2 and message in " ".join(done.stderr.split())
 
 
-def test_without_triton_the_extra_is_named(monkeypatch):
+def test_without_triton_the_error_names_the_extra(monkeypatch):
     def missing():
         raise RuntimeError('machine code needs the triton package, which is not installed: pip install "jfa[aot]"')
 

@@ -1,4 +1,4 @@
-"""`jfa-bench tune`: the rule by which a configuration is chosen, on a compiler of paper, and the tables it writes."""
+"""`jfa-bench tune`: the rule by which a configuration is chosen, with a fake compiler, and the tables it writes."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ OP = ops.OPS[0]
 
 
 def keys(op):
-    """What a table of the op has entries for."""
+    """The keys of the entries in a table of the op."""
     return {(dtype, head_dim) for dtype in op.dtypes for head_dim in op.head_dims}
 
 
@@ -29,7 +29,7 @@ TILE = ("block_q", "block_kv", "num_warps", "num_stages")
 
 
 def row(arch="gfx942", tile=(128, 32, 4, 1), status=None, dtype="bfloat16", head_dim=64, more=(), **figures):
-    """A compile record: fits, spills nothing, two waves. more: of its configuration; figures: other ones."""
+    """A compile record that meets the criteria. more: fields of its configuration; figures: other fields."""
     config = dict(zip(TILE, tile, strict=True)) | dict(more)
     base = dict(vgpr=100, vgpr_spills=0, lds_bytes=16_384, lds_limit=65_536, waves_per_simd=2, flop_per_cycle=100.0)
     record = dict.fromkeys(machine_code.FIELDS) | base | dict(loop_cycles={}, matrix_bound=0.5) | figures
@@ -40,7 +40,7 @@ def row(arch="gfx942", tile=(128, 32, 4, 1), status=None, dtype="bfloat16", head
 
 
 def first(*records):
-    """The tile that is chosen of these."""
+    """The tile that is chosen from these records."""
     return tuple(next(tune.ranked(records))["config"].values())
 
 
@@ -61,18 +61,18 @@ def test_the_most_flop_per_cycle_wins():
         dict(status="failed", vgpr=None, lds_bytes=None, flop_per_cycle=None),
     ],
 )
-def test_what_lacks_something_loses_to_what_does_not(lacking):
+def test_a_candidate_that_misses_a_criterion_loses(lacking):
     assert first(row(tile=LARGE, **{"flop_per_cycle": 500.0} | lacking), row(tile=SMALL)) == SMALL
 
 
-def test_a_single_wave_counts_half_beside_what_spills():
+def test_a_single_wave_counts_half_compared_with_spilling_candidates():
     alone = row(tile=SMALL, waves_per_simd=1)
     assert first(row(tile=LARGE, vgpr_spills=6, flop_per_cycle=80.0), alone) == SMALL
     assert first(row(tile=LARGE, vgpr_spills=6, flop_per_cycle=90.0), alone) == LARGE
     assert first(row(tile=LARGE, flop_per_cycle=40.0), alone) == LARGE  # two waves, and nothing spilled
 
 
-def test_of_equals_the_larger_tile_wins_unless_it_leaves_room_for_one_workgroup():
+def test_of_equal_candidates_the_larger_tile_wins_unless_only_one_workgroup_fits():
     assert first(row(tile=SMALL, flop_per_cycle=101.0), row(tile=LARGE)) == LARGE
     # eight waves of one workgroup, which all wait at its barriers
     assert first(row(tile=OTHER, flop_per_cycle=102.0), row(tile=SMALL)) == SMALL
@@ -85,7 +85,7 @@ def test_the_order_of_the_records_does_not_matter():
     assert list(tune.ranked(records)) == list(tune.ranked(reversed(records)))
 
 
-def test_where_nothing_is_as_wanted_the_least_bad_comes_first():
+def test_if_no_candidate_meets_the_criteria_the_least_bad_comes_first():
     def bad(tile, spills, flop, **figures):
         return row(tile=tile, vgpr_spills=spills, loop_cycles={"scratch": 8}, flop_per_cycle=flop, **figures)
 
@@ -100,7 +100,7 @@ def test_where_nothing_is_as_wanted_the_least_bad_comes_first():
 NVIDIA = dict(arch="sm_90", waves_per_simd=None, flop_per_cycle=None, loop_cycles=None, lds_limit=232_448, vgpr=128)
 
 
-def test_nvidia_takes_the_largest_tile_that_eight_warps_can_hold():
+def test_nvidia_uses_the_largest_tile_with_eight_resident_warps():
     assert first(row(tile=SMALL, **NVIDIA), row(tile=LARGE, **NVIDIA)) == LARGE
     assert first(row(tile=SMALL, **NVIDIA), row(tile=LARGE, **NVIDIA | dict(vgpr_spills=1))) == SMALL
     # 168 registers of 128 threads: three workgroups, 12 warps; 130,000 bytes of shared memory: one, 4 warps
@@ -108,13 +108,13 @@ def test_nvidia_takes_the_largest_tile_that_eight_warps_can_hold():
     assert first(row(tile=(128, 128, 8, 2), **NVIDIA), row(tile=(256, 128, 8, 2), **NVIDIA)) == (128, 128, 8, 2)
 
 
-def test_nvidia_takes_more_stages_where_no_fewer_warps_reside():
+def test_nvidia_uses_more_stages_if_as_many_warps_are_resident():
     two, three = (128, 64, 8, 2), (128, 64, 8, 3)
     assert first(row(tile=two, **NVIDIA), row(tile=three, **NVIDIA)) == three
     assert first(row(tile=two, **NVIDIA), row(tile=three, **NVIDIA | dict(lds_bytes=120_000))) == two
 
 
-def test_a_table_serves_neighbours_with_less_shared_memory():
+def test_a_table_fits_similar_architectures_with_less_shared_memory():
     ampere = NVIDIA | dict(arch="sm_80", lds_limit=166_912)
     limit = describe("cuda", "sm_86").lds_bytes
     assert first(row(tile=OTHER, **ampere | dict(lds_bytes=limit + 1)), row(tile=SMALL, **ampere)) == SMALL
@@ -122,7 +122,7 @@ def test_a_table_serves_neighbours_with_less_shared_memory():
 
 
 class Paper:
-    """A compiler that makes figures of a configuration, and remembers what it was asked."""
+    """A fake compiler that computes figures from a configuration and records its calls."""
 
     def __init__(self, figures=lambda case, config: {}):
         self.figures, self.asked = figures, []
@@ -169,7 +169,7 @@ def test_a_sweep_finds_an_entry_for_every_dtype_and_head_dim(arch, op):
         (dict(flop_per_cycle=50.0), [16, 32, 64]),
     ],
 )
-def test_a_tile_grows_until_that_costs_more_than_it_gives(figures, sizes):
+def test_a_tile_grows_until_the_result_gets_worse(figures, sizes):
     paper = Paper(lambda case, config: dict(flop_per_cycle=100.0) | (figures if config["block_kv"] >= 64 else {}))
     tune.offline(OP, "gfx942", paper)
     start = {name: values[0] for name, values in OP.sweep.late("gfx942", "bfloat16").items()}
@@ -182,7 +182,7 @@ def test_a_tile_grows_until_that_costs_more_than_it_gives(figures, sizes):
     assert all(grown == sizes for grown in rows.values())
 
 
-def test_what_must_spill_is_not_compiled(monkeypatch):
+def test_tiles_that_must_spill_are_not_compiled(monkeypatch):
     monkeypatch.setattr(tune, "LANE_REGISTERS", 150)
     paper = Paper()
     tune.offline(OP, "gfx942", paper)
@@ -206,7 +206,7 @@ def test_switches_are_tried_one_at_a_time_on_the_best():
     assert {choice.chosen["config"].get("exp2_degree") for choice in choices.values()} == {None}
 
 
-def test_a_dtype_like_another_gets_the_best_of_that_without_the_switches_it_has_no_use_for():
+def test_a_similar_dtype_tries_the_best_of_the_other_without_unused_switches():
     paper = Paper()
     choices = tune.offline(OP, "gfx942", paper)
     for head_dim in OP.head_dims:
@@ -233,7 +233,7 @@ def test_a_winner_that_a_variant_makes_spill_is_passed_over():
     assert careful.note is None and careful.candidates[0] == winner and careful.chosen == careful.candidates[1]
 
 
-def test_a_variant_that_spills_is_borne_if_the_call_itself_spills():
+def test_a_variant_may_spill_if_the_call_itself_spills():
     def spills(case, config):
         return dict(vgpr_spills=20 if case.variant else 10 * (config["block_q"] == 128), flop_per_cycle=512.0)
 
@@ -243,7 +243,7 @@ def test_a_variant_that_spills_is_borne_if_the_call_itself_spills():
     assert tune.offline(OP, "gfx942", everywhere)["bfloat16", 64].note.startswith("no configuration meets the criteria")
 
 
-def test_what_an_entry_lacks_stands_in_its_note():
+def test_the_note_of_an_entry_names_the_unmet_criteria():
     spills = Paper(lambda case, config: dict(vgpr_spills=50, loop_cycles={"scratch": 4}))
     note = "no configuration meets the criteria; the least bad: 50 registers are spilled to memory"
     assert tune.offline(OP, "gfx942", spills)["float32", 64].note == note
@@ -259,7 +259,7 @@ def test_an_architecture_that_nothing_fits_is_an_error():
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
-    """Runs the command with a compiler of paper and returns (exit status, stdout, stderr)."""
+    """Runs the command with a fake compiler and returns (exit status, stdout, stderr)."""
     monkeypatch.setattr(tune, "compile_all", Paper())
     monkeypatch.setattr(aot, "triton_version", lambda: "3.9.0")
     group = click.Group("jfa-bench", commands=[cli.proof.tune_command])
@@ -271,7 +271,7 @@ def bench(monkeypatch, capsys):
     return run_it
 
 
-def test_tables_are_written_alike_byte_for_byte_and_read_back(bench, tmp_path, monkeypatch):
+def test_tables_are_written_identically_and_read_back(bench, tmp_path, monkeypatch):
     for folder in ("one", "two"):
         status, out, err = bench("--offline", "--arch", "gfx942,sm_100", "--folder", tmp_path / folder)
         assert status == 0 and err.count("wrote ") == 2 * len(ops.OPS) and "| gfx942" in out and "| sm_100" in out
@@ -293,7 +293,7 @@ def test_tables_are_written_alike_byte_for_byte_and_read_back(bench, tmp_path, m
     tuning._table.cache_clear()
 
 
-def test_without_a_place_nothing_is_written(bench, monkeypatch):
+def test_without_write_or_folder_nothing_is_written(bench, monkeypatch):
     monkeypatch.setattr(tune, "resources_folder", lambda: pytest.fail("no write was requested"))
     status, out, err = bench("--offline", "--arch", "gfx1100", "-o", "json")
     records = json.loads(out)
@@ -312,15 +312,15 @@ def test_without_a_place_nothing_is_written(bench, monkeypatch):
         (["--offline", "--arch", "all", "--write", "--folder", "x"], "--write and --folder cannot be combined"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_status_2(bench, monkeypatch, arguments, message):
+def test_user_errors_are_one_line_and_exit_status_2(bench, monkeypatch, arguments, message):
     monkeypatch.setattr(tune, "probe", lambda: describe("cpu", "cpu"))
     status, out, err = bench(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("jfa-bench: ") and err.count("\n") == 1 and message in err
 
 
-def test_with_a_device_the_fastest_candidate_wins_and_the_table_says_how(bench, monkeypatch, tmp_path):
-    """A fake card of an architecture that has no table of its own: candidates are those of its neighbour."""
+def test_on_a_device_the_fastest_candidate_wins_and_the_table_has_its_source(bench, monkeypatch, tmp_path):
+    """A fake GPU of an architecture without a table: the candidates are those of a similar architecture."""
     monkeypatch.setattr(tune, "probe", lambda: describe("rocm", "gfx1101"))
     slow = []
 
@@ -341,14 +341,14 @@ def test_with_a_device_the_fastest_candidate_wins_and_the_table_says_how(bench, 
     assert {record["time_ms"] for record in json.loads(out)} == {1.0}
 
 
-def test_an_architecture_of_the_device_is_not_named(bench, monkeypatch):
+def test_arch_is_refused_when_measuring_on_the_device(bench, monkeypatch):
     monkeypatch.setattr(tune, "probe", lambda: describe("rocm", "gfx942"))
     assert "--arch needs --offline; without it this machine's gfx942 is measured" in bench("--arch", "gfx942")[2]
     monkeypatch.setattr(tune, "probe", lambda: describe("rocm", "gfx803"))
     assert "not for gfx803" in bench()[2]
 
 
-def test_cases_are_measured_in_turns_and_one_that_does_not_run_is_left_out(monkeypatch, capsys):
+def test_cases_are_measured_interleaved_and_failing_ones_are_skipped(monkeypatch, capsys):
     def call(dtype, head_dim, config, variant):
         def fn(x):
             if config.block_kv == 128:

@@ -1,4 +1,4 @@
-"""`jfa-bench compare` finds a planted slow-down and ignores noise."""
+"""`jfa-bench compare` finds an artificial slow-down and ignores noise."""
 
 import json
 import random
@@ -14,7 +14,7 @@ DEVICE = {"device": {"name": "gfx942", "arch": "gfx942", "host": "x"}, "versions
 
 
 def records(seed, *, slower=None, noise=0.01, samples=15, status="ok"):
-    """Twenty cases of one implementation whose samples scatter; `slower` maps a length to a factor."""
+    """Twenty cases of one implementation with noisy samples; `slower` maps a length to a factor."""
     draw = random.Random(seed)
     found = []
     for length in range(256, 256 * 21, 256):
@@ -38,17 +38,17 @@ def test_a_planted_slow_down_is_found_and_noise_is_not(seed):
     assert (one["case"]["length"], one["verdict"]) == (512, "faster")
 
 
-def test_a_difference_within_the_scatter_is_none():
+def test_a_difference_within_the_noise_is_ignored():
     assert list(compare.moved(records(0, noise=0.2), records(1, noise=0.2, slower={1024: 1.1}))) == []
 
 
-def test_the_threshold_is_the_caller_s():
+def test_the_threshold_can_be_chosen():
     before, after = records(0, noise=0.001), records(1, noise=0.001, slower={256: 1.02})
     assert list(compare.moved(before, after)) == []
     assert [one["case"]["length"] for one in compare.moved(before, after, threshold=0.01)] == [256]
 
 
-def test_a_status_that_changed_has_moved():
+def test_a_changed_status_is_a_change():
     before, after = records(0), records(1)
     after[3] = {key: value for key, value in after[3].items() if "ms" not in key} | {"status": "oom"}
     [one] = compare.moved(before, after)
@@ -64,7 +64,7 @@ def run(tmp_path, before, after, *arguments):
     return CliRunner().invoke(cli.commands, ["compare", *paths, *arguments])
 
 
-def test_the_command_tells_cases_by_what_differs_and_circumstances_that_do(tmp_path):
+def test_the_command_shows_the_differing_fields_and_circumstances(tmp_path):
     after = [one | {"versions": {"jax": "0.12.1"}} for one in records(9, slower={1024: 1.2, 2048: 1.2})]
     done = run(tmp_path, records(0), after)
     assert done.exit_code == 0
@@ -80,7 +80,7 @@ def test_the_command_tells_cases_by_what_differs_and_circumstances_that_do(tmp_p
     assert [one["verdict"] for one in found] == ["slower", "slower"]
 
 
-def test_nothing_moved_is_a_sentence(tmp_path):
+def test_no_change_is_reported_in_one_sentence(tmp_path):
     done = run(tmp_path, records(0), records(1))
     assert done.stdout == "no change exceeds 3% and the noise\n"
 

@@ -1,4 +1,4 @@
-"""Pictures hold what the records say: lines, bars, labels; and what cannot be drawn is said at once."""
+"""Plots show the records as lines, bars and labels; what cannot be plotted is reported at once."""
 
 import importlib.util
 import itertools
@@ -97,7 +97,7 @@ def test_every_kind_draws_with_axes_units_and_legend(kind, tmp_path):
 
 
 @needs_matplotlib
-def test_lines_are_the_records_figures_and_differ_without_colour():
+def test_lines_show_the_records_and_differ_without_color():
     figure = plot.figure(ATTENTION)
     assert [ax.get_title().partition("\n")[0] for ax in figure.axes] == [
         "Speed-up, forward",
@@ -112,7 +112,7 @@ def test_lines_are_the_records_figures_and_differ_without_colour():
 
 
 @needs_matplotlib
-def test_a_name_looks_the_same_with_and_without_others():
+def test_a_name_has_the_same_style_with_and_without_others():
     def looks(records):
         lines = plot.figure(records).axes[0].get_lines()
         return {line.get_label(): (line.get_color(), line.get_marker()) for line in lines}
@@ -128,7 +128,7 @@ def test_a_grid_of_shapes_has_a_panel_for_each():
 
 
 @needs_matplotlib
-def test_bars_are_labelled_and_say_how_many_layers():
+def test_bars_are_labelled_and_the_title_has_the_number_of_layers():
     [ax] = plot.figure(PREFILL).axes
     assert ax.get_title() == "Prefill, phi-2\n1 of 32 layers, bfloat16"
     assert [text.get_text() for text in ax.get_xticklabels()] == ["512", "1,024"]
@@ -137,7 +137,7 @@ def test_bars_are_labelled_and_say_how_many_layers():
 
 
 @needs_matplotlib
-def test_saved_records_alone_make_a_picture(tmp_path):
+def test_a_plot_needs_only_saved_records(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(PREFILL))
     done = run("plot", tmp_path / "a.json", "--plot", tmp_path / "a.png")
     assert done.exit_code == 0 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -159,7 +159,7 @@ def run(*arguments):
     return CliRunner().invoke(cli.commands, [*map(str, arguments)])
 
 
-def test_without_matplotlib_the_command_says_how_to_get_it(monkeypatch, tmp_path):
+def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.json").write_text(json.dumps(PREFILL))
     done = run("plot", tmp_path / "a.json", "--plot", tmp_path / "a.png")
@@ -175,7 +175,7 @@ def test_without_matplotlib_the_command_says_how_to_get_it(monkeypatch, tmp_path
         ([], "Missing option '--plot'"),
     ],
 )
-def test_bad_input_ends_in_one_sentence(tmp_path, arguments, message):
+def test_invalid_input_is_reported_in_one_sentence(tmp_path, arguments, message):
     (tmp_path / "a.json").write_text(json.dumps(PREFILL))
     done = run("plot", tmp_path / "a.json", *arguments)
     assert done.exit_code in (1, 2) and message in " ".join(done.stderr.split())

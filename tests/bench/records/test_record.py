@@ -1,4 +1,4 @@
-"""Records in tables and files, and what becomes of errors and of Ctrl-C."""
+"""Records in tables and files, and how errors and Ctrl-C are handled."""
 
 import csv
 import io
@@ -29,14 +29,14 @@ for one in RECORDS:
     one |= {"time_ms_p20": one["time_ms_p50"], "time_ms_p80": one["time_ms_p50"]}
 
 
-def test_a_table_shows_the_chosen_fields_in_line():
+def test_a_table_shows_the_selected_fields_aligned():
     lines = record.render(RECORDS, "md", COLUMNS).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["decode", "8", "12.3", "12,346", ""]
     assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["prefill", "1", "0.5", "", "a, b"]
     assert len({len(line) for line in lines}) == 1
 
 
-def test_csv_is_read_back_whole():
+def test_csv_can_be_read_back():
     rows = list(csv.reader(io.StringIO(record.render(RECORDS, "csv", COLUMNS))))
     assert rows[0] == list(COLUMNS.values())
     assert rows[1:] == [["decode", "8", "12.3456", "12345.6", ""], ["prefill", "1", "0.5", "", "a, b"]]
@@ -47,7 +47,7 @@ def test_json_keeps_every_field():
     assert [json.loads(line) for line in record.render(RECORDS, "jsonl", {}).splitlines()] == RECORDS
 
 
-def test_a_table_has_few_words_for_many_fields():
+def test_a_table_abbreviates_names_and_values():
     one = {"time_ms_p20": 9.0, "time_ms_p50": 10.0, "time_ms_p80": 11.0, "peak_bytes": 2**21, "share_of_peak": 0.654}
     one["case"] = {"direction": "backward"}
     columns = {name: name for name in ("ms", "spread", "peak_mib", "peak", "dir")}
@@ -73,7 +73,7 @@ def test_a_share_has_at_most_four_characters():
     assert [record.percent(share) for share in (0.0, 0.0451, 0.999, 9.99, 12.0)] == ["0%", "5%", "100%", "999%", ">10x"]
 
 
-def test_refusals_are_told_once():
+def test_equal_refusals_are_reported_once():
     rows = [{"implementation": "a", "status": "oom", "reason": "too much"}] * 3
     rows += [{"implementation": "b", "status": "ok", "reason": None}]
     rows += [{"implementation": "c", "status": "missing", "reason": "not here"}]
@@ -92,12 +92,12 @@ def test_refusals_are_told_once():
         (TypeError(), "unsupported", "TypeError: TypeError"),
     ],
 )
-def test_an_error_is_a_status_and_a_reason(error, status, reason):
+def test_an_error_becomes_a_status_and_a_reason(error, status, reason):
     assert isinstance(error, outcome.REFUSALS)
     assert outcome.of(error) == {"status": status, "reason": reason}
 
 
-def test_what_cannot_run_is_left_out():
+def test_failing_runs_are_left_out():
     def refuses():
         raise NotImplementedError("not here")
 
@@ -106,7 +106,7 @@ def test_what_cannot_run_is_left_out():
     assert found["b"] == {"status": "unsupported", "reason": "NotImplementedError: not here"}
 
 
-def test_a_file_is_whole_after_every_record(tmp_path):
+def test_a_file_is_valid_after_every_record(tmp_path):
     path = tmp_path / "records.json"
     file = record.File(path)
     assert json.loads(path.read_text()) == []
@@ -114,10 +114,10 @@ def test_a_file_is_whole_after_every_record(tmp_path):
         file.add(RECORDS[count - 1])
         assert record.load(path) == RECORDS[:count]
     file.close()
-    assert path.read_text().count("\n") == 4  # a record a line
+    assert path.read_text().count("\n") == 4  # one record per line
 
 
-def test_a_file_of_lines_is_read_too(tmp_path):
+def test_json_lines_files_can_be_read(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text(record.render(RECORDS, "jsonl", {}) + "\n")
     assert record.load(path) == RECORDS
@@ -131,7 +131,7 @@ def test_a_file_of_lines_is_read_too(tmp_path):
         ('{"a": 1}', "contains no records"),
     ],
 )
-def test_what_is_no_file_of_records_is_refused(tmp_path, text, message):
+def test_a_file_without_records_is_refused(tmp_path, text, message):
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -176,7 +176,7 @@ def test_records_go_to_stdout_and_into_a_file(present, tmp_path):
     assert present().stdout.splitlines()[2:] == ["| x    | 0      |", "| y    | 1      |", "| z    | 2      |"]
 
 
-def test_ctrl_c_keeps_what_came(present, tmp_path):
+def test_ctrl_c_keeps_the_records_so_far(present, tmp_path):
     done = present("--save", tmp_path / "a.json", "-o", "json", interrupted_after=2)
     assert done.exit_code == 130 and json.loads(done.stdout) == ROWS[:2]
     assert done.stderr == "interrupted: 2 of 3 records were kept\n"
@@ -192,6 +192,6 @@ def test_ctrl_c_keeps_what_came(present, tmp_path):
         (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_anything_runs(present, arguments, message):
+def test_unwritable_outputs_are_reported_before_anything_runs(present, arguments, message):
     done = present(*arguments, interrupted_after=0)
     assert done.exit_code in (1, 2) and message in " ".join(done.stderr.split())

@@ -1,4 +1,4 @@
-"""The support table says no more than its records, and a folder of records becomes a page."""
+"""The support table agrees with its records, and a folder of records becomes a page."""
 
 import base64
 import importlib.util
@@ -30,7 +30,7 @@ def cell(compile_records, prove_records, arch="gfx942"):
     return first.split(" | ")[1 + names.ARCHS.index(arch)].strip(" |")
 
 
-def test_a_kernel_is_executed_when_every_proof_held():
+def test_a_kernel_is_executed_if_every_proof_passed():
     assert cell([compiled()], [proven(), proven()]) == "executed"
     assert cell([compiled()], [proven(), proven(status="wrong")]) == "compiled"
     assert cell([compiled()], [proven(kernels=["another"])]) == "compiled"
@@ -42,7 +42,7 @@ def test_spills_are_those_of_the_worst_configuration():
     assert cell(records, [proven()]) == "executed, 7 spilled"
 
 
-def test_what_does_not_compile_or_start_is_lowered_only():
+def test_a_kernel_that_cannot_be_launched_is_only_lowered():
     assert cell([compiled(), compiled(status="over_lds")], [proven()]) == "lowered"
     assert cell([compiled()], [], arch="sm_90") == "lowered"  # no record
 
@@ -93,7 +93,7 @@ def test_a_folder_becomes_one_page_and_tables(tmp_path):
 
 
 @needs_matplotlib
-def test_a_folder_without_records_says_how_to_make_some(tmp_path):
+def test_the_error_for_a_folder_without_records_says_how_to_create_some(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([measured("compile")]))
     with pytest.raises(
         ValueError, match=r"there are no records of attention, prefill.*; create some with jfa-bench all"
@@ -101,11 +101,11 @@ def test_a_folder_without_records_says_how_to_make_some(tmp_path):
         report.gather(tmp_path)
 
 
-def test_without_a_folder_it_is_the_support_table():
+def test_without_a_folder_the_support_table_is_printed():
     assert run().stdout == report.support(report.load("compile"), report.load("prove")) + "\n"
 
 
-def test_records_of_an_earlier_version_are_left_out_with_a_line(tmp_path, capsys):
+def test_records_of_an_earlier_version_are_skipped_with_a_message(tmp_path, capsys):
     old = measured("prefill")
     old["case"] = {"model": "phi-2", "dtype": "bfloat16", "batch": 1, "prompt": 512}
     (tmp_path / "mixed.json").write_text(json.dumps([old, measured("prefill")]))

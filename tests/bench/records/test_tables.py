@@ -7,7 +7,7 @@ import pytest
 from jfa_bench import names
 from jfa_bench.records import record, tables
 
-# The longest name of an implementation of each benchmark, and what its cases have.
+# The longest implementation name of each benchmark, and the fields of its cases.
 MODEL = {"model": "m", "layers": 2, "of_layers": 32, "dtype": "bfloat16"}
 CALL = {"heads": 128, "kv_heads": 8, "head_dim": 256, "dtype": "bfloat16", "batch": 256}
 CASES = {
@@ -41,14 +41,14 @@ def test_a_table_fits_80_columns_for_any_figure(benchmark):
 
 
 @pytest.mark.parametrize("benchmark", tables.VIEWS)
-def test_csv_has_all_that_the_table_has(benchmark):
+def test_csv_has_all_columns_of_the_table(benchmark):
     view = tables.VIEWS[benchmark]
     assert view.columns.items() <= view.csv.items()
     heading = record.render([], "csv", view.csv).split(",")
     assert heading == list(view.csv.values()) and len(set(heading)) == len(heading)
 
 
-def test_records_of_one_kind_side_by_side_make_a_table():
+def test_consecutive_records_of_one_kind_share_a_table():
     case = CASES["decode"][1]
     rows = [
         {"case": case | {"model": model}, "implementation": "jfa", "status": "ok", "time_ms_p50": 1.0}
@@ -62,6 +62,6 @@ def test_records_of_one_kind_side_by_side_make_a_table():
     ]
 
 
-def test_a_dtype_in_a_few_characters():
+def test_short_dtype_names():
     assert tables.short_dtype("bfloat16 on float8_e4m3fn") == "bf16 on fp8"
     assert tables.short_dtype("float16 on uint8") == "f16 on int4"

@@ -1,4 +1,4 @@
-"""Loading: the same weights from every kind of file, within the memory they need, and a sentence for every defect."""
+"""Loading: the same weights from every kind of file, within bounded memory, and an error message for every defect."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 def expected_of(config, dtype=np.float32):
-    """What a decoder of this shape needs, written down independently of the loader."""
+    """Names and shapes of the tensors that a decoder needs, written independently of the loader."""
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     linear = {
@@ -65,7 +65,7 @@ def golden_tensors():
 
 
 def write_folder(folder, tensors, **config):
-    """A checkpoint of one file, its configuration that of the golden one with changes."""
+    """A checkpoint of one file, with the golden configuration and changes to it."""
     folder.mkdir(exist_ok=True)
     text = json.loads((LLAMA3 / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(text))
@@ -75,7 +75,7 @@ def write_folder(folder, tensors, **config):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the golden checkpoint in one file, to be damaged."""
+    """A copy of the golden checkpoint in one file, which tests damage."""
     return write_folder(tmp_path / "model", golden_tensors())
 
 
@@ -124,7 +124,7 @@ def write_gguf(path, tensors, *, kind=GGMLQuantizationType.F32, **metadata):
     writer.add_float32("llama.rope.freq_base", 500_000.0)
     for name, array in tensors.items():
         name, array = as_converted(name, array)
-        # norms stay in float32, as the converter leaves them
+        # norms stay in float32, as in the converter
         stored = kind if array.ndim > 1 else GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
@@ -139,7 +139,7 @@ def gguf_file(tmp_path):
     return write_gguf(tmp_path / "model.gguf", golden_tensors())
 
 
-def test_a_sharded_folder_loads_under_our_names():
+def test_a_sharded_folder_loads_with_parameter_names():
     checkpoint = open_checkpoint(LLAMA3)
     expected = expected_of(checkpoint.config)
     params = load_params(checkpoint, expected)
@@ -172,7 +172,7 @@ def test_names_without_the_model_prefix_are_read(tmp_path):
     assert_same(load(write_folder(tmp_path / "base", stripped)), load(LLAMA3))
 
 
-def test_biases_are_loaded_and_their_rows_put_in_order(tmp_path):
+def test_biases_are_loaded_and_their_rows_permuted(tmp_path):
     tensors = golden_tensors()
     rng = np.random.default_rng(0)
     for name, array in list(tensors.items()):
@@ -184,7 +184,7 @@ def test_biases_are_loaded_and_their_rows_put_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=lambda d: d.__name__)
-def test_weights_are_cast_to_the_dtype_that_is_expected(dtype):
+def test_weights_are_cast_to_the_requested_dtype(dtype):
     params = load(LLAMA3, dtype)
     assert np.array_equal(params["lm_head.weight"], golden_tensors()["lm_head.weight"].astype(dtype))
 
@@ -213,7 +213,7 @@ def test_every_float_of_safetensors_is_read(tmp_path, encoding, wanted):
 
 
 def can_dequantize(kind):
-    """Asked by trying: the package keeps its list to itself."""
+    """Found by trying: the package does not export a list."""
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -226,7 +226,7 @@ def test_every_type_that_gguf_dequantizes_is_read_over_several_chunks(tmp_path, 
     monkeypatch.setattr("jfa_models.checkpoints.tensors._CHUNK_ELEMENTS", 1 << 11)
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     row_bytes = 512 // block_elements * block_bytes
-    # any bytes make a block; below 60, so that those read as float16 are small numbers
+    # any bytes are a valid block; they are below 60, so that those read as float16 are small numbers
     blocks = np.random.default_rng(0).integers(0, 60, (30, row_bytes), np.uint8)
     (tmp_path / "x").write_bytes(b"before" + blocks.tobytes())
     tensor = StoredTensor(
@@ -237,7 +237,7 @@ def test_every_type_that_gguf_dequantizes_is_read_over_several_chunks(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"])
-def test_a_quantized_gguf_is_near_the_weights_it_came_from(tmp_path, kind):
+def test_a_quantized_gguf_is_near_the_original_weights(tmp_path, kind):
     kind = GGMLQuantizationType[kind]
     path = write_gguf(tmp_path / "model.gguf", golden_tensors(), kind=kind)
     params = load(path)
@@ -260,7 +260,7 @@ def test_a_tied_model_needs_no_output_layer_and_may_repeat_the_embedding(tmp_pat
         load(write_folder(tmp_path / "other", tensors, tie_word_embeddings=True))
 
 
-def test_tables_that_follow_from_the_configuration_are_passed_over(tmp_path):
+def test_tensors_that_follow_from_the_configuration_are_skipped(tmp_path):
     tensors = golden_tensors()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
     assert_same(load(write_folder(tmp_path / "model", tensors)), load(LLAMA3))
@@ -273,7 +273,7 @@ def test_the_rope_scaling_of_a_gguf_file_is_a_tensor(tmp_path):
     assert_same(load(path), load(LLAMA3))
 
 
-DTYPES = {  # name: (keys of config.json, what `stored_dtype` says)
+DTYPES = {  # name: (keys of config.json, value of `stored_dtype`)
     "newer": ({"dtype": "bfloat16"}, "bfloat16"),
     "older": ({"dtype": None, "torch_dtype": "float16"}, "float16"),
     "unstated": ({"dtype": None}, "F32"),
@@ -281,7 +281,7 @@ DTYPES = {  # name: (keys of config.json, what `stored_dtype` says)
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_the_stored_dtype_is_what_the_checkpoint_says(tmp_path, name):
+def test_the_stored_dtype_is_read_from_the_checkpoint(tmp_path, name):
     config, dtype = DTYPES[name]
     assert open_checkpoint(write_folder(tmp_path / "model", golden_tensors(), **config)).stored_dtype == dtype
 
@@ -292,26 +292,24 @@ def test_generation_config_is_honoured(folder):
     assert (generation.eos_token_ids, generation.temperature) == ((5, 6), 0.6)
 
 
-def test_a_folder_brings_its_tokenizer(folder):
+def test_a_folder_is_loaded_with_its_tokenizer(folder):
     assert open_checkpoint(folder / "model.safetensors").load_tokenizer() is None
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has no tokenizer.json"):
         open_checkpoint(folder / "model.safetensors").load_tokenizer()
 
 
-# What cannot be opened.
+# Paths that cannot be opened.
 
 
 def test_a_missing_path_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"there is no model at '.*nothing': give a folder .*, a repository of .* names smollm2,"
-    ):
+    with pytest.raises(ValueError, match=r"there is no model '.*nothing': use a folder .*, a .* names smollm2,"):
         open_checkpoint(tmp_path / "nothing")
 
 
-def test_a_path_that_is_no_model_is_refused(tmp_path):
+def test_a_path_that_is_not_a_model_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"notes.txt is not a model: give a folder of safetensors, a .safetensors or"):
+    with pytest.raises(ValueError, match=r"notes.txt is not a model: use a folder of safetensors, a .safetensors or"):
         open_checkpoint(tmp_path / "notes.txt")
 
 
@@ -322,15 +320,15 @@ def test_the_default_model_that_is_not_installed_says_how_to_install_it(monkeypa
 
 
 FOLDERS = {  # name: (files, message)
-    "empty": ([], "contains no model.safetensors and no model.safetensors.index.json; give another folder"),
+    "empty": ([], "contains no model.safetensors and no model.safetensors.index.json; use another folder"),
     "pickled": (["pytorch_model.bin"], r"contains only pickled weights \(pytorch_model.bin\), .*; convert them to sa"),
-    "gguf": (["b.gguf", "a.gguf"], "contains GGUF files; give the path of one of them: a.gguf, b.gguf"),
-    "no_config": (["model.safetensors"], "has no config.json; put the one that belongs to these weights next to them"),
+    "gguf": (["b.gguf", "a.gguf"], "contains GGUF files; use the path of one of them: a.gguf, b.gguf"),
+    "no_config": (["model.safetensors"], "has no config.json; put the config.json of these weights into the folder"),
 }
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_of_something_else_is_refused(tmp_path, name):
+def test_a_folder_without_a_supported_model_is_refused(tmp_path, name):
     files, message = FOLDERS[name]
     for file in files:
         (tmp_path / file).touch()
@@ -341,7 +339,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, name):
 def test_a_missing_shard_is_named(tmp_path):
     shutil.copytree(LLAMA3, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks model-00002-of-00002.safetensors, which its index names; download"):
+    with pytest.raises(ValueError, match=r"lacks model-00002-of-00002.safetensors, listed in its index; download"):
         open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
     with pytest.raises(ValueError, match=r"index.json has no weight_map from tensors to files; download it again"):
@@ -350,11 +348,11 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_a_part_of_a_gguf_is_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", {}, **{"split.count": 3})
-    with pytest.raises(ValueError, match="is one part of 3; merge them with llama-gguf-split --merge"):
+    with pytest.raises(ValueError, match="is one of 3 parts; merge them with llama-gguf-split --merge"):
         open_checkpoint(path)
 
 
-# What does not fit.
+# Tensors that do not fit the configuration.
 
 
 def test_all_tensors_that_do_not_fit_are_named_in_one_error(tmp_path):
@@ -363,11 +361,11 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((7, 96), np.float32)
     tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((192, 96), np.float32)
     tensors["model.vision.weight"] = np.zeros(3, np.float32)
-    with pytest.raises(ValueError, match="the tensors do not fit the configuration") as error:
+    with pytest.raises(ValueError, match="the tensors do not match the configuration") as error:
         load(write_folder(tmp_path / "model", tensors))
     for problem in (
         "norm.scale [96] is missing",
-        "model.layers.0.mlp.up_proj.weight has shape [7, 96] where [192, 96] is needed",
+        "model.layers.0.mlp.up_proj.weight has shape [7, 96], expected [192, 96]",
         "model.layers.9.mlp.up_proj.weight [192, 96] is not part of the model",
         "model.vision.weight [3] is not part of the model",
     ):
@@ -375,12 +373,12 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_long_list_of_problems_is_cut(tmp_path):
+def test_a_long_list_of_problems_is_shortened(tmp_path):
     with pytest.raises(ValueError, match=r"embed.weight .* is missing; .*; and 22 more$"):
         load(write_folder(tmp_path / "model", {}))
 
 
-def test_whole_numbers_are_not_weights(tmp_path):
+def test_integer_weights_are_refused(tmp_path):
     tensors = golden_tensors()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int64)
     with pytest.raises(
@@ -389,7 +387,7 @@ def test_whole_numbers_are_not_weights(tmp_path):
         load(write_folder(tmp_path / "model", tensors))
 
 
-# What is damaged.
+# Damaged files.
 
 
 def cut(path, num_bytes):
@@ -405,14 +403,14 @@ def rewrite_header(path, change):
     return path
 
 
-def test_a_cut_safetensors_file_is_refused_with_both_sizes(folder):
+def test_a_truncated_safetensors_file_is_refused_with_both_sizes(folder):
     path = folder / "model.safetensors"
     size = path.stat().st_size
-    with pytest.raises(ValueError, match=rf"cut short: its tensors need {size} bytes, the file has 50000; download"):
+    with pytest.raises(ValueError, match=rf"truncated: its tensors need {size} bytes, but the file has 50000; "):
         open_checkpoint(cut(path, 50_000))
-    with pytest.raises(ValueError, match=r"cut short: its header needs \d+ bytes, the file has 100; download"):
+    with pytest.raises(ValueError, match=r"truncated: its header needs \d+ bytes, but the file has 100; download"):
         open_checkpoint(cut(path, 100))
-    with pytest.raises(ValueError, match=r"cut short: "):
+    with pytest.raises(ValueError, match=r"truncated: "):
         open_checkpoint(cut(path, 0))
 
 
@@ -420,7 +418,7 @@ BROKEN_HEADERS = {  # name: (change, message)
     "no_json": (lambda header: b"[" + header[1:], r"its header cannot be read \("),
     "no_object": (lambda header: b"[]", r"its header cannot be read \("),
     "no_shape": (lambda header: header.replace(b'"shape"', b'"ghost"'), r"its header cannot be read \('shape'\)"),
-    "overlap": (lambda header: header.replace(b"[98304,", b"[98300,"), "damaged or cut short: .*; download it again"),
+    "overlap": (lambda header: header.replace(b"[98304,", b"[98300,"), "damaged or truncated: .*; download it again"),
 }
 
 
@@ -428,17 +426,17 @@ BROKEN_HEADERS = {  # name: (change, message)
 def test_a_broken_safetensors_header_is_refused(folder, name):
     change, message = BROKEN_HEADERS[name]
     rewrite_header(folder / "model.safetensors", change)
-    with pytest.raises(ValueError, match=f"model.safetensors is damaged or cut short: .*{message}|{message}"):
+    with pytest.raises(ValueError, match=f"model.safetensors is damaged or truncated: .*{message}|{message}"):
         open_checkpoint(folder)
 
 
-def test_a_cut_gguf_file_is_refused_with_both_sizes(gguf_file):
+def test_a_truncated_gguf_file_is_refused_with_both_sizes(gguf_file):
     with pytest.raises(
-        ValueError, match=r"cut short: its tensors need \d+ bytes, the file has 50000; download it again"
+        ValueError, match=r"truncated: its tensors need \d+ bytes, but the file has 50000; download it again"
     ):
         open_checkpoint(cut(gguf_file, 50_000))
     for size in (1000, 100, 24, 10, 3, 0):
-        with pytest.raises(ValueError, match=r"cut short: its header needs \d+ bytes more than the file has; download"):
+        with pytest.raises(ValueError, match=r"truncated: its header is \d+ bytes longer than the file; download"):
             open_checkpoint(cut(gguf_file, size))
 
 
@@ -460,31 +458,31 @@ def test_other_versions_of_gguf_are_refused(gguf_file):
 
 
 def test_a_length_beyond_the_file_is_refused_before_it_is_allocated(gguf_file):
-    with pytest.raises(ValueError, match=r"its header needs \d{18} bytes more than the file has"):
+    with pytest.raises(ValueError, match=r"its header is \d{18} bytes longer than the file"):
         open_checkpoint(patch(gguf_file, 24, struct.pack("<Q", 10**17 * 5)))
 
 
-def test_a_gguf_header_of_nonsense_is_refused(gguf_file):
+def test_a_gguf_header_with_an_unknown_value_type_is_refused(gguf_file):
     kind = gguf_file.read_bytes().index(b"llama.vocab_size") + len("llama.vocab_size")
-    with pytest.raises(ValueError, match="cut short: its header holds a value of kind 77; download it again"):
+    with pytest.raises(ValueError, match="truncated: its header has a value of unknown type 77; download it again"):
         open_checkpoint(patch(gguf_file, kind, struct.pack("<I", 77)))
 
 
-def test_a_gguf_string_that_is_no_text_is_refused(gguf_file):
-    with pytest.raises(ValueError, match="cut short: a string in its header is not UTF-8; download it again"):
+def test_a_gguf_string_that_is_not_utf_8_is_refused(gguf_file):
+    with pytest.raises(ValueError, match="truncated: a string in its header is not UTF-8; download it again"):
         open_checkpoint(patch(gguf_file, 32, b"\xff"))
 
 
-def test_an_alignment_of_nothing_is_refused(tmp_path):
+def test_an_alignment_of_zero_is_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", {}, **{"general.alignment": 0})
-    with pytest.raises(ValueError, match=r"cut short: general.alignment is 0; download it again"):
+    with pytest.raises(ValueError, match=r"truncated: general.alignment is 0; download it again"):
         open_checkpoint(path)
 
 
-def test_a_tensor_type_from_the_future_is_refused(gguf_file):
+def test_an_unknown_tensor_type_is_refused(gguf_file):
     name = b"output_norm.weight"
     kind = gguf_file.read_bytes().index(name) + len(name) + 4 + 8
-    with pytest.raises(ValueError, match=r"output_norm.weight is of type 999, which the gguf package does not know"):
+    with pytest.raises(ValueError, match=r"output_norm.weight has type 999, which the gguf package does not know"):
         open_checkpoint(patch(gguf_file, kind, struct.pack("<I", 999)))
 
 
@@ -499,7 +497,7 @@ def test_an_architecture_that_is_not_supported_is_refused(tmp_path):
 
 
 @needs_smollm2
-def test_smollm2_is_read_as_gguf_s_own_reader_and_dequantizer_see_it():
+def test_smollm2_is_read_as_by_the_gguf_package():
     checkpoint = open_checkpoint("smollm2")
     assert checkpoint.path == locate("SmolLM2-135M-Instruct")
     reference = json.loads((LLAMA3.parent / "smollm2_reference.json").read_text())
@@ -532,7 +530,7 @@ from jfa_models.checkpoints.reader import open_checkpoint
 def resident_kib(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 
-jax.device_put(np.zeros(1)).block_until_ready()  # idle: JAX is up, nothing is loaded
+jax.device_put(np.zeros(1)).block_until_ready()  # idle: JAX is initialized, nothing is loaded
 idle = resident_kib("VmRSS")
 checkpoint = open_checkpoint("smollm2")
 tokenizer = checkpoint.load_tokenizer()

@@ -1,4 +1,4 @@
-"""Every family against transformers, and both spellings of a configuration."""
+"""Every family compared with transformers, and configurations from config.json and from GGUF."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 CASES = sorted(file.stem for file in GOLDEN.glob("*.npz"))
-CONTEXT = {"phi3_short": 64}  # what transformers decides by the length of a text is the context's affair here
+CONTEXT = {"phi3_short": 64}  # jfa selects LongRoPE factors by the context, transformers by the length of the text
 CLOSE = 1e-4  # of the spread of the logits
 
 
@@ -46,7 +46,7 @@ def distance(got, want):
 
 
 def continued(model, tokens):
-    """The logits behind each token, from a cache: a chunk, and then token by token."""
+    """The logits after each token, computed with a cache: a chunk, and then token by token."""
     batch, length = tokens.shape
     cache = model.new_cache(batch=batch, capacity=length)
     first, lengths = 13, np.full(batch, 13, np.int32)
@@ -59,10 +59,10 @@ def continued(model, tokens):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_family_is_what_transformers_computes(name):
+def test_logits_of_a_family_agree_with_transformers(name):
     model, want = loaded(name), truth(name)
     assert model.config.num_params == sum(x.size for x in model.params)
-    # the same text once more in two rows of different lengths: transformers pads on the left, we on the right
+    # the same text again in two rows of different lengths: transformers pads on the left, jfa on the right
     real = want["padded_mask"].astype(bool)
     rows = np.stack([np.roll(row, -(~mask).sum()) for row, mask in zip(want["padded_input_ids"], real, strict=True)])
     whole, length = want["input_ids"].shape
@@ -72,13 +72,13 @@ def test_a_family_is_what_transformers_computes(name):
         assert distance(got[whole + row, : mask.sum()], want["padded_logits"][row][mask]) < CLOSE
 
 
-# families whose layers use the cache in a way of their own; all of them run with -m exhaustive
+# families whose layers use the cache differently; the others run with -m exhaustive
 QUICK = ("gemma3", "mistral", "mixtral", "phi2", "phi3_long")
 
 
 @pytest.mark.parametrize("name", [run(name, quick=name in QUICK) for name in CASES])
-def test_a_family_out_of_a_cache_is_what_transformers_computes(name, monkeypatch):
-    monkeypatch.setattr("jfa_models.decoding.caches.SLACK", 2)  # so that the rings of windows turn over
+def test_logits_of_a_family_with_a_cache_agree_with_transformers(name, monkeypatch):
+    monkeypatch.setattr("jfa_models.decoding.caches.SLACK", 2)  # so that the ring buffers of windows wrap around
     model, want = loaded(name), truth(name)
     tokens = np.concatenate([want["input_ids"], want["greedy"]], axis=1).astype(np.int32)
     got = continued(model, tokens)
@@ -152,7 +152,7 @@ CONFIG = DecoderConfig(
 TENSORS = ("token_embd.weight", "output.weight")
 
 
-def test_hugging_face_and_gguf_say_the_same():
+def test_config_json_and_gguf_give_the_same_config():
     assert config_from_hf(HF) == CONFIG
     assert config_from_gguf(GGUF, TENSORS) == CONFIG
 
@@ -176,21 +176,21 @@ def test_each_spelling_of_rope_is_read(name):
     assert config_from_hf(config).rope == RopeConfig(theta=500_000.0, scaling=scaling)
 
 
-def test_what_older_checkpoints_leave_out_has_the_meaning_it_had():
+def test_keys_that_older_checkpoints_lack_keep_their_meaning():
     unstated = {"num_key_value_heads": None, "rope_theta": None, "head_dim": None}
     config = config_from_hf(HF | unstated)
     assert (config.num_kv_heads, config.head_dim, config.rope.theta) == (6, 16, 10_000.0)
     assert not (config.tie_word_embeddings or config.qkv_bias or config.out_bias or config.mlp_bias)
 
 
-def test_gguf_facts_that_only_the_tensors_tell():
+def test_gguf_settings_that_only_the_tensors_show():
     biased = ["blk.0.attn_q.bias", "blk.0.attn_output.bias", "blk.0.ffn_up.bias"]
     config = config_from_gguf(GGUF, biased, {"rope_freqs.weight": (1.0,) * 8})
     assert config.tie_word_embeddings and config.qkv_bias and config.out_bias and config.mlp_bias
     assert config.rope.scaling == ListedScaling(values=(1.0,) * 8)
 
 
-UNSAID = {  # name: (config.json, what transformers takes for granted)
+UNSAID = {  # name: (config.json, defaults of transformers)
     "mistral": ({"model_type": "mistral"}, dict(windows=(4096,) * 3)),
     "mistral_null": ({"model_type": "mistral", "sliding_window": None}, dict(windows=())),
     "qwen3": ({"model_type": "qwen3"}, dict(head_dim=128)),
@@ -210,7 +210,7 @@ UNSAID = {  # name: (config.json, what transformers takes for granted)
 
 
 @pytest.mark.parametrize("name", UNSAID)
-def test_what_a_family_leaves_unsaid(name):
+def test_missing_keys_get_the_defaults_of_the_family(name):
     stated, taken = UNSAID[name]
     config = config_from_hf({key: value for key, value in HF.items() if key != "head_dim"} | stated)
     assert {key: getattr(config, key) for key in taken} == taken
@@ -274,7 +274,7 @@ REFUSED_HF = {  # name: (changed keys, message)
         {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
         "rope scaling lacks low_freq_factor, high_freq_factor, original_max_position_embeddings",
     ),
-    "rope_text": ({"rope_scaling": "linear"}, "the parameters of rope must be an object, got 'linear'"),
+    "rope_text": ({"rope_scaling": "linear"}, "the rope parameters must be a JSON object, got 'linear'"),
     "partial": ({"partial_rotary_factor": 1.5}, r"rotary_dim must be 2 to head_dim \(16\), got 24"),
     "activation": (
         {"hidden_act": "quick_gelu"},
@@ -283,11 +283,11 @@ REFUSED_HF = {  # name: (changed keys, message)
     "eyes_only": ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
     "layer_types": (
         {"model_type": "gemma2", "sliding_window": 8, "layer_types": ["chunked_attention"] * 3},
-        "must be full_attention or sliding_attention for each of 3 layers, got 3: chunked_attention",
+        "must be full_attention or sliding_attention for each of the 3 layers, got 3 entries: chunked_attention",
     ),
     "few_layer_types": (
         {"model_type": "qwen3", "layer_types": ["full_attention"]},
-        "layer_types must be .* for each of 3 layers, got 1: full_attention",
+        "layer_types must be .* for each of the 3 layers, got 1 entries: full_attention",
     ),
     "layer_types_text": (
         {"model_type": "gemma2", "layer_types": "all"},
@@ -321,11 +321,11 @@ REFUSED_HF = {  # name: (changed keys, message)
     "experts": ({"model_type": "mixtral"}, "config.json lacks num_experts, num_experts_per_tok"),
     "ramp": (
         {"rope_scaling": {"type": "yarn", "truncate": False, "original_max_position_embeddings": 8}},
-        "truncate=false of yarn is not supported",
+        "truncate=false is not supported",
     ),
     "head_dim": (
         {"hidden_size": 100},
-        "the hidden size must be a multiple of the number of heads, got 100 and 6; otherwise the file must specify",
+        "the hidden size must be a multiple of the number of heads, got 100 and 6, unless the file specifies",
     ),
     "no_heads": ({"num_attention_heads": 0}, "num_attention_heads must be an integer >= 1, got 0"),
 }
@@ -349,7 +349,7 @@ REFUSED_GGUF = {  # name: (changed keys, message)
         {"llama.rope.scaling.type": "magic"},
         "llama.rope.scaling.type must be none, linear, yarn or longrope, got 'magic'",
     ),
-    "value_length": ({"llama.attention.value_length": 8}, "llama.attention.value_length must be key_length, 16"),
+    "value_length": ({"llama.attention.value_length": 8}, "llama.attention.value_length must equal key_length, 16"),
     "experts": ({"llama.expert_count": 4}, "GGUF metadata lacks llama.expert_used_count"),
     "context_text": (
         {"llama.context_length": "a"},
@@ -387,7 +387,7 @@ def test_gemma_3_270m_writes_what_transformers_writes():
 
 
 @needs_gemma
-def test_gemma_3_270m_talks_in_turns():
+def test_gemma_3_270m_has_a_chat_template_with_turns():
     tokenizer = open_checkpoint("gemma-3-270m").load_tokenizer()
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -402,12 +402,12 @@ def test_gemma_3_270m_talks_in_turns():
     assert 106 in tokenizer.encode("<end_of_turn>") and 106 in open_checkpoint("gemma-3-270m").generation.eos_token_ids
 
 
-# Written for others.
+# Saving.
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_saved_is_what_was_loaded(name, tmp_path):
-    """Its tensors are those of transformers' own folder; golden/families.py --saved has transformers load them."""
+    """Its tensors are those of transformers' own folder; golden/families.py --saved loads them in transformers."""
     model = loaded(name)
     model.save_pretrained(tmp_path)
     ours, theirs = ({}, {})
@@ -437,11 +437,11 @@ def test_a_large_model_is_saved_in_shards(tmp_path, monkeypatch):
         < CLOSE
     )
     monkeypatch.undo()
-    loaded("qwen3_moe").save_pretrained(tmp_path)  # and then as one file: no shard stays behind
+    loaded("qwen3_moe").save_pretrained(tmp_path)  # and then as one file: no shard remains
     assert not list(tmp_path.glob("*-of-*")) and not (tmp_path / "model.safetensors.index.json").exists()
 
 
-def test_text_and_advice_are_saved_too(tmp_path):
+def test_the_tokenizer_and_generation_config_are_saved_too(tmp_path):
     folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.6, "do_sample": true}')
     model = from_pretrained(folder)
@@ -453,7 +453,7 @@ def test_text_and_advice_are_saved_too(tmp_path):
     assert again.tokenizer.apply_chat_template(turn) == model.tokenizer.apply_chat_template(turn)
 
 
-def test_what_another_model_left_in_the_folder_is_replaced_and_nothing_else(tmp_path):
+def test_only_the_files_of_another_model_in_the_folder_are_replaced(tmp_path):
     others = [tmp_path / name for name in ("model_backup.safetensors", "model.safetensors.md5", "notes.json")]
     for file in others:
         file.write_text("mine")
@@ -461,11 +461,11 @@ def test_what_another_model_left_in_the_folder_is_replaced_and_nothing_else(tmp_
     from_pretrained(folder).save_pretrained(tmp_path)
     loaded("qwen2").save_pretrained(tmp_path)
     assert from_pretrained(tmp_path).tokenizer is None and all(file.read_text() == "mine" for file in others)
-    with pytest.raises(ValueError, match=r"notes.json is a file; give a folder to save into"):
+    with pytest.raises(ValueError, match=r"notes.json is a file; pass a folder to save into"):
         loaded("qwen2").save_pretrained(tmp_path / "notes.json")
 
 
-UNSAYABLE = {  # name: (changed fields of a decoder of the Llama family, what is named)
+UNSAYABLE = {  # name: (changed fields of a decoder of the Llama family, what the error names)
     "windows": (dict(windows=(4, 4)), r"windows=\(4, 4\)"),
     "scale": (dict(query_scale=2.0), "query_scale=2.0"),
     "cap": (dict(logits_soft_cap=0.5), "logits_soft_cap=0.5"),
@@ -475,15 +475,15 @@ UNSAYABLE = {  # name: (changed fields of a decoder of the Llama family, what is
 
 
 @pytest.mark.parametrize("name", UNSAYABLE)
-def test_what_config_json_cannot_say_is_not_saved(name, tmp_path):
+def test_a_config_that_config_json_cannot_express_is_not_saved(name, tmp_path):
     changed, named = UNSAYABLE[name]
     config = dataclasses.replace(loaded("llama3_tiny").config, num_layers=2, **changed)
-    with pytest.raises(ValueError, match=f"a llama checkpoint cannot have {named}; choose another architecture"):
+    with pytest.raises(ValueError, match=f"config.json of a llama model cannot represent {named}; save it as another"):
         LanguageModel.random(config).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_part_of_a_head_is_saved_as_it_is():
+def test_partial_rope_is_saved_exactly():
     for head_dim, part in ((44, 30), (52, 30), (80, 32), (88, 60)):
         config = dataclasses.replace(CONFIG, head_dim=head_dim, rope=RopeConfig(theta=1e4, rotary_dim=part))
         assert config_from_hf(config_to_hf(config)) == config
@@ -497,13 +497,13 @@ def test_a_window_as_long_as_the_context_still_has_its_own_rope():
     assert config_from_hf(config_to_hf(model.config)) == model.config
 
 
-def test_a_list_of_divisors_cannot_be_saved(tmp_path):
+def test_listed_rope_scaling_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"config.json cannot represent the rope scaling of this GGUF file"):
         loaded("llama3_tiny", ".gguf").save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_mixture_is_written_under_the_names_of_its_family():
+def test_a_mixture_of_experts_is_saved_with_the_keys_of_its_family():
     mixtral, qwen3 = (config_to_hf(loaded(name).config) for name in ("mixtral", "qwen3_moe_sparse"))
     assert mixtral["num_local_experts"] == loaded("mixtral").config.experts.num_experts and "num_experts" not in mixtral
     assert qwen3["num_experts"] and qwen3["moe_intermediate_size"] and "num_local_experts" not in qwen3
@@ -512,8 +512,8 @@ def test_a_mixture_is_written_under_the_names_of_its_family():
 @pytest.mark.parametrize(
     ("step", "listed", "dense"), [(1, [], ()), (2, [], (0, 2)), (3, [], (0, 1, 3)), (3, [2], (0, 1, 2, 3))]
 )
-def test_every_step_th_layer_is_a_mixture_unless_it_is_listed(step, listed, dense):
-    """As transformers' Qwen3MoeDecoderLayer has it: layer i is one if (i + 1) % decoder_sparse_step == 0."""
+def test_every_step_th_layer_has_experts_unless_it_is_listed(step, listed, dense):
+    """As in transformers' Qwen3MoeDecoderLayer: layer i has experts if (i + 1) % decoder_sparse_step == 0."""
     hf = json.loads((GOLDEN / "qwen3_moe_sparse" / "config.json").read_text())
     hf |= {"num_hidden_layers": 4, "decoder_sparse_step": step, "mlp_only_layers": listed}
     hf.pop("layer_types", None)
@@ -521,20 +521,20 @@ def test_every_step_th_layer_is_a_mixture_unless_it_is_listed(step, listed, dens
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_config_json(name):
+def test_a_preset_round_trips_through_config_json(name):
     assert config_from_hf(json.loads(json.dumps(config_to_hf(PRESETS[name])))) == PRESETS[name]
 
 
-# Without weights, or with too many.
+# Random weights, and tensors of another model.
 
 
 def test_a_preset_has_random_weights():
-    with pytest.warns(UserWarning, match="qwen2.5-0.5b is a preset, without trained weights: its weights are random"):
+    with pytest.warns(UserWarning, match="qwen2.5-0.5b is a preset without trained weights: its weights are random"):
         abstract = jax.eval_shape(lambda: from_pretrained("qwen2.5-0.5b").params)
     assert sum(x.size for x in abstract) == PRESETS["qwen2.5-0.5b"].num_params
 
 
-def test_random_weights_are_those_of_their_seed():
+def test_random_weights_are_determined_by_their_seed():
     config = open_checkpoint(GOLDEN / "gemma3").config
     one, same, other = (LanguageModel.random(config, dtype="bfloat16", seed=seed) for seed in (0, 0, 1))
     tokens = [[1, 2, 3]]
@@ -563,8 +563,8 @@ def test_a_checkpoint_of_another_family_fails_by_tensor_name(tmp_path):
         from_pretrained(tmp_path / "model")
 
 
-def test_a_model_with_eyes_is_read_without_them(tmp_path):
-    """Gemma 3 from 4B on: the decoder under a prefix, its shape in text_config, and tensors that see."""
+def test_a_multimodal_model_is_read_without_its_vision_tower(tmp_path):
+    """Gemma 3 from 4B on: the decoder under a prefix, its shape in text_config, and tensors of the vision tower."""
     config = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
     with safe_open(GOLDEN / "gemma3" / "model.safetensors", "numpy") as file:

@@ -1,4 +1,4 @@
-"""Where a model is looked for, and what is said when it is not there. No network is used."""
+"""How a model is located, and the error messages if it is not found. No network is used."""
 
 import importlib.util
 import sys
@@ -13,7 +13,7 @@ from jfa_models.checkpoints.locate import locate
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
-    """Every download that is asked for; each gives a folder."""
+    """Records every requested download; each returns a folder."""
     asked = []
 
     def record(kind):
@@ -43,7 +43,7 @@ def test_a_revision_and_a_file_are_honoured(calls, tmp_path, revision):
     assert calls == [("file", options)]
 
 
-def test_what_is_there_is_not_downloaded(calls, tmp_path, monkeypatch):
+def test_a_cached_model_is_not_downloaded(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert locate("owner/name").name == "name" and not calls
@@ -52,8 +52,8 @@ def test_what_is_there_is_not_downloaded(calls, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["models/llama.gguf", "./a/b", "/a/b", "a/b/c", "smolm2", "a/b.safetensors", "", "a/..", "a" * 5000]
 )
-def test_a_path_that_is_not_there_is_no_repository(calls, name):
-    with pytest.raises(ValueError, match=r"there is no model at .*a repository of Hugging Face \(owner/name\), or"):
+def test_a_missing_path_is_not_a_repository(calls, name):
+    with pytest.raises(ValueError, match=r"there is no model .*a Hugging Face repository \(owner/name\), or"):
         locate(name)
     assert not calls
 
@@ -66,7 +66,7 @@ def failing(error):
 
 
 def http_error(kind):
-    """One without the response that its constructor wants, whose library is the hub's own affair."""
+    """An error without the response that its constructor requires, whose type depends on the hub's version."""
     error = kind.__new__(kind)
     Exception.__init__(error, "the server says no")
     return error
@@ -75,8 +75,8 @@ def http_error(kind):
 FAILURES = {  # name: (error, message)
     "offline": (
         errors.LocalEntryNotFoundError("no network"),
-        r"there is no folder 'owner/name', owner/name is not in the cache of Hugging Face \(.*hub\), and it cannot be "
-        "downloaded: no network; download it with network access, or give the path of a copy",
+        r"there is no folder 'owner/name', owner/name is not in the Hugging Face cache \(.*hub\), and the "
+        "download failed: no network; download it with network access, or use the path of a copy",
     ),
     "gated": (
         http_error(errors.GatedRepoError),
@@ -98,7 +98,7 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, name):
         locate("owner/name")
 
 
-def test_a_package_in_parts_is_put_together_once(monkeypatch, tmp_path):
+def test_a_package_in_parts_is_assembled_once(monkeypatch, tmp_path):
     parts = [tmp_path / f"part{i}" for i in range(2)]
     for part in parts:
         part.write_bytes(b"GGUF")

@@ -1,4 +1,4 @@
-"""The `jfa` command as its users meet it: what is on stdout, what on stderr, and the exit status."""
+"""The `jfa` command as its users see it: stdout, stderr and the exit status."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def model(folder):
 
 @pytest.fixture
 def jfa(monkeypatch, tmp_path, capsys):
-    """Runs the command and returns (exit status, stdout, stderr); compiled programs are kept nowhere."""
+    """Runs the command and returns (exit status, stdout, stderr); compiled programs are not cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "80")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -83,11 +83,11 @@ def test_chat_remembers_until_it_is_reset(jfa, folder, model):
     assert (status, out, err) == (0, f"{first}\n{second}\n{answer('two')}\n", "")
 
 
-def test_chat_goes_on_after_a_turn_that_is_too_long_and_ends_with_its_input(jfa, folder):
+def test_chat_continues_after_a_turn_that_is_too_long_and_ends_with_its_input(jfa, folder):
     status, out, err = jfa("chat", "--model", folder, "--max-tokens", 8, stdin="x" * 600 + "\nshort\n")
     assert (status, out.count("\n")) == (0, 1)
     assert err == (
-        "jfa: prompt 0 has 605 tokens and max_tokens is 8, together more than the model's context of 512; "
+        "jfa: prompt 0 has 605 tokens and max_tokens is 8, together more than the context length of 512; "
         "shorten the prompt or lower max_tokens. /reset starts a new conversation.\n"
     )
 
@@ -97,13 +97,13 @@ def test_info_names_versions_device_backends_and_sizes_within_80_columns(jfa, fo
     assert (status, err) == (0, "") and max(map(len, out.splitlines())) <= 80
     flat = " ".join(out.split())
     assert f"jax {jax.__version__}" in flat and f"device {jax.default_backend()}" in flat
-    assert "dot_product_attention" in flat and "not tpu: a Pallas kernel for TPU is not built yet" in flat
+    assert "dot_product_attention" in flat and "not tpu: the Pallas kernel for TPU is not implemented yet" in flat
     cache = model.new_cache(batch=1, capacity=512)
     assert f"{cache.num_bytes // 512 // 2} bytes per token" in flat, "half of the float32 cache"
     assert f"{sum(x.size for x in model.params) / 1e6:.1f} M parameters" in flat
 
 
-def test_what_jax_cannot_do_on_this_machine_is_one_line(jfa, monkeypatch):
+def test_an_error_of_jax_on_this_machine_is_one_line(jfa, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("Unable to initialize backend 'foo'")
 
@@ -112,7 +112,7 @@ def test_what_jax_cannot_do_on_this_machine_is_one_line(jfa, monkeypatch):
     assert (status, out, err) == (2, "", "jfa: Unable to initialize backend 'foo'\n")
 
 
-def test_info_without_the_default_model_says_how_to_install_it_and_all_the_rest(jfa, monkeypatch):
+def test_info_without_the_default_model_shows_the_rest_and_how_to_install_it(jfa, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, out, err = jfa("info")
     assert (status, err) == (0, "")
@@ -127,20 +127,20 @@ def test_without_arguments_it_prints_its_help(jfa):
 WRONG = {  # name: (arguments, the line without "jfa: ")
     "no model": (
         ["generate", "x", "--model", "./no/where"],
-        "there is no model at './no/where': give a folder",
+        "there is no model './no/where': use a folder",
     ),
-    "no model for info": (["info", "--model", "./no/where"], "there is no model at './no/where'"),
-    "no model for chat": (["chat", "--model", "./no/where"], "there is no model at './no/where'"),
+    "no model for info": (["info", "--model", "./no/where"], "there is no model './no/where'"),
+    "no model for chat": (["chat", "--model", "./no/where"], "there is no model './no/where'"),
     "no tokenizer": (
         ["generate", "x", "--model", GOLDEN / "llama3"],
-        "this model has no tokenizer: give the prompt as",
+        "this model has no tokenizer: pass the prompt as",
     ),
     "no template": (
         ["chat", "--model", GOLDEN / "llama3"],
-        "has no chat template, so it was not made for conversations",
+        "has no chat template, so it is not a chat model",
     ),
-    "no prompt": (["generate"], 'give one prompt: jfa generate "The capital of France is", or --prompt TEXT'),
-    "two prompts": (["generate", "x", "--prompt", "y"], "give one prompt"),
+    "no prompt": (["generate"], 'pass one prompt: jfa generate "The capital of France is", or --prompt TEXT'),
+    "two prompts": (["generate", "x", "--prompt", "y"], "pass one prompt"),
     "unknown dtype": (["generate", "x", "--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16'"),
     "unknown option": (["generate", "x", "--tempreature", "1"], "No such option"),
     "unknown command": (["genrate", "x"], "No such command 'genrate'"),
@@ -152,12 +152,12 @@ WRONG = {  # name: (arguments, the line without "jfa: ")
     "top_p": (["generate", "x", "--top-p", "0"], "top_p must be a number in (0, 1], got 0.0"),
     "no tokens": (["generate", "x", "--max-tokens", "0"], "max_tokens must be an integer from 1"),
     "empty prompt": (["generate", ""], "prompt 0 is empty"),
-    "too long": (["generate", "x", "--max-tokens", "999"], "together more than the model's context of 512"),
+    "too long": (["generate", "x", "--max-tokens", "999"], "together more than the context length of 512"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_the_user_can_mend_is_one_line_and_status_2(jfa, folder, case):
+def test_an_error_of_the_user_is_one_line_and_status_2(jfa, folder, case):
     arguments, message = WRONG[case]
     if "--model" not in arguments:
         arguments = [*arguments, "--model", folder]
@@ -167,7 +167,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(jfa, folder, case):
     assert message in err
 
 
-def test_compiled_programs_are_kept_where_caches_can_be_written(jfa, folder, monkeypatch, tmp_path):
+def test_compiled_programs_are_cached_only_in_a_writable_folder(jfa, folder, monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
@@ -178,7 +178,7 @@ def test_compiled_programs_are_kept_where_caches_can_be_written(jfa, folder, mon
     assert Path(jax.config.jax_compilation_cache_dir) == tmp_path / "jfa" / "xla"
 
 
-def test_an_interrupt_is_quiet(jfa, monkeypatch):
+def test_an_interrupt_prints_nothing(jfa, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -187,7 +187,7 @@ def test_an_interrupt_is_quiet(jfa, monkeypatch):
     assert (status, out, err.strip()) == (130, "", "")
 
 
-def test_rows_of_a_batch_are_no_option_of_a_single_prompt(jfa, folder):
+def test_max_num_seqs_is_not_an_option_of_a_single_prompt(jfa, folder):
     status, out, err = jfa("generate", "Hi", "--model", folder, "--max-num-seqs", 4)
     assert (status, out) == (2, "")
-    assert err == "jfa: --max-num-seqs needs --batch-file: a single prompt has no other sequences\n"
+    assert err == "jfa: --max-num-seqs needs --batch-file: it has no effect on a single prompt\n"

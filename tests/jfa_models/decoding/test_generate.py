@@ -1,4 +1,4 @@
-"""Generation: a real model against an independent implementation, and everything else on a tiny seeded one."""
+"""Generation: a real model compared with transformers, and everything else on a tiny seeded model."""
 
 import dataclasses
 import importlib.util
@@ -21,7 +21,7 @@ from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import RopeConfig
 
-TIE = 5e-3  # top-1 minus top-2 logit under which another order of sums may choose the other token
+TIE = 5e-3  # top-1 minus top-2 logit below which another order of summation may choose the other token
 
 
 CONFIG = DecoderConfig(
@@ -62,7 +62,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def greedy_text(model):
-    """What the model writes behind "Hi" when nothing stops it."""
+    """The text that the model generates after "Hi" if nothing stops it."""
     [result] = model.generate("Hi", GREEDY)
     assert len(set(result.outputs[0].text)) > 5 and result.outputs[0].finish_reason == "length"
     return result.outputs[0].text
@@ -112,7 +112,7 @@ def test_smollm2_first_logits_agree_with_transformers(smollm2, reference):
 
 @needs_smollm2
 @pytest.mark.exhaustive
-def test_smollm2_writes_what_transformers_writes(smollm2, reference):
+def test_smollm2_generates_the_same_tokens_as_transformers(smollm2, reference):
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     for result, prompt in zip(smollm2.generate([p["text"] for p in reference], params), reference, strict=True):
         assert list(result.prompt_token_ids) == prompt["ids"]
@@ -125,7 +125,7 @@ def test_smollm2_writes_what_transformers_writes(smollm2, reference):
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_prompt_gives_the_same_alone_in_any_batch_and_streamed(model, params):
+def test_a_prompt_gives_the_same_by_itself_in_any_batch_and_streamed(model, params):
     together = model.generate(PROMPTS, params)
     assert model.generate(PROMPTS, params, max_batch=3) == together
     assert [result.prompt for result in together] == PROMPTS
@@ -146,7 +146,7 @@ def test_a_batch_may_mix_all_kinds_of_requests(model):
     assert len({result.outputs[0].text for result in mixed[:3]}) == 3
 
 
-def test_without_seeds_a_request_draws_by_its_place_and_the_seed_of_the_call(model):
+def test_without_its_own_seed_a_request_samples_by_its_index_and_the_seed_of_the_call(model):
     params = dataclasses.replace(SAMPLED, seed=None)
     first, second = model.generate(["Hi", "Hi"], params)
     assert first.outputs[0].token_ids != second.outputs[0].token_ids
@@ -171,7 +171,7 @@ def test_no_prompts_give_no_results(model):
 # Sessions
 
 
-def test_a_session_computes_only_what_is_new_and_changes_nothing(model, monkeypatch):
+def test_a_session_computes_only_new_tokens_and_gives_the_same_text(model, monkeypatch):
     computed = []
     prefill = model.steps.prefill
 
@@ -193,15 +193,15 @@ def test_a_session_computes_only_what_is_new_and_changes_nothing(model, monkeypa
     assert new == 2
     conversation = "Hi" + answer + "and?"
     answer, new = turn(conversation)
-    assert new == 1 + 4  # the last token of an answer never entered the cache
+    assert new == 1 + 4  # the last token of an answer is not in the cache
     conversation += answer
     assert turn(conversation[:20] + "~~" + conversation[22:])[1] == len(conversation) - 20  # it diverges
-    assert turn(conversation[:10])[1] == 1  # all of it is known, but its last token must be asked
+    assert turn(conversation[:10])[1] == 1  # all of it is cached, but its last token must be computed for the logits
     long = conversation[:10] + "long " * 50
-    assert turn(long)[1] == len(long) - 10  # more than the cache had room for
+    assert turn(long)[1] == len(long) - 10  # more than the capacity of the cache
 
 
-def test_a_session_survives_a_stream_that_nobody_finished(model):
+def test_a_session_can_be_used_after_an_unfinished_stream(model):
     session = Session()
     stream = model.stream("Hi", GREEDY, session=session)
     begun = [next(stream) for _ in range(5)][-1].outputs[0].text
@@ -214,11 +214,11 @@ def test_a_session_belongs_to_one_model(model):
     session = Session()
     last(model.stream("Hi", GREEDY, session=session))
     other = from_pretrained(GOLDEN / "llama3")
-    with pytest.raises(ValueError, match="holds the cache of another model; use a separate session for each model"):
+    with pytest.raises(ValueError, match="has the cache of another model; use a separate session for each model"):
         last(other.stream([1, 2], GREEDY, session=session))
 
 
-# Ends
+# Ends of requests
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 21])
@@ -231,23 +231,23 @@ def test_text_ends_before_a_stop_string_across_tokens(model, greedy_text, at):
     assert len(output.token_ids) == len(output.text) + 3
 
 
-def test_streamed_text_never_has_to_be_taken_back(model, greedy_text):
+def test_streamed_text_only_grows(model, greedy_text):
     almost, stop = greedy_text[4:7] + "\0", greedy_text[10:14]
     results = list(model.stream("Hi", dataclasses.replace(GREEDY, stop=[almost, stop])))
     texts = [result.outputs[0].text for result in results]
     assert texts[-1] == greedy_text[:10]
     assert all(texts[-1].startswith(text) for text in texts)
     assert texts[6] == greedy_text[:4], "the beginning of a stop string must be held back"
-    assert texts[7] == greedy_text[:8], "and given out once it is none"
+    assert texts[7] == greedy_text[:8], "and returned once it cannot become one"
     assert [result.outputs[0].finish_reason for result in results] == [None] * 13 + ["stop"]
 
 
-def test_text_held_back_is_given_out_at_the_end(model, greedy_text):
+def test_text_held_back_is_returned_at_the_end(model, greedy_text):
     params = dataclasses.replace(GREEDY, stop=greedy_text[-2:] + "\0")
     assert last(model.stream("Hi", params)).outputs[0].text == greedy_text
 
 
-def test_a_stop_token_ends_a_request_and_is_no_part_of_its_text(model, greedy_text):
+def test_a_stop_token_ends_a_request_and_is_not_part_of_its_text(model, greedy_text):
     stop = model.tokenizer.encode(greedy_text[5])[0]
     length = greedy_text.index(greedy_text[5])
     output = completion(model, "Hi", dataclasses.replace(GREEDY, stop_token_ids=[stop]))
@@ -264,7 +264,7 @@ def test_an_end_token_ends_a_request_unless_it_is_ignored(model, greedy_text, mo
     assert completion(model, "Hi", dataclasses.replace(GREEDY, ignore_eos=True)).text == greedy_text
 
 
-def test_no_end_of_any_kind_comes_before_min_tokens(model, greedy_text, monkeypatch):
+def test_neither_tokens_nor_strings_end_a_request_before_min_tokens(model, greedy_text, monkeypatch):
     end = model.tokenizer.encode(greedy_text[5])[0]
     monkeypatch.setattr(model, "eos_token_ids", (end,))
     output = completion(model, "Hi", dataclasses.replace(GREEDY, min_tokens=9))
@@ -289,7 +289,7 @@ def test_eos_tokens_come_from_the_defaults_else_from_the_tokenizer(model):
     assert advised.eos_token_ids == (7, 8)
 
 
-def test_default_params_are_what_the_authors_advise_and_what_the_caller_says(model, monkeypatch):
+def test_default_params_combine_the_checkpoint_s_with_the_caller_s(model, monkeypatch):
     advice = GenerationDefaults(eos_token_ids=(7,), temperature=0.6, top_k=9, repetition_penalty=1.2)
     monkeypatch.setattr(model, "defaults", advice)
     params = model.default_params(max_tokens=5, top_k=3)
@@ -300,12 +300,12 @@ def test_default_params_are_what_the_authors_advise_and_what_the_caller_says(mod
 # Texts and numbers
 
 
-def test_a_character_of_several_tokens_appears_whole(model):
+def test_a_character_of_several_tokens_is_never_split(model):
     wanted = "é"
     first, second = model.tokenizer.encode(wanted)
     texts = []
     for ids in ([first], [first, second]):
-        # a prompt that ends in the middle of a character: its rest is part of the answer
+        # a prompt may end in the middle of a character: the rest of it is part of the answer
         texts.append(
             completion(model, [40, *ids], dataclasses.replace(GREEDY, logit_bias={40: 100}, max_tokens=2)).text
         )
@@ -322,7 +322,7 @@ def test_the_first_new_word_keeps_its_space(model, monkeypatch):
     assert completion(model, "a a", params).text == " a a"
 
 
-def test_logprobs_are_those_of_the_whole_forward(model):
+def test_logprobs_are_those_of_a_full_forward_pass(model):
     params = dataclasses.replace(SAMPLED, logprobs=2, max_tokens=8)
     [result] = model.generate("Hi", params)
     output = result.outputs[0]
@@ -348,7 +348,7 @@ def test_a_token_that_the_tokenizer_does_not_know_has_no_text(model):
     assert output.logprobs[0][beyond].decoded_token is None
 
 
-def test_rows_of_logits_do_not_see_their_padding(model):
+def test_logits_do_not_depend_on_padding(model):
     ids = model.tokenizer.encode("padded")
     alone = model.logits([ids])
     padded = model.logits([ids + [5] * 10, [9] * 16], [len(ids), 16])
@@ -362,7 +362,7 @@ def test_nothing_compiles_after_warm_up(model):
     sampled = dataclasses.replace(SAMPLED, max_tokens=40)
     with counted_compilations() as compilations:
         jax.jit(lambda x: x + 1).lower(jnp.zeros(17)).compile()
-    assert compilations, "the counter sees nothing"
+    assert compilations, "the counter does not work"
 
     def trace(letters, params):
         """Prompts of many lengths, up to three in a batch, offline, streamed, and in a session."""
@@ -383,7 +383,7 @@ def test_nothing_compiles_after_warm_up(model):
     assert not compilations
 
 
-def test_a_decode_step_writes_into_the_cache_it_was_given(model):
+def test_a_decode_step_updates_the_cache_in_place(model):
     state = model.start("Hi", GREEDY)
     memory = model.steps.decode.lower(model.params, state).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= state.cache.num_bytes
@@ -393,7 +393,7 @@ def test_a_decode_step_writes_into_the_cache_it_was_given(model):
     assert not any(x.is_deleted() for x in (*state.cache.k, *state.cache.v, *model.params))
 
 
-def test_start_gives_the_state_behind_the_first_token(model):
+def test_start_returns_the_state_after_the_first_token(model):
     state = model.start(["Hi", "x", "seven c"], GREEDY)
     firsts = [result.outputs[0].token_ids[0] for result in model.generate(["Hi", "x", "seven c"], GREEDY)]
     assert state.token.tolist()[:3] == firsts
@@ -405,15 +405,15 @@ def test_start_gives_the_state_behind_the_first_token(model):
 
 LONG = SamplingParams(max_tokens=319)
 REFUSED = {  # name: (prompts, params, options, message)
-    "empty text": ("", GREEDY, {}, "prompt 0 is empty: there is nothing to continue; give at least one token"),
+    "empty text": ("", GREEDY, {}, "prompt 0 is empty: pass at least one token"),
     "empty ids": (["Hi", []], GREEDY, {}, "prompt 1 is empty"),
     "too long with max_tokens": (
         "Hi",
         LONG,
         {},
-        r"prompt 0 has 2 tokens and max_tokens is 319, .* context of 320; shorten",
+        "prompt 0 has 2 tokens and max_tokens is 319, .* length of 320; shorten",
     ),
-    "too long alone": ([5] * 320, SamplingParams(max_tokens=None), {}, "prompt 0 has 320 tokens .* context of 320"),
+    "too long alone": ([5] * 320, SamplingParams(max_tokens=None), {}, "prompt 0 has 320 tokens .* length of 320"),
     "id past the vocabulary": ([5, 272], GREEDY, {}, "token ids must be 0 to 271, got 272"),
     "negative id": ([5, -1], GREEDY, {}, "token ids must be 0 to 271, got -1"),
     "two params for three prompts": (["a", "b", "c"], [GREEDY] * 2, {}, "or one per prompt, got 2 for 3 prompts"),
@@ -421,9 +421,9 @@ REFUSED = {  # name: (prompts, params, options, message)
         "Hi",
         SamplingParams(stop_token_ids=[300]),
         {},
-        r"stop_token_ids must hold ids from 0 to 271, .* \[300\]",
+        r"stop_token_ids must contain ids from 0 to 271, .* \[300\]",
     ),
-    "bias id": ("Hi", SamplingParams(logit_bias={272: 1.0}), {}, "logit_bias must hold ids from 0 to 271"),
+    "bias id": ("Hi", SamplingParams(logit_bias={272: 1.0}), {}, "logit_bias must contain ids from 0 to 271"),
     "no batch": ("Hi", GREEDY, {"max_batch": 0}, "max_batch must be at least 1, got 0"),
 }
 
@@ -438,11 +438,11 @@ def test_generate_refuses(model, case):
 def test_stream_refuses_before_it_starts(model):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         model.stream("", GREEDY)
-    with pytest.raises(ValueError, match="stop_token_ids must hold ids from"):
+    with pytest.raises(ValueError, match="stop_token_ids must contain ids from"):
         model.stream("Hi", SamplingParams(stop_token_ids=[300]))
 
 
-def test_a_token_id_must_be_whole(model):
+def test_a_token_id_must_be_an_integer(model):
     with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
         model.generate([[1.5]], GREEDY)
 
@@ -450,13 +450,13 @@ def test_a_token_id_must_be_whole(model):
 @pytest.mark.parametrize(
     ("ids", "lengths", "message"),
     [
-        ([1, 2], None, r"input_ids must be integers \[batch, length\], got int64 of shape \[2\]; wrap a single row"),
+        ([1, 2], None, r"input_ids must be integers \[batch, length\], got int64 of shape \[2\]; pass a single row"),
         ([[0.5]], None, r"input_ids must be integers \[batch, length\], got float64 of shape \[1, 1\]"),
         ([[272]], None, "token ids must be 0 to 271, got 272"),
         ([[1, 2]], [1, 2], r"lengths must be 1 integers, one for each row, got \[1, 2\]"),
         ([[1, 2]], [3], r"lengths must be 0 to 2, the length of a row, got \[3\]"),
-        (np.zeros((1, 0), int), None, "rows must have 1 to 320 tokens, the model's context, got 0"),
-        (np.zeros((1, 321), int), None, "rows must have 1 to 320 tokens, the model's context, got 321"),
+        (np.zeros((1, 0), int), None, "rows must have 1 to 320 tokens, the context length, got 0"),
+        (np.zeros((1, 321), int), None, "rows must have 1 to 320 tokens, the context length, got 321"),
     ],
 )
 def test_logits_refuses(model, ids, lengths, message):
@@ -475,14 +475,14 @@ def test_a_folder_without_a_tokenizer_takes_token_ids():
     assert model.tokenizer is None
     output = completion(model, [1, 2], SamplingParams(temperature=0, max_tokens=3))
     assert (output.text, len(output.token_ids), output.finish_reason) == ("", 3, "length")
-    with pytest.raises(ValueError, match="this model has no tokenizer: give the prompt as token ids"):
+    with pytest.raises(ValueError, match="this model has no tokenizer: pass the prompt as token ids"):
         model.generate("Hi")
     with pytest.raises(ValueError, match="no tokenizer, so stop strings cannot be detected: use stop_token_ids"):
         model.generate([1], SamplingParams(stop="x"))
 
 
-def test_a_part_of_a_tokenizer_is_refused(tmp_path):
+def test_an_incomplete_tokenizer_is_refused(tmp_path):
     folder = shutil.copytree(GOLDEN / "llama3", tmp_path / "llama3")
     (folder / "tokenizer.model").touch()
-    with pytest.raises(ValueError, match=r"has no tokenizer.json; .* a tokenizer.model alone is not supported"):
+    with pytest.raises(ValueError, match=r"has no tokenizer.json; .* tokenizer.model files are not supported"):
         from_pretrained(folder)

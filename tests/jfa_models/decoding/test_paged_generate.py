@@ -1,4 +1,4 @@
-"""Generation over pages: the texts of a contiguous cache, and nearly its numbers where pages are quantized."""
+"""Generation over pages: the text is that of a contiguous cache; with quantized pages the logits are close to it."""
 
 import dataclasses
 import io
@@ -42,7 +42,7 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def make(decoder):
-    """The model over a cache of some kind; one of each, so that its steps compile once."""
+    """The model with given cache options; one model per options, so that its steps compile once."""
     params = tuple(jax.tree.leaves(nnx.split(decoder)[1]))
     made = {}
 
@@ -68,7 +68,7 @@ def last(results):
 
 
 @pytest.mark.parametrize("page_size", [16, 5])
-def test_pages_give_the_tokens_of_one_array_in_batches_and_compile_once(make, contiguous, page_size):
+def test_pages_give_the_tokens_of_a_contiguous_cache_in_batches_and_compile_once(make, contiguous, page_size):
     model = make(kind="paged", page_size=page_size)
     assert len({result.outputs[0].text for result in contiguous}) == 3
     assert model.generate(PROMPTS, GREEDY) == contiguous
@@ -77,7 +77,7 @@ def test_pages_give_the_tokens_of_one_array_in_batches_and_compile_once(make, co
     assert not compilations and again != contiguous
 
 
-def test_a_stream_over_pages_gives_the_tokens_of_a_batch_over_one_array(make, contiguous):
+def test_a_stream_over_pages_gives_the_tokens_of_a_batch_over_a_contiguous_cache(make, contiguous):
     model = make(kind="paged", page_size=5)
     assert last(model.stream(PROMPTS[1], GREEDY)) == contiguous[1]
     with counted_compilations() as compilations:
@@ -94,7 +94,7 @@ def test_new_caches_have_pages_for_every_token_and_no_row_shares_one(make):
     assert isinstance(make().new_cache(batch=2, capacity=100), jfa.KVCache)
 
 
-def test_a_decode_step_writes_into_the_pages_it_was_given(make):
+def test_a_decode_step_updates_the_pages_in_place(make):
     model = make(kind="paged", kv_dtype="int8")
     state = model.start("Hi", GREEDY)
     before = jax.tree.leaves((state.cache.k, state.cache.v))
@@ -106,7 +106,7 @@ def test_a_decode_step_writes_into_the_pages_it_was_given(make):
     assert isinstance(state.cache, jfa.PagedKVCache) and state.cache.kv_len.tolist() == [3]
 
 
-def test_a_session_that_outgrows_its_pages_keeps_what_it_knows(make, monkeypatch):
+def test_a_session_that_outgrows_its_pages_keeps_its_tokens(make, monkeypatch):
     model = make(kind="paged", page_size=5)
     computed = []
     prefill = model.steps.prefill
@@ -122,7 +122,7 @@ def test_a_session_that_outgrows_its_pages_keeps_what_it_knows(make, monkeypatch
         computed.clear()
         [*_, result] = model.stream(prompt, GREEDY, session=session)
         output = result.outputs[0]
-        # the likeliest tokens of the whole forward, which has no cache
+        # the likeliest tokens of a full forward pass, which has no cache
         ids = np.zeros((1, CONFIG.context_length), int)
         whole = [*result.prompt_token_ids, *output.token_ids]
         ids[0, : len(whole)] = whole
@@ -134,7 +134,7 @@ def test_a_session_that_outgrows_its_pages_keeps_what_it_knows(make, monkeypatch
     assert (new, capacity) == (13, 65)
     conversation = "Hi, you there" + answer + "and more than the cache had room for, by far"
     answer, new, capacity = turn(conversation)
-    assert new == 1 + 44 and capacity == 130  # the last token of an answer never entered the cache
+    assert new == 1 + 44 and capacity == 130  # the last token of an answer is not in the cache
     conversation += answer
     assert turn(conversation[:30] + "~~")[1] == 2  # it diverges
 
@@ -143,7 +143,7 @@ def test_a_session_that_outgrows_its_pages_keeps_what_it_knows(make, monkeypatch
 
 
 def first_logits(decoder, model, spoil=lambda cache: cache):
-    """Behind two chunks of a prompt and a single token; what comes later reads what was written before."""
+    """Logits after two chunks of a prompt and a single token; each step attends to what the previous ones wrote."""
     tokens = np.array([model.tokenizer.encode(PROMPTS[1] + "!")], np.int32)
     assert tokens.shape[1] == 33
     cache, hidden = model.new_cache(batch=1, capacity=64), jnp.zeros((1, CONFIG.hidden_size))
@@ -166,11 +166,11 @@ def test_quantized_pages_give_nearly_the_same_logits(make, decoder, kv_dtype):
     want = first_logits(decoder, make())
     model = make(kind="paged", kv_dtype=kv_dtype)
     largest = quant.KINDS[kv_dtype][1]
-    half_step = 2.0**-4 if kv_dtype == "fp8" else 0.5 / largest  # of the largest number; of float8 of each number
-    # each layer adds the error of its keys, that of its values, and what the MLP behind makes of them
+    half_step = 2.0**-4 if kv_dtype == "fp8" else 0.5 / largest  # of the largest number; fp8: of each number
+    # each layer adds the errors of its keys and values, and those that its MLP derives from them
     allowed = 3 * CONFIG.num_layers * half_step * np.abs(want).max()
     assert 0 < np.abs(first_logits(decoder, model) - want).max() <= allowed
-    assert np.abs(first_logits(decoder, model, without_scales) - want).max() > allowed, "the bound would see nothing"
+    assert np.abs(first_logits(decoder, model, without_scales) - want).max() > allowed, "the bound would detect nothing"
 
 
 # Options
@@ -193,7 +193,7 @@ def test_cache_options_refuse(options, message):
         from_pretrained(GOLDEN / "llama3", **options)
 
 
-def test_the_kinds_of_pages_are_those_of_quantized_arrays():
+def test_the_dtypes_of_pages_are_those_of_quantized_arrays():
     assert KV_DTYPES == tuple(quant.KINDS)
 
 
@@ -210,7 +210,7 @@ def test_from_pretrained_takes_the_options_of_the_cache():
 def command(make, monkeypatch, tmp_path, capsys):
     """Runs `jfa` and returns (exit status, stdout, stderr, the options of the model that it loaded).
 
-    In the place of that model another one writes, whose steps are compiled already.
+    The text comes from another model, whose steps are already compiled.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_enable_compilation_cache", False)
@@ -235,7 +235,7 @@ def command(make, monkeypatch, tmp_path, capsys):
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-def test_generate_keeps_its_tokens_in_the_pages_that_are_asked_for(command, make):
+def test_generate_uses_the_requested_pages(command, make):
     wanted = ("--cache", "paged", "--kv-dtype", "int8", "--max-tokens", GREEDY.max_tokens)
     status, out, err, options = command("generate", "--json", "Hi", *wanted)
     assert (status, err, options) == (0, "", CacheOptions(kind="paged", kv_dtype="int8"))
@@ -244,7 +244,7 @@ def test_generate_keeps_its_tokens_in_the_pages_that_are_asked_for(command, make
     assert len(output.token_ids) == GREEDY.max_tokens and set(output.token_ids) <= set(PRINTABLE)
 
 
-def test_without_options_the_command_keeps_its_tokens_in_one_array(command):
+def test_without_options_the_command_uses_a_contiguous_cache(command):
     *_, options = command("generate", "")
     assert options == CacheOptions()
 

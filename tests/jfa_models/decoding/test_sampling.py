@@ -1,4 +1,4 @@
-"""Sampling against a sorting float64 oracle, the draw against its distribution, and a row against its neighbours."""
+"""Sampling: filters match a sorting float64 oracle, tokens their distribution, and no row depends on the others."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from jfa_models.decoding.sampling import finished_by_id, sample, sampling_rows, 
 
 EOS = 2
 VOCAB = 12  # of the property test
-USES_ALL = SamplingParams(  # joins a batch so that every batch has the same arrays: one compilation
+USES_ALL = SamplingParams(  # in every batch, so that all batches have the same arrays: one compilation
     temperature=0.7, top_k=3, repetition_penalty=1.5, logit_bias={1: 1.0}, min_tokens=4, logprobs=3
 )
 
@@ -71,7 +71,7 @@ def oracle_distribution(x, params, top_p):
 
 @jax.jit
 def distribution(logits, rows, num_generated):
-    """What `sample` draws from, before the draw."""
+    """The distribution from which `sample` samples."""
     x = sampling._penalized(logits, rows, num_generated)
     weights = sampling._token_weights(x, x.max(-1), rows)
     return weights / weights.sum(-1, keepdims=True)
@@ -116,10 +116,10 @@ def test_distribution_is_that_of_a_sorting_oracle(cases):
     for row, (row_logits, _, prompt, output) in enumerate(cases):
         row_params = params[row]
         x = oracle_logits(row_logits, row_params, prompt, output)
-        # Where the mass of some tokens equals top_p up to rounding, the next one may stay or go.
+        # Where the mass of some tokens equals top_p up to rounding, the next one may be kept or dropped.
         wanted = [oracle_distribution(x, row_params, row_params.top_p * factor) for factor in (1 - 1e-5, 1 + 1e-5)]
         errors = [np.abs(got[row] - want).max() for want in wanted]
-        # Tokens under 2**-26 of the likeliest may be dropped; none that is filtered out may stay.
+        # Tokens below 2**-26 of the likeliest may be dropped; none that is filtered out may be kept.
         kept_alike = [((want > 0) | (got[row] == 0)).all() and (got[row] > 0)[want > 1e-6].all() for want in wanted]
         assert any(alike and error < 1e-5 for alike, error in zip(kept_alike, errors, strict=True)), (got[row], wanted)
 
@@ -134,7 +134,7 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_draw_follows_the_distribution(name):
+def test_sampled_tokens_follow_the_distribution(name):
     num_draws, vocab_size = 20_000, 300  # more than two blocks of the inverse CDF, and not a multiple of one
     logits = np.random.default_rng(0).normal(0, 2, vocab_size).astype(np.float32)
     rows = rows_of(FILTERS[name], vocab_size=vocab_size)
@@ -143,7 +143,7 @@ def test_draw_follows_the_distribution(name):
     want = oracle_distribution(logits.astype(np.float64), FILTERS[name], FILTERS[name].top_p) * num_draws
     got = np.bincount(token, minlength=vocab_size)
     assert got[want == 0].sum() == 0
-    # Cells with few expected draws are pooled, as chi-square asks for.
+    # Cells with few expected samples are pooled, as the chi-square test requires.
     is_common = want >= 10
     got = np.append(got[is_common], got[~is_common].sum())
     want = np.append(want[is_common], max(want[~is_common].sum(), 1e-9))
@@ -152,7 +152,7 @@ def test_draw_follows_the_distribution(name):
     assert chi_square < degrees + 4 * np.sqrt(2 * degrees), f"{chi_square=} with {degrees} degrees of freedom"
 
 
-def test_every_token_of_weight_one_is_drawn_and_none_of_weight_zero():
+def test_every_token_of_weight_one_is_sampled_and_none_of_weight_zero():
     weights = np.zeros(4 * sampling.DRAW_BLOCK, np.int32)
     weights[[5, 6, 127, 128, 300, 511]] = 1  # so few points that every edge of the inverse CDF is hit
     num_draws = 1000
@@ -168,7 +168,7 @@ def test_high_half_of_a_64_bit_product_is_exact():
     np.testing.assert_array_equal(got, (x * y) >> np.uint64(32))
 
 
-def test_draws_of_different_seeds_are_independent():
+def test_samples_of_different_seeds_are_independent():
     num_rows = 4000
     rows = rows_of(*[SamplingParams(seed=seed) for seed in range(num_rows)], vocab_size=4)
     token = run_sample(jnp.zeros((num_rows, 4)), rows, jnp.zeros(num_rows, jnp.int32)).token
@@ -199,7 +199,7 @@ def generate(params, prompts, logits_per_step):
     return np.asarray(jax.jit(lambda rows, logits: lax.scan(step, rows, (steps, logits))[1])(rows, logits_per_step))
 
 
-def test_a_row_draws_the_same_tokens_alone_and_in_a_mixed_batch():
+def test_a_row_samples_the_same_tokens_by_itself_and_in_a_mixed_batch():
     random = np.random.default_rng(1)
     logits = jnp.asarray(random.normal(0, 2, (16, len(MIXED), 1000)), jnp.float32)
     prompts = random.integers(0, 1000, (len(MIXED), 200)).tolist()
@@ -210,7 +210,7 @@ def test_a_row_draws_the_same_tokens_alone_and_in_a_mixed_batch():
         assert alone[:, 0].tolist() == together[:, row].tolist(), name
 
 
-def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
+def test_tokens_are_determined_by_the_seed():
     logits = np.zeros((3, 5000), np.float32)
     one, same, other = tokens_of(logits, SamplingParams(seed=5), SamplingParams(seed=5), SamplingParams(seed=6))
     assert one == same != other
@@ -218,7 +218,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     assert tokens_of(logits[:1], SamplingParams(seed=5), step=1) != [one]
 
 
-def test_a_row_without_a_seed_draws_by_its_request_number():
+def test_a_row_without_a_seed_samples_by_its_request_id():
     keys = [
         sampling_rows(
             [SamplingParams()] * len(request_ids),
@@ -234,7 +234,7 @@ def test_a_row_without_a_seed_draws_by_its_request_number():
     assert keys[2][0] != keys[1][0]
 
 
-EXTREMES = {  # name: (logits, params, the tokens that may come)
+EXTREMES = {  # name: (logits, params, the allowed tokens)
     "greedy_takes_the_first_of_ties": ([1.0, 3.0, 3.0], SamplingParams(temperature=0), {1}),
     "one_token": ([-7.0], SamplingParams(top_k=1, top_p=0.1), {0}),
     "one_finite_logit": ([-np.inf, -np.inf, -5.0, -np.inf], SamplingParams(), {2}),
@@ -262,7 +262,7 @@ EXTREMES = {  # name: (logits, params, the tokens that may come)
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_logits_give_an_allowed_token(name):
     logits, params, allowed = EXTREMES[name]
-    num_rows, vocab_size = 64, 1 if name == "one_token" else 8  # one width where it does not matter: fewer compilations
+    num_rows, vocab_size = 64, 1 if name == "one_token" else 8  # the same width where possible: fewer compilations
     padded = np.full((num_rows, vocab_size), -np.inf, np.float32)
     padded[:, : len(logits)] = logits
     rows = [dataclasses.replace(params, seed=seed) for seed in range(num_rows)]
@@ -270,7 +270,7 @@ def test_extreme_logits_give_an_allowed_token(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda d: d.__name__)
-def test_half_precision_logits_are_raised_to_float32(dtype):
+def test_half_precision_logits_are_cast_to_float32(dtype):
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 3, (2, 500)), dtype)
     params = SamplingParams(seed=3, top_k=100, top_p=0.9, logprobs=2), SamplingParams(temperature=0)
     rows = rows_of(*params, vocab_size=500)
@@ -293,7 +293,7 @@ def test_logprobs_are_those_of_the_raw_logits():
     np.testing.assert_allclose(got.logprob, [want[0, 9], want[1, order[1, 0]]], atol=1e-5)
 
 
-def test_logprobs_zero_reports_the_chosen_token_alone():
+def test_logprobs_zero_reports_only_the_sampled_token():
     rows = rows_of(SamplingParams(temperature=0, logprobs=0), vocab_size=3)
     got = run_sample(jnp.asarray([[0.0, 1.0, -jnp.inf]]), rows, jnp.zeros(1, jnp.int32))
     assert got.top_ids.shape == got.top_logprobs.shape == (1, 0)
@@ -312,7 +312,7 @@ def test_infinite_logit_has_all_the_probability():
     assert got.token.tolist() == [1] and got.logprob.tolist() == [0.0] and got.top_ids[0, 0] == 1
 
 
-def test_end_and_stop_tokens_wait_for_min_tokens_and_then_finish():
+def test_end_and_stop_tokens_are_banned_before_min_tokens_and_then_finish():
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[1])
     ignoring = SamplingParams(temperature=0, min_tokens=2, ignore_eos=True)
     logits = [[0.0, 5.0, 9.0, 1.0]] * 2
@@ -323,7 +323,7 @@ def test_end_and_stop_tokens_wait_for_min_tokens_and_then_finish():
         assert finished_by_id(rows, jnp.full(2, token)).tolist() == want
 
 
-def test_stop_ids_are_padded_to_few_widths():
+def test_stop_ids_are_padded_to_a_few_widths():
     few = rows_of(SamplingParams(stop_token_ids=[5, 4, EOS]), SamplingParams(ignore_eos=True), vocab_size=9)
     assert few.stop_ids.tolist() == [[2, 4, 5] + [-1] * 5, [-1] * 8]
     many = rows_of(SamplingParams(stop_token_ids=range(9)), vocab_size=9)
@@ -337,7 +337,7 @@ def test_update_counts_the_tokens_of_active_rows_only():
     assert rows.output_counts.tolist() == [[0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
-def test_what_nobody_uses_is_not_there():
+def test_arrays_that_no_row_uses_are_none():
     rows = rows_of(SamplingParams(temperature=0, top_k=3, top_p=0.5), vocab_size=4)
     assert (rows.greedy, rows.truncates, rows.num_logprobs) == (True, False, None)
     assert (rows.min_tokens, rows.logit_bias, rows.prompt_seen, rows.output_counts) == (None, None, None, None)
@@ -353,19 +353,19 @@ REFUSED = {  # name: (fields, the whole message)
     ),
     "temperature": (
         {"temperature": -0.5},
-        "temperature must be a finite number >= 0, got -0.5; use 0 for greedy, 0.7 to 1 for variety",
+        "temperature must be a finite number >= 0, got -0.5; use 0 for greedy, 0.7 to 1 for sampling",
     ),
     "temperature_nan": (
         {"temperature": float("nan")},
-        "temperature must be a finite number >= 0, got nan; use 0 for greedy, 0.7 to 1 for variety",
+        "temperature must be a finite number >= 0, got nan; use 0 for greedy, 0.7 to 1 for sampling",
     ),
     "temperature_infinite": (
         {"temperature": float("inf")},
-        "temperature must be a finite number >= 0, got inf; use 0 for greedy, 0.7 to 1 for variety",
+        "temperature must be a finite number >= 0, got inf; use 0 for greedy, 0.7 to 1 for sampling",
     ),
     "temperature_text": (
         {"temperature": "hot"},
-        "temperature must be a finite number >= 0, got 'hot'; use 0 for greedy, 0.7 to 1 for variety",
+        "temperature must be a finite number >= 0, got 'hot'; use 0 for greedy, 0.7 to 1 for sampling",
     ),
     "top_p_zero": ({"top_p": 0}, "top_p must be a number in (0, 1], got 0; use 1 to keep all tokens"),
     "top_p_above_one": ({"top_p": 1.5}, "top_p must be a number in (0, 1], got 1.5; use 1 to keep all tokens"),
@@ -381,12 +381,12 @@ REFUSED = {  # name: (fields, the whole message)
     "top_k_bool": ({"top_k": True}, "top_k must be an integer >= -1, got True; use 0 to keep all tokens"),
     "max_tokens": (
         {"max_tokens": 0},
-        "max_tokens must be an integer from 1 to 2147483647, got 0; use None for no limit but the context",
+        "max_tokens must be an integer from 1 to 2147483647, got 0; use None for as many as the context allows",
     ),
     "min_tokens": ({"min_tokens": -1}, "min_tokens must be an integer >= 0, got -1; use 0 for no minimum"),
     "min_above_max": (
         {"min_tokens": 9, "max_tokens": 5},
-        "min_tokens must be at most max_tokens, got 9 and 5; lower the one or raise the other",
+        "min_tokens must be at most max_tokens, got 9 and 5; lower min_tokens or raise max_tokens",
     ),
     "logprobs": (
         {"logprobs": 21},
@@ -396,19 +396,19 @@ REFUSED = {  # name: (fields, the whole message)
         {"seed": -1},
         "seed must be an integer from 0 to 18446744073709551615, got -1; use None to let the engine choose a seed",
     ),
-    "ignore_eos": ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1; use False to stop at the end"),
-    "stop": ({"stop": ["a", ""]}, "stop must hold non-empty strings, got ''; leave it out, or use stop_token_ids"),
+    "ignore_eos": ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1; use False to end at eos"),
+    "stop": ({"stop": ["a", ""]}, "stop must contain non-empty strings, got ''; omit it, or use stop_token_ids"),
     "stop_id": (
         {"stop_token_ids": [-1]},
-        "stop_token_ids must be an integer from 0 to 2147483647, got -1; use ids of the model's vocabulary",
+        "stop_token_ids must be an integer from 0 to 2147483647, got -1; use ids from the model's vocabulary",
     ),
     "bias_key": (
         {"logit_bias": {"a": 1.0}},
-        "logit_bias must be an integer from 0 to 2147483647, got 'a'; use token ids as its keys",
+        "logit_bias must be an integer from 0 to 2147483647, got 'a'; its keys are token ids",
     ),
     "bias_value": (
         {"logit_bias": {3: float("-inf")}},
-        "logit_bias of token 3 must be a number in [-100, 100], got -inf; -100 all but bans a token",
+        "logit_bias of token 3 must be a number in [-100, 100], got -inf; -100 practically bans a token",
     ),
 }
 
@@ -423,10 +423,10 @@ def test_a_field_out_of_range_is_refused(name):
 
 def test_ids_outside_the_vocabulary_are_refused():
     with pytest.raises(
-        ValueError, match=r"stop_token_ids must hold ids from 0 to 9, the model's vocabulary, got \[10\]"
+        ValueError, match=r"stop_token_ids must contain ids from 0 to 9, the model's vocabulary, got \[10\]"
     ):
         check_token_ids(SamplingParams(stop_token_ids=[3, 10]), vocab_size=10)
-    with pytest.raises(ValueError, match=r"logit_bias must hold ids from 0 to 9, .* got \[11, 12\]; take the ids from"):
+    with pytest.raises(ValueError, match=r"logit_bias must contain ids from 0 to 9, .* got \[11, 12\]; use ids from"):
         rows_of(SamplingParams(logit_bias={12: 1.0, 11: 1.0}), vocab_size=10)
 
 
@@ -435,7 +435,7 @@ def test_batches_of_unequal_length_are_refused():
         rows_of(SamplingParams(), vocab_size=3, prompt_ids=[[0], [1]])
 
 
-def test_params_are_values():
+def test_equal_params_compare_and_hash_equal():
     one = SamplingParams(stop="END", stop_token_ids=[4, 5], logit_bias={9: 1, 3: -2.5})
     same = SamplingParams(stop=["END"], stop_token_ids=(4, 5), logit_bias=((3, -2.5), (9, 1.0)))
     assert one == same and hash(one) == hash(same)
@@ -443,7 +443,7 @@ def test_params_are_values():
     assert dataclasses.replace(one, seed=1).logit_bias == one.logit_bias
 
 
-def test_draws_are_the_same_where_the_default_is_float64():
+def test_samples_are_the_same_with_x64_enabled():
     random = np.random.default_rng(3)
     logits = random.normal(size=(1, 300)).astype(np.float32)
     for params in (

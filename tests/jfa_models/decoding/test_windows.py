@@ -1,4 +1,4 @@
-"""Layers that see a window: their rings and their pages go round, and the logits are those of the whole text."""
+"""Layers with a sliding window: ring buffers and pages are reused, and logits are those of a full forward pass."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def model(cache="ring"):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Rings and pages that a text of 100 tokens goes round many times."""
+    """Ring buffers and pages that a text of 100 tokens wraps around many times."""
     monkeypatch.setattr("jfa_models.decoding.caches.SLACK", 3)
     monkeypatch.setattr("jfa_models.decoding.caches.PREFILL_CHUNK", 16)
 
@@ -41,7 +41,7 @@ def prompt(length, seed=0):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_rows_of_different_lengths_go_round(small, cache):
+def test_rows_of_different_lengths_wrap_around(small, cache):
     prompts = [prompt(100), prompt(7, 1), prompt(41, 2)]
     results = model(cache).generate(prompts, GREEDY)
     for tokens, result in zip(prompts, results, strict=True):
@@ -52,7 +52,7 @@ def test_rows_of_different_lengths_go_round(small, cache):
         np.testing.assert_allclose(got, logprobs[range(len(written)), written], atol=0.3 if cache == "int8" else 1e-4)
 
 
-def test_what_a_window_needs_is_all_it_keeps(small):
+def test_a_window_keeps_only_the_tokens_it_needs(small):
     cache = model().new_cache(batch=2, capacity=256)
     assert [k.shape[1] for k in cache.k] == [9, 256, 9]
     cache = model("pages").new_cache(batch=2, capacity=256)
@@ -61,8 +61,8 @@ def test_what_a_window_needs_is_all_it_keeps(small):
 
 @pytest.mark.parametrize("cache", ["ring", "pages"])
 @pytest.mark.parametrize("kept", [0, 5, 58, 60, 66])
-def test_a_session_goes_back_as_far_as_it_can(small, cache, kept):
-    """Behind another prompt that shares its first tokens: the answer is that of a session of its own."""
+def test_a_session_reuses_as_much_as_its_windows_allow(small, cache, kept):
+    """After another prompt with the same first tokens, the answer is that of a new session."""
     first, second = prompt(60), prompt(60)[:kept] + prompt(12, 5)
     session = Session()
     answer = list(model(cache).stream(first, GREEDY, session=session))[-1].outputs[0].token_ids

@@ -1,4 +1,4 @@
-"""Beam search on paper: made-up log-probabilities, beside a search that looks at everything."""
+"""Beam search without a model: random log-probabilities, compared with an exhaustive search."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ EOS = 0
 
 
 def language(seed, vocab_size):
-    """Log-probabilities of the next token, by what stands before."""
+    """Log-probabilities of the next token, given the tokens before it."""
     known = {}
 
     def next_logprobs(tokens):
@@ -44,7 +44,7 @@ def search(params, next_logprobs):
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_beam_as_wide_as_the_language_finds_the_best_of_all(seed, penalty):
+def test_a_beam_wide_enough_to_keep_everything_finds_the_best_of_all(seed, penalty):
     vocab_size, length = 3, 3
     next_logprobs = language(seed, vocab_size)
     params = BeamSearchParams(beam_width=10, max_tokens=length, length_penalty=penalty)
@@ -57,13 +57,13 @@ def test_a_beam_as_wide_as_the_language_finds_the_best_of_all(seed, penalty):
             total = sum(next_logprobs(tokens[:i])[token] for i, token in enumerate(tokens))
             scored.append((total / size**penalty, tokens))
     scored.sort(reverse=True)
-    # at most 2 * 3 * ... beams live at a time, so with ten nothing is ever dropped before its end
+    # fewer than ten beams are live at a time, so with ten none is dropped before it ends
     assert [found.beam.tokens for found in beams.hypotheses][:3] == [tokens for _, tokens in scored][:3]
     assert beams.hypotheses[0].score == pytest.approx(scored[0][0])
 
 
 def step_by_step(params, next_logprobs):
-    """The same rules written as sets of sequences, with all candidates at hand."""
+    """The same rules on lists of sequences, with all candidates instead of the likeliest."""
     live, ended = [((), 0.0)], []
     for length in range(1, params.max_tokens + 1):
         candidates = [
@@ -90,7 +90,7 @@ def step_by_step(params, next_logprobs):
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("early_stopping", [True, False])
 @pytest.mark.parametrize("ignore_eos", [True, False])
-def test_agrees_with_a_search_that_looks_at_all_candidates(width, early_stopping, ignore_eos):
+def test_agrees_with_a_search_over_all_candidates(width, early_stopping, ignore_eos):
     for seed, penalty in itertools.product(range(6), (0.5, 1.0, -1.0)):
         next_logprobs = language(seed, 7)
         params = BeamSearchParams(
@@ -106,7 +106,7 @@ def test_agrees_with_a_search_that_looks_at_all_candidates(width, early_stopping
         ]
 
 
-def test_early_stopping_ends_with_the_width():
+def test_early_stopping_ends_the_search_earlier():
     next_logprobs = language(3, 4)
     _, early = search(
         BeamSearchParams(beam_width=2, max_tokens=30, early_stopping=True, length_penalty=3), next_logprobs

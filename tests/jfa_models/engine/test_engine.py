@@ -1,4 +1,4 @@
-"""The engine on a tiny model: every request gets what it would get alone, whatever happens around it."""
+"""The engine on a tiny model: the output of a request does not depend on other requests or preemption."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ SMALL = dict(max_num_seqs=4, page_size=4, num_pages=33, max_num_batched_tokens=3
 
 @functools.cache
 def language_model(kv_dtype=None):
-    """The model; its own generate works on pages of the kind."""
+    """The model; its `generate` uses pages of this dtype."""
     decoder = sharp_decoder(CONFIG)
     return LanguageModel(
         decoder=decoder,
@@ -68,7 +68,7 @@ def run(engine, *requests, **options):
 
 
 def assert_same(got, want, tie=TIE):
-    """The same tokens and texts, up to a choice that rounding may decide; want has the log-probabilities."""
+    """The same tokens and texts, up to a tie that rounding may decide; want has the log-probabilities."""
     for one, other in zip(got, want, strict=True):
         ours, theirs = one.outputs[0].token_ids, other.outputs[0].token_ids
         if ours == theirs:
@@ -82,13 +82,13 @@ def assert_same(got, want, tie=TIE):
 
 
 def alone(model, prompts, params, **options):
-    """What the simple loop gives, with log-probabilities."""
+    """The results of `generate`, with log-probabilities."""
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     return model.generate(prompts, [dataclasses.replace(one, logprobs=20) for one in params], **options)
 
 
 def drawn(rng, count, *, longest=24, most=16):
-    """Prompts that often begin alike, and how long each may get."""
+    """Random prompts, which often share a prefix, and greedy params with a random max_tokens for each."""
     stems = [[rng.randrange(3, 250) for _ in range(12)] for _ in range(3)]
     prompts = []
     for _ in range(count):
@@ -99,7 +99,7 @@ def drawn(rng, count, *, longest=24, most=16):
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_greedy_tokens_are_those_of_generate_alone(model, caching):
+def test_greedy_tokens_are_those_of_generate(model, caching):
     prompts, params = drawn(random.Random(0), 24)
     engine = Engine(model, **SMALL | dict(num_pages=20), enable_prefix_caching=caching)
     got = run(engine, *zip(prompts, params, strict=True))
@@ -117,14 +117,14 @@ def test_greedy_tokens_are_those_of_generate_alone(model, caching):
         run_of(None, 0, 1000, TIE, quick=False),
         run_of(None, 1, 400, TIE, quick=False),
         run_of(None, 5, 120, TIE, quick=True),
-        # the rounding of another batch size may change a number in a page by one step of its kind
+        # the rounding of another batch size may change a number in a page by one quantization step
         run_of("int8", 2, 200, 0.05, quick=False),
         run_of("fp8", 3, 200, 0.2, quick=False),
         run_of("int4", 4, 200, 0.5, quick=False),
     ],
 )
-def test_requests_that_come_and_go(kv_dtype, seed, count, tie):
-    """Random arrivals, priorities, samples, beams and aborts over a pool that holds four of them."""
+def test_random_arrivals_and_aborts(kv_dtype, seed, count, tie):
+    """Random arrivals, priorities, samples, beams and aborts over a pool that holds four requests."""
     rng = random.Random(seed)
     model = language_model(kv_dtype)
     prompts, params = drawn(rng, count)
@@ -155,7 +155,7 @@ def test_requests_that_come_and_go(kv_dtype, seed, count, tie):
     assert_clean(engine)
 
 
-def test_draws_do_not_depend_on_company(model, engine):
+def test_sampled_tokens_do_not_depend_on_other_requests(model, engine):
     kinds = [
         dict(temperature=1.3, seed=5, top_k=60, top_p=0.95, min_p=0.01),
         dict(temperature=0.0),
@@ -174,7 +174,7 @@ def test_draws_do_not_depend_on_company(model, engine):
     assert got[0].outputs[0].logprobs is None
 
 
-def test_penalties_survive_a_preemption(model):
+def test_penalties_are_the_same_after_a_preemption(model):
     params = SamplingParams(temperature=0.7, seed=2, max_tokens=20, frequency_penalty=0.8, repetition_penalty=1.3)
     prompts = ["abcdefgh", "ijklmnop", "qrstuvwx"]
     engine = Engine(model, **SMALL | dict(num_pages=12), max_model_len=40)
@@ -184,7 +184,7 @@ def test_penalties_survive_a_preemption(model):
     assert [one.outputs[0].token_ids for one in got] == [one.outputs[0].token_ids for one in want]
 
 
-def test_samples_of_a_prompt_draw_apart_and_the_first_is_that_of_one(model, engine):
+def test_samples_of_a_prompt_differ_and_the_first_is_that_of_n_1(model, engine):
     params = SamplingParams(temperature=1.5, seed=3, max_tokens=10, n=6)
     [six] = run(engine, ("many ways on", params))
     [one] = model.generate("many ways on", dataclasses.replace(params, n=1))
@@ -194,8 +194,8 @@ def test_samples_of_a_prompt_draw_apart_and_the_first_is_that_of_one(model, engi
     assert run(engine, ("many ways on", params))[0].outputs == six.outputs
 
 
-def test_a_sample_that_has_ended_takes_no_token_of_a_step_that_ran_ahead(model, engine):
-    """The others of its request go on, so that the request itself has not ended."""
+def test_a_finished_sample_takes_no_token_of_the_step_launched_ahead(model, engine):
+    """The other samples of its request continue, so the request itself is not finished."""
     stops = PRINTABLE[::3]
     params = SamplingParams(temperature=1.5, seed=5, max_tokens=12, n=6, stop_token_ids=stops)
     [six] = run(engine, ("some end early", params))
@@ -255,7 +255,7 @@ def test_beams_share_their_prompt(model):
     assert most <= 8 + 6 * 2 < 6 * 8
 
 
-def test_prompt_logprobs_are_those_of_the_whole_forward(model, engine):
+def test_prompt_logprobs_are_those_of_a_full_forward_pass(model, engine):
     prompt = model.prompt_ids("a prompt that takes several chunks of thirty-two tokens")
     params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2)
     for _ in range(2):  # the second finds nothing of the prompt in the cache
@@ -324,12 +324,12 @@ def test_a_stop_string_across_tokens_ends_a_request(model, engine):
     assert cut.outputs[0].stop_reason == text[3:6] and len(cut.outputs[0].token_ids) == 6
 
 
-def test_a_stream_grows_and_others_run_beside_it(model, engine):
+def test_a_stream_grows_while_other_requests_run(model, engine):
     other = engine.add_request("other", GREEDY)
     texts = [result.outputs[0].text for result in engine.stream("Hi", GREEDY)]
     assert len(texts) == GREEDY.max_tokens and all(b.startswith(a) for a, b in itertools.pairwise(texts))
     assert texts[-1] == model.generate("Hi", GREEDY)[0].outputs[0].text
-    assert other not in engine._results.requests  # it ended meanwhile
+    assert other not in engine._results.requests  # it finished meanwhile
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -343,7 +343,7 @@ def test_a_stream_that_is_closed_aborts_its_request(engine, begun):
     assert last.outputs[0].finish_reason == "abort" and len(last.outputs[0].token_ids) < GREEDY.max_tokens
 
 
-def test_streams_may_be_read_in_any_order_and_give_nobody_else_s_results_away(model, engine):
+def test_streams_may_be_read_in_any_order_and_keep_the_results_of_others(model, engine):
     streams = [engine.stream(prompt, GREEDY, request_id="again") for prompt in ("Hi",)]
     streams += [engine.stream("Yo", GREEDY)]
     plain = [engine.add_request(prompt, GREEDY) for prompt in ("one", "two")]
@@ -389,7 +389,7 @@ def test_abort_ends_a_request_in_any_state(engine):
     assert all(reasons[i] == ["length"] for i in running[1:])
 
 
-def test_a_callback_that_raises_ends_its_request_alone(model, engine):
+def test_a_callback_that_raises_ends_only_its_request(model, engine):
     def angry(result):
         if len(result.outputs[0].token_ids) == 3:
             raise ZeroDivisionError("no more")
@@ -402,14 +402,14 @@ def test_a_callback_that_raises_ends_its_request_alone(model, engine):
     assert results[second].outputs == model.generate("Hi", GREEDY)[0].outputs and results[second].error is None
 
 
-def test_an_abort_that_comes_late_does_not_hit_the_next_of_that_name(engine):
+def test_a_late_abort_does_not_affect_the_next_request_with_that_id(engine):
     for _ in range(2):
         [result] = [run(engine, ("Hi", GREEDY), request_id="mine")[0]]
         assert result.outputs[0].finish_reason == "length"
         engine.abort("mine")
 
 
-def test_a_text_that_cannot_be_made_ends_its_request_alone(model, engine, monkeypatch):
+def test_an_error_in_detokenization_ends_only_its_request(model, engine, monkeypatch):
     bad = engine.add_request("Hi", GREEDY)
     good = engine.add_request("Yo", GREEDY)
     monkeypatch.setattr(engine._results.requests[bad].completions[0], "take", lambda token: 1 / 0)
@@ -419,7 +419,7 @@ def test_a_text_that_cannot_be_made_ends_its_request_alone(model, engine, monkey
 
 
 @pytest.mark.parametrize(("part", "where"), [("_launcher", "launch"), ("_results", "collect")])
-def test_after_an_interruption_inside_a_step_the_engine_says_so_until_it_is_reset(model, monkeypatch, part, where):
+def test_after_an_interrupted_step_the_engine_refuses_calls_until_reset(model, monkeypatch, part, where):
     engine = Engine(model, **SMALL)
     engine.add_request("Hi", GREEDY)
     engine.step()
@@ -440,7 +440,7 @@ def test_after_an_interruption_inside_a_step_the_engine_says_so_until_it_is_rese
     assert_same(run(engine, ("Hi", GREEDY)), alone(model, ["Hi"], GREEDY))
 
 
-def test_times_are_those_of_requests_that_have_them(model):
+def test_mean_times_exclude_requests_without_tokens(model):
     now = [0.0]
     engine = Engine(model, **SMALL, clock=lambda: now[0])
     for i in range(3):
@@ -455,7 +455,7 @@ def test_times_are_those_of_requests_that_have_them(model):
     assert metrics.finished_requests == 4 and metrics.generated_tokens == 20
 
 
-def test_metrics_tell_times_on_the_engine_s_clock(model):
+def test_metrics_use_the_engine_s_clock(model):
     now = [100.0]
     engine = Engine(model, **SMALL, clock=lambda: now[0])
     engine.add_request("Hi", dataclasses.replace(GREEDY, max_tokens=3))
@@ -470,13 +470,13 @@ def test_metrics_tell_times_on_the_engine_s_clock(model):
     assert metrics.cache_use == 0.0 and metrics.steps == 3
 
 
-def test_an_idle_engine_waits_for_company(model):
+def test_an_idle_engine_waits_for_more_requests(model):
     engine = Engine(model, **SMALL, max_wait_ms=10_000)
     for prompt in ("one", "two", "three"):
         engine.add_request(prompt, GREEDY)
     timer = threading.Timer(0.05, engine.add_request, ("four", GREEDY))
     timer.start()
-    engine.step()  # four fill the rows, so the wait ends long before its time
+    engine.step()  # four requests fill the rows, so the wait ends long before its timeout
     assert engine.metrics().running == 4
     list(engine.run())
     timer.join()
@@ -507,10 +507,10 @@ REFUSED_REQUESTS = {
         "the prompt has 100 tokens and max_tokens is 12, together more than max_model_len=48 (the model's context is "
         "128, the pool holds 128 tokens); shorten the prompt, lower max_tokens, or give the engine more pages",
     ),
-    "empty": ([], GREEDY, "the prompt is empty: there is nothing to continue; give at least one token"),
+    "empty": ([], GREEDY, "the prompt is empty: pass at least one token"),
     "unknown_token": ([300], GREEDY, "token ids must be 0 to 271, got 300"),
     "beams_too_long": ("x" * 40, BeamSearchParams(max_tokens=20), "the prompt has 40 tokens and max_tokens is 20"),
-    "stop_token": ("x", SamplingParams(stop_token_ids=[272]), "stop_token_ids must hold ids from 0 to 271"),
+    "stop_token": ("x", SamplingParams(stop_token_ids=[272]), "stop_token_ids must contain ids from 0 to 271"),
 }
 
 
@@ -531,7 +531,7 @@ def test_a_request_larger_than_the_pool_is_refused(model):
     assert len(run(engine, ("x" * 10, dataclasses.replace(GREEDY, max_tokens=None)))[0].outputs[0].token_ids) <= 6
 
 
-def test_a_priority_is_a_whole_number(engine):
+def test_a_priority_must_be_an_integer(engine):
     with pytest.raises(ValueError, match=r"priority must be an integer \(smaller values run first\), got None"):
         engine.add_request("x", GREEDY, priority=None)
 
@@ -561,7 +561,7 @@ REFUSED_ENGINES = {
 
 
 @pytest.mark.parametrize("case", REFUSED_ENGINES)
-def test_an_engine_is_refused(model, case):
+def test_invalid_options_of_an_engine_are_refused(model, case):
     options, message = REFUSED_ENGINES[case]
     with pytest.raises(ValueError) as error:
         Engine(model, **SMALL | options)
@@ -572,8 +572,8 @@ WINDOWS = {"some": (6, None), "all": (6, 6)}
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_windows_give_pages_back_while_a_request_runs(name):
-    """Prompts of several chunks, samples that share, a pool that some must wait for: the tokens are generate's."""
+def test_windows_release_pages_while_a_request_runs(name):
+    """Prompts of several chunks, samples that share pages, and a pool too small for all: tokens are generate's."""
     decoder = sharp_decoder(dataclasses.replace(CONFIG, windows=WINDOWS[name]))
     model = LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])))
     engine = Engine(
@@ -582,7 +582,7 @@ def test_windows_give_pages_back_while_a_request_runs(name):
     assert engine.max_model_len == 128
     rng = random.Random(3)
     prompts = [[rng.randrange(CONFIG.vocab_size) for _ in range(n)] for n in (70, 5, 90, 33, 90, 70)]
-    prompts[4][:60] = prompts[2][:60]  # and one begins like another
+    prompts[4][:60] = prompts[2][:60]  # two prompts share a prefix
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=20)
     sampled = SamplingParams(n=3, temperature=1.0, max_tokens=20, ignore_eos=True, seed=1)
     ids = [engine.add_request(prompt, params) for prompt in prompts]
@@ -591,7 +591,7 @@ def test_windows_give_pages_back_while_a_request_runs(name):
     while engine.has_unfinished:
         ended |= {result.request_id: result for result in engine.step()}
         most = max(most, engine._scheduler.pools.pools[-1 if name == "all" else 0].allocator.num_held)
-    # a window of 6 begins and ends in a page of 4, beside a step's tokens and copies of shared pages
+    # a window of 6 is in up to 3 pages of 4; a step's tokens and copies of shared pages are added
     assert most <= 4 * 4 + 16 // 4
     assert_same([ended[i] for i in ids], model.generate(prompts, params))
     assert len({output.token_ids for output in ended[several].outputs}) > 1
@@ -600,7 +600,7 @@ def test_windows_give_pages_back_while_a_request_runs(name):
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_known_prefix_longer_than_the_pool_of_a_window(name):
-    """What left the window is not asked for; what is seen of the prefix is found."""
+    """Tokens that have left the window are not looked up; the visible part of the prefix is found."""
     decoder = sharp_decoder(dataclasses.replace(CONFIG, windows=WINDOWS[name]))
     model = LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])))
     engine = Engine(model, max_num_seqs=1, page_size=4, max_num_batched_tokens=8)

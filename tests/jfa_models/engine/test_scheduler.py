@@ -1,4 +1,4 @@
-"""The scheduler alone: a device that answers at once is a few lines of Python."""
+"""The scheduler without a model: a few lines of Python replace the device."""
 
 import random
 
@@ -16,7 +16,7 @@ SEED = seed_sequence(PARAMS, 0, 0)
 
 
 class Machine:
-    """Runs a scheduler as an engine does: results are known one step late."""
+    """Runs a scheduler as the engine does: results are known one step later."""
 
     def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, **options):
         self.allocator = PageAllocator(num_pages, page_size)
@@ -32,7 +32,7 @@ class Machine:
         self.ended = []
 
     def add(self, prompt, max_tokens, *, priority=0, n=1):
-        """A prompt's continuations; max_tokens: of each, where it ends."""
+        """Adds a prompt with n continuations, each of which ends after max_tokens."""
         number, self.requests = self.requests, self.requests + 1
         request = Request(
             id=str(number), number=number, prompt=None, prompt_ids=tuple(prompt), priority=priority, arrival=0.0
@@ -46,7 +46,7 @@ class Machine:
         return ones[0]
 
     def step(self):
-        """Schedules, checks and runs a step, then learns what the one before it drew."""
+        """Schedules, checks and runs a step, then reads the tokens that the previous step sampled."""
         chunks = self.scheduler.schedule()
         self.allocator.check()
         self.check(chunks)
@@ -72,9 +72,9 @@ class Machine:
         for chunk in chunks:
             assert chunk.num_tokens >= 1
             assert self.allocator.num_tokens(chunk.of) >= chunk.start + chunk.num_tokens == chunk.of.num_computed
-            # a token whose id is not known yet is the last one of a step's row, and alone
+            # a token whose id is not known yet is the only one of its chunk
             assert chunk.start + chunk.num_tokens <= len(chunk.of.tokens) or chunk.num_tokens == 1
-        written = {}  # pages that two continuations write in one step, a place twice: none
+        written = {}  # (page, slot) to the continuation that writes it in this step: no two write the same
         for chunk in chunks:
             pages = self.allocator.pages(chunk.of)
             for place in range(chunk.start, chunk.start + chunk.num_tokens):
@@ -87,7 +87,7 @@ class Machine:
             if all(one.finished for one in self.live):
                 return
             self.step()
-        raise AssertionError(f"somebody starves: {[one for one in self.live if not one.finished]}")
+        raise AssertionError(f"continuations never finish: {[one for one in self.live if not one.finished]}")
 
 
 def summary(chunks):
@@ -105,7 +105,7 @@ def test_prompts_fill_the_budget_in_the_order_of_arrival_and_decoding_goes_first
     assert summary(machine.step()) == [(0, 10, 1), (1, 8, 1), (2, 8, 8)]
 
 
-def test_a_place_is_taken_within_two_steps_of_its_owner_s_last_token():
+def test_a_slot_is_reused_within_two_steps_of_its_owner_s_last_token():
     machine = Machine(max_num_seqs=1)
     machine.add([1, 2], 2)
     machine.add([3], 1)
@@ -122,16 +122,16 @@ def test_smaller_priorities_go_first_whenever_they_arrive():
     assert [one.request.number for one in machine.ended] == [0, 2, 1]
 
 
-def test_nobody_overtakes_a_prompt_that_waits_for_pages():
+def test_no_prompt_overtakes_one_that_waits_for_pages():
     machine = Machine(num_pages=9, max_num_seqs=8, max_num_batched_tokens=32)
     machine.add(range(16), 4)
-    machine.add(range(100, 124), 4)  # six pages, of which four are left
+    machine.add(range(100, 124), 4)  # it needs six pages, and four are free
     machine.add([7], 4)
     order = [chunk.of.request.number for _ in range(30) for chunk in machine.step() if chunk.start == 0]
     assert order == [0, 1, 2]
 
 
-def test_the_newest_gives_way_and_is_computed_anew():
+def test_the_newest_is_preempted_and_recomputed():
     machine = Machine(num_pages=7, max_num_seqs=4)
     first, second = machine.add(range(8), 12), machine.add(range(100, 108), 12)
     machine.run()
@@ -188,7 +188,7 @@ def test_samples_without_a_slot_wait_and_find_the_prompt():
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_everybody_ends_and_the_books_are_clean(seed, caching):
+def test_every_continuation_finishes_and_releases_its_pages(seed, caching):
     """Random arrivals, priorities, samples and aborts in a pool of a few pages; every step is checked."""
     rng = random.Random(seed)
     machine = Machine(
@@ -202,7 +202,7 @@ def test_everybody_ends_and_the_books_are_clean(seed, caching):
     for _ in range(150):
         if rng.random() < 0.4:
             length = rng.randint(1, room // 2)
-            prompt = [rng.randrange(2) for _ in range(length)]  # many begin alike
+            prompt = [rng.randrange(2) for _ in range(length)]  # many share a prefix
             machine.add(prompt, rng.randint(1, room - length), priority=rng.choice([0, 0, 1]), n=rng.choice([1, 1, 3]))
         if rng.random() < 0.1 and (living := [one for one in machine.live if not one.finished]):
             for one in ((victim := rng.choice(living)).request,):

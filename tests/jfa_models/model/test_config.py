@@ -1,4 +1,4 @@
-"""The numbers of a decoder, and a sentence for those that cannot be."""
+"""The configuration of a decoder, and an error message for each invalid field."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ def test_the_first_layers_of_a_decoder():
         CONFIG.with_layers(4)
 
 
-# What the authors publish, in billions.
+# Numbers of parameters that the authors publish, in billions.
 PUBLISHED = {
     "llama-2-7b": 6.738,
     "llama-3-8b": 8.030,
@@ -82,22 +82,22 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_preset_has_as_many_parameters_as_its_model(name):
+def test_a_preset_has_the_published_number_of_parameters(name):
     assert round(preset(name).num_params / 1e9, 3) == PUBLISHED[name]
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="there is no preset 'gpt-5'; presets are llama-2-7b, llama-3-8b, "):
+    with pytest.raises(ValueError, match="there is no preset 'gpt-5'; the presets are llama-2-7b, llama-3-8b, "):
         preset("gpt-5")
 
 
-def test_more_experts_for_a_token_than_there_are():
+def test_more_experts_per_token_than_experts_are_refused():
     with pytest.raises(ValueError, match="experts_per_token must be at most num_experts, got 3 and 2"):
         ExpertsConfig(num_experts=2, experts_per_token=3, intermediate_size=8)
 
 
 @pytest.mark.parametrize("name", REFUSED_FIELDS)
-def test_impossible_numbers_are_refused(name):
+def test_invalid_fields_are_refused(name):
     changed, message = REFUSED_FIELDS[name]
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changed)
@@ -131,7 +131,7 @@ def test_generation_defaults_of_a_gguf_file():
 
 
 @pytest.mark.parametrize("eos", ["</s>", [1, "</s>"], -1, True])
-def test_an_eos_that_is_no_token_id_is_refused(eos):
+def test_an_eos_that_is_not_a_token_id_is_refused(eos):
     with pytest.raises(ValueError, match="eos_token_id must be a token id or a list of them, got"):
         GenerationDefaults.from_hf({"eos_token_id": eos}, {})
 
@@ -144,7 +144,7 @@ def test_broken_json_is_refused_with_its_name(tmp_path, content):
         read_json(path)
 
 
-def test_json_of_another_kind_is_refused(tmp_path):
+def test_json_that_is_not_an_object_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json must hold a JSON object, got a list"):

@@ -1,4 +1,4 @@
-"""The decoder against an independent implementation, and its cache against its own full forward."""
+"""The decoder compared with transformers, and with a cache compared with its own full forward pass."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ CONFIG = DecoderConfig(
     rope=RopeConfig(theta=10_000.0),
 )
 
-ROUNDINGS = 64  # two layers of sums in another order
+ROUNDINGS = 64  # of two layers, whose sums are in another order
 
 
 def seeded_decoder(dtype=jnp.float32, config=CONFIG):
@@ -114,7 +114,7 @@ def test_prefill_in_chunks_and_decoding_equal_the_full_forward(logits, tokens):
     assert cache.kv_len.tolist() == [24, 24, 24]
 
 
-def test_rows_of_unequal_length_continue_from_where_each_of_them_ends(logits, tokens):
+def test_rows_of_different_lengths_each_continue_at_their_end(logits, tokens):
     want, _ = logits(tokens)
     lengths = jnp.array([16, 3, 9])
     _, cache = logits(tokens[:, :16], lengths, poisoned(empty_cache(batch=3, capacity=32)))
@@ -132,11 +132,11 @@ def test_a_row_that_adds_no_token_keeps_its_cache(logits, tokens):
         assert jnp.array_equal(old[1, :16], new[1, :16])
 
 
-def test_a_row_does_not_depend_on_its_neighbours_nor_on_what_pads_it(logits, tokens):
+def test_a_row_does_not_depend_on_other_rows_nor_on_its_padding(logits, tokens):
     lengths = jnp.array([24, 7, 12])
     want, _ = logits(tokens, lengths)
     others = (tokens + 1) % CONFIG.vocab_size
-    mixed = others.at[1, :7].set(tokens[1, :7])  # the same seven tokens, everything else is another
+    mixed = others.at[1, :7].set(tokens[1, :7])  # the same seven tokens; all others differ
     got, _ = logits(mixed, lengths)
     assert_same_logits(got[1, :7], want[1, :7])
     alone, _ = logits(tokens[1:2, :7])
@@ -155,7 +155,7 @@ def test_bfloat16_stays_near_float32(logits, tokens):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-def test_the_config_counts_the_numbers_of_weights_and_cache(tied, biased):
+def test_the_config_counts_parameters_and_cache_elements(tied, biased):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied, qkv_bias=biased, out_bias=biased, mlp_bias=biased)
     leaves = jax.tree.leaves(nnx.eval_shape(lambda: nnx.state(Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))))
     assert config.num_params == sum(leaf.size for leaf in leaves)

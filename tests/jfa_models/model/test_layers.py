@@ -1,4 +1,4 @@
-"""Mixtures of experts: every token to its own, and nothing computed for the others."""
+"""Mixtures of experts: each token is computed by the experts it is routed to, and by no others."""
 
 import dataclasses
 
@@ -29,14 +29,14 @@ CHOSEN = {  # name: (tokens, chosen experts of each)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_a_token_meets_the_experts_it_chose_in_its_order(name):
+def test_a_token_gets_the_outputs_of_its_experts_in_its_order(name):
     n, chosen = CHOSEN[name]
     tokens, chosen = jnp.arange(1.0, 1 + 3 * n).reshape(n, 3), jnp.asarray(chosen, jnp.int32)
     got = jax.jit(lambda x, c: for_each_expert(scaled, x, c, 4))(tokens, chosen)
     np.testing.assert_array_equal(got, tokens[:, None] * SCALES[chosen][..., None])
 
 
-def test_gradients_flow_through_the_chosen_experts_alone():
+def test_gradients_flow_only_through_the_chosen_experts():
     tokens, chosen = jnp.ones((3, 2)), jnp.array([[1], [1], [2]])
     d_tokens, d_scales = jax.grad(
         lambda x, s: for_each_expert(lambda rows, e: rows * s[e], x, chosen, 4).sum(), argnums=(0, 1)
@@ -45,8 +45,8 @@ def test_gradients_flow_through_the_chosen_experts_alone():
     np.testing.assert_array_equal(d_scales, [0.0, 4.0, 2.0, 0.0])
 
 
-def test_a_mixture_costs_what_its_tokens_chose():
-    """The products of 64 tokens that choose 2 of 16 experts: no more than those of 4 experts that see all."""
+def test_the_cost_of_a_mixture_is_that_of_the_chosen_experts():
+    """The products of 64 tokens that choose 2 of 16 experts: no more than those of 4 experts for all tokens."""
     config = dataclasses.replace(
         tiny_config(num_layers=1, context_length=64),
         experts=ExpertsConfig(num_experts=16, experts_per_token=2, intermediate_size=64),

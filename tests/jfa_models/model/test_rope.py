@@ -1,4 +1,4 @@
-"""How positions turn, scaled or not."""
+"""Frequencies of RoPE, with and without scaling."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def test_yarn_is_the_published_rule():
     plain = [100.0 ** -(i / 8) for i in range(8)]
     turns = [64 * f / (2 * math.pi) for f in plain]
     got = rope.inverse_frequencies(16, 512)
-    # nobody turns 32 times in 64 positions, so the ramp begins at the first pair; it ends where a pair turns once
+    # no pair rotates 32 times in 64 positions, so the ramp begins at the first pair; it ends where one rotates once
     last = math.ceil(8 * math.log(64 / (2 * math.pi)) / math.log(100))
     assert turns[last - 1] > 1 > turns[last]
     slow = [min(1.0, i / last) for i in range(8)]
@@ -49,7 +49,7 @@ def test_yarn_is_the_published_rule():
     assert RopeConfig(theta=1.0, scaling=dataclasses.replace(scaling, factor=0.5)).attention_factor == 1.0
 
 
-def test_the_context_decides_which_list_a_long_rope_takes():
+def test_the_context_length_selects_the_factors_of_longrope():
     scaling = LongRopeScaling(short=(1.0, 2.0), long=(4.0, 8.0), original_context_length=64, attention_factor=1.25)
     rope, (fast, slow) = RopeConfig(theta=9.0, scaling=scaling), RopeConfig(theta=9.0).inverse_frequencies(4, 64)
     assert rope.inverse_frequencies(4, 64) == (fast, slow / 2)
@@ -57,7 +57,7 @@ def test_the_context_decides_which_list_a_long_rope_takes():
     assert rope.attention_factor == 1.25
 
 
-def test_a_part_of_a_head_turns():
+def test_a_part_of_a_head_is_rotated():
     part = RopeConfig(theta=1e4, rotary_dim=8)
     assert part.inverse_frequencies(20, 64) == RopeConfig(theta=1e4).inverse_frequencies(8, 64)
 
@@ -86,7 +86,7 @@ def test_a_rope_that_does_not_fit_its_heads_is_refused(name):
         rope.check(16)
 
 
-def test_impossible_rope_numbers_are_refused():
+def test_invalid_rope_parameters_are_refused():
     with pytest.raises(ValueError, match=r"lists for short and long contexts must have the same length, got 1 and 2"):
         LongRopeScaling(short=(1.0,), long=(1.0, 2.0), original_context_length=64, attention_factor=1.0)
     with pytest.raises(ValueError, match="rope: theta must be a finite number > 0, got -1"):

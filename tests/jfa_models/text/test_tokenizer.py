@@ -1,4 +1,4 @@
-"""Token ids against an independent implementation, streaming, and chat templates."""
+"""Token ids compared with transformers, streaming, and chat templates."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def byte_level_metadata(**changes):
 
 
 def sentence_piece_metadata(**changes):
-    """A GGUF vocabulary in the manner of Llama 2: scores instead of merges, bytes for everything else."""
+    """A GGUF vocabulary as in Llama 2: scores instead of merges, bytes for everything else."""
     scored = {SPACE: -9, "a": -9, "b": -9, "c": -9, "ab": -1, "bc": -2, SPACE + "ab": -3, "abc": -4}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *scored]
     metadata = {
@@ -99,7 +99,7 @@ def test_streamed_text_has_no_half_characters(smollm2):
     pieces = streamed(smollm2, smollm2.encode(text))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
-    assert "" in pieces[:-1], "no character of this text is split over tokens, so the test shows nothing"
+    assert "" in pieces[:-1], "no character of this text is split over tokens, so nothing is tested"
 
 
 def test_streamed_pieces_join_to_the_whole_for_any_tokens():
@@ -110,11 +110,11 @@ def test_streamed_pieces_join_to_the_whole_for_any_tokens():
         assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_a_padding_id_outside_of_the_vocabulary_is_no_token():
+def test_a_padding_id_outside_of_the_vocabulary_is_not_a_token():
     assert "pad_token" not in Tokenizer.from_gguf(byte_level_metadata(padding_token_id=2**32 - 1)).special_tokens
 
 
-def test_a_broken_character_comes_out_at_the_end():
+def test_an_incomplete_character_is_returned_at_the_end():
     tokenizer = Tokenizer.from_gguf(byte_level_metadata())
     ids = tokenizer.encode("é")[:1]
     assert streamed(tokenizer, ids) == ["", "\ufffd"]
@@ -130,12 +130,12 @@ PRE_TOKENIZERS = {  # tokenizer.ggml.pre: (text, its tokens)
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_each_way_to_cut_text(pre):
+def test_each_pre_tokenizer_splits_text(pre):
     text, tokens = PRE_TOKENIZERS[pre]
     assert tokens_of(Tokenizer.from_gguf(byte_level_metadata(pre=pre)), text) == tokens
 
 
-def test_qwen2_composes_characters_and_llama_takes_whole_words():
+def test_qwen2_normalizes_to_nfc_and_llama_ignores_merges_for_whole_words():
     assert Tokenizer.from_gguf(byte_level_metadata(pre="qwen2")).encode("e\u0301") == Tokenizer.from_gguf(
         byte_level_metadata()
     ).encode("é")
@@ -155,7 +155,7 @@ def test_special_and_user_defined_tokens():
     assert tokenizer.special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 
 
-ADD_FLAGS = {  # name: (metadata, what stands around a text)
+ADD_FLAGS = {  # name: (metadata, ids before and after a text)
     "unset": ({}, ([], [])),
     "bos": ({"add_bos_token": True}, ([0], [])),
     "both": ({"add_bos_token": True, "add_eos_token": True}, ([0], [1])),
@@ -165,7 +165,7 @@ ADD_FLAGS = {  # name: (metadata, what stands around a text)
 
 
 @pytest.mark.parametrize("name", ADD_FLAGS)
-def test_gguf_flags_decide_what_surrounds_a_text(name):
+def test_gguf_flags_decide_which_special_tokens_are_added(name):
     metadata, (before, after) = ADD_FLAGS[name]
     tokenizer = Tokenizer.from_gguf(byte_level_metadata(**metadata))
     bare = tokenizer.encode("hello", add_special_tokens=False)
@@ -185,13 +185,13 @@ def test_sentence_piece_merges_by_score_and_falls_back_to_bytes():
     assert streamed(tokenizer, tokenizer.encode("é")) == ["", "", "", "é", ""]
 
 
-def test_sentence_piece_without_the_space_in_front():
+def test_sentence_piece_without_a_leading_space():
     tokenizer = Tokenizer.from_gguf(sentence_piece_metadata(add_space_prefix=False, add_bos_token=False))
     assert tokens_of(tokenizer, "abc ab") == ["abc", SPACE + "ab"]
     assert tokenizer.decode(tokenizer.encode(" ab")) == " ab"
 
 
-def test_token_text_keeps_the_space_in_front():
+def test_token_text_keeps_the_leading_space():
     tokenizer = Tokenizer.from_gguf(sentence_piece_metadata())
     assert [tokenizer.token_text(i) for i in tokenizer.encode("ab é")] == ["<s>", " ab", " ", "\ufffd", "\ufffd"]
     with pytest.raises(ValueError, match="token id must be in the vocabulary of 267 tokens, got 267"):
@@ -237,20 +237,20 @@ def write(folder, **config):
     return Tokenizer.from_folder(folder)
 
 
-def test_a_folder_reads_like_the_gguf_it_came_from(folder):
+def test_a_folder_and_a_gguf_file_give_the_same_tokenizer(folder):
     tokenizer = write(folder, bos_token="<|bos|>", eos_token={"content": "<|eos|>", "lstrip": False}, pad_token=None)
     assert tokens_of(tokenizer, "hello<|eos|>") == ["<|bos|>", "hello", "<|eos|>"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (0, (1,))
     assert tokenizer.special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 
 
-def test_a_folder_of_tokenizer_json_alone(folder):
+def test_a_folder_with_only_tokenizer_json(folder):
     tokenizer = Tokenizer.from_folder(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.chat_template) == (None, (), None)
     assert tokens_of(tokenizer, "hello") == ["<|bos|>", "hello"]
 
 
-def test_special_tokens_map_fills_what_the_config_leaves_out(folder):
+def test_special_tokens_map_adds_tokens_that_the_config_lacks(folder):
     (folder / "special_tokens_map.json").write_text('{"bos_token": "<|pad|>", "eos_token": "<|eos|>"}')
     assert write(folder, bos_token="<|bos|>").special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 
@@ -264,7 +264,7 @@ FOLDER_FLAGS = {  # name: (flags, tokens of "hello")
 
 
 @pytest.mark.parametrize("name", FOLDER_FLAGS)
-def test_flags_of_tokenizer_config_win_over_tokenizer_json(folder, name):
+def test_flags_of_tokenizer_config_override_tokenizer_json(folder, name):
     flags, tokens = FOLDER_FLAGS[name]
     assert tokens_of(write(folder, bos_token="<|bos|>", eos_token="<|eos|>", **flags), "hello") == tokens
 
@@ -282,7 +282,7 @@ def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_cut_tokenizer_json_is_refused(folder):
+def test_a_truncated_tokenizer_json_is_refused(folder):
     path = folder / "tokenizer.json"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"tokenizer.json is not valid JSON"):
@@ -304,18 +304,18 @@ TEMPLATES = {  # name: (template, text)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_chat_templates_speak_the_dialect_of_hugging_face(folder, name):
+def test_chat_templates_support_the_features_of_hugging_face(folder, name):
     template, text = TEMPLATES[name]
     tokenizer = write(folder, bos_token="<|bos|>", chat_template=template)
     assert tokenizer.apply_chat_template(MESSAGES, colour="red") == text
 
 
-def test_the_default_of_several_templates_is_taken(folder):
+def test_the_default_of_several_templates_is_used(folder):
     named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
     assert write(folder, chat_template=named).apply_chat_template(MESSAGES) == "yes"
 
 
-def test_chat_template_jinja_wins(folder):
+def test_chat_template_jinja_takes_precedence(folder):
     (folder / "chat_template.jinja").write_text("from the file")
     assert write(folder, chat_template="from the config").apply_chat_template(MESSAGES) == "from the file"
 
@@ -333,7 +333,7 @@ REFUSALS = {  # name: (template, message)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_template_that_refuses_is_quoted(folder, name):
+def test_the_message_of_a_template_that_refuses_is_quoted(folder, name):
     template, message = REFUSALS[name]
     with pytest.raises(ValueError, match=message):
         write(folder, chat_template=template).apply_chat_template(MESSAGES)
