@@ -9,6 +9,7 @@ from golden import GOLDEN
 from tokenizers import pre_tokenizers
 
 from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_of
 from jfa_models.text.tokenizer import Tokenizer
 
 needs_smollm2 = pytest.mark.skipif(
@@ -120,19 +121,56 @@ def test_a_broken_character_comes_out_at_the_end():
     assert streamed(tokenizer, ids) == ["", "\ufffd"]
 
 
-PRE_TOKENIZERS = {  # tokenizer.ggml.pre: (text, its tokens)
+MERGED = {  # tokenizer.ggml.pre: (text, its tokens)
     "default": ("hello 12", ["hello", "Ġ", "12"]),
     "gpt-2": ("hello hello12", ["hello", "Ġhello", "12"]),
+    "phi-2": ("hello hello12", ["hello", "Ġhello", "12"]),
     "smollm": ("hello 12", ["hello", "Ġ", "1", "2"]),
     "llama-bpe": ("hello1212", ["<|bos|>", "hello", "12", "1", "2"]),
+    "tekken": ("hello12", ["<|bos|>", "hello", "1", "2"]),
+    "gpt-4o": ("hello12", ["hello", "12"]),
     "qwen2": ("hello12", ["hello", "1", "2"]),
 }
 
 
-@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+@pytest.mark.parametrize("pre", MERGED)
 def test_each_way_to_cut_text(pre):
-    text, tokens = PRE_TOKENIZERS[pre]
+    text, tokens = MERGED[pre]
     assert tokens_of(Tokenizer.from_gguf(byte_level_metadata(pre=pre)), text) == tokens
+
+
+CUTS = json.loads((GOLDEN / "pre_tokenizers.json").read_text())  # see pre_tokenizers.py there
+
+
+@pytest.mark.parametrize("pre", [name for name in CUTS if name in PRE_TOKENIZERS])
+def test_a_pre_tokenizer_cuts_as_the_real_one_does(pre):
+    cutter = PRE_TOKENIZERS[pre].pre_tokenizer()
+    for pieces in CUTS[pre]:
+        text = "".join(pieces)
+        assert [text[start:end] for _, (start, end) in cutter.pre_tokenize_str(text)] == pieces
+
+
+def test_every_other_pre_tokenizer_of_llama_cpp_is_refused():
+    assert PRE_TOKENIZERS.keys() <= CUTS.keys()
+    for pre in CUTS.keys() - PRE_TOKENIZERS.keys():
+        with pytest.raises(ValueError, match=f"tokenizer.ggml.pre '{pre}' is not supported; supported: default, gpt-2"):
+            Tokenizer.from_gguf(byte_level_metadata(pre=pre))
+
+
+OLDER = {  # name: (metadata without tokenizer.ggml.pre, the name that newer files of the family have)
+    "qwen2": ({"general.architecture": "qwen2"}, "qwen2"),
+    "phi2": ({"general.architecture": "phi2"}, "phi-2"),
+    "llama3": ({"general.architecture": "llama"}, "llama-bpe"),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_file_without_the_name_has_the_pre_tokenizer_of_its_family(name):
+    metadata, pre = OLDER[name]
+    vocabulary = byte_level_metadata(pre=None)
+    if name == "llama3":
+        vocabulary["tokenizer.ggml.tokens"][0] = "<|begin_of_text|>"
+    assert pre_tokenizer_of(vocabulary | metadata) is PRE_TOKENIZERS[pre]
 
 
 def test_qwen2_composes_characters_and_llama_takes_whole_words():
@@ -191,6 +229,26 @@ def test_sentence_piece_without_the_space_in_front():
     assert tokenizer.decode(tokenizer.encode(" ab")) == " ab"
 
 
+PHI3 = {  # name: what the file says of its model
+    "architecture": {"general.architecture": "phi3"},
+    "name": {"general.architecture": "llama", "general.name": "My Phi-3 finetune"},
+}
+
+
+@pytest.mark.parametrize("name", PHI3)
+def test_special_tokens_of_phi3_drop_the_white_space_after_them(name):
+    metadata = sentence_piece_metadata(add_bos_token=False)
+    metadata["tokenizer.ggml.tokens"] += ["<|user|>", "<|end|>", "<|endoftext|>"]
+    metadata["tokenizer.ggml.token_type"] += [CONTROL] * 3
+    metadata["tokenizer.ggml.scores"] += [0.0] * 3
+    text = "<|user|>\nab<|end|>\n<|endoftext|> b"
+    expected = ["<|user|>", SPACE + "ab", "<|end|>", "<|endoftext|>"]
+    phi3, others = (Tokenizer.from_gguf(metadata | changes) for changes in (PHI3[name], {}))
+    assert tokens_of(phi3, text)[:4] == expected
+    assert tokens_of(phi3, text)[4:] == [SPACE, SPACE, "b"]  # the end of a text does not
+    assert tokens_of(others, text)[:3] == ["<|user|>", SPACE, "<0x0A>"]
+
+
 def test_token_text_keeps_the_space_in_front():
     tokenizer = Tokenizer.from_gguf(sentence_piece_metadata())
     assert [tokenizer.token_text(i) for i in tokenizer.encode("ab é")] == ["<s>", " ab", " ", "\ufffd", "\ufffd"]
@@ -203,9 +261,9 @@ REFUSED_GGUF = {  # name: (metadata, message)
         byte_level_metadata(model="bert"),
         "tokenizer.ggml.model 'bert' is not supported; supported: gpt2, llama",
     ),
-    "pre": (
-        byte_level_metadata(pre="tekken"),
-        "tokenizer.ggml.pre 'tekken' is not supported; supported: default, gpt-2, smollm, llama-bpe, qwen2",
+    "no_pre": (
+        byte_level_metadata(pre=None),
+        "lacks tokenizer.ggml.pre, which says how text is cut into words; convert the model again",
     ),
     "no_vocabulary": (
         byte_level_metadata(tokens=None, merges=None),
