@@ -43,6 +43,11 @@ def test_a_revision_and_a_file_are_honoured(calls, tmp_path, revision):
     assert calls == [("file", options)]
 
 
+def test_every_part_of_a_model_in_several_files_is_downloaded(calls, tmp_path):
+    assert locate("owner/model/Q4/m-00002-of-00003.gguf") == tmp_path
+    assert [options["filename"] for _, options in calls] == [f"Q4/m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+
+
 def test_what_is_there_is_not_downloaded(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
