@@ -132,7 +132,7 @@ class LLM:
           ValueError: the model has no chat template; or see generate.
         """
         tokenizer = self.model.tokenizer
-        if tokenizer is None or tokenizer.chat_template is None:
+        if tokenizer is None or not tokenizer.chat_templates:
             raise ValueError("this model has no chat template, so it was not made for conversations: use generate")
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = [

@@ -16,6 +16,7 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # The files that a decoder needs: no pickles, and no second copy of the weights in another layout.
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 _UNWANTED = ["consolidated*", "original/*", "*/*"]
+_WANTED_OF_FOLDERS = ["additional_chat_templates/*.jinja"]
 
 
 class _Package(NamedTuple):
@@ -110,7 +111,9 @@ def _download(name: str) -> Path:
             parts = parts_of(PurePosixPath(file[0]))
             first, *_ = [huggingface_hub.hf_hub_download(filename=str(part), **options) for part in parts]
             return Path(first)
-        return Path(huggingface_hub.snapshot_download(allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options))
+        folder = huggingface_hub.snapshot_download(allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options)
+        huggingface_hub.snapshot_download(allow_patterns=_WANTED_OF_FOLDERS, **options)
+        return Path(folder)
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(
             f"there is no folder {name!r}, {name} is not in the cache of Hugging Face "

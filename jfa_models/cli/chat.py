@@ -22,7 +22,7 @@ def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system
 
     language_model = running.load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype)
     tokenizer = language_model.tokenizer
-    if tokenizer is None or tokenizer.chat_template is None:
+    if tokenizer is None or not tokenizer.chat_templates:
         raise click.UsageError(f"{model} has no chat template, so it was not made for conversations: use jfa generate")
     params = running.sampling_params(language_model, sampling)
     opening = [{"role": "system", "content": system}] if system else []

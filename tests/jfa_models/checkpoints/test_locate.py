@@ -30,7 +30,8 @@ def calls(monkeypatch, tmp_path):
 
 def test_a_repository_is_downloaded_without_pickles_and_second_copies(calls, tmp_path):
     assert locate("Qwen/Qwen3-0.6B") == tmp_path
-    [(kind, options)] = calls
+    [(kind, options), (_, templates)] = calls
+    assert templates["allow_patterns"] == ["additional_chat_templates/*.jinja"] and "ignore_patterns" not in templates
     assert (kind, options["repo_id"], options["revision"]) == ("folder", "Qwen/Qwen3-0.6B", None)
     assert options["allow_patterns"] == ["*.json", "*.safetensors", "*.jinja"]
     assert "consolidated*" in options["ignore_patterns"]

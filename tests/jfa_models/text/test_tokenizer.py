@@ -304,7 +304,7 @@ def test_a_folder_reads_like_the_gguf_it_came_from(folder):
 
 def test_a_folder_of_tokenizer_json_alone(folder):
     tokenizer = Tokenizer.from_folder(folder)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.chat_template) == (None, (), None)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.chat_templates) == (None, (), {})
     assert tokens_of(tokenizer, "hello") == ["<|bos|>", "hello"]
 
 
@@ -313,18 +313,49 @@ def test_special_tokens_map_fills_what_the_config_leaves_out(folder):
     assert write(folder, bos_token="<|bos|>").special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 
 
-FOLDER_FLAGS = {  # name: (flags, tokens of "hello")
-    "unset": ({}, ["<|bos|>", "hello"]),
-    "null": ({"add_bos_token": None}, ["<|bos|>", "hello"]),
-    "off": ({"add_bos_token": False}, ["hello"]),
-    "both": ({"add_bos_token": True, "add_eos_token": True}, ["<|bos|>", "hello", "<|eos|>"]),
-}
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
+def test_tokenizer_json_decides_what_surrounds_a_text(folder, flags):
+    # transformers 5.24.0: its post-processor does, whatever the flags say
+    tokenizer = write(folder, bos_token="<|bos|>", eos_token="<|eos|>", **flags)
+    assert tokens_of(tokenizer, "hello") == ["<|bos|>", "hello"]
 
 
-@pytest.mark.parametrize("name", FOLDER_FLAGS)
-def test_flags_of_tokenizer_config_win_over_tokenizer_json(folder, name):
-    flags, tokens = FOLDER_FLAGS[name]
-    assert tokens_of(write(folder, bos_token="<|bos|>", eos_token="<|eos|>", **flags), "hello") == tokens
+ADDED = {"lstrip": False, "normalized": False, "rstrip": True, "single_word": False, "special": True}
+
+
+def test_added_tokens_of_the_config_are_tokens(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    decoder = {str(size): {"content": "<new>", **ADDED}, "1": {"content": "<|eos|>", **ADDED, "special": True}}
+    tokenizer = write(folder, eos_token="<new>", added_tokens_decoder=decoder)
+    assert tokens_of(tokenizer, "hello<new>  1<|eos|>") == ["<|bos|>", "hello", "<new>", "1", "<|eos|>"]
+    assert tokenizer.eos_token_ids == (size,) and tokenizer.decode([size]) == ""
+
+
+def test_added_tokens_json_counts_where_the_config_has_none(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<plain>": size + 1, "<end>": size}))
+    tokenizer = write(folder, eos_token="<end>")
+    assert tokens_of(tokenizer, "<plain>hello<end>") == ["<|bos|>", "<plain>", "hello", "<end>"]
+    assert tokenizer.decode([size + 1, size]) == "<plain>" and tokenizer.eos_token_ids == (size,)
+    assert write(folder, added_tokens_decoder={"1": {"content": "<|eos|>", **ADDED}}).vocab_size == size
+
+
+def test_an_added_token_out_of_place_is_reported(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    with pytest.warns(UserWarning, match=f"'<new>' has the id 9000 in its file, but tokenizer.json leaves it {size}"):
+        tokenizer = write(folder, added_tokens_decoder={"9000": {"content": "<new>", **ADDED}})
+    assert tokenizer.core.token_to_id("<new>") == size
+
+
+def test_a_named_token_is_special_even_if_the_vocabulary_has_it_as_text(folder):
+    tokenizer = write(folder, eos_token="hello")
+    assert tokenizer.decode(tokenizer.encode("hello1")) == "1"
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_named_token_that_the_vocabulary_lacks_is_refused(folder, name):
+    with pytest.raises(ValueError, match=f"names the {name} '<none>', which is not in the vocabulary of"):
+        write(folder, **{name: "<none>"})
 
 
 def test_length_settings_of_tokenizer_json_are_ignored(folder):
@@ -368,14 +399,108 @@ def test_chat_templates_speak_the_dialect_of_hugging_face(folder, name):
     assert tokenizer.apply_chat_template(MESSAGES, colour="red") == text
 
 
-def test_the_default_of_several_templates_is_taken(folder):
-    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
-    assert write(folder, chat_template=named).apply_chat_template(MESSAGES) == "yes"
+def test_generation_blocks_mark_a_text_and_keep_their_variables(folder):
+    template = "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content }}{% endgeneration %}"
+    tokenizer = write(folder, chat_template=template + "{{ x }}{% endfor %}")
+    assert tokenizer.apply_chat_template(MESSAGES) == "é <b>1"
 
 
-def test_chat_template_jinja_wins(folder):
-    (folder / "chat_template.jinja").write_text("from the file")
-    assert write(folder, chat_template="from the config").apply_chat_template(MESSAGES) == "from the file"
+CONTENTS = {  # name: (template, content, text); what vLLM makes of it
+    "text": ("{{ messages[0]['content'] }}", "a", "a"),
+    "parts": ("{{ messages[0].content }}", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+    "none": ("[{{ messages[0].content }}]", None, "[]"),
+    "read_as_a_list": (
+        "{% for part in messages[0]['content'] %}<{{ part.text }}>{% endfor %}",
+        [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        "<a><b>",
+    ),
+    "read_as_a_list_by_name": (
+        "{% set c = messages[0].content %}{% for part in c %}<{{ part.text }}>{% endfor %}",
+        [{"type": "text", "text": "a"}],
+        "<a>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_the_content_of_a_message(folder, name):
+    template, content, text = CONTENTS[name]
+    tokenizer = write(folder, chat_template=template)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": content}]) == text
+
+
+NOT_TEXT = {  # name: (content, message)
+    "image": (
+        [{"type": "image_url"}],
+        r'part of a message must be {"type": "text", "text": ...}, got',
+    ),
+    "number": (3, "the content of a message must be a text or a list of parts, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_a_content_that_is_not_text_is_refused(folder, name):
+    content, message = NOT_TEXT[name]
+    with pytest.raises(ValueError, match=message):
+        write(folder, chat_template="x").apply_chat_template([{"role": "user", "content": content}])
+
+
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
+
+
+def test_each_of_several_templates_has_its_use(folder):
+    named = [{"name": "tool_use", "template": "{{ tools[0].function.name }}"}, {"name": "default", "template": "yes"}]
+    for tokenizer in (
+        write(folder, chat_template=named),
+        Tokenizer.from_gguf(
+            byte_level_metadata()
+            | {"tokenizer.chat_template": "yes", "tokenizer.chat_template.tool_use": "{{ tools[0].function.name }}"}
+        ),
+    ):
+        assert tokenizer.apply_chat_template(MESSAGES) == "yes"
+        assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "now"
+    tokenizer = write(folder, chat_template="{{ tools[0].function.name if tools else 'none' }}")
+    assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "now"
+
+
+# name: (files, template of tokenizer_config.json, the templates); what transformers 5.24.0 makes of them
+TEMPLATE_FILES = {
+    "file_wins": ({"chat_template.jinja": "file"}, "config", {"default": "file"}),
+    "an_empty_file_too": ({"chat_template.jinja": ""}, "config", {"default": ""}),
+    "over_a_list_too": ({"chat_template.jinja": "file"}, [{"name": "x", "template": "y"}], {"default": "file"}),
+    "more": (
+        {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "tools"},
+        None,
+        {"default": "file", "tool_use": "tools"},
+    ),
+    "folder_wins": (
+        {"chat_template.jinja": "file", "additional_chat_templates/default.jinja": "folder"},
+        None,
+        {"default": "folder"},
+    ),
+    "folder_alone": ({"additional_chat_templates/tool_use.jinja": "tools"}, "config", {"tool_use": "tools"}),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATE_FILES)
+def test_which_of_several_files_has_the_template(folder, name):
+    files, config, templates = TEMPLATE_FILES[name]
+    (folder / "additional_chat_templates").mkdir()
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    tokenizer = write(folder, chat_template=config)
+    assert tokenizer.chat_templates == templates
+    again = folder / "again"
+    again.mkdir()
+    tokenizer.save(again)
+    assert Tokenizer.from_folder(again).chat_templates == templates
+
+
+def test_templates_without_a_default_are_named(folder):
+    tokenizer = write(folder, chat_template=[{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}])
+    assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "y"
+    with pytest.raises(ValueError, match="this model has chat templates for rag, tool_use only, and no default one"):
+        tokenizer.apply_chat_template(MESSAGES)
 
 
 def test_no_chat_template_is_refused(folder):
@@ -385,8 +510,13 @@ def test_no_chat_template_is_refused(folder):
 
 REFUSALS = {  # name: (template, message)
     "raised": ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
-    "syntax": ("{% if %}", "refuses these messages: Expected an expression"),
-    "sandbox": ("{{ messages.append(1) }}", "refuses these messages: .*list.* object is unsafe"),
+    "syntax": (
+        "{{ 1 }}\n{% if %}",
+        "chat template is faulty in line 2: Expected an expression, .*; put a work",
+    ),
+    "unknown_block": ("{% do x %}", "chat template is faulty in line 1: Encountered unknown tag 'do'"),
+    "sandbox": ("{{ messages.append(1) }}", "fails on these messages: SecurityError: .*list.* object is unsafe"),
+    "its_own_fault": ("{{ 'a' + 1 }}", "fails on these messages: TypeError: can only concatenate str"),
 }
 
 
