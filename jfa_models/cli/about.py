@@ -56,6 +56,10 @@ def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
     else:
         checkpoint = open_checkpoint(model)
         config, name, stored = checkpoint.config, checkpoint.path.stem, f"stored as {checkpoint.stored_dtype}"
+        tokenizer = checkpoint.load_tokenizer()
+        if ends := checkpoint.generation.ends(tokenizer):
+            texts = [f"{tokenizer.core.id_to_token(i)} " if tokenizer else "" for i in ends]
+            yield "ends", ", ".join(f"{text}({i})" for text, i in zip(texts, ends, strict=True))
     users = FAMILIES[config.architecture].users
     yield "model", f"{name} ({users}): {config.num_params / 1e6:,.1f} M parameters, {stored}"
     yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"

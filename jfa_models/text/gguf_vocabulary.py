@@ -6,6 +6,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
+from jfa_models.text.ends import ENDS
 from jfa_models.text.pre_tokenizers import PreTokenizer, pre_tokenizer_of
 
 # Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
@@ -14,9 +15,6 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _NEVER_STRIP = ("<unk>", "<s>", "<|endoftext|>")
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
-
-# End-of-turn tokens that a file may contain without naming them: Gemma, ChatML (Qwen, SmolLM2), Llama 3, Phi-3.
-_ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 
 
 def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
@@ -55,13 +53,16 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The end-of-text, -turn and -message tokens. An end of turn that the file does not name is found by its text."""
-    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
-    ends = [metadata[key] for key in keys if key in metadata]
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    if keys[1] not in metadata:
-        ends += [tokens.index(text) for text in _ENDS_OF_TURN if text in tokens]
-    return tuple(dict.fromkeys(ends))
+    """The end-of-text, -turn and -message tokens: those that the file names, and added tokens with the text of one."""
+    named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    added = {
+        token: i
+        for i, (token, kind) in enumerate(
+            zip(metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ()), strict=False)
+        )
+        if kind in (_CONTROL, _USER_DEFINED)
+    }
+    return tuple(dict.fromkeys([i for i in named if i is not None] + [added[end] for end in ENDS if end in added]))
 
 
 def _strips_after_special_tokens(metadata: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import processors
 
 from jfa_models.text import chat
+from jfa_models.text.ends import ENDS
 from jfa_models.text.files import read_json, write_json
 from jfa_models.text.gguf_vocabulary import core_of, end_token_ids
 
@@ -57,12 +58,15 @@ class Tokenizer:
         }
         _add_tokens(core, config, _read_if_there(path / "added_tokens.json"), special_tokens.values())
         bos, eos = (_id_of(core, special_tokens, name) for name in ("bos_token", "eos_token"))
+        templates = _read_templates(path, config)
+        # the template of a chat model may end turns with a token that no file names
+        ends = [core.token_to_id(end) for end in ENDS if any(end in text for text in templates.values())]
         return cls(
             core=core,
             bos_token_id=bos,
-            eos_token_ids=() if eos is None else (eos,),
+            eos_token_ids=tuple(dict.fromkeys(i for i in (eos, *ends) if i is not None)),
             special_tokens=special_tokens,
-            chat_templates=_read_templates(path, config),
+            chat_templates=templates,
         )
 
     @classmethod

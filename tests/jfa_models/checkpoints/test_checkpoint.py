@@ -292,6 +292,9 @@ def test_generation_config_is_honoured(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.6, "do_sample": true}')
     generation = open_checkpoint(folder).generation
     assert (generation.eos_token_ids, generation.temperature) == ((5, 6), 0.6)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).generation.eos_token_ids == (5, 6, 9)
 
 
 def test_a_folder_brings_its_tokenizer(folder):
@@ -594,7 +597,7 @@ def test_smollm2_is_read_as_gguf_s_own_reader_and_dequantizer_see_it():
     assert (config.num_kv_heads, config.head_dim) == (want["num_key_value_heads"], want["head_dim"])
     assert config.tie_word_embeddings and config.rope.theta == reference["rope_theta"]
     assert checkpoint.stored_dtype == "Q4_1"
-    assert checkpoint.generation.eos_token_ids == (want["eos_token_id"],)
+    assert checkpoint.generation.eos_token_ids == (want["eos_token_id"], 0)  # <|im_end|> and <|endoftext|>
     assert {n: t.shape for n, t in checkpoint.tensors.items()} == {n: s.shape for n, s in expected_of(config).items()}
 
     by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(checkpoint.path).tensors}

@@ -81,7 +81,7 @@ def test_smollm2_ids_and_text_agree_with_transformers(smollm2):
 def test_smollm2_splits_digits_and_reads_special_tokens(smollm2):
     assert tokens_of(smollm2, "x  12") == ["x", "ĠĠ", "1", "2"]
     assert smollm2.encode("<|im_end|>") == [2]
-    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.vocab_size) == (1, (2,), 49152)
+    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.vocab_size) == (1, (2, 0), 49152)
 
 
 @needs_smollm2
@@ -494,6 +494,22 @@ def test_which_of_several_files_has_the_template(folder, name):
     again.mkdir()
     tokenizer.save(again)
     assert Tokenizer.from_folder(again).chat_templates == templates
+
+
+def test_what_ends_a_turn_in_the_template_is_an_end_token(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    decoder = {str(size): {"content": "<|im_end|>", **ADDED}}
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|eot_id|>"
+    tokenizer = write(folder, eos_token="<|eos|>", chat_template=template, added_tokens_decoder=decoder)
+    assert tokenizer.eos_token_ids == (1, size)
+
+
+def test_gguf_end_tokens_are_those_named_and_those_of_known_texts():
+    metadata = byte_level_metadata(eot_token_id=2)
+    metadata["tokenizer.ggml.tokens"] += ["<|im_end|>", "<|endoftext|>", "<|end|>"]
+    metadata["tokenizer.ggml.token_type"] += [CONTROL, USER_DEFINED, NORMAL]  # the last is a word of the vocabulary
+    size = len(metadata["tokenizer.ggml.tokens"])
+    assert Tokenizer.from_gguf(metadata).eos_token_ids == (1, 2, size - 3, size - 2)
 
 
 def test_templates_without_a_default_are_named(folder):
