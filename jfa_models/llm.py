@@ -51,7 +51,7 @@ class LLM:
           ValueError: see from_pretrained and Engine.
         """
         if not isinstance(model, LanguageModel):
-            model = from_pretrained(model, dtype=dtype)
+            model = from_pretrained(model, dtype=dtype, context_length=max_model_len)
         elif dtype is not None:
             raise ValueError(f"dtype={dtype!r} is given too late: the model is loaded in {model.dtype}; leave it out")
         self.model = model

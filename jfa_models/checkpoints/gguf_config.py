@@ -14,6 +14,7 @@ from jfa_models.checkpoints.fields import (
     ROPE_THETA_UNSTATED,
     activation_of,
     check_counts,
+    context_of,
     default_head_dim,
     family_of,
     longrope_attention,
@@ -97,6 +98,7 @@ def config_from_gguf(
     if experts is None:
         require(metadata, "GGUF metadata", f"{arch}.feed_forward_length")
     windows = _windows_from_gguf(source, family, num_layers)
+    rope = _rope_from_gguf(source, str(arch), head_dim, rope_divisors or {})
     # two models have a scale that their files do not specify
     odd_scale = (arch, num_layers) in (("gemma2", 46), ("gemma3", 62))
     read: dict[str, Any] = dict(
@@ -107,9 +109,9 @@ def config_from_gguf(
         num_q_heads=num_q_heads,
         num_kv_heads=source.get("attention.head_count_kv", num_q_heads),
         head_dim=head_dim,
-        context_length=context_length,
+        context_length=context_of(context_length, rope.scaling),
         norm_eps=norm_eps,
-        rope=_rope_from_gguf(source, str(arch), head_dim, rope_divisors or {}),
+        rope=rope,
         local_rope=_local_rope_from_gguf(source) if architecture == "gemma3_text" and any(windows) else None,
         tie_word_embeddings="output.weight" not in tensor_names,
         hidden_act=activation_of(family.defaults, architecture),

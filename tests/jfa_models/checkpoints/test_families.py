@@ -24,10 +24,14 @@ from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
+from jfa_models.engine import Engine
+from jfa_models.llm import LLM
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 CASES = sorted(file.stem for file in GOLDEN.glob("*.npz"))
+pytestmark = pytest.mark.filterwarnings("ignore:.*rotates by its factors for long texts")
+
 CONTEXT = {"phi3_short": 64}  # what transformers decides by the length of a text is the context's affair here
 CLOSE = 1e-4  # of the spread of the logits
 
@@ -216,6 +220,42 @@ def test_what_a_family_leaves_unsaid(name):
     stated, taken = UNSAID[name]
     config = config_from_hf({key: value for key, value in HF.items() if key != "head_dim"} | stated)
     assert {key: getattr(config, key) for key in taken} == taken
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+CONTEXTS = {  # name: (max_position_embeddings, rope_scaling, tokens that vLLM takes for this file)
+    "as_documented": (32_768, YARN, 131_072),  # "Processing long texts" in the model cards of Qwen2.5 and Qwen3
+    "extended_already": (131_072, YARN, 131_072),
+    "original_unsaid": (32_768, {"rope_type": "yarn", "factor": 4.0}, 131_072),
+    "llama3": (131_072, {"rope_type": "llama3", **LLAMA3}, 131_072),
+    "none": (32_768, None, 32_768),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_yarn_extends_the_context(name):
+    stated, scaling, tokens = CONTEXTS[name]
+    config = config_from_hf(HF | {"max_position_embeddings": stated, "rope_scaling": scaling})
+    assert config.context_length == tokens
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_yarn_extends_the_context_of_a_gguf_file():
+    stated = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 512}
+    assert config_from_gguf(of_architecture("llama", **stated), TENSORS).context_length == 2048
+
+
+def test_a_context_that_uses_the_long_factors_says_so():
+    with pytest.warns(UserWarning, match=r"phi3_long rotates by its factors for long texts.* context_length=16 \("):
+        model = from_pretrained(GOLDEN / "phi3_long", dtype="float32")
+    original = model.config.rope.scaling.original_context_length
+    with pytest.warns(UserWarning, match=f"and max_model_len={original} allows short ones only; load it with"):
+        Engine(model, max_model_len=original, num_pages=20, page_size=4)
+    short = LLM(GOLDEN / "phi3_long", dtype="float32", max_model_len=original, num_pages=20, page_size=4)
+    assert short.model.config.context_length == original
+    tokens = np.arange(original)[None] % 96
+    want = from_pretrained(GOLDEN / "phi3_long", dtype="float32", context_length=original).logits(tokens)
+    np.testing.assert_array_equal(short.model.logits(tokens), want)
 
 
 NEEDED = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
@@ -657,7 +697,7 @@ def test_random_weights_are_those_of_their_seed():
 
 def test_a_shorter_context():
     assert loaded("phi3_short").config.context_length == 64
-    with pytest.raises(ValueError, match="context_length must be 1 to 256, the model's own, got 257"):
+    with pytest.raises(ValueError, match=r"context_length .* must be 1 to 256, the model's own, got 257"):
         from_pretrained(GOLDEN / "phi3_short", context_length=257)
 
 
