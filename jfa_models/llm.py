@@ -51,7 +51,7 @@ class LLM:
           ValueError: see from_pretrained and Engine.
         """
         if not isinstance(model, LanguageModel):
-            model = from_pretrained(model, dtype=dtype)
+            model = from_pretrained(model, dtype=dtype, context_length=max_model_len)
         elif dtype is not None:
             raise ValueError(
                 f"dtype={dtype!r} has no effect: the model is already loaded in {model.dtype}; leave it out"
@@ -136,7 +136,7 @@ class LLM:
           ValueError: the model has no chat template; or see generate.
         """
         tokenizer = self.model.tokenizer
-        if tokenizer is None or tokenizer.chat_template is None:
+        if tokenizer is None or not tokenizer.chat_templates:
             raise ValueError("this model has no chat template, so it was not made for conversations: use generate")
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = [

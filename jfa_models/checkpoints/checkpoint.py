@@ -35,8 +35,8 @@ class Checkpoint:
             if not has_vocabulary:
                 return None
             tokenizer, template = Tokenizer.from_gguf(self.metadata), FAMILIES[self.config.architecture].chat_template
-            if tokenizer.chat_template is None and template is not None:
-                return dataclasses.replace(tokenizer, chat_template=template)
+            if not tokenizer.chat_templates and template is not None:
+                return dataclasses.replace(tokenizer, chat_templates={"default": template})
             return tokenizer
         folder = self.path if self.path.is_dir() else self.path.parent
         return Tokenizer.from_folder(folder) if any(folder.glob("tokenizer*")) else None

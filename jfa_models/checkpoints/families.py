@@ -149,7 +149,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         users="Mistral",
         class_name="MistralForCausalLM",
         gguf="llama",
-        defaults=dict(sliding_window=4096),
+        defaults=dict(sliding_window=4096, num_key_value_heads=8),
         windows="all",
         permuted=True,
     ),
@@ -157,7 +157,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         users="Mixtral",
         class_name="MixtralForCausalLM",
         gguf="llama",
-        defaults=dict(rope_theta=1e6),
+        defaults=dict(rope_theta=1e6, num_key_value_heads=8, num_experts=8, num_experts_per_tok=2),
         windows="all",
         permuted=True,
     ),
@@ -166,7 +166,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="Qwen2ForCausalLM",
         gguf="qwen2",
         always=dict(qkv_bias=True, out_bias=False),
-        defaults=_UNUSED_WINDOW,
+        defaults=_UNUSED_WINDOW | dict(num_key_value_heads=32),
         windows="late",
     ),
     "qwen3": Family(
@@ -174,7 +174,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="Qwen3ForCausalLM",
         gguf="qwen3",
         always=dict(qk_norm=True),
-        defaults=_UNUSED_WINDOW | dict(head_dim=128),
+        defaults=_UNUSED_WINDOW | dict(head_dim=128, num_key_value_heads=32),
         windows="late",
     ),
     "qwen3_moe": Family(
@@ -182,7 +182,8 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="Qwen3MoeForCausalLM",
         gguf="qwen3moe",
         always=dict(qk_norm=True),
-        defaults=_UNUSED_WINDOW,
+        defaults=_UNUSED_WINDOW
+        | dict(num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
         windows="all",
     ),
     "gemma": Family(
@@ -191,7 +192,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         gguf="gemma",
         chat_template=_GEMMA_TURNS,
         always=_GEMMA,
-        defaults=_GEMMA_DEFAULTS,
+        defaults=_GEMMA_DEFAULTS | dict(num_key_value_heads=16),
     ),
     "gemma2": Family(
         users="Gemma 2",
@@ -203,6 +204,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         | dict(
             sliding_window_pattern=2,
             sliding_window=4096,
+            num_key_value_heads=4,
             query_pre_attn_scalar=256,
             attn_logit_softcapping=50.0,
             final_logit_softcapping=30.0,

@@ -6,7 +6,7 @@ from typing import Any
 
 from jfa_models.checkpoints.families import FAMILIES, Family
 from jfa_models.model.config import Activation
-from jfa_models.model.rope import check_positive
+from jfa_models.model.rope import Scaling, YarnScaling, check_positive
 
 ACTIVATIONS: Mapping[str, Activation] = {  # by name in config.json; the first name of each activation is written
     "silu": "silu",
@@ -67,6 +67,13 @@ def activation_of(source: Mapping[str, Any], architecture: str) -> Activation:
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
+
+
+def context_of(longest: int, scaling: Scaling | None) -> int:
+    """The context of a model. YaRN as its authors document it extends a context that the file states unextended."""
+    if isinstance(scaling, YarnScaling) and longest <= scaling.original_context_length:
+        return int(scaling.original_context_length * scaling.factor)
+    return longest
 
 
 def longrope_attention(longest: int, original: int) -> float:

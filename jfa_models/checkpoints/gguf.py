@@ -9,6 +9,7 @@ import io
 import math
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ from jfa_models.checkpoints.checkpoint import Checkpoint
 from jfa_models.checkpoints.families import FAMILIES, gguf_names
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.gguf_config import config_from_gguf
+from jfa_models.checkpoints.locate import parts_of
 from jfa_models.checkpoints.names import ROPE_DIVISORS, by_our_names
 from jfa_models.checkpoints.tensors import StoredTensor, check_length, damaged, main_encoding
 
+_ALIGNMENT = 32  # of the tensors, unless general.alignment says otherwise
+
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Opens a .gguf file. Raises ValueError if the file is damaged or the model is not supported."""
-    metadata, stored = _read_gguf_header(path)
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{path} is one of {metadata['split.count']} parts; merge them with llama-gguf-split --merge")
+    """Opens a .gguf file; of a model in several files, any of them.
+
+    Raises:
+      ValueError: a file is damaged, the model is not supported, or its parts are missing or do not belong together.
+    """
+    metadata, stored = _read_parts(parts_of(path))
     divisors = {name: tuple(stored[name].read(np.float32).tolist()) for name in ROPE_DIVISORS if name in stored}
     config = config_from_gguf(metadata, stored.keys(), divisors)
     tensors, unknown = by_our_names(stored, gguf_names(config.architecture), config)
@@ -47,6 +53,36 @@ def open_gguf(path: Path) -> Checkpoint:
         unknown=unknown,
         metadata=metadata,
     )
+
+
+def _read_parts(files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The metadata, all of which is in the first part, and the tensors of all parts."""
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(f"{files[0].parent} lacks {', '.join(missing)} of the model; download them too")
+    metadata, tensors = _read_gguf_header(files[0])
+    alignments = (metadata.get("general.alignment", _ALIGNMENT), _ALIGNMENT)
+    count = metadata.get("split.count", 1)
+    if count != len(files):
+        raise ValueError(
+            f"{files[0]} is a part of {count}, and its name says {len(files)}; "
+            "give it the name that it had, or merge the parts with llama-gguf-split --merge"
+        )
+    for number, file in enumerate(files):
+        own, more = (metadata, {}) if number == 0 else _read_gguf_header(file, alignments)
+        if len(files) > 1 and (own.get("split.no"), own.get("split.count")) != (number, count):
+            raise ValueError(
+                f"{file} says that it is part {own.get('split.no')} (from 0) of {own.get('split.count')}; "
+                "download it again"
+            )
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise ValueError(f"{file} has tensors that another part has too, such as {twice[0]}; download it again")
+        tensors |= more
+    if len(tensors) != metadata.get("split.tensors.count", len(tensors)):
+        raise ValueError(
+            f"{files[0]} and its other parts must have {metadata['split.tensors.count']} tensors, and have "
+            f"{len(tensors)}: they are of different models; download them again"
+        )
+    return metadata, tensors
 
 
 # Value types of the key-value pairs, as `struct` codes. Source: the GGUF specification, gguf_metadata_value_type.
@@ -97,8 +133,14 @@ class _GgufFields:
         return _SCALARS[kind]
 
 
-def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Parses little-endian fields: key-value pairs, then a table of tensors. Padding and the tensors follow."""
+def _read_gguf_header(
+    path: Path, alignments: Sequence[int] = (_ALIGNMENT,)
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Parses little-endian fields: key-value pairs, then a table of tensors. Padding and the tensors follow.
+
+    alignments: of a file that does not say it, the likeliest first; the length of the file decides. The parts after the
+    first do not say it: the gguf package writes them with that of the first, llama-gguf-split with 32.
+    """
     with open(path, "rb") as stream:
         fields = _GgufFields(path, stream)
         if (magic := fields.take(4)) != b"GGUF":
@@ -111,10 +153,11 @@ def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTenso
             (fields.text(), fields.scalars("Q", fields.scalar("I")), fields.scalar("I"), fields.scalar("Q"))
             for _ in range(num_tensors)
         ]
-        alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1:
-            raise damaged(path, f"general.alignment is {alignment!r}")
-        start = -(-stream.tell() // alignment) * alignment
+        if (alignment := metadata.get("general.alignment")) is not None:
+            alignments = (alignment,)
+        if any(type(alignment) is not int or alignment < 1 for alignment in alignments):
+            raise damaged(path, f"general.alignment is {alignments[0]!r}")
+        header = stream.tell()
     tensors = {}
     for name, extents, kind, offset in infos:
         if kind not in GGMLQuantizationType:
@@ -126,8 +169,22 @@ def _read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTenso
             name=name,
             shape=extents[::-1],
             encoding=encoding.name,
-            offset=start + offset,
+            offset=offset,
             num_bytes=math.prod(extents) // block_elements * block_bytes,
         )
-    check_length(path, tensors, path.stat().st_size)
+    length = path.stat().st_size
+    end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=0)
+    starts = [_aligned(header, alignment) for alignment in alignments]
+    fitting = [
+        start
+        for start, alignment in zip(starts, alignments, strict=True)
+        if start + end <= length <= start + _aligned(end, alignment)
+    ]
+    start = (fitting or starts)[0]
+    tensors = {name: dataclasses.replace(each, offset=start + each.offset) for name, each in tensors.items()}
+    check_length(path, tensors, length)
     return metadata, tensors
+
+
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

@@ -1,5 +1,11 @@
-"""Converts the metadata of GGUF files to a DecoderConfig."""
+"""Converts the metadata of GGUF files to a DecoderConfig.
 
+A key that a file lacks has the value that llama.cpp gives it: for some architectures that is not "off". Source:
+llama.cpp, src/llama-model.cpp and src/models/.
+"""
+
+import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +14,7 @@ from jfa_models.checkpoints.fields import (
     ROPE_THETA_UNSTATED,
     activation_of,
     check_counts,
+    context_of,
     default_head_dim,
     family_of,
     longrope_attention,
@@ -15,6 +22,30 @@ from jfa_models.checkpoints.fields import (
 )
 from jfa_models.model.config import DecoderConfig, ExpertsConfig
 from jfa_models.model.rope import LinearScaling, ListedScaling, LongRopeScaling, RopeConfig, Scaling, YarnScaling
+
+# Keys of an architecture whose other values would need code that this library does not have.
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "expert_gating_func": (0, 1),  # unspecified, softmax
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_shared_count": (0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+# The keys that are read, and those that describe how a model was made.
+_KNOWN = frozenset(_FIXED) | frozenset(
+    """
+    vocab_size context_length embedding_length block_count feed_forward_length tensor_data_layout
+    attention.head_count attention.head_count_kv attention.key_length attention.value_length
+    attention.layer_norm_epsilon attention.layer_norm_rms_epsilon
+    attention.sliding_window attention.sliding_window_pattern
+    attn_logit_softcapping final_logit_softcapping expert_count expert_used_count expert_feed_forward_length
+    rope.dimension_count rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.type rope.scaling.factor
+    rope.scaling.attn_factor rope.scaling.original_context_length rope.scaling.finetuned
+    rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+    """.split()
+)
 
 
 def config_from_gguf(
@@ -30,6 +61,9 @@ def config_from_gguf(
 
     Raises:
       ValueError: the architecture or rope type is not supported, or a key is missing or invalid.
+
+    Warns:
+      UserWarning: keys of the architecture that this library does not know, and therefore ignores.
     """
     arch = metadata.get("general.architecture")
     architectures: dict[str, str] = {}
@@ -37,14 +71,17 @@ def config_from_gguf(
         architectures.setdefault(family.gguf, name)
     family = family_of(arch, "GGUF metadata: general.architecture", architectures)
     architecture = architectures[str(arch)]
+    metadata = {key: _same_for_all_layers(key, value) for key, value in metadata.items()}
     source = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
+    _check_known(source, str(arch))
     if architecture == "llama" and source.get("expert_count"):
         architecture = "mixtral"
     eps = "attention.layer_norm_epsilon" if family.always.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
     counts = ("embedding_length", "block_count", "attention.head_count", "context_length")
     names = (*counts, eps)
+    optional = ("attention.key_length", "attention.head_count_kv", "vocab_size")
     require(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in names))
-    check_counts(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in (*counts, "attention.key_length")))
+    check_counts(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in (*counts, *optional)))
     if source.get("attention.sliding_window"):
         check_counts(metadata, "GGUF metadata", f"{arch}.attention.sliding_window")
     hidden_size, num_layers, num_q_heads, context_length, norm_eps = (source[name] for name in names)
@@ -61,6 +98,7 @@ def config_from_gguf(
     if experts is None:
         require(metadata, "GGUF metadata", f"{arch}.feed_forward_length")
     windows = _windows_from_gguf(source, family, num_layers)
+    rope = _rope_from_gguf(source, str(arch), head_dim, rope_divisors or {})
     # two models scale their queries by a factor that their files do not specify
     odd_scale = (arch, num_layers) in (("gemma2", 46), ("gemma3", 62))
     read: dict[str, Any] = dict(
@@ -71,9 +109,9 @@ def config_from_gguf(
         num_q_heads=num_q_heads,
         num_kv_heads=source.get("attention.head_count_kv", num_q_heads),
         head_dim=head_dim,
-        context_length=context_length,
+        context_length=context_of(context_length, rope.scaling),
         norm_eps=norm_eps,
-        rope=_rope_from_gguf(source, str(arch), head_dim, rope_divisors or {}),
+        rope=rope,
         local_rope=_local_rope_from_gguf(source) if architecture == "gemma3_text" and any(windows) else None,
         tie_word_embeddings="output.weight" not in tensor_names,
         hidden_act=activation_of(family.defaults, architecture),
@@ -81,22 +119,58 @@ def config_from_gguf(
         out_bias="blk.0.attn_output.bias" in tensor_names,
         mlp_bias="blk.0.ffn_up.bias" in tensor_names,
         query_scale=(hidden_size / num_q_heads) ** -0.5 if odd_scale else None,
-        attention_soft_cap=source.get("attn_logit_softcapping"),
-        logits_soft_cap=source.get("final_logit_softcapping"),
+        attention_soft_cap=source.get("attn_logit_softcapping", family.defaults.get("attn_logit_softcapping")),
+        logits_soft_cap=source.get("final_logit_softcapping", family.defaults.get("final_logit_softcapping")),
         windows=windows,
         experts=experts,
     )
     return DecoderConfig(architecture=architecture, **(read | family.always))
 
 
+def _same_for_all_layers(key: str, value: Any) -> Any:
+    """A number that is listed for each layer, as a single one."""
+    if key.endswith(("_length", "head_count", "head_count_kv", "sliding_window")) and isinstance(value, list) and value:
+        if any(one != value[0] for one in value):
+            raise ValueError(f"GGUF metadata: {key} must be the same in all layers, got {value}")
+        return value[0]
+    return value
+
+
+def _check_known(source: Mapping[str, Any], arch: str) -> None:
+    for key, allowed in _FIXED.items():
+        if key in source and source[key] not in allowed:
+            wanted = " or ".join(map(repr, allowed))
+            raise ValueError(f"GGUF metadata: {arch}.{key} must be {wanted} for this library, got {source[key]!r}")
+    if unknown := [f"{arch}.{key}" for key in source if key not in _KNOWN]:
+        warnings.warn(
+            f"GGUF metadata: {', '.join(unknown)}: not known to this library and ignored; "
+            "compare its answers with llama.cpp's",
+            stacklevel=4,
+        )
+
+
 def _windows_from_gguf(source: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
-    window = source.get("attention.sliding_window")
-    if family.windows in (None, "late") or not window:
+    if family.windows in (None, "late"):
+        return ()
+    window = source.get("attention.sliding_window", _default_window(source, family, num_layers))
+    if not window:
         return ()
     pattern = source.get("attention.sliding_window_pattern", family.defaults.get("sliding_window_pattern"))
     if isinstance(pattern, Sequence):
         return tuple(window if is_local else None for is_local in pattern)
     return tuple(None if pattern and (i + 1) % pattern == 0 else window for i in range(num_layers))
+
+
+def _default_window(source: Mapping[str, Any], family: Family, num_layers: int) -> int | None:
+    """The window of files that were made before converters wrote it."""
+    match family.gguf, num_layers, source["context_length"]:
+        case "gemma2", _, _:
+            return family.defaults["sliding_window"]
+        case "phi3", 32 | 40, 4096:  # Phi-3 mini and medium
+            return 2047
+        case "phi3", 40, 131_072:
+            return 131_072
+    return None
 
 
 def _rope_from_gguf(
@@ -105,27 +179,39 @@ def _rope_from_gguf(
     theta = source.get("rope.freq_base", ROPE_THETA_UNSTATED)
     rotary_dim = source.get("rope.dimension_count", head_dim)
     kind = source.get("rope.scaling.type", "linear")
-    factor = source.get("rope.scaling.factor", source.get("rope.scale_linear", 1.0))
-    original: Any = source.get("rope.scaling.original_context_length")
+    factor = source.get("rope.scaling.factor", source.get("rope.scale_linear", 1.0)) or 1.0
     longest = source["context_length"]
+    original: Any = source.get("rope.scaling.original_context_length", longest)
+    attention = source.get("rope.scaling.attn_factor")
     scaling: Scaling | None = None
     if long := divisors.get("rope_factors_long.weight"):
-        require(source, f"GGUF metadata: {arch}", "rope.scaling.original_context_length")
         scaling = LongRopeScaling(
             short=divisors.get("rope_factors_short.weight", ()),
             long=long,
             original_context_length=original,
-            attention_factor=source.get("rope.scaling.attn_factor") or longrope_attention(longest, original),
+            attention_factor=attention or longrope_attention(longest, original),
         )
     elif kind == "yarn":
-        require(source, f"GGUF metadata: {arch}", "rope.scaling.original_context_length")
-        scaling = YarnScaling(factor=factor, original_context_length=original)
+        given = source.get("rope.scaling.yarn_attn_factor")
+        if attention is not None:  # a factor of the factor that YaRN has anyway
+            given = attention * (given or 0.1 * math.log(max(factor, 1.0)) + 1.0)
+        scaling = YarnScaling(
+            factor=factor,
+            original_context_length=original,
+            beta_fast=source.get("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=source.get("rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=given,
+        )
     elif kind in ("none", "linear"):
         linear = LinearScaling(factor=1.0 if kind == "none" else factor)
         if listed := divisors.get("rope_freqs.weight"):
             scaling = ListedScaling(values=tuple(linear.factor * value for value in listed))
         elif linear.factor != 1.0:
             scaling = linear
+        if attention not in (None, 1.0):
+            raise ValueError(
+                f"GGUF metadata: {arch}.rope.scaling.attn_factor must be 1 for rope scaling {kind}, got {attention}"
+            )
     else:
         raise ValueError(
             f"GGUF metadata: {arch}.rope.scaling.type must be none, linear, yarn or longrope, got {kind!r}"

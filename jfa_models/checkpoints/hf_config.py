@@ -11,6 +11,7 @@ from jfa_models.checkpoints.fields import (
     ROPE_THETA_UNSTATED,
     activation_of,
     check_counts,
+    context_of,
     default_head_dim,
     family_of,
     list_of,
@@ -30,7 +31,8 @@ from jfa_models.model.rope import (
 
 _FULL, _WINDOW = "full_attention", "sliding_attention"
 
-_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null: off; missing key: the default
+# null: off, or as many as query heads; missing: the family's default
+_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads", "head_dim")
 _COUNTS = (
     "hidden_size",
     "num_hidden_layers",
@@ -41,6 +43,11 @@ _COUNTS = (
     "sliding_window",
     "sliding_window_pattern",
     "decoder_sparse_step",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
 )
 
 
@@ -92,9 +99,9 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         intermediate_size=source["intermediate_size"],
         num_layers=num_layers,
         num_q_heads=num_q_heads,
-        num_kv_heads=source.get("num_key_value_heads", num_q_heads),
+        num_kv_heads=source.get("num_key_value_heads") or num_q_heads,
         head_dim=head_dim,
-        context_length=source["max_position_embeddings"],
+        context_length=context_of(source["max_position_embeddings"], rope.scaling),
         norm_eps=source[eps],
         rope=rope,
         local_rope=local_rope if windows else None,
@@ -185,7 +192,6 @@ def _written_for_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
 
 def _experts_from_hf(source: Mapping[str, Any], num_layers: int) -> ExpertsConfig:
     count = "num_local_experts" if "num_local_experts" in source else "num_experts"
-    require(source, "config.json", count, "num_experts_per_tok")
     step = source.get("decoder_sparse_step", 1)
     listed = list_of(source.get("mlp_only_layers", ()), int, "config.json: mlp_only_layers")
     return ExpertsConfig(

@@ -6,14 +6,17 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 # owner/name, optionally a GGUF file in it and a revision. Excludes paths of missing local files, which look similar.
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.gguf)?(@[\w./-]+)?")
+# A part of a model in several files, as llama-gguf-split and the gguf package name it.
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # The files that a decoder needs: no pickles, and no second copy of the weights in another layout.
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 _UNWANTED = ["consolidated*", "original/*", "*/*"]
+_WANTED_OF_FOLDERS = ["additional_chat_templates/*.jinja"]
 
 
 class _Package(NamedTuple):
@@ -81,6 +84,20 @@ def locate(model: str | Path) -> Path:
     )
 
 
+def parts_of[AnyPath: PurePath](path: AnyPath) -> list[AnyPath]:
+    """The GGUF files of a model, of which `path` is one: their names say how many there are."""
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return [path]
+    return [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}.gguf") for i in range(1, int(part[3]) + 1)]
+
+
+def only_model(folder: Path) -> Path | None:
+    """The GGUF file of a folder, or the first part of its only model; None if it has no GGUF file or several models."""
+    firsts = {parts_of(file)[0] for file in folder.glob("*.gguf")}
+    return firsts.pop() if len(firsts) == 1 else None
+
+
 def _download(name: str) -> Path:
     # this import takes half a second and is only needed for downloads
     import huggingface_hub
@@ -91,8 +108,12 @@ def _download(name: str) -> Path:
     options: dict[str, Any] = dict(repo_id=f"{owner}/{repo}", revision=revision or None)
     try:
         if file:
-            return Path(huggingface_hub.hf_hub_download(filename=file[0], **options))
-        return Path(huggingface_hub.snapshot_download(allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options))
+            parts = parts_of(PurePosixPath(file[0]))
+            first, *_ = [huggingface_hub.hf_hub_download(filename=str(part), **options) for part in parts]
+            return Path(first)
+        folder = huggingface_hub.snapshot_download(allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options)
+        huggingface_hub.snapshot_download(allow_patterns=_WANTED_OF_FOLDERS, **options)
+        return Path(folder)
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(
             f"there is no folder {name!r}, {name} is not in the Hugging Face cache "

@@ -52,13 +52,18 @@ def show(model: str, dtype: str | None) -> None:
 
 def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
     if (config := shape_of(model)) is not None:
-        name, stored = model, "without weights"
+        name, stored, ends = model, "without weights", []
     else:
         checkpoint = open_checkpoint(model)
         config, name, stored = checkpoint.config, checkpoint.path.stem, f"stored as {checkpoint.stored_dtype}"
+        tokenizer = checkpoint.load_tokenizer()
+        texts = tokenizer.core.id_to_token if tokenizer else {}.get
+        ends = [f"{texts(i) or 'token'} ({i})" for i in checkpoint.generation.ends(tokenizer)]
     users = FAMILIES[config.architecture].users
     yield "model", f"{name} ({users}): {config.num_params / 1e6:,.1f} M parameters, {stored}"
     yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
+    if ends:
+        yield "end tokens", ", ".join(ends)
     whole = config.cache_elements(config.context_length) * dtype.itemsize
     context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
     yield "KV cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"

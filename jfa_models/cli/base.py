@@ -67,6 +67,12 @@ def model_options(command: Callable) -> Callable:
 
 
 def cache_options(command: Callable) -> Callable:
-    """Adds --cache and --kv-dtype."""
+    """Adds --cache, --kv-dtype and --max-model-len."""
+    cache = click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)
     kv_dtype = click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Quantize the pages of the KV cache.")
-    return click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)(kv_dtype(command))
+    longest = click.option(
+        "--max-model-len",
+        type=click.IntRange(min=1),
+        help="Maximum tokens of a prompt and its answer. Default: the model's context.",
+    )
+    return cache(kv_dtype(longest(command)))

@@ -13,16 +13,24 @@ from jfa_models.cli.sampling import check_sampling, sampling_options
 @cache_options
 @sampling_options
 @click.option("--system", help="System prompt.")
-def chat(model: str, dtype: str | None, cache: str, kv_dtype: str | None, system: str | None, **sampling) -> None:
+def chat(
+    model: str,
+    dtype: str | None,
+    cache: str,
+    kv_dtype: str | None,
+    max_model_len: int | None,
+    system: str | None,
+    **sampling,
+) -> None:
     """Chat with a model. /reset starts over; /exit or Ctrl-D ends the chat."""
     check_sampling(sampling)
 
     from jfa_models.cli import running
     from jfa_models.decoding.language_model import Session
 
-    language_model = running.load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype)
+    language_model = running.load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype, context_length=max_model_len)
     tokenizer = language_model.tokenizer
-    if tokenizer is None or tokenizer.chat_template is None:
+    if tokenizer is None or not tokenizer.chat_templates:
         raise click.UsageError(f"{model} has no chat template, so it is not a chat model: use jfa generate")
     params = running.sampling_params(language_model, sampling)
     opening = [{"role": "system", "content": system}] if system else []

@@ -59,7 +59,7 @@ class LanguageModel:
       params: the decoder's parameters as a flat tuple, in the form that the steps take.
       tokenizer: None if the model has none; prompts must then be token ids.
       defaults: the sampling parameters that the checkpoint's authors recommend.
-      eos_token_ids: the end-of-text tokens, from the defaults, or otherwise from the tokenizer.
+      eos_token_ids: the end-of-text, -turn and -message tokens of the defaults and of the tokenizer.
       cache_options: the options of new_cache.
     """
 
@@ -77,7 +77,7 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
-        self.eos_token_ids = self.defaults.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ())
+        self.eos_token_ids = self.defaults.ends(tokenizer)
         self.cache_options = cache_options or CacheOptions()
         self.dtype = params[0].dtype
         self.steps = Steps(decoder)

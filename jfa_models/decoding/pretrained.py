@@ -14,6 +14,7 @@ from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
 from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.config import DecoderConfig
+from jfa_models.model.rope import LongRopeScaling
 
 
 def from_pretrained(
@@ -48,7 +49,15 @@ def from_pretrained(
         warnings.warn(f"{name} is a preset without trained weights: its weights are random", stacklevel=2)
         return LanguageModel.random(_with_context(config, context_length), dtype=dtype, cache_options=options)
     checkpoint = open_checkpoint(name)
-    abstract = abstract_decoder(_with_context(checkpoint.config, context_length), dtype)
+    config = _with_context(checkpoint.config, context_length)
+    if (rope := config.rope.scaling) and isinstance(rope, LongRopeScaling) and rope.is_long(config.context_length):
+        warnings.warn(
+            f"{name} rotates by its factors for long texts, also in short ones; for texts of up to "
+            f"{rope.original_context_length} tokens, load it with context_length={rope.original_context_length} "
+            "(--max-model-len)",
+            stacklevel=2,
+        )
+    abstract = abstract_decoder(config, dtype)
     expected = named_leaves(abstract)
     params = load_params(checkpoint, expected)
     return LanguageModel(
@@ -70,5 +79,8 @@ def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderC
     if context_length is None:
         return config
     if not 1 <= context_length <= config.context_length:
-        raise ValueError(f"context_length must be 1 to {config.context_length}, the model's own, got {context_length}")
+        raise ValueError(
+            f"context_length (max_model_len of LLM) must be 1 to {config.context_length}, the model's own, "
+            f"got {context_length}"
+        )
     return dataclasses.replace(config, context_length=context_length)

@@ -112,7 +112,11 @@ class LongRopeScaling:
 
     def divisors(self, exact: Frequencies, context_length: int) -> Frequencies:
         """The divisor of each inverse frequency."""
-        return self.long if context_length > self.original_context_length else self.short
+        return self.long if self.is_long(context_length) else self.short
+
+    def is_long(self, context_length: int) -> bool:
+        """Whether a context of this length uses the list for longer ones."""
+        return context_length > self.original_context_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

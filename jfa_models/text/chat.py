@@ -3,34 +3,105 @@
 import datetime
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 
-def render(template: str, **values: Any) -> str:
-    """Renders a template with values such as `messages` and `add_generation_prompt`.
+def render(template: str, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+    """Renders a template with messages and values such as `add_generation_prompt`.
+
+    The content of a message may be a text, None (no text), or a list of parts {"type": "text", "text": ...}. A template
+    that does not read lists gets the texts, joined by newlines.
 
     Raises:
-      ValueError: the template refuses the values; the message includes its own reason.
+      ValueError: the template is faulty, fails on these messages, or refuses them with a message of its own; or a part
+        is not text.
     """
+    compiled, reads_lists = _compile(template)
+    plain = [_with_content(message, as_list=reads_lists) for message in messages]
     try:
-        return _compile(template).render(**values)
-    except jinja2.TemplateError as error:
+        return compiled.render(messages=plain, **values)
+    except _RefusedError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ValueError(
+            f"the model's chat template fails on these messages: {type(error).__name__}: {error}"
+        ) from error
+
+
+class _RefusedError(Exception):
+    """A template called raise_exception."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: marks what the model wrote, for training; the text is the body's."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
+def _compile(template: str) -> tuple[jinja2.Template, bool]:
+    """The template, and whether it reads contents that are lists."""
     # templates come from checkpoints, so they run in a sandbox
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+    try:
+        return environment.from_string(template), _loops_over_content(environment.parse(template))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the model's chat template is faulty in line {error.lineno}: {error.message}; "
+            "put a working chat_template.jinja next to tokenizer.json"
+        ) from error
+
+
+def _loops_over_content(tree: jinja2.nodes.Template) -> bool:
+    """Whether a loop runs over a message's content, or over a variable that was set to it."""
+    names = {
+        each.target.name
+        for each in tree.find_all(jinja2.nodes.Assign)
+        if isinstance(each.target, jinja2.nodes.Name) and _is_content(each.node)
+    }
+    return any(
+        _is_content(each.iter) or (isinstance(each.iter, jinja2.nodes.Name) and each.iter.name in names)
+        for each in tree.find_all(jinja2.nodes.For)
+    )
+
+
+def _is_content(node: jinja2.nodes.Node) -> bool:
+    match node:
+        case jinja2.nodes.Getattr(attr="content"):
+            return True
+        case jinja2.nodes.Getitem(arg=jinja2.nodes.Const(value="content")):
+            return True
+    return False
+
+
+def _with_content(message: Mapping[str, Any], *, as_list: bool) -> dict[str, Any]:
+    content = message.get("content")
+    if content is None:
+        return {**message, "content": ""}
+    if isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, Sequence):
+        raise ValueError(f"the content of a message must be a text or a list of parts, got {content!r}")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f'a part of a message must be {{"type": "text", "text": ...}}, got {part!r}')
+    return dict(message) if as_list else {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
@@ -39,4 +110,4 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _RefusedError(message)

@@ -1,47 +1,20 @@
 """The vocabulary in the metadata of a GGUF file, as a tokenizer of the `tokenizers` library."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from jfa_models.text.ends import ENDS
+from jfa_models.text.pre_tokenizers import PreTokenizer, pre_tokenizer_of
 
 # Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
+_NEVER_STRIP = ("<unk>", "<s>", "<|endoftext|>")
+
 _SPACE = "\u2581"  # how SentencePiece writes a space
-
-# End-of-turn tokens that a file may contain without naming them: Gemma, ChatML (Qwen, SmolLM2), Llama 3, Phi-3.
-_ENDS_OF_TURN = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
-
-
-class _Dialect(NamedTuple):
-    """How one family of byte-level BPE splits text before merging."""
-
-    pattern: str | None = None  # regex of a piece of text; None: GPT-2's rule, which is built into ByteLevel
-    single_digits: bool = False
-    whole_words: bool = False  # a piece that is itself a token is not merged from characters
-    compose: bool = False  # apply Unicode NFC first
-    add_bos: bool = False  # unless the file says otherwise
-
-
-# tokenizer.ggml.pre. Patterns: tokenizer.json of Meta-Llama-3-8B and of Qwen2-7B.
-_DIALECTS = {
-    "default": _Dialect(),
-    "gpt-2": _Dialect(),
-    "smollm": _Dialect(single_digits=True),
-    "llama-bpe": _Dialect(
-        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        whole_words=True,
-        add_bos=True,
-    ),
-    "qwen2": _Dialect(
-        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        compose=True,
-    ),
-}
 
 
 def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
@@ -60,13 +33,16 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
             "convert the model again, with its vocabulary"
         )
     if kind == "gpt2":
-        dialect = _dialect(metadata.get("tokenizer.ggml.pre", "default"))
+        dialect = pre_tokenizer_of(metadata)
         core, add_bos = _byte_level(metadata, dialect), dialect.add_bos
     else:
         core, add_bos = _sentence_piece(metadata), True
+    strip = _strips_after_special_tokens(metadata)
     core.add_tokens(
         [
-            AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+            AddedToken(
+                token, normalized=False, special=kind != _USER_DEFINED, rstrip=strip and token not in _NEVER_STRIP
+            )
             for token, kind in zip(
                 metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True
             )
@@ -77,37 +53,36 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The end-of-text, -turn and -message tokens. An end of turn that the file does not name is found by its text."""
-    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
-    ends = [metadata[key] for key in keys if key in metadata]
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    if keys[1] not in metadata:
-        ends += [tokens.index(text) for text in _ENDS_OF_TURN if text in tokens]
-    return tuple(dict.fromkeys(ends))
-
-
-def _dialect(name: str) -> _Dialect:
-    if name not in _DIALECTS:
-        raise ValueError(
-            f"GGUF metadata: tokenizer.ggml.pre {name!r} is not supported; supported: {', '.join(_DIALECTS)}"
+    """The end-of-text, -turn and -message tokens: those that the file names, and added tokens with the text of one."""
+    named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    added = {
+        token: i
+        for i, (token, kind) in enumerate(
+            zip(metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ()), strict=False)
         )
-    return _DIALECTS[name]
+        if kind in (_CONTROL, _USER_DEFINED)
+    }
+    return tuple(dict.fromkeys([i for i in named if i is not None] + [added[end] for end in ENDS if end in added]))
 
 
-def _byte_level(metadata: Mapping[str, Any], dialect: _Dialect) -> tokenizers.Tokenizer:
+def _strips_after_special_tokens(metadata: Mapping[str, Any]) -> bool:
+    """Whether white space after a special token is dropped, as in Phi-3, whose files do not say so.
+
+    Source: llama.cpp, src/llama-vocab.cpp, which goes by the name alone; newer converters write "Phi 3 Mini".
+    """
+    name = str(metadata.get("general.name", "")).lower()
+    of_phi3 = metadata.get("general.architecture") == "phi3" and metadata["tokenizer.ggml.model"] == "llama"
+    return of_phi3 or "phi-3" in name or "phi3" in name
+
+
+def _byte_level(metadata: Mapping[str, Any], dialect: PreTokenizer) -> tokenizers.Tokenizer:
     """GPT-2's scheme: text becomes bytes, bytes become printable characters, characters are merged."""
     vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect.whole_words))
-    if dialect.compose:
-        core.normalizer = normalizers.NFC()
-    cuts: list[pre_tokenizers.PreTokenizer] = []
-    if dialect.single_digits:
-        cuts.append(pre_tokenizers.Digits(individual_digits=True))
-    if dialect.pattern is not None:
-        cuts.append(pre_tokenizers.Split(Regex(dialect.pattern), "isolated"))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=dialect.pattern is None))
-    core.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    if (normalizer := dialect.normalizer()) is not None:
+        core.normalizer = normalizer
+    core.pre_tokenizer = dialect.pre_tokenizer()
     core.decoder = decoders.ByteLevel()
     return core
 

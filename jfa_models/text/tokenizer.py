@@ -5,7 +5,8 @@ rules for adding begin- and end-of-text tokens, streaming, and chat templates.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -13,6 +14,7 @@ import tokenizers
 from tokenizers import processors
 
 from jfa_models.text import chat
+from jfa_models.text.ends import ENDS
 from jfa_models.text.files import read_json, write_json
 from jfa_models.text.gguf_vocabulary import core_of, end_token_ids
 
@@ -30,17 +32,21 @@ class Tokenizer:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     special_tokens: Mapping[str, str]  # "bos_token": "<s>" and so on: the names that chat templates use
-    chat_template: str | None
+    chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by name: "default", "tool_use"
 
     @classmethod
     def from_folder(cls, path: Path) -> "Tokenizer":
-        """Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json and
-        chat_template.jinja.
+        """Reads tokenizer.json and, where they exist, tokenizer_config.json, special_tokens_map.json,
+        added_tokens.json, chat_template.jinja and additional_chat_templates/.
 
-        `add_bos_token` of tokenizer_config.json, if set, decides on the begin-of-text token; otherwise tokenizer.json.
+        tokenizer.json alone decides what is added around a text, as in transformers since version 5: `add_bos_token` of
+        tokenizer_config.json is ignored.
 
         Raises:
-          ValueError: there is no tokenizer.json, a file is damaged, or a flag asks for a token that is not defined.
+          ValueError: there is no tokenizer.json, a file is damaged, or a token is named that is not in the vocabulary.
+
+        Warns:
+          UserWarning: an added token has another id than its file says.
         """
         core = _read_core(path / "tokenizer.json")
         config = _read_if_there(path / "tokenizer_config.json")
@@ -50,20 +56,17 @@ class Tokenizer:
             for name, text in named.items()
             if name.endswith("_token") and isinstance(text, str | dict)
         }
-        bos, eos = (_id_or_none(core, special_tokens.get(name)) for name in ("bos_token", "eos_token"))
-        if (add_bos := config.get("add_bos_token")) is not None:
-            core.post_processor = _surround(bos, eos, add_bos, bool(config.get("add_eos_token")))
-        template = config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if (template_file := path / "chat_template.jinja").exists():
-            template = template_file.read_text(encoding="utf-8")
+        _add_tokens(core, config, _read_if_there(path / "added_tokens.json"), special_tokens.values())
+        bos, eos = (_id_of(core, special_tokens, name) for name in ("bos_token", "eos_token"))
+        templates = _read_templates(path, config)
+        # the template of a chat model may end turns with a token that no file names
+        ends = [core.token_to_id(end) for end in ENDS if any(end in text for text in templates.values())]
         return cls(
             core=core,
             bos_token_id=bos,
-            eos_token_ids=() if eos is None else (eos,),
+            eos_token_ids=tuple(dict.fromkeys(i for i in (eos, *ends) if i is not None)),
             special_tokens=special_tokens,
-            chat_template=template,
+            chat_templates=templates,
         )
 
     @classmethod
@@ -85,16 +88,24 @@ class Tokenizer:
             bos_token_id=bos,
             eos_token_ids=end_token_ids(metadata),
             special_tokens={name: tokens[i] for name, i in ids.items()},
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_templates={
+                key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default": template
+                for key, template in metadata.items()
+                if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
+            },
         )
 
     def save(self, folder: Path) -> None:
         """Writes the files that from_folder and Hugging Face read."""
         self.core.save(str(folder / "tokenizer.json"))
         # no add_bos_token: tokenizer.json already adds the begin-of-text token
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        if self.chat_templates.keys() == {"default"}:
+            config["chat_template"] = self.chat_templates["default"]
+        elif self.chat_templates:
+            config["chat_template"] = [
+                {"name": name, "template": template} for name, template in self.chat_templates.items()
+            ]
         write_json(folder / "tokenizer_config.json", config)
 
     @property
@@ -140,22 +151,39 @@ class Tokenizer:
         return StreamingDetokenizer(self)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **extra: Any,
     ) -> str:
         """Formats a conversation as the model was trained to read it; encode it without adding special tokens.
 
-        `extra` is passed to the template by name (`tools`, `enable_thinking`, ...).
+        Args:
+          messages: {"role": ..., "content": ...}, oldest first; the content is a text, a list of text parts, or None.
+          tools: functions that the model may call, as JSON schemas; with them, a template named "tool_use" is used if
+            the model has one.
+          add_generation_prompt: end with the opening of the model's turn.
+          extra: passed to the template by name (`enable_thinking`, ...).
 
         Raises:
-          ValueError: the model has no chat template, or its template refuses these messages.
+          ValueError: the model has no chat template, or its template is faulty or refuses these messages.
         """
-        if self.chat_template is None:
+        if not self.chat_templates:
             raise ValueError(
                 "this model has no chat template; prompt it with plain text, "
                 "or put a chat_template.jinja next to its tokenizer.json"
             )
-        given = {"tools": None, "documents": None, **self.special_tokens, **extra}
-        return chat.render(self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt, **given)
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        if name not in self.chat_templates:
+            raise ValueError(
+                f"this model has chat templates for {', '.join(sorted(self.chat_templates))} only, and no default one; "
+                "put a chat_template.jinja next to its tokenizer.json"
+            )
+        given = {"documents": None, **self.special_tokens, **extra}
+        template = self.chat_templates[name]
+        return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **given)
 
 
 @final
@@ -209,8 +237,51 @@ def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _id_or_none(core: tokenizers.Tokenizer, text: str | None) -> int | None:
-    return None if text is None else core.token_to_id(text)
+def _add_tokens(
+    core: tokenizers.Tokenizer, config: Mapping[str, Any], legacy: Mapping[str, int], special: Collection[str]
+) -> None:
+    """Adds the tokens that tokenizer_config.json, or else added_tokens.json, has in addition to tokenizer.json."""
+    listed = {int(token_id): entry for token_id, entry in (config.get("added_tokens_decoder") or {}).items()}
+    if not listed:
+        listed = {token_id: {"content": text, "special": text in special} for text, token_id in legacy.items()}
+    options = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for token_id, entry in sorted(listed.items()):
+        text = entry["content"]
+        chosen = {name: bool(entry.get(name, False)) for name in options}
+        core.add_tokens([tokenizers.AddedToken(text, **chosen)])  # of one that is there, it only changes the options
+        if (found := core.token_to_id(text)) != token_id:
+            warnings.warn(
+                f"the added token {text!r} has the id {token_id} in its file, but {found} is the next free one in "
+                "tokenizer.json, and is used, as in transformers",
+                stacklevel=4,
+            )
+    known = {token.content for token in core.get_added_tokens_decoder().values()}
+    core.add_special_tokens([text for text in special if text not in known and core.token_to_id(text) is not None])
+
+
+def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a folder by name: its .jinja files, or else those of tokenizer_config.json."""
+    files = {file.stem: file for file in sorted(path.glob("additional_chat_templates/*.jinja"))}
+    if (default := path / "chat_template.jinja").exists():
+        files.setdefault("default", default)
+    if files:
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return {} if template is None else {"default": template}
+
+
+def _id_of(core: tokenizers.Tokenizer, special_tokens: Mapping[str, str], name: str) -> int | None:
+    text = special_tokens.get(name)
+    if text is None:
+        return None
+    if (found := core.token_to_id(text)) is None:
+        raise ValueError(
+            f"tokenizer_config.json names the {name} {text!r}, which is not in the vocabulary of tokenizer.json; "
+            "use the files that belong together"
+        )
+    return found
 
 
 def _surround(bos: int | None, eos: int | None, add_bos: bool, add_eos: bool) -> processors.TemplateProcessing:

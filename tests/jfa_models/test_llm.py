@@ -16,7 +16,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6)
 @pytest.fixture(scope="module")
 def model():
     decoder = sharp_decoder(CONFIG)
-    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=CHAT_TEMPLATE)
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_templates={"default": CHAT_TEMPLATE})
     return LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])), tokenizer=tokenizer)
 
 

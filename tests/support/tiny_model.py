@@ -29,6 +29,7 @@ def byte_tokenizer() -> Tokenizer:
     """One token per byte."""
     metadata = {
         "model": "gpt2",
+        "pre": "gpt-2",
         "tokens": [*SPECIAL, *BYTES],
         "token_type": [CONTROL] * len(SPECIAL) + [NORMAL] * len(BYTES),
         "merges": [],

@@ -105,9 +105,11 @@ def as_converted(name, array):
     return name.replace("model.layers", "blk"), array
 
 
-def write_gguf(path, tensors, *, kind=GGMLQuantizationType.F32, **metadata):
-    """The golden configuration (or a changed one) and these Hugging Face tensors as one GGUF file."""
-    writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
+def write_gguf(path, tensors, *, kind=GGMLQuantizationType.F32, tensors_a_file=0, alignment=None, **metadata):
+    """The golden configuration (or a changed one) and these Hugging Face tensors as one GGUF file, or several."""
+    writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"), split_max_tensors=tensors_a_file)
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     uint32 = {
         "llama.vocab_size": 256,
         "llama.embedding_length": 96,
@@ -290,6 +292,9 @@ def test_generation_config_is_honoured(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.6, "do_sample": true}')
     generation = open_checkpoint(folder).generation
     assert (generation.eos_token_ids, generation.temperature) == ((5, 6), 0.6)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).generation.eos_token_ids == (5, 6, 9)
 
 
 def test_a_folder_is_loaded_with_its_tokenizer(folder):
@@ -346,10 +351,93 @@ def test_a_missing_shard_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_a_part_of_a_gguf_is_refused(tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", {}, **{"split.count": 3})
-    with pytest.raises(ValueError, match="is one of 3 parts; merge them with llama-gguf-split --merge"):
-        open_checkpoint(path)
+@pytest.fixture
+def in_parts(tmp_path):
+    """The golden model in several GGUF files."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", golden_tensors(), tensors_a_file=10)
+    return sorted(folder.iterdir())
+
+
+def contents(path):
+    return {name: tensor.read(np.float32) for name, tensor in open_checkpoint(path).tensors.items()}
+
+
+def assert_equal_contents(got, want):
+    assert got.keys() == want.keys()
+    for name, tensor in got.items():
+        np.testing.assert_array_equal(tensor, want[name], err_msg=name)
+
+
+@pytest.mark.parametrize("alignment", [None, 32, 128, 4096])
+def test_a_model_in_several_gguf_files_is_the_same_model(tmp_path, alignment):
+    want = contents(write_gguf(tmp_path / "model.gguf", golden_tensors()))
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", golden_tensors(), tensors_a_file=10, alignment=alignment)
+    files = sorted(folder.iterdir())
+    assert len(files) > 2
+    for path in (*files, folder):
+        assert_equal_contents(contents(path), want)
+
+
+def test_later_parts_may_be_aligned_to_32_as_llama_gguf_split_does(tmp_path, in_parts):
+    # the first part says 64, and has its tensors there; the others were written with 32
+    want = contents(in_parts[0])
+    folder = tmp_path / "other"
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", golden_tensors(), tensors_a_file=10, alignment=64)
+    shutil.copy(sorted(folder.iterdir())[0], in_parts[0])
+    assert_equal_contents(contents(in_parts[1]), want)
+
+
+def second_says(key, value):
+    return lambda files: rewrite_scalar(files[1], key, value)
+
+
+def rewrite_scalar(file, key, value):
+    """Changes a 16-bit number among the metadata of a file."""
+    data = bytearray(file.read_bytes())
+    at = data.index(key.encode()) + len(key) + 4
+    data[at : at + 2] = value.to_bytes(2, "little")
+    file.write_bytes(data)
+
+
+BROKEN_PARTS = {  # name: (what happens to the files, message)
+    "missing": (lambda files: files[1].unlink(), r"lacks model-00002-of-0000\d.gguf of the model; download them too"),
+    "twice": (lambda files: shutil.copy(files[0], files[1]), r"says that it is part 0 \(from 0\) of \d; download it"),
+    "other_number": (second_says("split.no", 2), r"says that it is part 2 \(from 0\)"),
+    "other_count": (second_says("split.count", 9), r"says that it is part 1 \(from 0\) of 9; download it again"),
+    "first_of_more": (
+        lambda files: rewrite_scalar(files[0], "split.count", 9),
+        r"is a part of 9, and its name says \d; give it the name that it had",
+    ),
+    "a_tensor_twice": (
+        lambda files: files[1].write_bytes(files[1].read_bytes().replace(b"blk.1.attn_norm", b"blk.0.attn_norm")),
+        "has tensors that another part has too, such as blk.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_PARTS)
+def test_parts_that_do_not_belong_together_are_refused(in_parts, name):
+    change, message = BROKEN_PARTS[name]
+    change(in_parts)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(in_parts[2])
+
+
+def test_a_part_under_another_name_is_refused(in_parts):
+    with pytest.raises(ValueError, match=r"is a part of \d, and its name says 1; .* merge the parts with llama-g"):
+        open_checkpoint(in_parts[0].rename(in_parts[0].with_name("mine.gguf")))
+
+
+def test_a_folder_of_several_gguf_models_is_refused(tmp_path):
+    for name in "ab":
+        write_gguf(tmp_path / f"{name}.gguf", {})
+    with pytest.raises(ValueError, match=r"contains GGUF files; use the path of one of them: a\.gguf, b\.gguf"):
+        open_checkpoint(tmp_path)
 
 
 # Tensors that do not fit the configuration.
@@ -507,7 +595,7 @@ def test_smollm2_is_read_as_by_the_gguf_package():
     assert (config.num_kv_heads, config.head_dim) == (want["num_key_value_heads"], want["head_dim"])
     assert config.tie_word_embeddings and config.rope.theta == reference["rope_theta"]
     assert checkpoint.stored_dtype == "Q4_1"
-    assert checkpoint.generation.eos_token_ids == (want["eos_token_id"],)
+    assert checkpoint.generation.eos_token_ids == (want["eos_token_id"], 0)  # <|im_end|> and <|endoftext|>
     assert {n: t.shape for n, t in checkpoint.tensors.items()} == {n: s.shape for n, s in expected_of(config).items()}
 
     by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(checkpoint.path).tensors}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from runs import run
 from safetensors import safe_open
 from tiny_model import folder_with_text
 
+from jfa_models.checkpoints.families import FAMILIES
 from jfa_models.checkpoints.gguf_config import config_from_gguf
 from jfa_models.checkpoints.hf_config import config_from_hf, config_to_hf
 from jfa_models.checkpoints.presets import PRESETS
@@ -22,10 +24,14 @@ from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
+from jfa_models.engine import Engine
+from jfa_models.llm import LLM
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import LinearScaling, ListedScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 CASES = sorted(file.stem for file in GOLDEN.glob("*.npz"))
+pytestmark = pytest.mark.filterwarnings("ignore:.*rotates by its factors for long texts")
+
 CONTEXT = {"phi3_short": 64}  # jfa selects LongRoPE factors by the context, transformers by the length of the text
 CLOSE = 1e-4  # of the spread of the logits
 
@@ -216,9 +222,109 @@ def test_missing_keys_get_the_defaults_of_the_family(name):
     assert {key: getattr(config, key) for key in taken} == taken
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+CONTEXTS = {  # name: (max_position_embeddings, rope_scaling, tokens that vLLM takes for this file)
+    "as_documented": (32_768, YARN, 131_072),  # "Processing long texts" in the model cards of Qwen2.5 and Qwen3
+    "extended_already": (131_072, YARN, 131_072),
+    "original_unsaid": (32_768, {"rope_type": "yarn", "factor": 4.0}, 131_072),
+    "llama3": (131_072, {"rope_type": "llama3", **LLAMA3}, 131_072),
+    "none": (32_768, None, 32_768),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_yarn_extends_the_context(name):
+    stated, scaling, tokens = CONTEXTS[name]
+    config = config_from_hf(HF | {"max_position_embeddings": stated, "rope_scaling": scaling})
+    assert config.context_length == tokens
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_yarn_extends_the_context_of_a_gguf_file():
+    stated = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 512}
+    assert config_from_gguf(of_architecture("llama", **stated), TENSORS).context_length == 2048
+
+
+def test_a_context_that_uses_the_long_factors_says_so():
+    with pytest.warns(UserWarning, match=r"phi3_long rotates by its factors for long texts.* context_length=16 \("):
+        model = from_pretrained(GOLDEN / "phi3_long", dtype="float32")
+    original = model.config.rope.scaling.original_context_length
+    with pytest.warns(UserWarning, match=f"and max_model_len={original} allows short ones only; load it with"):
+        Engine(model, max_model_len=original, num_pages=20, page_size=4)
+    short = LLM(GOLDEN / "phi3_long", dtype="float32", max_model_len=original, num_pages=20, page_size=4)
+    assert short.model.config.context_length == original
+    tokens = np.arange(original)[None] % 96
+    want = from_pretrained(GOLDEN / "phi3_long", dtype="float32", context_length=original).logits(tokens)
+    np.testing.assert_array_equal(short.model.logits(tokens), want)
+
+
+NEEDED = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
+NEEDED += ("vocab_size", "rms_norm_eps", "layer_norm_eps")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_key_that_a_config_may_omit_has_the_default_of_transformers(kind):
+    stated = json.loads((GOLDEN / "defaults.json").read_text())[kind] | {"model_type": kind}
+    sparse = {key: value for key, value in stated.items() if key in (*NEEDED, "model_type")}
+    want = config_from_hf(stated)
+    assert config_from_hf(sparse) == want
+    for key in stated.keys() - sparse.keys():
+        assert config_from_hf({name: value for name, value in stated.items() if name != key}) == want, key
+
+
 def test_gguf_without_vocab_size_counts_the_tokens():
     metadata = {key: value for key, value in GGUF.items() if key != "llama.vocab_size"}
     assert config_from_gguf(metadata | {"tokenizer.ggml.tokens": ["a"] * 7}, TENSORS).vocab_size == 7
+
+
+def of_architecture(arch, **changes):
+    """Metadata of another architecture; None leaves a key out."""
+    source = {key.replace("llama.", f"{arch}."): value for key, value in GGUF.items()} | {"general.architecture": arch}
+    source |= {f"{arch}.{key.replace('__', '.')}": value for key, value in changes.items()}
+    return {key: value for key, value in source.items() if value is not None}
+
+
+# name: (metadata, what llama.cpp takes for granted: src/llama-model.cpp, and llama-hparams.h for the soft caps)
+GGUF_UNSAID = {
+    "phi3_mini_4k": (of_architecture("phi3", block_count=32, context_length=4096), dict(windows=(2047,) * 32)),
+    "phi3_medium_4k": (of_architecture("phi3", block_count=40, context_length=4096), dict(windows=(2047,) * 40)),
+    "phi3_medium_128k": (
+        of_architecture("phi3", block_count=40, context_length=131_072),
+        dict(windows=(131_072,) * 40),
+    ),
+    "phi4": (of_architecture("phi3", block_count=40, context_length=16_384), dict(windows=())),
+    "phi3_says_none": (
+        of_architecture("phi3", block_count=32, context_length=4096, attention__sliding_window=0),
+        dict(windows=()),
+    ),
+    "gemma2": (
+        of_architecture("gemma2"),
+        dict(windows=(4096, None, 4096), attention_soft_cap=50.0, logits_soft_cap=30.0),
+    ),
+    "gemma2_says": (
+        of_architecture("gemma2", attention__sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+        dict(windows=(8, None, 8), attention_soft_cap=5.0, logits_soft_cap=3.0),
+    ),
+    "gemma3": (of_architecture("gemma3"), dict(windows=(), logits_soft_cap=None)),
+    "kv_heads": (of_architecture("qwen2", attention__head_count_kv=None), dict(num_kv_heads=6)),
+    "theta": (of_architecture("qwen2", rope__freq_base=None), dict(rope=RopeConfig(theta=1e4))),
+    "one_for_each_layer": (
+        of_architecture("qwen2", attention__head_count_kv=[2] * 3, feed_forward_length=[192] * 3),
+        dict(num_kv_heads=2, intermediate_size=192),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GGUF_UNSAID)
+def test_what_a_gguf_file_leaves_unsaid(name):
+    metadata, taken = GGUF_UNSAID[name]
+    config = config_from_gguf(metadata, TENSORS)
+    assert {key: getattr(config, key) for key in taken} == taken
+
+
+def test_a_gguf_key_that_is_not_known_is_reported():
+    with pytest.warns(UserWarning, match="llama.logit_scale, llama.residual_scale: not known to this library and ign"):
+        config_from_gguf(GGUF | {"llama.logit_scale": 2.0, "llama.residual_scale": 0.5}, TENSORS)
 
 
 GGUF_ROPE = {  # name: (metadata, divisors of the file, scaling)
@@ -243,6 +349,33 @@ GGUF_ROPE = {  # name: (metadata, divisors of the file, scaling)
         None,
         YarnScaling(factor=4.0, original_context_length=128),
     ),
+    "yarn_of_the_whole_context": (
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+        None,
+        YarnScaling(factor=4.0, original_context_length=512),
+    ),
+    "yarn_says_it_all": (
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 128,
+            "llama.rope.scaling.yarn_beta_fast": 16.0,
+            "llama.rope.scaling.yarn_beta_slow": 2.0,
+            "llama.rope.scaling.yarn_attn_factor": 1.25,
+        },
+        None,
+        YarnScaling(factor=4.0, original_context_length=128, beta_fast=16.0, beta_slow=2.0, attention_factor=1.25),
+    ),
+    "yarn_times_a_factor": (
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.attn_factor": 2.0,
+        },
+        None,
+        YarnScaling(factor=4.0, original_context_length=512, attention_factor=2.0 * (0.1 * math.log(4.0) + 1.0)),
+    ),
+    "factor_0": ({"llama.rope.scaling.factor": 0.0}, None, None),
 }
 
 
@@ -318,7 +451,10 @@ REFUSED_HF = {  # name: (changed keys, message)
         {"model_type": "gemma3_text", "use_bidirectional_attention": True},
         "use_bidirectional_attention is not supported, got True",
     ),
-    "experts": ({"model_type": "mixtral"}, "config.json lacks num_experts, num_experts_per_tok"),
+    "experts": (
+        {"model_type": "mixtral", "num_experts_per_tok": "2"},
+        "config.json: num_experts_per_tok must be an integer >= 1, got '2'",
+    ),
     "ramp": (
         {"rope_scaling": {"type": "yarn", "truncate": False, "original_max_position_embeddings": 8}},
         "truncate=false is not supported",
@@ -339,6 +475,20 @@ def test_a_config_json_that_is_not_supported_is_refused(name):
 
 
 REFUSED_GGUF = {  # name: (changed keys, message)
+    "layers_differ": (
+        {"llama.attention.head_count_kv": [2, 2, 1]},
+        r"llama.attention.head_count_kv must be the same in all layers, got \[2, 2, 1\]",
+    ),
+    "gating": ({"llama.expert_gating_func": 2}, "llama.expert_gating_func must be 0 or 1 for this library, got 2"),
+    "not_causal": ({"llama.attention.causal": False}, "llama.attention.causal must be True for this library, got Fal"),
+    "yarn_half": (
+        {"llama.rope.scaling.yarn_ext_factor": 0.5},
+        "llama.rope.scaling.yarn_ext_factor must be 1.0 for this library, got 0.5",
+    ),
+    "scaled_linear": (
+        {"llama.rope.scaling.attn_factor": 1.5},
+        "llama.rope.scaling.attn_factor must be 1 for rope scaling linear, got 1.5",
+    ),
     "architecture": ({"general.architecture": "mamba"}, "general.architecture 'mamba' is not supported; supported"),
     "missing": ({"llama.block_count": None}, "GGUF metadata lacks llama.block_count"),
     "partial": (
@@ -547,7 +697,7 @@ def test_random_weights_are_determined_by_their_seed():
 
 def test_a_shorter_context():
     assert loaded("phi3_short").config.context_length == 64
-    with pytest.raises(ValueError, match="context_length must be 1 to 256, the model's own, got 257"):
+    with pytest.raises(ValueError, match=r"context_length .* must be 1 to 256, the model's own, got 257"):
         from_pretrained(GOLDEN / "phi3_short", context_length=257)
 
 

@@ -30,7 +30,8 @@ def calls(monkeypatch, tmp_path):
 
 def test_a_repository_is_downloaded_without_pickles_and_second_copies(calls, tmp_path):
     assert locate("Qwen/Qwen3-0.6B") == tmp_path
-    [(kind, options)] = calls
+    [(kind, options), (_, templates)] = calls
+    assert templates["allow_patterns"] == ["additional_chat_templates/*.jinja"] and "ignore_patterns" not in templates
     assert (kind, options["repo_id"], options["revision"]) == ("folder", "Qwen/Qwen3-0.6B", None)
     assert options["allow_patterns"] == ["*.json", "*.safetensors", "*.jinja"]
     assert "consolidated*" in options["ignore_patterns"]
@@ -41,6 +42,11 @@ def test_a_revision_and_a_file_are_honoured(calls, tmp_path, revision):
     assert locate(f"owner/some.model/folder/model-Q4_K_M.gguf@{revision}") == tmp_path
     options = dict(repo_id="owner/some.model", filename="folder/model-Q4_K_M.gguf", revision=revision)
     assert calls == [("file", options)]
+
+
+def test_every_part_of_a_model_in_several_files_is_downloaded(calls, tmp_path):
+    assert locate("owner/model/Q4/m-00002-of-00003.gguf") == tmp_path
+    assert [options["filename"] for _, options in calls] == [f"Q4/m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
 
 
 def test_a_cached_model_is_not_downloaded(calls, tmp_path, monkeypatch):

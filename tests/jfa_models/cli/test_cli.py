@@ -101,6 +101,7 @@ def test_info_names_versions_device_backends_and_sizes_within_80_columns(jfa, fo
     cache = model.new_cache(batch=1, capacity=512)
     assert f"{cache.num_bytes // 512 // 2} bytes per token" in flat, "half of the float32 cache"
     assert f"{sum(x.size for x in model.params) / 1e6:.1f} M parameters" in flat
+    assert f"end tokens {model.tokenizer.core.id_to_token(1)} (1)" in flat
 
 
 def test_an_error_of_jax_on_this_machine_is_one_line(jfa, monkeypatch):

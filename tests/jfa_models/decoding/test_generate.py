@@ -281,12 +281,12 @@ def test_max_tokens_none_means_up_to_the_context(model):
     assert output.finish_reason == "length"
 
 
-def test_eos_tokens_come_from_the_defaults_else_from_the_tokenizer(model):
+def test_eos_tokens_are_those_of_the_defaults_and_of_the_tokenizer(model):
     assert model.eos_token_ids == (1,)
     parts = dict(decoder=sharp_decoder(CONFIG), params=model.params)
     assert LanguageModel(**parts).eos_token_ids == ()
     advised = LanguageModel(**parts, tokenizer=model.tokenizer, defaults=GenerationDefaults(eos_token_ids=(7, 8)))
-    assert advised.eos_token_ids == (7, 8)
+    assert advised.eos_token_ids == (7, 8, 1)
 
 
 def test_default_params_combine_the_checkpoint_s_with_the_caller_s(model, monkeypatch):

@@ -106,7 +106,7 @@ def test_invalid_fields_are_refused(name):
 GENERATION = {  # name: (generation_config.json, config.json, defaults)
     "nothing": ({}, {}, GenerationDefaults()),
     "null_eos": ({"eos_token_id": None}, {"eos_token_id": None}, GenerationDefaults()),
-    "one_eos": ({"eos_token_id": 2}, {"eos_token_id": 3}, GenerationDefaults(eos_token_ids=(2,))),
+    "both_eos": ({"eos_token_id": 2}, {"eos_token_id": [3, 2]}, GenerationDefaults(eos_token_ids=(2, 3))),
     "many_eos": ({"eos_token_id": [128001, 128009]}, {}, GenerationDefaults(eos_token_ids=(128001, 128009))),
     "eos_of_config": ({}, {"eos_token_id": 3}, GenerationDefaults(eos_token_ids=(3,))),
     "sampling": (

@@ -9,6 +9,7 @@ from golden import GOLDEN
 from tokenizers import pre_tokenizers
 
 from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.text.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_of
 from jfa_models.text.tokenizer import Tokenizer
 
 needs_smollm2 = pytest.mark.skipif(
@@ -80,7 +81,7 @@ def test_smollm2_ids_and_text_agree_with_transformers(smollm2):
 def test_smollm2_splits_digits_and_reads_special_tokens(smollm2):
     assert tokens_of(smollm2, "x  12") == ["x", "ĠĠ", "1", "2"]
     assert smollm2.encode("<|im_end|>") == [2]
-    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.vocab_size) == (1, (2,), 49152)
+    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.vocab_size) == (1, (2, 0), 49152)
 
 
 @needs_smollm2
@@ -120,19 +121,56 @@ def test_an_incomplete_character_is_returned_at_the_end():
     assert streamed(tokenizer, ids) == ["", "\ufffd"]
 
 
-PRE_TOKENIZERS = {  # tokenizer.ggml.pre: (text, its tokens)
+MERGED = {  # tokenizer.ggml.pre: (text, its tokens)
     "default": ("hello 12", ["hello", "Ġ", "12"]),
     "gpt-2": ("hello hello12", ["hello", "Ġhello", "12"]),
+    "phi-2": ("hello hello12", ["hello", "Ġhello", "12"]),
     "smollm": ("hello 12", ["hello", "Ġ", "1", "2"]),
     "llama-bpe": ("hello1212", ["<|bos|>", "hello", "12", "1", "2"]),
+    "tekken": ("hello12", ["<|bos|>", "hello", "1", "2"]),
+    "gpt-4o": ("hello12", ["hello", "12"]),
     "qwen2": ("hello12", ["hello", "1", "2"]),
 }
 
 
-@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+@pytest.mark.parametrize("pre", MERGED)
 def test_each_pre_tokenizer_splits_text(pre):
-    text, tokens = PRE_TOKENIZERS[pre]
+    text, tokens = MERGED[pre]
     assert tokens_of(Tokenizer.from_gguf(byte_level_metadata(pre=pre)), text) == tokens
+
+
+CUTS = json.loads((GOLDEN / "pre_tokenizers.json").read_text())  # see pre_tokenizers.py there
+
+
+@pytest.mark.parametrize("pre", [name for name in CUTS if name in PRE_TOKENIZERS])
+def test_a_pre_tokenizer_splits_as_the_real_one_does(pre):
+    cutter = PRE_TOKENIZERS[pre].pre_tokenizer()
+    for pieces in CUTS[pre]:
+        text = "".join(pieces)
+        assert [text[start:end] for _, (start, end) in cutter.pre_tokenize_str(text)] == pieces
+
+
+def test_every_other_pre_tokenizer_of_llama_cpp_is_refused():
+    assert PRE_TOKENIZERS.keys() <= CUTS.keys()
+    for pre in CUTS.keys() - PRE_TOKENIZERS.keys():
+        with pytest.raises(ValueError, match=f"tokenizer.ggml.pre '{pre}' is not supported; supported: default, gpt-2"):
+            Tokenizer.from_gguf(byte_level_metadata(pre=pre))
+
+
+OLDER = {  # name: (metadata without tokenizer.ggml.pre, the name that newer files of the family have)
+    "qwen2": ({"general.architecture": "qwen2"}, "qwen2"),
+    "phi2": ({"general.architecture": "phi2"}, "phi-2"),
+    "llama3": ({"general.architecture": "llama"}, "llama-bpe"),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_file_without_the_name_has_the_pre_tokenizer_of_its_family(name):
+    metadata, pre = OLDER[name]
+    vocabulary = byte_level_metadata(pre=None)
+    if name == "llama3":
+        vocabulary["tokenizer.ggml.tokens"][0] = "<|begin_of_text|>"
+    assert pre_tokenizer_of(vocabulary | metadata) is PRE_TOKENIZERS[pre]
 
 
 def test_qwen2_normalizes_to_nfc_and_llama_ignores_merges_for_whole_words():
@@ -191,6 +229,26 @@ def test_sentence_piece_without_a_leading_space():
     assert tokenizer.decode(tokenizer.encode(" ab")) == " ab"
 
 
+PHI3 = {  # name: what the file says of its model
+    "architecture": {"general.architecture": "phi3"},
+    "name": {"general.architecture": "llama", "general.name": "My Phi-3 finetune"},
+}
+
+
+@pytest.mark.parametrize("name", PHI3)
+def test_special_tokens_of_phi3_drop_the_white_space_after_them(name):
+    metadata = sentence_piece_metadata(add_bos_token=False)
+    metadata["tokenizer.ggml.tokens"] += ["<|user|>", "<|end|>", "<|endoftext|>"]
+    metadata["tokenizer.ggml.token_type"] += [CONTROL] * 3
+    metadata["tokenizer.ggml.scores"] += [0.0] * 3
+    text = "<|user|>\nab<|end|>\n<|endoftext|> b"
+    expected = ["<|user|>", SPACE + "ab", "<|end|>", "<|endoftext|>"]
+    phi3, others = (Tokenizer.from_gguf(metadata | changes) for changes in (PHI3[name], {}))
+    assert tokens_of(phi3, text)[:4] == expected
+    assert tokens_of(phi3, text)[4:] == [SPACE, SPACE, "b"]  # the end of a text does not
+    assert tokens_of(others, text)[:3] == ["<|user|>", SPACE, "<0x0A>"]
+
+
 def test_token_text_keeps_the_leading_space():
     tokenizer = Tokenizer.from_gguf(sentence_piece_metadata())
     assert [tokenizer.token_text(i) for i in tokenizer.encode("ab é")] == ["<s>", " ab", " ", "\ufffd", "\ufffd"]
@@ -203,9 +261,9 @@ REFUSED_GGUF = {  # name: (metadata, message)
         byte_level_metadata(model="bert"),
         "tokenizer.ggml.model 'bert' is not supported; supported: gpt2, llama",
     ),
-    "pre": (
-        byte_level_metadata(pre="tekken"),
-        "tokenizer.ggml.pre 'tekken' is not supported; supported: default, gpt-2, smollm, llama-bpe, qwen2",
+    "no_pre": (
+        byte_level_metadata(pre=None),
+        "lacks tokenizer.ggml.pre, which says how text is cut into words; convert the model again",
     ),
     "no_vocabulary": (
         byte_level_metadata(tokens=None, merges=None),
@@ -246,7 +304,7 @@ def test_a_folder_and_a_gguf_file_give_the_same_tokenizer(folder):
 
 def test_a_folder_with_only_tokenizer_json(folder):
     tokenizer = Tokenizer.from_folder(folder)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.chat_template) == (None, (), None)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.chat_templates) == (None, (), {})
     assert tokens_of(tokenizer, "hello") == ["<|bos|>", "hello"]
 
 
@@ -255,18 +313,49 @@ def test_special_tokens_map_adds_tokens_that_the_config_lacks(folder):
     assert write(folder, bos_token="<|bos|>").special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 
 
-FOLDER_FLAGS = {  # name: (flags, tokens of "hello")
-    "unset": ({}, ["<|bos|>", "hello"]),
-    "null": ({"add_bos_token": None}, ["<|bos|>", "hello"]),
-    "off": ({"add_bos_token": False}, ["hello"]),
-    "both": ({"add_bos_token": True, "add_eos_token": True}, ["<|bos|>", "hello", "<|eos|>"]),
-}
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
+def test_tokenizer_json_decides_what_surrounds_a_text(folder, flags):
+    # transformers 5.24.0: its post-processor does, whatever the flags say
+    tokenizer = write(folder, bos_token="<|bos|>", eos_token="<|eos|>", **flags)
+    assert tokens_of(tokenizer, "hello") == ["<|bos|>", "hello"]
 
 
-@pytest.mark.parametrize("name", FOLDER_FLAGS)
-def test_flags_of_tokenizer_config_override_tokenizer_json(folder, name):
-    flags, tokens = FOLDER_FLAGS[name]
-    assert tokens_of(write(folder, bos_token="<|bos|>", eos_token="<|eos|>", **flags), "hello") == tokens
+ADDED = {"lstrip": False, "normalized": False, "rstrip": True, "single_word": False, "special": True}
+
+
+def test_added_tokens_of_the_config_are_tokens(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    decoder = {str(size): {"content": "<new>", **ADDED}, "1": {"content": "<|eos|>", **ADDED, "special": True}}
+    tokenizer = write(folder, eos_token="<new>", added_tokens_decoder=decoder)
+    assert tokens_of(tokenizer, "hello<new>  1<|eos|>") == ["<|bos|>", "hello", "<new>", "1", "<|eos|>"]
+    assert tokenizer.eos_token_ids == (size,) and tokenizer.decode([size]) == ""
+
+
+def test_added_tokens_json_counts_where_the_config_has_none(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<plain>": size + 1, "<end>": size}))
+    tokenizer = write(folder, eos_token="<end>")
+    assert tokens_of(tokenizer, "<plain>hello<end>") == ["<|bos|>", "<plain>", "hello", "<end>"]
+    assert tokenizer.decode([size + 1, size]) == "<plain>" and tokenizer.eos_token_ids == (size,)
+    assert write(folder, added_tokens_decoder={"1": {"content": "<|eos|>", **ADDED}}).vocab_size == size
+
+
+def test_an_added_token_with_another_id_is_reported(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    with pytest.warns(UserWarning, match=f"'<new>' has the id 9000 in its file, but {size} is the next free one"):
+        tokenizer = write(folder, added_tokens_decoder={"9000": {"content": "<new>", **ADDED}})
+    assert tokenizer.core.token_to_id("<new>") == size
+
+
+def test_a_named_token_is_special_even_if_the_vocabulary_has_it_as_text(folder):
+    tokenizer = write(folder, eos_token="hello")
+    assert tokenizer.decode(tokenizer.encode("hello1")) == "1"
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_named_token_that_the_vocabulary_lacks_is_refused(folder, name):
+    with pytest.raises(ValueError, match=f"names the {name} '<none>', which is not in the vocabulary of"):
+        write(folder, **{name: "<none>"})
 
 
 def test_length_settings_of_tokenizer_json_are_ignored(folder):
@@ -310,14 +399,124 @@ def test_chat_templates_support_the_features_of_hugging_face(folder, name):
     assert tokenizer.apply_chat_template(MESSAGES, colour="red") == text
 
 
-def test_the_default_of_several_templates_is_used(folder):
-    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
-    assert write(folder, chat_template=named).apply_chat_template(MESSAGES) == "yes"
+def test_generation_blocks_mark_a_text_and_keep_their_variables(folder):
+    template = "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content }}{% endgeneration %}"
+    tokenizer = write(folder, chat_template=template + "{{ x }}{% endfor %}")
+    assert tokenizer.apply_chat_template(MESSAGES) == "é <b>1"
 
 
-def test_chat_template_jinja_takes_precedence(folder):
-    (folder / "chat_template.jinja").write_text("from the file")
-    assert write(folder, chat_template="from the config").apply_chat_template(MESSAGES) == "from the file"
+CONTENTS = {  # name: (template, content, text); what vLLM makes of it
+    "text": ("{{ messages[0]['content'] }}", "a", "a"),
+    "parts": ("{{ messages[0].content }}", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+    "none": ("[{{ messages[0].content }}]", None, "[]"),
+    "read_as_a_list": (
+        "{% for part in messages[0]['content'] %}<{{ part.text }}>{% endfor %}",
+        [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        "<a><b>",
+    ),
+    "read_as_a_list_by_name": (
+        "{% set c = messages[0].content %}{% for part in c %}<{{ part.text }}>{% endfor %}",
+        [{"type": "text", "text": "a"}],
+        "<a>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_the_content_of_a_message(folder, name):
+    template, content, text = CONTENTS[name]
+    tokenizer = write(folder, chat_template=template)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": content}]) == text
+
+
+NOT_TEXT = {  # name: (content, message)
+    "image": (
+        [{"type": "image_url"}],
+        r'part of a message must be {"type": "text", "text": ...}, got',
+    ),
+    "number": (3, "the content of a message must be a text or a list of parts, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_a_content_that_is_not_text_is_refused(folder, name):
+    content, message = NOT_TEXT[name]
+    with pytest.raises(ValueError, match=message):
+        write(folder, chat_template="x").apply_chat_template([{"role": "user", "content": content}])
+
+
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
+
+
+def test_tools_use_the_template_for_tools(folder):
+    named = [{"name": "tool_use", "template": "{{ tools[0].function.name }}"}, {"name": "default", "template": "yes"}]
+    for tokenizer in (
+        write(folder, chat_template=named),
+        Tokenizer.from_gguf(
+            byte_level_metadata()
+            | {"tokenizer.chat_template": "yes", "tokenizer.chat_template.tool_use": "{{ tools[0].function.name }}"}
+        ),
+    ):
+        assert tokenizer.apply_chat_template(MESSAGES) == "yes"
+        assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "now"
+    tokenizer = write(folder, chat_template="{{ tools[0].function.name if tools else 'none' }}")
+    assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "now"
+
+
+# name: (files, template of tokenizer_config.json, the templates); what transformers 5.24.0 makes of them
+TEMPLATE_FILES = {
+    "file_wins": ({"chat_template.jinja": "file"}, "config", {"default": "file"}),
+    "an_empty_file_too": ({"chat_template.jinja": ""}, "config", {"default": ""}),
+    "over_a_list_too": ({"chat_template.jinja": "file"}, [{"name": "x", "template": "y"}], {"default": "file"}),
+    "more": (
+        {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "tools"},
+        None,
+        {"default": "file", "tool_use": "tools"},
+    ),
+    "folder_wins": (
+        {"chat_template.jinja": "file", "additional_chat_templates/default.jinja": "folder"},
+        None,
+        {"default": "folder"},
+    ),
+    "folder_alone": ({"additional_chat_templates/tool_use.jinja": "tools"}, "config", {"tool_use": "tools"}),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATE_FILES)
+def test_which_of_several_files_has_the_template(folder, name):
+    files, config, templates = TEMPLATE_FILES[name]
+    (folder / "additional_chat_templates").mkdir()
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    tokenizer = write(folder, chat_template=config)
+    assert tokenizer.chat_templates == templates
+    again = folder / "again"
+    again.mkdir()
+    tokenizer.save(again)
+    assert Tokenizer.from_folder(again).chat_templates == templates
+
+
+def test_what_ends_a_turn_in_the_template_is_an_end_token(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    decoder = {str(size): {"content": "<|im_end|>", **ADDED}}
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|eot_id|>"
+    tokenizer = write(folder, eos_token="<|eos|>", chat_template=template, added_tokens_decoder=decoder)
+    assert tokenizer.eos_token_ids == (1, size)
+
+
+def test_gguf_end_tokens_are_those_named_and_those_of_known_texts():
+    metadata = byte_level_metadata(eot_token_id=2)
+    metadata["tokenizer.ggml.tokens"] += ["<|im_end|>", "<|endoftext|>", "<|end|>"]
+    metadata["tokenizer.ggml.token_type"] += [CONTROL, USER_DEFINED, NORMAL]  # the last is a word of the vocabulary
+    size = len(metadata["tokenizer.ggml.tokens"])
+    assert Tokenizer.from_gguf(metadata).eos_token_ids == (1, 2, size - 3, size - 2)
+
+
+def test_templates_without_a_default_are_named(folder):
+    tokenizer = write(folder, chat_template=[{"name": "rag", "template": "x"}, {"name": "tool_use", "template": "y"}])
+    assert tokenizer.apply_chat_template(MESSAGES, tools=TOOLS) == "y"
+    with pytest.raises(ValueError, match="this model has chat templates for rag, tool_use only, and no default one"):
+        tokenizer.apply_chat_template(MESSAGES)
 
 
 def test_no_chat_template_is_refused(folder):
@@ -327,8 +526,13 @@ def test_no_chat_template_is_refused(folder):
 
 REFUSALS = {  # name: (template, message)
     "raised": ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
-    "syntax": ("{% if %}", "refuses these messages: Expected an expression"),
-    "sandbox": ("{{ messages.append(1) }}", "refuses these messages: .*list.* object is unsafe"),
+    "syntax": (
+        "{{ 1 }}\n{% if %}",
+        "chat template is faulty in line 2: Expected an expression, .*; put a work",
+    ),
+    "unknown_block": ("{% do x %}", "chat template is faulty in line 1: Encountered unknown tag 'do'"),
+    "sandbox": ("{{ messages.append(1) }}", "fails on these messages: SecurityError: .*list.* object is unsafe"),
+    "its_own_fault": ("{{ 'a' + 1 }}", "fails on these messages: TypeError: can only concatenate str"),
 }
 
 
