@@ -2,17 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jfa_models.decoding.language_model import LanguageModel, Prompt, as_prompts
+from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import BeamSearchParams, SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
+from jfa_models.decoding.prompts import Prompt, as_prompts
 from jfa_models.engine import Engine
 
 Params = SamplingParams | BeamSearchParams
@@ -124,12 +125,17 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params | Sequence[Params] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answers one or several conversations, formatted with the model's chat template.
 
         Args:
           messages: {"role": ..., "content": ...}, oldest first; or a list of such conversations.
+          tools, chat_template_kwargs: see Tokenizer.apply_chat_template; the latter are its extra arguments, such as
+            {"enable_thinking": False}.
           options: passed to generate.
 
         Raises:
@@ -139,8 +145,9 @@ class LLM:
         if tokenizer is None or not tokenizer.chat_templates:
             raise ValueError("this model has no chat template, so it was not made for conversations: use generate")
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        given = dict(chat_template_kwargs or {})
         prompts = [
-            tokenizer.encode(tokenizer.apply_chat_template(list(one)), add_special_tokens=False)
+            tokenizer.encode(tokenizer.apply_chat_template(list(one), tools=tools, **given), add_special_tokens=False)
             for one in conversations
         ]
         return self.generate(prompts, sampling_params, **options)

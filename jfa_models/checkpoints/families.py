@@ -118,6 +118,7 @@ class Family:
       windows: which layers have a window if config.json has sliding_window but no layer_types: "all"; "late", from
         max_window_layers on; or "pattern", all but every n-th one. None: the family has no windows.
       permuted: whether rows of q and k are interleaved in GGUF files.
+      float16: whether its activations fit float16, whose largest number is 65,504.
       chat_template: the template of its chat models, for files without one.
     """
 
@@ -129,6 +130,7 @@ class Family:
     windows: Literal["all", "late", "pattern"] | None = None
     permuted: bool = False
     chat_template: str | None = None
+    float16: bool = True
 
 
 # https://ai.google.dev/gemma/docs/core/prompt-structure; the system message is prepended to the first turn
@@ -198,6 +200,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         users="Gemma 2",
         class_name="Gemma2ForCausalLM",
         gguf="gemma2",
+        float16=False,
         chat_template=_GEMMA_TURNS,
         always=_GEMMA | dict(post_norms=True),
         defaults=_GEMMA_DEFAULTS
@@ -215,6 +218,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         users="Gemma 3",
         class_name="Gemma3ForCausalLM",
         gguf="gemma3",
+        float16=False,
         chat_template=_GEMMA_TURNS,
         always=_GEMMA | dict(post_norms=True, qk_norm=True),
         defaults=_GEMMA_DEFAULTS

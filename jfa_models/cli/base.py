@@ -1,6 +1,8 @@
 """Shared by the commands `jfa` and `jfa-bench`: entry point, exit status, and the options that select a model."""
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -51,6 +53,21 @@ class ModelName(click.ParamType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         names = [CompletionItem(name) for name in PACKAGED if name.startswith(incomplete)]
         return names or [CompletionItem(incomplete, type="file")]
+
+
+class JsonObject(click.ParamType):
+    """A JSON object, as a dictionary."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is not JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f'{value!r} is not a JSON object such as {{"enable_thinking": false}}', param, ctx)
+        return found
 
 
 def model_options(command: Callable) -> Callable:

@@ -1,11 +1,15 @@
 """`jfa chat`: a conversation in the terminal."""
 
+import re
 import sys
+from typing import Any
 
 import click
 
-from jfa_models.cli.base import cache_options, model_options
+from jfa_models.cli.base import JsonObject, cache_options, model_options
 from jfa_models.cli.sampling import check_sampling, sampling_options
+
+_COMMAND = re.compile(r"/\w+")
 
 
 @click.command()
@@ -13,6 +17,9 @@ from jfa_models.cli.sampling import check_sampling, sampling_options
 @cache_options
 @sampling_options
 @click.option("--system", help="System prompt.")
+@click.option(
+    "--template-kwargs", type=JsonObject(), help='Arguments of the chat template, such as {"enable_thinking": false}.'
+)
 def chat(
     model: str,
     dtype: str | None,
@@ -20,6 +27,7 @@ def chat(
     kv_dtype: str | None,
     max_model_len: int | None,
     system: str | None,
+    template_kwargs: dict[str, Any] | None,
     **sampling,
 ) -> None:
     """Chat with a model. /reset starts over; /exit or Ctrl-D ends the chat."""
@@ -50,12 +58,15 @@ def chat(
         if message == "/reset":
             messages, session = list(opening), Session()
             continue
+        if _COMMAND.fullmatch(message):
+            click.echo(f"jfa: there is no command {message}; the commands are /reset and /exit", err=True)
+            continue
         turn = [*messages, {"role": "user", "content": message}]
         try:
-            prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(turn), add_special_tokens=False)
-            results = language_model.stream(prompt_ids, params, session=session)
+            text = tokenizer.apply_chat_template(turn, **(template_kwargs or {}))
+            results = language_model.stream(tokenizer.encode(text, add_special_tokens=False), params, session=session)
+            answer = running.print_growth(results, after=answers)
         except ValueError as error:
             click.echo(f"jfa: {error}. /reset starts a new conversation.", err=True)
             continue
-        answer = running.print_growth(results, after=answers)
         messages = [*turn, {"role": "assistant", "content": answer}]

@@ -48,17 +48,23 @@ def sampling_params(model: LanguageModel, sampling: Mapping[str, Any]) -> Sampli
 
 
 def print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
-    """Prints `after`, then the text of the results as it grows; returns the text."""
+    """Prints `after`, then the text of the results as it grows; returns the text.
+
+    Raises:
+      ValueError: the request ended with an error.
+    """
     # the spinner clears its line, so nothing must be printed there yet
     with Console(stderr=True).status("processing the prompt (the first run also compiles)"):
         first = next(results)
     click.echo(after, nl=False)
-    shown = ""
+    shown, result = "", first
     for result in itertools.chain([first], results):
         text = result.outputs[0].text
         click.echo(text[len(shown) :], nl=False)
         shown = text
     click.echo()
+    if result.error is not None:
+        raise ValueError(result.error)
     return shown
 
 
@@ -72,6 +78,8 @@ def timed(model: LanguageModel, prompt: str, params: SamplingParams) -> dict:
     first = time.perf_counter()
     *_, result = result, *results
     end = time.perf_counter()
+    if result.error is not None:
+        raise ValueError(result.error)
     output = result.outputs[0]
     decoded = len(output.token_ids) - 1
     return {

@@ -6,12 +6,17 @@ from typing import Any
 
 from jfa_models.decoding.outputs import CompletionOutput, FinishReason, Logprob
 from jfa_models.decoding.params import SamplingParams
-from jfa_models.decoding.sampling import Sampled
+from jfa_models.decoding.sampling import NO_TOKEN, Sampled
 from jfa_models.text.tokenizer import Tokenizer
 
 # Number of prompt tokens that are decoded together with the first new token: enough to complete a character, and to
 # keep the leading space of the new token, which some tokenizers drop at the start of a text.
 TEXT_CONTEXT = 8
+
+NOT_FINITE = (
+    "the logits are not finite, so there is no next token: a weight is damaged, or the model overflows its dtype; "
+    "load it with dtype='bfloat16' or 'float32'"
+)
 
 
 class Completion:
@@ -20,6 +25,7 @@ class Completion:
     Attributes:
       token_ids: all tokens so far, including the one that ended it.
       finish_reason: None until it ends.
+      error: why it ended with finish_reason "error".
       max_tokens: maximum number of tokens.
       cumulative_logprob: sum of the log-probabilities of its tokens; None if they are not computed.
     """
@@ -39,6 +45,7 @@ class Completion:
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
         self._stop_reason: str | int | None = None
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
@@ -59,6 +66,11 @@ class Completion:
     def push(self, sampled: Sampled, row: int) -> None:
         """Takes the token that the device sampled for a row."""
         token = int(sampled.token[row])
+        if token == NO_TOKEN:
+            self.finish_reason, self.error = "error", NOT_FINITE
+            if self._stream:
+                self._text += self._stream.flush()
+            return
         if self._logprobs is not None and self.cumulative_logprob is not None:
             entries = logprobs_of(sampled, row, self.params.logprobs, self._tokenizer)
             self._logprobs.append(entries)

@@ -20,14 +20,13 @@ from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.options import DTYPES, CacheOptions
 from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import SamplingParams, check_token_ids
+from jfa_models.decoding.prompts import Prompt, as_prompts, text_of, unpacked
 from jfa_models.decoding.sampling import sampling_rows
 from jfa_models.decoding.steps import DecodeState, Emitted, Steps
 from jfa_models.model.attention import Cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.text.tokenizer import Tokenizer
-
-Prompt = str | Sequence[int]
 
 
 def abstract_decoder(config: DecoderConfig, dtype: DTypeLike, implementation: str | None = None) -> Decoder:
@@ -302,21 +301,25 @@ class LanguageModel:
                 raise ValueError(f"{name} must be {none} in LanguageModel, got {value}; use jfa_models.LLM instead")
         ids = self.prompt_ids(prompt, name=f"prompt {index}")
         completion = self.completion(ids, params, name=f"prompt {index}")
-        text = prompt if isinstance(prompt, str) else None
-        return _Request(index=index, prompt=text, prompt_ids=ids, completion=completion, seed=seed)
+        return _Request(index=index, prompt=text_of(prompt), prompt_ids=ids, completion=completion, seed=seed)
 
     def prompt_ids(self, prompt: Prompt, *, name: str = "the prompt") -> list[int]:
-        """The token ids of a prompt, which is a string or token ids. Error messages refer to it by `name`.
+        """The token ids of a prompt. Error messages refer to it by `name`.
+
+        Args:
+          prompt: a string, token ids, or {"prompt": string} or {"prompt_token_ids": ids} as in vLLM.
 
         Raises:
-          ValueError: the prompt is empty, an id is outside the vocabulary, or it is a string and there is no tokenizer.
+          ValueError: the prompt is empty, an id is outside the vocabulary, a dictionary has other keys, or it is a
+            string and there is no tokenizer.
         """
-        if not isinstance(prompt, str):
-            ids = [operator.index(i) for i in prompt]
-        elif self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass the prompt as token ids")
-        else:
+        prompt = unpacked(prompt, name)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this model has no tokenizer: pass the prompt as token ids")
             ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [operator.index(i) for i in prompt]
         if not ids:
             raise ValueError(f"{name} is empty: pass at least one token")
         self._check_ids(np.asarray(ids))
@@ -352,13 +355,6 @@ class LanguageModel:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(f"token ids must be 0 to {self.config.vocab_size - 1}, got {wrong}")
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Converts one or several prompts to a list."""
-    if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
 
 
 class Session:
@@ -422,8 +418,12 @@ class _Request:
         return self.completion.finished
 
     def output(self) -> RequestOutput:
-        outputs = (self.completion.output(),)
-        return RequestOutput(prompt=self.prompt, prompt_token_ids=tuple(self.prompt_ids), outputs=outputs)
+        return RequestOutput(
+            prompt=self.prompt,
+            prompt_token_ids=tuple(self.prompt_ids),
+            outputs=(self.completion.output(),),
+            error=self.completion.error,
+        )
 
 
 _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
+from jfa_models.checkpoints.families import FAMILIES
 from jfa_models.checkpoints.load import load_params
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
@@ -49,6 +50,9 @@ def from_pretrained(
         warnings.warn(f"{name} is a preset without trained weights: its weights are random", stacklevel=2)
         return LanguageModel.random(_with_context(config, context_length), dtype=dtype, cache_options=options)
     checkpoint = open_checkpoint(name)
+    family = FAMILIES[checkpoint.config.architecture]
+    if dtype == "float16" and not family.float16:
+        raise ValueError(f"{family.users} overflows float16; use dtype='bfloat16', or 'float32'")
     config = _with_context(checkpoint.config, context_length)
     if (rope := config.rope.scaling) and isinstance(rope, LongRopeScaling) and rope.is_long(config.context_length):
         warnings.warn(

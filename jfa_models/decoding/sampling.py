@@ -24,6 +24,7 @@ from jfa_models.decoding.params import MAX_INT32, MAX_LOGPROBS, SamplingParams, 
 
 MAX_LOGIT = float(np.finfo(np.float32).max)  # finite on purpose: inf - inf is NaN in a distance
 MAX_FINITE_BITS = 0x7F7FFFFF  # the bits of the largest finite float32: a cut-off that keeps all but -inf logits
+NO_TOKEN = -1  # "sampled" in a row whose logits are not finite
 DRAW_BLOCK = 128  # tokens whose weights are summed before the cumulative sum, which is 5 to 10 times less work
 COUNT_ROWS = 64  # partial counts fit int8, whose sums are 2 to 4 times as fast as int32 on a CPU
 
@@ -175,7 +176,7 @@ def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: I
 
     The result depends only on the row's own logits, settings, key and `num_generated`. A token whose probability is
     below about 2**-26 of the likeliest one's (2**-13 if 128k tokens are equally likely) counts as impossible. NaN
-    logits count as -inf, and +inf as the largest float32; a row without any finite logit gives token 0.
+    logits count as -inf, and +inf as the largest float32; a row without any finite logit gives NO_TOKEN.
 
     Source: the order of steps is that of vLLM 0.22, vllm.v1.sample.sampler.Sampler.
     """
@@ -190,6 +191,8 @@ def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: I
         weights = _token_weights(x, best, rows)
         has_mass = jnp.any(weights > 0, axis=-1)
         token = jnp.where(has_mass & (rows.temperature > 0), _draw(weights, rows.key, num_generated), token)
+    is_finite = (best if x is raw else jnp.max(raw, axis=-1)) > -jnp.inf
+    token = jnp.where(is_finite, token, NO_TOKEN)
     if rows.num_logprobs is None:
         return Sampled(token=token)
     return with_logprobs(token, raw, min(rows.num_logprobs, vocab_size))
@@ -200,13 +203,16 @@ def update(rows: SamplingRows, token: Int[Array, " b"], active: Bool[Array, " b"
     if rows.output_counts is None:
         return rows
     row = jnp.arange(token.shape[0])
+    active &= token != NO_TOKEN
+    token = jnp.maximum(token, 0)
     counts = rows.output_counts.at[row, token].add(active.astype(jnp.int32), mode="promise_in_bounds")
     return dataclasses.replace(rows, output_counts=counts)
 
 
 def finished_by_id(rows: SamplingRows, token: Int[Array, " b"]) -> Bool[Array, " b"]:
-    """Whether the token just emitted is an end or stop token of its row. Before min_tokens none can be sampled."""
-    return jnp.any(rows.stop_ids == token[:, None], axis=-1)
+    """Whether the token just emitted is an end or stop token of its row, or NO_TOKEN. Before min_tokens none of the
+    former can be sampled."""
+    return (token == NO_TOKEN) | jnp.any(rows.stop_ids == token[:, None], axis=-1)
 
 
 def _penalized(

@@ -181,7 +181,7 @@ def _emit(decoder: Decoder, hidden: Float[Array, "b hidden"], state: DecodeState
     state = DecodeState(
         cache=state.cache,
         rows=update(state.rows, sampled.token, state.active),
-        token=sampled.token,
+        token=jnp.maximum(sampled.token, 0),  # a row without a token has ended
         num_generated=num_generated,
         active=active,
     )
@@ -260,10 +260,11 @@ def _draw(
         rows = dataclasses.replace(rows, **mine)
     sampled = sample(logits, rows, num_generated)
     place = jnp.where(samples, slot, slots.last_token.shape[0])
-    slots = dataclasses.replace(slots, last_token=slots.last_token.at[place].set(sampled.token, mode="drop"))
+    token = jnp.maximum(sampled.token, 0)  # of a row without a token, nothing is used
+    slots = dataclasses.replace(slots, last_token=slots.last_token.at[place].set(token, mode="drop"))
     if adjusts:
         assert slots.output_counts is not None, "a slot needs counts before a row adjusts its logits"
-        counts = slots.output_counts.at[place, sampled.token].add(1, mode="drop")
+        counts = slots.output_counts.at[place, token].add(1, mode="drop")
         slots = dataclasses.replace(slots, output_counts=counts)
     return slots, sampled
 

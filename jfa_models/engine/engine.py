@@ -19,9 +19,10 @@ from typing import NamedTuple
 import jax
 
 import jfa
-from jfa_models.decoding.language_model import LanguageModel, Prompt
+from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import BeamSearchParams, SamplingParams
+from jfa_models.decoding.prompts import Prompt, text_of
 from jfa_models.decoding.sampling import seed_sequence
 from jfa_models.engine.beams import BeamSearch
 from jfa_models.engine.launch import Launched, Launcher
@@ -229,7 +230,7 @@ class Engine:
         request = Request(
             id=f"request-{count}" if request_id is None else request_id,
             number=count,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=text_of(prompt),
             prompt_ids=tuple(ids),
             priority=priority,
             arrival=self._clock(),

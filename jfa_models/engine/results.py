@@ -3,11 +3,11 @@
 import collections
 from collections.abc import Callable
 
-from jfa_models.decoding.completion import Completion, logprobs_of
+from jfa_models.decoding.completion import NOT_FINITE, Completion, logprobs_of
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import FinishReason, RequestOutput
 from jfa_models.decoding.params import SamplingParams
-from jfa_models.decoding.sampling import Sampled
+from jfa_models.decoding.sampling import NO_TOKEN, Sampled
 from jfa_models.engine.beams import Beam, BeamSearch
 from jfa_models.engine.launch import Launched
 from jfa_models.engine.request import Continuation, Request
@@ -76,6 +76,10 @@ class Results:
     def _push(self, one: Continuation, sampled: Sampled, row: int, now: float) -> None:
         assert one.completion is not None
         one.completion.push(sampled, row)
+        if one.completion.error is not None:
+            one.request.error = one.completion.error
+            self.end(one.request, "error")
+            return
         one.tokens.append(one.completion.token_ids[-1])
         self.generated_tokens += 1
         if one.completion.finished:
@@ -90,6 +94,10 @@ class Results:
     def _report(self, request: Request, beams: BeamSearch, one: Continuation, sampled: Sampled, row: int) -> None:
         """Records a beam's successors; chooses the next beams once all have reported."""
         assert sampled.top_ids is not None and sampled.top_logprobs is not None
+        if sampled.token[row] == NO_TOKEN:
+            request.error = NOT_FINITE
+            self.end(request, "error")
+            return
         width = 2 * beams.params.beam_width
         ids, logprobs = sampled.top_ids[row, :width].tolist(), sampled.top_logprobs[row, :width].tolist()
         parents = request.continuations

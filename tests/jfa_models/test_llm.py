@@ -76,6 +76,20 @@ def test_chat_takes_a_conversation_or_several(llm):
     assert llm.model.tokenizer.decode(one.prompt_token_ids).endswith("u:hello|a:")
 
 
+def test_chat_passes_tools_and_arguments_to_the_template(model):
+    template = "{{ messages[0].content }}{{ tools[0].name if tools }}{{ 'on' if thinking else 'off' }}"
+    tokenizer = dataclasses.replace(model.tokenizer, chat_templates={"default": template})
+    other = LanguageModel(decoder=sharp_decoder(CONFIG), params=model.params, tokenizer=tokenizer)
+    llm = LLM(other, page_size=4, num_pages=40, max_num_seqs=4, max_num_batched_tokens=32)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    for options, text in (
+        ({}, "aoff"),
+        ({"tools": [{"name": "t"}], "chat_template_kwargs": {"thinking": True}}, "aton"),
+    ):
+        [result] = llm.chat(messages, GREEDY, **options)
+        assert tokenizer.decode(result.prompt_token_ids) == text
+
+
 def test_a_callback_that_raises_leaves_a_fresh_engine(model, llm):
     def angry(place, result):
         raise KeyboardInterrupt

@@ -695,6 +695,14 @@ def test_random_weights_are_determined_by_their_seed():
     np.testing.assert_allclose(plain.logits(tokens), one.logits(tokens), atol=0.05)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_families_that_overflow_float16_are_refused_in_it(name):
+    users = {"gemma2": "Gemma 2", "gemma3": "Gemma 3"}[name]
+    with pytest.raises(ValueError, match=f"{users} overflows float16; use dtype='bfloat16', or 'float32'"):
+        from_pretrained(GOLDEN / name, dtype="float16")
+    assert from_pretrained(GOLDEN / "gemma", dtype="float16").dtype == np.float16
+
+
 def test_a_shorter_context():
     assert loaded("phi3_short").config.context_length == 64
     with pytest.raises(ValueError, match=r"context_length .* must be 1 to 256, the model's own, got 257"):

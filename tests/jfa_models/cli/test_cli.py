@@ -83,6 +83,24 @@ def test_chat_remembers_until_it_is_reset(jfa, folder, model):
     assert (status, out, err) == (0, f"{first}\n{second}\n{answer('two')}\n", "")
 
 
+def test_an_unknown_command_of_chat_is_not_a_message(jfa, folder, model):
+    status, out, err = jfa("chat", "--model", folder, "--max-tokens", 8, stdin="/rest\n/exit\n")
+    assert (status, out) == (0, "")
+    assert err == "jfa: there is no command /rest; the commands are /reset and /exit\n"
+
+
+def test_chat_passes_arguments_to_the_template(jfa, folder, model):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception(word) }}")
+    try:
+        status, out, err = jfa("chat", "--model", folder, "--template-kwargs", '{"word": "hello"}', stdin="x\n")
+    finally:
+        (folder / "chat_template.jinja").unlink()
+    assert (status, out) == (0, "") and "refuses these messages: hello. /reset starts" in err
+    for wrong, message in (("{", "'{' is not JSON"), ("[1]", "'[1]' is not a JSON object such as")):
+        status, out, err = jfa("chat", "--model", folder, "--template-kwargs", wrong)
+        assert (status, out) == (2, "") and message in err
+
+
 def test_chat_continues_after_a_turn_that_is_too_long_and_ends_with_its_input(jfa, folder):
     status, out, err = jfa("chat", "--model", folder, "--max-tokens", 8, stdin="x" * 600 + "\nshort\n")
     assert (status, out.count("\n")) == (0, 1)

@@ -470,6 +470,48 @@ def test_an_unknown_dtype_is_refused_with_the_list(dtype):
         from_pretrained(GOLDEN / "llama3", dtype=dtype)
 
 
+@pytest.fixture(scope="module")
+def broken(model):
+    """A model whose logits are NaN from the token "!" on: that row of the embedding is."""
+    names = model._names
+    params = [
+        x.at[PRINTABLE[0]].set(jnp.nan) if name == "embed.weight" else x
+        for name, x in zip(names, model.params, strict=True)
+    ]
+    return LanguageModel(decoder=sharp_decoder(CONFIG), params=tuple(params), tokenizer=model.tokenizer)
+
+
+ASKED = {
+    "greedy": GREEDY,
+    "sampled": SAMPLED,
+    "logprobs": dataclasses.replace(GREEDY, logprobs=2),
+    "min_tokens": dataclasses.replace(GREEDY, min_tokens=9),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_logits_that_are_not_finite_end_a_request_with_an_error(model, broken, name):
+    first, second = broken.generate(["Hi", "!"], ASKED[name])
+    [whole] = model.generate(["Hi"], ASKED[name])
+    tokens = first.outputs[0].token_ids
+    assert tokens == whole.outputs[0].token_ids[: len(tokens)], "another row changed"
+    assert second.outputs[0].finish_reason == "error" and second.outputs[0].token_ids == ()
+    assert second.error.startswith("the logits are not finite, so there is no next token")
+    *_, streamed = broken.stream("!", ASKED[name])
+    assert streamed == second
+
+
+def test_prompts_may_be_dictionaries_as_in_vllm(model):
+    ids = model.tokenizer.encode("Hi")
+    want = model.generate("Hi", GREEDY)
+    assert model.generate({"prompt": "Hi"}, GREEDY) == want
+    assert model.generate([{"prompt": "Hi", "prompt_token_ids": ids}], GREEDY) == want
+    assert model.generate({"prompt_token_ids": ids}, GREEDY)[0].outputs == want[0].outputs
+    for wrong in ({}, {"prompt": "Hi", "multi_modal_data": {}}):
+        with pytest.raises(ValueError, match='prompt 0 must have "prompt" or "prompt_token_ids" and nothing else'):
+            model.generate(wrong, GREEDY)
+
+
 def test_a_folder_without_a_tokenizer_takes_token_ids():
     model = from_pretrained(GOLDEN / "llama3")
     assert model.tokenizer is None

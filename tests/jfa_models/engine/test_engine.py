@@ -470,6 +470,26 @@ def test_metrics_use_the_engine_s_clock(model):
     assert metrics.cache_use == 0.0 and metrics.steps == 3
 
 
+NOT_FINITE = {
+    "greedy": GREEDY,
+    "samples": SamplingParams(n=2, seed=3, max_tokens=4, logprobs=1, min_tokens=2),
+    "beams": BeamSearchParams(beam_width=2, max_tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_logits_that_are_not_finite_end_only_their_request(model, name):
+    params = [jax.numpy.full_like(x, jax.numpy.nan) if x.ndim == 1 else x for x in model.params]
+    engine = Engine(
+        LanguageModel(decoder=sharp_decoder(model.config), params=tuple(params), tokenizer=model.tokenizer), **SMALL
+    )
+    engine.add_request("Hi", NOT_FINITE[name])
+    [result] = engine.run()
+    assert {one.finish_reason for one in result.outputs} == {"error"}
+    assert result.error.startswith("the logits are not finite") and not engine.has_unfinished
+    assert engine.metrics().running == 0
+
+
 def test_an_idle_engine_waits_for_more_requests(model):
     engine = Engine(model, **SMALL, max_wait_ms=10_000)
     for prompt in ("one", "two", "three"):
