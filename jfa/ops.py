@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jfa import arguments, backends, checks
 from jfa.device import probe
+from jfa.rules import with_default_rules
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Implementation, Operands
 
 
@@ -62,6 +63,7 @@ def dot_product_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@with_default_rules
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -190,6 +192,7 @@ class _Plan:
     device: DeviceInfo
 
 
+@with_default_rules
 def _run(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     with jax.named_scope(f"jfa.attention.{plan.backend}"):
         return backends.flash(plan.backend).run(operands, plan.spec, plan.config, plan.device)
@@ -207,6 +210,7 @@ def _forward(plan: _Plan, operands: Operands):
     return (out, lse), (operands, out, lse)
 
 
+@with_default_rules
 def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
     operands, out, lse = saved
     backend = backends.flash(plan.backend)

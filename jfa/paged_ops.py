@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jfa import arguments, backends, checks, quant
 from jfa.device import probe
+from jfa.rules import with_default_rules
 from jfa.types import (
     AttentionSpec,
     BlockConfig,
@@ -61,6 +62,7 @@ def paged_decode_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@with_default_rules
 def paged_decode_attention(
     query: ArrayLike,
     key_pages: ArrayLike,
@@ -152,6 +154,7 @@ def ragged_paged_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@with_default_rules
 def ragged_paged_attention(
     query: ArrayLike,
     key_pages: ArrayLike,
@@ -252,6 +255,7 @@ class _Plan:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@with_default_rules
 def _computed(plan: _Plan, operands: PagedOperands) -> tuple[Array, Array]:
     with jax.named_scope(f"jfa.paged_attention.{plan.backend}"):
         return backends.paged(plan.backend).run(operands, plan.spec, plan.config, plan.device)

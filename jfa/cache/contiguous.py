@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jfa.rules import with_default_rules
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class KVCache:
         """Whether a layer has fewer slots than a row can have tokens."""
         return self.k[layer].shape[1] < self.capacity
 
+    @with_default_rules
     def write(
         self,
         layer: int,
@@ -105,6 +108,7 @@ class KVCache:
             v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
         )
 
+    @with_default_rules
     def slots_seen(self, layer: int, window: int) -> tuple[Bool[Array, "b slots"], Int[Array, " b"]]:
         """The slots of a ring that the token to be written at kv_len will see, and how many slots will be filled."""
         slots = self.k[layer].shape[1]
@@ -112,6 +116,7 @@ class KVCache:
         age = (position - jnp.arange(slots)) % slots
         return (age < window) & (age <= position), jnp.minimum(self.kv_len + 1, slots)
 
+    @with_default_rules
     def followed_by(
         self, layer: int, k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"]
     ) -> tuple[Float[Array, "b n hkv d"], Float[Array, "b n hkv d"], Int[Array, " b"]]:
@@ -129,10 +134,12 @@ class KVCache:
 
         return join(self.k[layer], k), join(self.v[layer], v), held
 
+    @with_default_rules
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "KVCache":
         """Marks the first num_tokens tokens written after kv_len as valid, in every layer."""
         return dataclasses.replace(self, kv_len=(self.kv_len + num_tokens).astype(jnp.int32))
 
+    @with_default_rules
     def grow(self, capacity: int) -> "KVCache":
         """A copy with more slots per row.
 
@@ -148,6 +155,7 @@ class KVCache:
         k, v = (tuple(map(padded, arrays, self.ring_sizes)) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v, capacity=capacity)
 
+    @with_default_rules
     def truncate(self, kv_len: Int[Array, " b"]) -> "KVCache":
         """Drops all tokens at positions >= kv_len (at most slack of them in a full ring), without copying."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jfa import quant
 from jfa.quant import QuantizedArray
+from jfa.rules import with_default_rules
 from jfa.types import NULL_PAGE
 
 Pages = Shaped[Array, "num_pages page_size hkv d"] | QuantizedArray
@@ -137,6 +138,7 @@ class PagedKVCache:
             "value_scales": v.scales if isinstance(v, QuantizedArray) else None,
         }
 
+    @with_default_rules
     def rotated(self, x: Float[Array, "*n heads d"]) -> Float[Array, "*n heads d"]:
         """Rotates queries or keys (quant.rotation) if the pages are int4; otherwise returns them unchanged.
 
@@ -148,6 +150,7 @@ class PagedKVCache:
             return x
         return jnp.matmul(x.astype(jnp.float32), quant.rotation(x.shape[-1]), precision="highest").astype(x.dtype)
 
+    @with_default_rules
     def write(
         self,
         layer: int,
@@ -168,6 +171,7 @@ class PagedKVCache:
         places = self._places(layer, row.reshape(-1), index.reshape(-1), real.reshape(-1))
         return self._put(layer, places, *(x.reshape(b * t, *x.shape[2:]) for x in (k, v)))
 
+    @with_default_rules
     def write_ragged(
         self,
         layer: int,
@@ -184,14 +188,17 @@ class PagedKVCache:
         real = (token >= query_start[0]) & (token < query_start[-1])
         return self._put(layer, self._places(layer, row, token - query_start[row], real), k, v)
 
+    @with_default_rules
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "PagedKVCache":
         """Marks the first num_tokens tokens written after kv_len as valid, in every layer."""
         return dataclasses.replace(self, kv_len=(self.kv_len + num_tokens).astype(jnp.int32))
 
+    @with_default_rules
     def truncate(self, kv_len: Int[Array, " b"]) -> "PagedKVCache":
         """Drops all tokens at positions >= kv_len (rollback), without copying."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
+    @with_default_rules
     def copy_pages(self, source: Int[Array, " n"], destination: Int[Array, " n"], *, table: int = 0) -> "PagedKVCache":
         """Copies pages source to pages destination in all layers of a page table, for copy-on-write of shared pages.
 
@@ -215,6 +222,7 @@ class PagedKVCache:
         k, v = (tuple(map(copied, arrays, own)) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v)
 
+    @with_default_rules
     def grow(self, num_pages: int | Sequence[int]) -> "PagedKVCache":
         """A copy with more pages, appended to the current ones; num_pages as in create.
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 import jfa
+from jfa.rules import with_default_rules
 from jfa_models.decoding.params import MAX_LOGPROBS
 from jfa_models.decoding.sampling import Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
 from jfa_models.model.attention import Cache
@@ -113,7 +114,7 @@ class Steps:
             @functools.partial(jax.jit, donate_argnums=donate)
             @functools.wraps(function)
             def run(params, *args):
-                return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, params)), *args)
+                return with_default_rules(function)(nnx.merge(graphdef, jax.tree.unflatten(treedef, params)), *args)
 
             return run
 
@@ -124,8 +125,8 @@ class Steps:
         self.decode = step(_decode, donate=(1,))
         self.decode_many = step(_decode_many, donate=(1,))
         self.advance = step(_advance, donate=(1,))
-        self.draw = jax.jit(_draw, donate_argnums=0)
-        self.adjust = jax.jit(_adjust, donate_argnums=0)
+        self.draw = jax.jit(with_default_rules(_draw), donate_argnums=0)
+        self.adjust = jax.jit(with_default_rules(_adjust), donate_argnums=0)
         self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0, static_argnames="table")
 
 

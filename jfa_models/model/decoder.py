@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jfa.rules import with_default_rules
 from jfa_models.model.attention import Attention, Cache, Rotation
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
@@ -27,6 +28,7 @@ class Block(nnx.Module):
         self.mlp = (Experts if config.has_experts(layer) else MLP)(config, dtype=dtype, rngs=rngs)
         self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
 
+    @with_default_rules
     def __call__(self, x, rotation, lengths, query_start, cache):
         normed = self.attention_norm(x)
         attended, cache = self.attention(normed, rotation, lengths, query_start, cache)
@@ -98,6 +100,7 @@ class Decoder(nnx.Module):
             cache = cache.advance(new)
         return self.norm(x), cache
 
+    @with_default_rules
     def unembed(self, hidden: Float[Array, "*b hidden"]) -> Float[Array, "*b vocab"]:
         """Logits over the vocabulary, float32."""
         head = self.embed.attend if self.lm_head is None else self.lm_head

@@ -141,7 +141,7 @@ def test_an_interrupted_command_resumes_where_it_stopped(folder, tmp_path, how):
     _, said = first.communicate()
     early = results(output)[:3]
     if how is signal.SIGINT:
-        assert first.returncode == 130 and "run the same command again for the others" in said
+        assert first.returncode == 130 and "run the same command again to continue" in said
     second = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     found = results(output)
