@@ -1,4 +1,4 @@
-"""Looks up model configurations by name. Nothing here imports JAX."""
+"""Looks up model configurations by name. Importing this file does not import JAX."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,3 +41,12 @@ def config_of(name: str, num_layers: int | None = None) -> DecoderConfig:
 
         config = open_checkpoint(name).config
     return config if num_layers is None else config.with_layers(num_layers)
+
+
+def load(name: str, dtype: str | None):
+    """The LanguageModel of a package, path or Hugging Face repository; of a preset, with random weights."""
+    from jfa_models import LanguageModel, from_pretrained  # imports JAX
+
+    if name in PRESETS and name not in PACKAGED and not Path(name).exists():
+        return LanguageModel.random(name, dtype=dtype)
+    return from_pretrained(name, dtype=dtype)

@@ -109,6 +109,7 @@ def test_a_shell_can_complete_commands_options_and_models(name, variable, tmp_pa
         assert "plain,--max-tokens" in completed("jfa generate --max")
         assert completed("jfa generate --model smol").splitlines() == [
             "plain,smollm2",
+            "plain,smollm2-135m",
             "plain,smollm2-135m-instruct",
         ]
         assert completed("jfa generate --model ./fol") == "file,./fol\n"

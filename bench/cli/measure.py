@@ -213,11 +213,9 @@ def throughput_command(
     if n > 1 and beam_width is not None:
         raise click.UsageError("--n and --beam-width cannot be combined")
 
-    from jfa_models import from_pretrained
-
     from ..measure import throughput
 
-    language_model = from_pretrained(model, dtype=dtype)
+    language_model = configs.load(model, dtype)
     arrivals = throughput.trace(
         num_prompts=num_prompts,
         lengths=lengths,

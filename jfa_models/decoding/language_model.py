@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from jfa_models.checkpoints.generation import GenerationDefaults
+from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.save import save_checkpoint
 from jfa_models.decoding import caches
 from jfa_models.decoding.completion import Completion
@@ -84,7 +85,7 @@ class LanguageModel:
     @classmethod
     def random(
         cls,
-        config: DecoderConfig,
+        config: DecoderConfig | str,
         *,
         dtype: DTypeLike | None = None,
         seed: int = 0,
@@ -94,10 +95,12 @@ class LanguageModel:
         """A model with normally distributed random weights, without a tokenizer; fast to create.
 
         Args:
+          config: a configuration, or the name of a preset such as "llama-3-8b" (presets.PRESETS).
           dtype: see from_pretrained.
           attention_implementation: the `implementation` argument of jfa's attention ops.
         """
         dtype = compute_dtype(dtype)
+        config = preset(config) if isinstance(config, str) else config
         abstract = abstract_decoder(config, dtype, attention_implementation)
         # one array of noise is repeated over all weights; its large odd length makes the rows of a weight differ
         noise = (0.02 * np.random.default_rng(seed).standard_normal(1_000_003)).astype(dtype)

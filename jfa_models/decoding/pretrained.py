@@ -31,8 +31,7 @@ def from_pretrained(
 
     Args:
       model: a folder with a Hugging Face checkpoint; a .safetensors or .gguf file; "smollm2" or "gemma-3-270m", which
-        are in packages; a Hugging Face repository, "owner/name"; or the name of a preset (presets.PRESETS), which gets
-        random weights.
+        are in packages; or a Hugging Face repository, "owner/name". For random weights: LanguageModel.random.
       dtype: float32, bfloat16 or float16, for weights, computation and cache. None: float32 on a CPU, which has no
         fast 16-bit matrix multiplication, and bfloat16 elsewhere.
       cache, kv_dtype, page_size: see CacheOptions.
@@ -40,15 +39,20 @@ def from_pretrained(
         two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
 
     Raises:
-      ValueError: the checkpoint does not exist or is damaged, or the architecture is not supported; the message says
-        which.
+      ValueError: the checkpoint does not exist, has no weights or is damaged, or its architecture or dtype is not
+        supported; the message says which.
+
+    Warns:
+      UserWarning: a LongRoPE model uses its factors for long texts, or a file has keys that are not known.
     """
     dtype = compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
     name = os.fspath(model)
-    if (config := shape_of(name)) is not None:
-        warnings.warn(f"{name} is a preset without trained weights: its weights are random", stacklevel=2)
-        return LanguageModel.random(_with_context(config, context_length), dtype=dtype, cache_options=options)
+    if name.lower() in PRESETS and name.lower() not in PACKAGED and not os.path.exists(name):
+        raise ValueError(
+            f"{name!r} is a preset, which has no weights: load a folder, a file or a Hugging Face repository, or use "
+            f"LanguageModel.random({name!r}) for random weights in its shape"
+        )
     checkpoint = open_checkpoint(name)
     family = FAMILIES[checkpoint.config.architecture]
     if dtype == "float16" and not family.float16:
@@ -71,12 +75,6 @@ def from_pretrained(
         defaults=checkpoint.generation,
         cache_options=options,
     )
-
-
-def shape_of(name: str) -> DecoderConfig | None:
-    """The preset with this name, or None; a package or path with the same name, which has weights, takes precedence."""
-    has_weights = name.lower() in PACKAGED or os.path.exists(name)
-    return None if has_weights else PRESETS.get(name.lower())
 
 
 def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderConfig:

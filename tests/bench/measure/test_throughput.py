@@ -10,8 +10,9 @@ import pytest
 from golden import GOLDEN
 from tiny_model import folder_with_text
 
-from jfa_bench import cli, names
+from jfa_bench import cli, configs, names
 from jfa_bench.measure import throughput
+from jfa_models import LanguageModel
 
 ASKED = dict(num_prompts=400, input_len=512, output_len=1024, request_rate=math.inf, vocab_size=99, seed=3)
 
@@ -82,6 +83,13 @@ def test_samples_share_pages_and_only_the_engine_supports_a_rate(bench, folder):
     static, engine = json.loads(out)
     assert status == 0 and static["status"] == "unsupported" and "single completions" in static["reason"]
     assert engine["saved_share"] > 0.05 and engine["case"]["n"] == 3
+
+
+def test_a_preset_gets_random_weights(monkeypatch):
+    made = []
+    monkeypatch.setattr(LanguageModel, "random", lambda name, dtype: made.append((name, dtype)))
+    configs.load("llama-3-8b", "bfloat16")
+    assert made == [("llama-3-8b", "bfloat16")]
 
 
 def test_refuses(bench):

@@ -678,10 +678,13 @@ def test_a_preset_round_trips_through_config_json(name):
 # Random weights, and tensors of another model.
 
 
-def test_a_preset_has_random_weights():
-    with pytest.warns(UserWarning, match="qwen2.5-0.5b is a preset without trained weights: its weights are random"):
-        abstract = jax.eval_shape(lambda: from_pretrained("qwen2.5-0.5b").params)
+def test_only_random_makes_weights_for_a_preset():
+    abstract = jax.eval_shape(lambda: LanguageModel.random("qwen2.5-0.5b").params)
     assert sum(x.size for x in abstract) == PRESETS["qwen2.5-0.5b"].num_params
+    with pytest.raises(ValueError, match=r"'Llama-3-8b' is a preset, which has no weights: .*LanguageModel.random"):
+        from_pretrained("Llama-3-8b")
+    with pytest.raises(ValueError, match="there is no preset 'gpt-5'; the presets are llama-2-7b"):
+        LanguageModel.random("gpt-5")
 
 
 def test_random_weights_are_determined_by_their_seed():
