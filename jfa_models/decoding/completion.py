@@ -50,7 +50,7 @@ class Completion:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self._tokenizer = tokenizer
-        self._stream = tokenizer.stream() if tokenizer else None
+        self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens) if tokenizer else None
         if self._stream:
             for token in prompt_ids[-TEXT_CONTEXT:]:
                 self._stream.push(token)
@@ -81,7 +81,7 @@ class Completion:
         """Takes a token by its id, and ends if a stop condition is met."""
         self.token_ids.append(token)
         ended_by_id = self._ends(token)
-        if self._stream and not ended_by_id:
+        if self._stream and (not ended_by_id or self.params.include_stop_str_in_output):
             self._text += self._stream.push(token)
         if ended_by_id:
             self.finish_reason = "stop"
@@ -121,7 +121,7 @@ class Completion:
         found = [(at, stop) for stop in self.params.stop if (at := self._text.find(stop, self._stops_from)) >= 0]
         if found:
             at, stop = min(found)
-            self._text = self._text[:at]
+            self._text = self._text[: at + len(stop) if self.params.include_stop_str_in_output else at]
             self.finish_reason, self._stop_reason = "stop", stop
 
     def _undecided(self) -> int:

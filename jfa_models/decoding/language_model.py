@@ -339,6 +339,7 @@ class LanguageModel:
         if self.tokenizer is None and params.stop:
             raise ValueError("this model has no tokenizer, so stop strings cannot be detected: use stop_token_ids")
         check_token_ids(params, vocab_size=self.config.vocab_size)
+        params = self._with_stop_ids(params)
         room = self.config.context_length - len(prompt_ids)
         if room < 1 or (params.max_tokens or 1) > room:
             raise ValueError(
@@ -353,6 +354,15 @@ class LanguageModel:
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
         )
+
+    def _with_stop_ids(self, params: SamplingParams) -> SamplingParams:
+        """The params with the stop strings that are special tokens as stop tokens: they have no text to be found in."""
+        ids = {stop: self.tokenizer.special_token_id(stop) for stop in params.stop} if self.tokenizer else {}
+        found = {stop: token_id for stop, token_id in ids.items() if token_id is not None}
+        if not found:
+            return params
+        rest = tuple(stop for stop in params.stop if stop not in found)
+        return dataclasses.replace(params, stop=rest, stop_token_ids=(*params.stop_token_ids, *found.values()))
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:

@@ -1,9 +1,11 @@
 """Parameters of a request: how a prompt is continued. Nothing here imports JAX or NumPy."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 MAX_SAMPLES = 10_000  # maximum continuations per prompt
 MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API return by default
@@ -26,7 +28,8 @@ class SamplingParams:
       temperature: 0 (or less than 1e-5): greedy decoding, without min_p, top_k and top_p.
       top_k: 0 or -1 keeps all tokens.
       seed: 0 to 2**64 - 1. The same seed gives the same text, regardless of the other requests in a batch.
-      stop: one or several strings; the text ends before the first one that is generated.
+      stop: one or several strings; the text ends before the first one that is generated. One that is a special token
+        of the model, and so has no text, counts as its id in stop_token_ids.
       stop_token_ids: tokens that end the text, in addition to the model's end tokens.
       ignore_eos: the model's end tokens neither end the text nor are masked before min_tokens.
       max_tokens: None: up to the context length.
@@ -34,6 +37,9 @@ class SamplingParams:
         from the raw logits.
       prompt_logprobs: like logprobs, for the tokens of the prompt. Only Engine and LLM support it.
       logit_bias: token ids and the values to add to their logits; stored as a tuple of pairs.
+      skip_special_tokens: omit special tokens from the text.
+      include_stop_str_in_output: the text includes the stop string or the text of the stop token that ended it.
+      spaces_between_special_tokens: accepted for compatibility; no tokenizer here adds spaces.
 
     Raises:
       ValueError: a field is out of range; the message names it. `check_token_ids` checks ids against a vocabulary.
@@ -56,6 +62,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    spaces_between_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {
@@ -91,8 +100,15 @@ class SamplingParams:
             checked["seed"] = _integer("seed", self.seed, 0, 2**64 - 1, "use None to let the engine choose a seed")
         if self.logit_bias is not None:
             checked["logit_bias"] = bias_pairs(self.logit_bias)
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}; use False to end at eos")
+        flags = {
+            "ignore_eos": "use False to end at eos",
+            "skip_special_tokens": "use True for text without them",
+            "include_stop_str_in_output": "use False for text that ends before it",
+            "spaces_between_special_tokens": "it has no effect: the tokenizers of this library add none",
+        }
+        for name, advice in flags.items():
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}; {advice}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -106,6 +122,38 @@ class SamplingParams:
         """Whether the logits change before sampling: by a bias, a penalty, or masking of end tokens."""
         penalties = (self.repetition_penalty - 1, self.frequency_penalty, self.presence_penalty)
         return bool(self.logit_bias or self.min_tokens or any(penalties))
+
+
+# Parameters of vLLM 0.22 that this library does not have, and what to use.
+_ELSEWHERE = {
+    "best_of": "use n, and take the continuation with the largest cumulative_logprob",
+    "use_beam_search": "use BeamSearchParams",
+    "length_penalty": "use BeamSearchParams",
+    "early_stopping": "use BeamSearchParams",
+    "bad_words": "use logit_bias of -100 for token ids",
+    "allowed_token_ids": "use logit_bias of -100 for the other token ids",
+    "logits_processors": "use logit_bias",
+    "guided_decoding": "guided decoding is not implemented yet",
+    "structured_outputs": "guided decoding is not implemented yet",
+    "truncate_prompt_tokens": "pass the prompt as token ids, and cut them",
+    "detokenize": "results have token_ids next to their text",
+    "output_kind": "use stream for results as they grow, generate for finished ones",
+    "flat_logprobs": "logprobs are one dictionary per token",
+    "skip_reading_prefix_cache": "use LLM(..., enable_prefix_caching=False)",
+    "extra_args": "there is nothing that would read them",
+}
+_init = SamplingParams.__init__
+
+
+@functools.wraps(_init)
+def _refusing_init(self: SamplingParams, **fields: Any) -> None:
+    for name in fields:
+        if name in _ELSEWHERE:
+            raise ValueError(f"SamplingParams has no {name}: {_ELSEWHERE[name]}")
+    _init(self, **fields)
+
+
+SamplingParams.__init__ = _refusing_init
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -379,7 +379,7 @@ class Engine:
                 index,
                 request.prompt_ids,
                 limit=len(request.prompt_ids) + completion.max_tokens,
-                params=params,
+                params=completion.params,
                 seed=seed_sequence(params, self.seed, number, index),
                 completion=completion,
             )

@@ -146,9 +146,15 @@ class Tokenizer:
         once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :]
 
-    def stream(self) -> "StreamingDetokenizer":
+    def stream(self, *, skip_special_tokens: bool = True) -> "StreamingDetokenizer":
         """A streaming detokenizer for one answer."""
-        return StreamingDetokenizer(self)
+        return StreamingDetokenizer(self, skip_special_tokens=skip_special_tokens)
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token with exactly this text, which decode omits; None if there is none."""
+        token_id = self.core.token_to_id(text)
+        added = self.core.get_added_tokens_decoder()
+        return token_id if token_id in added and added[token_id].special else None
 
     def apply_chat_template(
         self,
@@ -193,8 +199,9 @@ class StreamingDetokenizer:
     The concatenated pieces are the text of all tokens. A piece is returned once no later token can change it.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         # Two runs of tokens: those returned last, which are decoded again because the text of a token depends on
         # whether it comes first, and those that are still withheld.
         self._context: list[int] = []
@@ -216,8 +223,9 @@ class StreamingDetokenizer:
         return piece
 
     def _pending_text(self) -> str:
-        context = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(context) :]
+        context = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
+        text = self._tokenizer.decode(self._context + self._pending, skip_special_tokens=self._skip)
+        return text[len(context) :]
 
 
 def _read_core(path: Path) -> tokenizers.Tokenizer:

@@ -501,6 +501,46 @@ def test_logits_that_are_not_finite_end_a_request_with_an_error(model, broken, n
     assert streamed == second
 
 
+@pytest.fixture(scope="module")
+def special(model):
+    """The model with a tokenizer to which the sixth token that it writes after "Hi" is special: (model, text, id)."""
+    ids = completion(model, "Hi", GREEDY).token_ids
+    core = type(model.tokenizer.core).from_str(model.tokenizer.core.to_str())
+    text = core.id_to_token(ids[5])
+    core.add_special_tokens([text])
+    tokenizer = dataclasses.replace(model.tokenizer, core=core)
+    other = LanguageModel(decoder=sharp_decoder(CONFIG), params=model.params, tokenizer=tokenizer)
+    return other, text, ids[5]
+
+
+def test_special_tokens_are_omitted_unless_they_are_wanted(special):
+    model, text, token = special
+    whole = completion(model, "Hi", GREEDY)
+    shown = completion(model, "Hi", dataclasses.replace(GREEDY, skip_special_tokens=False))
+    assert whole.token_ids == shown.token_ids and token in whole.token_ids
+    assert text not in whole.text and shown.text.replace(text, "") == whole.text
+
+
+def test_a_stop_string_may_be_a_special_token(special):
+    model, text, token = special
+    whole = completion(model, "Hi", GREEDY)
+    before = whole.token_ids[: whole.token_ids.index(token)]
+    for stop in (text, ["no such text", text]):
+        stopped = completion(model, "Hi", dataclasses.replace(GREEDY, stop=stop))
+        assert stopped.token_ids == (*before, token)
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token) and text not in stopped.text
+
+
+def test_the_text_may_include_what_ended_it(model, special):
+    text = completion(model, "Hi", GREEDY).text
+    asked = dataclasses.replace(GREEDY, stop=text[4:6], include_stop_str_in_output=True)
+    assert completion(model, "Hi", asked).text == text[: text.index(text[4:6]) + 2]
+    other, word, token = special
+    asked = dataclasses.replace(GREEDY, stop_token_ids=[token], include_stop_str_in_output=True)
+    assert not completion(other, "Hi", asked).text.endswith(word)
+    assert completion(other, "Hi", dataclasses.replace(asked, skip_special_tokens=False)).text.endswith(word)
+
+
 def test_prompts_may_be_dictionaries_as_in_vllm(model):
     ids = model.tokenizer.encode("Hi")
     want = model.generate("Hi", GREEDY)

@@ -423,6 +423,29 @@ def test_a_field_out_of_range_is_refused(name):
     assert str(refusal.value) == message
 
 
+@pytest.mark.parametrize("name", ["skip_special_tokens", "include_stop_str_in_output", "spaces_between_special_tokens"])
+def test_a_flag_must_be_a_truth_value(name):
+    assert getattr(SamplingParams(**{name: False}), name) is False
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got None; "):
+        SamplingParams(**{name: None})
+
+
+ELSEWHERE = {
+    "best_of": "SamplingParams has no best_of: use n, and take the continuation with the largest cumulative_logprob",
+    "bad_words": "SamplingParams has no bad_words: use logit_bias of -100 for token ids",
+    "structured_outputs": "SamplingParams has no structured_outputs: guided decoding is not implemented yet",
+    "use_beam_search": "SamplingParams has no use_beam_search: use BeamSearchParams",
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_parameters_of_vllm_that_are_missing_say_what_to_use(name):
+    with pytest.raises(ValueError, match=ELSEWHERE[name]):
+        SamplingParams(**{name: 1})
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=1)
+
+
 def test_ids_outside_the_vocabulary_are_refused():
     with pytest.raises(
         ValueError, match=r"stop_token_ids must contain ids from 0 to 9, the model's vocabulary, got \[10\]"
