@@ -13,6 +13,7 @@ _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DIGIT = r"\p{N}"
 _LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _REST
 _QWEN2 = _WORDS + r"|\p{N}" + _REST
 # words with at most one change from upper to lower case
@@ -60,14 +61,21 @@ class PreTokenizer(NamedTuple):
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
         """The cuts as a pre-tokenizer of the `tokenizers` library, which also turns bytes into characters."""
-        cuts: list[pre_tokenizers.PreTokenizer] = [
-            pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns
-        ]
-        cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-        return pre_tokenizers.Sequence(cuts)
+        last_is_built_in = self.patterns[-1] == _GPT2
+        return pre_tokenizers.Sequence(
+            [
+                *map(_cut, self.patterns[:-1] if last_is_built_in else self.patterns),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=last_is_built_in),
+            ]
+        )
 
 
-_DIGIT = r"\p{N}"
+def _cut(pattern: str) -> pre_tokenizers.PreTokenizer:
+    if pattern == _DIGIT:  # faster than the expression
+        return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
 _WITHOUT_MARKS = r" ?[^(\s|.,!?" "\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _BY_NAMES = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
