@@ -46,16 +46,18 @@ def attention_fn(
       bias, mask: broadcast to [batch..., heads, query length, key length]; in a numeric mask, nonzero means True.
       broadcast_dropout: drop the same weights in all batch rows and heads.
       dtype: dtype of the computation and the output; None: the promoted dtype of query, key and value.
-      precision: None or "highest". Products of float32 inputs always have full float32 precision.
+      precision: any that asks for no more than jfa's kernels always give: products of float32 inputs have float32
+        precision, those of 16-bit inputs are exact and summed in float32.
       force_fp32_for_softmax: has no effect; the softmax is always computed in float32.
 
     Raises:
-      ValueError: active dropout without a dropout_rng.
+      ValueError: active dropout without a dropout_rng, or other batch axes in key or value than in query.
       UnsupportedError: sow_weights (the weights are never stored), a custom einsum, or another precision.
     """
-    if precision not in (None, "default", "highest", jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST):
+    if not _is_met(precision):
         raise UnsupportedError(
-            f"precision={precision} is not supported: the precision of products follows from dtype; use precision=None"
+            f"precision={precision} is not supported: products have float32 precision, those of 16-bit numbers are "
+            "summed in float32; use precision=None"
         )
     if module is not None:
         raise UnsupportedError("sow_weights is not supported: the attention weights are never stored; set it to False")
@@ -66,6 +68,12 @@ def attention_fn(
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (x.astype(dtype) for x in (query, key, value))
     batch = query.shape[:-3]
+    for name, x in (("key", key), ("value", value)):
+        if x.ndim != query.ndim or x.shape[:-3] != batch:
+            raise ValueError(
+                f"query, key and value must have the same batch axes before [length, heads, head_dim], got "
+                f"{list(query.shape)} and {name} {list(x.shape)}; repeat with jnp.broadcast_to"
+            )
 
     def one_batch_axis(x: Array) -> Array:
         """[batch..., ., ., .] -> [prod(batch), ., ., .]; axes of ones stay one."""
@@ -89,3 +97,17 @@ def attention_fn(
         broadcast_dropout=broadcast_dropout,
     )
     return out.reshape(*batch, *out.shape[1:])
+
+
+def _is_met(precision: object) -> bool:
+    """Whether float32 products, or exact products of 16-bit numbers summed in float32, are as precise as this."""
+    if isinstance(precision, tuple):
+        return len(precision) == 2 and all(map(_is_met, precision))
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return "F64" not in precision.name
+    if precision is None or isinstance(precision, jax.lax.Precision):
+        return True
+    try:
+        return isinstance(jax.lax.Precision(precision), jax.lax.Precision)
+    except ValueError:
+        return False

@@ -81,8 +81,12 @@ def test_computes_in_the_layer_dtype():
     ("options", "message"),
     [
         (
-            dict(precision="bfloat16"),
-            "precision=bfloat16 is not supported: the precision of products follows from dtype; use precision=None",
+            dict(precision=jax.lax.DotAlgorithmPreset.F64_F64_F64),
+            "precision=F64_F64_F64 is not supported: products have float32 precision, .*; use precision=None",
+        ),
+        (
+            dict(precision=("highest", "exact")),
+            r"precision=\('highest', 'exact'\) is not supported",
         ),
         (
             dict(module=object()),
@@ -166,3 +170,29 @@ def test_a_model_trains_as_with_flax_attention():
     ours, theirs = curve(jfa.flax.attention_fn), curve(None)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
     assert ours[-1] < 0.7 * ours[0]
+
+
+P = jax.lax.Precision
+PRECISIONS = [None, "default", "high", "highest", "float32", "tensorfloat32", "bfloat16", P.HIGH, P.HIGHEST]
+PRECISIONS += [(P.DEFAULT, "highest"), *(one for one in jax.lax.DotAlgorithmPreset if "F64" not in one.name)]
+
+
+def test_a_precision_that_is_met_changes_nothing():
+    q = jnp.arange(2 * 4 * 2 * 16, dtype=jnp.float32).reshape(2, 4, 2, 16) / 100
+    want = jfa.flax.attention_fn(q, q, q)
+    for precision in PRECISIONS:
+        np.testing.assert_array_equal(jfa.flax.attention_fn(q, q, q, precision=precision), want, err_msg=str(precision))
+
+
+OTHER_BATCH = {  # name: shapes of query, key and value
+    "rank": ((2, 4, 2, 16), (4, 2, 16), (4, 2, 16)),
+    "one_row": ((2, 4, 2, 16), (1, 4, 2, 16), (1, 4, 2, 16)),
+    "value": ((3, 2, 4, 2, 16), (3, 2, 4, 2, 16), (2, 3, 4, 2, 16)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_BATCH)
+def test_other_batch_axes_are_refused(name):
+    q, k, v = (jnp.ones(shape) for shape in OTHER_BATCH[name])
+    with pytest.raises(ValueError, match=r"must have the same batch axes before \[length, heads, head_dim\], got \["):
+        jfa.flax.attention_fn(q, k, v)
