@@ -91,8 +91,9 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T + bias) value, without storing the scores in memory.
 
-    The first parameters are those of jax.nn.dot_product_attention. They have the same meaning, with one exception: a
-    query that sees no key returns zeros (jax.nn: the mean of the values) and a residual of -inf.
+    The first parameters are those of jax.nn.dot_product_attention. They have the same meaning, with two exceptions: a
+    query that sees no key returns zeros (jax.nn: the mean of the values) and a residual of -inf; and the residual is
+    float32 and differentiable (jax.nn: the query's dtype, without a gradient).
 
     Scores are scaled, then bias and ALiBi are added, then the soft cap and the masks are applied; sinks, if given, are
     added to the softmax's denominator. Scores, softmax and sums are float32. First-order reverse-mode gradients of
