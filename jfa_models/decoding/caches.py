@@ -1,6 +1,7 @@
 """KV caches of a decoder: how they are created and extended."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -70,3 +71,17 @@ def grown(config: DecoderConfig, cache: Cache, capacity: int) -> Cache:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (tokens i32[size, t], lengths i32[size]) for each chunk; a finished or padding row has length 0."""
+    longest = max(len(prompt) for prompt in prompts)
+    start = 0
+    while start < longest:
+        t = min(PREFILL_CHUNK, max(SMALLEST_CHUNK, power_of_two(longest - start)))
+        tokens, lengths = np.zeros((size, t), np.int32), np.zeros(size, np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[start : start + t]
+            tokens[row, : len(part)], lengths[row] = part, len(part)
+        yield tokens, lengths
+        start += t

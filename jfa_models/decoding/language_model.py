@@ -276,7 +276,7 @@ class LanguageModel:
             request_ids=[*(request.index for request in requests), *range(len(empty))],
         )
         hidden = jnp.zeros((size, self.config.hidden_size), self.dtype)
-        for tokens, lengths in prefill_chunks(prompts, size):
+        for tokens, lengths in caches.prefill_chunks(prompts, size):
             cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths)
         return self.steps.first(self.params, cache, hidden, rows, np.arange(size) < len(requests))
 
@@ -440,20 +440,6 @@ class _Request:
 
 
 _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)
-
-
-def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (tokens i32[size, t], lengths i32[size]) for each chunk; a finished or padding row has length 0."""
-    longest = max(len(prompt) for prompt in prompts)
-    start = 0
-    while start < longest:
-        t = min(caches.PREFILL_CHUNK, max(caches.SMALLEST_CHUNK, caches.power_of_two(longest - start)))
-        tokens, lengths = np.zeros((size, t), np.int32), np.zeros(size, np.int32)
-        for row, prompt in enumerate(prompts):
-            part = prompt[start : start + t]
-            tokens[row, : len(part)], lengths[row] = part, len(part)
-        yield tokens, lengths
-        start += t
 
 
 def named_leaves(abstract: Decoder) -> dict[str, jax.ShapeDtypeStruct]:

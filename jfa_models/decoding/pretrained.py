@@ -15,7 +15,6 @@ from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
 from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.config import DecoderConfig
-from jfa_models.model.rope import LongRopeScaling
 
 
 def from_pretrained(
@@ -58,11 +57,10 @@ def from_pretrained(
     if dtype == "float16" and not family.float16:
         raise ValueError(f"{family.users} overflows float16; use dtype='bfloat16', or 'float32'")
     config = _with_context(checkpoint.config, context_length)
-    if (rope := config.rope.scaling) and isinstance(rope, LongRopeScaling) and rope.is_long(config.context_length):
+    if (original := config.long_rope_from) is not None:
         warnings.warn(
-            f"{name} rotates by its factors for long texts, also in short ones; for texts of up to "
-            f"{rope.original_context_length} tokens, load it with context_length={rope.original_context_length} "
-            "(--max-model-len)",
+            f"{name} rotates by its factors for long texts, also in short ones; for texts of up to {original} tokens, "
+            f"load it with context_length={original} (--max-model-len)",
             stacklevel=2,
         )
     abstract = abstract_decoder(config, dtype)

@@ -31,7 +31,6 @@ from jfa_models.engine.request import CANDIDATES, GREEDY, Continuation, OnOutput
 from jfa_models.engine.results import Results
 from jfa_models.engine.scheduler import Scheduler
 from jfa_models.model.attention import paged_cache
-from jfa_models.model.rope import LongRopeScaling
 
 FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
 HOST_CACHE_BYTES = 2**30  # for pages, if the device does not report its memory
@@ -120,14 +119,12 @@ class Engine:
             raise ValueError(
                 f"max_model_len must be from 1 to {config.context_length}, the model's context, got {max_model_len}"
             )
-        rope = config.rope.scaling
-        if max_model_len and isinstance(rope, LongRopeScaling):
-            if rope.is_long(config.context_length) and not rope.is_long(max_model_len):
-                warnings.warn(
-                    f"the model was loaded with its factors for long texts, and max_model_len={max_model_len} allows "
-                    f"short ones only; load it with context_length={max_model_len}",
-                    stacklevel=2,
-                )
+        if max_model_len and max_model_len <= (config.long_rope_from or 0):
+            warnings.warn(
+                f"the model was loaded with its factors for long texts, and max_model_len={max_model_len} allows "
+                f"short ones only; load it with context_length={max_model_len}",
+                stacklevel=2,
+            )
         if max_wait_ms < 0:
             raise ValueError(f"max_wait_ms must be at least 0, got {max_wait_ms}")
         longest = max_model_len or config.context_length

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
-from jfa_models.model.rope import RopeConfig, check_positive
+from jfa_models.model.rope import LongRopeScaling, RopeConfig, check_positive
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Norm = Literal["rms", "rms_plus_one", "layer"]
@@ -104,6 +104,14 @@ class DecoderConfig:
             raise ValueError(f"windows must have one entry per layer, {self.num_layers}, got {len(self.windows)}")
         if any(window is not None and (type(window) is not int or window < 1) for window in self.windows):
             raise ValueError(f"a window must be an integer >= 1, or None, got {self.windows}")
+
+    @property
+    def long_rope_from(self) -> int | None:
+        """The length up to which other LongRoPE factors would be used, if those for long texts are."""
+        scaling = self.rope.scaling
+        if isinstance(scaling, LongRopeScaling) and scaling.is_long(self.context_length):
+            return scaling.original_context_length
+        return None
 
     def is_local(self, layer: int) -> bool:
         """Whether this layer has a window, even one as long as the context."""
