@@ -3,6 +3,8 @@
 The host runs one step ahead of the results: while the device computes a step, the next one is scheduled and launched
 with last tokens that only the device knows; only then are the results of the previous step read. The end of a
 continuation is therefore noticed one step late: its surplus token is dropped, and its slot is reused one step later.
+
+One file: what a caller sees, most of it documentation. launch.py talks to the device, results.py reads what comes back.
 """
 
 import bisect
