@@ -145,9 +145,11 @@ class LLM:
         if tokenizer is None or not tokenizer.chat_templates:
             raise ValueError("this model has no chat template, so it was not made for conversations: use generate")
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
-        given = dict(chat_template_kwargs or {})
+        given = {"tools": tools, **(chat_template_kwargs or {})}
+        if "messages" in given:
+            raise ValueError("chat_template_kwargs must not have messages: they are the first argument")
         prompts = [
-            tokenizer.encode(tokenizer.apply_chat_template(list(one), tools=tools, **given), add_special_tokens=False)
+            tokenizer.encode(tokenizer.apply_chat_template(list(one), **given), add_special_tokens=False)
             for one in conversations
         ]
         return self.generate(prompts, sampling_params, **options)

@@ -32,6 +32,8 @@ def chat(
 ) -> None:
     """Chat with a model. /reset starts over; /exit or Ctrl-D ends the chat."""
     check_sampling(sampling)
+    if "messages" in (template_kwargs or {}):
+        raise click.UsageError("--template-kwargs must not have messages: they are what you type")
 
     from jfa_models.cli import running
     from jfa_models.decoding.language_model import Session

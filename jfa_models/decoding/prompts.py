@@ -33,7 +33,7 @@ def unpacked(prompt: Prompt, name: str) -> str | Sequence[int]:
     """
     if not isinstance(prompt, Mapping):
         return prompt
-    given: dict[str, Any] = dict(prompt)
+    given: dict[str, Any] = {key: value for key, value in prompt.items() if value is not None}
     if not given or given.keys() - {"prompt", "prompt_token_ids"}:
         raise ValueError(
             f'{name} must have "prompt" or "prompt_token_ids" and nothing else, got the keys {list(given)}'

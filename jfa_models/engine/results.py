@@ -169,7 +169,8 @@ class Results:
                 completion.end(reason)
         del self.requests[request.id]
         self.finished_requests += 1
-        if request.on_output is not None and reason != "error":
+        # after an error of the caller's own on_output it is not called again; a stream has no other way to end
+        if request.on_output is not None and (reason != "error" or request.is_streamed):
             try:
                 request.on_output(request.output())
             except Exception as error:

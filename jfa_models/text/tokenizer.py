@@ -51,14 +51,21 @@ class Tokenizer:
         core = _read_core(path / "tokenizer.json")
         config = _read_if_there(path / "tokenizer_config.json")
         named = {**_read_if_there(path / "special_tokens_map.json"), **config}
-        special_tokens = {
-            name: text["content"] if isinstance(text, dict) else text
-            for name, text in named.items()
-            if name.endswith("_token") and isinstance(text, str | dict)
-        }
-        _add_tokens(core, config, _read_if_there(path / "added_tokens.json"), special_tokens.values())
+        legacy = _read_if_there(path / "added_tokens.json")
+        try:
+            special_tokens = {
+                name: text["content"] if isinstance(text, dict) else text
+                for name, text in named.items()
+                if name.endswith("_token") and isinstance(text, str | dict)
+            }
+            _add_tokens(core, config, legacy, special_tokens.values())
+            templates = _read_templates(path, config)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: tokenizer_config.json or added_tokens.json does not have the form that transformers writes "
+                f"({type(error).__name__}: {error}); download it again"
+            ) from error
         bos, eos = (_id_of(core, special_tokens, name) for name in ("bos_token", "eos_token"))
-        templates = _read_templates(path, config)
         # the template of a chat model may end turns with a token that no file names
         ends = [core.token_to_id(end) for end in ENDS if any(end in text for text in templates.values())]
         return cls(
@@ -249,7 +256,10 @@ def _add_tokens(
     core: tokenizers.Tokenizer, config: Mapping[str, Any], legacy: Mapping[str, int], special: Collection[str]
 ) -> None:
     """Adds the tokens that tokenizer_config.json, or else added_tokens.json, has in addition to tokenizer.json."""
-    listed = {int(token_id): entry for token_id, entry in (config.get("added_tokens_decoder") or {}).items()}
+    decoder = config.get("added_tokens_decoder") or {}
+    if wrong := [token_id for token_id in decoder if not str(token_id).isdecimal()]:
+        raise TypeError(f"added_tokens_decoder has the id {wrong[0]!r}")
+    listed = {int(token_id): entry for token_id, entry in decoder.items()}
     if not listed:
         listed = {token_id: {"content": text, "special": text in special} for text, token_id in legacy.items()}
     options = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -273,11 +283,20 @@ def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if (default := path / "chat_template.jinja").exists():
         files.setdefault("default", default)
     if files:
-        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        return {name: _read_text(file) for name, file in files.items()}
     template = config.get("chat_template")
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}
+    if not isinstance(template, str | None):
+        raise TypeError(f"chat_template is {template!r}")
     return {} if template is None else {"default": template}
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8; download it again") from None
 
 
 def _id_of(core: tokenizers.Tokenizer, special_tokens: Mapping[str, str], name: str) -> int | None:

@@ -85,9 +85,12 @@ def test_chat_passes_tools_and_arguments_to_the_template(model):
     for options, text in (
         ({}, "aoff"),
         ({"tools": [{"name": "t"}], "chat_template_kwargs": {"thinking": True}}, "aton"),
+        ({"chat_template_kwargs": {"tools": [{"name": "t"}]}}, "atoff"),
     ):
         [result] = llm.chat(messages, GREEDY, **options)
         assert tokenizer.decode(result.prompt_token_ids) == text
+    with pytest.raises(ValueError, match="chat_template_kwargs must not have messages: they are the first argument"):
+        llm.chat(messages, GREEDY, chat_template_kwargs={"messages": []})
 
 
 def test_a_callback_that_raises_leaves_a_fresh_engine(model, llm):

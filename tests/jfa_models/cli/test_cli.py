@@ -96,7 +96,11 @@ def test_chat_passes_arguments_to_the_template(jfa, folder, model):
     finally:
         (folder / "chat_template.jinja").unlink()
     assert (status, out) == (0, "") and "refuses these messages: hello. /reset starts" in err
-    for wrong, message in (("{", "'{' is not JSON"), ("[1]", "'[1]' is not a JSON object such as")):
+    for wrong, message in (
+        ('{"messages": []}', "--template-kwargs must not have messages"),
+        ("{", "'{' is not JSON"),
+        ("[1]", "'[1]' is not a JSON object such as"),
+    ):
         status, out, err = jfa("chat", "--model", folder, "--template-kwargs", wrong)
         assert (status, out) == (2, "") and message in err
 

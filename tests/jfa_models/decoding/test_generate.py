@@ -548,7 +548,8 @@ def test_prompts_may_be_dictionaries_as_in_vllm(model):
     assert model.generate({"prompt": "Hi"}, GREEDY) == want
     assert model.generate([{"prompt": "Hi", "prompt_token_ids": ids}], GREEDY) == want
     assert model.generate({"prompt_token_ids": ids}, GREEDY)[0].outputs == want[0].outputs
-    for wrong in ({}, {"prompt": "Hi", "multi_modal_data": {}}):
+    assert model.generate({"prompt": "Hi", "prompt_token_ids": None}, GREEDY) == want
+    for wrong in ({}, {"prompt": None}, {"prompt": "Hi", "multi_modal_data": {}}):
         with pytest.raises(ValueError, match='prompt 0 must have "prompt" or "prompt_token_ids" and nothing else'):
             model.generate(wrong, GREEDY)
 

@@ -487,6 +487,9 @@ def test_logits_that_are_not_finite_end_only_their_request(model, name):
     [result] = engine.run()
     assert {one.finish_reason for one in result.outputs} == {"error"}
     assert result.error.startswith("the logits are not finite") and not engine.has_unfinished
+    if name == "samples":
+        [streamed] = engine.stream("Hi", NOT_FINITE[name])
+        assert streamed.error == result.error
     assert engine.metrics().running == 0
 
 

@@ -496,6 +496,28 @@ def test_which_of_several_files_has_the_template(folder, name):
     assert Tokenizer.from_folder(again).chat_templates == templates
 
 
+MALFORMED = {  # name: of tokenizer_config.json
+    "tokens_listed": {"added_tokens_decoder": [1]},
+    "token_text": {"added_tokens_decoder": {"1": "a"}},
+    "token_id": {"added_tokens_decoder": {"x": {"content": "a"}}},
+    "eos": {"eos_token": {"text": "a"}},
+    "template": {"chat_template": 3},
+    "templates": {"chat_template": [{"name": "a"}]},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_tokenizer_config_is_refused(folder, name):
+    with pytest.raises(ValueError, match=r"does not have the form that transformers writes .*; download it again"):
+        write(folder, **MALFORMED[name])
+
+
+def test_a_template_that_is_not_utf8_is_refused(folder):
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is not UTF-8; download it again"):
+        write(folder)
+
+
 def test_what_ends_a_turn_in_the_template_is_an_end_token(folder):
     size = Tokenizer.from_folder(folder).vocab_size
     decoder = {str(size): {"content": "<|im_end|>", **ADDED}}
