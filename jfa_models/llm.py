@@ -160,9 +160,11 @@ class LLM:
         for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
                 places[self.engine.add_request(prompt, one, number=place)] = place
-            except ValueError as error:
+            except Exception as error:
                 for request_id in places:
                     self.engine.abort(request_id)
                 self.engine.step()
-                raise ValueError(f"prompt {place}: {error}") from error
+                if isinstance(error, ValueError):
+                    raise ValueError(f"prompt {place}: {error}") from error
+                raise
         return places

@@ -191,6 +191,11 @@ def _rope_from_gguf(
             original_context_length=original,
             attention_factor=attention or longrope_attention(longest, original),
         )
+    elif kind == "longrope":
+        raise ValueError(
+            f"GGUF metadata: {arch}.rope.scaling.type is longrope, but the file lacks the tensors "
+            "rope_factors_long.weight and rope_factors_short.weight; convert the model again"
+        )
     elif kind == "yarn":
         given = source.get("rope.scaling.yarn_attn_factor")
         if attention is not None:  # a factor of the factor that YaRN has anyway

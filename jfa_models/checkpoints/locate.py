@@ -89,7 +89,7 @@ def locate(model: str | Path) -> Path:
 def parts_of[AnyPath: PurePath](path: AnyPath) -> list[AnyPath]:
     """The GGUF files of a model, of which `path` is one: their names say how many there are."""
     part = _PART.fullmatch(path.name)
-    if part is None:
+    if part is None or not 1 <= int(part[2]) <= int(part[3]):
         return [path]
     return [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}.gguf") for i in range(1, int(part[3]) + 1)]
 

@@ -54,7 +54,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] = ()  # None, vLLM's default, is accepted for this and the next
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     max_tokens: int | None = 16
@@ -82,7 +82,7 @@ class SamplingParams:
             "stop": _stop_strings(self.stop),
             "stop_token_ids": tuple(
                 _integer("stop_token_ids", token_id, 0, MAX_INT32, "use ids from the model's vocabulary")
-                for token_id in self.stop_token_ids
+                for token_id in self.stop_token_ids or ()
             ),
         }
         if self.max_tokens is not None:
@@ -224,8 +224,8 @@ def bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple
     )
 
 
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop must contain non-empty strings, got {text!r}; omit it, or use stop_token_ids")

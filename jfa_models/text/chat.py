@@ -13,7 +13,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
     """Renders a template with messages and values such as `add_generation_prompt`.
 
     The content of a message may be a text, None (no text), or a list of parts {"type": "text", "text": ...}. A template
@@ -26,7 +26,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **values: Any) 
     compiled, reads_lists = _compile(template)
     plain = [_with_content(message, as_list=reads_lists) for message in messages]
     try:
-        return compiled.render(messages=plain, **values)
+        return compiled.render({**values, "messages": plain})
     except _RefusedError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
     except Exception as error:  # a template is a program: it may raise anything
@@ -91,6 +91,8 @@ def _is_content(node: jinja2.nodes.Node) -> bool:
 
 
 def _with_content(message: Mapping[str, Any], *, as_list: bool) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {message!r}')
     content = message.get("content")
     if content is None:
         return {**message, "content": ""}

@@ -166,6 +166,7 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -195,8 +196,8 @@ class Tokenizer:
                 "put a chat_template.jinja next to its tokenizer.json"
             )
         given = {"documents": None, **self.special_tokens, **extra}
-        template = self.chat_templates[name]
-        return chat.render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **given)
+        given |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        return chat.render(self.chat_templates[name], messages, given)
 
 
 @final

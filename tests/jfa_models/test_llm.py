@@ -93,6 +93,12 @@ def test_chat_passes_tools_and_arguments_to_the_template(model):
         llm.chat(messages, GREEDY, chat_template_kwargs={"messages": []})
 
 
+def test_wrong_types_leave_a_fresh_engine(llm):
+    with pytest.raises(AttributeError):
+        llm.generate(["one", "two"], [GREEDY, 5])
+    assert texts(llm.generate("one", GREEDY)) == texts(llm.generate("one", GREEDY))
+
+
 def test_a_callback_that_raises_leaves_a_fresh_engine(model, llm):
     def angry(place, result):
         raise KeyboardInterrupt

@@ -481,6 +481,10 @@ REFUSED_GGUF = {  # name: (changed keys, message)
     ),
     "gating": ({"llama.expert_gating_func": 2}, "llama.expert_gating_func must be 0 or 1 for this library, got 2"),
     "not_causal": ({"llama.attention.causal": False}, "llama.attention.causal must be True for this library, got Fal"),
+    "longrope_without_its_tensors": (
+        {"llama.rope.scaling.type": "longrope"},
+        "rope.scaling.type is longrope, but the file lacks the tensors rope_factors_long.weight",
+    ),
     "yarn_half": (
         {"llama.rope.scaling.yarn_ext_factor": 0.5},
         "llama.rope.scaling.yarn_ext_factor must be 1.0 for this library, got 0.5",

@@ -44,6 +44,12 @@ def test_a_revision_and_a_file_are_honoured(calls, tmp_path, revision):
     assert calls == [("file", options)]
 
 
+def test_a_name_that_only_looks_like_a_part_is_a_file(calls, tmp_path):
+    for name in ("m-00000-of-00000.gguf", "m-00009-of-00003.gguf"):
+        locate(f"owner/model/{name}")
+    assert [options["filename"] for _, options in calls] == ["m-00000-of-00000.gguf", "m-00009-of-00003.gguf"]
+
+
 def test_every_part_of_a_model_in_several_files_is_downloaded(calls, tmp_path):
     assert locate("owner/model/Q4/m-00002-of-00003.gguf") == tmp_path
     assert [options["filename"] for _, options in calls] == [f"Q4/m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]

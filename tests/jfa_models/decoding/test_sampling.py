@@ -430,6 +430,10 @@ def test_a_flag_must_be_a_truth_value(name):
         SamplingParams(**{name: None})
 
 
+def test_no_stop_may_be_none_as_in_vllm():
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
 ELSEWHERE = {
     "best_of": "SamplingParams has no best_of: use n, and take the continuation with the largest cumulative_logprob",
     "bad_words": "SamplingParams has no bad_words: use logit_bias of -100 for token ids",

@@ -388,6 +388,7 @@ TEMPLATES = {  # name: (template, text)
     "tojson_indents": ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
     "tools_are_none": ("{{ tools is none and documents is none }}", "True"),
     "extra": ("{{ colour }}", "red"),
+    "any_name": ("{{ template }}", "red"),
     "date": ("{{ strftime_now('%%') }}", "%"),
 }
 
@@ -396,7 +397,7 @@ TEMPLATES = {  # name: (template, text)
 def test_chat_templates_support_the_features_of_hugging_face(folder, name):
     template, text = TEMPLATES[name]
     tokenizer = write(folder, bos_token="<|bos|>", chat_template=template)
-    assert tokenizer.apply_chat_template(MESSAGES, colour="red") == text
+    assert tokenizer.apply_chat_template(MESSAGES, colour="red", template="red", self="red") == text
 
 
 def test_generation_blocks_mark_a_text_and_keep_their_variables(folder):
@@ -436,6 +437,11 @@ NOT_TEXT = {  # name: (content, message)
     ),
     "number": (3, "the content of a message must be a text or a list of parts, got 3"),
 }
+
+
+def test_a_message_that_is_not_a_dictionary_is_refused(folder):
+    with pytest.raises(ValueError, match=r'a message must be {"role": ..., "content": ...}, got \'hi\''):
+        write(folder, chat_template="x").apply_chat_template(["hi"])
 
 
 @pytest.mark.parametrize("name", NOT_TEXT)
