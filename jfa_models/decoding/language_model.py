@@ -234,7 +234,8 @@ class LanguageModel:
         finally:
             # the cache contains every token except the last one, which only a step that ran ahead may have added
             held = [*prompt_ids, *request.completion.token_ids[:-1]]
-            session.give(state.cache, held)
+            if request.completion.error is None:  # otherwise the cache may hold NaN: the next call starts over
+                session.give(state.cache, held)
 
     def _run_batch(self, requests: "Sequence[_Request]") -> None:
         """Runs one batch until all its requests have finished."""

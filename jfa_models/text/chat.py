@@ -17,14 +17,14 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], values: Mapping
     """Renders a template with messages and values such as `add_generation_prompt`.
 
     The content of a message may be a text, None (no text), or a list of parts {"type": "text", "text": ...}. A template
-    that does not read lists gets the texts, joined by newlines.
+    that does not loop over contents gets the texts, joined by newlines; one that does not test for None, "".
 
     Raises:
       ValueError: the template is faulty, fails on these messages, or refuses them with a message of its own; or a part
         is not text.
     """
-    compiled, reads_lists = _compile(template)
-    plain = [_with_content(message, as_list=reads_lists) for message in messages]
+    compiled, reads_lists, tests_none = _compile(template)
+    plain = [_with_content(message, as_list=reads_lists, keep_none=tests_none) for message in messages]
     try:
         return compiled.render({**values, "messages": plain})
     except _RefusedError as error:
@@ -50,8 +50,8 @@ class _Generation(jinja2.ext.Extension):
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(template: str) -> tuple[jinja2.Template, bool]:
-    """The template, and whether it reads contents that are lists."""
+def _compile(template: str) -> tuple[jinja2.Template, bool, bool]:
+    """The template, whether it reads contents that are lists, and whether it tests for contents that are None."""
     # templates come from checkpoints, so they run in a sandbox
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -60,7 +60,9 @@ def _compile(template: str) -> tuple[jinja2.Template, bool]:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(template), _loops_over_content(environment.parse(template))
+        tree = environment.parse(template)
+        tests_none = any(each.name == "none" and _is_content(each.node) for each in tree.find_all(jinja2.nodes.Test))
+        return environment.from_string(template), _loops_over_content(tree), tests_none
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"the model's chat template is faulty in line {error.lineno}: {error.message}; "
@@ -76,9 +78,16 @@ def _loops_over_content(tree: jinja2.nodes.Template) -> bool:
         if isinstance(each.target, jinja2.nodes.Name) and _is_content(each.node)
     }
     return any(
-        _is_content(each.iter) or (isinstance(each.iter, jinja2.nodes.Name) and each.iter.name in names)
+        _reads_content(each.iter) or (isinstance(each.iter, jinja2.nodes.Name) and each.iter.name in names)
         for each in tree.find_all(jinja2.nodes.For)
     )
+
+
+def _reads_content(node: jinja2.nodes.Node) -> bool:
+    """Whether an expression is a content, filtered or sliced; not the result of a call, such as content.split()."""
+    if node.find(jinja2.nodes.Call):
+        return False
+    return _is_content(node) or any(map(_is_content, node.find_all((jinja2.nodes.Getattr, jinja2.nodes.Getitem))))
 
 
 def _is_content(node: jinja2.nodes.Node) -> bool:
@@ -90,12 +99,12 @@ def _is_content(node: jinja2.nodes.Node) -> bool:
     return False
 
 
-def _with_content(message: Mapping[str, Any], *, as_list: bool) -> dict[str, Any]:
+def _with_content(message: Mapping[str, Any], *, as_list: bool, keep_none: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {message!r}')
     content = message.get("content")
     if content is None:
-        return {**message, "content": ""}
+        return {**message, "content": None if keep_none else ""}
     if isinstance(content, str):
         return dict(message)
     if not isinstance(content, Sequence):

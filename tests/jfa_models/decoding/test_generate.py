@@ -498,8 +498,11 @@ def test_logits_that_are_not_finite_end_a_request_with_an_error(model, broken, n
     assert tokens == whole.outputs[0].token_ids[: len(tokens)], "another row changed"
     assert second.outputs[0].finish_reason == "error" and second.outputs[0].token_ids == ()
     assert second.error.startswith("the logits are not finite, so there is no next token")
-    *_, streamed = broken.stream("!", ASKED[name])
+    session = Session()
+    *_, streamed = broken.stream("!", ASKED[name], session=session)
     assert streamed == second
+    *_, after = broken.stream("x", dataclasses.replace(ASKED[name], max_tokens=1, min_tokens=0), session=session)
+    assert after.error is None, "the cache of the broken answer was used again"
 
 
 @pytest.fixture(scope="module")

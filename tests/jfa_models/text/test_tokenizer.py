@@ -415,6 +415,13 @@ CONTENTS = {  # name: (template, content, text); what vLLM makes of it
         [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
         "<a><b>",
     ),
+    "read_as_a_filtered_list": (
+        "{% for part in messages[0].content[:] | selectattr('type', 'equalto', 'text') %}<{{ part.text }}>{% endfor %}",
+        [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        "<a><b>",
+    ),
+    "split": ("{% for x in messages[0].content.split('b') %}<{{ x }}>{% endfor %}", "abc", "<a><c>"),
+    "none_is_tested": ("{% if messages[0].content is none %}tool{% endif %}", None, "tool"),
     "read_as_a_list_by_name": (
         "{% set c = messages[0].content %}{% for part in c %}<{{ part.text }}>{% endfor %}",
         [{"type": "text", "text": "a"}],
