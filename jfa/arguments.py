@@ -62,6 +62,15 @@ def per_head(name: str, x: ArrayLike | None, num_heads: int) -> Array | None:
     return x
 
 
+def slopes(x: ArrayLike | None, batch: int, num_heads: int) -> Array | None:
+    """float[1 or batch, num_heads], from one slope per head or per row and head; None stays None."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    checks.per_head("alibi_slopes", x, num_heads, batch=batch)
+    return x[None] if x.ndim == 1 else x
+
+
 def segments(
     query: ArrayLike | None, key: ArrayLike | None, query_shape: tuple, key_shape: tuple, *, one_row: bool
 ) -> dict[str, Array]:
@@ -91,14 +100,14 @@ def dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
     return jax.random.bits(jnp.asarray(key), (2,), jnp.uint32)
 
 
-def window(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """(left, right), from an int or a pair."""
+def window(size: int | tuple[int | None, int | None] | None) -> tuple[int | None, int | None] | None:
+    """(left, right), from an int or a pair; None: all keys on that side."""
     if size is None:
         return None
     pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, Integral) for n in pair):
-        raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints, got {size!r}")
-    left, right = (min(int(n), _WIDEST) for n in pair)
+    if len(pair) != 2 or not all(n is None or isinstance(n, Integral) for n in pair):
+        raise ValueError(f"local_window_size must be an int or a pair (left, right) of ints or None, got {size!r}")
+    left, right = (None if n is None else min(int(n), _WIDEST) for n in pair)
     return left, right
 
 

@@ -22,11 +22,8 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
                 f"{name} must be [batch, length, heads, head_dim] (or query, key and value all without batch), "
                 f"got shape {x.shape}"
             )
-        if not all(isinstance(n, int) for n in x.shape):
-            raise ValueError(
-                f"{name} must have a static shape, since the number of tiles is fixed at trace time, got {x.shape}; "
-                "export each shape separately"
-            )
+        if not all(isinstance(n, int) for n in x.shape[2:]):
+            raise ValueError(f"{name}: only batch and length may be symbolic, not heads and head_dim, got {x.shape}")
         if x.dtype.name not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
     dtypes = {x.dtype for x in (query, key, value)}
@@ -73,12 +70,14 @@ def per_row(name: str, x: Array, batch: int) -> None:
         raise ValueError(f"{name} must contain one integer per batch row, shape ({batch},), got {x.shape}")
 
 
-def per_head(name: str, x: Array, num_heads: int) -> None:
-    """Raises ValueError unless x is float[num_heads]."""
+def per_head(name: str, x: Array, num_heads: int, *, batch: int | None = None) -> None:
+    """Raises ValueError unless x is float[num_heads]; with batch, also float[batch or 1, num_heads] is valid."""
     if x.dtype.name not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}")
-    if x.shape != (num_heads,):
-        raise ValueError(f"{name} must contain one number per query head, shape ({num_heads},), got {x.shape}")
+    if x.shape == (num_heads,) or (batch is not None and x.shape in ((1, num_heads), (batch, num_heads))):
+        return
+    per_row = "" if batch is None else f", or per row and query head, shape ({batch}, {num_heads})"
+    raise ValueError(f"{name} must contain one number per query head, shape ({num_heads},){per_row}, got {x.shape}")
 
 
 def segments(name: str, x: Array, shape: Sequence[int]) -> None:
@@ -102,15 +101,15 @@ def paged_shapes(
         raise ValueError(f"query must be [queries, heads, head_dim], got shape {query.shape}")
     if query.dtype.name not in FLOAT_DTYPES:
         raise ValueError(f"query must be {_one_of(FLOAT_DTYPES)}, got {query.dtype}; cast it before the call")
+    arrays = {"query": query, "key_pages": key_pages, "value_pages": value_pages, "page_table": page_table}
+    for name, x in arrays.items():
+        if not all(isinstance(n, int) for n in x.shape):
+            raise ValueError(f"{name} must have a static shape, got {x.shape}; export each shape separately")
     for name, x in (("key_pages", key_pages), ("value_pages", value_pages)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [num_pages, page_size, heads, head_dim], got shape {x.shape}")
         if 0 in x.shape[:2]:
             raise ValueError(f"{name} must have at least one page of at least one token, got shape {x.shape}")
-    if key_pages.dtype != value_pages.dtype:
-        raise ValueError(
-            f"key_pages and value_pages must share one dtype, got {key_pages.dtype} and {value_pages.dtype}"
-        )
     if key_pages.shape[:3] != value_pages.shape[:3]:
         raise ValueError(
             "key_pages and value_pages must have the same shape except for the head_dim, "
@@ -136,13 +135,13 @@ def paged_shapes(
 
 
 def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None, value_scales: Array | None) -> None:
-    quantized = key_pages.dtype.name not in FLOAT_DTYPES
-    if quantized:
-        try:
-            quant.kind_of(key_pages.dtype)
-        except ValueError as error:
-            raise ValueError(f"pages must be {_one_of(FLOAT_DTYPES)}, or quantized; {error}") from None
     for name, scales, pages in (("key_scales", key_scales, key_pages), ("value_scales", value_scales, value_pages)):
+        quantized = pages.dtype.name not in FLOAT_DTYPES
+        if quantized:
+            try:
+                quant.kind_of(pages.dtype)
+            except ValueError as error:
+                raise ValueError(f"pages must be {_one_of(FLOAT_DTYPES)}, or quantized; {error}") from None
         if quantized != (scales is not None):
             way = "need scales, got None" if quantized else "have no scales; pass None"
             raise ValueError(f"{name}: pages of dtype {pages.dtype} {way}")

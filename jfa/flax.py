@@ -30,7 +30,7 @@ def attention_fn(
     attn_weights_value_einsum: object | None = None,
     *,
     scale: float | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     implementation=None,

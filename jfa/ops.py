@@ -23,7 +23,7 @@ class _Options(TypedDict, total=False):
     is_causal: bool
     query_seq_lengths: ArrayLike | None
     key_value_seq_lengths: ArrayLike | None
-    local_window_size: int | tuple[int, int] | None
+    local_window_size: int | tuple[int | None, int | None] | None
     implementation: Implementation | None
     logits_soft_cap: float | None
     sinks: ArrayLike | None
@@ -75,7 +75,7 @@ def dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
     logits_soft_cap: float | None = None,
@@ -114,15 +114,16 @@ def dot_product_attention(
       is_causal: query i sees the keys up to its own position, i + query_offset.
       query_seq_lengths, key_value_seq_lengths: i32[b], number of valid queries and keys in each row; the rest is never
         read.
-      local_window_size: (left, right), the number of keys that a query sees before and after its own position; an int
-        sets both.
+      local_window_size: (left, right), the number of keys that a query sees before and after its own position, None:
+        all of them; an int sets both.
       implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
       return_residual: also return the (natural) log-sum-exp of the scores.
       logits_soft_cap: scores become cap * tanh(score / cap).
       sinks: [hq], one attention sink logit per head: exp(sink) is added to the softmax's denominator. It has no value
         vector and is not part of the residual.
-      alibi_slopes: [hq]; adds -slope * |query position - key position| to the scores. If all keys that a query sees are
-        thousands of positions away (query_offset), gradients lose precision, most of all those of the slopes.
+      alibi_slopes: [hq] or [b, hq]; adds -slope * |query position - key position| to the scores. If all keys that a
+        query sees are thousands of positions away (query_offset), gradients lose precision, most of all those of the
+        slopes.
       query_segment_ids, key_value_segment_ids: i32[b, tq] and i32[b, tk], both or neither: a query only sees keys of
         its own segment, so that several documents can be packed into one row.
       query_offset: i32[b] or int, position of the first query among the keys, for a chunk that follows cached tokens;
@@ -161,7 +162,7 @@ def dot_product_attention(
         kv_len=arguments.per_row("key_value_seq_lengths", key_value_seq_lengths, b),
         q_offset=arguments.per_row("query_offset", query_offset, b, spread=True),
         sinks=arguments.per_head("sinks", sinks, hq),
-        alibi_slopes=arguments.per_head("alibi_slopes", alibi_slopes, hq),
+        alibi_slopes=arguments.slopes(alibi_slopes, b, hq),
         **arguments.segments(query_segment_ids, key_value_segment_ids, (b, tq), (b, key.shape[1]), one_row=one_row),
         dropout_seed=arguments.dropout_seed(dropout_rate, dropout_key),
     )

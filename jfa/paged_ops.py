@@ -27,7 +27,7 @@ class _Options(TypedDict, total=False):
     """Options that all overloads share, for type checkers."""
 
     scale: float | None
-    local_window_size: int | tuple[int, int] | None
+    local_window_size: int | tuple[int | None, int | None] | None
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     key_scales: ArrayLike | None
@@ -71,7 +71,7 @@ def paged_decode_attention(
     kv_len: ArrayLike,
     *,
     scale: float | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     key_scales: ArrayLike | None = None,
@@ -92,17 +92,17 @@ def paged_decode_attention(
 
     Args:
       query: [b, hq, d]; float16, bfloat16 or float32.
-      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Either floats of one
-        of these dtypes, or quantized with scales as in jfa.quant: int8, float8_e4m3fn, or uint8, which packs two 4-bit
-        numbers per byte, so that the last axis is half as long. hq is a multiple of hkv.
+      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Each has its own
+        dtype: floats of one of these dtypes, or quantized with scales as in jfa.quant: int8, float8_e4m3fn, or uint8,
+        which packs two 4-bit numbers per byte, so that the last axis is half as long. hq is a multiple of hkv.
       page_table: i32[b, pages_per_seq].
       kv_len: i32[b].
       scale: factor of the scores, a Python number; None: 1 / sqrt(d).
-      local_window_size: number of keys before its own position that the query sees; of a pair (left, right), only left
-        is used.
+      local_window_size: number of keys before its own position that the query sees, None: all of them; of a pair
+        (left, right), only left is used.
       logits_soft_cap: scores become cap * tanh(score / cap).
       sinks: [hq], one attention sink logit per head: exp(sink) is added to the softmax's denominator.
-      key_scales, value_scales: [num_pages, page_size, hkv], for quantized pages.
+      key_scales, value_scales: [num_pages, page_size, hkv], if and only if those pages are quantized.
       return_residual: also return the (natural) log-sum-exp of the scores, without the sink.
       implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
       config: a PagedConfig for "triton" or a BlockConfig for "xla"; None: the backend's default.
@@ -164,7 +164,7 @@ def ragged_paged_attention(
     query_start: ArrayLike,
     *,
     scale: float | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     key_scales: ArrayLike | None = None,

@@ -31,7 +31,7 @@ class AttentionSpec:
 
     sm_scale: float
     causal: bool = False
-    window: tuple[int, int] | None = None  # visible keys to the left and right, not counting the query's own position
+    window: tuple[int | None, int | None] | None = None  # visible keys to the left and right of the query; None: all
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     dropout_rate: float = 0.0  # fraction of the weights set to 0; the others are divided by 1 - dropout_rate
     broadcast_dropout: bool = False  # drop the same weights in all batch rows and heads
@@ -39,10 +39,10 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if not math.isfinite(self.sm_scale):
             raise ValueError(f"scale must be a finite number, got {self.sm_scale}")
-        if self.window is not None and min(self.window) < 0:
+        if any(side is not None and side < 0 for side in self.window or ()):
             raise ValueError(
-                f"local_window_size is the number of visible keys to the left and right of a query: both must be >= 0, "
-                f"got {self.window}; None means no window"
+                "local_window_size is the number of visible keys to the left and right of a query: both must be >= 0, "
+                f"or None for all keys on that side, got {self.window}"
             )
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ValueError(f"logits_soft_cap must be a finite number > 0, got {self.softcap}; None means no cap")
@@ -74,7 +74,7 @@ class Operands(NamedTuple):
     kv_len: Int[Array, " b"] | None = None
     q_offset: Int[Array, " b"] | None = None
     sinks: Float[Array, " hq"] | None = None  # a logit per head; exp(sink) is added to the denominator only
-    alibi_slopes: Float[Array, " hq"] | None = None  # adds -slope * |position - key| to the scores
+    alibi_slopes: Float[Array, "#b hq"] | None = None  # adds -slope * |position - key| to the scores
     q_segments: Int[Array, "b tq"] | None = None  # a query sees the keys of its own segment; needs kv_segments
     kv_segments: Int[Array, "b tk"] | None = None
     dropout_seed: UInt32[Array, " 2"] | None = None  # used with spec.dropout_rate

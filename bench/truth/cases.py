@@ -23,6 +23,7 @@ class Case:
     mask: tuple[int, int, int, int] | None = None
     sinks: bool = False
     alibi: bool = False
+    alibi_per_row: bool = False  # slopes [b, hq], steeper in each row than in the one before
     segments: int = 0  # documents packed into each row; 0: no segments
     dropout_rate: float = 0.0
 
@@ -94,6 +95,11 @@ CASES = {
         dropout_rate=0.2,
         options=dict(is_causal=True, logits_soft_cap=3.0, query_offset=[19, 5], local_window_size=(30, 4)),
     ),
+    "left_unlimited": Case(shape=(1, 45, 61, 2, 1, 16), options=dict(local_window_size=(None, 3), query_offset=[7])),
+    "right_unlimited": Case(shape=(1, 45, 61, 2, 1, 16), options=dict(local_window_size=(4, None))),
+    "both_unlimited": Case(shape=(1, 20, 37, 2, 1, 16), options=dict(local_window_size=(None, None))),
+    "alibi_per_row": Case(shape=(3, 20, 37, 4, 2, 16), alibi_per_row=True, options=dict(is_causal=True)),
+    "alibi_of_one_row": Case(shape=(1, 20, 37, 2, 1, 16), alibi_per_row=True, bias=(1, 2, 1, 37)),
 }
 
 _ORACLE_NAMES = {
@@ -163,8 +169,11 @@ def truth_of(case: Case, dtype: str, *, seed: int) -> Truth:
         options["mask"] = random.random(case.mask) < 0.6
     if case.sinks:
         options["sinks"] = jnp.asarray(random.standard_normal(hq) * 2, jnp.float32)
-    if case.alibi:
-        options["alibi_slopes"] = jnp.asarray(2.0 ** -np.arange(1, hq + 1), jnp.float32)
+    if case.alibi or case.alibi_per_row:
+        slopes = 2.0 ** -np.arange(1, hq + 1)
+        options["alibi_slopes"] = jnp.asarray(
+            np.arange(1, b + 1)[:, None] * slopes if case.alibi_per_row else slopes, jnp.float32
+        )
     if case.segments:
         # query and key documents end at different positions, and no query sees the last key document
         options["query_segment_ids"] = _packed(random, b, tq, case.segments)

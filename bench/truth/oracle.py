@@ -42,7 +42,7 @@ def gradients(q, k, v, d_out, d_lse, *, rounding=lambda x: x, **options) -> dict
     scale = options["scale"]
     found = {"q": np.zeros_like(q), "k": np.zeros_like(k), "v": np.zeros_like(v)}
     d_scores = np.zeros((b, hq, tq, k.shape[1]))
-    d_sinks, d_slopes = np.zeros(hq), np.zeros(hq)
+    d_sinks, d_slopes = np.zeros(hq), np.zeros((b, hq))
     for r, h, kv in _heads(q, k):
         head = _head(q, k, r, h, kv, rounding=rounding, **options)
         p, seen = _weights(head), np.isfinite(head.lse)
@@ -53,7 +53,7 @@ def gradients(q, k, v, d_out, d_lse, *, rounding=lambda x: x, **options) -> dict
         ds = p * (dp - delta[:, None]) + alone * np.where(seen, d_lse[r, :, h], 0.0)[:, None]
         ds = rounding(ds * head.slope)
         d_scores[r, h] = ds
-        d_slopes[h] -= (ds * head.distance).sum()
+        d_slopes[r, h] -= (ds * head.distance).sum()
         if options.get("sinks") is not None:
             sink = np.exp(float(options["sinks"][h]) - head.total)
             d_sinks[h] -= np.where(seen, sink * delta, 0.0).sum()
@@ -66,7 +66,7 @@ def gradients(q, k, v, d_out, d_lse, *, rounding=lambda x: x, **options) -> dict
     if options.get("sinks") is not None:
         found["sinks"] = d_sinks
     if options.get("alibi_slopes") is not None:
-        found["alibi_slopes"] = d_slopes
+        found["alibi_slopes"] = d_slopes if np.ndim(options["alibi_slopes"]) == 2 else d_slopes.sum(0)
     return found
 
 
@@ -110,7 +110,7 @@ def _head(
     if bias is not None:
         scores = rounding(scores + np.broadcast_to(np.asarray(bias, np.float64), full)[r, h])
     if alibi_slopes is not None:
-        scores = rounding(scores - float(alibi_slopes[h]) * distance)
+        scores = rounding(scores - float(np.broadcast_to(alibi_slopes, full[:2])[r, h]) * distance)
     slope: Any = 1.0
     if softcap is not None:
         slope = 1.0 - np.tanh(scores / softcap) ** 2
@@ -124,7 +124,8 @@ def _head(
     if causal:
         visible &= key <= position
     if window is not None:
-        visible &= (key >= position - window[0]) & (key <= position + window[1])
+        left, right = (np.inf if side is None else side for side in window)
+        visible &= (key >= position - left) & (key <= position + right)
     if mask is not None:
         visible &= np.broadcast_to(np.asarray(mask), full)[r, h]
     if q_segments is not None:

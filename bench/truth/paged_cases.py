@@ -28,6 +28,7 @@ class PagedCase:
     padding: int = 0  # number of queries after the last row's
     value_head_dim: int | None = None
     pages: str | None = None  # a kind of quant.KINDS, or a float dtype; None: the dtype of the queries
+    value_pages: str | None = None  # the same for values; None: as the keys
     sinks: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -88,6 +89,21 @@ CASES = {
         kv_len=(45, 12), queries=(13, 1), padding=2, heads=(4, 2), head_dim=48, page_size=16, pages="int4"
     ),
     "chunk_fp8": PagedCase(kv_len=(45, 12), queries=(13, 5), heads=(2, 2), head_dim=16, page_size=8, pages="fp8"),
+    "int8_keys_int4_values": PagedCase(
+        kv_len=(40, 1, 17), heads=(4, 2), head_dim=32, page_size=16, pages="int8", value_pages="int4"
+    ),
+    "int4_keys_fp8_values": PagedCase(
+        kv_len=(40, 0, 17), heads=(2, 1), head_dim=32, value_head_dim=24, page_size=5, pages="int4", value_pages="fp8"
+    ),
+    "float_keys_int8_values": PagedCase(
+        kv_len=(40, 3), heads=(4, 2), head_dim=16, page_size=16, value_pages="int8", sinks=True
+    ),
+    "chunk_fp8_keys_float_values": PagedCase(
+        kv_len=(45, 12), queries=(13, 5), heads=(4, 2), head_dim=16, page_size=8, pages="fp8", value_pages="bfloat16"
+    ),
+    "chunk_float16_keys_bfloat16_values": PagedCase(
+        kv_len=(45,), queries=(13,), heads=(2, 2), head_dim=16, page_size=8, pages="float16", value_pages="bfloat16"
+    ),
 }
 
 
@@ -125,7 +141,9 @@ def truth_of(case: PagedCase, dtype: str, *, seed: int) -> PagedTruth:
     if case.padding:
         q[start[-1] :] = np.nan
     table, num_pages = _page_table(random, case)
-    keys, values = (_pool(random, case, table, num_pages, size, case.pages or dtype) for size in (d, dv))
+    of_keys = case.pages or dtype
+    keys = _pool(random, case, table, num_pages, d, of_keys)
+    values = _pool(random, case, table, num_pages, dv, case.value_pages or of_keys)
     options = dict(case.options)
     if case.sinks:
         options["sinks"] = jnp.asarray(random.standard_normal(hq) * 2, jnp.float32)
@@ -133,8 +151,7 @@ def truth_of(case: PagedCase, dtype: str, *, seed: int) -> PagedTruth:
     named["sinks"] = options.get("sinks")
     if (window := options.get("local_window_size")) is not None:
         named["window"] = (window, 0) if isinstance(window, int) else window
-    if keys.scales is not None:
-        options |= {"key_scales": keys.scales, "value_scales": values.scales}
+    options |= {"key_scales": keys.scales, "value_scales": values.scales}
     outs = []
     for rounding in (lambda x: x, rounding_to(q.dtype)):
         out, lse = np.zeros((len(q), hq, dv)), np.full((len(q), hq), -np.inf)

@@ -33,7 +33,7 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
         scores = scores + bias.astype(jnp.float32)
     if operands.alibi_slopes is not None:
         distance = jnp.abs(_position(operands) - jnp.arange(tk)).astype(jnp.float32)
-        scores = scores - operands.alibi_slopes.astype(jnp.float32)[:, None, None] * distance
+        scores = scores - operands.alibi_slopes.astype(jnp.float32)[:, :, None, None] * distance
     if spec.softcap is not None:
         # a bias may be NaN at masked positions, which would make the derivative of tanh NaN
         scores = spec.softcap * jnp.tanh(jnp.where(visible, scores, 0.0) / spec.softcap)
@@ -49,7 +49,7 @@ def attention(operands: Operands, *, spec: AttentionSpec) -> tuple[Float[Array, 
         with_sink = jnp.logaddexp(jnp.where(empty, 0.0, m + jnp.log(l)), sink)
         p = jnp.exp(scores - with_sink)
     if operands.dropout_seed is not None:
-        batch, head = jnp.indices((b, hq))[..., None, None]
+        batch, head = jnp.arange(b)[:, None, None, None], jnp.arange(hq)[:, None, None]
         seed = dropout.row_seed(operands.dropout_seed, batch, head, broadcast=spec.broadcast_dropout)
         kept = dropout.keep(seed, jnp.arange(tq)[:, None], jnp.arange(tk), rate=spec.dropout_rate)
         p = jnp.where(kept, p / (1.0 - spec.dropout_rate), 0.0)

@@ -34,14 +34,18 @@ WRONG = {
     ),
     "lengths_shape": (dict(query_seq_lengths=jnp.ones(3, int)), r"one integer per batch row, shape \(2,\), got \(3,\)"),
     "offset": (dict(query_offset=jnp.ones((2, 1), int)), "query_offset must contain one integer per batch row"),
-    "window": (dict(local_window_size=(-1, 0)), r"both must be >= 0, got \(-1, 0\)"),
-    "window_kind": (dict(local_window_size=(1, 2, 3)), r"a pair \(left, right\) of ints, got \(1, 2, 3\)"),
-    "window_float": (dict(local_window_size=2.5), r"a pair \(left, right\) of ints, got 2.5"),
+    "window": (dict(local_window_size=(-1, 0)), r"both must be >= 0, or None for all .* got \(-1, 0\)"),
+    "window_kind": (dict(local_window_size=(1, 2, 3)), r"a pair \(left, right\) of ints or None, got \(1, 2, 3\)"),
+    "window_float": (dict(local_window_size=2.5), r"a pair \(left, right\) of ints or None, got 2.5"),
     "mixed_rank": (dict(query=Q[0]), r"query must be .* key and value all without batch\), got shape \(5, 6, 16\)"),
     "scale": (dict(scale=float("nan")), "scale must be a finite number, got nan"),
     "soft_cap": (dict(logits_soft_cap=0.0), "logits_soft_cap must be a finite number > 0, got 0.0"),
     "implementation": (dict(implementation="cudnn"), "one of reference, xla, triton, tpu, mosaic_gpu, got 'cudnn'"),
     "sinks_shape": (dict(sinks=jnp.ones(3)), r"sinks must contain one number per query head, shape \(6,\), got \(3,\)"),
+    "slopes_shape": (
+        dict(alibi_slopes=jnp.ones((3, 6))),
+        r"one number per query head, shape \(6,\), or per row and query head, shape \(2, 6\), got \(3, 6\)",
+    ),
     "slopes_dtype": (dict(alibi_slopes=jnp.ones(6, int)), "alibi_slopes must be float16, bfloat16 or float32, got int"),
     "half_of_the_segments": (
         dict(query_segment_ids=jnp.ones((2, 5), int)),
@@ -124,16 +128,3 @@ def test_without_a_backend_the_error_has_every_reason(monkeypatch):
     message = "no backend supports this call on cpu:\n  triton: the head_dim of value must be 16 to 256, got 8"
     with pytest.raises(jfa.UnsupportedError, match=message):
         jfa.dot_product_attention(Q, KV, KV[..., :8])
-
-
-def test_a_symbolic_length_is_refused():
-    [length] = jax.export.symbolic_shape("length")
-    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-    with pytest.raises(ValueError, match=r"query must have a static shape, .* export each shape separately"):
-        jax.export.export(jax.jit(jfa.dot_product_attention))(x, x, x)
-
-
-def test_a_call_with_static_shapes_can_be_exported():
-    x = jnp.linspace(-1, 1, 64).reshape(1, 4, 1, 16)
-    exported = jax.export.export(jax.jit(jfa.dot_product_attention))(x, x, x)
-    np.testing.assert_array_equal(exported.call(x, x, x), jax.jit(jfa.dot_product_attention)(x, x, x))

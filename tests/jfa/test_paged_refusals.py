@@ -35,8 +35,6 @@ WRONG = {  # name: (arguments, message); of both ops
     "key_rank": (dict(key_pages=PAGES[0]), r"key_pages must be \[num_pages, page_size, .* got shape \(4, 3, 16\)"),
     "value_rank": (dict(value_pages=PAGES[0]), r"value_pages must be \[num_pages, page_size, heads, head_dim\], got"),
     "empty_page": (dict(key_pages=PAGES[:, :0]), r"key_pages must have .* one token, got shape \(5, 0, 3, 16\)"),
-    "dtypes": (dict(value_pages=PAGES.astype(np.float16)), "must share one dtype, got float32 and float16"),
-    "kinds": (QUANTIZED | dict(value_pages=INT4), "must share one dtype, got int8 and uint8"),
     "page_shapes": (
         dict(value_pages=PAGES[:4]),
         r"same shape except for the head_dim, got \(5, 4, 3, 16\) and \(4, 4, 3, 16\)",
@@ -46,6 +44,7 @@ WRONG = {  # name: (arguments, message); of both ops
         r"pages must be float16, bfloat16 or float32, or quantized; quantized numbers are stored as int8 \(int8\), "
         r"float8_e4m3fn \(fp8\), uint8 \(int4\); got int16",
     ),
+    "e5m2": (dict(value_pages=PAGES.astype(jnp.float8_e5m2)), "float8_e4m3fn .* got float8_e5m2"),
     "no_key_scales": (
         QUANTIZED | dict(key_scales=None),
         "key_scales: pages of dtype int8 need scales, got None",
@@ -57,6 +56,10 @@ WRONG = {  # name: (arguments, message); of both ops
     "scales_of_floats": (
         dict(key_scales=SCALES),
         "key_scales: pages of dtype float32 have no scales; pass None",
+    ),
+    "scales_of_quantized_values_only": (
+        dict(value_pages=INT8),
+        "value_scales: pages of dtype int8 need scales, got None",
     ),
     "value_scales_of_floats": (dict(value_scales=SCALES), "value_scales: pages of dtype float32 have no scales"),
     "scale_dtype": (
@@ -96,7 +99,7 @@ WRONG = {  # name: (arguments, message); of both ops
         dict(sinks=np.ones(3, np.float32)),
         r"sinks must contain one number per query head, shape \(6,\), got \(3,\)",
     ),
-    "window": (dict(local_window_size=-1), r"both must be >= 0, got \(-1, -1\)"),
+    "window": (dict(local_window_size=-1), r"both must be >= 0, or None for all .* got \(-1, -1\)"),
     "scale": (dict(scale=float("inf")), "scale must be a finite number, got inf"),
     "soft_cap": (dict(logits_soft_cap=-1.0), r"logits_soft_cap must be a finite number > 0, got -1\.0"),
     "implementation": (dict(implementation="cudnn"), "one of reference, xla, triton, tpu, mosaic_gpu, got 'cudnn'"),

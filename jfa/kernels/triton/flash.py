@@ -66,6 +66,9 @@ def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str 
     """The reason why the kernel does not support this call; None if it does."""
     if device.platform not in ("rocm", "cuda", "cpu"):
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
+    for name, x in (("query", operands.q), ("key", operands.k)):
+        if not all(isinstance(n, int) for n in x.shape):
+            return f"a kernel's grid has a static size, but {name} has the symbolic shape {x.shape}"
     for name, head_dim in (("head_dim", operands.q.shape[3]), ("the head_dim of value", operands.v.shape[3])):
         if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
             return f"{name} must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"

@@ -177,7 +177,10 @@ def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfi
     )
     if operands.alibi_slopes is None:
         return dq, None
-    return dq, slopes[0].sum((0, 1)).astype(operands.alibi_slopes.dtype)
+    d_slopes = slopes[0].sum(1)
+    if len(operands.alibi_slopes) == 1:
+        d_slopes = d_slopes.sum(0, keepdims=True)
+    return dq, d_slopes.astype(operands.alibi_slopes.dtype)
 
 
 def _dkv(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool):

@@ -84,10 +84,9 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
             return f"{name} must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
     if shape.g > MAX_GROUP_SIZE:
         return f"at most {MAX_GROUP_SIZE} query heads may share a key head, got {shape.g}"
-    if operands.k_pages.dtype == jnp.float8_e4m3fn and _unit(operands.k_pages.dtype, operands.q.dtype) == 1.0:
-        if device.arch in ("sm_80", "sm_86"):
-            return f"Triton cannot cast float8_e4m3fn to bfloat16 on {device.arch}; use int8 pages, of the same size"
     for name, pages in (("key_pages", operands.k_pages), ("value_pages", operands.v_pages)):
+        if pages.dtype == jnp.float8_e4m3fn and operands.q.dtype == jnp.bfloat16 and device.arch in ("sm_80", "sm_86"):
+            return f"Triton cannot cast float8_e4m3fn to bfloat16 on {device.arch}; use int8 pages, of the same size"
         if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
             # Pallas (jax 0.12) uses signed 32-bit offsets for such an array
             return f"Pallas computes wrong addresses in {name} of 2 to 4 GiB with a one-byte dtype; use fewer pages"
@@ -126,9 +125,9 @@ def paged_attention(
         "page_table": operands.page_table,
         "kv_len": operands.kv_len,
     }
-    if operands.k_scales is not None and operands.v_scales is not None:
-        arrays["k_scales"] = operands.k_scales.reshape(-1, shape.hkv)
-        arrays["v_scales"] = operands.v_scales.reshape(-1, shape.hkv)
+    for name, scales in (("k_scales", operands.k_scales), ("v_scales", operands.v_scales)):
+        if scales is not None:
+            arrays[name] = scales.reshape(-1, shape.hkv)
     if operands.query_start is not None:
         arrays["query_start"] = operands.query_start
         arrays["tiles"] = _tiles_of_rows(operands.query_start, n, tokens)
@@ -225,7 +224,8 @@ class _Piece(NamedTuple):
     firsts: tuple[int, ...]  # the head_dim columns that the first stored column contains
 
 
-def _pieces(head_dim: int, *, packed: bool, block_d: int | None) -> tuple[_Piece, ...]:
+def _pieces(head_dim: int, pages: Any, block_d: int | None) -> tuple[_Piece, ...]:
+    packed = pages == jnp.uint8
     stored = head_dim // 2 if packed else head_dim
     return tuple(
         _Piece(start, size, stored, (0, stored) if packed else (0,)) for start, size in chunks(stored, block_d)
@@ -268,9 +268,8 @@ def _paged_kernel(
     head = kv_head * g + lax.rem(member, jnp.int32(g))
     own = (token < q_len) & (member < tokens * g)
     query = begin + token
-    packed = "k_scales" in ref and ref["k"].dtype == jnp.uint8
-    k_pieces = _pieces(shape.d, packed=packed, block_d=config.block_d)
-    v_pieces = _pieces(shape.dv, packed=packed, block_d=config.block_d)
+    k_pieces = _pieces(shape.d, ref["k"].dtype, config.block_d)
+    v_pieces = _pieces(shape.dv, ref["v"].dtype, config.block_d)
 
     def load_q(piece: _Piece, first_column: int, zero):
         columns = piece.start + jnp.arange(piece.size)
@@ -310,13 +309,13 @@ def _paged_kernel(
 
         def scales(name: str):
             found = load(ref[name].at[slots, kv_head], mask=inside, other=None if inside is None else 0.0)
-            return found.astype(jnp.float32) * _unit(ref["k"].dtype, dtype)
+            return found.astype(jnp.float32) * _unit(ref[name[0]].dtype, dtype)
 
         zero = later(n, k_pieces)
         scores = sum_of_products(
             (held[piece, at] if held else load_q(piece, at, zero), numbers)
             for piece in k_pieces
-            for at, numbers in zip(piece.firsts, _numbers(load_pages("k", piece), dtype, packed), strict=True)
+            for at, numbers in zip(piece.firsts, _numbers(load_pages("k", piece), dtype), strict=True)
         )
         if "k_scales" in ref:
             scores = scores * scales("k_scales")[None, :]
@@ -338,9 +337,7 @@ def _paged_kernel(
                 v_scales = v_scales * jnp.where(common == 0.0, 0.0, 1.0 / common)
             p = p * v_scales[None, :]
         p = tile.rounded(p, dtype)
-        products = [
-            product(p, numbers) for piece in v_pieces for numbers in _numbers(load_pages("v", piece), dtype, packed)
-        ]
+        products = [product(p, numbers) for piece in v_pieces for numbers in _numbers(load_pages("v", piece), dtype)]
         if common is not None:
             products = [part * common for part in products]
         acc = tuple(part * rescale[:, None] + new for part, new in zip(acc, products, strict=True))
@@ -375,9 +372,9 @@ def _unit(pages: Any, dtype: Any) -> float:
     return 256.0 if pages == jnp.float8_e4m3fn and dtype != jnp.bfloat16 else 1.0
 
 
-def _numbers(x: Array, dtype: Any, packed: bool) -> tuple[Array, ...]:
+def _numbers(x: Array, dtype: Any) -> tuple[Array, ...]:
     """Stored numbers in the dtype of a product: one array, or the low and the high half of each byte."""
-    if packed:
+    if x.dtype == jnp.uint8:
         return tuple(_exact((half.astype(jnp.float32) - 7.5), dtype) for half in (x & 15, x >> 4))
     if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
         return (_exact(x.astype(jnp.float32), dtype),)

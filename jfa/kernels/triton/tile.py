@@ -317,7 +317,8 @@ class Tile:
         if "bias" in self.ref:
             scores += self._per_score("bias", rows, keys, other=0.0).astype(jnp.float32)
         if "alibi_slopes" in self.ref:
-            scores += self.ref["alibi_slopes"][self.head] * self.distance(rows, keys)
+            row = self.row if self.ref["alibi_slopes"].shape[0] > 1 else 0
+            scores += self.ref["alibi_slopes"][row, self.head] * self.distance(rows, keys)
         if self.spec.softcap is None:
             return scores
         return self._tanh(scores * (1.0 / self.spec.softcap))

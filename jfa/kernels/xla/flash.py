@@ -27,11 +27,15 @@ _SCORE_TILE_BYTES = 4 << 20
 # hkv times the work of one product per head, but no transposed copy of the keys, which costs more (bench/LOG.md).
 _PACKED_ROWS, _PACKED_HEADS = 64, 8
 
+_SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax.export)
+
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
     """Tiles of at most 256 x 256, narrower for large batches and many heads."""
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
+    if not all(isinstance(n, int) for n in (b, tq, operands.k.shape[1])):
+        return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=on_cpu)
     if on_cpu and tq * hq <= _PACKED_ROWS and operands.k.shape[2] <= _PACKED_HEADS:
         return BlockConfig(block_q=tq or 1, block_kv=128, widen=True, packed=True)
     block_q = max(1, min(tq, 256))
@@ -54,6 +58,9 @@ def flash_attention(
     """
     q = operands.q
     b, tq, hq, _ = q.shape
+    if (padded := _padded(operands, config)) is not operands:
+        out, lse = flash_attention(padded, spec=spec, config=config)
+        return out[:, :tq], lse[:, :tq]
     hkv, g, d = operands.k.shape[2], operands.group_size, operands.v.shape[3]
     if config.packed:
         operands = operands._replace(k=_flat(operands.k), v=_flat(operands.v))
@@ -120,6 +127,15 @@ def flash_attention_bwd(
     The gradient of a broadcast bias is summed into an array of the bias's own shape.
     """
     q, k, v, bias = operands.q, operands.k, operands.v, operands.bias
+    if (padded := _padded(operands, config)) is not operands:
+        rows = {1: padded.q.shape[1]}
+        out, d_out, d_lse = (_lengthened(x, rows) for x in (out, d_out, d_lse))
+        lse = _lengthened(lse, rows, -jnp.inf)
+        found = flash_attention_bwd(padded, out, lse, d_out, d_lse, spec=spec, config=config)
+        given = {name: x for name, x in found._asdict().items() if x is not None}
+        return found._replace(
+            **{name: x[tuple(map(slice, getattr(operands, name).shape))] for name, x in given.items()}
+        )
     hkv = k.shape[2]
     grid = _Grid.of(operands, config)
     # rows that saw no key have no gradient; their q and cotangent may contain anything
@@ -166,9 +182,8 @@ def flash_attention_bwd(
             if d_bias is not None:
                 d_bias = _add_bias_tile(d_bias, ds, start, grid.k_start(j))
             if d_slopes is not None:
-                d_slopes = d_slopes - (ds * _distance(operands, grid, start, grid.k_start(j))).sum((0, 3, 4)).reshape(
-                    -1
-                )
+                change = (ds * _distance(operands, grid, start, grid.k_start(j))).sum((3, 4)).reshape(q.shape[0], -1)
+                d_slopes = d_slopes - (change.sum(0, keepdims=True) if d_slopes.shape[0] == 1 else change)
             ds = (ds * spec.sm_scale).astype(k_block.dtype)
             dv_block = _dot("bhgqk,bhgqd->bkhd", p.astype(v_block.dtype), do_block)
             dk_block = _dot("bhgqk,bhgqd->bkhd", ds, q_block.astype(k_block.dtype))
@@ -198,6 +213,43 @@ def flash_attention_bwd(
     )
 
 
+def _padded(operands: Operands, config: BlockConfig) -> Operands:
+    """The operands, with symbolic lengths rounded up to whole tiles: a tile must have a static shape."""
+    (b, tq), tk = operands.q.shape[:2], operands.k.shape[1]
+    queries, keys = _whole_tiles(tq, config.block_q), _whole_tiles(tk, config.block_kv)
+    if queries is tq and keys is tk:
+        return operands
+    q_len, kv_len = (
+        jnp.full((b,), t, jnp.int32) if given is None else jnp.minimum(given, t)
+        for given, t in ((operands.q_len, tq), (operands.kv_len, tk))
+    )
+    of_q, of_k, of_scores = {1: queries}, {1: keys}, {2: queries, 3: keys}
+    axes = {
+        "q": of_q,
+        "q_segments": of_q,
+        "k": of_k,
+        "v": of_k,
+        "kv_segments": of_k,
+        "bias": of_scores,
+        "mask": of_scores,
+    }
+    given = {name: x for name in axes if (x := getattr(operands, name)) is not None}
+    longer: dict[str, Any] = {name: _lengthened(x, axes[name]) for name, x in given.items()}
+    return operands._replace(q_len=q_len, kv_len=kv_len, **longer)
+
+
+def _whole_tiles(length: Any, block: int) -> Any:
+    if isinstance(length, int) or length % block == 0:
+        return length
+    return (length + block - 1) // block * block
+
+
+def _lengthened(x: Array, sizes: dict[int, Any], value: float = 0.0) -> Array:
+    """x with these sizes of axes; an axis of size 1 is broadcast, and stays."""
+    more = [(0, 0 if x.shape[axis] == 1 else sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, more, constant_values=jnp.asarray(value, x.dtype))
+
+
 class _Grid(NamedTuple):
     """The tiles of one call. The last tile of an axis starts early enough to end exactly at the axis's end."""
 
@@ -209,7 +261,8 @@ class _Grid(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, config: BlockConfig) -> "_Grid":
         tq, tk = operands.q.shape[1], operands.k.shape[1]
-        return cls(tq, tk, min(config.block_q, tq), min(config.block_kv, tk))
+        tiles = zip((config.block_q, config.block_kv), (tq, tk), strict=True)
+        return cls(tq, tk, *(min(block, length) if isinstance(length, int) else block for block, length in tiles))
 
     @property
     def num_q(self) -> int:
@@ -324,7 +377,7 @@ def _kept(
     if operands.dropout_seed is None:
         return None
     b, hq, hkv = operands.q.shape[0], operands.q.shape[2], operands.k.shape[2]
-    batch, head = jnp.indices((b, hq)).reshape(2, b, hkv, -1, 1, 1)
+    batch, head = jnp.arange(b).reshape(b, 1, 1, 1, 1), jnp.arange(hq).reshape(hkv, -1, 1, 1)
     row = q_start + jnp.arange(grid.block_q)[:, None]
     key = k_start + jnp.arange(grid.block_kv)
     seed = dropout.row_seed(operands.dropout_seed, batch, head, broadcast=spec.broadcast_dropout)
@@ -406,8 +459,8 @@ def _least(a, b):
     return min(a, b) if isinstance(a, int) else jnp.minimum(a, b)
 
 
-def _per_head(x: Float[Array, " hq"], hkv: int) -> Float[Array, "hkv g 1 1"]:
-    return x.astype(jnp.float32).reshape(hkv, -1, 1, 1)
+def _per_head(x: Float[Array, "*#b hq"], hkv: int) -> Float[Array, "*#b hkv g 1 1"]:
+    return x.astype(jnp.float32).reshape(*x.shape[:-1], hkv, -1, 1, 1)
 
 
 def _per_row(x: Array) -> Array:
