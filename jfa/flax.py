@@ -101,13 +101,15 @@ def attention_fn(
 
 def _is_met(precision: object) -> bool:
     """Whether float32 products, or exact products of 16-bit numbers summed in float32, are as precise as this."""
-    if isinstance(precision, tuple):
-        return len(precision) == 2 and all(map(_is_met, precision))
+    if isinstance(precision, tuple | list):
+        return len(precision) == 2 and not any(isinstance(one, tuple | list) or not _is_met(one) for one in precision)
+    if isinstance(precision, str):
+        precision = jax.lax.DotAlgorithmPreset.__members__.get(precision, precision)
     if isinstance(precision, jax.lax.DotAlgorithmPreset):
         return "F64" not in precision.name
     if precision is None or isinstance(precision, jax.lax.Precision):
         return True
     try:
-        return isinstance(jax.lax.Precision(precision), jax.lax.Precision)
+        return isinstance(precision, str) and jax.lax.Precision(precision) is not None
     except ValueError:
         return False

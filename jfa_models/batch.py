@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def read(path: Path) -> list[Line]:
 
 def _line(number: int, text: bytes) -> Line:
     try:
-        given = json.loads(text)
+        given = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:
         return Line(number=number, given={}, error=f"not valid JSON: {error}")
     if not isinstance(given, dict) or sum(name in given for name in PROMPTS) != 1:
@@ -56,6 +57,10 @@ def _line(number: int, text: bytes) -> Line:
         with contextlib.suppress(ValueError):  # the keys of a JSON object are strings
             given["logit_bias"] = {int(token): value for token, value in bias.items()}
     return Line(number=number, given=given, error=error)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
 
 
 def _are_integers(tokens: Any) -> bool:
@@ -100,7 +105,9 @@ def run(engine: Engine, lines: list[Line], output: Path, defaults: SamplingParam
     with output.open("a", encoding="utf-8") as file:
 
         def write(result: dict[str, Any]) -> dict[str, Any]:
-            file.write(json.dumps(result) + "\n")  # ASCII: lone surrogates and line separators are escaped
+            file.write(
+                json.dumps(result, allow_nan=False) + "\n"
+            )  # ASCII: lone surrogates and line separators are escaped
             file.flush()
             return result
 
@@ -142,11 +149,16 @@ def _completion(one: CompletionOutput) -> dict[str, Any]:
         about["stop_reason"] = one.stop_reason
     if one.logprobs is not None:
         about |= {
-            "cumulative_logprob": one.cumulative_logprob,
+            "cumulative_logprob": _or_null(one.cumulative_logprob),
             "logprobs": [_logprobs(entry) for entry in one.logprobs],
         }
     return about
 
 
-def _logprobs(entries: Mapping[int, Logprob]) -> dict[int, float]:
-    return {token: entry.logprob for token, entry in entries.items()}
+def _logprobs(entries: Mapping[int, Logprob]) -> dict[int, float | None]:
+    return {token: _or_null(entry.logprob) for token, entry in entries.items()}
+
+
+def _or_null(logprob: float | None) -> float | None:
+    """JSON has neither NaN nor infinities: they become null."""
+    return logprob if logprob is not None and math.isfinite(logprob) else None

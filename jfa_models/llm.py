@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import RequestOutput
-from jfa_models.decoding.params import BeamSearchParams, SamplingParams
+from jfa_models.decoding.params import BeamSearchParams, SamplingParams, one_per_prompt
 from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.decoding.prompts import Prompt, as_prompts
 from jfa_models.engine import Engine
@@ -93,11 +93,7 @@ class LLM:
           ValueError: a prompt can never be served; the message says which and why. No request was started.
         """
         prompts = as_prompts(prompts)
-        params = [sampling_params] * len(prompts) if not isinstance(sampling_params, Sequence) else sampling_params
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"sampling_params must be one, or one per prompt, got {len(params)} for {len(prompts)} prompts"
-            )
+        params = one_per_prompt(sampling_params, len(prompts))
         if self.engine.has_unfinished:
             raise RuntimeError("the engine runs other requests: wait until they finish, or use engine.add_request")
         results: dict[int, RequestOutput] = {}
@@ -144,7 +140,11 @@ class LLM:
         tokenizer = self.model.tokenizer
         if tokenizer is None or not tokenizer.chat_templates:
             raise ValueError("this model has no chat template, so it was not made for conversations: use generate")
-        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise ValueError(f'messages must be a list of {{"role": ..., "content": ...}}, got {messages!r}')
+        if not isinstance(chat_template_kwargs or {}, Mapping):
+            raise ValueError(f"chat_template_kwargs must be a dictionary, got {chat_template_kwargs!r}")
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         given = {"tools": tools, **(chat_template_kwargs or {})}
         if "messages" in given:
             raise ValueError("chat_template_kwargs must not have messages: they are the first argument")

@@ -1,7 +1,6 @@
 """A decoder that generates text: full forward passes, offline batches, and streaming for a single prompt."""
 
 import dataclasses
-import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,14 @@ from jfa_models.decoding import caches
 from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.options import DTYPES, CacheOptions
 from jfa_models.decoding.outputs import RequestOutput
-from jfa_models.decoding.params import SamplingParams, check_token_ids
+from jfa_models.decoding.params import (
+    SEED_ADVICE,
+    SamplingParams,
+    check_kind,
+    check_token_ids,
+    integer,
+    one_per_prompt,
+)
 from jfa_models.decoding.prompts import Prompt, as_prompts, text_of, unpacked
 from jfa_models.decoding.sampling import sampling_rows
 from jfa_models.decoding.steps import DecodeState, Emitted, Steps
@@ -144,10 +150,10 @@ class LanguageModel:
             raise ValueError(f"rows must have 1 to {self.config.context_length} tokens, the context length, got {t}")
         if lengths is not None:
             lengths = np.asarray(lengths)
-            if lengths.size and not 0 <= lengths.min() <= lengths.max() <= t:
-                raise ValueError(f"lengths must be 0 to {t}, the length of a row, got {lengths.tolist()}")
             if lengths.shape != tokens.shape[:1] or lengths.dtype.kind not in "iu":
                 raise ValueError(f"lengths must be {len(tokens)} integers, one for each row, got {lengths.tolist()}")
+            if lengths.size and not 0 <= lengths.min() <= lengths.max() <= t:
+                raise ValueError(f"lengths must be 0 to {t}, the length of a row, got {lengths.tolist()}")
             lengths = lengths.astype(np.int32)
         return self.steps.logits(self.params, tokens.astype(np.int32), lengths)
 
@@ -178,9 +184,8 @@ class LanguageModel:
         Raises:
           ValueError: a prompt is empty, or prompt and max_tokens together exceed the context length.
         """
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
-        requests = self._requests(prompts, sampling_params, seed)
+        max_batch = integer("max_batch", max_batch, 1, None, "it is the number of rows that are computed together")
+        requests = self._requests(as_prompts(prompts), sampling_params, seed)
         for first in range(0, len(requests), max_batch):
             self._run_batch(requests[first : first + max_batch])
         return [request.output() for request in requests]
@@ -216,7 +221,7 @@ class LanguageModel:
 
         The number of rows is rounded up to a power of two, as in generate; rows without a prompt are not active.
         """
-        return self._start(self._requests(prompts, sampling_params, seed))[0]
+        return self._start(self._requests(as_prompts(prompts), sampling_params, seed))[0]
 
     def _stream(self, request: "_Request", session: "Session") -> Iterator[RequestOutput]:
         prompt_ids = request.prompt_ids
@@ -285,21 +290,14 @@ class LanguageModel:
         """An empty cache for at least capacity tokens per row."""
         return caches.new_cache(self.config, self.cache_options, batch=batch, capacity=capacity, dtype=self.dtype)
 
-    def _requests(self, prompts, sampling_params, seed: int) -> "list[_Request]":
-        prompts = as_prompts(prompts)
-        if sampling_params is None:
-            sampling_params = self.default_params()
-        if isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            raise ValueError(
-                f"sampling_params must be one SamplingParams, or one per prompt, got {len(sampling_params)} "
-                f"for {len(prompts)} prompts"
-            )
-        pairs = zip(prompts, sampling_params, strict=True)
+    def _requests(self, prompts: Sequence[Prompt], sampling_params, seed: int) -> "list[_Request]":
+        seed = integer("seed", seed, 0, None, SEED_ADVICE)
+        pairs = zip(prompts, one_per_prompt(sampling_params, len(prompts)), strict=True)
         return [self._request(i, prompt, params, seed) for i, (prompt, params) in enumerate(pairs)]
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams, seed: int) -> "_Request":
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams | None, seed: int) -> "_Request":
+        params = self.default_params() if params is None else params
+        check_kind(params, SamplingParams)
         for name, value, none in (("n", params.n, 1), ("prompt_logprobs", params.prompt_logprobs, None)):
             if value != none:
                 raise ValueError(f"{name} must be {none} in LanguageModel, got {value}; use jfa_models.LLM instead")
@@ -314,16 +312,14 @@ class LanguageModel:
           prompt: a string, token ids, or {"prompt": string} or {"prompt_token_ids": ids} as in vLLM.
 
         Raises:
-          ValueError: the prompt is empty, an id is outside the vocabulary, a dictionary has other keys, or it is a
-            string and there is no tokenizer.
+          ValueError: the prompt has another form or is empty, an id is outside the vocabulary, or it is a string and
+            there is no tokenizer.
         """
-        prompt = unpacked(prompt, name)
-        if isinstance(prompt, str):
+        ids = unpacked(prompt, name)
+        if isinstance(ids, str):
             if self.tokenizer is None:
                 raise ValueError("this model has no tokenizer: pass the prompt as token ids")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = [operator.index(i) for i in prompt]
+            ids = self.tokenizer.encode(ids)
         if not ids:
             raise ValueError(f"{name} is empty: pass at least one token")
         self._check_ids(np.asarray(ids))
@@ -346,6 +342,11 @@ class LanguageModel:
             raise ValueError(
                 f"{name} has {len(prompt_ids)} tokens and max_tokens is {params.max_tokens}, together more than the "
                 f"context length of {self.config.context_length}; shorten the prompt or lower max_tokens"
+            )
+        if params.min_tokens > room:
+            raise ValueError(
+                f"{name} has {len(prompt_ids)} tokens, which leaves {room} of the context length of "
+                f"{self.config.context_length}, fewer than min_tokens, {params.min_tokens}; lower min_tokens"
             )
         return Completion(
             prompt_ids,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,6 +11,7 @@ MAX_SAMPLES = 10_000  # maximum continuations per prompt
 MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API return by default
 GREEDY_BELOW = 1e-5  # smaller temperatures mean greedy, as in vLLM: logit differences divided by them overflow float32
 MAX_INT32 = 2**31 - 1
+SEED_ADVICE = "requests without a seed get one from it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,18 +77,18 @@ class SamplingParams:
             "repetition_penalty": _number(
                 "repetition_penalty", self.repetition_penalty, 0, 1000, "use 1 for none", low_is_allowed=False
             ),
-            "top_k": _integer("top_k", self.top_k, -1, None, "use 0 to keep all tokens"),
-            "n": _integer("n", self.n, 1, MAX_SAMPLES, "use 1 for one continuation"),
-            "min_tokens": _integer("min_tokens", self.min_tokens, 0, None, "use 0 for no minimum"),
+            "top_k": integer("top_k", self.top_k, -1, None, "use 0 to keep all tokens"),
+            "n": integer("n", self.n, 1, MAX_SAMPLES, "use 1 for one continuation"),
+            "min_tokens": integer("min_tokens", self.min_tokens, 0, None, "use 0 for no minimum"),
             "stop": _stop_strings(self.stop),
             "stop_token_ids": tuple(
-                _integer("stop_token_ids", token_id, 0, MAX_INT32, "use ids from the model's vocabulary")
-                for token_id in self.stop_token_ids or ()
+                integer("stop_token_ids", token_id, 0, MAX_INT32, "use ids from the model's vocabulary")
+                for token_id in _listed("stop_token_ids", self.stop_token_ids, "a list of token ids")
             ),
         }
         if self.max_tokens is not None:
             advice = "use None for as many as the context allows"
-            checked["max_tokens"] = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, advice)
+            checked["max_tokens"] = integer("max_tokens", self.max_tokens, 1, MAX_INT32, advice)
             if self.min_tokens > self.max_tokens:
                 raise ValueError(
                     f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}; "
@@ -95,9 +96,9 @@ class SamplingParams:
                 )
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
-                checked[name] = _integer(name, value, 0, MAX_LOGPROBS, "use None for no log-probabilities")
+                checked[name] = integer(name, value, 0, MAX_LOGPROBS, "use None for no log-probabilities")
         if self.seed is not None:
-            checked["seed"] = _integer("seed", self.seed, 0, 2**64 - 1, "use None to let the engine choose a seed")
+            checked["seed"] = integer("seed", self.seed, 0, 2**64 - 1, "use None to let the engine choose a seed")
         if self.logit_bias is not None:
             checked["logit_bias"] = bias_pairs(self.logit_bias)
         flags = {
@@ -187,8 +188,8 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         largest = MAX_LOGPROBS // 2
-        width = _integer("beam_width", self.beam_width, 1, largest, f"there are {MAX_LOGPROBS} candidates per beam")
-        length = _integer("max_tokens", self.max_tokens, 1, MAX_INT32, "it limits the length of the continuations")
+        width = integer("beam_width", self.beam_width, 1, largest, f"there are {MAX_LOGPROBS} candidates per beam")
+        length = integer("max_tokens", self.max_tokens, 1, MAX_INT32, "it limits the length of the continuations")
         penalty = _number("length_penalty", self.length_penalty, -10, 10, "use 0 for none, 1 for the mean")
         for name in ("early_stopping", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
@@ -196,6 +197,27 @@ class BeamSearchParams:
         object.__setattr__(self, "beam_width", width)
         object.__setattr__(self, "max_tokens", length)
         object.__setattr__(self, "length_penalty", penalty)
+
+
+def one_per_prompt(params: Any, num_prompts: int) -> list[Any]:
+    """The parameters of each prompt, from one for all or a list with one for each.
+
+    Raises:
+      ValueError: the list has another length.
+    """
+    if isinstance(params, str) or not isinstance(params, Sequence):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(f"sampling_params must be one, or one per prompt, got {len(params)} for {num_prompts} prompts")
+    return list(params)
+
+
+def check_kind(params: object, *kinds: type) -> None:
+    """Raises ValueError unless params has one of these types."""
+    if not isinstance(params, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        elsewhere = "; jfa_models.LLM does beam search" if isinstance(params, BeamSearchParams) else ""
+        raise ValueError(f"sampling_params must be {names}(...), or None, got {params!r}{elsewhere}")
 
 
 def check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
@@ -215,17 +237,31 @@ def check_token_ids(params: SamplingParams, *, vocab_size: int) -> None:
 
 
 def bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    return tuple(
-        (
-            _integer("logit_bias", token_id, 0, MAX_INT32, "its keys are token ids"),
-            _number(f"logit_bias of token {token_id}", value, -100, 100, "-100 practically bans a token"),
+    """(token id, value) pairs without duplicates, from a mapping or pairs; sorted by id."""
+    kind = "a mapping from token ids to numbers"
+    pairs = [*bias.items()] if isinstance(bias, Mapping) else _listed("logit_bias", bias, kind)
+    if any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
+        raise ValueError(f"logit_bias must be {kind}, got {bias!r}")
+    values = {
+        integer("logit_bias", token_id, 0, MAX_INT32, "its keys are token ids"): _number(
+            f"logit_bias of token {token_id}", value, -100, 100, "-100 practically bans a token"
         )
-        for token_id, value in sorted(dict(bias).items())
-    )
+        for token_id, value in pairs
+    }
+    return tuple(sorted(values.items()))
+
+
+def _listed(name: str, values: Any, kind: str) -> list[Any]:
+    """values as a list; None: empty."""
+    if values is None:
+        return []
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be {kind}, got {values!r}")
+    return list(values)
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    texts = (stop,) if isinstance(stop, str) else tuple(_listed("stop", stop, "a string or a list of strings"))
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop must contain non-empty strings, got {text!r}; omit it, or use stop_token_ids")
@@ -245,7 +281,8 @@ def _number(name: str, value: object, low: int, high: int | None, advice: str, *
     raise ValueError(f"{name} must be {allowed}, got {value!r}; {advice}")
 
 
-def _integer(name: str, value: object, low: int, high: int | None, advice: str) -> int:
+def integer(name: str, value: object, low: int, high: int | None, advice: str) -> int:
+    """value as an int; ValueError with the advice unless it is an integer in [low, high]."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         integer = int(value)
         if low <= integer and (high is None or integer <= high):

@@ -23,7 +23,7 @@ import jax
 import jfa
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import RequestOutput
-from jfa_models.decoding.params import BeamSearchParams, SamplingParams
+from jfa_models.decoding.params import SEED_ADVICE, BeamSearchParams, SamplingParams, check_kind, integer
 from jfa_models.decoding.prompts import Prompt, text_of
 from jfa_models.decoding.sampling import seed_sequence
 from jfa_models.engine.beams import BeamSearch
@@ -168,7 +168,7 @@ class Engine:
         most_tokens = new_pools().most_tokens(max_num_batched_tokens)
         self.max_model_len = longest if most_tokens is None else min(longest, most_tokens)
         self.model = model
-        self.seed = seed
+        self.seed = integer("seed", seed, 0, None, SEED_ADVICE)
         self.max_wait = max_wait_ms / 1e3
         self._new_cache = lambda: new_cache(pools)
         self._new_scheduler = lambda: Scheduler(
@@ -225,6 +225,7 @@ class Engine:
             raise ValueError(f"priority must be an integer (smaller values run first), got {priority!r}")
         count = next(self._numbers)
         params = self.model.default_params() if params is None else params
+        check_kind(params, SamplingParams, BeamSearchParams)
         ids = self.model.prompt_ids(prompt)
         request = Request(
             id=f"request-{count}" if request_id is None else request_id,

@@ -189,6 +189,8 @@ class Tokenizer:
                 "this model has no chat template; prompt it with plain text, "
                 "or put a chat_template.jinja next to its tokenizer.json"
             )
+        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(one, Mapping) for one in tools)):
+            raise ValueError(f"tools must be a list of dictionaries, the JSON schemas of functions, got {tools!r}")
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             raise ValueError(

@@ -88,6 +88,8 @@ def test_computes_in_the_layer_dtype():
             dict(precision=("highest", "exact")),
             r"precision=\('highest', 'exact'\) is not supported",
         ),
+        (dict(precision=np.array(1)), "precision=1 is not supported"),
+        (dict(precision=(("high",), "high")), r"precision=\(\('high',\), 'high'\) is not supported"),
         (
             dict(module=object()),
             "sow_weights is not supported: the attention weights are never stored; set it to False",
@@ -174,6 +176,7 @@ def test_a_model_trains_as_with_flax_attention():
 
 P = jax.lax.Precision
 PRECISIONS = [None, "default", "high", "highest", "float32", "tensorfloat32", "bfloat16", P.HIGH, P.HIGHEST]
+PRECISIONS += ["BF16_BF16_F32", ["highest", "F32_F32_F32"]]
 PRECISIONS += [(P.DEFAULT, "highest"), *(one for one in jax.lax.DotAlgorithmPreset if "F64" not in one.name)]
 
 

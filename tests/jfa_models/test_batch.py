@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 from golden import GOLDEN
 from tiny_model import folder_with_text
@@ -32,7 +33,10 @@ def written(path, *lines):
 
 
 def results(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
 def test_each_line_gets_its_result_with_its_own_params(engine, tmp_path):
@@ -60,10 +64,22 @@ def test_each_line_gets_its_result_with_its_own_params(engine, tmp_path):
     assert third["line"] == 4 and len(third["outputs"]) == 2
 
 
+def test_log_probabilities_that_are_not_numbers_become_null(folder, tmp_path):
+    model = from_pretrained(folder)
+    model.params = tuple(jnp.full_like(x, jnp.nan) if x.ndim == 1 else x for x in model.params)
+    engine = Engine(model, max_num_seqs=4, num_pages=33, page_size=4, max_num_batched_tokens=32)
+    lines = batch.read(written(tmp_path / "in", {"prompt_token_ids": [70, 71], "prompt_logprobs": 0, "logprobs": 0}))
+    list(batch.run(engine, lines, tmp_path / "out", GREEDY))
+    [result] = results(tmp_path / "out")
+    assert result["error"].startswith("the logits are not finite")
+    assert result["prompt_logprobs"] == [None, {"71": None}] and result["logprobs"] == []
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("oops", "not valid JSON: Expecting value"),
+        ('{"prompt": "x", "id": NaN}', "not valid JSON: JSON has no NaN"),
         ("[1]", "must be a JSON object with either prompt or prompt_token_ids"),
         ({"prompt": "x", "prompt_token_ids": [5]}, "must be a JSON object with either prompt or prompt_token_ids"),
         ({"prompt": "x", "temprature": 1}, "unknown fields temprature; allowed are id and the fields of"),

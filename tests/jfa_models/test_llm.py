@@ -91,10 +91,23 @@ def test_chat_passes_tools_and_arguments_to_the_template(model):
         assert tokenizer.decode(result.prompt_token_ids) == text
     with pytest.raises(ValueError, match="chat_template_kwargs must not have messages: they are the first argument"):
         llm.chat(messages, GREEDY, chat_template_kwargs={"messages": []})
+    with pytest.raises(ValueError, match="chat_template_kwargs must be a dictionary, got 5"):
+        llm.chat(messages, GREEDY, chat_template_kwargs=5)
+    for tools in (5, ["t"], [lambda: None]):
+        with pytest.raises(
+            ValueError, match="tools must be a list of dictionaries, the JSON schemas of functions, got"
+        ):
+            llm.chat(messages, GREEDY, tools=tools)
+
+
+@pytest.mark.parametrize("messages", [None, 5, "hello"])
+def test_chat_takes_lists_of_messages_only(llm, messages):
+    with pytest.raises(ValueError, match=r"messages must be a list of {.*}, got"):
+        llm.chat(messages, GREEDY)
 
 
 def test_wrong_types_leave_a_fresh_engine(llm):
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match=r"prompt 1: sampling_params must be SamplingParams or BeamSearchParams\(.* 5"):
         llm.generate(["one", "two"], [GREEDY, 5])
     assert texts(llm.generate("one", GREEDY)) == texts(llm.generate("one", GREEDY))
 

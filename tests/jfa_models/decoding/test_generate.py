@@ -17,7 +17,7 @@ from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sentence
 from jfa_bench.truth.numerics import assert_within
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.decoding.language_model import LanguageModel, Session
-from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.params import BeamSearchParams, SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import RopeConfig
@@ -425,7 +425,7 @@ REFUSED = {  # name: (prompts, params, options, message)
         r"stop_token_ids must contain ids from 0 to 271, .* \[300\]",
     ),
     "bias id": ("Hi", SamplingParams(logit_bias={272: 1.0}), {}, "logit_bias must contain ids from 0 to 271"),
-    "no batch": ("Hi", GREEDY, {"max_batch": 0}, "max_batch must be at least 1, got 0"),
+    "no batch": ("Hi", GREEDY, {"max_batch": 0}, "max_batch must be an integer >= 1, got 0"),
 }
 
 
@@ -443,9 +443,64 @@ def test_stream_refuses_before_it_starts(model):
         model.stream("Hi", SamplingParams(stop_token_ids=[300]))
 
 
-def test_a_token_id_must_be_an_integer(model):
-    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-        model.generate([[1.5]], GREEDY)
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "prompts must be texts or lists of token ids, one or a list of them, got None"),
+        (b"Hi", "prompts must be texts or lists of token ids, one or a list of them, got b'Hi'"),
+        ({72, 105}, "prompts must be texts or lists of token ids, one or a list of them"),
+        (iter(["Hi"]), "prompts must be texts or lists of token ids, one or a list of them"),
+        (["Hi", None], "prompt 1 must be a text or a list of token ids, got None"),
+        (["Hi", 5], "prompt 1 must be a text or a list of token ids, got 5"),
+        ([b"Hi"], "prompt 0 must be a text or a list of token ids, got b'Hi'"),
+        ([[1.5]], "prompt 0 must be a text or a list of token ids, got a list with 1.5"),
+        ([1, "Hi"], "prompt 0 must be a text or a list of token ids, got a list with 'Hi'"),
+        ([[[1]]], r"prompt 0 must be a text or a list of token ids, got a list with \[1\]"),
+        ([[np.array([1, 2])]], "prompt 0 must be a text or a list of token ids, got a list with array"),
+        ({"prompt": [5, 6]}, r'prompt 0: "prompt" must be a text, got \[5, 6\]; pass token ids as "prompt_token_ids"'),
+        ({"prompt_token_ids": "Hi"}, "prompt 0: \"prompt_token_ids\" must be a list of token ids, got 'Hi'"),
+        ({"prompt_token_ids": 5}, 'prompt 0: "prompt_token_ids" must be a list of token ids, got 5'),
+    ],
+)
+def test_prompts_of_another_type_are_refused(model, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts, GREEDY)
+
+
+def test_stream_takes_one_prompt(model):
+    with pytest.raises(ValueError, match="prompt 0 must be a text or a list of token ids, got a list with 'Hi'"):
+        model.stream(["Hi"], GREEDY)
+    with pytest.raises(ValueError, match="prompt 0 must be a text or a list of token ids, got 5"):
+        model.stream(5, GREEDY)
+
+
+@pytest.mark.parametrize("params", ["greedy", 5, {"max_tokens": 3}, [GREEDY, 5], BeamSearchParams()])
+def test_params_of_another_type_are_refused(model, params):
+    with pytest.raises(ValueError, match=r"sampling_params must be SamplingParams\(\.\.\.\), or None, got"):
+        model.generate(["Hi", "Ho"], params)
+    with pytest.raises(ValueError, match=r"sampling_params must be "):
+        model.stream("Hi", params)
+
+
+def test_beams_are_said_to_be_elsewhere(model):
+    with pytest.raises(ValueError, match=r"got BeamSearchParams.*; jfa_models.LLM does beam search"):
+        model.generate("Hi", BeamSearchParams())
+
+
+def test_each_prompt_may_have_the_default_params(model):
+    first, second = model.generate(["Hi", "Hi"], [None, GREEDY], seed=3)
+    assert first == model.generate("Hi", seed=3)[0] and second == model.generate("Hi", GREEDY)[0]
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "one"])
+def test_seeds_of_a_call_are_integers(model, seed):
+    with pytest.raises(ValueError, match=f"seed must be an integer >= 0, got {seed!r}; requests without a seed get"):
+        model.generate("Hi", GREEDY, seed=seed)
+
+
+def test_min_tokens_must_fit_into_the_context(model):
+    with pytest.raises(ValueError, match=r"prompt 0 has 310 tokens, which leaves 10 of .* fewer than min_tokens, 11"):
+        model.generate([5] * 310, SamplingParams(max_tokens=None, min_tokens=11))
 
 
 @pytest.mark.parametrize(
