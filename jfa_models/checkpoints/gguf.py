@@ -57,8 +57,11 @@ def open_gguf(path: Path) -> Checkpoint:
 
 def _read_parts(files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """The metadata, all of which is in the first part, and the tensors of all parts."""
-    if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{files[0].parent} lacks {', '.join(missing)} of the model; download them too")
+    if missing := [file.name for file in files if not file.is_file()]:
+        several = (
+            f"{', '.join(missing[:3])} and {len(missing) - 3} more parts" if len(missing) > 4 else ", ".join(missing)
+        )
+        raise ValueError(f"{files[0].parent} lacks {several} of the model; download them too")
     metadata, tensors = _read_gguf_header(files[0])
     alignments = (metadata.get("general.alignment", _ALIGNMENT), _ALIGNMENT)
     count = metadata.get("split.count", 1)

@@ -97,12 +97,14 @@ def config_from_gguf(
         )
     if experts is None:
         require(metadata, "GGUF metadata", f"{arch}.feed_forward_length")
+    if not (vocab_size := source.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ()))):
+        require(metadata, "GGUF metadata", "tokenizer.ggml.tokens")
     windows = _windows_from_gguf(source, family, num_layers)
     rope = _rope_from_gguf(source, str(arch), head_dim, rope_divisors or {})
     # two models scale their queries by a factor that their files do not specify
     odd_scale = (arch, num_layers) in (("gemma2", 46), ("gemma3", 62))
     read: dict[str, Any] = dict(
-        vocab_size=source.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ())),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=source.get("feed_forward_length") or (experts.intermediate_size if experts else 0),
         num_layers=num_layers,
@@ -120,7 +122,7 @@ def config_from_gguf(
         mlp_bias="blk.0.ffn_up.bias" in tensor_names,
         query_scale=(hidden_size / num_q_heads) ** -0.5 if odd_scale else None,
         attention_soft_cap=source.get("attn_logit_softcapping", family.defaults.get("attn_logit_softcapping")),
-        logits_soft_cap=source.get("final_logit_softcapping", family.defaults.get("final_logit_softcapping")),
+        logits_soft_cap=source.get("final_logit_softcapping", family.defaults.get("final_logit_softcapping")) or None,
         windows=windows,
         experts=experts,
     )

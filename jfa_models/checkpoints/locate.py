@@ -10,9 +10,9 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 # owner/name, optionally a GGUF file in it and a revision. Excludes paths of missing local files, which look similar.
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.gguf)?(@[\w./-]+)?")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.(?i:gguf))?(@[\w./-]+)?")
 # A part of a model in several files, as llama-gguf-split and the gguf package name it.
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 # The files that a decoder needs: no pickles, and no second copy of the weights in another layout.
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 _UNWANTED = ["consolidated*", "original/*", "*/*"]
@@ -91,12 +91,12 @@ def parts_of[AnyPath: PurePath](path: AnyPath) -> list[AnyPath]:
     part = _PART.fullmatch(path.name)
     if part is None or not 1 <= int(part[2]) <= int(part[3]):
         return [path]
-    return [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}.gguf") for i in range(1, int(part[3]) + 1)]
+    return [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}{part[4]}") for i in range(1, int(part[3]) + 1)]
 
 
 def only_model(folder: Path) -> Path | None:
     """The GGUF file of a folder, or the first part of its only model; None if it has no GGUF file or several models."""
-    firsts = {parts_of(file)[0] for file in folder.glob("*.gguf")}
+    firsts = {parts_of(file)[0] for file in folder.iterdir() if file.suffix.lower() == ".gguf"}
     return firsts.pop() if len(firsts) == 1 else None
 
 

@@ -23,8 +23,8 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         return open_gguf(file)
     if path.is_dir():
         return open_safetensors(path, path, safetensors_files(path))
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return open_safetensors(path, path.parent, [path])
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return open_gguf(path)
     raise ValueError(f"{path} is not a model: use a folder of safetensors, a .safetensors or a .gguf file")

@@ -50,6 +50,9 @@ class Completion:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self._tokenizer = tokenizer
+        # stop strings that are special tokens: they also end the text where the model writes that token
+        special = {stop: tokenizer.special_token_id(stop) for stop in params.stop} if tokenizer else {}
+        self._special_stops = {token: stop for stop, token in special.items() if token is not None}
         self._stream = tokenizer.stream(skip_special_tokens=params.skip_special_tokens) if tokenizer else None
         if self._stream:
             for token in prompt_ids[-TEXT_CONTEXT:]:
@@ -81,19 +84,22 @@ class Completion:
         """Takes a token by its id, and ends if a stop condition is met."""
         self.token_ids.append(token)
         ended_by_id = self._ends(token)
-        if self._stream and (not ended_by_id or self.params.include_stop_str_in_output):
+        stop = self._special_stops.get(token) if ended_by_id else None
+        includes_stop = self.params.include_stop_str_in_output
+        if self._stream and (not ended_by_id or (includes_stop and stop is None)):
             self._text += self._stream.push(token)
         if ended_by_id:
             self.finish_reason = "stop"
-            self._stop_reason = None if token in self._eos_token_ids else token
+            self._stop_reason = None if token in self._eos_token_ids else stop or token
         elif len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"
         if self.finished and self._stream:
             self._text += self._stream.flush()
-        if len(self.token_ids) > self.params.min_tokens:
-            self._cut_at_stop_string()
-        else:
+        was_cut = len(self.token_ids) > self.params.min_tokens and self._cut_at_stop_string()
+        if len(self.token_ids) <= self.params.min_tokens:
             self._stops_from = len(self._text)
+        if stop is not None and includes_stop and not was_cut:
+            self._text += stop
 
     def end(self, reason: FinishReason) -> None:
         """Ends it for this reason, if it has not ended yet."""
@@ -117,12 +123,14 @@ class Completion:
         is_eos = token in self._eos_token_ids and not self.params.ignore_eos
         return is_eos or token in self.params.stop_token_ids
 
-    def _cut_at_stop_string(self) -> None:
+    def _cut_at_stop_string(self) -> bool:
+        """Cuts the text at the first stop string in it; whether there is one."""
         found = [(at, stop) for stop in self.params.stop if (at := self._text.find(stop, self._stops_from)) >= 0]
         if found:
             at, stop = min(found)
             self._text = self._text[: at + len(stop) if self.params.include_stop_str_in_output else at]
             self.finish_reason, self._stop_reason = "stop", stop
+        return bool(found)
 
     def _undecided(self) -> int:
         """The length of the longest suffix of the text that is a prefix of a stop string."""

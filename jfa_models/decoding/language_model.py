@@ -358,13 +358,10 @@ class LanguageModel:
         )
 
     def _with_stop_ids(self, params: SamplingParams) -> SamplingParams:
-        """The params with the stop strings that are special tokens as stop tokens: they have no text to be found in."""
-        ids = {stop: self.tokenizer.special_token_id(stop) for stop in params.stop} if self.tokenizer else {}
-        found = {stop: token_id for stop, token_id in ids.items() if token_id is not None}
-        if not found:
-            return params
-        rest = tuple(stop for stop in params.stop if stop not in found)
-        return dataclasses.replace(params, stop=rest, stop_token_ids=(*params.stop_token_ids, *found.values()))
+        """The params with the ids of the stop strings that are special tokens: these have no text to be found in."""
+        ids = [self.tokenizer.special_token_id(stop) for stop in params.stop] if self.tokenizer else []
+        found = [token_id for token_id in ids if token_id is not None]
+        return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:

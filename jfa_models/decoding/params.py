@@ -30,7 +30,7 @@ class SamplingParams:
       top_k: 0 or -1 keeps all tokens.
       seed: 0 to 2**64 - 1. The same seed gives the same text, regardless of the other requests in a batch.
       stop: one or several strings; the text ends before the first one that is generated. One that is a special token
-        of the model, and so has no text, counts as its id in stop_token_ids.
+        of the model also ends the text where the model generates that token, which has no text.
       stop_token_ids: tokens that end the text, in addition to the model's end tokens.
       ignore_eos: the model's end tokens neither end the text nor are masked before min_tokens.
       max_tokens: None: up to the context length.
@@ -39,7 +39,8 @@ class SamplingParams:
       prompt_logprobs: like logprobs, for the tokens of the prompt. Only Engine and LLM support it.
       logit_bias: token ids and the values to add to their logits; stored as a tuple of pairs.
       skip_special_tokens: omit special tokens from the text.
-      include_stop_str_in_output: the text includes the stop string or the text of the stop token that ended it.
+      include_stop_str_in_output: the text includes the stop string or the text of the stop token that ended it; a
+        special token given by its id has a text only without skip_special_tokens.
       spaces_between_special_tokens: accepted for compatibility; no tokenizer here adds spaces.
 
     Raises:

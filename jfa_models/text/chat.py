@@ -2,9 +2,10 @@
 
 import datetime
 import functools
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -17,14 +18,15 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], values: Mapping
     """Renders a template with messages and values such as `add_generation_prompt`.
 
     The content of a message may be a text, None (no text), or a list of parts {"type": "text", "text": ...}. A template
-    that does not loop over contents gets the texts, joined by newlines; one that does not test for None, "".
+    that does not loop over contents gets the texts, joined by newlines; one that reads contents in loops only gets a
+    text as a list of one part; one that does not test for None gets "".
 
     Raises:
       ValueError: the template is faulty, fails on these messages, or refuses them with a message of its own; or a part
         is not text.
     """
-    compiled, reads_lists, tests_none = _compile(template)
-    plain = [_with_content(message, as_list=reads_lists, keep_none=tests_none) for message in messages]
+    compiled, reads = _compile(template)
+    plain = [_with_content(message, reads) for message in messages]
     try:
         return compiled.render({**values, "messages": plain})
     except _RefusedError as error:
@@ -33,6 +35,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], values: Mapping
         raise ValueError(
             f"the model's chat template fails on these messages: {type(error).__name__}: {error}"
         ) from error
+
+
+# Filters that take the elements of a content that is a list of parts.
+_FILTERS_OF_LISTS = ("selectattr", "rejectattr", "map")
 
 
 class _RefusedError(Exception):
@@ -49,9 +55,17 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+class _Reads(NamedTuple):
+    """What contents of messages a template is written for."""
+
+    lists: bool  # it loops over a content
+    texts: bool  # it writes a content, or tests whether it is a text
+    none: bool  # it tests whether a content is None
+
+
 @functools.lru_cache(maxsize=8)
-def _compile(template: str) -> tuple[jinja2.Template, bool, bool]:
-    """The template, whether it reads contents that are lists, and whether it tests for contents that are None."""
+def _compile(template: str) -> tuple[jinja2.Template, _Reads]:
+    """The template, and what contents it is written for."""
     # templates come from checkpoints, so they run in a sandbox
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -61,8 +75,7 @@ def _compile(template: str) -> tuple[jinja2.Template, bool, bool]:
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         tree = environment.parse(template)
-        tests_none = any(each.name == "none" and _is_content(each.node) for each in tree.find_all(jinja2.nodes.Test))
-        return environment.from_string(template), _loops_over_content(tree), tests_none
+        return environment.from_string(template), _read_contents(tree)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"the model's chat template is faulty in line {error.lineno}: {error.message}; "
@@ -70,24 +83,36 @@ def _compile(template: str) -> tuple[jinja2.Template, bool, bool]:
         ) from error
 
 
-def _loops_over_content(tree: jinja2.nodes.Template) -> bool:
-    """Whether a loop runs over a message's content, or over a variable that was set to it."""
+def _read_contents(tree: jinja2.nodes.Template) -> _Reads:
+    # a content is read by itself, or through a variable that was set to it
     names = {
         each.target.name
         for each in tree.find_all(jinja2.nodes.Assign)
         if isinstance(each.target, jinja2.nodes.Name) and _is_content(each.node)
     }
-    return any(
-        _reads_content(each.iter) or (isinstance(each.iter, jinja2.nodes.Name) and each.iter.name in names)
-        for each in tree.find_all(jinja2.nodes.For)
+
+    def reads(node: jinja2.nodes.Node) -> bool:
+        kinds = (jinja2.nodes.Getattr, jinja2.nodes.Getitem, jinja2.nodes.Name)
+        return any(_is_content(each) or getattr(each, "name", None) in names for each in _all(node, kinds))
+
+    def reads_parts(node: jinja2.nodes.Node) -> bool:
+        return any(each.name in _FILTERS_OF_LISTS and reads(each) for each in _all(node, jinja2.nodes.Filter))
+
+    # content.split() is the result of a call, not a list of parts
+    loops = [each.iter for each in tree.find_all(jinja2.nodes.For) if not any(_all(each.iter, jinja2.nodes.Call))]
+    written = [each for output in tree.find_all(jinja2.nodes.Output) for each in output.nodes]
+    tests = list(tree.find_all(jinja2.nodes.Test))
+    return _Reads(
+        lists=any(map(reads, loops)) or reads_parts(tree),
+        texts=any(test.name == "string" for test in tests)
+        or any(reads(each) and not reads_parts(each) for each in written),
+        none=any(test.name == "none" and _is_content(test.node) for test in tests),
     )
 
 
-def _reads_content(node: jinja2.nodes.Node) -> bool:
-    """Whether an expression is a content, filtered or sliced; not the result of a call, such as content.split()."""
-    if node.find(jinja2.nodes.Call):
-        return False
-    return _is_content(node) or any(map(_is_content, node.find_all((jinja2.nodes.Getattr, jinja2.nodes.Getitem))))
+def _all(node: jinja2.nodes.Node, kinds: Any) -> Iterator[Any]:
+    """The nodes of these kinds in an expression, itself included."""
+    return itertools.chain([node] if isinstance(node, kinds) else [], node.find_all(kinds))
 
 
 def _is_content(node: jinja2.nodes.Node) -> bool:
@@ -99,20 +124,21 @@ def _is_content(node: jinja2.nodes.Node) -> bool:
     return False
 
 
-def _with_content(message: Mapping[str, Any], *, as_list: bool, keep_none: bool) -> dict[str, Any]:
+def _with_content(message: Mapping[str, Any], reads: _Reads) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {message!r}')
     content = message.get("content")
     if content is None:
-        return {**message, "content": None if keep_none else ""}
+        return {**message, "content": None if reads.none else ""}
     if isinstance(content, str):
-        return dict(message)
+        in_parts = reads.lists and not reads.texts
+        return {**message, "content": [{"type": "text", "text": content}]} if in_parts else dict(message)
     if not isinstance(content, Sequence):
         raise ValueError(f"the content of a message must be a text or a list of parts, got {content!r}")
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f'a part of a message must be {{"type": "text", "text": ...}}, got {part!r}')
-    return dict(message) if as_list else {**message, "content": "\n".join(part["text"] for part in content)}
+    return dict(message) if reads.lists else {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:

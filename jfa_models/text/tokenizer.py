@@ -59,6 +59,7 @@ class Tokenizer:
                 if name.endswith("_token") and isinstance(text, str | dict)
             }
             _add_tokens(core, config, legacy, special_tokens.values())
+            _add_special_tokens(core, special_tokens.values(), _listed_special_tokens(named))
             templates = _read_templates(path, config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
@@ -239,7 +240,7 @@ class StreamingDetokenizer:
 
 
 def _read_core(path: Path) -> tokenizers.Tokenizer:
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(
             f"{path.parent} has no tokenizer.json; save the tokenizer in that form (save_pretrained of a fast "
             "tokenizer writes it); tokenizer.model files are not supported"
@@ -252,38 +253,59 @@ def _read_core(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _add_tokens(
     core: tokenizers.Tokenizer, config: Mapping[str, Any], legacy: Mapping[str, int], special: Collection[str]
 ) -> None:
     """Adds the tokens that tokenizer_config.json, or else added_tokens.json, has in addition to tokenizer.json."""
-    decoder = config.get("added_tokens_decoder") or {}
-    if wrong := [token_id for token_id in decoder if not str(token_id).isdecimal()]:
-        raise TypeError(f"added_tokens_decoder has the id {wrong[0]!r}")
-    listed = {int(token_id): entry for token_id, entry in decoder.items()}
-    if not listed:
-        listed = {token_id: {"content": text, "special": text in special} for text, token_id in legacy.items()}
-    options = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for token_id, entry in sorted(listed.items()):
-        text = entry["content"]
-        chosen = {name: bool(entry.get(name, False)) for name in options}
-        core.add_tokens([tokenizers.AddedToken(text, **chosen)])  # of one that is there, it only changes the options
+    entries: Any = (config.get("added_tokens_decoder") or {}).items()
+    if not entries:
+        entries = [(token_id, {"content": text, "special": text in special}) for text, token_id in legacy.items()]
+    if wrong := [token_id for token_id, _ in entries if not str(token_id).isdecimal()]:
+        raise TypeError(f"an added token has the id {wrong[0]!r}")
+    for token_id, entry in sorted((int(token_id), entry) for token_id, entry in entries):
+        if not (text := entry["content"]):
+            warnings.warn(f"the added token with the id {token_id} has no text and is ignored", stacklevel=4)
+            continue
+        core.add_tokens([_added_token(entry)])  # of one that is there, it only changes the options
         if (found := core.token_to_id(text)) != token_id:
             warnings.warn(
                 f"the added token {text!r} has the id {token_id} in its file, but {found} is the next free one in "
                 "tokenizer.json, and is used, as in transformers",
                 stacklevel=4,
             )
+
+
+def _added_token(entry: Mapping[str, Any]) -> tokenizers.AddedToken:
+    options = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return tokenizers.AddedToken(entry["content"], **{name: bool(entry.get(name, False)) for name in options})
+
+
+def _add_special_tokens(
+    core: tokenizers.Tokenizer, named: Collection[str], listed: Sequence[tokenizers.AddedToken]
+) -> None:
+    """Makes tokens special, unless they are added tokens with options of their own; adds the listed ones."""
     known = {token.content for token in core.get_added_tokens_decoder().values()}
-    core.add_special_tokens([text for text in special if text not in known and core.token_to_id(text) is not None])
+    core.add_special_tokens([text for text in named if text not in known and core.token_to_id(text) is not None])
+    core.add_special_tokens([token for token in listed if token.content not in known])
+
+
+def _listed_special_tokens(named: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """The tokens of additional_special_tokens and extra_special_tokens: lists, or texts by name."""
+    found = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        given = named.get(key) or []
+        for entry in given.values() if isinstance(given, dict) else given:
+            found.append(_added_token({**({"content": entry} if isinstance(entry, str) else entry), "special": True}))
+    return found
 
 
 def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The chat templates of a folder by name: its .jinja files, or else those of tokenizer_config.json."""
-    files = {file.stem: file for file in sorted(path.glob("additional_chat_templates/*.jinja"))}
-    if (default := path / "chat_template.jinja").exists():
+    files = {file.stem: file for file in sorted(path.glob("additional_chat_templates/*.jinja")) if file.is_file()}
+    if (default := path / "chat_template.jinja").is_file():
         files.setdefault("default", default)
     if files:
         return {name: _read_text(file) for name, file in files.items()}

@@ -428,6 +428,20 @@ def test_parts_that_do_not_belong_together_are_refused(in_parts, name):
         open_checkpoint(in_parts[2])
 
 
+def test_many_missing_parts_are_counted(tmp_path):
+    write_gguf(tmp_path / "m-00001-of-99999.gguf", {})
+    with pytest.raises(
+        ValueError, match=r"lacks m-00002-of-99999\.gguf, m-00003-.*, m-00004-.* and 99995 more parts of"
+    ):
+        open_checkpoint(tmp_path / "m-00001-of-99999.gguf")
+
+
+def test_names_of_files_may_be_in_capitals(in_parts):
+    want = open_checkpoint(in_parts[0]).config
+    files = [file.rename(file.with_name(file.name.upper())) for file in in_parts]
+    assert open_checkpoint(files[1]).config == want and open_checkpoint(files[0].parent).config == want
+
+
 def test_a_part_under_another_name_is_refused(in_parts):
     with pytest.raises(ValueError, match=r"is a part of \d, and its name says 1; .* merge the parts with llama-g"):
         open_checkpoint(in_parts[0].rename(in_parts[0].with_name("mine.gguf")))

@@ -305,6 +305,10 @@ GGUF_UNSAID = {
         of_architecture("gemma2", attention__sliding_window=8, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
         dict(windows=(8, None, 8), attention_soft_cap=5.0, logits_soft_cap=3.0),
     ),
+    "gemma2_without_a_final_cap": (
+        of_architecture("gemma2", final_logit_softcapping=0.0),
+        dict(attention_soft_cap=50.0, logits_soft_cap=None),
+    ),
     "gemma3": (of_architecture("gemma3"), dict(windows=(), logits_soft_cap=None)),
     "kv_heads": (of_architecture("qwen2", attention__head_count_kv=None), dict(num_kv_heads=6)),
     "theta": (of_architecture("qwen2", rope__freq_base=None), dict(rope=RopeConfig(theta=1e4))),
@@ -494,6 +498,7 @@ REFUSED_GGUF = {  # name: (changed keys, message)
         "llama.rope.scaling.attn_factor must be 1 for rope scaling linear, got 1.5",
     ),
     "architecture": ({"general.architecture": "mamba"}, "general.architecture 'mamba' is not supported; supported"),
+    "vocabulary": ({"llama.vocab_size": None}, "GGUF metadata lacks tokenizer.ggml.tokens"),
     "missing": ({"llama.block_count": None}, "GGUF metadata lacks llama.block_count"),
     "partial": (
         {"llama.rope.dimension_count": 18},

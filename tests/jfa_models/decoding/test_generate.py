@@ -587,7 +587,22 @@ def test_a_stop_string_may_be_a_special_token(special):
     for stop in (text, ["no such text", text]):
         stopped = completion(model, "Hi", dataclasses.replace(GREEDY, stop=stop))
         assert stopped.token_ids == (*before, token)
-        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token) and text not in stopped.text
+        assert (stopped.finish_reason, stopped.stop_reason) == ("stop", text) and text not in stopped.text
+        included = dataclasses.replace(GREEDY, stop=stop, include_stop_str_in_output=True)
+        assert completion(model, "Hi", included).text == stopped.text + text
+
+
+def test_a_stop_string_that_is_a_special_token_is_also_found_in_text(special):
+    model, *_ = special
+    whole = completion(model, "Hi", GREEDY).text
+    core = type(model.tokenizer.core).from_str(model.tokenizer.core.to_str())
+    core.add_special_tokens([whole[2:4]])  # the model writes it in two tokens of its own
+    tokenizer = dataclasses.replace(model.tokenizer, core=core)
+    other = LanguageModel(decoder=sharp_decoder(CONFIG), params=model.params, tokenizer=tokenizer)
+    stopped = completion(other, "Hi", dataclasses.replace(GREEDY, stop=whole[2:4]))
+    assert (stopped.text, stopped.stop_reason) == (whole[:2], whole[2:4])
+    both = dataclasses.replace(GREEDY, stop=whole[2:4], include_stop_str_in_output=True)
+    assert completion(other, "Hi", both).text == whole[:4]
 
 
 def test_the_text_may_include_what_ended_it(model, special):

@@ -340,6 +340,39 @@ def test_added_tokens_json_counts_where_the_config_has_none(folder):
     assert write(folder, added_tokens_decoder={"1": {"content": "<|eos|>", **ADDED}}).vocab_size == size
 
 
+# as transformers 5.23 reads them
+LISTED = {  # name: of tokenizer_config.json
+    "additional": {"additional_special_tokens": ["<new>", "hello"]},
+    "extra": {"extra_special_tokens": ["<new>", "hello"]},
+    "extra_by_name": {"extra_special_tokens": {"image_token": "<new>", "other": "hello"}},
+    "with_options": {"additional_special_tokens": [{"content": "<new>", **ADDED}, "hello"]},
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_listed_special_tokens_are_special_and_added_if_need_be(folder, name, file):
+    size = Tokenizer.from_folder(folder).vocab_size
+    (folder / file).write_text(json.dumps(LISTED[name]))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokens_of(tokenizer, "hello<new>1") == ["<|bos|>", "hello", "<new>", "1"]
+    assert tokenizer.vocab_size == size + 1 and tokenizer.decode(tokenizer.encode("hello<new>1")) == "1"
+
+
+def test_ids_of_added_tokens_may_be_texts_and_empty_ones_are_reported(folder):
+    size = Tokenizer.from_folder(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": str(size), "": size + 1}))
+    with pytest.warns(UserWarning, match=f"the added token with the id {size + 1} has no text and is ignored"):
+        tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.core.token_to_id("<new>") == size and tokenizer.vocab_size == size + 1
+
+
+def test_a_folder_in_place_of_a_file_counts_as_none(folder):
+    for name in ("chat_template.jinja", "added_tokens.json", "additional_chat_templates/tool_use.jinja"):
+        (folder / name).mkdir(parents=True)
+    assert Tokenizer.from_folder(folder).chat_templates == {}
+
+
 def test_an_added_token_with_another_id_is_reported(folder):
     size = Tokenizer.from_folder(folder).vocab_size
     with pytest.warns(UserWarning, match=f"'<new>' has the id 9000 in its file, but {size} is the next free one"):
@@ -419,6 +452,27 @@ CONTENTS = {  # name: (template, content, text); what vLLM makes of it
         "{% for part in messages[0].content[:] | selectattr('type', 'equalto', 'text') %}<{{ part.text }}>{% endfor %}",
         [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
         "<a><b>",
+    ),
+    "only_read_as_a_list": ("{% for part in messages[0]['content'] %}<{{ part.text }}>{% endfor %}", "a", "<a>"),
+    "only_read_as_a_list_by_name": (
+        "{% set c = messages[0].content %}{% for part in c %}<{{ part.text }}>{% endfor %}",
+        "a",
+        "<a>",
+    ),
+    "only_read_by_filters": (
+        "{{ messages[0].content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('+') }}",
+        "a",
+        "a",
+    ),
+    "read_as_both": (
+        "{% if messages[0].content is string %}={% endif %}{% for x in messages[0].content %}<{{ x }}>{% endfor %}",
+        "ab",
+        "=<a><b>",
+    ),
+    "written_and_read_as_a_list": (
+        "{{ messages[0].content | trim }}{% for x in messages[0].content if x.text %}<{{ x.text }}>{% endfor %}",
+        "ab ",
+        "ab",
     ),
     "split": ("{% for x in messages[0].content.split('b') %}<{{ x }}>{% endfor %}", "abc", "<a><c>"),
     "none_is_tested": ("{% if messages[0].content is none %}tool{% endif %}", None, "tool"),
