@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 # owner/name, optionally a GGUF file in it and a revision. Excludes paths of missing local files, which look similar.
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)(?<!\.safetensors)(/[\w./-]+\.(?i:gguf))?(@[\w./-]+)?")
 # A part of a model in several files, as llama-gguf-split and the gguf package name it.
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})((?i:\.gguf))")
 # The files that a decoder needs: no pickles, and no second copy of the weights in another layout.
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 _UNWANTED = ["consolidated*", "original/*", "*/*"]

@@ -436,9 +436,9 @@ def test_many_missing_parts_are_counted(tmp_path):
         open_checkpoint(tmp_path / "m-00001-of-99999.gguf")
 
 
-def test_names_of_files_may_be_in_capitals(in_parts):
+def test_the_ending_of_a_name_may_be_in_capitals(in_parts):
     want = open_checkpoint(in_parts[0]).config
-    files = [file.rename(file.with_name(file.name.upper())) for file in in_parts]
+    files = [file.rename(file.with_suffix(".GGUF")) for file in in_parts]
     assert open_checkpoint(files[1]).config == want and open_checkpoint(files[0].parent).config == want
 
 
