@@ -178,7 +178,7 @@ def dot_product_attention(
     backend = backends.select(implementation, operands, spec, device)
     plan = _Plan(backend=backend, spec=spec, config=_config(backend, operands, device, config), device=device)
     run = _run if backend == "reference" else _differentiable
-    out, lse = run(plan, arguments.varying_alike(operands))
+    out, lse = arguments.on_any_mesh(functools.partial(run, plan), arguments.varying_alike(operands))
     if one_row:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out

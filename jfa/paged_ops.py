@@ -241,7 +241,8 @@ def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) ->
         config = backend.default_config(operands, device)
     else:
         backends.check_config(name, backend.config_type, given)
-    return _computed(_Plan(backend=name, spec=spec, config=config, device=device), arguments.varying_alike(operands))
+    plan = _Plan(backend=name, spec=spec, config=config, device=device)
+    return arguments.on_any_mesh(functools.partial(_computed, plan), arguments.varying_alike(operands))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

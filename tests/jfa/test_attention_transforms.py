@@ -175,6 +175,10 @@ def test_shard_map_over_batch_and_heads():
             paged = jax.jit(split).trace(q[:, 0], pages, *rows).lower(lowering_platforms=("rocm",)).as_text()
         assert lowered.count("@__gpu$xla.gpu.triton") == 4 and paged.count("@__gpu$xla.gpu.triton") == 1
     """
+    run_on_eight_devices(program)
+
+
+def run_on_eight_devices(program):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)],
@@ -183,6 +187,98 @@ def test_shard_map_over_batch_and_heads():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+EXPLICIT = """
+    import jax, jax.numpy as jnp, numpy as np
+    from flax import nnx
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    import jfa, jfa.flax
+
+    mesh = jax.make_mesh((4, 2), ("rows", "heads"))  # axes are explicit by default
+    keys = jax.random.split(jax.random.key(0), 6)
+    q = jax.random.normal(keys[0], (4, 16, 4, 16))
+    k, v = (jax.random.normal(key, (4, 16, 2, 16)) for key in keys[1:3])
+    segments = jnp.sort(jax.random.randint(keys[3], (4, 16), 0, 3), axis=1)
+    arrays = q, k, v, jnp.arange(4.0), jax.random.normal(keys[4], (1, 4, 16, 16)), jnp.array([16, 9, 3, 0]), segments
+
+    def place(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    def same(got, want):
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(jax.device_get(one), other, atol=1e-4)
+
+    def attend(q, k, v, sinks, bias, lengths, segments):
+        options = dict(query_segment_ids=segments, key_value_segment_ids=segments, key_value_seq_lengths=lengths)
+        options |= dict(is_causal=True, sinks=sinks, bias=bias, implementation=BACKEND)
+        return jfa.dot_product_attention(q, k, v, **options)
+
+    gradients = jax.grad(lambda *x: jnp.square(attend(*x)).sum(), argnums=range(5))
+    want = attend(*arrays), gradients(*arrays)
+    head = None, None, "heads"
+    for parts in (
+        [("rows",), ("rows",), ("rows",), (), (), ("rows",), ("rows",)],
+        [("rows", *head[1:]), ("rows", *head[1:]), ("rows", *head[1:]), ("heads",), (None, "heads"), (), ("rows",)],
+        [(None, "rows"), (None, "rows"), (None, "rows"), (), (), (), (None, "rows")],  # of the sequence
+        [("rows",), (), (), (), (), (), ()],
+        [(None, None, None, "heads"), (), (), (), (), (), ()],
+    ):
+        placed = [place(x, *part) for x, part in zip(arrays, parts)]
+        out = jax.jit(attend)(*placed)
+        same(out, want[0])
+        assert out.sharding.spec == P(*[*parts[0], None, None, None][:3], None)
+        with jax.set_mesh(mesh):
+            same(attend(*placed), want[0])
+            same(jax.jit(gradients)(*placed), want[1])
+
+    pages = jax.random.normal(keys[1], (9, 4, 2, 16))
+    table, kv_len = jnp.arange(1, 9).reshape(4, 2), jnp.array([8, 3, 0, 5])
+    placed = [place(q[:, 0], "rows", "heads"), place(pages, *head), place(table, "rows"), place(kv_len, "rows")]
+
+    def decode(q, pages, table, kv_len):
+        return jfa.paged_decode_attention(q, pages, pages, table, kv_len, implementation=BACKEND)
+
+    def ragged(q, pages, table, kv_len):
+        start = jnp.array([0, 1, 3, 3, 4])
+        return jfa.ragged_paged_attention(q, pages, pages, table, kv_len, start, implementation=BACKEND)
+
+    for op in (decode, ragged):
+        same(jax.jit(op)(*placed), op(q[:, 0], pages, table, kv_len))
+
+    with jax.set_mesh(mesh):
+        x = place(jax.random.normal(keys[5], (4, 12, 32)), "rows")
+        options = dict(num_heads=4, in_features=32, decode=False)
+        ours, theirs = (
+            nnx.MultiHeadAttention(**options, rngs=nnx.Rngs(0), attention_fn=function)(x)
+            for function in (jfa.flax.attention_fn, nnx.dot_product_attention)
+        )
+        same(ours, theirs)
+"""
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_a_mesh_with_explicit_axes_on_one_device(backend):
+    mesh = jax.make_mesh((1,), ("rows",))  # axes are explicit by default
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, 4, 16)), jnp.float32)
+    pages, table, kv_len = q.reshape(8, 4, 4, 16), jnp.array([[1, 2], [3, 4]]), jnp.array([7, 2])
+
+    def attend(q):
+        return jfa.dot_product_attention(q, q[:, :, :2], q[:, :, :2], is_causal=True, implementation=backend)
+
+    def decode(q):
+        return jfa.paged_decode_attention(q[:, 0], pages, pages, table, kv_len, implementation=backend)
+
+    for function in (attend, jax.grad(lambda q: attend(q).sum()), decode):
+        with jax.set_mesh(mesh):
+            got = jax.jit(function)(jax.device_put(q, jax.NamedSharding(mesh, jax.P("rows"))))
+        np.testing.assert_allclose(got, jax.jit(function)(q), atol=1e-6)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", TILES)
+def test_a_mesh_with_explicit_axes_on_eight_devices(backend):
+    run_on_eight_devices(f"BACKEND = {backend!r}\n" + textwrap.dedent(EXPLICIT))
 
 
 @st.composite
