@@ -123,6 +123,9 @@ class LLM:
         sampling_params: Params | Sequence[Params] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
@@ -130,22 +133,24 @@ class LLM:
 
         Args:
           messages: {"role": ..., "content": ...}, oldest first; or a list of such conversations.
-          tools, chat_template_kwargs: see Tokenizer.apply_chat_template; the latter are its extra arguments, such as
-            {"enable_thinking": False}.
+          tools, chat_template, add_generation_prompt, continue_final_message: see Tokenizer.apply_chat_template.
+          chat_template_kwargs: its extra arguments, such as {"enable_thinking": False}.
           options: passed to generate.
 
         Raises:
           ValueError: the model has no chat template; or see generate.
         """
         tokenizer = self.model.tokenizer
-        if tokenizer is None or not tokenizer.chat_templates:
+        if tokenizer is None or not (tokenizer.chat_templates or chat_template):
             raise ValueError("this model has no chat template, so it was not made for conversations: use generate")
         if not isinstance(messages, Sequence) or isinstance(messages, str):
             raise ValueError(f'messages must be a list of {{"role": ..., "content": ...}}, got {messages!r}')
         if not isinstance(chat_template_kwargs or {}, Mapping):
             raise ValueError(f"chat_template_kwargs must be a dictionary, got {chat_template_kwargs!r}")
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        given = {"tools": tools, **(chat_template_kwargs or {})}
+        given: dict[str, Any] = dict(tools=tools, chat_template=chat_template)
+        given |= dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        given |= chat_template_kwargs or {}
         if "messages" in given:
             raise ValueError("chat_template_kwargs must not have messages: they are the first argument")
         prompts = [

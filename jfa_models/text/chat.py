@@ -14,35 +14,96 @@ import jinja2.parser
 import jinja2.sandbox
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Any],
+    *,
+    continue_final_message: bool | str = False,
+) -> str:
     """Renders a template with messages and values such as `add_generation_prompt`.
 
-    The content of a message may be a text, None (no text), or a list of parts {"type": "text", "text": ...}. A template
-    that does not loop over contents gets the texts, joined by newlines; one that reads contents in loops only gets a
-    text as a list of one part; one that does not test for None gets "".
+    Contents fit any template: a list of parts {"type": "text", "text": ...} is a list where a template loops over it,
+    and their texts, joined by newlines, where it takes a text; a text is a list of one part for a template that only
+    loops; a content that is missing or None is undefined, and "" where a template takes a text. As in transformers,
+    other keys that are None are left out, and `reasoning` and `thinking` are other names of `reasoning_content`.
+
+    Args:
+      continue_final_message: end the text within the content of the last message (or within the field of this name).
 
     Raises:
-      ValueError: the template is faulty, fails on these messages, or refuses them with a message of its own; or a part
-        is not text.
+      ValueError: the template is faulty, fails on these messages, or refuses them with a message of its own; a part is
+        not text; there are no messages; or the template does not write the last message.
     """
     compiled, reads = _compile(template)
-    plain = [_with_content(message, reads) for message in messages]
+    if not messages:
+        raise ValueError('a conversation must have at least one message, {"role": "user", "content": ...}')
+    plain = [_for_template(message, reads) for message in messages]
+    end = _mark_end(plain, continue_final_message) if continue_final_message else ""
     try:
-        return compiled.render({**values, "messages": plain})
+        text = compiled.render({**values, "messages": plain})
     except _RefusedError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
     except Exception as error:  # a template is a program: it may raise anything
         raise ValueError(
             f"the model's chat template fails on these messages: {type(error).__name__}: {error}"
         ) from error
-
-
-# Filters that take the elements of a content that is a list of parts.
-_FILTERS_OF_LISTS = ("selectattr", "rejectattr", "map")
+    return _cut_at_end(text, end) if continue_final_message else text
 
 
 class _RefusedError(Exception):
     """A template called raise_exception."""
+
+
+class _Parts(list[Any]):
+    """The content of a message as a list of parts, which acts as their text where a template takes a text."""
+
+    @property
+    def _text(self) -> str:
+        return "\n".join(part["text"] for part in self)
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other: Any) -> Any:
+        return self._text + other if isinstance(other, str) else super().__add__(other)
+
+    def __radd__(self, other: str) -> str:
+        return other + self._text
+
+    def __contains__(self, other: object) -> bool:
+        return other in self._text if isinstance(other, str) else super().__contains__(other)
+
+    def __eq__(self, other: object) -> bool:
+        return other == self._text if isinstance(other, str) else super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:  # methods of texts, such as strip
+        return getattr(self._text, name)
+
+
+class _Undefined(jinja2.Undefined):
+    """Undefined, and "" where it is a message's content that a template takes as a text."""
+
+    def __add__(self, other: Any) -> Any:
+        return other if self._is_content else super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other if self._is_content else super().__radd__(other)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr("", name) if self._is_content and not name.startswith("_") else super().__getattr__(name)
+
+    @property
+    def _is_content(self) -> bool:
+        return self._undefined_name == "content"
+
+
+# Names of what a model thought before its answer; the first is the one that templates read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+# Filters that take the elements of a content that is a list of parts.
+_FILTERS_OF_LISTS = ("selectattr", "rejectattr", "map")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -56,19 +117,21 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Reads(NamedTuple):
-    """What contents of messages a template is written for."""
+    """How a template reads the contents of messages."""
 
-    lists: bool  # it loops over a content
-    texts: bool  # it writes a content, or tests whether it is a text
+    lists_only: bool  # it loops over contents, and neither writes one nor tests whether it is a text
     none: bool  # it tests whether a content is None
 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> tuple[jinja2.Template, _Reads]:
-    """The template, and what contents it is written for."""
+    """The template, and how it reads contents."""
     # templates come from checkpoints, so they run in a sandbox
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=_Undefined,
+        extensions=["jinja2.ext.loopcontrols", _Generation],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -102,10 +165,10 @@ def _read_contents(tree: jinja2.nodes.Template) -> _Reads:
     loops = [each.iter for each in tree.find_all(jinja2.nodes.For) if not any(_all(each.iter, jinja2.nodes.Call))]
     written = [each for output in tree.find_all(jinja2.nodes.Output) for each in output.nodes]
     tests = list(tree.find_all(jinja2.nodes.Test))
+    in_loops = any(map(reads, loops)) or reads_parts(tree)
+    as_text = any(test.name == "string" for test in tests) or any(reads(x) and not reads_parts(x) for x in written)
     return _Reads(
-        lists=any(map(reads, loops)) or reads_parts(tree),
-        texts=any(test.name == "string" for test in tests)
-        or any(reads(each) and not reads_parts(each) for each in written),
+        lists_only=in_loops and not as_text,
         none=any(test.name == "none" and _is_content(test.node) for test in tests),
     )
 
@@ -124,26 +187,56 @@ def _is_content(node: jinja2.nodes.Node) -> bool:
     return False
 
 
-def _with_content(message: Mapping[str, Any], reads: _Reads) -> dict[str, Any]:
+def _for_template(message: Mapping[str, Any], reads: _Reads) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f'a message must be {{"role": ..., "content": ...}}, got {message!r}')
-    content = message.get("content")
+    found = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((found[name] for name in _REASONING if name in found), None)
+    if reasoning is not None:
+        found = {"thinking": reasoning, **found, "reasoning_content": reasoning}
+    content = found.get("content")
     if content is None:
-        return {**message, "content": None if reads.none else ""}
+        return found | ({"content": None} if reads.none and "content" in message else {})
     if isinstance(content, str):
-        in_parts = reads.lists and not reads.texts
-        return {**message, "content": [{"type": "text", "text": content}]} if in_parts else dict(message)
+        return found | {"content": _Parts([{"type": "text", "text": content}]) if reads.lists_only else content}
     if not isinstance(content, Sequence):
         raise ValueError(f"the content of a message must be a text or a list of parts, got {content!r}")
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f'a part of a message must be {{"type": "text", "text": ...}}, got {part!r}')
-    return dict(message) if reads.lists else {**message, "content": "\n".join(part["text"] for part in content)}
+    return found | {"content": _Parts(dict(part) for part in content)}
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes for HTML, which no model was trained on.
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
+def _mark_end(messages: Sequence[dict[str, Any]], field: bool | str) -> str:
+    """Appends a mark to the text of the last message, and returns the mark."""
+    name = field if isinstance(field, str) else "content"
+    last = messages[-1]
+    value = last.get(name)
+    if not value or not isinstance(value, str | _Parts):
+        raise ValueError(f"continue_final_message: the last message has no {name} to continue, got {last!r}")
+    # no message contains it; a letter at its end, so that a template that trims its text keeps it
+    mark = "<jfa-end-" + "x" * (1 + max(str(message).count("x") for message in messages))
+    if isinstance(value, _Parts):
+        value[-1]["text"] += mark + " "
+    else:
+        same = _REASONING if name in _REASONING else (name,)
+        last.update({key: value + mark + " " for key in same if last.get(key) == value})
+    return mark
+
+
+def _cut_at_end(text: str, mark: str) -> str:
+    before, found, after = text.rpartition(mark)
+    if not found:
+        raise ValueError("continue_final_message: the model's chat template does not write the last message")
+    # without the space after the mark, the template trims its texts, and would have trimmed this one at its end
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes for HTML, which no model was trained on. The parameters are those of transformers.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

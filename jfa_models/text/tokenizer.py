@@ -20,6 +20,11 @@ from jfa_models.text.gguf_vocabulary import core_of, end_token_ids
 
 # Names in chat templates -> names in tokenizer.ggml.*_token_id.
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# Arguments of transformers' apply_chat_template about token ids, which this one does not return.
+_OF_TRANSFORMERS = {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"} | {
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+}
 _HALF_A_CHARACTER = "\ufffd"  # what the bytes of an incomplete character decode to
 
 
@@ -170,7 +175,10 @@ class Tokenizer:
         /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        tokenize: bool = False,
         **extra: Any,
     ) -> str:
         """Formats a conversation as the model was trained to read it; encode it without adding special tokens.
@@ -179,13 +187,27 @@ class Tokenizer:
           messages: {"role": ..., "content": ...}, oldest first; the content is a text, a list of text parts, or None.
           tools: functions that the model may call, as JSON schemas; with them, a template named "tool_use" is used if
             the model has one.
-          add_generation_prompt: end with the opening of the model's turn.
+          chat_template: a template, or the name of one of the model's.
+          add_generation_prompt: end with the opening of the model's turn; None: unless continue_final_message.
+          continue_final_message: end within the last message, so that the model continues it; the name of a field, such
+            as "reasoning_content", to continue that.
+          tokenize: must be False: the result is a text.
           extra: passed to the template by name (`enable_thinking`, ...).
 
         Raises:
-          ValueError: the model has no chat template, or its template is faulty or refuses these messages.
+          ValueError: the model has no chat template, its template is faulty or refuses these messages, or two arguments
+            exclude each other.
         """
-        if not self.chat_templates:
+        if refused := sorted(extra.keys() & _OF_TRANSFORMERS) or (["tokenize"] if tokenize else []):
+            raise ValueError(
+                f"apply_chat_template has no {', '.join(refused)}: its result is a text; pass it to "
+                "encode(text, add_special_tokens=False)"
+            )
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt opens a new turn and continue_final_message continues the last one: use only one"
+            )
+        if chat_template is None and not self.chat_templates:
             raise ValueError(
                 "this model has no chat template; prompt it with plain text, "
                 "or put a chat_template.jinja next to its tokenizer.json"
@@ -193,14 +215,17 @@ class Tokenizer:
         if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(one, Mapping) for one in tools)):
             raise ValueError(f"tools must be a list of dictionaries, the JSON schemas of functions, got {tools!r}")
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
-        if name not in self.chat_templates:
+        templates = {**self.chat_templates, None: self.chat_templates.get(name)}
+        template = templates.get(chat_template, chat_template)
+        if template is None:
             raise ValueError(
                 f"this model has chat templates for {', '.join(sorted(self.chat_templates))} only, and no default one; "
                 "put a chat_template.jinja next to its tokenizer.json"
             )
         given = {"documents": None, **self.special_tokens, **extra}
-        given |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
-        return chat.render(self.chat_templates[name], messages, given)
+        opens = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        given |= {"tools": tools, "add_generation_prompt": opens}
+        return chat.render(template, messages, given, continue_final_message=continue_final_message)
 
 
 @final

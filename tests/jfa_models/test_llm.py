@@ -89,6 +89,13 @@ def test_chat_passes_tools_and_arguments_to_the_template(model):
     ):
         [result] = llm.chat(messages, GREEDY, **options)
         assert tokenizer.decode(result.prompt_token_ids) == text
+    [result] = llm.chat(
+        [*messages, {"role": "assistant", "content": "b "}],
+        GREEDY,
+        chat_template="{% for m in messages %}{{ m.content }}|{% endfor %}{{ add_generation_prompt }}",
+        continue_final_message=True,
+    )
+    assert tokenizer.decode(result.prompt_token_ids) == "a|b "
     with pytest.raises(ValueError, match="chat_template_kwargs must not have messages: they are the first argument"):
         llm.chat(messages, GREEDY, chat_template_kwargs={"messages": []})
     with pytest.raises(ValueError, match="chat_template_kwargs must be a dictionary, got 5"):

@@ -1,5 +1,6 @@
 """Token ids compared with transformers, streaming, and chat templates."""
 
+import copy
 import importlib.util
 import json
 
@@ -489,6 +490,75 @@ def test_the_content_of_a_message(folder, name):
     template, content, text = CONTENTS[name]
     tokenizer = write(folder, chat_template=template)
     assert tokenizer.apply_chat_template([{"role": "user", "content": content}]) == text
+
+
+CHATS = json.loads((GOLDEN / "chat_templates.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_messages_of_every_form_are_rendered_as_by_transformers(folder, name):
+    case = CHATS[name]
+    before = copy.deepcopy(case["messages"])
+    tokenizer = write(folder, chat_template=case["template"])
+    if case["text"] is None:
+        with pytest.raises(ValueError, match=REFUSED_CHATS[name]):
+            tokenizer.apply_chat_template(case["messages"], **case["given"])
+    else:
+        assert tokenizer.apply_chat_template(case["messages"], **case["given"]) == case["text"]
+    assert case["messages"] == before
+
+
+REFUSED_CHATS = {
+    "no_messages": "a conversation must have at least one message",
+    "continued_and_opened": "add_generation_prompt opens a new turn and continue_final_message continues the last one",
+    "continued_nothing": "continue_final_message: the last message has no content to continue, got {'role': 'assist",
+    "continued_unwritten": "continue_final_message: the model's chat template does not write the last message",
+}
+TEXTS = {  # name: (template, the text of [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])
+    "trimmed": ("{{ messages[0].content | trim | upper }}", "A \nB"),
+    "joined": ("{{ 'x' + messages[0].content + 'y' }}", "xa \nby"),
+    "joined_by_tilde": ("{{ 'x' ~ messages[0].content }}", "xa \nb"),
+    "stripped": ("{{ messages[0].content.strip() }}", "a \nb"),
+    "split": ("{{ messages[0]['content'].split('b')[0] }}", "a \n"),
+    "searched": ("{{ 'b' in messages[0].content }}{{ messages[0].content == 'x' }}", "TrueFalse"),
+    "in_a_macro": ("{% macro f(c) %}{{ c }}{% endmacro %}{{ f(messages[0].content) }}", "a \nb"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_parts_are_a_text_where_a_template_takes_one(folder, name):
+    template, text = TEXTS[name]
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert write(folder, chat_template=template).apply_chat_template([{"role": "user", "content": parts}]) == text
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 'x' + c }}", "{{ c + 'x' }}", "x{{ c.strip() }}", "{{ 'xy'.split('y' + c)[0] }}"]
+)
+def test_no_content_is_an_empty_text_where_a_template_takes_one(folder, template):
+    tokenizer = write(folder, chat_template=template.replace("c", "messages[0].content", 1))
+    for message in ({"role": "assistant"}, {"role": "assistant", "content": None}):
+        assert tokenizer.apply_chat_template([message]) == "x"
+
+
+def test_other_undefined_values_stay_errors(folder):
+    with pytest.raises(ValueError, match=r"fails on these messages: UndefinedError: .* has no attribute 'kind'"):
+        write(folder, chat_template="{{ 'x' + messages[0].kind }}").apply_chat_template([{"role": "user"}])
+
+
+@pytest.mark.parametrize("given", [{"tokenize": True}, {"return_tensors": "np"}, {"max_length": 9}])
+def test_arguments_of_transformers_about_tokens_are_refused_by_name(folder, given):
+    tokenizer = write(folder, chat_template="x")
+    assert tokenizer.apply_chat_template([{"role": "user"}], tokenize=False) == "x"
+    [name] = given
+    with pytest.raises(ValueError, match=rf"apply_chat_template has no {name}: its result is a text; .* encode\(text"):
+        tokenizer.apply_chat_template([{"role": "user"}], **given)
+
+
+def test_a_template_may_be_chosen_by_name(folder):
+    templates = [{"name": "default", "template": "d"}, {"name": "other", "template": "o"}]
+    tokenizer = write(folder, chat_template=templates)
+    assert tokenizer.apply_chat_template([{"role": "user"}], chat_template="other") == "o"
 
 
 NOT_TEXT = {  # name: (content, message)
