@@ -142,16 +142,25 @@ _GEMMA_TURNS = (
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 _GEMMA = dict(norm="rms_plus_one", scale_embeddings=True)
-_GEMMA_DEFAULTS = dict(tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh", head_dim=256)
-_UNUSED_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+_NORM = dict(rms_norm_eps=1e-6)
+_GEMMA_DEFAULTS = _NORM | dict(tie_word_embeddings=True, head_dim=256)
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | dict(hidden_activation="gelu_pytorch_tanh", sliding_window=4096)
+_QWEN_DEFAULTS = _NORM | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+_QWEN_DEFAULTS |= dict(max_position_embeddings=32_768)
 _PHI_BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
 FAMILIES: dict[str, Family] = {  # by model_type of config.json
-    "llama": Family(users="Llama 2, Llama 3, SmolLM2", class_name="LlamaForCausalLM", gguf="llama", permuted=True),
+    "llama": Family(
+        users="Llama 2, Llama 3, SmolLM2",
+        class_name="LlamaForCausalLM",
+        gguf="llama",
+        defaults=_NORM | dict(max_position_embeddings=2048),
+        permuted=True,
+    ),
     "mistral": Family(
         users="Mistral",
         class_name="MistralForCausalLM",
         gguf="llama",
-        defaults=dict(sliding_window=4096, num_key_value_heads=8),
+        defaults=_NORM | dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131_072),
         windows="all",
         permuted=True,
     ),
@@ -159,7 +168,14 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         users="Mixtral",
         class_name="MixtralForCausalLM",
         gguf="llama",
-        defaults=dict(rope_theta=1e6, num_key_value_heads=8, num_experts=8, num_experts_per_tok=2),
+        defaults=dict(
+            rope_theta=1e6,
+            num_key_value_heads=8,
+            num_experts=8,
+            num_experts_per_tok=2,
+            max_position_embeddings=131_072,
+            rms_norm_eps=1e-5,
+        ),
         windows="all",
         permuted=True,
     ),
@@ -168,7 +184,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="Qwen2ForCausalLM",
         gguf="qwen2",
         always=dict(qkv_bias=True, out_bias=False),
-        defaults=_UNUSED_WINDOW | dict(num_key_value_heads=32),
+        defaults=_QWEN_DEFAULTS | dict(num_key_value_heads=32),
         windows="late",
     ),
     "qwen3": Family(
@@ -176,7 +192,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="Qwen3ForCausalLM",
         gguf="qwen3",
         always=dict(qk_norm=True),
-        defaults=_UNUSED_WINDOW | dict(head_dim=128, num_key_value_heads=32),
+        defaults=_QWEN_DEFAULTS | dict(head_dim=128, num_key_value_heads=32),
         windows="late",
     ),
     "qwen3_moe": Family(
@@ -184,7 +200,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="Qwen3MoeForCausalLM",
         gguf="qwen3moe",
         always=dict(qk_norm=True),
-        defaults=_UNUSED_WINDOW
+        defaults=_QWEN_DEFAULTS
         | dict(num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768),
         windows="all",
     ),
@@ -194,7 +210,8 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         gguf="gemma",
         chat_template=_GEMMA_TURNS,
         always=_GEMMA,
-        defaults=_GEMMA_DEFAULTS | dict(num_key_value_heads=16),
+        defaults=_GEMMA_DEFAULTS
+        | dict(num_key_value_heads=16, hidden_act="gelu_pytorch_tanh", max_position_embeddings=8192),
     ),
     "gemma2": Family(
         users="Gemma 2",
@@ -203,10 +220,10 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         float16=False,
         chat_template=_GEMMA_TURNS,
         always=_GEMMA | dict(post_norms=True),
-        defaults=_GEMMA_DEFAULTS
+        defaults=_GEMMA2_DEFAULTS
         | dict(
             sliding_window_pattern=2,
-            sliding_window=4096,
+            max_position_embeddings=8192,
             num_key_value_heads=4,
             query_pre_attn_scalar=256,
             attn_logit_softcapping=50.0,
@@ -221,10 +238,9 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         float16=False,
         chat_template=_GEMMA_TURNS,
         always=_GEMMA | dict(post_norms=True, qk_norm=True),
-        defaults=_GEMMA_DEFAULTS
+        defaults=_GEMMA2_DEFAULTS
         | dict(
             sliding_window_pattern=6,
-            sliding_window=4096,
             rope_theta=1e6,
             rope_local_base_freq=1e4,
             query_pre_attn_scalar=256,
@@ -232,7 +248,6 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
             num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=131_072,
-            rms_norm_eps=1e-6,
         ),
         windows="pattern",
     ),
@@ -241,9 +256,17 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         class_name="PhiForCausalLM",
         gguf="phi2",
         always=_PHI_BIASES | dict(norm="layer", gated_mlp=False, parallel_block=True),
-        defaults=dict(hidden_act="gelu_new", partial_rotary_factor=0.5),
+        defaults=dict(
+            hidden_act="gelu_new", partial_rotary_factor=0.5, max_position_embeddings=2048, layer_norm_eps=1e-5
+        ),
     ),
-    "phi3": Family(users="Phi-3, Phi-4", class_name="Phi3ForCausalLM", gguf="phi3", windows="all"),
+    "phi3": Family(
+        users="Phi-3, Phi-4",
+        class_name="Phi3ForCausalLM",
+        gguf="phi3",
+        defaults=dict(max_position_embeddings=4096, rms_norm_eps=1e-5),
+        windows="all",
+    ),
 }
 
 

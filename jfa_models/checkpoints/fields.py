@@ -62,6 +62,8 @@ def default_head_dim(hidden_size: int, num_q_heads: int) -> int:
 
 def activation_of(source: Mapping[str, Any], architecture: str) -> Activation:
     name = source.get("hidden_activation") or source.get("hidden_act", "silu")
+    if architecture in ("gemma2", "gemma3_text"):
+        name = source["hidden_activation"]  # transformers ignores the hidden_act that their files have as well
     if architecture == "gemma" and name == "gelu":
         name = "gelu_pytorch_tanh"  # early files say gelu, but the models use the tanh approximation
     if not isinstance(name, str) or name not in ACTIVATIONS:

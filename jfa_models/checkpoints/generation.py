@@ -30,9 +30,9 @@ class GenerationDefaults:
         for file, source in (("generation_config.json", generation), ("config.json", config)):
             eos = source.get("eos_token_id")
             ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-            if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+            if not all(type(token_id) is int and token_id >= -1 for token_id in ids):
                 raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}")
-            eos_token_ids += ids
+            eos_token_ids += [token_id for token_id in ids if token_id != -1]  # -1: none
         return cls(
             eos_token_ids=tuple(dict.fromkeys(eos_token_ids)),
             temperature=0.0 if generation.get("do_sample") is False else generation.get("temperature"),

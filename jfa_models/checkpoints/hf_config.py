@@ -82,8 +82,6 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
-        "max_position_embeddings",
-        eps,
     )
     check_counts(source, "config.json", *_COUNTS)
     num_q_heads, num_layers = source["num_attention_heads"], source["num_hidden_layers"]
@@ -227,7 +225,7 @@ def _windows_from_hf(source: Mapping[str, Any], family: Family, num_layers: int)
 
 def _ropes_from_hf(source: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
     """The rope of layers without a window, and that of layers with a window if it is different."""
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    rope = _rope_source(source)
     if isinstance(rope, Mapping) and _FULL in rope:
         full, local = (_rope_from_hf(source, rope.get(kind) or {}, head_dim) for kind in (_FULL, _WINDOW))
     else:
@@ -235,6 +233,23 @@ def _ropes_from_hf(source: Mapping[str, Any], head_dim: int) -> tuple[RopeConfig
         if "rope_local_base_freq" in source:
             local = RopeConfig(theta=source["rope_local_base_freq"])
     return full, (None if local == full else local)
+
+
+def _rope_source(source: Mapping[str, Any]) -> Any:
+    """rope_parameters of newer files or rope_scaling of older ones; of a file with both, the former.
+
+    Raises:
+      ValueError: a file has both, and they differ: transformers drops one, which was hardly meant.
+    """
+    newer, older = (source.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if isinstance(newer, Mapping) and isinstance(older, Mapping) and newer and older:
+        named = {"rope_type" if key == "type" else key: value for key, value in older.items()}
+        if differing := [key for key in named if newer.get(_FULL, newer).get(key) != named[key]]:
+            raise ValueError(
+                f"config.json has both rope_parameters and rope_scaling, which differ in {', '.join(differing)}; "
+                "move what you want from rope_scaling into rope_parameters"
+            )
+    return newer or older
 
 
 def _rope_from_hf(source: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) -> RopeConfig:

@@ -1,5 +1,7 @@
 """Loads the tensors of a checkpoint as the parameters of a decoder."""
 
+import dataclasses
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -7,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jfa_models.checkpoints.checkpoint import Checkpoint
-from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
+from jfa_models.checkpoints.tensors import StoredTensor
 
 
 def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
@@ -27,6 +29,31 @@ def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStr
     return params
 
 
+def with_settled_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without an output layer that repeats its tied embedding; with an own one if the file has another.
+
+    Warns:
+      UserWarning: the configuration says that they are tied, but the file has two that differ. As in transformers and
+        vLLM, the file decides.
+    """
+    head, embedding = (checkpoint.tensors.get(name) for name in ("lm_head.weight", "embed.weight"))
+    tied = checkpoint.config.tie_word_embeddings
+    if not tied or not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor):
+        return checkpoint
+    if head.shape != embedding.shape:
+        return checkpoint
+    if all(np.array_equal(a, b) for (_, a), (_, b) in zip(head.chunks(), embedding.chunks(), strict=True)):
+        rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name != "lm_head.weight"}
+        return dataclasses.replace(checkpoint, tensors=rest)
+    warnings.warn(
+        f"{checkpoint.path}: tie_word_embeddings is set, but the output layer in the file is not the embedding: "
+        "both are used",
+        stacklevel=3,
+    )
+    config = dataclasses.replace(checkpoint.config, tie_word_embeddings=False)
+    return dataclasses.replace(checkpoint, config=config)
+
+
 def _check_fit(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     stored = checkpoint.tensors
     wrong = [
@@ -35,23 +62,12 @@ def _check_fit(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStru
         if name in stored and stored[name].shape != tuple(wanted.shape)
     ]
     missing = [f"{name} {list(wanted.shape)} is missing" for name, wanted in expected.items() if name not in stored]
-    left_over = {name: tensor for name, tensor in stored.items() if name not in expected}
-    if checkpoint.config.tie_word_embeddings and _repeats_embedding(stored):
-        left_over.pop("lm_head.weight", None)
+    left_over = [tensor for name, tensor in stored.items() if name not in expected]
     extra = [
-        f"{tensor.name} {list(tensor.shape)} is not part of the model"
-        for tensor in (*checkpoint.unknown, *left_over.values())
+        f"{tensor.name} {list(tensor.shape)} is not part of the model" for tensor in (*checkpoint.unknown, *left_over)
     ]
     if problems := missing + wrong + extra:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(
             f"{checkpoint.path}: the tensors do not match the configuration, which may belong to another model: {shown}"
         )
-
-
-def _repeats_embedding(stored: Mapping[str, StoredTensor | StackedTensors]) -> bool:
-    """Whether the embedding is stored a second time as the output layer, as in some tied models."""
-    head, embedding = stored.get("lm_head.weight"), stored.get("embed.weight")
-    if not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor) or head.shape != embedding.shape:
-        return False
-    return all(np.array_equal(a, b) for (_, a), (_, b) in zip(head.chunks(), embedding.chunks(), strict=True))

@@ -12,7 +12,7 @@ from jfa_models.model.config import DecoderConfig
 ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 # Tensors that follow from the configuration, but that older checkpoints contain.
-_DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|" + "|".join(map(re.escape, ROPE_DIVISORS)))
+_DERIVED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|" + "|".join(map(re.escape, ROPE_DIVISORS)))
 
 # In a multimodal model: the prefix of its decoder's tensor names, and the tensors of its vision tower.
 _PREFIX = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?")

@@ -46,6 +46,9 @@ def safetensors_files(folder: Path) -> list[Path]:
     Raises:
       ValueError: there are none, or some are missing.
     """
+    # before an index, as in transformers: it may be left from older shards
+    if (single := folder / "model.safetensors").exists():
+        return [single]
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -55,8 +58,6 @@ def safetensors_files(folder: Path) -> list[Path]:
         if missing := [shard for shard in shards if not (folder / shard).exists()]:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, listed in its index; download them again")
         return [folder / shard for shard in shards]
-    if (single := folder / "model.safetensors").exists():
-        return [single]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".gguf"))
     if others and others[0].endswith(".gguf"):
         raise ValueError(f"{folder} contains GGUF files; use the path of one of them: {', '.join(others)}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -83,7 +84,13 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
-        self.eos_token_ids = self.defaults.ends(tokenizer)
+        ends = self.defaults.ends(tokenizer)
+        if outside := [token_id for token_id in ends if token_id >= self.config.vocab_size]:
+            warnings.warn(
+                f"the end tokens {outside} are outside the model's vocabulary of {self.config.vocab_size} and ignored",
+                stacklevel=3,
+            )
+        self.eos_token_ids = tuple(token_id for token_id in ends if token_id not in outside)
         self.cache_options = cache_options or CacheOptions()
         self.dtype = params[0].dtype
         self.steps = Steps(decoder)
@@ -135,7 +142,7 @@ class LanguageModel:
         """The logits of the next token after every token, computed without a cache.
 
         Args:
-          input_ids: i32[b, t], rows padded on the right with any id.
+          input_ids: i32[b, t], rows padded on the right with any valid id.
           lengths: i32[b], number of tokens in each row; the logits of the padding are meaningless. None: all.
         """
         tokens = np.asarray(input_ids)
@@ -322,6 +329,12 @@ class LanguageModel:
             ids = self.tokenizer.encode(ids)
         if not ids:
             raise ValueError(f"{name} is empty: pass at least one token")
+        if text_of(prompt) and self.tokenizer and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            warnings.warn(
+                f"{name} begins with {self.tokenizer.special_tokens['bos_token']!r}, and the tokenizer adds another: "
+                "encode the output of a chat template with add_special_tokens=False",
+                stacklevel=2,
+            )
         self._check_ids(np.asarray(ids))
         return ids
 

@@ -28,7 +28,8 @@ class SamplingParams:
         and LLM support more than 1.
       temperature: 0 (or less than 1e-5): greedy decoding, without min_p, top_k and top_p.
       top_k: 0 or -1 keeps all tokens.
-      seed: 0 to 2**64 - 1. The same seed gives the same text, regardless of the other requests in a batch.
+      seed: 0 to 2**64 - 1; None or -1: the engine chooses one. The same seed gives the same text, regardless of the
+        other requests in a batch.
       stop: one or several strings; the text ends before the first one that is generated. One that is a special token
         of the model also ends the text where the model generates that token, which has no text.
       stop_token_ids: tokens that end the text, in addition to the model's end tokens.
@@ -98,7 +99,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 checked[name] = integer(name, value, 0, MAX_LOGPROBS, "use None for no log-probabilities")
-        if self.seed is not None:
+        if self.seed == -1:
+            checked["seed"] = None
+        elif self.seed is not None:
             checked["seed"] = integer("seed", self.seed, 0, 2**64 - 1, "use None to let the engine choose a seed")
         if self.logit_bias is not None:
             checked["logit_bias"] = bias_pairs(self.logit_bias)

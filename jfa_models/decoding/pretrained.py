@@ -8,7 +8,7 @@ from typing import Literal
 from jax.typing import DTypeLike
 
 from jfa_models.checkpoints.families import FAMILIES
-from jfa_models.checkpoints.load import load_params
+from jfa_models.checkpoints.load import load_params, with_settled_head
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
@@ -52,7 +52,7 @@ def from_pretrained(
             f"{name!r} is a preset, which has no weights: load a folder, a file or a Hugging Face repository, or use "
             f"LanguageModel.random({name!r}) for random weights in its shape"
         )
-    checkpoint = open_checkpoint(name)
+    checkpoint = with_settled_head(open_checkpoint(name))
     family = FAMILIES[checkpoint.config.architecture]
     if dtype == "float16" and not family.float16:
         raise ValueError(f"{family.users} overflows float16; use dtype='bfloat16', or 'float32'")

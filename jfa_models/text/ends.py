@@ -3,6 +3,8 @@
 Source: llama.cpp, src/llama-vocab.cpp.
 """
 
+from collections.abc import Collection
+
 ENDS = (
     "<|im_end|>",  # ChatML: Qwen, SmolLM2
     "<|eot_id|>",
@@ -11,9 +13,35 @@ ENDS = (
     "<end_of_turn>",  # Gemma
     "<|end|>",  # Phi-3
     "<|endoftext|>",
+    "</s>",
+    "<eos>",
     "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<turn|>",
+    "<|tool_response>",
     "<end_of_utterance>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
+    "[e~[",
+    # of models that fill in the middle of a text: padding, and the starts of other documents
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
 )
+# where a model has these, <|end|> only ends a part of its answer
+_PARTS_END = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
+
+
+def ends_among(texts: Collection[str]) -> list[str]:
+    """The texts of ENDS among those of a vocabulary's control tokens."""
+    found = [end for end in ENDS if end in texts]
+    return [end for end in found if end != "<|end|>" or not any(marks <= {*found} for marks in _PARTS_END)]
+
+
+def is_unmistakable(text: str) -> bool:
+    """Whether an end is nothing that a text may contain, as `</s>` is in HTML."""
+    return text in ENDS and text.startswith(("<|", "<\uff5c", "<end_of_"))

@@ -6,11 +6,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from jfa_models.text.ends import ENDS
+from jfa_models.text.ends import ends_among, is_unmistakable
 from jfa_models.text.pre_tokenizers import PreTokenizer, pre_tokenizer_of
 
 # Kinds of token in a GGUF vocabulary. Source: the GGUF specification, key tokenizer.ggml.token_type.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 _NEVER_STRIP = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -26,7 +26,7 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"GGUF metadata: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
-    needed = ("tokens", "token_type", "merges" if kind == "gpt2" else "scores")
+    needed = ("tokens", "merges" if kind == "gpt2" else "scores")
     if missing := [key for key in needed if f"tokenizer.ggml.{key}" not in metadata]:
         raise ValueError(
             f"GGUF metadata lacks {', '.join(f'tokenizer.ggml.{key}' for key in missing)}; "
@@ -43,9 +43,7 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
             AddedToken(
                 token, normalized=False, special=kind != _USER_DEFINED, rstrip=strip and token not in _NEVER_STRIP
             )
-            for token, kind in zip(
-                metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True
-            )
+            for token, kind in zip(metadata["tokenizer.ggml.tokens"], kinds_of(metadata), strict=True)
             if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
         ]
     )
@@ -55,14 +53,28 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
 def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The end-of-text, -turn and -message tokens: those that the file names, and added tokens with the text of one."""
     named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-    added = {
-        token: i
-        for i, (token, kind) in enumerate(
-            zip(metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ()), strict=False)
+    pairs = zip(metadata.get("tokenizer.ggml.tokens", ()), kinds_of(metadata), strict=True)
+    control = {token: i for i, (token, kind) in enumerate(pairs) if kind == _CONTROL}
+    return tuple(dict.fromkeys([i for i in named if i is not None] + [control[end] for end in ends_among(control)]))
+
+
+def kinds_of(metadata: Mapping[str, Any]) -> list[int]:
+    """The kind of each token. As in llama.cpp, those that only end a text are control tokens, whatever the file says.
+
+    Raises:
+      ValueError: the file has kinds for some tokens only.
+    """
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if kinds is None:
+        named = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")}
+        kinds = [_CONTROL if i in named else _NORMAL for i in range(len(tokens))]
+    if len(kinds) < len(tokens):
+        raise ValueError(
+            f"GGUF metadata: tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens; "
+            "convert the model again, with its vocabulary"
         )
-        if kind in (_CONTROL, _USER_DEFINED)
-    }
-    return tuple(dict.fromkeys([i for i in named if i is not None] + [added[end] for end in ENDS if end in added]))
+    return [_CONTROL if is_unmistakable(token) else kind for token, kind in zip(tokens, kinds, strict=False)]
 
 
 def _strips_after_special_tokens(metadata: Mapping[str, Any]) -> bool:
@@ -79,7 +91,12 @@ def _byte_level(metadata: Mapping[str, Any], dialect: PreTokenizer) -> tokenizer
     """GPT-2's scheme: text becomes bytes, bytes become printable characters, characters are merged."""
     vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect.whole_words))
+    try:
+        core = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect.whole_words))
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(
+            f"GGUF metadata: tokenizer.ggml.merges do not fit its tokens ({error}); convert the model again"
+        ) from None
     if (normalizer := dialect.normalizer()) is not None:
         core.normalizer = normalizer
     core.pre_tokenizer = dialect.pre_tokenizer()
@@ -90,7 +107,7 @@ def _byte_level(metadata: Mapping[str, Any], dialect: PreTokenizer) -> tokenizer
 def _sentence_piece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Llama 2's scheme: characters are merged, the highest score first; text without a token becomes bytes."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    types = kinds_of(metadata)
     unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
     core = tokenizers.Tokenizer(
         models.BPE(

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import processors
 
 from jfa_models.text import chat
-from jfa_models.text.ends import ENDS
+from jfa_models.text.ends import ENDS, ends_among
 from jfa_models.text.files import read_json, write_json
 from jfa_models.text.gguf_vocabulary import core_of, end_token_ids
 
@@ -61,7 +61,7 @@ class Tokenizer:
             special_tokens = {
                 name: text["content"] if isinstance(text, dict) else text
                 for name, text in named.items()
-                if name.endswith("_token") and isinstance(text, str | dict)
+                if name.endswith("_token") and isinstance(text, str | dict) and text
             }
             _add_tokens(core, config, legacy, special_tokens.values())
             _add_special_tokens(core, special_tokens.values(), _listed_special_tokens(named))
@@ -73,7 +73,8 @@ class Tokenizer:
             ) from error
         bos, eos = (_id_of(core, special_tokens, name) for name in ("bos_token", "eos_token"))
         # the template of a chat model may end turns with a token that no file names
-        ends = [core.token_to_id(end) for end in ENDS if any(end in text for text in templates.values())]
+        written = [end for end in ENDS if any(end in text for text in templates.values())]
+        ends = [core.token_to_id(end) for end in ends_among(written)]
         return cls(
             core=core,
             bos_token_id=bos,

@@ -16,7 +16,7 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType
 from golden import LLAMA3
 
-from jfa_models.checkpoints.load import load_params
+from jfa_models.checkpoints.load import load_params, with_settled_head
 from jfa_models.checkpoints.locate import locate
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.checkpoints.tensors import StoredTensor
@@ -52,7 +52,7 @@ def expected_of(config, dtype=np.float32):
 
 
 def load(path, dtype=np.float32):
-    checkpoint = open_checkpoint(path)
+    checkpoint = with_settled_head(open_checkpoint(path))
     return load_params(checkpoint, expected_of(checkpoint.config, dtype))
 
 
@@ -258,13 +258,18 @@ def test_a_tied_model_needs_no_output_layer_and_may_repeat_the_embedding(tmp_pat
     repeated = tied | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
     assert_same(load(write_folder(tmp_path / "repeated", repeated, tie_word_embeddings=True)), params)
     assert open_checkpoint(write_gguf(tmp_path / "tied.gguf", tied)).config.tie_word_embeddings
-    with pytest.raises(ValueError, match=r"lm_head.weight \[256, 96\] is not part of the model"):
-        load(write_folder(tmp_path / "other", tensors, tie_word_embeddings=True))
+    with pytest.warns(UserWarning, match="tie_word_embeddings is set, but the output layer in the file is not the emb"):
+        own = load(write_folder(tmp_path / "other", tensors, tie_word_embeddings=True))
+    assert_same(own, load(LLAMA3))
+    shorter = tied | {"lm_head.weight": tensors["lm_head.weight"][:9]}
+    with pytest.raises(ValueError, match=r"lm_head.weight \[9, 96\] is not part of the model"):
+        load(write_folder(tmp_path / "shorter", shorter, tie_word_embeddings=True))
 
 
 def test_tensors_that_follow_from_the_configuration_are_skipped(tmp_path):
     tensors = golden_tensors()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+    for name in ("inv_freq", "cos_cached", "sin_cached"):
+        tensors[f"model.layers.0.self_attn.rotary_emb.{name}"] = np.zeros(8, np.float32)
     assert_same(load(write_folder(tmp_path / "model", tensors)), load(LLAMA3))
 
 
@@ -295,6 +300,8 @@ def test_generation_config_is_honoured(folder):
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 9}
     (folder / "config.json").write_text(json.dumps(config))
     assert open_checkpoint(folder).generation.eos_token_ids == (5, 6, 9)
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": -1}))  # none
+    assert open_checkpoint(folder).generation.eos_token_ids == (5, 6)
 
 
 def test_a_folder_is_loaded_with_its_tokenizer(folder):
@@ -339,6 +346,15 @@ def test_a_folder_without_a_supported_model_is_refused(tmp_path, name):
         (tmp_path / file).touch()
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path)
+
+
+def test_a_single_file_counts_before_an_index_of_older_shards(tmp_path):
+    shutil.copytree(LLAMA3, tmp_path, dirs_exist_ok=True)
+    tensors = golden_tensors()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    write_folder(tmp_path / "new", tensors)
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)
+    assert_same(load(tmp_path), load(tmp_path / "new"))
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -609,7 +625,8 @@ def test_smollm2_is_read_as_by_the_gguf_package():
     assert (config.num_kv_heads, config.head_dim) == (want["num_key_value_heads"], want["head_dim"])
     assert config.tie_word_embeddings and config.rope.theta == reference["rope_theta"]
     assert checkpoint.stored_dtype == "Q4_1"
-    assert checkpoint.generation.eos_token_ids == (want["eos_token_id"], 0)  # <|im_end|> and <|endoftext|>
+    # <|im_end|>, <|endoftext|> and <reponame>, those of llama.cpp
+    assert checkpoint.generation.eos_token_ids == (want["eos_token_id"], 0, 4)
     assert {n: t.shape for n, t in checkpoint.tensors.items()} == {n: s.shape for n, s in expected_of(config).items()}
 
     by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(checkpoint.path).tensors}

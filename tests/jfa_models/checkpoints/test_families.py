@@ -258,8 +258,7 @@ def test_a_context_that_uses_the_long_factors_says_so():
     np.testing.assert_array_equal(short.model.logits(tokens), want)
 
 
-NEEDED = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
-NEEDED += ("vocab_size", "rms_norm_eps", "layer_norm_eps")
+NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -270,6 +269,24 @@ def test_every_key_that_a_config_may_omit_has_the_default_of_transformers(kind):
     assert config_from_hf(sparse) == want
     for key in stated.keys() - sparse.keys():
         assert config_from_hf({name: value for name, value in stated.items() if name != key}) == want, key
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_newer_gemmas_ignore_hidden_act_as_transformers_does(kind, name):
+    stated = json.loads((GOLDEN / "defaults.json").read_text())[kind] | {"model_type": kind}
+    assert config_from_hf(stated | {"hidden_act": name}) == config_from_hf(stated)
+    del stated["hidden_activation"]
+    assert config_from_hf(stated | {"hidden_act": name}).hidden_act == "gelu_tanh"
+    assert config_from_hf(stated | {"hidden_activation": name}).hidden_act == name
+
+
+def test_both_forms_of_the_same_rope_are_one():
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e6}
+    older = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
+    want = config_from_hf(HF | {"rope_parameters": rope, "rope_scaling": None})
+    assert config_from_hf(HF | {"rope_parameters": rope, "rope_scaling": older}) == want
+    assert want.rope.scaling is not None
 
 
 def test_gguf_without_vocab_size_counts_the_tokens():
@@ -399,9 +416,16 @@ REFUSED_HF = {  # name: (changed keys, message)
         {"quantization_config": {"quant_method": "gptq"}},
         "quantization_config is not supported; use the unquantized checkpoint or a GGUF file",
     ),
+    "two_ropes": (
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 1e6},
+        },
+        "has both rope_parameters and rope_scaling, which differ in rope_type, factor; move what you want from rope_sc",
+    ),
     "missing": (
-        {"vocab_size": None, "rms_norm_eps": None},
-        "config.json lacks vocab_size, rms_norm_eps; use the file that belongs to these weights",
+        {"vocab_size": None, "hidden_size": None},
+        "config.json lacks vocab_size, hidden_size; use the file that belongs to these weights",
     ),
     "rope_type": (
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},

@@ -13,6 +13,7 @@ from flax import nnx
 from golden import GOLDEN
 from runs import run
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sentence_piece_tokenizer, sharp_decoder
+from tokenizers import processors
 
 from jfa_bench.truth.numerics import assert_within
 from jfa_models.checkpoints.generation import GenerationDefaults
@@ -465,6 +466,35 @@ def test_stream_refuses_before_it_starts(model):
 def test_prompts_of_another_type_are_refused(model, prompts, message):
     with pytest.raises(ValueError, match=message):
         model.generate(prompts, GREEDY)
+
+
+def test_end_tokens_outside_the_vocabulary_are_ignored(model):
+    defaults = GenerationDefaults(eos_token_ids=(2**32 - 1, 3))
+    with pytest.warns(
+        UserWarning, match=r"the end tokens \[4294967295\] are outside the model's vocabulary of 272 and"
+    ):
+        other = LanguageModel(decoder=sharp_decoder(CONFIG), params=model.params, defaults=defaults)
+    assert other.eos_token_ids == (3,)
+    assert other.generate([[70, 71]], GREEDY)[0].outputs[0].token_ids
+
+
+def test_a_second_begin_token_is_reported(model):
+    core = type(model.tokenizer.core).from_str(model.tokenizer.core.to_str())
+    core.add_special_tokens(["<s>"])
+    bos = core.token_to_id("<s>")
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer = dataclasses.replace(model.tokenizer, core=core, bos_token_id=bos, special_tokens={"bos_token": "<s>"})
+    other = LanguageModel(decoder=sharp_decoder(CONFIG), params=model.params, tokenizer=tokenizer)
+    with pytest.warns(
+        UserWarning, match=r"prompt 0 begins with '<s>', and the tokenizer adds another: encode the output"
+    ):
+        assert other.prompt_ids("<s>Hi", name="prompt 0")[:2] == [bos, bos]
+    other.prompt_ids("Hi")
+    other.prompt_ids([bos, bos])  # token ids are taken as they are
+
+
+def test_a_seed_of_minus_one_is_none():
+    assert SamplingParams(seed=-1) == SamplingParams()
 
 
 def test_stream_takes_one_prompt(model):

@@ -395,8 +395,8 @@ REFUSED = {  # name: (fields, the whole message)
         "logprobs must be an integer from 0 to 20, got 21; use None for no log-probabilities",
     ),
     "seed": (
-        {"seed": -1},
-        "seed must be an integer from 0 to 18446744073709551615, got -1; use None to let the engine choose a seed",
+        {"seed": -2},
+        "seed must be an integer from 0 to 18446744073709551615, got -2; use None to let the engine choose a seed",
     ),
     "ignore_eos": ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1; use False to end at eos"),
     "stop_kind": ({"stop": 5}, "stop must be a string or a list of strings, got 5"),

@@ -82,7 +82,7 @@ def test_smollm2_ids_and_text_agree_with_transformers(smollm2):
 def test_smollm2_splits_digits_and_reads_special_tokens(smollm2):
     assert tokens_of(smollm2, "x  12") == ["x", "ĠĠ", "1", "2"]
     assert smollm2.encode("<|im_end|>") == [2]
-    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.vocab_size) == (1, (2, 0), 49152)
+    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.vocab_size) == (1, (2, 0, 4), 49152)
 
 
 @needs_smollm2
@@ -270,6 +270,14 @@ REFUSED_GGUF = {  # name: (metadata, message)
         byte_level_metadata(tokens=None, merges=None),
         "lacks tokenizer.ggml.tokens, tokenizer.ggml.merges; convert the model again, with its vocabulary",
     ),
+    "fewer_kinds": (
+        byte_level_metadata(token_type=[CONTROL] * 3),
+        r"tokenizer.ggml.token_type has 3 entries for \d+ tokens; convert the model again",
+    ),
+    "merges": (
+        byte_level_metadata(merges=["h q", "hq z"]),
+        r"tokenizer.ggml.merges do not fit its tokens \(.*hq.*\); convert the model again",
+    ),
     "no_scores": (sentence_piece_metadata(scores=None), "GGUF metadata lacks tokenizer.ggml.scores"),
     "no_bos": (
         byte_level_metadata(bos_token_id=None, add_bos_token=True),
@@ -322,6 +330,11 @@ def test_tokenizer_json_decides_what_surrounds_a_text(folder, flags):
 
 
 ADDED = {"lstrip": False, "normalized": False, "rstrip": True, "single_word": False, "special": True}
+
+
+def test_an_empty_name_is_none(folder):
+    tokenizer = write(folder, bos_token="", eos_token="<|eos|>", unk_token="")
+    assert (tokenizer.bos_token_id, tokenizer.special_tokens) == (None, {"eos_token": "<|eos|>"})
 
 
 def test_added_tokens_of_the_config_are_tokens(folder):
@@ -665,10 +678,33 @@ def test_what_ends_a_turn_in_the_template_is_an_end_token(folder):
 
 def test_gguf_end_tokens_are_those_named_and_those_of_known_texts():
     metadata = byte_level_metadata(eot_token_id=2)
-    metadata["tokenizer.ggml.tokens"] += ["<|im_end|>", "<|endoftext|>", "<|end|>"]
-    metadata["tokenizer.ggml.token_type"] += [CONTROL, USER_DEFINED, NORMAL]  # the last is a word of the vocabulary
-    size = len(metadata["tokenizer.ggml.tokens"])
-    assert Tokenizer.from_gguf(metadata).eos_token_ids == (1, 2, size - 3, size - 2)
+    first = len(metadata["tokenizer.ggml.tokens"])
+    # of llama.cpp's list: whatever their type, unless a text may contain them
+    metadata["tokenizer.ggml.tokens"] += [
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|end|>",
+        "</s>",
+        "[EOT]",
+        "<eos>",
+        "<reponame>",
+    ]
+    metadata["tokenizer.ggml.token_type"] += [CONTROL, USER_DEFINED, NORMAL, NORMAL, USER_DEFINED, CONTROL, CONTROL]
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert sorted(tokenizer.eos_token_ids) == [1, 2, *(first + i for i in (0, 1, 2, 5, 6))]
+    assert tokens_of(tokenizer, "1<|end|>2") == ["1", "<|end|>", "2"] and tokenizer.decode([first, first + 2]) == ""
+    metadata["tokenizer.ggml.tokens"] += ["<|return|>", "<|call|>"]
+    metadata["tokenizer.ggml.token_type"] += [CONTROL] * 2
+    assert first + 2 not in Tokenizer.from_gguf(metadata).eos_token_ids
+
+
+def test_a_gguf_vocabulary_may_lack_kinds_or_have_more_of_them_than_tokens():
+    metadata = byte_level_metadata()
+    want = Tokenizer.from_gguf(metadata).encode("hello<|eos|>")
+    more = metadata | {"tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], NORMAL]}
+    assert Tokenizer.from_gguf(more).encode("hello<|eos|>") == want
+    none = {key: value for key, value in metadata.items() if key != "tokenizer.ggml.token_type"}
+    assert Tokenizer.from_gguf(none).encode("hello<|eos|>") == want
 
 
 def test_templates_without_a_default_are_named(folder):
