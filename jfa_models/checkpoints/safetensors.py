@@ -1,5 +1,6 @@
 """Reads folders of safetensors. Source: the format section of the README of github.com/huggingface/safetensors."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
     for file in files:
         stored |= _read_safetensors_header(file)
     tensors, unknown = by_our_names(stored, hugging_face_names(decoder.architecture), decoder)
+    if config.get("attention_bias") and "layers.0.attention.o.bias" not in tensors:
+        # attention_bias means all four; Qwens that were saved as Llama have those of q, k and v only
+        decoder = dataclasses.replace(decoder, out_bias=False)
     return Checkpoint(
         path=path,
         config=decoder,

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -14,9 +15,11 @@ import safetensors.numpy
 from golden import GOLDEN
 from runs import run
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny_model import folder_with_text
 
 from jfa_models.checkpoints.families import FAMILIES
+from jfa_models.checkpoints.gguf import _read_gguf_header
 from jfa_models.checkpoints.gguf_config import config_from_gguf
 from jfa_models.checkpoints.hf_config import config_from_hf, config_to_hf
 from jfa_models.checkpoints.presets import PRESETS
@@ -96,6 +99,52 @@ def test_logits_of_a_family_with_a_cache_agree_with_transformers(name, monkeypat
 @pytest.mark.parametrize("name", sorted(file.stem for file in GOLDEN.glob("*.gguf")))
 def test_a_gguf_file_is_the_same_model(name):
     assert distance(loaded(name, ".gguf").logits(truth(name)["input_ids"]), truth(name)["logits"]) < CLOSE
+
+
+# name: keys whose value in the file is what llama.cpp takes without them; the other goldens have none
+UNNEEDED = {
+    "gemma3_six": ("attention.value_length", "rope.scaling.type"),
+    "llama3_tiny": ("attention.value_length", "rope.dimension_count"),
+    "mixtral": ("rope.dimension_count",),
+    "phi2": ("attention.head_count_kv",),
+    "phi3": ("rope.dimension_count", "rope.scaling.original_context_length"),
+    "phi3_long": ("rope.dimension_count", "attention.sliding_window"),
+    "qwen3": ("attention.value_length",),
+    "qwen3_moe_sparse": ("attention.value_length",),
+}
+
+
+@pytest.mark.parametrize("name", UNNEEDED)
+def test_a_gguf_file_without_every_key_that_it_may_leave_out_is_the_same_model(name, monkeypatch):
+    metadata, tensors = _read_gguf_header(GOLDEN / f"{name}.gguf")
+    arch = metadata["general.architecture"]
+    left = [f"{arch}.{key}" for key in (*UNNEEDED[name], "vocab_size")]
+    sparse = {key: value for key, value in metadata.items() if key not in left}
+    assert len(sparse) == len(metadata) - len(left)
+    sparse["tokenizer.ggml.tokens"] = [f"<{i}>" for i in range(metadata[f"{arch}.vocab_size"])]
+    monkeypatch.setattr("jfa_models.checkpoints.gguf._read_gguf_header", lambda *files: (sparse, tensors))
+    model = from_pretrained(GOLDEN / f"{name}.gguf", dtype="float32")
+    assert distance(model.logits(truth(name)["input_ids"]), truth(name)["logits"]) < CLOSE
+
+
+def test_a_bias_of_the_output_projection_may_be_left_out(tmp_path):
+    # attention_bias means four biases; a Qwen that was saved as Llama has three, and transformers takes 0 for the other
+    tensors = load_file(GOLDEN / "mistral" / "model.safetensors")
+    config = json.loads((GOLDEN / "mistral" / "config.json").read_text())
+    config |= {"model_type": "llama", "attention_bias": True, "sliding_window": None}
+    random = np.random.default_rng(0)
+    for name in [name for name in tensors if re.search(r"\.[qkv]_proj\.weight", name)]:
+        tensors[name.replace("weight", "bias")] = random.standard_normal(len(tensors[name])).astype(np.float32)
+    zeros = {
+        name.replace("weight", "bias"): np.zeros(len(tensors[name]), np.float32) for name in tensors if "o_proj" in name
+    }
+    logits = []
+    for folder, stored in ((tmp_path / "three", tensors), (tmp_path / "four", tensors | zeros)):
+        folder.mkdir()
+        save_file(stored, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        logits.append(from_pretrained(folder, dtype="float32").logits(np.arange(12)[None]))
+    np.testing.assert_array_equal(*logits)
 
 
 PAGES = [("mistral", None), ("phi2", None), ("qwen3_moe", None)] + [
