@@ -194,6 +194,11 @@ class _Plan:
     device: DeviceInfo
 
 
+# compiled as one program also where the caller does not compile: its infinities stay inside it (jax.debug_infs)
+_compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
+
+
+@_compiled
 @with_default_rules
 def _run(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     with jax.named_scope(f"jfa.attention.{plan.backend}"):
@@ -212,6 +217,7 @@ def _forward(plan: _Plan, operands: Operands):
     return (out, lse), (operands, out, lse)
 
 
+@_compiled
 @with_default_rules
 def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
     operands, out, lse = saved

@@ -256,6 +256,7 @@ class _Plan:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 @with_default_rules
 def _computed(plan: _Plan, operands: PagedOperands) -> tuple[Array, Array]:
     with jax.named_scope(f"jfa.paged_attention.{plan.backend}"):

@@ -99,7 +99,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 checked[name] = integer(name, value, 0, MAX_LOGPROBS, "use None for no log-probabilities")
-        if self.seed == -1:
+        if isinstance(self.seed, Integral) and self.seed == -1:
             checked["seed"] = None
         elif self.seed is not None:
             checked["seed"] = integer("seed", self.seed, 0, 2**64 - 1, "use None to let the engine choose a seed")
@@ -244,7 +244,7 @@ def bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple
     """(token id, value) pairs without duplicates, from a mapping or pairs; sorted by id."""
     kind = "a mapping from token ids to numbers"
     pairs = [*bias.items()] if isinstance(bias, Mapping) else _listed("logit_bias", bias, kind)
-    if any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
+    if any(not hasattr(pair, "__len__") or isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise ValueError(f"logit_bias must be {kind}, got {bias!r}")
     values = {
         integer("logit_bias", token_id, 0, MAX_INT32, "its keys are token ids"): _number(
@@ -259,6 +259,7 @@ def _listed(name: str, values: Any, kind: str) -> list[Any]:
     """values as a list; None: empty."""
     if values is None:
         return []
+    values = values.tolist() if hasattr(values, "tolist") else values  # an array of any library
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be {kind}, got {values!r}")
     return list(values)

@@ -20,8 +20,9 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if not _is_sequence(prompts):
         raise ValueError(f"prompts must be texts or lists of token ids, one or a list of them, got {prompts!r}")
-    first: Any = prompts[0] if len(prompts) else ""
-    return [prompts] if isinstance(first, Real) or getattr(first, "ndim", 1) == 0 else list(prompts)  # type: ignore
+    first: Any = next(iter(prompts), "")
+    is_number = isinstance(first, Real) or (hasattr(first, "__index__") and getattr(first, "ndim", 0) == 0)
+    return [prompts] if is_number else list(prompts)  # type: ignore[list-item]
 
 
 def text_of(prompt: Prompt) -> str | None:
@@ -67,5 +68,6 @@ def _ids(prompt: Any, name: str, kind: str) -> list[int]:
 
 def _is_sequence(x: Any) -> bool:
     """Whether x has a length and an order: a list, a tuple, or an array of any library; not bytes."""
-    has_order = hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, bytes | Mapping)
+    has_order = hasattr(x, "__len__") and hasattr(x, "__getitem__")
+    has_order &= not isinstance(x, bytes | bytearray | memoryview | Mapping | type)
     return has_order and getattr(x, "ndim", 1) > 0

@@ -4,6 +4,7 @@ import datetime
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ def render(
 
     Contents fit any template: a list of parts {"type": "text", "text": ...} is a list where a template loops over it,
     and their texts, joined by newlines, where it takes a text; a text is a list of one part for a template that only
-    loops; a content that is missing or None is undefined, and "" where a template takes a text. As in transformers,
-    other keys that are None are left out, and `reasoning` and `thinking` are other names of `reasoning_content`.
+    loops; a content that is missing or None is undefined (None for a template that tests whether it is none), and ""
+    where a template takes a text. As in transformers, other keys that are None are left out, and `reasoning` and
+    `thinking` are other names of `reasoning_content`.
 
     Args:
       continue_final_message: end the text within the content of the last message (or within the field of this name).
@@ -39,7 +41,7 @@ def render(
     if not messages:
         raise ValueError('a conversation must have at least one message, {"role": "user", "content": ...}')
     plain = [_for_template(message, reads) for message in messages]
-    end = _mark_end(plain, continue_final_message) if continue_final_message else ""
+    last, mark = _mark_end(plain, continue_final_message) if continue_final_message else ("", "")
     try:
         text = compiled.render({**values, "messages": plain})
     except _RefusedError as error:
@@ -48,7 +50,7 @@ def render(
         raise ValueError(
             f"the model's chat template fails on these messages: {type(error).__name__}: {error}"
         ) from error
-    return _cut_at_end(text, end) if continue_final_message else text
+    return _cut_at_end(text, last, mark) if continue_final_message else text
 
 
 class _RefusedError(Exception):
@@ -76,6 +78,12 @@ class _Parts(list[Any]):
 
     def __eq__(self, other: object) -> bool:
         return other == self._text if isinstance(other, str) else super().__eq__(other)
+
+    def count(self, other: Any) -> int:
+        return self._text.count(other) if isinstance(other, str) else super().count(other)
+
+    def index(self, other: Any, *bounds: Any) -> int:
+        return self._text.index(other, *bounds) if isinstance(other, str) else super().index(other, *bounds)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -199,7 +207,7 @@ def _for_template(message: Mapping[str, Any], reads: _Reads) -> dict[str, Any]:
         return found | ({"content": None} if reads.none and "content" in message else {})
     if isinstance(content, str):
         return found | {"content": _Parts([{"type": "text", "text": content}]) if reads.lists_only else content}
-    if not isinstance(content, Sequence):
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise ValueError(f"the content of a message must be a text or a list of parts, got {content!r}")
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -207,29 +215,30 @@ def _for_template(message: Mapping[str, Any], reads: _Reads) -> dict[str, Any]:
     return found | {"content": _Parts(dict(part) for part in content)}
 
 
-def _mark_end(messages: Sequence[dict[str, Any]], field: bool | str) -> str:
-    """Appends a mark to the text of the last message, and returns the mark."""
+def _mark_end(messages: Sequence[dict[str, Any]], field: bool | str) -> tuple[str, str]:
+    """Appends a mark to the text of the last message; returns the text and the mark."""
     name = field if isinstance(field, str) else "content"
-    last = messages[-1]
-    value = last.get(name)
-    if not value or not isinstance(value, str | _Parts):
-        raise ValueError(f"continue_final_message: the last message has no {name} to continue, got {last!r}")
-    # no message contains it; a letter at its end, so that a template that trims its text keeps it
-    mark = "<jfa-end-" + "x" * (1 + max(str(message).count("x") for message in messages))
+    value = messages[-1].get(name)
+    if not isinstance(value, str | _Parts) or value == []:
+        raise ValueError(f"continue_final_message: the last message has no {name} to continue, got {messages[-1]!r}")
+    # more digits than any message has, which no filter changes, and a space that shows whether texts are trimmed
+    mark = "7" * (1 + max(str(message).count("7") for message in messages))
     if isinstance(value, _Parts):
-        value[-1]["text"] += mark + " "
-    else:
-        same = _REASONING if name in _REASONING else (name,)
-        last.update({key: value + mark + " " for key in same if last.get(key) == value})
-    return mark
+        text = value[-1]["text"]
+        value[-1]["text"] = f"{text}{mark} "
+        return text, mark
+    same = _REASONING if name in _REASONING else (name,)
+    messages[-1].update({key: f"{value}{mark} " for key in same if messages[-1].get(key) == value})
+    return value, mark
 
 
-def _cut_at_end(text: str, mark: str) -> str:
+def _cut_at_end(text: str, last: str, mark: str) -> str:
     before, found, after = text.rpartition(mark)
-    if not found:
-        raise ValueError("continue_final_message: the model's chat template does not write the last message")
-    # without the space after the mark, the template trims its texts, and would have trimmed this one at its end
-    return before if after.startswith(" ") else before.rstrip()
+    # a template may write a message twice; if it trims texts, it would have trimmed this one at its end
+    before = before.replace(f"{mark} ", "") if after.startswith(" ") else re.sub(rf"\s*{mark}", "", before).rstrip()
+    if not found or last.strip() not in before:
+        raise ValueError("continue_final_message: the model's chat template does not write the last message as it is")
+    return before
 
 
 def _to_json(

@@ -43,5 +43,5 @@ def ends_among(texts: Collection[str]) -> list[str]:
 
 
 def is_unmistakable(text: str) -> bool:
-    """Whether an end is nothing that a text may contain, as `</s>` is in HTML."""
-    return text in ENDS and text.startswith(("<|", "<\uff5c", "<end_of_"))
+    """Whether a token with this text is an end whatever its kind: `</s>` may also be HTML, as in Gemma's vocabulary."""
+    return text in ENDS and text != "</s>"

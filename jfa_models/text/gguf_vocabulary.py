@@ -52,14 +52,15 @@ def core_of(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
 
 def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The end-of-text, -turn and -message tokens: those that the file names, and added tokens with the text of one."""
-    named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    names = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+    named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in names]
     pairs = zip(metadata.get("tokenizer.ggml.tokens", ()), kinds_of(metadata), strict=True)
     control = {token: i for i, (token, kind) in enumerate(pairs) if kind == _CONTROL}
     return tuple(dict.fromkeys([i for i in named if i is not None] + [control[end] for end in ends_among(control)]))
 
 
 def kinds_of(metadata: Mapping[str, Any]) -> list[int]:
-    """The kind of each token. As in llama.cpp, those that only end a text are control tokens, whatever the file says.
+    """The kind of each token. As in llama.cpp, ends are control tokens whatever the file says (but for `</s>`).
 
     Raises:
       ValueError: the file has kinds for some tokens only.
@@ -108,11 +109,17 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Llama 2's scheme: characters are merged, the highest score first; text without a token becomes bytes."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = kinds_of(metadata)
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown_id = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = tokens[unknown_id if 0 <= unknown_id < len(tokens) else 0]
+    if len(metadata["tokenizer.ggml.scores"]) < len(tokens):
+        raise ValueError(
+            f"GGUF metadata: tokenizer.ggml.scores has {len(metadata['tokenizer.ggml.scores'])} entries for "
+            f"{len(tokens)} tokens; convert the model again, with its vocabulary"
+        )
     core = tokenizers.Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(tokens)},
-            _merges_from_scores(tokens, types, metadata["tokenizer.ggml.scores"]),
+            _merges_from_scores(tokens, types, metadata["tokenizer.ggml.scores"][: len(tokens)]),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,

@@ -93,7 +93,7 @@ class Tokenizer:
         core, add_bos = core_of(metadata)
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
         ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
-        ids = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}
+        ids = {name: i for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
         bos, eos = ids.get("bos_token"), ids.get("eos_token")
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", add_bos)
         core.post_processor = _surround(bos, eos, add_bos, metadata.get("tokenizer.ggml.add_eos_token", False))
@@ -208,6 +208,8 @@ class Tokenizer:
             raise ValueError(
                 "add_generation_prompt opens a new turn and continue_final_message continues the last one: use only one"
             )
+        if not isinstance(chat_template, str | None):
+            raise ValueError(f"chat_template must be a template or the name of one, got {chat_template!r}")
         if chat_template is None and not self.chat_templates:
             raise ValueError(
                 "this model has no chat template; prompt it with plain text, "

@@ -142,6 +142,20 @@ def test_generation(switch):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_infinities_of_masked_scores_stay_inside(implementation):
+    """Without jit, under a switch that reports every infinity; a row without keys has one by contract: its residual."""
+    q, pages = random(0, B, T, HQ, D), random(1, 5, 4, HKV, D)
+
+    def attend(q):
+        return jfa.dot_product_attention(q, q, q, is_causal=True, implementation=implementation)
+
+    with jax.debug_infs(True):
+        jax.block_until_ready((attend(q), jax.grad(lambda q: attend(q).astype(jnp.float32).sum())(q)))
+        table, kv_len = jnp.array([[1, 2], [3, 4]]), jnp.array([7, 2])
+        jfa.paged_decode_attention(q[:, 0], pages, pages, table, kv_len, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_compiled_op_transfers_nothing(implementation):
     q, k = random(0, B, T, HQ, D), random(1, B, T, HKV, D)
 

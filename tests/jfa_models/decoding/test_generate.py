@@ -166,6 +166,10 @@ def test_prompts_may_be_token_ids(model, kind):
     assert model.generate([kind(ids), "Hi"], GREEDY)[0].outputs == result.outputs
 
 
+def test_prompts_may_be_an_array_of_texts(model):
+    assert model.generate(np.array(["Hi", "x"]), GREEDY) == model.generate(["Hi", "x"], GREEDY)
+
+
 def test_no_prompts_give_no_results(model):
     assert model.generate([], GREEDY) == []
 
@@ -448,6 +452,8 @@ def test_stream_refuses_before_it_starts(model):
     ("prompts", "message"),
     [
         (None, "prompts must be texts or lists of token ids, one or a list of them, got None"),
+        (bytearray(b"Hi"), "prompts must be texts or lists of token ids, one or a list of them, got bytearray"),
+        (str, "prompts must be texts or lists of token ids, one or a list of them, got <class 'str'>"),
         (b"Hi", "prompts must be texts or lists of token ids, one or a list of them, got b'Hi'"),
         ({72, 105}, "prompts must be texts or lists of token ids, one or a list of them"),
         (iter(["Hi"]), "prompts must be texts or lists of token ids, one or a list of them"),

@@ -400,6 +400,11 @@ REFUSED = {  # name: (fields, the whole message)
     ),
     "ignore_eos": ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1; use False to end at eos"),
     "stop_kind": ({"stop": 5}, "stop must be a string or a list of strings, got 5"),
+    "stop_array": ({"stop": np.array(3)}, "stop must be a string or a list of strings, got 3"),
+    "seed_float": (
+        {"seed": -1.0},
+        "seed must be an integer from 0 to 18446744073709551615, got -1.0; use None to let the engine choose a seed",
+    ),
     "stop_mapping": ({"stop": {"a": 1}}, "stop must be a string or a list of strings, got {'a': 1}"),
     "stop_bytes": ({"stop": b"a"}, "stop must be a string or a list of strings, got b'a'"),
     "stop_token_ids_kind": ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, got 5"),
@@ -421,6 +426,13 @@ REFUSED = {  # name: (fields, the whole message)
         "logit_bias of token 3 must be a number in [-100, 100], got -inf; -100 practically bans a token",
     ),
 }
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_lists_may_be_arrays(array):
+    want = SamplingParams(stop_token_ids=[1, 2], logit_bias={1: 2.0, 3: 4.0})
+    assert SamplingParams(stop_token_ids=array([1, 2]), logit_bias=array([[1, 2], [3, 4]])) == want
+    assert SamplingParams(stop_token_ids=[1, 2], logit_bias=[(1, 2), (3, 4)]) == want
 
 
 @pytest.mark.parametrize("name", REFUSED)

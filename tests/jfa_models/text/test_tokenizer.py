@@ -270,6 +270,10 @@ REFUSED_GGUF = {  # name: (metadata, message)
         byte_level_metadata(tokens=None, merges=None),
         "lacks tokenizer.ggml.tokens, tokenizer.ggml.merges; convert the model again, with its vocabulary",
     ),
+    "fewer_scores": (
+        sentence_piece_metadata(scores=[0.0]),
+        r"tokenizer.ggml.scores has 1 entries for \d+ tokens; convert the model again",
+    ),
     "fewer_kinds": (
         byte_level_metadata(token_type=[CONTROL] * 3),
         r"tokenizer.ggml.token_type has 3 entries for \d+ tokens; convert the model again",
@@ -527,6 +531,31 @@ REFUSED_CHATS = {
     "continued_nothing": "continue_final_message: the last message has no content to continue, got {'role': 'assist",
     "continued_unwritten": "continue_final_message: the model's chat template does not write the last message",
 }
+CONTINUED = {  # name: (template, content, the text, or None for an error)
+    "nothing": ("<{{ messages[0].content }}></>", "", "<"),
+    "twice": ("{{ messages[0].content }}|{{ messages[0].content }}</>", "ab ", "ab |ab "),
+    "twice_and_trimmed": ("{{ messages[0].content | trim }}|{{ messages[0].content | trim }}</>", "ab ", "ab|ab"),
+    "sevens": ("{{ messages[0].content }}|{{ messages[0].content }}</>", "7 77", "7 77|7 77"),
+    "escaped": ("{{ messages[0].content | e }}</>", "ab", "ab"),
+    "in_capitals": ("{{ messages[0].content | upper }}</>", "AB", "AB"),
+    "as_json": ("{{ messages[0] | tojson }}", "é", '{"role": "assistant", "content": "é'),
+    "changed": ("{{ messages[0].content | upper }}</>", "ab", None),
+    "cut": ("{{ messages[0].content.split('.')[-1] }}</>", "a.b", None),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_the_last_message_is_continued_where_a_template_writes_it(folder, name):
+    template, content, text = CONTINUED[name]
+    tokenizer = write(folder, chat_template=template)
+    message = {"role": "assistant", "content": content}
+    if text is None:
+        with pytest.raises(ValueError, match="chat template does not write the last message as it is"):
+            tokenizer.apply_chat_template([message], continue_final_message=True)
+    else:
+        assert tokenizer.apply_chat_template([message], continue_final_message=True) == text
+
+
 TEXTS = {  # name: (template, the text of [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])
     "trimmed": ("{{ messages[0].content | trim | upper }}", "A \nB"),
     "joined": ("{{ 'x' + messages[0].content + 'y' }}", "xa \nby"),
@@ -566,6 +595,12 @@ def test_arguments_of_transformers_about_tokens_are_refused_by_name(folder, give
     [name] = given
     with pytest.raises(ValueError, match=rf"apply_chat_template has no {name}: its result is a text; .* encode\(text"):
         tokenizer.apply_chat_template([{"role": "user"}], **given)
+
+
+@pytest.mark.parametrize("given", [5, ["x"]])
+def test_a_template_is_a_text(folder, given):
+    with pytest.raises(ValueError, match="chat_template must be a template or the name of one, got"):
+        write(folder, chat_template="x").apply_chat_template([{"role": "user"}], chat_template=given)
 
 
 def test_a_template_may_be_chosen_by_name(folder):
@@ -691,11 +726,17 @@ def test_gguf_end_tokens_are_those_named_and_those_of_known_texts():
     ]
     metadata["tokenizer.ggml.token_type"] += [CONTROL, USER_DEFINED, NORMAL, NORMAL, USER_DEFINED, CONTROL, CONTROL]
     tokenizer = Tokenizer.from_gguf(metadata)
-    assert sorted(tokenizer.eos_token_ids) == [1, 2, *(first + i for i in (0, 1, 2, 5, 6))]
+    assert sorted(tokenizer.eos_token_ids) == [1, 2, *(first + i for i in (0, 1, 2, 4, 5, 6))]
     assert tokens_of(tokenizer, "1<|end|>2") == ["1", "<|end|>", "2"] and tokenizer.decode([first, first + 2]) == ""
     metadata["tokenizer.ggml.tokens"] += ["<|return|>", "<|call|>"]
     metadata["tokenizer.ggml.token_type"] += [CONTROL] * 2
     assert first + 2 not in Tokenizer.from_gguf(metadata).eos_token_ids
+
+
+def test_named_ids_outside_a_gguf_vocabulary_are_none():
+    metadata = sentence_piece_metadata(bos_token_id=-1, unknown_token_id=2**31, add_bos_token=False)
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert tokenizer.bos_token_id is None and tokenizer.decode(tokenizer.encode("ab")) == "ab"
 
 
 def test_a_gguf_vocabulary_may_lack_kinds_or_have_more_of_them_than_tokens():
