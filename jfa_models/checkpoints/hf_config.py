@@ -244,7 +244,8 @@ def _rope_source(source: Mapping[str, Any]) -> Any:
     newer, older = (source.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if isinstance(newer, Mapping) and isinstance(older, Mapping) and newer and older:
         named = {"rope_type" if key == "type" else key: value for key, value in older.items()}
-        if differing := [key for key in named if newer.get(_FULL, newer).get(key) != named[key]]:
+        stated = {"rope_type": "default", **(newer.get(_FULL, newer) or {})}
+        if differing := [key for key in named if stated.get(key) != named[key]]:
             raise ValueError(
                 f"config.json has both rope_parameters and rope_scaling, which differ in {', '.join(differing)}; "
                 "move what you want from rope_scaling into rope_parameters"

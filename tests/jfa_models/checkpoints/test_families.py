@@ -336,6 +336,8 @@ def test_both_forms_of_the_same_rope_are_one():
     want = config_from_hf(HF | {"rope_parameters": rope, "rope_scaling": None})
     assert config_from_hf(HF | {"rope_parameters": rope, "rope_scaling": older}) == want
     assert want.rope.scaling is not None
+    plain = config_from_hf(HF | {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": None})
+    assert config_from_hf(HF | {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "default"}}) == plain
 
 
 def test_gguf_without_vocab_size_counts_the_tokens():
