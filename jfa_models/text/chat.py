@@ -41,7 +41,9 @@ def render(
     if not messages:
         raise ValueError('a conversation must have at least one message, {"role": "user", "content": ...}')
     plain = [_for_template(message, reads) for message in messages]
-    last, mark = _mark_end(plain, continue_final_message) if continue_final_message else ("", "")
+    # more digits, which no filter changes, than the text can have, eight of them in a date
+    mark = "7" * (9 + f"{template}{plain}{values}".count("7"))
+    last = _mark_end(plain, continue_final_message, mark) if continue_final_message else ""
     try:
         text = compiled.render({**values, "messages": plain})
     except _RefusedError as error:
@@ -215,21 +217,19 @@ def _for_template(message: Mapping[str, Any], reads: _Reads) -> dict[str, Any]:
     return found | {"content": _Parts(dict(part) for part in content)}
 
 
-def _mark_end(messages: Sequence[dict[str, Any]], field: bool | str) -> tuple[str, str]:
-    """Appends a mark to the text of the last message; returns the text and the mark."""
+def _mark_end(messages: Sequence[dict[str, Any]], field: bool | str, mark: str) -> str:
+    """Appends a mark to the last message's text, and a space that shows whether texts are trimmed; returns the text."""
     name = field if isinstance(field, str) else "content"
     value = messages[-1].get(name)
     if not isinstance(value, str | _Parts) or value == []:
         raise ValueError(f"continue_final_message: the last message has no {name} to continue, got {messages[-1]!r}")
-    # more digits than any message has, which no filter changes, and a space that shows whether texts are trimmed
-    mark = "7" * (1 + max(str(message).count("7") for message in messages))
     if isinstance(value, _Parts):
         text = value[-1]["text"]
         value[-1]["text"] = f"{text}{mark} "
-        return text, mark
+        return text
     same = _REASONING if name in _REASONING else (name,)
     messages[-1].update({key: f"{value}{mark} " for key in same if messages[-1].get(key) == value})
-    return value, mark
+    return value
 
 
 def _cut_at_end(text: str, last: str, mark: str) -> str:

@@ -325,6 +325,8 @@ def _listed_special_tokens(named: Mapping[str, Any]) -> list[tokenizers.AddedTok
     found = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         given = named.get(key) or []
+        if isinstance(given, str):
+            raise TypeError(f"{key} is {given!r}")
         for entry in given.values() if isinstance(given, dict) else given:
             found.append(_added_token({**({"content": entry} if isinstance(entry, str) else entry), "special": True}))
     return found

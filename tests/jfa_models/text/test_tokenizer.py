@@ -536,6 +536,7 @@ CONTINUED = {  # name: (template, content, the text, or None for an error)
     "twice": ("{{ messages[0].content }}|{{ messages[0].content }}</>", "ab ", "ab |ab "),
     "twice_and_trimmed": ("{{ messages[0].content | trim }}|{{ messages[0].content | trim }}</>", "ab ", "ab|ab"),
     "sevens": ("{{ messages[0].content }}|{{ messages[0].content }}</>", "7 77", "7 77|7 77"),
+    "sevens_elsewhere": ("7 77 {{ messages[0].content }}|7 {{ messages[0].content }}</>", "ab", "7 77 ab|7 ab"),
     "escaped": ("{{ messages[0].content | e }}</>", "ab", "ab"),
     "in_capitals": ("{{ messages[0].content | upper }}</>", "AB", "AB"),
     "as_json": ("{{ messages[0] | tojson }}", "é", '{"role": "assistant", "content": "é'),
@@ -686,6 +687,7 @@ MALFORMED = {  # name: of tokenizer_config.json
     "token_text": {"added_tokens_decoder": {"1": "a"}},
     "token_id": {"added_tokens_decoder": {"x": {"content": "a"}}},
     "eos": {"eos_token": {"text": "a"}},
+    "listed_text": {"additional_special_tokens": "<sp>"},
     "template": {"chat_template": 3},
     "templates": {"chat_template": [{"name": "a"}]},
 }
