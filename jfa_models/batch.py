@@ -41,8 +41,8 @@ def read(path: Path) -> list[Line]:
 
 def _line(number: int, text: bytes) -> Line:
     try:
-        given = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
+        given = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
         return Line(number=number, given={}, error=f"not valid JSON: {error}")
     if not isinstance(given, dict) or sum(name in given for name in PROMPTS) != 1:
         return Line(number=number, given={}, error=f"must be a JSON object with either {' or '.join(PROMPTS)}")
@@ -61,6 +61,12 @@ def _line(number: int, text: bytes) -> Line:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"JSON has no {name}")
+
+
+def _finite(digits: str) -> float:
+    if math.isfinite(number := float(digits)):
+        return number
+    raise ValueError(f"the number {digits} is too large")
 
 
 def _are_integers(tokens: Any) -> bool:

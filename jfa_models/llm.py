@@ -140,17 +140,20 @@ class LLM:
         Raises:
           ValueError: the model has no chat template; or see generate.
         """
+        extra = chat_template_kwargs or {}
+        if not isinstance(extra, Mapping) or not all(isinstance(name, str) for name in extra):
+            raise ValueError(f"chat_template_kwargs must be a dictionary of arguments by name, got {extra!r}")
         tokenizer = self.model.tokenizer
-        if tokenizer is None or not (tokenizer.chat_templates or chat_template):
+        if tokenizer is None or not (tokenizer.chat_templates or chat_template or "chat_template" in extra):
             raise ValueError("this model has no chat template, so it was not made for conversations: use generate")
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
+        conversations: Any = (
+            [messages] if _is_list(messages) and isinstance(next(iter(messages), None), Mapping) else messages
+        )
+        if not _is_list(conversations) or not all(map(_is_list, conversations)):
             raise ValueError(f'messages must be a list of {{"role": ..., "content": ...}}, got {messages!r}')
-        if not isinstance(chat_template_kwargs or {}, Mapping):
-            raise ValueError(f"chat_template_kwargs must be a dictionary, got {chat_template_kwargs!r}")
-        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         given: dict[str, Any] = dict(tools=tools, chat_template=chat_template)
         given |= dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
-        given |= chat_template_kwargs or {}
+        given |= extra
         if "messages" in given:
             raise ValueError("chat_template_kwargs must not have messages: they are the first argument")
         prompts = [
@@ -173,3 +176,7 @@ class LLM:
                     raise ValueError(f"prompt {place}: {error}") from error
                 raise
         return places
+
+
+def _is_list(x: object) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, str)

@@ -209,7 +209,7 @@ def one_per_prompt(params: Any, num_prompts: int) -> list[Any]:
     Raises:
       ValueError: the list has another length.
     """
-    if isinstance(params, str) or not isinstance(params, Sequence):
+    if isinstance(params, str | Mapping) or not hasattr(params, "__len__"):
         return [params] * num_prompts
     if len(params) != num_prompts:
         raise ValueError(f"sampling_params must be one, or one per prompt, got {len(params)} for {num_prompts} prompts")

@@ -151,8 +151,8 @@ def _compile(template: str) -> tuple[jinja2.Template, _Reads]:
         return environment.from_string(template), _read_contents(tree)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"the model's chat template is faulty in line {error.lineno}: {error.message}; "
-            "put a working chat_template.jinja next to tokenizer.json"
+            f"the chat template is faulty in line {error.lineno}: {error.message}; "
+            "pass a working one as chat_template, or put a chat_template.jinja next to tokenizer.json"
         ) from error
 
 

@@ -79,6 +79,8 @@ def test_log_probabilities_that_are_not_numbers_become_null(folder, tmp_path):
     ("line", "message"),
     [
         ("oops", "not valid JSON: Expecting value"),
+        ('{"prompt": "x", "id": 1e999}', "not valid JSON: the number 1e999 is too large"),
+        pytest.param("[" * 100_000, "not valid JSON: ", id="nested"),
         ('{"prompt": "x", "id": NaN}', "not valid JSON: JSON has no NaN"),
         ("[1]", "must be a JSON object with either prompt or prompt_token_ids"),
         ({"prompt": "x", "prompt_token_ids": [5]}, "must be a JSON object with either prompt or prompt_token_ids"),

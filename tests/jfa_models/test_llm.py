@@ -98,7 +98,7 @@ def test_chat_passes_tools_and_arguments_to_the_template(model):
     assert tokenizer.decode(result.prompt_token_ids) == "a|b "
     with pytest.raises(ValueError, match="chat_template_kwargs must not have messages: they are the first argument"):
         llm.chat(messages, GREEDY, chat_template_kwargs={"messages": []})
-    with pytest.raises(ValueError, match="chat_template_kwargs must be a dictionary, got 5"):
+    with pytest.raises(ValueError, match="chat_template_kwargs must be a dictionary of arguments by name, got 5"):
         llm.chat(messages, GREEDY, chat_template_kwargs=5)
     for tools in (5, ["t"], [lambda: None]):
         with pytest.raises(
@@ -107,7 +107,7 @@ def test_chat_passes_tools_and_arguments_to_the_template(model):
             llm.chat(messages, GREEDY, tools=tools)
 
 
-@pytest.mark.parametrize("messages", [None, 5, "hello"])
+@pytest.mark.parametrize("messages", [None, 5, "hello", [None], ["hello"]])
 def test_chat_takes_lists_of_messages_only(llm, messages):
     with pytest.raises(ValueError, match=r"messages must be a list of {.*}, got"):
         llm.chat(messages, GREEDY)

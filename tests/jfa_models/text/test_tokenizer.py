@@ -766,7 +766,7 @@ REFUSALS = {  # name: (template, message)
     "raised": ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
     "syntax": (
         "{{ 1 }}\n{% if %}",
-        "chat template is faulty in line 2: Expected an expression, .*; put a work",
+        "chat template is faulty in line 2: Expected an expression, .*; pass a working one as",
     ),
     "unknown_block": ("{% do x %}", "chat template is faulty in line 1: Encountered unknown tag 'do'"),
     "sandbox": ("{{ messages.append(1) }}", "fails on these messages: SecurityError: .*list.* object is unsafe"),
