@@ -130,7 +130,7 @@ def test_generation_defaults_of_a_gguf_file():
     assert GenerationDefaults.from_gguf(metadata) == GenerationDefaults(eos_token_ids=(2, 5))
 
 
-@pytest.mark.parametrize("eos", ["</s>", [1, "</s>"], -1, True])
+@pytest.mark.parametrize("eos", ["</s>", [1, "</s>"], -2, True])
 def test_an_eos_that_is_not_a_token_id_is_refused(eos):
     with pytest.raises(ValueError, match="eos_token_id must be a token id or a list of them, got"):
         GenerationDefaults.from_hf({"eos_token_id": eos}, {})
