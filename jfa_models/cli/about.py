@@ -61,7 +61,7 @@ def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
         config, name, stored = checkpoint.config, checkpoint.path.stem, f"stored as {checkpoint.stored_dtype}"
         tokenizer = checkpoint.load_tokenizer()
         texts = tokenizer.core.id_to_token if tokenizer else {}.get
-        ends = [f"{texts(i) or 'token'} ({i})" for i in checkpoint.generation.ends(tokenizer)]
+        ends = [f"{texts(i) or 'token'} ({i})" for i in checkpoint.generation.ends(tokenizer) if i < config.vocab_size]
     users = FAMILIES[config.architecture].users
     yield "model", f"{name} ({users}): {config.num_params / 1e6:,.1f} M parameters, {stored}"
     yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,6 +125,13 @@ def test_info_names_versions_device_backends_and_sizes_within_80_columns(jfa, fo
     assert f"{cache.num_bytes // 512 // 2} bytes per token" in flat, "half of the float32 cache"
     assert f"{sum(x.size for x in model.params) / 1e6:.1f} M parameters" in flat
     assert f"end tokens {model.tokenizer.core.id_to_token(1)} (1)" in flat
+
+
+def test_info_leaves_out_end_tokens_that_no_model_can_write(jfa, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2**40]}))
+    status, out, _ = jfa("info", "--model", tmp_path / "copy")
+    assert status == 0 and "(1)" in out and str(2**40) not in out
 
 
 def test_an_error_of_jax_on_this_machine_is_one_line(jfa, monkeypatch):
