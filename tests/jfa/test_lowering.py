@@ -1,6 +1,7 @@
 """The Triton kernel, lowered on the CPU for GPUs that are not present."""
 
 import contextlib
+import functools
 import math
 import re
 
@@ -104,9 +105,14 @@ def test_the_residual_needs_no_second_kernel(kind):
     assert_one_kernel(lowered(kind, return_residual=True), config)
 
 
-def test_a_single_query_needs_one_tile():
+@pytest.mark.parametrize(("q_len", "rows"), [(1, 16), (16, 16), (17, 32), (200, 128)])
+def test_a_tile_is_no_taller_than_the_queries_need(q_len, rows):
     config = jfa.FlashConfig(block_q=128, block_kv=32, num_warps=2, num_stages=1)
-    assert_one_kernel(lowered("gfx942", q_len=1, config=config), config, q_len=1)
+    assert_one_kernel(lowered("gfx942", q_len=q_len, config=config), config, q_len=q_len)
+    q, k = jnp.ones((1, q_len, 2, 64)), jnp.ones((1, 64, 2, 64))
+    attend = functools.partial(jfa.dot_product_attention, implementation="triton", config=config)
+    scores = re.findall(r"f32\[(\d+),32\] = dot_general", str(jax.make_jaxpr(attend)(q, k, k)))
+    assert set(scores) == {str(rows)}
 
 
 def test_an_explicit_config_overrides_the_table():
