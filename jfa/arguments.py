@@ -1,14 +1,11 @@
 """Converts the arguments of the public functions to the arrays that kernels take, and checks them."""
 
-from collections.abc import Callable
 from numbers import Integral
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -125,21 +122,3 @@ def varying_alike[T: (Operands, PagedOperands)](operands: T) -> T:
     return operands._replace(
         **{name: lax.pcast(getattr(operands, name), more, to="varying") for name, more in lacking.items()}
     )
-
-
-def on_any_mesh[T: (Operands, PagedOperands)](
-    run: Callable[[T], tuple[Array, Array]], operands: T
-) -> tuple[Array, Array]:
-    """run(operands); explicit axes of the operands' mesh are left to the compiler in it.
-
-    Backends reshape and slice their operands, which has no unambiguous sharding. Results are sharded as the queries.
-    """
-    meshes = [jax.typeof(x).sharding.mesh for x in operands if x is not None]
-    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
-    if mesh is None:
-        return run(operands)
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-    rows = NamedSharding(mesh, PartitionSpec(*jax.typeof(operands.q).sharding.spec[: operands.q.ndim - 1]))
-    on_auto_axes: Any = jax.sharding.auto_axes(run, axes=axes, out_sharding=(rows, rows))
-    return on_auto_axes(operands)

@@ -7,11 +7,13 @@ from typing import Literal, TypedDict, Unpack, overload
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jfa import arguments, backends, checks
 from jfa.device import probe
+from jfa.meshes import on_any_mesh, spec_of
 from jfa.rules import with_default_rules
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Implementation, Operands
 
@@ -178,7 +180,9 @@ def dot_product_attention(
     backend = backends.select(implementation, operands, spec, device)
     plan = _Plan(backend=backend, spec=spec, config=_config(backend, operands, device, config), device=device)
     run = _run if backend == "reference" else _differentiable
-    out, lse = arguments.on_any_mesh(functools.partial(run, plan), arguments.varying_alike(operands))
+    rows = PartitionSpec(*spec_of(query)[:3])  # results are sharded as the queries
+    operands = arguments.varying_alike(operands)
+    out, lse = on_any_mesh(functools.partial(run, plan), operands, specs=lambda: (rows, rows))
     if one_row:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out

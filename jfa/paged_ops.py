@@ -6,11 +6,13 @@ from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jfa import arguments, backends, checks, quant
 from jfa.device import probe
+from jfa.meshes import on_any_mesh, spec_of
 from jfa.rules import with_default_rules
 from jfa.types import (
     AttentionSpec,
@@ -242,7 +244,9 @@ def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) ->
     else:
         backends.check_config(name, backend.config_type, given)
     plan = _Plan(backend=name, spec=spec, config=config, device=device)
-    return arguments.on_any_mesh(functools.partial(_computed, plan), arguments.varying_alike(operands))
+    rows = PartitionSpec(*spec_of(operands.q)[:2])  # results are sharded as the queries
+    operands = arguments.varying_alike(operands)
+    return on_any_mesh(functools.partial(_computed, plan), operands, specs=lambda: (rows, rows))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jfa.meshes import like_itself, on_any_mesh, spec_of
 from jfa.rules import with_default_rules
 
 
@@ -78,6 +79,7 @@ class KVCache:
         """Whether a layer has fewer slots than a row can have tokens."""
         return self.k[layer].shape[1] < self.capacity
 
+    @like_itself
     @with_default_rules
     def write(
         self,
@@ -122,17 +124,24 @@ class KVCache:
     ) -> tuple[Float[Array, "b n hkv d"], Float[Array, "b n hkv d"], Int[Array, " b"]]:
         """The tokens of a ring in order, followed by t new ones; also returns how many tokens precede the new ones."""
         b, t, slots = *k.shape[:2], self.k[layer].shape[1]
-        held = jnp.minimum(self.kv_len, slots)
-        oldest = jnp.where(self.kv_len > slots, self.kv_len % slots, 0)
-        slot = (oldest[:, None] + jnp.arange(slots)) % slots
-        row = jnp.arange(b)[:, None]
 
-        def join(array, new):
-            both = jnp.pad(array[row, slot], ((0, 0), (0, t), (0, 0), (0, 0)))
-            new = new.astype(array.dtype)
-            return both.at[row, held[:, None] + jnp.arange(t)].set(new, unique_indices=True)
+        def joined(arrays, new, kv_len):
+            held = jnp.minimum(kv_len, slots)
+            oldest = jnp.where(kv_len > slots, kv_len % slots, 0)
+            slot = (oldest[:, None] + jnp.arange(slots)) % slots
+            row = jnp.arange(b)[:, None]
 
-        return join(self.k[layer], k), join(self.v[layer], v), held
+            def join(array, new):
+                both = jnp.pad(array[row, slot], ((0, 0), (0, t), (0, 0), (0, 0)))
+                new = new.astype(array.dtype)
+                return both.at[row, held[:, None] + jnp.arange(t)].set(new, unique_indices=True)
+
+            return join(arrays[0], new[0]), join(arrays[1], new[1]), held
+
+        held_here = self.k[layer], self.v[layer]
+        return on_any_mesh(
+            joined, held_here, (k, v), self.kv_len, specs=lambda: (spec_of(k), spec_of(v), spec_of(self.kv_len))
+        )
 
     @with_default_rules
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "KVCache":

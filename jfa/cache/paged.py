@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jfa import quant
+from jfa.meshes import like_itself
 from jfa.quant import QuantizedArray
 from jfa.rules import with_default_rules
 from jfa.types import NULL_PAGE
@@ -150,6 +151,7 @@ class PagedKVCache:
             return x
         return jnp.matmul(x.astype(jnp.float32), quant.rotation(x.shape[-1]), precision="highest").astype(x.dtype)
 
+    @like_itself
     @with_default_rules
     def write(
         self,
@@ -171,6 +173,7 @@ class PagedKVCache:
         places = self._places(layer, row.reshape(-1), index.reshape(-1), real.reshape(-1))
         return self._put(layer, places, *(x.reshape(b * t, *x.shape[2:]) for x in (k, v)))
 
+    @like_itself
     @with_default_rules
     def write_ragged(
         self,
@@ -198,6 +201,7 @@ class PagedKVCache:
         """Drops all tokens at positions >= kv_len (rollback), without copying."""
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
+    @like_itself
     @with_default_rules
     def copy_pages(self, source: Int[Array, " n"], destination: Int[Array, " n"], *, table: int = 0) -> "PagedKVCache":
         """Copies pages source to pages destination in all layers of a page table, for copy-on-write of shared pages.

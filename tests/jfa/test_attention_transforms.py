@@ -190,6 +190,7 @@ def run_on_eight_devices(program):
 
 
 EXPLICIT = """
+    import dataclasses
     import jax, jax.numpy as jnp, numpy as np
     from flax import nnx
     from jax.sharding import NamedSharding, PartitionSpec as P
@@ -245,6 +246,27 @@ EXPLICIT = """
 
     for op in (decode, ragged):
         same(jax.jit(op)(*placed), op(q[:, 0], pages, table, kv_len))
+
+    rings = dict(num_layers=1, batch=4, capacity=12, num_kv_heads=2, head_dim=16, dtype="float32")
+    paged = dict(num_layers=1, num_pages=17, page_size=4, batch=4, pages_per_seq=4, num_kv_heads=2, head_dim=16)
+
+    def filled(place_rows, place_pages):
+        new = place_rows(k[:, :5])
+        ring = jax.tree.map(place_rows, jfa.KVCache.create(**rings, windows=(6,), slack=1))
+        ring = ring.write(0, new, new, place_rows(kv_len)).advance(place_rows(kv_len))
+        pool = jfa.PagedKVCache.create(**paged, dtype="float32", kv_dtype="int8")
+        pool = jax.tree.map(lambda x: place_pages(x) if x.ndim > 2 else x, pool)
+        tables = (place_rows(jnp.arange(1, 17).reshape(4, 4)),)
+        pool = dataclasses.replace(pool, page_tables=tables, kv_len=place_rows(pool.kv_len))
+        pool = pool.write(0, new, new).advance(5).copy_pages(jnp.array([1]), jnp.array([16]))
+        pool = pool.write_ragged(0, place_rows(k[:, 0]), v[:, 0], jnp.array([0, 2, 2, 3, 4]))
+        return ring, ring.followed_by(0, new, new), ring.slots_seen(0, 6), ring.truncate(kv_len - 1), pool
+
+    plain = filled(lambda x: x, lambda x: x)
+    with jax.set_mesh(mesh):
+        split = filled(lambda x: place(x, "rows"), lambda x: place(x, None, None, "heads"))
+    assert [x.sharding.spec[0] for x in (*split[0].k, split[4].kv_len)] == ["rows"] * 2
+    same(split, plain)
 
     with jax.set_mesh(mesh):
         x = place(jax.random.normal(keys[5], (4, 12, 32)), "rows")
