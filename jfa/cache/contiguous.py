@@ -138,10 +138,9 @@ class KVCache:
 
             return join(arrays[0], new[0]), join(arrays[1], new[1]), held
 
-        held_here = self.k[layer], self.v[layer]
-        return on_any_mesh(
-            joined, held_here, (k, v), self.kv_len, specs=lambda: (spec_of(k), spec_of(v), spec_of(self.kv_len))
-        )
+        arrays = self.k[layer], self.v[layer]
+        like = k, v, self.kv_len
+        return on_any_mesh(joined, arrays, (k, v), self.kv_len, specs=lambda: tuple(map(spec_of, like)))
 
     @with_default_rules
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "KVCache":

@@ -41,9 +41,11 @@ def render(
     if not messages:
         raise ValueError('a conversation must have at least one message, {"role": "user", "content": ...}')
     plain = [_for_template(message, reads) for message in messages]
-    # more digits, which no filter changes, than the text can have, eight of them in a date
-    mark = "7" * (9 + f"{template}{plain}{values}".count("7"))
-    last = _mark_end(plain, continue_final_message, mark) if continue_final_message else ""
+    last = mark = ""
+    if continue_final_message:
+        # more digits, which no filter changes, than the text can have, eight of them in a date
+        mark = "7" * (9 + f"{template}{plain}{values}".count("7"))
+        last = _mark_end(plain, continue_final_message, mark)
     try:
         text = compiled.render({**values, "messages": plain})
     except _RefusedError as error:
