@@ -128,11 +128,11 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlashConfig:
-    """Tile sizes, warps and pipeline stages of a `triton` flash attention kernel, and two switches.
+    """Tile sizes, warps and pipeline stages of a `triton` flash attention kernel, and a switch.
 
-    The switches exp2_degree (16-bit inputs) and round_half_up (bfloat16) change rounding within the documented
-    tolerances. They pay off where vector instructions, not matrix units, limit the kernel: on AMD (bench/LOG.md). With
-    them, a NaN whose bits are all ones, as produced by NVIDIA GPUs, may become a number.
+    The switch round_half_up (bfloat16) changes rounding within the documented tolerances. It pays off on AMD GPUs
+    without an instruction for the conversion, all but gfx950. With it, a NaN whose bits are all ones, as produced by
+    NVIDIA GPUs, may become a number.
     """
 
     block_q: int
@@ -140,7 +140,6 @@ class FlashConfig:
     num_warps: int
     num_stages: int
     block_d: int | None = None  # number of head_dim columns that are multiplied at a time; None: all at once
-    exp2_degree: int | None = None  # compute 2^x by a polynomial of degree 3 or 4 instead of the hardware function
     round_half_up: bool = False  # round weights to bfloat16 half up (one integer addition) instead of to nearest even
 
     def __post_init__(self) -> None:
@@ -152,8 +151,6 @@ class FlashConfig:
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
         if self.num_stages < 1:
             raise ValueError(f"num_stages must be >= 1, got {self.num_stages}")
-        if self.exp2_degree not in (None, 3, 4):
-            raise ValueError(f"exp2_degree must be None, 3 or 4, got {self.exp2_degree}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +161,7 @@ class PagedConfig(FlashConfig):
     """
 
     num_splits: int | None = None  # programs that split a row's keys; None: enough to keep the device busy
+    fp8_by_bits: bool = False  # cast fp8 pages by integer operations, for GPUs without an instruction: gfx942, gfx1100
 
     def __post_init__(self) -> None:
         super().__post_init__()

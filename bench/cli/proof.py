@@ -11,6 +11,11 @@ OPS_AND_KERNELS = options.Names("op", tuple(dict.fromkeys((*names.OPS, *names.KE
 DIRECTIONS = options.Names("direction", names.DIRECTIONS)
 HEAD_DIMS = options.Names("head_dim", tuple(map(str, sorted((*names.HEAD_DIMS, *names.BETWEEN)))))
 
+compiler_option = click.option(
+    "--compiler",
+    type=click.Choice(names.COMPILERS),
+    help="xla: the one in JAX's plugin for the platform; triton: the package. Default: xla if its plugin is installed.",
+)
 direction_option = click.option("--direction", type=DIRECTIONS, default="all", show_default=True)
 kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_default=True)
 
@@ -21,17 +26,20 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @direction_option
 @click.option("--dtype", type=options.Names("dtype", names.PAGED_DTYPES), default="all", show_default=True)
 @click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
+@compiler_option
 @options.processes_option
 @options.format_option
-def compile_command(arch, op, direction, dtype, head_dim, processes, format) -> None:
+def compile_command(arch, op, direction, dtype, head_dim, compiler, processes, format) -> None:
     """Compile kernels for an architecture.
 
     Reports registers, spills, LDS and the theoretical bound of each kernel. Needs no GPU.
     """
     from ..proof import compile, ops
 
-    circumstances = compile.circumstances()
-    rows = compile.cases(arch, ops=ops.named(op, direction), dtypes=dtype, head_dims=[int(d) for d in head_dim])
+    circumstances = compile.circumstances(arch, compiler)
+    rows = compile.cases(
+        arch, ops=ops.named(op, direction), dtypes=dtype, head_dims=[int(d) for d in head_dim], compiler=compiler
+    )
     records = [row | circumstances for row in compile.compile_all(rows, processes=processes)]
     click.echo(compile.render(records, format))
 
@@ -41,18 +49,20 @@ def compile_command(arch, op, direction, dtype, head_dim, processes, format) -> 
 @click.option("--op", type=OPS, default="all", show_default=True)
 @direction_option
 @click.option("--quick", is_flag=True, help="Fewer rows and cases, for CI.")
+@compiler_option
 @options.processes_option
 @options.format_option
 @click.pass_context
-def prove_command(context, arch, op, direction, quick, processes, format) -> None:
+def prove_command(context, arch, op, direction, quick, compiler, processes, format) -> None:
     """Verify the AMD machine code of kernels.
 
     Executes it on this CPU and checks the results against an oracle; exit status 1 if one is wrong.
     """
     from ..proof import compile, prove
 
-    circumstances = compile.circumstances()
-    records = [row | circumstances for row in prove.prove_all(prove.rows(arch, op, direction, quick=quick), processes)]
+    circumstances = compile.circumstances(arch, compiler)
+    rows = prove.rows(arch, op, direction, quick=quick, compiler=compiler)
+    records = [row | circumstances for row in prove.prove_all(rows, processes)]
     click.echo(prove.render(records, format))
     context.exit(int(any(row["status"] != "ok" for row in records)))
 
@@ -64,10 +74,11 @@ def prove_command(context, arch, op, direction, quick, processes, format) -> Non
 @direction_option
 @click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
 @click.option("--folder", type=options.FOLDER, help="Write the tables to this folder instead.")
+@compiler_option
 @options.processes_option
 @click.option("--samples", type=options.COUNT, default=15, show_default=True, help="Timed calls per measurement.")
 @options.format_option
-def tune_command(offline, arch, op, direction, write, folder, processes, samples, format) -> None:
+def tune_command(offline, arch, op, direction, write, folder, compiler, processes, samples, format) -> None:
     """Choose the tile sizes of kernels.
 
     Compares their compiled code, or measures them on this machine's GPU.
@@ -77,15 +88,19 @@ def tune_command(offline, arch, op, direction, write, folder, processes, samples
     if offline and not arch:
         raise click.UsageError(f"--offline needs --arch: one or more of {', '.join(names.ARCHS)}, or all")
 
+    from jfa import tuning
+
     from ..proof import compile, ops, tune
 
     archs = arch if offline else (tune.arch_to_measure(arch),)
-    compile.warn_of_unmet_triton()
+    compile.warn_of_unmet([tuning.table_arch(name) for name in archs], compiler)
     place = tune.resources_folder() if write else folder
     records = []
     for one in ops.named(op, direction):
         for name in archs:
-            text, rows = tune.tuned(one, name, processes=processes, samples=None if offline else samples)
+            text, rows = tune.tuned(
+                one, name, processes=processes, samples=None if offline else samples, compiler=compiler
+            )
             records += rows
             if place:
                 file = place / name / f"{one.kernel}.json"

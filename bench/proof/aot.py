@@ -1,22 +1,14 @@
-"""Compiles a function's kernels to machine code for a GPU that is not present: lowers with JAX, compiles with Triton.
+"""Lowers a function for a GPU that is not present, and describes its kernels before and after they are compiled.
 
-    lower(fn, *shapes, arch="gfx942")       -> the Pallas-Triton kernels in fn, as Triton IR
-    compile_kernel(kernel, arch="gfx942")   -> its machine code, from the `triton` package (extra `aot`)
+    lower(fn, *shapes, arch="gfx942")   -> the Pallas-Triton kernels in fn, as Triton IR
 
-XLA on ROCm and CUDA has its own copy of Triton, so the code is similar, but not identical, to what runs there. The code
-is analyzed by machine_code.py and executed by emulate.py.
+compilers.py turns a kernel into machine code, machine_code.py analyzes the code, and emulate.py executes it.
 """
 
 import contextlib
 import dataclasses
-import functools
-import importlib.metadata
-import re
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,8 +20,7 @@ from jfa.types import DeviceInfo
 
 from .. import names
 
-# Triton releases whose output was checked (tests/bench/); others may or may not work.
-TRITON_MET = ("3.6", "3.7", "3.8", "3.9")
+CUSTOM_CALL = "__gpu$xla.gpu.triton"  # XLA's name for a Triton kernel
 
 # Columns of tensor memory of one multiprocessor: PTX ISA, "Tensor Memory"; only sm_100 has it.
 TENSOR_MEMORY_COLUMNS = 512
@@ -51,6 +42,8 @@ class Kernel:
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
+    operands: tuple[jax.ShapeDtypeStruct, ...] = ()
+    results: tuple[jax.ShapeDtypeStruct, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +56,7 @@ class Compiled:
 
     kernel: Kernel
     arch: str
+    compiler: str  # one of names.COMPILERS
     asm: str
     lds_bytes: int  # LDS or shared memory of one workgroup, the launch argument
     registers: int | None = None  # per thread
@@ -131,7 +125,7 @@ def lower(fn: Callable, *args: Any, arch: str) -> tuple[Kernel, ...]:
 
 def _triton_calls(operation: Any) -> Iterator[Any]:
     for inner in (o.operation for region in operation.regions for block in region.blocks for o in block.operations):
-        if inner.name == "stablehlo.custom_call" and "triton" in str(inner.attributes["call_target_name"]):
+        if inner.name == "stablehlo.custom_call" and ir.StringAttr(inner.attributes["call_target_name"]).value == CUSTOM_CALL:
             yield inner
         yield from _triton_calls(inner)
 
@@ -157,115 +151,16 @@ def _kernel(call: Any) -> Kernel:
         grid=(number("grid_x"), number("grid_y"), number("grid_z")),
         num_warps=number("num_warps"),
         num_stages=number("num_stages"),
+        operands=tuple(_shape(operand.type) for operand in call.operands),
+        results=tuple(_shape(result.type) for result in call.results),
     )
 
 
-@functools.lru_cache(maxsize=32)
-def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
-    """Compiles the kernel for arch. Takes about a second, or minutes if thousands of registers spill.
-
-    Code that exceeds the memory of a workgroup is returned too, see Compiled.why_not_launched(). Nothing is kept on
-    disk: Triton's cache is a temporary folder.
-
-    Raises:
-      ValueError: arch is not one of names.ARCHS.
-      RuntimeError: the triton package is not installed; the message names the extra.
-      CompileError: compilation failed.
-    """
-    device(arch)
-    triton = _triton()
-    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
-    from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
-
-    if is_amd(arch):
-        gpu = GPUTarget("hip", arch, 64 if is_cdna(arch) else 32)
-    else:
-        gpu = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    # XLA makes Triton fuse a * b + c; set explicitly, since Triton's default is about to change
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        file = Path(folder) / "kernel.ttir"
-        file.write_text(kernel.ttir)
-        try:
-            file.write_text(_simplified(file, gpu, options))
-            built = triton.compile(str(file), target=gpu, options=options)
-        except (TritonError, RuntimeError) as error:  # RuntimeError: an MLIR pass failed
-            reason = " ".join(str(error).split())[:300]
-            raise CompileError(f"triton produced no code for {arch}: {type(error).__name__}: {reason}") from error
-    shared = {"kernel": kernel, "arch": arch, "lds_bytes": built.metadata.shared}
-    if is_amd(arch):
-        return Compiled(**shared, asm=built.asm["amdgcn"])
-    registers, stack = _resources(built.asm["cubin"])
-    columns = getattr(built.metadata, "tmem_size", None) or 0
-    return Compiled(
-        **shared, asm=built.asm["ptx"], registers=registers, stack_bytes=stack, tensor_memory_columns=columns
-    )
+# MLIR's names of dtypes, where they differ from NumPy's
+_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f8E4M3FN": "float8_e4m3fn", "i1": "bool"}
+_DTYPES |= {f"{sign}i{bits}": f"{name}{bits}" for sign, name in (("", "int"), ("u", "uint")) for bits in (8, 16, 32)}
 
 
-def _simplified(file: Path, gpu: Any, options: dict[str, Any]) -> str:
-    """The IR after Triton's passes on Triton IR, which XLA runs but triton.compile skips for a file.
-
-    Among other things they fold `acc + dot(a, b)` into one accumulating dot, which saves a flash kernel 60 registers.
-    """
-    from triton._C.libtriton import ir as triton_ir  # pyright: ignore[reportMissingImports]
-    from triton.backends.compiler import Language  # pyright: ignore[reportMissingImports]
-    from triton.compiler.compiler import make_backend  # pyright: ignore[reportMissingImports]
-
-    backend = make_backend(gpu)
-    stages: dict[str, Callable] = {}
-    backend.add_stages(stages, backend.parse_options(options), Language.TRITON)
-    context = triton_ir.context()
-    triton_ir.load_dialects(context)
-    backend.load_dialects(context)
-    module = triton_ir.parse_mlir_module(str(file), context)
-    module.context = context
-    return str(stages["ttir"](module, {}))
-
-
-def triton_version() -> str:
-    """The installed version of the triton package.
-
-    Raises:
-      RuntimeError: it is not installed; the message names the extra.
-    """
-    _triton()
-    return importlib.metadata.version("triton")
-
-
-def unmet_triton() -> str | None:
-    """A warning if the output of the installed triton release was not checked; None otherwise."""
-    version = triton_version()
-    if ".".join(version.split(".")[:2]) in TRITON_MET:
-        return None
-    return (
-        f"triton {version} is not among the releases whose output was checked ({TRITON_MET[0]} to {TRITON_MET[-1]}): "
-        "figures read from its code may be wrong"
-    )
-
-
-def _triton() -> Any:
-    try:
-        import triton  # pyright: ignore[reportMissingImports]
-        import triton.knobs  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise RuntimeError(
-            'machine code needs the triton package, which is not installed: pip install "jfa[aot]"'
-        ) from error
-    return triton
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread, read by NVIDIA's cuobjdump, which is part of the triton package."""
-    tool = Path(_triton().__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise CompileError(f"cuobjdump reported no resource usage: {text.strip()[:200]!r}")
-    return int(found[1]), int(found[2])
+def _shape(tensor: Any) -> jax.ShapeDtypeStruct:
+    tensor = ir.RankedTensorType(tensor)
+    return jax.ShapeDtypeStruct(tuple(tensor.shape), _DTYPES[str(tensor.element_type)])

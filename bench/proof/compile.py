@@ -17,7 +17,7 @@ import jfa
 from .. import names
 from ..measure import machine
 from ..records import record, tables
-from . import aot, machine_code, pool
+from . import aot, compilers, machine_code, pool
 from .ops import OPS, Op
 
 
@@ -31,6 +31,7 @@ class Case:
     arch: str
     config: tuple[tuple[str, Any], ...] | None = None  # fields of the op's config_type; None: the library's default
     variant: str = ""
+    compiler: str | None = None  # one of names.COMPILERS; None: the best that is installed
 
     @property
     def op(self) -> Op:
@@ -44,10 +45,11 @@ def cases(
     ops: Sequence[Op] = OPS,
     dtypes: Sequence[str] | None = None,
     head_dims: Sequence[int] | None = None,
+    compiler: str | None = None,
 ) -> list[Case]:
     """The rows of the table, in order; None: all that the op has."""
     return [
-        Case(kernel=op.kernel, dtype=dtype, head_dim=head_dim, arch=arch)
+        Case(kernel=op.kernel, dtype=dtype, head_dim=head_dim, arch=arch, compiler=compiler)
         for op in ops
         for arch in archs
         for dtype in op.dtypes
@@ -74,11 +76,12 @@ def compile_case(case: Case) -> dict[str, Any]:
             "dtype": case.dtype,
             "head_dim": case.head_dim,
             "arch": case.arch,
+            "compiler": compilers.chosen(case.arch, case.compiler),
             "config": given(op, dataclasses.asdict(config)),
         },
     }
     try:
-        compiled = aot.compile_kernel(_kernel(case, asked), arch=case.arch)
+        compiled = compilers.compile_kernel(_kernel(case, asked), arch=case.arch, compiler=row["compiler"])
     except jfa.UnsupportedError as error:
         return row | _without_code(str(error)) | {"status": "unsupported", "seconds": None}
     except aot.CompileError as error:
@@ -115,30 +118,29 @@ def compile_all(cases: Sequence[Case], *, processes: int = names.PROCESSES) -> l
 def _crashed(case: Case) -> dict[str, Any]:
     about = {"kernel": case.kernel, "op": case.op.name, "direction": case.op.direction, "variant": case.variant}
     what = {"dtype": case.dtype, "head_dim": case.head_dim, "arch": case.arch, "config": dict(case.config or ())}
+    what["compiler"] = compilers.chosen(case.arch, case.compiler)
     failed = _without_code("the compiler crashed its process")
     return {"benchmark": "compile", **about, **what, **failed, "seconds": None}
 
 
-def circumstances() -> dict[str, Any]:
-    """The fields about versions, commit and date of a `compile` record; prints aot.unmet_triton's note to stderr.
+def circumstances(archs: Sequence[str], compiler: str | None = None) -> dict[str, Any]:
+    """The fields about versions, commit and date of a `compile` record; prints a note about the compiler to stderr.
 
     This machine's device is left out: it is not the one that is compiled for.
     """
     here = machine.circumstances()
     about = {name: here[name] for name in ("git_commit", "date")}
-    return {"versions": versions(), **about, "note": warn_of_unmet_triton()}
+    return {"versions": versions(), **about, "note": warn_of_unmet(archs, compiler)}
 
 
 def versions() -> dict[str, str]:
     """The versions of the packages that produced the code."""
-    return {name: importlib.metadata.version(name) for name in ("jfa", "jax", "jaxlib")} | {
-        "triton": aot.triton_version()
-    }
+    return {name: importlib.metadata.version(name) for name in ("jfa", "jax", "jaxlib")} | compilers.versions()
 
 
-def warn_of_unmet_triton() -> str | None:
-    """Prints the note of aot.unmet_triton to stderr and returns it."""
-    note = aot.unmet_triton()
+def warn_of_unmet(archs: Sequence[str], compiler: str | None) -> str | None:
+    """Prints a note to stderr, and returns it, if the compiler for one of archs is a release that was not checked."""
+    note = compilers.unmet({compilers.chosen(arch, compiler) for arch in archs})
     if note:
         click.echo(f"note: {note}", err=True)
     return note
@@ -149,7 +151,7 @@ COLUMNS = {
     **{name: name for name in ("op", "direction", "arch", "dtype", "head_dim", "status", "reason")},
     **{f"config.{name}": name for name in ("block_q", "block_kv", "num_warps", "num_stages")},
     **{name: name for name in machine_code.FIELDS if not name.endswith("loop_cycles")},
-    **{"seconds": "seconds", "versions.triton": "triton"},
+    **{"seconds": "seconds", "compiler": "compiler"},
 }
 TABLE = {
     **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vgpr": "vgpr", "vgpr_spills": "spill"},
@@ -186,7 +188,7 @@ def _shown(row: Mapping[str, Any], op: Op) -> dict[str, Any]:
 
 
 def tile(config: Mapping[str, Any]) -> str:
-    """The short form of a configuration: 128x64 4w 2s, and the switches that are set (e4: exp2_degree 4)."""
+    """The short form of a configuration: 128x64 4w 2s, and the switches that are set (r: round_half_up)."""
     sizes = "x".join(str(config[name]) for name in ("block_q", "block_kv") if name in config)
     rest = [f"{config[name]}{letter}" for name, letter in (("num_warps", "w"), ("num_stages", "s")) if name in config]
     known = ("block_q", "block_kv", "num_warps", "num_stages")
@@ -195,7 +197,7 @@ def tile(config: Mapping[str, Any]) -> str:
     return " ".join([sizes, *rest, *switches])
 
 
-_LETTERS = {"block_d": "d", "exp2_degree": "e", "round_half_up": "r"}
+_LETTERS = {"block_d": "d", "round_half_up": "r", "fp8_by_bits": "b"}
 
 
 def given(op: Op, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     emulate(fn, *args, arch="gfx942") -> Emulated   the outputs of fn on that GPU, with races and instruction count
 
-Each Pallas call is lowered and compiled by aot.py and executed by amdgcn/. An access outside of an operand raises
+Each Pallas call is lowered by aot.py, compiled by compilers.py and executed by amdgcn/. An access outside of an operand raises
 amdgcn.MemoryFault; outputs are initialized to NaN (0xff bytes), so that elements that are not written are noticed.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import amdgcn, names
-from . import aot
+from . import aot, compilers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,19 @@ class Emulated:
     races: tuple[str, ...]  # a message for each
 
 
-def emulate(fn: Callable, *args: Any, arch: str, edit: Callable[[str], str] = lambda asm: asm) -> Emulated:
+def emulate(
+    fn: Callable,
+    *args: Any,
+    arch: str,
+    compiler: str | None = None,
+    edit: Callable[[str], str] = lambda asm: asm,
+) -> Emulated:
     """fn(*args) on an emulated AMD GPU.
 
     Args:
       args: arrays or pytrees of arrays.
       arch: one of names.EXECUTED_ARCHS.
+      compiler: as for compilers.compile_kernel.
       edit: changes the assembly before it runs; tests use it to break kernels.
 
     Raises:
@@ -45,7 +52,7 @@ def emulate(fn: Callable, *args: Any, arch: str, edit: Callable[[str], str] = la
         raise ValueError(
             f"arch must be one of {', '.join(names.EXECUTED_ARCHS)}, got {arch!r}: others cannot be emulated"
         )
-    machine = _Machine(arch, edit)
+    machine = _Machine(arch, compiler, edit)
     with aot.target(arch):
         traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     outputs = machine.evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(args))
@@ -62,8 +69,8 @@ def emulate(fn: Callable, *args: Any, arch: str, edit: Callable[[str], str] = la
 class _Machine:
     """Evaluates jaxprs and records the kernels that it runs."""
 
-    def __init__(self, arch: str, edit: Callable[[str], str]):
-        self._arch, self._edit = arch, edit
+    def __init__(self, arch: str, compiler: str | None, edit: Callable[[str], str]):
+        self._arch, self._compiler, self._edit = arch, compiler, edit
         self.kernels: list[str] = []
         self.instructions = 0
         self.races: list[str] = []
@@ -93,7 +100,7 @@ class _Machine:
     def _kernel(self, equation: Any, args: list[Any]) -> list[Any]:
         params = dict(equation.params, interpret=False)
         [kernel] = aot.lower(lambda *xs: equation.primitive.bind(*xs, **params), *args, arch=self._arch)
-        compiled = aot.compile_kernel(kernel, arch=self._arch)
+        compiled = compilers.compile_kernel(kernel, arch=self._arch, compiler=self._compiler)
         if reason := compiled.why_not_launched():
             raise aot.CompileError(f"{kernel.name} {reason}")
         aliased = dict((out, arg) for arg, out in params.get("input_output_aliases", ()))

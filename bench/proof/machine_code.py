@@ -33,7 +33,7 @@ if a branch inside may skip a part. Fields that are not available on an architec
 import collections
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .aot import Compiled, device, is_amd, is_cdna
@@ -186,32 +186,79 @@ def _nvidia(compiled: Compiled) -> dict[str, Any]:
 def parse(asm: str) -> tuple[list[str], list[list[str]]]:
     """(instructions, instructions of each innermost loop) of the kernel in an AMD assembly text, without comments.
 
-    Loops are found by LLVM's comments, which name the loop of each block; backward branches would not identify them,
-    since a loop's blocks may be apart and in any order. Spills by buffer instructions (gfx90a), which only LLVM's
-    comments identify, are returned as scratch instructions.
+    Loops are the natural loops of the control flow: a compiler may place the blocks of a loop apart and in any order.
+    Spills by buffer instructions (gfx90a) are returned as scratch instructions.
     """
-    body: list[str] = []
-    loops: dict[str | None, list[str]] = {}  # by the number of their header block
-    inner: list[str] = []
-    block = ""
-    loop = None
+    blocks, successors = _blocks(asm)
+    inner = [sorted(loop) for loop in _innermost_loops(successors)]
+    body = [code for block in blocks for code in block]
+    return body, [[code for number in loop for code in blocks[number]] for loop in sorted(inner)]
+
+
+def _blocks(asm: str) -> tuple[list[list[str]], list[list[int]]]:
+    """(instructions of each basic block, the blocks that may follow each)."""
+    spilled = _spilling(asm)
+    blocks: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
     for line in asm.split("\n"):
-        code, _, note = line.partition(";")
-        code = code.strip()
-        if found := re.match(r"\.?LBB(\d+_\d+):", code) or re.match(r"\s*%bb\.(\d+):", note):
-            block, loop = found[1], None
-        if "Inner Loop Header" in note:
-            loop = block
-            inner.append(block)
-        elif found := re.search(r"in Loop: Header=BB(\d+_\d+)", note):
-            loop = found[1]
-        if not code or code.startswith(".") or code.endswith(":"):
-            continue
-        if "Folded Spill" in note or "Folded Reload" in note:
-            code = re.sub(r"^buffer_", "scratch_", code)
-        body.append(code)
-        loops.setdefault(loop, []).append(code)
-    return body, [loops[header] for header in inner]
+        code = line.partition(";")[0].strip()
+        if label := re.fullmatch(r"(\.?\w+):", code):
+            blocks += [[]] if blocks[-1] else []
+            labels[label[1]] = len(blocks) - 1
+        elif re.match(r"[a-z]\w+(\s|$)", code):
+            blocks[-1].append(re.sub(r"^buffer_", "scratch_", code) if spilled(code) else code)
+            if re.match(r"s_(c?branch|endpgm)", code):
+                blocks.append([])
+        elif code.startswith(".amdhsa_kernel"):
+            break
+    successors = []
+    for number, block in enumerate(blocks):
+        last, *operands = block[-1].split() if block else [""]
+        following = [] if last in ("s_branch", "s_endpgm") or number + 1 == len(blocks) else [number + 1]
+        jumps = last.startswith(("s_branch", "s_cbranch"))
+        successors.append(following + ([labels[operands[0]]] if jumps else []))
+    return blocks, successors
+
+
+def _spilling(asm: str) -> Callable[[str], bool]:
+    """Whether an instruction spills: gfx90a addresses scratch memory by a buffer whose descriptor is in s[0:3]."""
+    if not _metadata(asm, "private_segment_fixed_size") or "gfx90a" not in asm:
+        return lambda code: False
+    return lambda code: re.match(r"buffer_(load|store)_\w+ \w\S*, off, s\[0:3\], 0", code) is not None
+
+
+def _innermost_loops(successors: Sequence[Sequence[int]]) -> list[set[int]]:
+    """The blocks of each natural loop that contains no other one."""
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for number, following in enumerate(successors):
+        for other in following:
+            predecessors[other].append(number)
+    loops: dict[int, set[int]] = {}  # by header
+    for latch, header in _back_edges(successors):
+        loop, left = loops.setdefault(header, {header}), [latch]
+        while left:
+            number = left.pop()
+            if number not in loop:
+                loop.add(number)
+                left += predecessors[number]
+    return [loop for header, loop in loops.items() if not any(other in loop for other in loops if other != header)]
+
+
+def _back_edges(successors: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The edges to a block that is on the path of a depth-first walk to their start."""
+    found, seen = [], {0}
+    path: list[tuple[int, Iterator[int]]] = [(0, iter(successors[0]))]
+    while path:
+        number, following = path[-1]
+        other = next(following, None)
+        if other is None:
+            path.pop()
+        elif other not in seen:
+            seen.add(other)
+            path.append((other, iter(successors[other])))
+        elif any(other == on_path for on_path, _ in path):
+            found.append((number, other))
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,16 +372,21 @@ def dot_flop(ttir: str) -> tuple[int, str | None]:
 def _waves_per_simd(compiled: Compiled) -> int | float:
     """Occupancy in waves per SIMD, in whole workgroups.
 
-    Four SIMDs share the LDS: those of a compute unit on CDNA, those of two units (a WGP, with twice the limit of a
-    workgroup) on RDNA.
+    Registers are allocated in units. Four SIMDs share the LDS: those of a compute unit on CDNA, those of two units (a
+    WGP, with twice the limit of a workgroup) on RDNA.
+
+    Source: LLVM's AMDGPUBaseInfo.cpp, getNumWavesPerEUWithNumVGPRs and getOccupancyWithNumSGPRs.
     """
-    found = re.search(r"; Occupancy: (\d+)", compiled.asm)
-    if found is None:
-        raise ValueError(f"the assembly of {compiled.kernel.name!r} for {compiled.arch} has no occupancy comment")
+    cdna = is_cdna(compiled.arch)
+    most, registers, unit = (8, 512, 8) if cdna else (16, 1536, 24)
+    vgpr = max(1, _metadata(compiled.asm, "vgpr_count"))
+    waves = min(most, registers // (-(-vgpr // unit) * unit))
+    if cdna and _metadata(compiled.asm, "sgpr_count") > 100:
+        waves = min(waves, 7)
     num_warps = compiled.kernel.num_warps
-    groups = max(1, int(found[1]) * 4 // num_warps)
+    groups = max(1, waves * 4 // num_warps)
     if compiled.lds_bytes:
-        pool = device(compiled.arch).lds_bytes * (1 if is_cdna(compiled.arch) else 2)
+        pool = device(compiled.arch).lds_bytes * (1 if cdna else 2)
         groups = min(groups, pool // compiled.lds_bytes)
     waves = groups * num_warps / 4
     return int(waves) if waves == int(waves) else waves

@@ -226,13 +226,10 @@ def _with_chunks(arch: str, dtype: str, head_dim: int, starts: list[dict[str, An
 
 
 def _switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """exp2_degree and round_half_up pay off where vector instructions are the bottleneck: on AMD, in 16 bits."""
+    """The first value of each is the one that is nearly always best."""
     if not aot.is_amd(arch):
         return {"num_stages": (2, 1, 3)}
     axes: dict[str, tuple[Any, ...]] = {"num_stages": (1,)}  # pipelining uses registers that a tile needs
-    if dtype != "float32" and aot.is_cdna(arch):
-        # gfx950's matrix units are so fast that the shorter polynomial pays off too
-        axes["exp2_degree"] = (4, None, 3) if arch == "gfx950" else (4, None)
     if dtype == "bfloat16":
         # gfx950 has an instruction for the conversion
         axes["round_half_up"] = (False, True) if arch == "gfx950" else (True, False)
@@ -254,14 +251,18 @@ def _ragged_starts(arch: str, dtype: str, head_dim: int) -> list[dict[str, Any]]
     return [start for start in starts if start["block_q"] <= 128]
 
 
-def _ragged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """The first, best value of each switch of the forward kernel."""
-    return {name: values[:1] for name, values in _switches(arch, dtype.partition(" on ")[0]).items()}
-
-
 def _decode_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """Only num_stages: memory is the bottleneck, not the vector instructions for the scores of a few rows."""
-    return {"num_stages": (1,) if aot.is_amd(arch) else (2, 1, 3)}
+    of_queries, _, of_pages = dtype.partition(" on ")
+    axes = _switches(arch, of_queries)
+    if aot.is_amd(arch) and of_pages == "float8_e4m3fn":
+        # gfx950 and gfx1201 have instructions for the conversion
+        axes["fp8_by_bits"] = (False, True) if arch in ("gfx950", "gfx1201") else (True, False)
+    return axes
+
+
+def _ragged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
+    """The first, best value of each switch."""
+    return {name: values[:1] for name, values in _decode_switches(arch, dtype).items()}
 
 
 _PAGED_ALIKE = {"float16": "bfloat16"} | {

@@ -17,7 +17,7 @@ from jfa import quant
 from .. import names
 from ..records import record, tables
 from ..truth import cases, paged_cases
-from . import aot, ops, pool
+from . import aot, compilers, ops, pool
 from .proofs import Verdict, backward, forward, over_pages, paged_tile_cases, tile_cases
 
 
@@ -31,6 +31,7 @@ class Row:
     dtype: str  # of the queries, or for quantized pages "bfloat16 on int8"
     head_dim: int | None  # None: the named cases of the op
     quick: bool = False
+    compiler: str | None = None  # one of names.COMPILERS; None: the best that is installed
 
 
 Size = tuple[str, int | None]  # dtype, head_dim
@@ -40,7 +41,7 @@ Size = tuple[str, int | None]  # dtype, head_dim
 class Proof:
     """How an op is proven in one direction."""
 
-    run: Callable[..., Verdict]  # (truth, arch)
+    run: Callable[..., Verdict]  # (truth, arch, compiler=)
     cases: Callable[[Row], Mapping[str, Any]]
     truth: Callable[[Any, Row], Any]  # (case, row)
     sizes: tuple[Size, ...]
@@ -115,7 +116,10 @@ def prove_row(row: Row) -> dict[str, Any]:
     """The record of a row: status "ok" or "wrong" and the reason, worst error / limit, instructions, seconds."""
     start = time.perf_counter()
     proof = PROOFS[row.op, row.direction]
-    verdicts = {name: proof.run(proof.truth(case, row), row.arch) for name, case in proof.cases(row).items()}
+    compiler = compilers.chosen(row.arch, row.compiler)
+    verdicts = {
+        name: proof.run(proof.truth(case, row), row.arch, compiler=compiler) for name, case in proof.cases(row).items()
+    }
     wrong = [f"{name}: {found.wrong}" for name, found in verdicts.items() if found.wrong]
     shares = {name: found.share for name, found in verdicts.items() if found.share is not None}
     return _about(row) | {
@@ -133,6 +137,7 @@ def prove_row(row: Row) -> dict[str, Any]:
 
 def _about(row: Row) -> dict[str, Any]:
     what = {"benchmark": "prove", "op": row.op, "direction": row.direction, "arch": row.arch}
+    what["compiler"] = compilers.chosen(row.arch, row.compiler)
     return what | {"dtype": row.dtype, "head_dim": "options" if row.head_dim is None else row.head_dim}
 
 
@@ -140,10 +145,17 @@ def _crashed(row: Row) -> dict[str, Any]:
     return _about(row) | {"status": "wrong", "reason": "the process crashed", "cases": [], "seconds": None}
 
 
-def rows(archs: Sequence[str], op_names: Sequence[str], directions: Sequence[str], *, quick: bool = False) -> list[Row]:
+def rows(
+    archs: Sequence[str],
+    op_names: Sequence[str],
+    directions: Sequence[str],
+    *,
+    quick: bool = False,
+    compiler: str | None = None,
+) -> list[Row]:
     """The rows to prove, in the table's order; quick: fewer rows and cases."""
     return [
-        Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick)
+        Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick, compiler=compiler)
         for (op, direction), proof in PROOFS.items()
         if op in op_names and direction in directions
         for arch in archs

@@ -7,7 +7,7 @@ candidates; for a dtype that is like another, only the best ALIKE candidates of 
 AMD: the criteria are that a candidate fits the LDS, spills nothing and keeps at least two waves per SIMD; of these, the
 most FLOP per cycle wins (the order of matrix_bound, but also defined if no matrix instruction supports a dtype).
 Candidates within TIE are equal; then independent workgroups come first (two or more on a compute unit), then the larger
-tile, which reads less, fewer waves, fewer stages.
+tile, which reads less, fewer issue cycles in the main loop, fewer waves, fewer stages.
 
 NVIDIA, whose cycles cannot be counted: the criteria are that a candidate fits the shared memory, including that of
 similar architectures that use the table, spills nothing and keeps at least eight warps on a multiprocessor (two per
@@ -45,14 +45,8 @@ from jfa.device import describe, probe
 from .. import names
 from ..measure import machine, timing
 from ..records import record
-from . import aot
-from .compile import (
-    Case,
-    compile_all,
-    given,
-    tile,
-    versions,
-)
+from . import aot, compilers
+from .compile import Case, compile_all, given, tile
 from .ops import Op
 
 LANE_REGISTERS = 255  # maximum for a tile; half of CDNA's 512, so that two waves fit on a SIMD
@@ -162,10 +156,11 @@ def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[st
     )
     compiled(
         [
-            ((dtype, head_dim), config)
+            ((dtype, head_dim), {**config, **own})
             for dtype, model in sweep.alike.items()
             for head_dim in op.head_dims
             for config in _best_without(found[model, head_dim], late[model].keys() - late[dtype].keys())
+            for own in _combinations({name: late[dtype][name] for name in late[dtype].keys() - late[model].keys()})
         ]
     )
     return found
@@ -178,6 +173,10 @@ def _best_without(records: Iterable[dict[str, Any]], axes: Collection[str]) -> l
         config = {name: value for name, value in one["config"].items() if name not in axes}
         configs.setdefault(json.dumps(config, sort_keys=True), config)
     return list(configs.values())[:ALIKE]
+
+
+def _combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def _compiled(
@@ -281,10 +280,17 @@ def _amd_preference(one: Mapping[str, Any]) -> tuple:
         not one["vgpr_spills"],
         groups >= 2,
         _area(config),
+        -_issue_cycles(one),
         -config["num_warps"],
         -config["num_stages"],
         _text(config),
     )
+
+
+def _issue_cycles(one: Mapping[str, Any]) -> float:
+    """Cycles of a workgroup's waves in an iteration of the main loop that matrix instructions do not take."""
+    cycles = one["loop_cycles"]
+    return one["config"]["num_warps"] * sum(cycles.get(kind, 0) for kind in ("vector", "transcendental", "lds"))
 
 
 def _nvidia_preference(one: Mapping[str, Any]) -> tuple:
@@ -429,18 +435,24 @@ def resources_folder() -> Path:
     return Path(str(resources.files("jfa") / "tuning_tables"))
 
 
-def tuned(op: Op, arch: str, *, processes: int, samples: int | None) -> tuple[str, list[dict[str, Any]]]:
+def tuned(
+    op: Op, arch: str, *, processes: int, samples: int | None, compiler: str | None = None
+) -> tuple[str, list[dict[str, Any]]]:
     """(text of the table, a `tune` record for each entry). samples: per measurement; None: choose by compiled code."""
     made_for = tuning.table_arch(arch)
-    choices = offline(op, made_for, lambda cases: compile_all(cases, processes=processes))
-    with_triton = f"triton {versions()['triton']}"
+
+    def compile(cases: Sequence[Case]) -> list[dict[str, Any]]:
+        return compile_all([dataclasses.replace(case, compiler=compiler) for case in cases], processes=processes)
+
+    choices = offline(op, made_for, compile)
+    made_with = compilers.name(made_for, compiler)
     if samples is None:
-        source = f"Compiled offline with {with_triton}, not measured: {RULES[aot.device(arch).platform]}."
+        source = f"Compiled offline with {made_with}, not measured: {RULES[aot.device(arch).platform]}."
         entries = {key: entry(op, choice.chosen, note=choice.note) for key, choice in choices.items()}
     else:
         fastest = measured(op, choices, lambda cases: measure_here(cases, samples=samples))
         entries = {key: entry(op, one, time_ms=round(ms, 4)) for key, (one, ms) in fastest.items()}
-        source = measured_source(arch)
+        source = measured_source(arch, made_with)
     rows = [
         {
             **{"benchmark": "tune", "op": op.name, "direction": op.direction, "kernel": op.kernel, "arch": arch},
@@ -453,13 +465,13 @@ def tuned(op: Op, arch: str, *, processes: int, samples: int | None) -> tuple[st
     return table(op, arch, source, entries), rows
 
 
-def measured_source(arch: str) -> str:
+def measured_source(arch: str, compiler: str) -> str:
     """The source field of a table that was measured."""
     circumstances = machine.circumstances()
     made_with = ", ".join(f"{name} {circumstances['versions'][name]}" for name in ("jax", "jaxlib"))
     return (
         f"Measured on {jax.devices()[0].device_kind} ({arch}) on {circumstances['date'][:10]} with {made_with}: the "
-        f"fastest median of the {MEASURED} configurations with the best code from triton {versions()['triton']}; "
+        f"fastest median of the {MEASURED} configurations with the best code from {compiler}; "
         "figures other than time_ms are from compiled code."
     )
 

@@ -110,7 +110,6 @@ def test_head_dims_that_the_kernel_does_not_support(head_dim):
         (dict(num_warps=3), "num_warps must be 1, 2, 4, 8 or 16, got 3"),
         (dict(num_stages=0), "num_stages must be >= 1, got 0"),
         (dict(block_d=24), "block_d must be a power of two of at least 16, .* got 24"),
-        (dict(exp2_degree=5), "exp2_degree must be None, 3 or 4, got 5"),
     ],
 )
 def test_invalid_tiles(fields, message):

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jfa.kernels.triton._pallas import CompilerParams, pl, store
+from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.tile import (
     LOG2_E,
     MAX_HEAD_DIM,
@@ -197,7 +198,7 @@ def _flash_kernel(
         m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next) if guarded else m_next
         p = tile.weights(scores, m_safe[:, None])
         rescale = tile.rescale(m, m_safe)
-        l = l * rescale + p.sum(1)
+        l = fma(l, rescale, p.sum(1))
         kept = tile.kept(rows, columns)
         if kept is not None:
             p = jnp.where(kept, p, 0.0)
@@ -224,7 +225,7 @@ def _flash_kernel(
     m = jnp.where(empty, 0.0, m * tile.unit)
     lse = jnp.where(empty, -jnp.inf, m + jnp.log2(jnp.where(empty, 1.0, l)) / LOG2_E)
     if "sinks" in ref:
-        l = l + jnp.exp2((ref["sinks"][tile.head] - m) * LOG2_E)
+        l = l + exp2((ref["sinks"][tile.head] - m) * LOG2_E)
     norm = jnp.where(empty, 0.0, (1.0 / (1.0 - spec.dropout_rate)) / jnp.where(empty, 1.0, l))
     in_bounds = q_rows < shape.tq
     for part, (start, size) in zip(acc, value_chunks, strict=True):

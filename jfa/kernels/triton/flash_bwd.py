@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
+from jfa.kernels.triton._primitives import fma
 from jfa.kernels.triton.flash import tiles_in_common
 from jfa.kernels.triton.tile import (
     Shape,
@@ -380,7 +381,7 @@ def score_gradient(tile: Tile, product_qk, dp, lse, delta, rows, keys, *, edge: 
         dp = jnp.where(kept, dp * (1.0 / (1.0 - tile.spec.dropout_rate)), 0.0)
     ds = p * (dp - delta)
     if tile.spec.softcap is not None:
-        ds = ds * (1.0 - scores * scores)
+        ds = ds * fma(scores, -scores, 1.0)
     if kept is not None:
         p = jnp.where(kept, p, 0.0)
     if visible is not None:

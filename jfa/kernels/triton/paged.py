@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from jfa import quant
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
+from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.tile import (
     LOG2_E,
     MAX_HEAD_DIM,
@@ -279,6 +280,12 @@ def _paged_kernel(
 
     # a single piece is loaded here and kept in registers; if there are several, each is loaded when it is used
     held = {(piece, at): load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts if len(k_pieces) == 1}
+    widened = functools.partial(_widened, dtype=dtype, config=config)
+    k_bias, v_bias = _bias(ref["k"].dtype, dtype), _bias(ref["v"].dtype, dtype)
+    q_bias = None
+    if k_bias:
+        whole = (load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts)
+        q_bias = sum(part.astype(jnp.float32).sum(1) for part in whole) * -k_bias
     span = tile.keys_of(first, tokens, block_kv)
     if o_ref.ndim == 4:
         span = span.part(split, o_ref.shape[0])
@@ -309,14 +316,16 @@ def _paged_kernel(
 
         def scales(name: str):
             found = load(ref[name].at[slots, kv_head], mask=inside, other=None if inside is None else 0.0)
-            return found.astype(jnp.float32) * _unit(ref[name[0]].dtype, dtype)
+            return found.astype(jnp.float32) * _unit(ref[name[0]].dtype, dtype, config)
 
         zero = later(n, k_pieces)
         scores = sum_of_products(
             (held[piece, at] if held else load_q(piece, at, zero), numbers)
             for piece in k_pieces
-            for at, numbers in zip(piece.firsts, _numbers(load_pages("k", piece), dtype), strict=True)
+            for at, numbers in zip(piece.firsts, widened(load_pages("k", piece)), strict=True)
         )
+        if q_bias is not None:
+            scores = scores + q_bias[:, None]
         if "k_scales" in ref:
             scores = scores * scales("k_scales")[None, :]
         scores = tile.raw(scores, token[:, None], keys[None, :])
@@ -327,7 +336,7 @@ def _paged_kernel(
         m_safe = m_next if visible is None else jnp.where(m_next == -jnp.inf, 0.0, m_next)
         p = tile.weights(scores, m_safe[:, None])
         rescale = tile.rescale(m, m_safe)
-        l = l * rescale + p.sum(1)
+        l = fma(l, rescale, p.sum(1))
         common = None
         if "v_scales" in ref:
             v_scales = scales("v_scales")
@@ -337,10 +346,15 @@ def _paged_kernel(
                 v_scales = v_scales * jnp.where(common == 0.0, 0.0, 1.0 / common)
             p = p * v_scales[None, :]
         p = tile.rounded(p, dtype)
-        products = [product(p, numbers) for piece in v_pieces for numbers in _numbers(load_pages("v", piece), dtype)]
-        if common is not None:
-            products = [part * common for part in products]
-        acc = tuple(part * rescale[:, None] + new for part, new in zip(acc, products, strict=True))
+        products = [product(p, numbers) for piece in v_pieces for numbers in widened(load_pages("v", piece))]
+        kept = tuple(part * rescale[:, None] for part in acc)
+        if v_bias:
+            of_rows = p.astype(jnp.float32).sum(1) * (-v_bias if common is None else -v_bias * common)
+            kept = tuple(fma(part, rescale[:, None], of_rows[:, None]) for part in acc)
+        # without a common factor an addition, which Triton makes part of the product
+        acc = tuple(
+            part + new if common is None else fma(new, common, part) for part, new in zip(kept, products, strict=True)
+        )
         return acc, m_next, l
 
     carry = (
@@ -355,7 +369,7 @@ def _paged_kernel(
     lse = jnp.where(empty, -jnp.inf, m + jnp.log2(jnp.where(empty, 1.0, l)) / LOG2_E)
     if "sinks" in ref:
         sinks = load(ref["sinks"].at[head], mask=own, other=0.0)
-        l = l + jnp.exp2((sinks - m) * LOG2_E)
+        l = l + exp2((sinks - m) * LOG2_E)
     norm = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, l))
     before = (split,) if o_ref.ndim == 4 else ()
     parts = [(piece, at) for piece in v_pieces for at in piece.firsts]
@@ -367,28 +381,53 @@ def _paged_kernel(
     store(lse_ref.at[(*before, query, head)], lse, mask=own)
 
 
-def _unit(pages: Any, dtype: Any) -> float:
-    """The factor by which numbers from _numbers still have to be multiplied."""
-    return 256.0 if pages == jnp.float8_e4m3fn and dtype != jnp.bfloat16 else 1.0
+# Stored numbers become the inputs of a product in three steps: `_widened` casts them, in the fewest instructions that a
+# GPU without a direct conversion needs; the product's sums are corrected by `_bias` times the sum of the other input;
+# and the scales are multiplied by `_unit`. Every step is exact.
+
+_INT4_ZERO = 7.5  # the level of a 4-bit number of 0 is minus this
+_MAGIC = {"bfloat16": 0x4300, "float16": 0x6400}  # 128 and 1024: the low bits of the mantissa are units
 
 
-def _numbers(x: Array, dtype: Any) -> tuple[Array, ...]:
+def _widened(x: Array, *, dtype: Any, config: PagedConfig) -> tuple[Array, ...]:
     """Stored numbers in the dtype of a product: one array, or the low and the high half of each byte."""
+    if x.dtype == jnp.uint8 and dtype == jnp.float32:
+        return tuple(half.astype(jnp.float32) - _INT4_ZERO for half in (x & 15, x >> 4))
     if x.dtype == jnp.uint8:
-        return tuple(_exact((half.astype(jnp.float32) - 7.5), dtype) for half in (x & 15, x >> 4))
+        bits = x.astype(jnp.uint16)
+        magic = jnp.uint16(_MAGIC[dtype.name])
+        halves = tuple(lax.bitcast_convert_type(half | magic, dtype) for half in (bits & 15, bits >> 4))
+        return tuple(half - 1031 for half in halves) if dtype == jnp.float16 else halves
     if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
-        return (_exact(x.astype(jnp.float32), dtype),)
-    if _unit(x.dtype, dtype) != 1.0:
-        # a cast would go through float32; the shifted bits are a float16 with another exponent bias. NaN becomes a
-        # number, which is harmless: quant.quantize gives a vector with a NaN a scale of NaN
+        return (_truncated(x.astype(jnp.float32)),)
+    if x.dtype == jnp.int8 and dtype == jnp.float16:
+        # 1024 + 128 + x: the lower byte of x + 128 is that of x with its first bit inverted
         bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
-        return (lax.bitcast_convert_type(((bits & 128) << 8) | ((bits & 127) << 7), jnp.float16).astype(dtype),)
+        return (lax.bitcast_convert_type(bits ^ jnp.uint16(0x6480), dtype) - 1152,)
+    if x.dtype == jnp.float8_e4m3fn and config.fp8_by_bits and dtype != jnp.float32:
+        # NaN becomes a number, which is harmless: quant.quantize gives a vector with a NaN a scale of NaN
+        bits = lax.bitcast_convert_type(x, jnp.int8)
+        if dtype == jnp.float16:
+            # sign, exponent and mantissa in a float16's places: 2^-8 times the number, by the exponents' biases
+            return (lax.bitcast_convert_type((bits.astype(jnp.int16) << 8 >> 1) & jnp.int16(~0x4000), dtype),)
+        placed = (bits.astype(jnp.int32) << 20) & jnp.int32(~0x78000000)
+        return (_truncated(lax.bitcast_convert_type(placed, jnp.float32) * 2.0**120),)
     return (x.astype(dtype),)
 
 
-def _exact(x: Float[Array, "n d"], dtype: Any) -> Array:
-    """Casts float32 values that are exact in a smaller dtype to it; to bfloat16 by truncation, without rounding."""
-    if dtype != jnp.bfloat16:
-        return x.astype(dtype)
+def _bias(pages: Any, dtype: Any) -> float:
+    """What `_widened` numbers are too large by."""
+    if pages != jnp.uint8 or dtype == jnp.float32:
+        return 0.0
+    return _INT4_ZERO + (128 if dtype == jnp.bfloat16 else -7)
+
+
+def _unit(pages: Any, dtype: Any, config: PagedConfig) -> float:
+    """The factor by which `_widened` numbers still have to be multiplied."""
+    return 256.0 if pages == jnp.float8_e4m3fn and config.fp8_by_bits and dtype == jnp.float16 else 1.0
+
+
+def _truncated(x: Float[Array, "n d"]) -> Array:
+    """Casts float32 values that are exact in bfloat16 to it, by dropping the lower half."""
     upper = (lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16)
     return lax.bitcast_convert_type(upper, jnp.bfloat16)

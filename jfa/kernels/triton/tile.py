@@ -20,20 +20,13 @@ from jaxtyping import Array, Float
 
 from jfa import dropout
 from jfa.kernels.triton._pallas import dot, load, pl
+from jfa.kernels.triton._primitives import exp2, fma
 from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 
 LOG2_E = math.log2(math.e)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
-# Coefficients of 2^f for f in [-1/2, 1/2], constant term first. Exact at 0, so that equal scores have exact weights.
-# The largest relative error is 1.0e-4 (degree 3) and 2.8e-6 (degree 4): least squares, reweighted until the error is
-# equally large everywhere.
-_EXP2 = {
-    3: (1.0, 0.6932829022407532, 0.2422109693288803, 0.055008918046951294),
-    4: (1.0, 0.6931241750717163, 0.24024099111557007, 0.055906426161527634, 0.009582852013409138),
-}
 _SMALL_CAP = 256.0  # largest soft cap for which a faster tanh is precise enough
-_ROUNDER = 1.5 * 2.0**23  # adding this rounds a float32 to an integer, which is then in the low bits of the sum
 
 
 def kind_of(device: DeviceInfo) -> str:
@@ -313,12 +306,14 @@ class Tile:
         """Scores before masks and before `factor` is applied; with softcap, the tanh."""
         if self._simple:
             return product
-        scores = product * self.sm_scale
         if "bias" in self.ref:
-            scores += self._per_score("bias", rows, keys, other=0.0).astype(jnp.float32)
+            bias = self._per_score("bias", rows, keys, other=0.0).astype(jnp.float32)
+            scores = fma(product, self.sm_scale, bias)
+        else:
+            scores = product * self.sm_scale
         if "alibi_slopes" in self.ref:
             row = self.row if self.ref["alibi_slopes"].shape[0] > 1 else 0
-            scores += self.ref["alibi_slopes"][row, self.head] * self.distance(rows, keys)
+            scores = fma(self.distance(rows, keys), self.ref["alibi_slopes"][row, self.head], scores)
         if self.spec.softcap is None:
             return scores
         return self._tanh(scores * (1.0 / self.spec.softcap))
@@ -370,26 +365,11 @@ class Tile:
 
     def weights(self, scores: Array, m: Array) -> Array:
         """e^(score - m) of raw scores; m broadcasts, and is in base-2 units if _simple, otherwise raw."""
-        return self.exp2(scores * self.factor - m if self._simple else (scores - m) * self.factor)
+        return exp2(fma(scores, self.factor, -m) if self._simple else (scores - m) * self.factor)
 
     def rescale(self, m: Array, m_next: Array) -> Array:
         """e^(m - m_next) for maxima in the units that weights() takes."""
-        return jnp.exp2(m - m_next if self._simple else (m - m_next) * self.factor)
-
-    def exp2(self, x: Array) -> Array:
-        """2^x, for scores minus their maximum."""
-        degree = None if self.exact else self.config.exp2_degree
-        if degree is None:
-            return jnp.exp2(x)
-        shifted = x + _ROUNDER
-        fraction = x - (shifted - _ROUNDER)
-        result = jnp.full_like(x, _EXP2[degree][-1])
-        for coefficient in _EXP2[degree][-2::-1]:
-            result = result * fraction + coefficient
-        # add the integer part to the exponent bits; results below the smallest normal number become 0
-        exponent = lax.bitcast_convert_type(shifted, jnp.int32) << 23
-        result = lax.bitcast_convert_type(lax.bitcast_convert_type(result, jnp.int32) + exponent, jnp.float32)
-        return jnp.where(x < -126.0, 0.0, result)
+        return exp2(m - m_next if self._simple else (m - m_next) * self.factor)
 
     @property
     def early_scale(self) -> float:
@@ -408,8 +388,8 @@ class Tile:
         if self.exact or self.spec.softcap is None or self.spec.softcap > _SMALL_CAP:
             return jnp.tanh(x)
         # 1 - 2 / (1 + e^2x): the error is one rounding of 1, which times a small cap is less than that of 16-bit inputs
-        root = lax.rsqrt(1.0 + jnp.exp2(x * (2 * LOG2_E)))
-        return 1.0 - 2.0 * root * root
+        root = lax.rsqrt(1.0 + exp2(x * (2 * LOG2_E)))
+        return fma(-2.0 * root, root, 1.0)
 
     def _per_score(self, name: str, rows, keys, *, other: float) -> Array:
         ref = self.ref[name]
