@@ -109,8 +109,8 @@ def flash_attention_bwd(
         d_out, delta = (d_out * left[..., None]).astype(d_out.dtype), delta * left
     rows = _Rows(
         d_out=d_out,
-        lse=jnp.where(nothing, jnp.inf, lse),  # e^(score - inf) = 0
-        delta=delta - jnp.where(nothing, 0.0, d_lse),
+        lse=jnp.where(nothing, jnp.inf, lse).swapaxes(1, 2),  # e^(score - inf) = 0
+        delta=(delta - jnp.where(nothing, 0.0, d_lse)).swapaxes(1, 2),
     )
     if min(q.size, v.size) == 0:
         dq, dk, dv, d_slopes = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
@@ -127,11 +127,14 @@ def flash_attention_bwd(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """The backward pass's inputs for each query row. lse is inf for rows that saw no key."""
+    """The backward pass's inputs for each query row. lse is inf for rows that saw no key.
+
+    The rows of a head are contiguous in lse and delta, so that a lane loads several at once.
+    """
 
     d_out: Float[Array, "b tq hq dv"]
-    lse: Float[Array, "b tq hq"]
-    delta: Float[Array, "b tq hq"]
+    lse: Float[Array, "b hq tq"]
+    delta: Float[Array, "b hq tq"]
 
 
 def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool):
@@ -145,13 +148,13 @@ def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfi
         return b, num_q_tiles - 1 - i, h, 0
 
     def row_tile(h, i, b):
-        return b, num_q_tiles - 1 - i, h
+        return b, h, num_q_tiles - 1 - i
 
     def all_keys(h, i, b):
         return b, 0, lax.div(h, shape.g), 0
 
     q_spec = pl.BlockSpec((None, config.block_q, None, padded(shape.d)), q_tile)
-    row_spec = pl.BlockSpec((None, config.block_q, None), row_tile)
+    row_spec = pl.BlockSpec((None, None, config.block_q), row_tile)
     named = {
         "q": (operands.q, q_spec),
         "k": (operands.k, pl.BlockSpec((None, keys, None, padded(shape.d)), all_keys)),
@@ -178,7 +181,7 @@ def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfi
     )
     if operands.alibi_slopes is None:
         return dq, None
-    d_slopes = slopes[0].sum(1)
+    d_slopes = slopes[0].sum(2)
     if len(operands.alibi_slopes) == 1:
         d_slopes = d_slopes.sum(0, keepdims=True)
     return dq, d_slopes.astype(operands.alibi_slopes.dtype)
@@ -197,11 +200,11 @@ def _dkv(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConf
         return b, 0, h, 0
 
     def group_rows(h, j, b):
-        return b, 0, h
+        return b, h, 0
 
     k_spec = pl.BlockSpec((None, config.block_kv, None, padded(shape.d)), kv_tile)
     v_spec = pl.BlockSpec((None, config.block_kv, None, padded(shape.dv)), kv_tile)
-    row_spec = pl.BlockSpec((None, queries, shape.g), group_rows)
+    row_spec = pl.BlockSpec((None, shape.g, queries), group_rows)
     named = {
         "q": (operands.q, pl.BlockSpec((None, queries, shape.g, padded(shape.d)), group)),
         "k": (operands.k, k_spec),
@@ -328,8 +331,8 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
         q_rows = start + jnp.arange(block_q)
         tile = dataclasses.replace(common, head=kv_head * shape.g + head)
         in_bounds = q_rows < shape.tq
-        lse = load(ref["lse"].at[pl.ds(start, block_q), head], mask=in_bounds, other=jnp.inf)
-        delta = load(ref["delta"].at[pl.ds(start, block_q), head], mask=in_bounds, other=0.0)
+        lse = load(ref["lse"].at[head, pl.ds(start, block_q)], mask=in_bounds, other=jnp.inf)
+        delta = load(ref["delta"].at[head, pl.ds(start, block_q)], mask=in_bounds, other=0.0)
         saw = lse != jnp.inf
 
         def load_q(columns, at):
@@ -402,7 +405,7 @@ def _d_bias(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashC
     def rows_of_all(*grid):
         return 0, 0, 0
 
-    row_spec = pl.BlockSpec((shape.b, queries, shape.hq), rows_of_all)
+    row_spec = pl.BlockSpec((shape.b, shape.hq, queries), rows_of_all)
     named = {
         "q": (operands.q, pl.BlockSpec((shape.b, queries, shape.hq, padded(shape.d)), everything)),
         "k": (operands.k, pl.BlockSpec((shape.b, keys, shape.hkv, padded(shape.d)), everything)),
@@ -484,8 +487,8 @@ def _bias_tile(tile: Tile, ref: dict[str, Any], row, head, q_start, k_start, spa
     q_rows, keys = q_start + jnp.arange(block_q), k_start + jnp.arange(block_kv)
     in_bounds = q_rows < shape.tq
     kv_head = lax.div(head, jnp.int32(shape.g))
-    lse = load(ref["lse"].at[row, pl.ds(q_start, block_q), head], mask=in_bounds, other=jnp.inf)
-    delta = load(ref["delta"].at[row, pl.ds(q_start, block_q), head], mask=in_bounds, other=0.0)
+    lse = load(ref["lse"].at[row, head, pl.ds(q_start, block_q)], mask=in_bounds, other=jnp.inf)
+    delta = load(ref["delta"].at[row, head, pl.ds(q_start, block_q)], mask=in_bounds, other=0.0)
     saw, inside = lse != jnp.inf, (keys >= span.first) & (keys < span.end)
 
     def pairs(rows_name: str, keys_name: str, width: int):
