@@ -1,5 +1,6 @@
 """README and the guide: every code block runs, every link has a target, the support table matches the records."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from golden import GOLDEN
 from runs import run
 from tiny_model import folder_with_text
 
+from jfa_bench.proof import by_xla
 from jfa_bench.records import report
 from jfa_models.checkpoints import locate
 
@@ -45,9 +47,8 @@ QUICK = ("attention.md", "index.md", "install.md", "models.md", "code.md", "fami
 @pytest.mark.parametrize("name", [run(page.name, quick=page.name in QUICK) for page in PAGES if has_blocks(page)])
 def test_every_block_runs_with_a_tiny_model(name, tiny):
     [page] = [page for page in PAGES if page.name == name]
-    needs_triton = "jfa-bench compile" in page.read_text()
-    if needs_triton:
-        pytest.importorskip("triton", reason='the page compiles kernels, which needs: pip install "jfa[aot]"')
+    if "jfa-bench compile" in page.read_text() and (by_xla.why_not("rocm") and not importlib.util.find_spec("triton")):
+        pytest.skip('the page compiles kernels, which needs: pip install "jfa[aot]"')
     assert run_page(page, compares=False) >= 1
 
 

@@ -2,8 +2,8 @@
 
 A gang is a set of workgroups whose waves execute together: an instruction is one NumPy call over all of their lanes. If
 waves diverge, those in the earliest block run first and the others are masked out until they reconverge. Not modelled:
-time, wait counts and other hazards, cache coherence, denormal flush modes, and how a matrix instruction rounds between
-its products.
+time, wait counts and other hazards, cache coherence, modes that flush denormal numbers (refused), and how a matrix
+instruction rounds between its products.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from .storage import Memory
 # Lanes in a gang: enough to amortize the cost of a NumPy call, few enough for its operands to stay in the cache
 # (measured: bench/LOG.md).
 LANES = 1024
+KEEPS = 3  # the floating-point mode that computes with denormal numbers
 MAX_BLOCKS = 5_000_000  # takes minutes; far above any kernel that terminates
 
 
@@ -48,11 +49,13 @@ def run(
     Triton's `metadata.shared`. max_blocks: the maximum number of basic blocks that a gang may execute.
 
     Raises:
-      UnsupportedInstruction: an instruction is not implemented; raised before anything runs.
+      UnsupportedInstruction: an instruction or mode is not implemented; raised before anything runs.
       MemoryFault: an access outside its buffer.
       Deadlock: waves never meet at a barrier, or never finish.
     """
     program = parse(asm)
+    if any(program.descriptor.get(f"float_denorm_mode_{bits}", KEEPS) != KEEPS for bits in ("32", "16_64")):
+        raise UnsupportedInstruction("the kernel's floating-point mode replaces denormal numbers by 0")
     store = Memory()
     grid, threads = (*grid, 1, 1)[:3], num_warps * program.wave_size
     kernarg, arrays = _kernarg(program, args, grid, threads, store)
@@ -102,6 +105,7 @@ def _execute(gang: Gang, blocks: Sequence[Sequence[Step]], max_blocks: int) -> N
 _KNOWN_MODIFIERS = {
     *("offset", "offset0", "offset1", "offen", "lds", "th", "scope", "glc", "slc", "dlc", "sc0", "sc1", "nt"),
     *("op_sel", "op_sel_hi", "neg_lo", "neg_hi", "clamp", "mul", "div", "bitop3", "cbsz", "blgp"),
+    "byte_sel",
     *("src0_sel", "src1_sel", "dst_sel", "dst_unused", "row_mask", "bank_mask", "bound_ctrl", "fi"),
 }
 

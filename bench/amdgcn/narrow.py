@@ -30,6 +30,8 @@ def bind(gang: Gang, instruction: Instruction) -> Step | None:
         return _narrowed(gang, instruction, float8(gang.program.target, match[1]), match[2])
     if match := re.fullmatch(r"v_cvt_scalef32_pk_(f32|f16|bf16)_(fp8|bf8)", instruction.name):
         return _widened(gang, instruction, float8(gang.program.target, match[2]), match[1])
+    if match := re.fullmatch(r"v_cvt_f32_(fp8|bf8)", instruction.name):
+        return _widened_byte(gang, instruction, float8(gang.program.target, match[1]))
     if re.fullmatch(r"v_dot4c?_i32_i(8|u8)", instruction.name):
         return _dot_of_four(gang, instruction)
     return None
@@ -80,6 +82,20 @@ def _widened(gang: Gang, instruction: Instruction, element: np.dtype, kind: str)
         both = current(octets)
         low, high = (table[octet].astype(bits) for octet in (both & 0xFF, both >> 8))
         store(low | high << bits(8 * table.itemsize))
+
+    return step
+
+
+def _widened_byte(gang: Gang, instruction: Instruction, element: np.dtype) -> Step:
+    """Converts one byte of the source to a float32 number."""
+    if instruction.encoding == "sdwa":
+        raise UnsupportedInstruction(f"unsupported encoding of {instruction}")
+    shift = np.uint32(8 * instruction.number("byte_sel"))
+    value, store = source(gang, instruction.operands[1], "u32"), destination(gang, instruction.operands[0], "f32")
+    table = np.arange(256, dtype=np.uint8).view(element).astype(np.float32)
+
+    def step() -> None:
+        store(table[current(value) >> shift & np.uint32(0xFF)])
 
     return step
 

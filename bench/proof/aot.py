@@ -125,7 +125,10 @@ def lower(fn: Callable, *args: Any, arch: str) -> tuple[Kernel, ...]:
 
 def _triton_calls(operation: Any) -> Iterator[Any]:
     for inner in (o.operation for region in operation.regions for block in region.blocks for o in block.operations):
-        if inner.name == "stablehlo.custom_call" and ir.StringAttr(inner.attributes["call_target_name"]).value == CUSTOM_CALL:
+        if (
+            inner.name == "stablehlo.custom_call"
+            and ir.StringAttr(inner.attributes["call_target_name"]).value == CUSTOM_CALL
+        ):
             yield inner
         yield from _triton_calls(inner)
 

@@ -61,6 +61,8 @@ device_description_str: "{arch}"
 
 
 _NUMBERS = itertools.count()
+_OPTIONS = {"xla_backend_optimization_level": 3}  # whatever XLA_FLAGS says
+_TOO_LARGE = re.compile(r"Shared memory size limit exceeded: requested (\d+)")
 
 
 class Plugin(NamedTuple):
@@ -108,11 +110,13 @@ def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
     sharding = jax.sharding.SingleDeviceSharding(_device(arch))
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in kernel.operands]
     with tempfile.TemporaryDirectory() as folder, _kept_files(folder):
-        options = {"xla_dump_to": folder} | ({} if aot.is_amd(arch) else _for_nvidia())
+        options = _OPTIONS | {"xla_dump_to": folder} | ({} if aot.is_amd(arch) else _for_nvidia())
         try:
             lowered = jax.jit(lambda *xs: call(*xs, **attributes)).trace(*operands).lower()
             lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
+            if too_large := _TOO_LARGE.search(str(error)):
+                return Compiled(kernel=kernel, arch=arch, compiler="xla", asm="", lds_bytes=int(too_large[1]))
             reason = " ".join(str(error).split())[:300]
             raise CompileError(f"XLA produced no code for {arch}: {reason}") from error
         [thunks] = (file.read_text() for file in Path(folder).glob("*.thunk_sequence.txt"))
@@ -154,7 +158,7 @@ def _for_nvidia() -> dict[str, Any]:
 @functools.cache
 def _device(arch: str) -> Any:
     """A device to compile for, which cannot run anything."""
-    from jax._src.lib import xla_client
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     platform = aot.device(arch).platform
     if reason := why_not(platform):
@@ -168,14 +172,15 @@ def _device(arch: str) -> Any:
 @functools.cache
 def _loaded(platform: str) -> Any:
     from jax._src import xla_bridge
-    from jax._src.lib import xla_client
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     found = xla_bridge._backend_factories.get(platform)
     if found is not None and found.c_api is not None:  # JAX has loaded it, since there is a card
         return found.c_api
-    library = plugin(platform).library
-    stand_ins.load(library)
-    c_api = xla_client.load_pjrt_plugin_dynamically(platform, str(library))
+    plugged = plugin(platform)
+    assert plugged is not None
+    stand_ins.load(plugged.library)
+    c_api = xla_client.load_pjrt_plugin_dynamically(platform, str(plugged.library))
     xla_client.initialize_pjrt_plugin(platform)
     return c_api
 

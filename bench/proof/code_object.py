@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _NOTE = 32  # NT_AMDGPU_METADATA
-# bits of compute_pgm_rsrc2 and kernel_code_properties: directive to (position, number)
+# bits of compute_pgm_rsrc1, compute_pgm_rsrc2 and kernel_code_properties: directive to (position, number)
 _RSRC2 = {
     "enable_private_segment": (0, 1),
     "user_sgpr_count": (1, 5),
@@ -22,6 +22,7 @@ _RSRC2 = {
     "system_sgpr_workgroup_info": (10, 1),
     "system_vgpr_workitem_id": (11, 2),
 }
+_RSRC1 = {"float_denorm_mode_32": (16, 2), "float_denorm_mode_16_64": (18, 2)}
 _PROPERTIES = {
     "user_sgpr_private_segment_buffer": (0, 1),
     "user_sgpr_dispatch_ptr": (1, 1),
@@ -50,7 +51,7 @@ def assembly(hsaco: bytes, arch: str) -> str:
     from elftools.elf.elffile import ELFFile
 
     elf = ELFFile(io.BytesIO(hsaco))
-    sections = {section.name: section for section in elf.iter_sections()}
+    sections: dict[str, Any] = {section.name: section for section in elf.iter_sections()}
     symbols = {symbol.name: symbol for symbol in sections[".dynsym"].iter_symbols()}
     [name] = (name.removesuffix(".kd") for name in symbols if name.endswith(".kd"))
 
@@ -68,7 +69,7 @@ def assembly(hsaco: bytes, arch: str) -> str:
             "\t.text",
             f"{name}:",
             *lines,
-            f"\t.section\t.rodata,\"a\"\n\t.amdhsa_kernel {name}",
+            f'\t.section\t.rodata,"a"\n\t.amdhsa_kernel {name}',
             *directives,
             "\t.end_amdhsa_kernel",
             "\t.text",
@@ -123,10 +124,10 @@ def _decoded(decoder: Any, code: bytes, at: int) -> tuple[int, str]:
 def _descriptor(kd: bytes) -> dict[str, int]:
     """The directives of a kernel descriptor that the emulator reads, and sizes."""
     group, private, kernarg = struct.unpack_from("<III", kd)
-    [rsrc2] = struct.unpack_from("<I", kd, 52)
+    rsrc1, rsrc2 = struct.unpack_from("<II", kd, 48)
     properties, preload = struct.unpack_from("<HH", kd, 56)
     sizes = {"group_segment_fixed_size": group, "private_segment_fixed_size": private, "kernarg_size": kernarg}
-    fields = ((rsrc2, _RSRC2), (properties, _PROPERTIES), (preload, _PRELOAD))
+    fields = ((rsrc1, _RSRC1), (rsrc2, _RSRC2), (properties, _PROPERTIES), (preload, _PRELOAD))
     return sizes | {
         key: word >> position & (1 << bits) - 1 for word, keys in fields for key, (position, bits) in keys.items()
     }

@@ -1,7 +1,7 @@
 """The compilers that turn a kernel into machine code, and which one is used.
 
-  xla      XLA's own, from JAX's plugin for the platform (by_xla.py): the code that a card would run
-  triton   the package (by_triton.py), which is close to it
+xla      XLA's own, from JAX's plugin for the platform (by_xla.py): the code that a card would run
+triton   the package (by_triton.py), which is close to it
 """
 
 import functools
@@ -55,6 +55,7 @@ def name(arch: str, compiler: str | None = None) -> str:
     if chosen(arch, compiler) == "triton":
         return f"triton {versions()['triton']}"
     plugin = by_xla.plugin(aot.device(arch).platform)
+    assert plugin is not None
     return f"XLA ({plugin.package} {plugin.version})"
 
 

@@ -2,8 +2,9 @@
 
     emulate(fn, *args, arch="gfx942") -> Emulated   the outputs of fn on that GPU, with races and instruction count
 
-Each Pallas call is lowered by aot.py, compiled by compilers.py and executed by amdgcn/. An access outside of an operand raises
-amdgcn.MemoryFault; outputs are initialized to NaN (0xff bytes), so that elements that are not written are noticed.
+Each Pallas call is lowered by aot.py, compiled by compilers.py and executed by amdgcn/. An access outside of an
+operand raises amdgcn.MemoryFault; outputs are initialized to NaN (0xff bytes), so that elements that are not written
+are noticed.
 """
 
 import dataclasses

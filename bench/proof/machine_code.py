@@ -130,7 +130,9 @@ _NVIDIA_MATRIX = re.compile(r"^\s*(?:@\S+\s+)?(?:wgmma\.mma_async|mma\.sync|tcge
 
 def read(compiled: Compiled) -> dict[str, Any]:
     """FIELDS of one kernel, as defined in the module's docstring."""
-    found = _amd(compiled) if is_amd(compiled.arch) else _nvidia(compiled)
+    found: dict[str, Any] = {"lds_bytes": compiled.lds_bytes, "lds_limit": device(compiled.arch).lds_bytes}
+    if compiled.asm:
+        found |= _amd(compiled) if is_amd(compiled.arch) else _nvidia(compiled)
     return {field: found.get(field) for field in FIELDS}
 
 
@@ -155,8 +157,6 @@ def _amd(compiled: Compiled) -> dict[str, Any]:
         "sgpr": _metadata(compiled.asm, "sgpr_count"),
         "vgpr_spills": _metadata(compiled.asm, "vgpr_spill_count"),
         "scratch_bytes": _metadata(compiled.asm, "private_segment_fixed_size"),
-        "lds_bytes": compiled.lds_bytes,
-        "lds_limit": device(arch).lds_bytes,
         "waves_per_simd": _waves_per_simd(compiled),
         "matrix_instructions": sum(_class(code)[0] == "matrix" for code in body),
         "loop_cycles": {name: round(n) for name, n in cycles.items()},
@@ -177,8 +177,6 @@ def _nvidia(compiled: Compiled) -> dict[str, Any]:
         "vgpr": compiled.registers,
         "vgpr_spills": (compiled.stack_bytes or 0) // 4,
         "scratch_bytes": compiled.stack_bytes,
-        "lds_bytes": compiled.lds_bytes,
-        "lds_limit": device(compiled.arch).lds_bytes,
         "matrix_instructions": len(_NVIDIA_MATRIX.findall(compiled.asm)),
     }
 

@@ -9,6 +9,7 @@ import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _PAGE = 4096
 _CODE = bytes.fromhex("b801000000c3")  # mov eax, 1; ret
@@ -32,7 +33,7 @@ def _missing(plugin: Path) -> tuple[tuple[str, ...], list[str]]:
 
     with plugin.open("rb") as file:
         elf = ELFFile(file)
-        sections = {section.name: section for section in elf.iter_sections()}
+        sections: dict[str, Any] = {section.name: section for section in elf.iter_sections()}
         missing = []
         for tag in sections[".dynamic"].iter_tags("DT_NEEDED"):
             try:

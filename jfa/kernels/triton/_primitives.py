@@ -1,7 +1,8 @@
 """Operations that GPUs have and Pallas lacks, as JAX primitives.
 
-  fma    a * b + c: XLA's compiler fuses none by itself (jax 0.11.2 to 0.12.0)
-  exp2   the hardware's 2^x: XLA's handles results below the smallest normal number, by five more instructions
+  fma           a * b + c: XLA's compiler fuses none by itself (jax 0.11.2 to 0.12.0)
+  exp2          the hardware's 2^x: XLA's handles results below the smallest normal number, by five more instructions
+  widened_fp8   fp8 to bfloat16 for GPUs without an instruction: XLA's code takes twice as many
 
 Outside of GPU kernels, as in the interpreter on a CPU, they are computed by the JAX functions that define them here.
 """
@@ -11,14 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
-from jaxlib.mlir.dialects import math
-from jaxtyping import Array, Float
+from jax import lax
 
 # there is no public way to add an operation to Pallas' Triton dialect
 from jax._src.lib.triton import dialect
-from jax._src.pallas.triton.lowering import register_lowering
+from jax._src.pallas.triton.lowering import lower_fun, register_lowering
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jaxlib.mlir.dialects import math
+from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
 
 
 def fma(a: Any, b: Any, c: Any) -> Float[Array, "..."]:
@@ -31,14 +33,28 @@ def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return _exp2.bind(x)
 
 
-def _primitive(name: str, plainly: Callable[..., Array], on_gpu: Callable[..., Any]) -> Primitive:
-    """A primitive of float32 arrays of one shape.
+def widened_fp8(x: Float8e4m3fn[Array, "..."]) -> BFloat16[Array, "..."]:
+    """x in bfloat16, exactly; on a GPU NaN becomes a number."""
+    return _widened_fp8.bind(x)
+
+
+def truncated(x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
+    """float32 numbers that are exact in bfloat16, cast to it by dropping the lower half."""
+    upper = (lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16)
+    return lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
+def _primitive(
+    name: str, plainly: Callable[..., Array], on_gpu: Callable[..., Any], dtype: Any = jnp.float32
+) -> Primitive:
+    """A primitive of arrays of one shape.
 
     plainly: the JAX function that defines it. on_gpu: (context, *values), which emits it in Pallas' Triton dialect.
+    dtype: of the result.
     """
     made = Primitive(name)
     made.def_impl(jax.jit(plainly))
-    made.def_abstract_eval(lambda x, *others: x)
+    made.def_abstract_eval(lambda x, *others: x.update(dtype=jnp.dtype(dtype)))
     mlir.register_lowering(made, mlir.lower_fun(plainly, multiple_results=False))
     register_lowering(made)(on_gpu)
     return made
@@ -56,3 +72,18 @@ def _exp2_on_gpu(context: Any, x: Any) -> Any:
 
 
 _exp2 = _primitive("gpu_exp2", jnp.exp2, _exp2_on_gpu)
+
+
+def _widened_on_gpu(x: Array) -> Array:
+    # sign, exponent and mantissa in a float32's places: the exponent's bias is larger by 120. AMD GPUs multiply numbers
+    # below the smallest normal one exactly, as XLA's kernels run; XLA on a CPU takes them for 0
+    bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32) << 20
+    return truncated(lax.bitcast_convert_type(bits & jnp.int32(~0x78000000), jnp.float32) * 2.0**120)
+
+
+_widened_fp8 = _primitive(
+    "widened_fp8",
+    lambda x: x.astype(jnp.bfloat16),
+    lower_fun(_widened_on_gpu, multiple_results=False),
+    jnp.bfloat16,
+)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from jfa import quant
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
-from jfa.kernels.triton._primitives import exp2, fma
+from jfa.kernels.triton._primitives import exp2, fma, truncated, widened_fp8
 from jfa.kernels.triton.tile import (
     LOG2_E,
     MAX_HEAD_DIM,
@@ -284,8 +284,8 @@ def _paged_kernel(
     k_bias, v_bias = _bias(ref["k"].dtype, dtype), _bias(ref["v"].dtype, dtype)
     q_bias = None
     if k_bias:
-        whole = (load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts)
-        q_bias = sum(part.astype(jnp.float32).sum(1) for part in whole) * -k_bias
+        parts = [load_q(piece, at, 0).astype(jnp.float32).sum(1) for piece in k_pieces for at in piece.firsts]
+        q_bias = functools.reduce(jnp.add, parts) * -k_bias
     span = tile.keys_of(first, tokens, block_kv)
     if o_ref.ndim == 4:
         span = span.part(split, o_ref.shape[0])
@@ -399,19 +399,18 @@ def _widened(x: Array, *, dtype: Any, config: PagedConfig) -> tuple[Array, ...]:
         halves = tuple(lax.bitcast_convert_type(half | magic, dtype) for half in (bits & 15, bits >> 4))
         return tuple(half - 1031 for half in halves) if dtype == jnp.float16 else halves
     if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
-        return (_truncated(x.astype(jnp.float32)),)
+        return (truncated(x.astype(jnp.float32)),)
     if x.dtype == jnp.int8 and dtype == jnp.float16:
         # 1024 + 128 + x: the lower byte of x + 128 is that of x with its first bit inverted
         bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
         return (lax.bitcast_convert_type(bits ^ jnp.uint16(0x6480), dtype) - 1152,)
     if x.dtype == jnp.float8_e4m3fn and config.fp8_by_bits and dtype != jnp.float32:
         # NaN becomes a number, which is harmless: quant.quantize gives a vector with a NaN a scale of NaN
-        bits = lax.bitcast_convert_type(x, jnp.int8)
-        if dtype == jnp.float16:
-            # sign, exponent and mantissa in a float16's places: 2^-8 times the number, by the exponents' biases
-            return (lax.bitcast_convert_type((bits.astype(jnp.int16) << 8 >> 1) & jnp.int16(~0x4000), dtype),)
-        placed = (bits.astype(jnp.int32) << 20) & jnp.int32(~0x78000000)
-        return (_truncated(lax.bitcast_convert_type(placed, jnp.float32) * 2.0**120),)
+        if dtype == jnp.bfloat16:
+            return (widened_fp8(x),)
+        # sign, exponent and mantissa in a float16's places: 2^-8 times the number, by the exponents' biases
+        bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int16) << 8
+        return (lax.bitcast_convert_type((bits >> 1) & jnp.int16(~0x4000), dtype),)
     return (x.astype(dtype),)
 
 
@@ -425,9 +424,3 @@ def _bias(pages: Any, dtype: Any) -> float:
 def _unit(pages: Any, dtype: Any, config: PagedConfig) -> float:
     """The factor by which `_widened` numbers still have to be multiplied."""
     return 256.0 if pages == jnp.float8_e4m3fn and config.fp8_by_bits and dtype == jnp.float16 else 1.0
-
-
-def _truncated(x: Float[Array, "n d"]) -> Array:
-    """Casts float32 values that are exact in bfloat16 to it, by dropping the lower half."""
-    upper = (lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16)
-    return lax.bitcast_convert_type(upper, jnp.bfloat16)

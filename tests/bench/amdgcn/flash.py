@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
-from jfa_bench.proof import aot
+from jfa_bench.proof import aot, compilers
 from jfa_bench.truth import oracle
 from jfa_bench.truth.numerics import assert_within, limit, rounding_to
 
@@ -111,5 +111,5 @@ def compiled(arch: str, dtype: str) -> tuple[Built, tuple[int, int, int]]:
 
     rows = dict.fromkeys(ROWS[0], jax.ShapeDtypeStruct((b,), np.int32))
     [kernel] = aot.lower(attention, q, k, k, rows, arch=arch)
-    built = aot.compile_kernel(kernel, arch=arch)
+    built = compilers.compile_kernel(kernel, arch=arch)
     return Built(built.asm, kernel.num_warps, built.lds_bytes), kernel.grid

@@ -108,3 +108,11 @@ def test_an_infinite_loop_is_stopped(arch):
 @pytest.mark.parametrize("error", [amdgcn.MemoryFault, amdgcn.UnsupportedInstruction, amdgcn.Deadlock])
 def test_every_exception_is_a_machine_error(error):
     assert issubclass(error, amdgcn.MachineError)
+
+
+def test_a_mode_that_flushes_denormal_numbers_is_rejected():
+    built = build(kernels.copy, "gfx942", "*fp32 *fp32 i32", BLOCK=256)
+    asm = built.asm.replace(".amdhsa_float_denorm_mode_32 3", ".amdhsa_float_denorm_mode_32 0")
+    assert asm != built.asm
+    with pytest.raises(amdgcn.UnsupportedInstruction, match="mode replaces denormal numbers by 0"):
+        dataclasses.replace(built, asm=asm).run(np.zeros(256, np.float32), np.zeros(256, np.float32), 256)

@@ -6,14 +6,15 @@ import sys
 
 import click
 import pytest
+from compiled import needs_compiler, needs_triton
 
 import jfa
 from jfa_bench import cli, names
-from jfa_bench.proof import aot, compile, machine_code, ops
+from jfa_bench.proof import aot, by_triton, by_xla, compile, compilers, machine_code, ops
 from jfa_bench.proof.compile import Case, compile_all, compile_case
 from jfa_models.cli import run
 
-pytest.importorskip("triton", reason="machine code needs the triton package (extra aot)")
+pytestmark = needs_compiler
 
 FIELDS = {  # of docs/proofs.md
     *("op", "direction", "dtype", "head_dim", "arch", "config", "vgpr", "vgpr_spills", "scratch_bytes", "lds_bytes"),
@@ -110,7 +111,7 @@ def test_a_tile_over_the_lds_limit_is_caught():
 
 
 def test_spilled_registers_are_a_status_with_their_number():
-    record = compile_case(case("gfx1100", head_dim=128, block_q=64, num_warps=4))
+    record = compile_case(case("gfx1100", head_dim=128, block_q=128, num_warps=4))
     assert record["status"] == "spills" and record["vgpr_spills"] > 0
     assert record["reason"].startswith(f"{record['vgpr_spills']} registers are spilled to memory")
 
@@ -124,10 +125,10 @@ def test_an_unsupported_call_is_a_row_with_a_reason():
 
 
 def test_a_compilation_error_is_a_failed_row(monkeypatch):
-    def fails(kernel, *, arch):
+    def fails(kernel, *, arch, compiler):
         raise aot.CompileError(f"triton produced no code for {arch}: PassManager::run failed")
 
-    monkeypatch.setattr(aot, "compile_kernel", fails)
+    monkeypatch.setattr(compilers, "compile_kernel", fails)
     [record] = compile_all([case()], processes=0)
     assert (record["status"], record["vgpr"]) == ("failed", None)
     assert record["reason"] == "triton produced no code for gfx942: PassManager::run failed"
@@ -168,14 +169,17 @@ def test_json_is_one_document_with_versions(bench):
     records = json.loads(out.splitlines()[-1])
     assert status == 0 and [record["kernel"] for record in records] == [op.kernel for op in ops.OPS]
     for record in records:
-        assert record["versions"]["triton"] == aot.triton_version()
+        assert record["compiler"] == compilers.chosen("gfx942")
+        assert record["versions"].items() >= compilers.versions().items() and compilers.versions()
         assert set(record) >= FIELDS and record["note"] is None
 
 
+@needs_triton
 def test_an_unchecked_triton_release_is_noted_on_stderr_and_in_the_record(bench, monkeypatch):
-    monkeypatch.setattr(aot, "TRITON_MET", ("1.0", "2.0"))
-    monkeypatch.setattr(compile, "compile_case", lambda case: {"kernel": case.kernel})
-    status, out, err = bench(*"compile --arch gfx942 --dtype float16 --head-dim 64 --processes 0 -o jsonl".split())
+    monkeypatch.setattr(by_triton, "MET", ("1.0", "2.0"))
+    monkeypatch.setattr(compile, "compile_case", lambda case: {"kernel": case.kernel, "compiler": case.compiler})
+    line = "compile --arch gfx942 --dtype float16 --head-dim 64 --compiler triton --processes 0 -o jsonl"
+    status, out, err = bench(*line.split())
     said = "is not among the releases whose output was checked (1.0 to 2.0): figures read from its code may be wrong"
     assert status == 0 and err.startswith("note: triton ") and said in err and err.count("\n") == 1
     assert all(said in json.loads(line)["note"] for line in out.splitlines())
@@ -189,6 +193,7 @@ def test_an_unchecked_triton_release_is_noted_on_stderr_and_in_the_record(bench,
         (["--op", "conv"], "unknown op 'conv'; use one of flash_attention"),
         (["--dtype", "int8"], "unknown dtype 'int8'; use one of bfloat16, float16, float32, bfloat16 on int8"),
         (["--head-dim", "96"], "unknown head_dim '96'; use one of 64, 80, 128, 256, or all"),
+        (["--compiler", "gcc"], "'gcc' is not one of 'xla', 'triton'"),
         (["-o", "xml"], "'xml' is not one of 'md', 'csv', 'json', 'jsonl'"),
     ],
 )
@@ -200,6 +205,7 @@ def test_user_errors_are_one_line_and_exit_status_2(bench, arguments, message):
 
 def test_without_triton_one_line_names_the_extra(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(by_xla, "plugin", lambda platform: None)
     status, out, err = bench("compile", "--arch", "gfx942")
     assert (status, out) == (2, "")
     assert 'pip install "jfa[aot]"' in err and err.count("\n") == 1

@@ -1,10 +1,14 @@
 """Analysis of machine code: a small text with known counts, single instructions, and compiled kernels."""
 
+import dataclasses
+import re
+
 import pytest
+from compiled import needs_triton
 
-from jfa_bench.proof import aot, machine_code
+from jfa_bench.proof import aot, compilers, machine_code, ops
 
-# Two loops over the same products, with LLVM's comments: main (LBB0_2) and masked (LBB0_5, with a block before its
+# Two loops over the same products: main (LBB0_2) and masked (LBB0_5, with a block before its
 # header); an outer loop around the first; and a backward branch without a loop (LBB0_1).
 ASM = """
 	.text
@@ -13,11 +17,11 @@ attention:                              ; @attention
 	s_load_dwordx2 s[0:1], s[4:5], 0x0
 	v_mov_b32_e32 v0, 0
 	s_branch .LBB0_6
-.LBB0_1:                                ; =>This Loop Header: Depth=1
-                                        ;     Child Loop BB0_2 Depth 2
+.LBB0_1:
+
 	v_mov_b32_e32 v1, 0
-.LBB0_2:                                ;   Parent Loop BB0_1 Depth=1
-                                        ; =>  This Inner Loop Header: Depth=2
+.LBB0_2:
+
 	s_nop 0
 	global_load_dwordx4 v[8:11], v[0:1], off
 	s_waitcnt vmcnt(0)
@@ -27,16 +31,16 @@ attention:                              ; @attention
 	v_exp_f32_e32 v3, v3
 	v_pk_fma_f32 v[12:13], v[12:13], v[14:15], v[12:13]
 	v_mul_lo_u32 v3, v3, v4
-	buffer_load_dword v40, off, s[0:3], 0 offset:4 ; 4-byte Folded Reload
+	scratch_load_dword v40, off, off offset:4 ; 4-byte Folded Reload
 	s_cbranch_scc1 .LBB0_2
-; %bb.3:                                ;   in Loop: Header=BB0_1 Depth=1
+; %bb.3:
 	v_add_f32_e32 v1, v1, v1
 	s_cbranch_scc1 .LBB0_1
-	s_branch .LBB0_7
-.LBB0_4:                                ;   in Loop: Header=BB0_5 Depth=1
+	s_branch .LBB0_5
+.LBB0_4:
 	v_mfma_f32_32x32x8_f16 v[16:31], v[4:5], v[6:7], v[16:31]
 	s_cbranch_scc0 .LBB0_7
-.LBB0_5:                                ; =>This Inner Loop Header: Depth=1
+.LBB0_5:
 	v_exp_f32_e32 v3, v3
 	v_cndmask_b32_e32 v3, v4, v5, vcc
 	v_cndmask_b32_e32 v4, v4, v5, vcc
@@ -49,7 +53,6 @@ attention:                              ; @attention
 	s_cbranch_scc1 .LBB0_1
 .LBB0_7:
 	s_endpgm
-; Occupancy: 3
     .agpr_count:     8
     .private_segment_fixed_size: 16
     .sgpr_count:     20
@@ -76,7 +79,7 @@ module {
 
 def code(arch="gfx942", asm=ASM, ttir=TTIR, num_warps=4, **fields):
     kernel = aot.Kernel(name="k", ttir=ttir, grid=(1, 1, 1), num_warps=num_warps, num_stages=1)
-    return aot.Compiled(kernel=kernel, arch=arch, asm=asm, **{"lds_bytes": 32_768} | fields)
+    return aot.Compiled(kernel=kernel, arch=arch, compiler="triton", asm=asm, **{"lds_bytes": 32_768} | fields)
 
 
 def test_a_text_with_known_counts():
@@ -92,7 +95,7 @@ def test_a_text_with_known_counts():
         "matrix": 32,  # 16,384 FLOP at 512 a cycle
         "transcendental": 16,
         "vector": 4 + 16,  # the packed one, and a quarter-rate multiplication
-        "scratch": 4,  # by LLVM's note: gfx90a spills through buffer instructions
+        "scratch": 4,
         "lds_data": (16 + 16) * 64 / 32,
     }
     assert read["masked_loop_cycles"] == {"matrix": 32, "transcendental": 16, "vector": 24}
@@ -109,24 +112,23 @@ def test_a_text_with_known_counts():
 def test_memory_bound_share_is_low_if_vector_work_is_the_bottleneck():
     """Like decoding: no matrix instruction, and vector work that takes longer than loading the bytes of a tile."""
     lines = ["\tv_cndmask_b32_e32 v3, v4, v5, vcc"] * 1000
-    asm = "\n".join(
-        [".LBB0_1:   ; =>This Inner Loop Header: Depth=1", "\tglobal_load_dwordx4 v[8:11], v[0:1], off", *lines]
-    )
-    read = machine_code.read(code(asm=asm + "\n; Occupancy: 8\n", ttir=""))
+    asm = "\n".join([".LBB0_1:", "\tglobal_load_dwordx4 v[8:11], v[0:1], off", *lines, "\ts_cbranch_scc1 .LBB0_1"])
+    read = machine_code.read(code(asm=asm, ttir=""))
     assert (read["matrix_bound"], read["useful_matrix_cycles"], read["flop_per_cycle"]) == (None, 0, None)
     assert read["memory_bound_share"] == pytest.approx(4096 / 8.3 / 4000, rel=0.01)
 
 
 def test_two_operations_at_once_are_one_slot_on_rdna():
     asm = """
-.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+.LBB0_1:
 	v_dual_mul_f32 v1, v2, v3 :: v_dual_add_f32 v4, v5, v6
 	v_exp_f32_e32 v3, v3
 	s_delay_alu instid0(VALU_DEP_1)
 	v_wmma_f32_16x16x16_f16 v[16:23], v[0:7], v[8:15], v[16:23]
 	ds_load_u16_d16 v1, v2
 	buffer_gl0_inv
-; Occupancy: 9
+	s_cbranch_scc1 .LBB0_1
+    .vgpr_count:     160
 """
     read = machine_code.read(code("gfx1100", asm, num_warps=8, lds_bytes=0))
     cycles = {"vector": 1, "transcendental": 4, "matrix": 32, "lds": 1, "lds_data": 2}
@@ -137,8 +139,76 @@ def test_two_operations_at_once_are_one_slot_on_rdna():
 
 @pytest.mark.parametrize(("lds_bytes", "waves"), [(65_536, 4), (32_768, 8), (40_000, 6)])
 def test_two_rdna_compute_units_share_twice_the_lds_of_a_workgroup(lds_bytes, waves):
-    asm = "\tv_mov_b32_e32 v0, 0\n; Occupancy: 16\n"
+    asm = "\tv_mov_b32_e32 v0, 0\n"
     assert machine_code.read(code("gfx1100", asm, num_warps=8, lds_bytes=lds_bytes))["waves_per_simd"] == waves
+
+
+@pytest.mark.parametrize(
+    ("arch", "vgpr", "sgpr", "waves"),  # LLVM's "; Occupancy:" comments for kernels with these numbers of registers
+    [
+        ("gfx942", 64, 20, 8),
+        ("gfx942", 65, 20, 7),
+        ("gfx942", 64, 104, 7),
+        ("gfx942", 128, 104, 4),
+        ("gfx942", 168, 20, 3),
+        ("gfx942", 169, 20, 2),
+        ("gfx942", 257, 20, 1),
+        ("gfx1100", 96, 106, 16),
+        ("gfx1100", 97, 20, 12),
+        ("gfx1201", 168, 20, 9),
+        ("gfx1201", 256, 20, 5),
+    ],
+)
+def test_occupancy_follows_from_the_registers(arch, vgpr, sgpr, waves):
+    asm = f"\tv_mov_b32_e32 v0, 0\n.vgpr_count: {vgpr}\n.sgpr_count: {sgpr}\n"
+    assert machine_code.read(code(arch, asm, lds_bytes=0))["waves_per_simd"] == waves
+
+
+def test_gfx90a_spills_through_the_buffer_of_its_scratch_memory():
+    asm = (
+        '.amdgcn_target "amdgcn-amd-amdhsa--gfx90a"\n.private_segment_fixed_size: 16\n.L1:\n'
+        "\tbuffer_load_dword v40, off, s[0:3], 0 offset:4\n\tbuffer_load_dwordx4 v[0:3], v9, s[8:11], 0 offen\n"
+        "\tglobal_load_dwordx4 v[8:11], v[0:1], off\n\ts_cbranch_scc1 .L1\n"
+    )
+    cycles = machine_code.read(code("gfx90a", asm))["loop_cycles"]
+    assert cycles == {"scratch": 4, "memory": 8}
+
+
+def test_a_loop_is_found_wherever_its_blocks_are():
+    """An inner loop of two blocks that are apart, inside of an outer loop; and a jump back that is no loop."""
+    asm = """
+	s_branch .L3
+.L0:
+	v_nop 0
+	s_branch .L2
+.L1:
+	v_add_f32_e32 v1, v1, v1
+	s_cbranch_scc0 .L0
+	v_mul_f32_e32 v1, v1, v1
+	s_branch .L1
+.L2:
+	s_cbranch_scc1 .L1
+	s_endpgm
+.L3:
+	s_cbranch_vccz .L1
+	s_branch .L2
+"""
+    _, [loop] = machine_code.parse(asm)
+    assert [line.split()[0] for line in loop] == ["v_add_f32_e32", "s_cbranch_scc0", "v_mul_f32_e32", "s_branch"]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx1100", "gfx1201"])
+def test_llvm_agrees_on_loops_and_occupancy(arch):
+    """LLVM's comments name the innermost loop of each block, and the waves that the registers allow."""
+    op = next(op for op in ops.OPS if op.kernel == "flash_attention_dkv")
+    fn, args = op.call("bfloat16", 64, None, "")
+    kernel = next(kernel for kernel in aot.lower(fn, *args, arch=arch) if kernel.name == op.kernel)
+    compiled = compilers.compile_kernel(kernel, arch=arch, compiler="triton")
+    assert len(machine_code.parse(compiled.asm)[1]) == compiled.asm.count("Inner Loop Header")
+    one_warp = dataclasses.replace(compiled, lds_bytes=0, kernel=dataclasses.replace(kernel, num_warps=1))
+    occupancy = int(re.search(r"; Occupancy: (\d+)", compiled.asm)[1])
+    assert machine_code.read(one_warp)["waves_per_simd"] == occupancy
 
 
 @pytest.mark.parametrize(

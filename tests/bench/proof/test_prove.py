@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from compiled import needs_compiler
 from runs import run
 
 import jfa
 from jfa_bench import cli, names
-from jfa_bench.proof import aot, emulate, proofs, prove
+from jfa_bench.proof import by_triton, by_xla, emulate, proofs, prove
 from jfa_bench.truth import cases, paged_cases
 
-pytest.importorskip("triton", reason='needs triton: pip install "jfa[aot]"')
+pytestmark = needs_compiler
 
 # more keys than a tile, so that waves share tiles that change
 CASE = cases.Case(shape=(1, 70, 90, 2, 1, 64), options=dict(is_causal=True, query_offset=[20]))
@@ -103,14 +104,14 @@ def quick(run, *arguments, monkeypatch):
 
 def test_exit_status_0_and_a_record_if_all_proofs_pass(monkeypatch):
     holds = proofs.Verdict(share=0.25, instructions=7)
-    done = quick(lambda truth, arch: holds, "-o", "json", monkeypatch=monkeypatch)
+    done = quick(lambda truth, arch, compiler: holds, "-o", "json", monkeypatch=monkeypatch)
     assert done.exit_code == 0
     [row] = json.loads(done.stdout)
     assert row["status"] == "ok" and row["worst_error_of_limit"] == 0.25 and row["cases"] == ["gqa"]
 
 
 def test_exit_status_1_and_a_reason_if_a_proof_fails(monkeypatch):
-    done = quick(lambda truth, arch: proofs.Verdict(wrong="2 is not 3"), monkeypatch=monkeypatch)
+    done = quick(lambda truth, arch, compiler: proofs.Verdict(wrong="2 is not 3"), monkeypatch=monkeypatch)
     assert done.exit_code == 1
     assert "flash_attention gfx942 forward bfloat16 options: gqa: 2 is not 3" in done.stdout
 
@@ -148,6 +149,7 @@ def test_without_triton_the_error_names_the_extra(monkeypatch):
     def missing():
         raise RuntimeError('machine code needs the triton package, which is not installed: pip install "jfa[aot]"')
 
-    monkeypatch.setattr(aot, "_triton", missing)
+    monkeypatch.setattr(by_xla, "plugin", lambda platform: None)
+    monkeypatch.setattr(by_triton, "package", missing)
     done = CliRunner().invoke(cli.commands, ["prove", "--quick"])
     assert done.exit_code != 0 and 'pip install "jfa[aot]"' in str(done.exception)

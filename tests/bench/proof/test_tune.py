@@ -14,7 +14,7 @@ import jfa
 from jfa import tuning
 from jfa.device import describe
 from jfa_bench import cli, names
-from jfa_bench.proof import aot, compile, machine_code, ops, tune
+from jfa_bench.proof import aot, compile, compilers, machine_code, ops, tune
 from jfa_models.cli import run
 
 OP = ops.OPS[0]
@@ -192,18 +192,34 @@ def test_tiles_that_must_spill_are_not_compiled(monkeypatch):
 
 
 def test_switches_are_tried_one_at_a_time_on_the_best():
-    paper = Paper(lambda case, config: {} if config.get("exp2_degree") else dict(flop_per_cycle=500.0))
+    paper = Paper(lambda case, config: dict(flop_per_cycle=500.0) if config.get("round_half_up") else {})
     choices = tune.offline(OP, "gfx950", paper)
-    late = OP.sweep.late("gfx950", "bfloat16")
-    assert late == dict(num_stages=(1,), exp2_degree=(4, None, 3), round_half_up=(False, True))
+    assert OP.sweep.late("gfx950", "bfloat16") == dict(num_stages=(1,), round_half_up=(False, True))
     asked = [
         dict(case.config)
         for case in paper.asked
         if (case.dtype, case.head_dim) == ("bfloat16", 128) and not case.variant
     ]
-    tried = collections.Counter((config.get("exp2_degree"), config.get("round_half_up", False)) for config in asked)
-    assert tried == {(4, False): 8, (None, False): tune.LATE, (3, False): tune.LATE, (4, True): tune.LATE}
-    assert {choice.chosen["config"].get("exp2_degree") for choice in choices.values()} == {None}
+    tried = collections.Counter(config.get("round_half_up", False) for config in asked)
+    assert tried == {False: 8, True: tune.LATE}
+    chosen = {key: choice.chosen["config"].get("round_half_up") for key, choice in choices.items()}
+    assert chosen["bfloat16", 64] and not chosen["float16", 64]
+
+
+def test_a_similar_dtype_tries_its_own_switches_on_the_best_of_the_other():
+    decode = next(op for op in ops.OPS if op.kernel == "paged_decode_attention")
+    paper = Paper(lambda case, config: dict(flop_per_cycle=500.0) if config.get("fp8_by_bits") else {})
+    choices = tune.offline(decode, "gfx1201", paper)
+    asked = [dict(case.config) for case in paper.asked if case.dtype == "float16 on float8_e4m3fn" and not case.variant]
+    assert collections.Counter(config["fp8_by_bits"] for config in asked) == {True: 9, False: 9}  # 3 head_dims
+    assert choices["float16 on float8_e4m3fn", 64].chosen["config"]["fp8_by_bits"]
+    assert "fp8_by_bits" not in choices["float16 on int8", 64].chosen["config"]
+
+
+def test_of_equal_tiles_the_one_with_fewer_issue_cycles_wins():
+    slow = row(tile=LARGE, loop_cycles={"vector": 300, "lds": 100})
+    fast = row(tile=LARGE, loop_cycles={"vector": 280, "lds": 100}, more={"round_half_up": True})
+    assert next(tune.ranked([slow, fast])) == fast and next(tune.ranked([fast, slow])) == fast
 
 
 def test_a_similar_dtype_tries_the_best_of_the_other_without_unused_switches():
@@ -261,7 +277,9 @@ def test_an_architecture_that_nothing_fits_is_an_error():
 def bench(monkeypatch, capsys):
     """Runs the command with a fake compiler and returns (exit status, stdout, stderr)."""
     monkeypatch.setattr(tune, "compile_all", Paper())
-    monkeypatch.setattr(aot, "triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(compilers, "chosen", lambda arch, compiler=None: "triton")
+    monkeypatch.setattr(compilers, "versions", lambda: {"triton": "3.9.0"})
+    monkeypatch.setattr(compilers, "unmet", lambda used: None)
     group = click.Group("jfa-bench", commands=[cli.proof.tune_command])
 
     def run_it(*arguments):
