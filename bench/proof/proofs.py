@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
+from jfa.types import Implementation
 
 from .. import amdgcn
 from ..measure import outcome
@@ -89,7 +90,7 @@ def backward(truth: Truth, arch: str, **options: Any) -> Verdict:
     return verdict(*backward_check(truth, "triton"), arch=arch, **options)
 
 
-def forward_check(truth: Truth, implementation: str | None) -> Check:
+def forward_check(truth: Truth, implementation: Implementation | None) -> Check:
     """Output and residual of a case; implementation: of the op, None: the op chooses."""
 
     def call(q, k, v):
@@ -99,7 +100,7 @@ def forward_check(truth: Truth, implementation: str | None) -> Check:
     return Check(call, args, (truth.out, truth.lse), _limits(truth, args[0].dtype))
 
 
-def backward_check(truth: Truth, implementation: str | None) -> Check:
+def backward_check(truth: Truth, implementation: Implementation | None) -> Check:
     """The gradients of all differentiable arguments of a case; implementation: of the op, None: the op chooses."""
     arrays = dict(zip(("query", "key", "value"), poisoned(truth), strict=True))
     arrays |= {name: truth.options[name] for name in cases.GRADIENTS if name in truth.options}
@@ -223,7 +224,7 @@ def over_pages(truth: PagedTruth, arch: str, **options: Any) -> Verdict:
     return verdict(*paged_check(truth, "triton"), arch=arch, **options)
 
 
-def paged_check(truth: PagedTruth, implementation: str | None) -> Check:
+def paged_check(truth: PagedTruth, implementation: Implementation | None) -> Check:
     """Like forward_check, for a paged case."""
 
     def call(*arrays):

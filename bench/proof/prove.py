@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jfa import quant
+from jfa.types import Implementation
 
 from .. import names
 from ..records import record, tables
@@ -53,7 +54,7 @@ class Proof:
     """How an op is proven in one direction."""
 
     run: Callable[..., Verdict]  # (truth, arch, compiler=), as machine code
-    check: Callable[[Any, str | None], Check]  # (truth, implementation), the same for any device
+    check: Callable[[Any, Implementation | None], Check]  # (truth, implementation), the same for any device
     cases: Callable[[Row], Mapping[str, Any]]
     truth: Callable[[Any, Row], Any]  # (case, row)
     sizes: tuple[Size, ...]
