@@ -467,13 +467,13 @@ def tuned(
     return table(op, arch, source, entries), rows
 
 
-def measured_source(arch: str, compiler: str) -> str:
-    """The source field of a table that was measured."""
+def measured_source(arch: str, compiler: str, *, tried: str = f"the {MEASURED}") -> str:
+    """The source field of a table that was measured; tried: how many candidates."""
     circumstances = machine.circumstances()
     made_with = ", ".join(f"{name} {circumstances['versions'][name]}" for name in ("jax", "jaxlib"))
     return (
         f"Measured on {jax.devices()[0].device_kind} ({arch}) on {circumstances['date'][:10]} with {made_with}: the "
-        f"fastest median of the {MEASURED} configurations with the best code from {compiler}; "
+        f"fastest median of {tried} configurations with the best code from {compiler}; "
         "figures other than time_ms are from compiled code."
     )
 
