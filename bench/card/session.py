@@ -65,7 +65,7 @@ def run(
             say(_ran(unit, ledger, clock))
             write()
             if reason := _silence():
-                status, why = 1, f"the device stopped to answer in {unit.key}: {reason}; call the command again"
+                status, why = 1, f"the device stopped answering in {unit.key}: {reason}; call the command again"
                 break
         except KeyboardInterrupt:
             if unit.key not in ledger.done:

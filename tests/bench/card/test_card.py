@@ -147,13 +147,13 @@ def test_a_unit_that_ends_the_process_twice_is_not_tried_again(folder):
     assert "* paged: a: crashed: the process ended 2 times while this ran" in folder.page
 
 
-def test_a_device_that_stopped_to_answer_ends_the_call(folder, monkeypatch):
+def test_a_device_that_stopped_answering_ends_the_call(folder, monkeypatch):
     three(folder)
     answers = iter([None, "RuntimeError: illegal address"])
     monkeypatch.setattr(session, "_silence", lambda: next(answers))
     assert folder.work(10) == 1 and folder.ran == ["a", "b"]
     assert folder.lines[-1].startswith(
-        "the device stopped to answer in correctness: b: RuntimeError: illegal address; call the command again\n"
+        "the device stopped answering in correctness: b: RuntimeError: illegal address; call the command again\n"
     )
 
 
