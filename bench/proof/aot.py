@@ -123,6 +123,12 @@ def lower(fn: Callable, *args: Any, arch: str) -> tuple[Kernel, ...]:
     return tuple(_kernel(call) for call in _triton_calls(module.operation))
 
 
+def kernel_names(lowered: Any) -> tuple[str, ...]:
+    """The names of the Pallas-Triton kernels in a jax.stages.Lowered, each once, in program order."""
+    calls = _triton_calls(lowered.compiler_ir("stablehlo").operation)
+    return tuple(dict.fromkeys(ir.StringAttr(call.attributes["mhlo.backend_config"]["name"]).value for call in calls))
+
+
 def _triton_calls(operation: Any) -> Iterator[Any]:
     for inner in (o.operation for region in operation.regions for block in region.blocks for o in block.operations):
         if (

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jfa
 from jfa import backends, quant
@@ -49,6 +50,8 @@ class Op:
     # (dtype, head_dim, config or None for the library's default, variant) -> (function, args) that calls the kernel
     call: Callable[[str, int, Any, str], tuple[Callable, tuple]]
     default_config: Callable[[DeviceInfo, str, int], Any]  # the configuration that a plain call uses
+    # the results of `call` to those of this kernel, so that without the others the call runs no other kernel
+    own_results: Callable[[Any], Any] = lambda results: results
     bound: str = "matrix_bound"  # the figure shown in tables; "memory_bound_share" for kernels limited by memory
     variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must also support
     sweep: Sweep
@@ -140,6 +143,34 @@ def _paged_operands(dtype: str, head_dim: int, *, ragged: bool) -> PagedOperands
         k_scales=scales,
         v_scales=scales,
     )
+
+
+def filled(args: Any) -> Any:
+    """Seeded arrays for the shapes of a call's args. Rows of a page table are full, and their pages in random order."""
+    if isinstance(args, PagedOperands):
+        rows, pages_per_seq = args.page_table.shape
+        pages = 1 + np.random.default_rng(0).permutation(rows * pages_per_seq)
+        numbers: dict[str, Any] = {
+            "page_table": jnp.asarray(pages.reshape(rows, pages_per_seq), jnp.int32),
+            "kv_len": jnp.full(rows, args.capacity, jnp.int32),
+        }
+        if args.query_start is not None:
+            numbers["query_start"] = jnp.arange(rows + 1, dtype=jnp.int32) * (args.q.shape[0] // rows)
+        others = args._asdict() | dict.fromkeys(numbers)
+        return PagedOperands(**filled(others) | numbers)
+    leaves, structure = jax.tree.flatten(args, is_leaf=lambda one: isinstance(one, PagedOperands))
+    return structure.unflatten(
+        [
+            filled(x) if isinstance(x, PagedOperands) else _random(key, x)
+            for key, x in zip(jax.random.split(jax.random.key(0), len(leaves)), leaves, strict=True)
+        ]
+    )
+
+
+def _random(key: jax.Array, x: Any) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jax.random.randint(key, x.shape, 0, 100, x.dtype)
+    return jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)
 
 
 def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[Callable, tuple]]:
@@ -299,6 +330,7 @@ OPS = (
         config_type=FlashConfig,
         call=_flash_backward,
         default_config=_backward_default("dq"),
+        own_results=lambda gradients: gradients.q,
         variants=("padded head_dim",),
         sweep=Sweep(
             starts=_dq_starts,
@@ -320,6 +352,7 @@ OPS = (
         config_type=FlashConfig,
         call=_flash_backward,
         default_config=_backward_default("dkv"),
+        own_results=lambda gradients: (gradients.k, gradients.v),
         variants=("padded head_dim",),
         sweep=Sweep(
             starts=_dkv_starts,

@@ -1,19 +1,23 @@
 """Proves a case: a kernel, run as machine code, returns the oracle's result and accesses nothing out of bounds.
 
+A Check is a call of the public op with what it must return; `verdict` runs it emulated, `on_device` on this device.
+
 Inputs past a row's length, and page slots without a token, are NaN or infinite; outputs are initialized to NaN.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jfa
+from jfa.types import Implementation
 
 from .. import amdgcn
+from ..measure import outcome
 from ..truth import cases, numerics
 from ..truth.cases import Case, Truth
 from ..truth.paged_cases import PagedCase, PagedTruth
@@ -31,6 +35,15 @@ class Verdict:
     kernels: tuple[str, ...] = ()
     instructions: int = 0
     races: int = 0
+
+
+class Check(NamedTuple):
+    """A call and its expected results: each leaf of fn(*args) is within its limit of the one in wanted."""
+
+    fn: Callable
+    args: tuple
+    wanted: Sequence[Any]
+    limits: Sequence[float]
 
 
 def tile_cases(block_q: int, block_kv: int, head_dim: int, *, quick: bool) -> dict[str, Case]:
@@ -69,27 +82,35 @@ def tile_cases(block_q: int, block_kv: int, head_dim: int, *, quick: bool) -> di
 
 def forward(truth: Truth, arch: str, **options: Any) -> Verdict:
     """Checks output and residual of a case, as machine code of arch, against the oracle; options: of emulate."""
-    q, k, v = poisoned(truth)
-
-    def call(q, k, v):
-        return jfa.dot_product_attention(q, k, v, implementation="triton", return_residual=True, **truth.options)
-
-    limits = (
-        numerics.limit(truth.out, truth.plain_out, q.dtype),
-        numerics.limit(truth.lse, truth.plain_lse, np.dtype(np.float32)),
-    )
-    return verdict(call, (q, k, v), (truth.out, truth.lse), limits, arch=arch, **options)
+    return verdict(*forward_check(truth, "triton"), arch=arch, **options)
 
 
 def backward(truth: Truth, arch: str, **options: Any) -> Verdict:
     """Like forward, for the gradients of all differentiable arguments of a case; the forward kernel runs too."""
+    return verdict(*backward_check(truth, "triton"), arch=arch, **options)
+
+
+def forward_check(truth: Truth, implementation: Implementation | None) -> Check:
+    """Output and residual of a case; implementation: of the op, None: the op chooses."""
+
+    def call(q, k, v):
+        return jfa.dot_product_attention(q, k, v, implementation=implementation, return_residual=True, **truth.options)
+
+    args = poisoned(truth)
+    return Check(call, args, (truth.out, truth.lse), _limits(truth, args[0].dtype))
+
+
+def backward_check(truth: Truth, implementation: Implementation | None) -> Check:
+    """The gradients of all differentiable arguments of a case; implementation: of the op, None: the op chooses."""
     arrays = dict(zip(("query", "key", "value"), poisoned(truth), strict=True))
     arrays |= {name: truth.options[name] for name in cases.GRADIENTS if name in truth.options}
     others = {name: x for name, x in truth.options.items() if name not in arrays}
 
     def call(*values):
         def loss(arrays):
-            out, lse = jfa.dot_product_attention(**arrays, implementation="triton", return_residual=True, **others)
+            out, lse = jfa.dot_product_attention(
+                **arrays, implementation=implementation, return_residual=True, **others
+            )
             through_lse = jnp.where(jnp.isfinite(lse), lse * truth.d_lse, 0.0)
             return (out.astype(jnp.float32) * truth.d_out.astype(jnp.float32)).sum() + through_lse.sum()
 
@@ -99,7 +120,15 @@ def backward(truth: Truth, arch: str, **options: Any) -> Verdict:
     dtype = truth.arrays[0].dtype
     wanted = [truth.gradients[name] for name in arrays]
     limits = [numerics.limit(want, plain, dtype, products=GRADIENT_PRODUCTS) for want, plain in wanted]
-    return verdict(call, tuple(arrays.values()), [want for want, _ in wanted], limits, arch=arch, **options)
+    return Check(call, tuple(arrays.values()), [want for want, _ in wanted], limits)
+
+
+def _limits(truth: Truth | PagedTruth, dtype: Any) -> tuple[float, float]:
+    """Of the output and the residual."""
+    return (
+        numerics.limit(truth.out, truth.plain_out, dtype),
+        numerics.limit(truth.lse, truth.plain_lse, np.dtype(np.float32)),
+    )
 
 
 def poisoned(truth: Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -122,21 +151,40 @@ def verdict(
         done = emulate.emulate(fn, *map(jnp.asarray, args), arch=arch, **options)
     except (amdgcn.MachineError, aot.CompileError) as error:
         return Verdict(wrong=f"{type(error).__name__}: {error}")
-    shares, wrong = [], None
-    for got, want, allowed in zip(done.outputs, wanted, limits, strict=True):
-        try:
-            shares.append(numerics.assert_within(got, want, allowed) / allowed)
-        except AssertionError as error:
-            wrong = wrong or str(error)
-    if done.races:
-        wrong = wrong or done.races[0]
+    share, wrong = _compared(done.outputs, wanted, limits)
     return Verdict(
-        share=max(shares) if len(shares) == len(wanted) else None,
-        wrong=wrong,
+        share=share,
+        wrong=wrong or (done.races[0] if done.races else None),
         kernels=tuple(dict.fromkeys(done.kernels)),
         instructions=done.instructions,
         races=len(done.races),
     )
+
+
+def on_device(check: Check) -> Verdict:
+    """Runs a check compiled for this process's device; a call that fails is wrong too."""
+    args = [jnp.asarray(arg) for arg in check.args]
+    try:
+        lowered = jax.jit(check.fn).lower(*args)
+        kernels = aot.kernel_names(lowered)
+        outputs = jax.block_until_ready(lowered.compile()(*args))
+    except outcome.REFUSALS as error:
+        return Verdict(wrong=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+    share, wrong = _compared(outputs, check.wanted, check.limits)
+    return Verdict(share=share, wrong=wrong, kernels=kernels)
+
+
+def _compared(
+    outputs: Sequence[Any], wanted: Sequence[Any], limits: Sequence[float]
+) -> tuple[float | None, str | None]:
+    """(the worst error / limit, None if an output has no error; what is wrong with the first wrong output)."""
+    shares, wrong = [], None
+    for got, want, allowed in zip(outputs, wanted, limits, strict=True):
+        try:
+            shares.append(numerics.assert_within(got, want, allowed) / allowed)
+        except AssertionError as error:
+            wrong = wrong or str(error)
+    return max(shares) if len(shares) == len(wanted) else None, wrong
 
 
 def paged_tile_cases(
@@ -173,12 +221,13 @@ def paged_tile_cases(
 
 def over_pages(truth: PagedTruth, arch: str, **options: Any) -> Verdict:
     """Like forward, for a paged case."""
+    return verdict(*paged_check(truth, "triton"), arch=arch, **options)
+
+
+def paged_check(truth: PagedTruth, implementation: Implementation | None) -> Check:
+    """Like forward_check, for a paged case."""
 
     def call(*arrays):
-        return getattr(jfa, truth.op)(*arrays, implementation="triton", return_residual=True, **truth.options)
+        return getattr(jfa, truth.op)(*arrays, implementation=implementation, return_residual=True, **truth.options)
 
-    limits = (
-        numerics.limit(truth.out, truth.plain_out, truth.arrays[0].dtype),
-        numerics.limit(truth.lse, truth.plain_lse, np.dtype(np.float32)),
-    )
-    return verdict(call, truth.arrays, (truth.out, truth.lse), limits, arch=arch, **options)
+    return Check(call, truth.arrays, (truth.out, truth.lse), _limits(truth, truth.arrays[0].dtype))

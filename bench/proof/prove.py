@@ -13,12 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jfa import quant
+from jfa.types import Implementation
 
 from .. import names
 from ..records import record, tables
 from ..truth import cases, paged_cases
 from . import aot, compilers, ops, pool
-from .proofs import Verdict, backward, forward, over_pages, paged_tile_cases, tile_cases
+from .proofs import (
+    Check,
+    Verdict,
+    backward,
+    backward_check,
+    forward,
+    forward_check,
+    over_pages,
+    paged_check,
+    paged_tile_cases,
+    tile_cases,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +53,8 @@ Size = tuple[str, int | None]  # dtype, head_dim
 class Proof:
     """How an op is proven in one direction."""
 
-    run: Callable[..., Verdict]  # (truth, arch, compiler=)
+    run: Callable[..., Verdict]  # (truth, arch, compiler=), as machine code
+    check: Callable[[Any, Implementation | None], Check]  # (truth, implementation), the same for any device
     cases: Callable[[Row], Mapping[str, Any]]
     truth: Callable[[Any, Row], Any]  # (case, row)
     sizes: tuple[Size, ...]
@@ -96,6 +109,7 @@ _FLASH_SIZES: tuple[Size, ...] = (
 _FLASH_QUICK: tuple[Size, ...] = (("bfloat16", 128), ("float16", 64), ("float32", 64), ("bfloat16", None))
 _PAGED = Proof(
     run=over_pages,
+    check=paged_check,
     cases=_paged_cases,
     truth=_paged_truth,
     sizes=(
@@ -106,9 +120,9 @@ _PAGED = Proof(
 )
 PROOFS: dict[tuple[str, str], Proof] = {
     ("flash_attention", direction): Proof(
-        run=run, cases=_flash_cases, truth=_flash_truth, sizes=_FLASH_SIZES, quick=_FLASH_QUICK
+        run=run, check=check, cases=_flash_cases, truth=_flash_truth, sizes=_FLASH_SIZES, quick=_FLASH_QUICK
     )
-    for direction, run in (("forward", forward), ("backward", backward))
+    for direction, run, check in (("forward", forward, forward_check), ("backward", backward, backward_check))
 } | {(op, "forward"): _PAGED for op in ("paged_decode_attention", "ragged_paged_attention")}
 
 

@@ -36,7 +36,6 @@ from typing import Any
 
 import click
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jfa import tuning
@@ -45,7 +44,7 @@ from jfa.device import describe, probe
 from .. import names
 from ..measure import machine, timing
 from ..records import record
-from . import aot, compilers
+from . import aot, compilers, ops
 from .compile import Case, compile_all, given, tile
 from .ops import Op
 
@@ -364,21 +363,24 @@ def measured(
 
 
 def measure_here(cases: Sequence[Case], *, samples: int) -> dict[Case, float]:
-    """The median milliseconds of each case that this machine's device can run, measured interleaved."""
+    """The median milliseconds of each case that this machine's device can run, measured interleaved.
+
+    Only the case's kernel is timed, also if its call has others: a configuration that is good for one may be bad for
+    the other.
+    """
     runs: dict[str, Callable[[], object]] = {}
+    arrays: dict[tuple[str, str, int], Any] = {}  # cases of the same call share them: pages take gigabytes
     for number, case in enumerate(cases):
         fn, shapes = case.op.call(case.dtype, case.head_dim, case.op.config_type(**dict(case.config or ())), "")
-        keys = jax.random.split(jax.random.key(0), len(shapes))
-        arrays = [
-            jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype) for key, x in zip(keys, shapes, strict=True)
-        ]
-        run = jax.jit(fn)
+        call = (case.kernel, case.dtype, case.head_dim)
+        args = arrays[call] = arrays[call] if call in arrays else ops.filled(shapes)
+        run = jax.jit(lambda *args, fn=fn, own=case.op.own_results: own(fn(*args)))
         try:
-            jax.block_until_ready(run(*arrays))
+            jax.block_until_ready(run(*args))
         except jax.errors.JaxRuntimeError as error:  # the device's compiler may reject it as too large
             click.echo(f"note: {tile(dict(case.config or ()))} does not run: {str(error).splitlines()[0]}", err=True)
             continue
-        runs[str(number)] = lambda run=run, arrays=arrays: run(*arrays)
+        runs[str(number)] = lambda run=run, args=args: run(*args)
     taken = timing.in_turns(runs, samples=samples)
     return {cases[int(number)]: float(np.median(series)) for number, series in taken.items()}
 
@@ -465,13 +467,13 @@ def tuned(
     return table(op, arch, source, entries), rows
 
 
-def measured_source(arch: str, compiler: str) -> str:
-    """The source field of a table that was measured."""
+def measured_source(arch: str, compiler: str, *, tried: str = f"the {MEASURED}") -> str:
+    """The source field of a table that was measured; tried: how many candidates."""
     circumstances = machine.circumstances()
     made_with = ", ".join(f"{name} {circumstances['versions'][name]}" for name in ("jax", "jaxlib"))
     return (
         f"Measured on {jax.devices()[0].device_kind} ({arch}) on {circumstances['date'][:10]} with {made_with}: the "
-        f"fastest median of the {MEASURED} configurations with the best code from {compiler}; "
+        f"fastest median of {tried} configurations with the best code from {compiler}; "
         "figures other than time_ms are from compiled code."
     )
 

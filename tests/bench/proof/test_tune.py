@@ -383,3 +383,23 @@ def test_cases_are_measured_interleaved_and_failing_ones_are_skipped(monkeypatch
     taken = tune.measure_here(cases, samples=2)
     assert set(taken) == set(cases[:2]) and min(taken.values()) > 0
     assert capsys.readouterr().err == "note: 64x128 4w 1s does not run: RESOURCE_EXHAUSTED: shared memory\n"
+
+
+@pytest.mark.parametrize("kernel", [op.kernel for op in ops.OPS])
+def test_a_measured_call_runs_no_other_kernel(kernel):
+    """A configuration of dq would otherwise be timed together with dkv in the same, unsuitable, configuration."""
+    [op] = (op for op in ops.OPS if op.kernel == kernel)
+    fn, shapes = op.call("bfloat16", 64, None, "")
+    assert [one.name for one in aot.lower(lambda *args: op.own_results(fn(*args)), *shapes, arch="gfx942")] == [kernel]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16 on int8", "bfloat16 on float8_e4m3fn", "bfloat16 on uint8"])
+def test_pages_are_filled_with_whole_rows(monkeypatch, dtype):
+    monkeypatch.setattr(ops, "_PAGED_BATCH", 3)
+    monkeypatch.setattr(ops, "_PAGED_CAPACITY", 64)
+    for ragged in (False, True):
+        shapes = ops._paged_operands(dtype, 64, ragged=ragged)
+        [found] = ops.filled((shapes,))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+        assert sorted(found.page_table.ravel().tolist()) == list(range(1, 13)) and found.kv_len.tolist() == [64] * 3
+        assert found.query_start is None if not ragged else found.query_start.tolist() == [0, 64, 128, 192]
