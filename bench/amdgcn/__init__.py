@@ -23,3 +23,5 @@ from .errors import UnsupportedInstruction as UnsupportedInstruction
 from .machine import Run as Run
 from .machine import run as run
 from .program import TARGETS as TARGETS
+from .program import parse as parse
+from .storage import Memory as Memory

@@ -21,7 +21,10 @@ Step = Callable[[], None]  # an instruction bound to a gang
 class Gang:
     """The state of waves that run in lockstep."""
 
-    def __init__(self, program: Program, num_workgroups: int, num_warps: int, store: Memory, lds_bytes: int):
+    def __init__(
+        self, program: Program, num_workgroups: int, num_warps: int, store: Memory, lds_bytes: int, threads: int
+    ):
+        """threads: of a workgroup; its last wave may have fewer than a whole wave."""
         self.program, self.wave_size = program, program.wave_size
         self.num_workgroups, self.num_warps = num_workgroups, num_warps
         self.num_waves = num_workgroups * num_warps
@@ -42,6 +45,7 @@ class Gang:
             wave_size=self.wave_size,
             unit=min([4, *(SIZES[kind] for kind in moved if kind in SIZES)]),
         )
+        self._exec_at_start = self._full_lanes(threads)
         # active waves[wave, 1] and lanes mask[wave, lane]; both are just True if all are active
         self.exec = np.ones(shape, bool)
         self.waves: np.ndarray | bool = True
@@ -77,7 +81,7 @@ class Gang:
                 if descriptor.get(f"system_sgpr_workgroup_id_{axis}", 0):
                     self.s[:, at] = index
                     at += 1
-        self.s[:, EXEC : EXEC + 2] = (0xFFFFFFFF, 0xFFFFFFFF if self.wave_size == 64 else 0)
+        self.s[:, EXEC : EXEC + 2] = self._exec_at_start
         self.next_block.fill(0)
         self.waiting.fill(False)
         self.signalled.fill(False)
@@ -85,6 +89,12 @@ class Gang:
         self.exec_changed()
         self.lds.start()
         self.executed = 0
+
+    def _full_lanes(self, threads: int) -> np.ndarray:
+        """u32[waves, 2]: the lanes of each wave that have a thread."""
+        lanes = np.arange(64) + self.wave_size * np.arange(self.num_warps)[:, None]
+        has_thread = (lanes < threads) & (np.arange(64) < self.wave_size)
+        return np.tile(np.packbits(has_thread, axis=1, bitorder="little").view(np.uint32), (self.num_workgroups, 1))
 
     def exec_changed(self) -> None:
         """Updates the active lanes after a write to EXEC."""

@@ -41,12 +41,19 @@ def run(
     grid: tuple[int, ...],
     num_warps: int,
     lds_bytes: int,
+    threads: int | None = None,
+    memory: Memory | None = None,
     max_blocks: int = MAX_BLOCKS,
 ) -> Run:
     """Runs a kernel over a grid of up to three dimensions, one workgroup of num_warps waves per point.
 
-    args: an array for each pointer, in order, and a number for each other argument; arrays are not modified. lds_bytes:
-    Triton's `metadata.shared`. max_blocks: the maximum number of basic blocks that a gang may execute.
+    Args:
+      args: for each pointer, in order, an array, which is not modified, or an address in `memory`; a number for each
+        other argument.
+      lds_bytes: Triton's `metadata.shared`, or the dynamic and the static bytes.
+      threads: of a workgroup, if its last wave is not full.
+      memory: with buffers that kernels share, which this one may modify.
+      max_blocks: the maximum number of basic blocks that a gang may execute.
 
     Raises:
       UnsupportedInstruction: an instruction or mode is not implemented; raised before anything runs.
@@ -56,8 +63,8 @@ def run(
     program = parse(asm)
     if any(program.descriptor.get(f"float_denorm_mode_{bits}", KEEPS) != KEEPS for bits in ("32", "16_64")):
         raise UnsupportedInstruction("the kernel's floating-point mode replaces denormal numbers by 0")
-    store = Memory()
-    grid, threads = (*grid, 1, 1)[:3], num_warps * program.wave_size
+    store = memory or Memory()
+    grid, threads = (*grid, 1, 1)[:3], threads or num_warps * program.wave_size
     kernarg, arrays = _kernarg(program, args, grid, threads, store)
     workgroups = np.indices(grid[::-1]).reshape(3, -1)[::-1].T  # x, y, z of each; x runs fastest
     together = max(1, min(len(workgroups), LANES // threads))
@@ -69,7 +76,7 @@ def run(
         for first in range(0, len(workgroups), together):
             some = workgroups[first : first + together]
             if gang is None or gang.num_workgroups != len(some):
-                gang = Gang(program, len(some), num_warps, store, lds_bytes)
+                gang = Gang(program, len(some), num_warps, store, lds_bytes, threads)
                 blocks = [[bind(gang, instruction) for instruction in block.instructions] for block in program.blocks]
             gang.start(some, initial)
             _execute(gang, blocks, max_blocks)
@@ -145,7 +152,9 @@ def _kernarg(
     addresses: list[int | None] = []
     for number, (arg, place) in enumerate(zip(args, program.arguments, strict=False)):
         address = None
-        if place.kind == "global_buffer":
+        if place.kind == "global_buffer" and isinstance(arg, int):
+            value = struct.pack("<Q", arg)
+        elif place.kind == "global_buffer":
             octets = np.ascontiguousarray(arg).reshape(-1).view(np.uint8)
             address = store.add(octets, f"argument {number}", writable=True)
             value = struct.pack("<Q", address)

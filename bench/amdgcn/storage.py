@@ -43,11 +43,21 @@ class Memory:
         self._writable.append(writable)
         return (len(self._names) << self._SPACING) + self._MIDDLE
 
-    def content(self, address: int) -> np.ndarray:
-        """A copy of the bytes of the buffer at an address."""
+    def content(self, address: int, size: int | None = None) -> np.ndarray:
+        """A copy of `size` bytes at an address; None: of the whole buffer that starts there."""
+        start, held = self._place(address)
+        return self._arena[start : start + (held if size is None else size)].copy()
+
+    def fill(self, address: int, content: np.ndarray) -> None:
+        """Replaces the bytes at an address."""
+        start, _ = self._place(address)
+        self._arena[start : start + len(content)] = content
+
+    def _place(self, address: int) -> tuple[int, int]:
+        """(index in the arena, bytes from there to the buffer's end)."""
         number = (address >> self._SPACING) - 1
-        start = self._starts[number]
-        return self._arena[start : start + self._sizes[number]].copy()
+        offset = (address & ((1 << self._SPACING) - 1)) - self._MIDDLE
+        return int(self._starts[number]) + offset, int(self._sizes[number]) - offset
 
     def read(self, addresses: np.ndarray, size: int, instruction: Instruction) -> np.ndarray:
         """`size` bytes at each address: u32[n, size // 4], or u8[n, size] for less than a dword."""

@@ -49,17 +49,26 @@ def compile_command(arch, op, direction, dtype, head_dim, compiler, processes, f
 @click.option("--op", type=OPS, default="all", show_default=True)
 @direction_option
 @click.option("--quick", is_flag=True, help="Fewer rows and cases, for CI.")
+@click.option("--model", is_flag=True, help="Whole steps of two tiny models instead of kernels; needs XLA's compiler.")
 @compiler_option
 @options.processes_option
 @options.format_option
 @click.pass_context
-def prove_command(context, arch, op, direction, quick, compiler, processes, format) -> None:
+def prove_command(context, arch, op, direction, quick, model, compiler, processes, format) -> None:
     """Verify the AMD machine code of kernels.
 
     Executes it on this CPU and checks the results against an oracle; exit status 1 if one is wrong.
     """
     from ..proof import compile, prove
+    from ..proof import model as models
 
+    if model:
+        if compiler == "triton":
+            raise click.UsageError("--model needs --compiler xla: a whole program is compiled by XLA")
+        circumstances = compile.circumstances(arch, "xla")
+        records = [row | circumstances for row in models.prove_all(models.rows(arch, quick=quick), processes)]
+        click.echo(models.render(records, format))
+        context.exit(int(any(row["status"] != "ok" for row in records)))
     circumstances = compile.circumstances(arch, compiler)
     rows = prove.rows(arch, op, direction, quick=quick, compiler=compiler)
     records = [row | circumstances for row in prove.prove_all(rows, processes)]

@@ -13,6 +13,7 @@ JAX has no public way to load a plugin only for its compiler: this is the one fi
 import contextlib
 import functools
 import importlib.util
+import io
 import itertools
 import os
 import re
@@ -107,18 +108,16 @@ def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
     name = f"{kernel.name}_{next(_NUMBERS)}"
     attributes = {"name": name, "ir": kernel.ttir.replace(f"@{kernel.name}(", f"@{name}("), "debug": False}
     attributes |= {key: np.int32(number) for key, number in numbers.items()}
-    sharding = jax.sharding.SingleDeviceSharding(_device(arch))
+    sharding = jax.sharding.SingleDeviceSharding(device(arch))
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in kernel.operands]
-    with tempfile.TemporaryDirectory() as folder, _kept_files(folder):
-        options = _OPTIONS | {"xla_dump_to": folder} | ({} if aot.is_amd(arch) else _for_nvidia())
+    with tempfile.TemporaryDirectory() as folder:
+        lowered = jax.jit(lambda *xs: call(*xs, **attributes)).trace(*operands).lower()
         try:
-            lowered = jax.jit(lambda *xs: call(*xs, **attributes)).trace(*operands).lower()
-            lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
+            compile_lowered(lowered, Path(folder), arch=arch)
+        except CompileError as error:
             if too_large := _TOO_LARGE.search(str(error)):
                 return Compiled(kernel=kernel, arch=arch, compiler="xla", asm="", lds_bytes=int(too_large[1]))
-            reason = " ".join(str(error).split())[:300]
-            raise CompileError(f"XLA produced no code for {arch}: {reason}") from error
+            raise
         [thunks] = (file.read_text() for file in Path(folder).glob("*.thunk_sequence.txt"))
         hsaco = [file.read_bytes() for file in Path(folder).glob("*.hsaco")]
         ptx = "\n".join(file.read_text() for file in Path(folder).glob("*.ptx")).replace(name, kernel.name)
@@ -132,6 +131,30 @@ def compile_kernel(kernel: Kernel, *, arch: str) -> Compiled:
 
     registers, stack = by_triton.resources(by_triton.assembled(ptx, arch))
     return Compiled(**common, asm=ptx, registers=registers, stack_bytes=stack)
+
+
+def compile_lowered(lowered: Any, folder: Path, *, arch: str, dump_large_constants: bool = False) -> Any:
+    """Compiles a jax.stages.Lowered for device(arch); XLA's dumps and code objects are kept in the folder.
+
+    Raises:
+      CompileError: compilation failed.
+    """
+    options = _OPTIONS | {"xla_dump_to": str(folder), "xla_dump_large_constants": dump_large_constants}
+    options |= {} if aot.is_amd(arch) else _for_nvidia()
+    with _kept_files(str(folder)):
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CompileError(f"XLA produced no code for {arch}: {reason}") from error
+
+
+def kernels_in(hsaco: bytes) -> list[str]:
+    """The names of the kernels in a code object."""
+    from elftools.elf.elffile import ELFFile
+
+    symbols: Any = ELFFile(io.BytesIO(hsaco)).get_section_by_name(".dynsym")
+    return [symbol.name.removesuffix(".kd") for symbol in symbols.iter_symbols() if symbol.name.endswith(".kd")]
 
 
 @contextlib.contextmanager
@@ -156,7 +179,7 @@ def _for_nvidia() -> dict[str, Any]:
 
 
 @functools.cache
-def _device(arch: str) -> Any:
+def device(arch: str) -> Any:
     """A device to compile for, which cannot run anything."""
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 

@@ -23,17 +23,18 @@ def each[Row](
     crashed: Callable[[Row], Record],
     doing: str,
     processes: int = names.PROCESSES,
+    rows_per_process: int | None = None,
 ) -> list[Record]:
     """function(row) for each row, in order.
 
     crashed: returns the record of a row whose process crashed. processes: number of worker processes; 0: run in this
-    process. doing: label of a progress bar on stderr, if that is a terminal.
+    process. doing: label of a progress bar on stderr, if that is a terminal. rows_per_process: None: any number.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(doing, total=len(rows))
-        return list(_each(function, rows, crashed, processes, lambda: bar.advance(task)))
+        return list(_each(function, rows, crashed, processes, rows_per_process, lambda: bar.advance(task)))
 
 
 def _each[Row](
@@ -41,6 +42,7 @@ def _each[Row](
     rows: Sequence[Row],
     crashed: Callable[[Row], Record],
     processes: int,
+    rows_per_process: int | None,
     done: Callable[[], None],
 ) -> Iterator[Record]:
     if not processes or not rows:
@@ -48,7 +50,7 @@ def _each[Row](
             yield function(row)
             done()
         return
-    with _workers(min(processes, len(rows))) as pool:
+    with _workers(min(processes, len(rows)), rows_per_process) as pool:
         futures = [pool.submit(function, row) for row in rows]
         for future in futures:
             future.add_done_callback(lambda _: done())
@@ -68,9 +70,13 @@ def _retried[Row](function: Callable[[Row], Record], row: Row, crashed: Callable
 
 
 @contextlib.contextmanager
-def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    # spawn: JAX's threads do not survive a fork
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_on_the_cpu)
+def _workers(count: int, rows_per_process: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    pool = ProcessPoolExecutor(
+        count,
+        mp_context=multiprocessing.get_context("spawn"),  # JAX's threads do not survive a fork
+        initializer=_on_the_cpu,
+        max_tasks_per_child=rows_per_process,
+    )
     try:
         yield pool
     finally:

@@ -187,7 +187,9 @@ class PagedKVCache:
         Tokens before query_start[0] and from query_start[-1] on are padding and are not written.
         """
         token = jnp.arange(k.shape[0])
-        row = jnp.minimum(jnp.searchsorted(query_start[1:], token, side="right"), self.kv_len.shape[0] - 1)
+        row = jnp.minimum(
+            jnp.searchsorted(query_start[1:], token, side="right", method="compare_all"), self.kv_len.shape[0] - 1
+        )
         real = (token >= query_start[0]) & (token < query_start[-1])
         return self._put(layer, self._places(layer, row, token - query_start[row], real), k, v)
 

@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
         if query_start is not None:
             assert cache is not None and lengths is None
             new = jnp.diff(query_start)
-            row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right")
+            row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right", method="compare_all")
             offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens after the last row belong to no row
             positions = (offset[row] + jnp.arange(t))[None, :]
         else:

@@ -196,7 +196,7 @@ def _tiles_of_rows(query_start: Array, n: int, tokens: int) -> Array:
     count = -(-jnp.diff(query_start) // tokens)
     end = jnp.cumsum(count)
     tile = jnp.arange(n // tokens + b)
-    row = jnp.minimum(jnp.searchsorted(end, tile, side="right"), b - 1)
+    row = jnp.minimum(jnp.searchsorted(end, tile, side="right", method="compare_all"), b - 1)
     return jnp.stack([row, (tile - (end - count)[row]) * tokens], axis=1).astype(jnp.int32)
 
 

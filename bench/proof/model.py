@@ -1,0 +1,230 @@
+"""`jfa-bench prove --model`: a whole model's step, compiled by XLA for an AMD GPU and executed kernel by kernel here.
+
+A row is a tiny model, a step, a cache and an architecture. Every kernel of the program runs as machine code, in the
+order and in the buffers of XLA's schedule: jfa's Pallas kernels, XLA's fusions, and its Triton products. The row holds
+if the logits are within the numerics contract of a float32 model on this CPU (numerics.limit), the cache has the new
+keys and values within it, and every byte of the cache that the step does not write is what it was.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.options import CacheOptions
+from jfa_models.model.config import DecoderConfig, ExpertsConfig, RopeConfig
+
+from .. import amdgcn, names
+from ..records import record
+from ..truth import numerics
+from . import compilers, pool
+from .execute import Executed, execute
+from .program import ProgramError, by_role, compile_program
+
+_TINY = DecoderConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    context_length=128,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=10_000.0),
+)
+MODELS: Mapping[str, DecoderConfig] = {
+    "llama": _TINY,
+    "mixture": dataclasses.replace(
+        _TINY,
+        architecture="mixtral",
+        experts=ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=32),
+    ),
+}
+CACHES: Mapping[str, CacheOptions] = {
+    "contiguous": CacheOptions(),
+    "paged": CacheOptions(kind="paged", page_size=4),
+    "int8 pages": CacheOptions(kind="paged", page_size=4, kv_dtype="int8"),
+}
+STEPS = {"prefill": (9, 4), "decode": (1, 1)}  # new tokens of each row
+_PROMPTS = (13, 6)  # tokens that are in the cache before a decode step
+_PRODUCTS = 8  # consecutive products on the longest way from a token to a logit: two layers of four
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row; plain data, so that it can be sent to another process."""
+
+    arch: str
+    model: str
+    step: str
+    cache: str
+
+
+def rows(archs: Sequence[str], *, quick: bool = False) -> list[Row]:
+    """The rows to prove; quick: one cache for each step."""
+    kept = {("llama", "decode", "int8 pages"), ("llama", "prefill", "contiguous"), ("mixture", "decode", "paged")}
+    return [
+        Row(arch=arch, model=model, step=step, cache=cache)
+        for arch in archs
+        for model in MODELS
+        for step in STEPS
+        for cache in CACHES
+        if not quick or (model, step, cache) in kept
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step and its arguments. model: in bfloat16; exact: the same weights in float32."""
+
+    model: LanguageModel
+    exact: LanguageModel
+    cache: Any
+    exact_cache: Any
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+def case_of(row: Row) -> Case:
+    """The model of a row with seeded random weights, and its cache before the step."""
+    config, options = MODELS[row.model], CACHES[row.cache]
+    model = LanguageModel.random(config, dtype="bfloat16", cache_options=options)
+    exact = LanguageModel.random(config, dtype="float32", cache_options=options)
+    exact.params = tuple(x.astype(jnp.float32) for x in model.params)
+    draw = np.random.default_rng(0)
+    caches = [one.new_cache(batch=len(_PROMPTS), capacity=64) for one in (model, exact)]
+    if row.step == "decode":
+        prompts = jnp.asarray(draw.integers(0, config.vocab_size, (len(_PROMPTS), max(_PROMPTS))), jnp.int32)
+        lengths = jnp.asarray(_PROMPTS, jnp.int32)
+        before = zip((model, exact), caches, strict=True)
+        caches = [one.steps.score(one.params, cache, prompts, lengths)[0] for one, cache in before]
+    new = STEPS[row.step]
+    tokens = jnp.asarray(draw.integers(0, config.vocab_size, (len(new), max(new))), jnp.int32)
+    return Case(
+        model=model,
+        exact=exact,
+        cache=caches[0],
+        exact_cache=caches[1],
+        tokens=tokens,
+        lengths=jnp.asarray(new, jnp.int32),
+    )
+
+
+def executed(case: Case, arch: str, **options: Any) -> tuple[Executed, dict[str, int]]:
+    """(the step as machine code of arch, number of launches by role); options: of execute."""
+    step = case.model.steps.score
+    args = jax.tree.map(np.array, (case.model.params, case.cache, case.tokens, case.lengths))
+    program = compile_program(step, *args, arch=arch)
+    return execute(program, *args, **options), by_role(program)
+
+
+def verdict(case: Case, done: Executed) -> tuple[float | None, str | None]:
+    """(worst error / limit of the numerics contract, what is wrong or None)."""
+    args = (case.cache, case.tokens, case.lengths)
+    before = jax.tree.map(np.array, case.cache)
+    plain_cache, plain = case.model.steps.score(case.model.params, *jax.tree.map(jnp.array, args))
+    exact_cache, want = case.exact.steps.score(case.exact.params, case.exact_cache, case.tokens, case.lengths)
+    shapes = jax.tree.leaves((plain_cache, plain))
+    got = [x.view(s.dtype).reshape(s.shape) for x, s in zip(done.outputs, shapes, strict=True)]
+    cache, logits = jax.tree.unflatten(jax.tree.structure((plain_cache, plain)), got)
+    valid = np.arange(case.tokens.shape[1]) < np.asarray(case.lengths)[:, None]
+    try:
+        share = _share(logits[valid], np.asarray(want)[valid], np.asarray(plain)[valid], products=_PRODUCTS)
+        for parts in zip(*map(jax.tree.leaves, (before, cache, plain_cache, exact_cache)), strict=True):
+            share = max(share, _cache_share(*map(np.asarray, parts)))
+    except AssertionError as error:
+        return None, str(error)
+    return share, done.races[0] if done.races else None
+
+
+def _cache_share(before: np.ndarray, got: np.ndarray, plain: np.ndarray, exact: np.ndarray) -> float:
+    """Checks one array of the cache: what the CPU's step leaves is left, what it writes is within the contract."""
+    written = plain.view(np.uint8).reshape(*plain.shape, -1) != before.view(np.uint8).reshape(*before.shape, -1)
+    written = written.any(-1)
+    same = got.view(np.uint8).reshape(*got.shape, -1) == before.view(np.uint8).reshape(*before.shape, -1)
+    assert same.all(-1)[~written].all(), "bytes of the cache that the step does not write have changed"
+    if not np.issubdtype(got.dtype, np.floating) and got.dtype != jnp.bfloat16:
+        # integers: lengths and tables, or levels of quantized numbers, of which rounding may choose the next one
+        worst = np.abs(got.astype(np.int64) - plain.astype(np.int64)).max(initial=0)
+        assert worst <= (1 if got.dtype == np.int8 else 0), f"an integer of the cache is off by {worst}"
+        return 0.0
+    numbers = (x[written].astype(np.float64) for x in (got, exact, plain))
+    return _share(*numbers, products=_PRODUCTS)
+
+
+def _share(got: np.ndarray, want: np.ndarray, plain: np.ndarray, *, products: int) -> float:
+    allowed = numerics.limit(want, plain, jnp.bfloat16, products=products)
+    return numerics.assert_within(got, want, allowed) / allowed
+
+
+def prove_row(row: Row) -> dict[str, Any]:
+    """The record of a row: status "ok" or "wrong" and the reason, worst error / limit, launches, instructions."""
+    start = time.perf_counter()
+    case = case_of(row)
+    share, launches, kernels, instructions, races = None, {}, [], 0, 0
+    try:
+        done, launches = executed(case, row.arch)
+        share, wrong = verdict(case, done)
+        kernels, instructions, races = list(dict.fromkeys(done.kernels)), done.instructions, len(done.races)
+    except (ProgramError, amdgcn.MachineError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    return _about(row) | {
+        "status": "wrong" if wrong else "ok",
+        "reason": wrong,
+        "worst_error_of_limit": None if share is None else round(float(share), 3),
+        "launches": launches,
+        "kernels": kernels,
+        "races": races,
+        "instructions": instructions,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def _about(row: Row) -> dict[str, Any]:
+    return {"benchmark": "prove model", "compiler": "xla", **dataclasses.asdict(row)}
+
+
+def _crashed(row: Row) -> dict[str, Any]:
+    return _about(row) | {"status": "wrong", "reason": "the process crashed", "seconds": None}
+
+
+def prove_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[dict[str, Any]]:
+    """prove_row for each row, in order, each in a process of its own; this number of them at a time.
+
+    Raises:
+      RuntimeError: XLA's compiler is not installed; the message says how to install it.
+    """
+    for arch in {row.arch for row in rows}:
+        compilers.chosen(arch, "xla")
+    return pool.each(
+        prove_row, rows, crashed=_crashed, doing="proving", processes=max(1, processes), rows_per_process=1
+    )
+
+
+TABLE = {
+    **{"arch": "arch", "model": "model", "step": "step", "cache": "cache", "status": "status"},
+    **{"worst_error_of_limit": "error", "count": "kernels", "instructions": "instructions", "seconds": "s"},
+}
+COLUMNS = TABLE | {"races": "races", "reason": "reason"}
+
+
+def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
+    """Records as text; for md a table, and the reason of each row that is wrong."""
+    shown = [{**row, "count": sum((row.get("launches") or {}).values())} for row in records]
+    if output != "md":
+        return record.render(records if "json" in output else shown, output, COLUMNS)
+    lines = [
+        f"{row['arch']} {row['model']} {row['step']}, {row['cache']}: {row['reason']}"
+        for row in records
+        if row["status"] != "ok"
+    ]
+    table = record.render(shown, "md", TABLE)
+    return "\n\n".join(
+        [table, "error: worst error / limit of the numerics contract"] + ["\n".join(lines)] * bool(lines)
+    )
