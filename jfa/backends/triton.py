@@ -3,6 +3,8 @@
 On a CPU the kernels are interpreted.
 """
 
+import dataclasses
+
 from jfa import tuning
 from jfa.backends.interface import FlashBackend, PagedBackend
 from jfa.kernels.triton import flash, flash_bwd, paged
@@ -49,6 +51,8 @@ def _default_paged_config(operands: PagedOperands, device: DeviceInfo) -> PagedC
 
 
 def _run_paged(operands, spec, config, device):
+    if device.arch in paged.WITHOUT_FP8_CASTS:
+        config = dataclasses.replace(config, fp8_by_bits=True)
     return paged.paged_attention(
         operands,
         spec=spec,

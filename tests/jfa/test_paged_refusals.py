@@ -292,11 +292,6 @@ UNSERVED = {
         "^the head_dim of value must be 16 to 256, got 260",
     ),
     "group": (dict(heads=(65, 1)), MI300, "at most 64 query heads may share a key head, got 65"),
-    "fp8_to_bfloat16": (
-        dict(pages="fp8"),
-        A100,
-        "Triton cannot cast float8_e4m3fn to bfloat16 on sm_80; use int8 pages, of the same size",
-    ),
     "two_gib_of_int8": (dict(pages="int8", num_pages=2 * GIB), MI300, "key" + TOO_LARGE),
     "four_gib_of_fp8": (dict(pages="fp8", num_pages=4 * GIB), H100, "key" + TOO_LARGE),
     "three_gib_of_int4": (dict(pages="int4", num_pages=6 * GIB), H100, "key" + TOO_LARGE),

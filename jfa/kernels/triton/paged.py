@@ -62,6 +62,7 @@ _SAFE_RAGGED = {
 }
 
 MAX_GROUP_SIZE = 64
+WITHOUT_FP8_CASTS = ("sm_80", "sm_86")  # architectures for which Triton casts no fp8
 _WAVES_PER_UNIT = 8  # for decode; waves hide each other's load latency
 _SHORTEST_SPLIT = 256  # keys; fewer take less time than starting a program
 
@@ -86,8 +87,6 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
     if shape.g > MAX_GROUP_SIZE:
         return f"at most {MAX_GROUP_SIZE} query heads may share a key head, got {shape.g}"
     for name, pages in (("key_pages", operands.k_pages), ("value_pages", operands.v_pages)):
-        if pages.dtype == jnp.float8_e4m3fn and operands.q.dtype == jnp.bfloat16 and device.arch in ("sm_80", "sm_86"):
-            return f"Triton cannot cast float8_e4m3fn to bfloat16 on {device.arch}; use int8 pages, of the same size"
         if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
             # Pallas (jax 0.12) uses signed 32-bit offsets for such an array
             return f"Pallas computes wrong addresses in {name} of 2 to 4 GiB with a one-byte dtype; use fewer pages"
@@ -404,10 +403,10 @@ def _widened(x: Array, *, dtype: Any, config: PagedConfig) -> tuple[Array, ...]:
         # 1024 + 128 + x: the lower byte of x + 128 is that of x with its first bit inverted
         bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
         return (lax.bitcast_convert_type(bits ^ jnp.uint16(0x6480), dtype) - 1152,)
-    if x.dtype == jnp.float8_e4m3fn and config.fp8_by_bits and dtype != jnp.float32:
+    if x.dtype == jnp.float8_e4m3fn and config.fp8_by_bits:
         # NaN becomes a number, which is harmless: quant.quantize gives a vector with a NaN a scale of NaN
-        if dtype == jnp.bfloat16:
-            return (widened_fp8(x),)
+        if dtype != jnp.float16:
+            return (widened_fp8(x).astype(dtype),)
         # sign, exponent and mantissa in a float16's places: 2^-8 times the number, by the exponents' biases
         bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int16) << 8
         return (lax.bitcast_convert_type((bits >> 1) & jnp.int16(~0x4000), dtype),)

@@ -117,10 +117,10 @@ def test_spilled_registers_are_a_status_with_their_number():
 
 
 def test_an_unsupported_call_is_a_row_with_a_reason():
-    refused = Case(kernel="paged_decode_attention", dtype="bfloat16 on float8_e4m3fn", head_dim=64, arch="sm_80")
+    refused = Case(kernel="paged_decode_attention", dtype="bfloat16", head_dim=512, arch="sm_80")
     [record] = compile_all([refused], processes=0)
     assert (record["status"], record["vgpr"]) == ("unsupported", None)
-    assert "cannot cast float8_e4m3fn to bfloat16 on sm_80" in record["reason"]
+    assert "head_dim must be 16 to 256, got 512" in record["reason"]
     assert "unsupported" in compile.render([record], "md")
 
 
