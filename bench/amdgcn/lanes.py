@@ -255,4 +255,7 @@ def _swizzle_code(instruction: Instruction) -> int:
         return int(items[1]) << 5 | 32 - int(items[0])
     if kind == "QUAD_PERM":
         return 0x8000 | sum(int(item) << 2 * i for i, item in enumerate(items))
+    if kind == "BITMASK_PERM":  # what becomes of each bit of the lane's index, the highest first
+        codes = {"0": 0, "1": 1 << 5, "p": 1, "i": 1 | 1 << 10}
+        return sum(codes[letter] << bit for bit, letter in enumerate(reversed(items[0])))
     raise UnsupportedInstruction(f"unsupported swizzle of {instruction}")

@@ -81,8 +81,14 @@ def execute(program: Program, *args: Any, edit: Callable[[str, str], str] = lamb
             if launch.kind == "kernel":
                 run_kernel(launch)
             elif launch.kind == "copy":
-                size = program.resolved(launch.instruction).size
-                memory.fill(address(launch.instruction), memory.content(address(found.operands[0]), size))
+                pairs = zip(found.operands, _results(program, launch), strict=False)
+                apart = [(x, y) for x, y in pairs if program.resolved(x) != program.resolved(y)]
+                if len(apart) != 1:
+                    raise ProgramError(
+                        f"a copy for {launch.instruction}, but {len(apart)} of its operands are not in place"
+                    )
+                [(x, y)] = apart
+                memory.fill(address(y), memory.content(address(x), program.resolved(y).size))
             elif launch.kind == "conditional":
                 run(launch.parts["true_branch" if is_true(found.operands[0]) else "false_branch"])
             else:

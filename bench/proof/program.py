@@ -275,7 +275,7 @@ def _buffers(assignment: str, values: str) -> tuple[dict[int, Allocation], dict[
             value = int(found[1])
         elif line.startswith(" ") and not line.startswith("  "):
             in_positions = line.strip() == "positions:"
-        elif in_positions and value in by_value and (found := _POSITION.match(line)):
+        elif in_positions and value in by_value and (found := _POSITION.match(line)) and found[2] != "":
             places[f"{found[1]}#{found[2]}" if found[2] else found[1]] = by_value[value]
     return allocations, places
 

@@ -116,9 +116,12 @@ def test_spilled_registers_are_a_status_with_their_number():
     assert record["reason"].startswith(f"{record['vgpr_spills']} registers are spilled to memory")
 
 
-def test_an_unsupported_call_is_a_row_with_a_reason():
-    refused = Case(kernel="paged_decode_attention", dtype="bfloat16", head_dim=512, arch="sm_80")
-    [record] = compile_all([refused], processes=0)
+def test_an_unsupported_call_is_a_row_with_a_reason(monkeypatch):
+    def refuses(case, config):
+        raise jfa.UnsupportedError("head_dim must be 16 to 256, got 512")
+
+    monkeypatch.setattr(compile, "_kernel", refuses)
+    [record] = compile_all([case("sm_80")], processes=0)
     assert (record["status"], record["vgpr"]) == ("unsupported", None)
     assert "head_dim must be 16 to 256, got 512" in record["reason"]
     assert "unsupported" in compile.render([record], "md")
