@@ -4,6 +4,7 @@
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90", "sm_100")
 EXECUTED_ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 
+MODEL_STEPS = ("decode", "prefill")  # whole steps that compile --model knows
 COMPILERS = ("xla", "triton")  # which turn a kernel into machine code, see proof.compilers
 
 # The kernels of proof.ops.OPS, in the same order: kernel to (op, direction).

@@ -2,6 +2,8 @@
 
 import click
 
+from jfa_models.decoding.options import CACHES, KV_DTYPES
+
 from .. import names
 from . import options
 
@@ -26,14 +28,60 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @direction_option
 @click.option("--dtype", type=options.Names("dtype", names.PAGED_DTYPES), default="all", show_default=True)
 @click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
+@click.option("--model", help="Whole steps of this model instead: a name such as llama-3-8b, a folder or a .gguf file.")
+@click.option("--step", type=options.Names("step", names.MODEL_STEPS), default="decode", show_default=True)
+@click.option("--batch", type=options.COUNT, default=8, show_default=True, help="With --model: rows.")
+@click.option("--context", type=options.COUNT, default=1024, show_default=True, help="With --model: cached tokens.")
+@click.option("--cache", type=click.Choice(CACHES), default="contiguous", show_default=True, help="With --model.")
+@click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="With --model and --cache paged.")
 @compiler_option
 @options.processes_option
 @options.format_option
-def compile_command(arch, op, direction, dtype, head_dim, compiler, processes, format) -> None:
+@click.pass_context
+def compile_command(
+    context_,
+    arch,
+    op,
+    direction,
+    dtype,
+    head_dim,
+    model,
+    step,
+    batch,
+    context,
+    cache,
+    kv_dtype,
+    compiler,
+    processes,
+    format,
+) -> None:
     """Compile kernels for an architecture.
 
-    Reports registers, spills, LDS and the theoretical bound of each kernel. Needs no GPU.
+    Reports registers, spills, LDS and the theoretical bound of each kernel; with --model what a whole step
+    launches. Needs no GPU.
     """
+    _refuse_options(context_, ("op", "direction", "dtype", "head_dim") if model else _OF_MODELS, with_model=bool(model))
+    if model:
+        from .. import configs
+
+        if reason := configs.unknown([model]):
+            raise click.UsageError(reason)
+        if compiler == "triton":
+            raise click.UsageError("--model needs --compiler xla: a whole program is compiled by XLA")
+        if kv_dtype and cache != "paged":
+            raise click.UsageError(f"--kv-dtype {kv_dtype} needs --cache paged: a contiguous cache is not quantized")
+
+        from ..proof import compile, steps
+
+        wanted = [
+            steps.Row(model=model, step=one, arch=name, batch=batch, context=context, cache=cache, kv_dtype=kv_dtype)
+            for name in arch
+            for one in step
+        ]
+        circumstances = compile.circumstances(arch, "xla")
+        click.echo(steps.render([row | circumstances for row in steps.compile_all(wanted, processes)], format))
+        return
+
     from ..proof import compile, ops
 
     circumstances = compile.circumstances(arch, compiler)
@@ -42,6 +90,19 @@ def compile_command(arch, op, direction, dtype, head_dim, compiler, processes, f
     )
     records = [row | circumstances for row in compile.compile_all(rows, processes=processes)]
     click.echo(compile.render(records, format))
+
+
+_OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype")
+
+
+def _refuse_options(context: click.Context, given: tuple[str, ...], *, with_model: bool) -> None:
+    """Refuses options that would be ignored."""
+    for name in given:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(
+                f"{option} cannot be combined with --model" if with_model else f"{option} needs --model"
+            )
 
 
 @click.command("prove")

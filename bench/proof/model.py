@@ -125,10 +125,13 @@ def executed(case: Case, arch: str, **options: Any) -> tuple[Executed, dict[str,
 
 def verdict(case: Case, done: Executed) -> tuple[float | None, str | None]:
     """(worst error / limit of the numerics contract, what is wrong or None)."""
-    args = (case.cache, case.tokens, case.lengths)
     before = jax.tree.map(np.array, case.cache)
-    plain_cache, plain = case.model.steps.score(case.model.params, *jax.tree.map(jnp.array, args))
-    exact_cache, want = case.exact.steps.score(case.exact.params, case.exact_cache, case.tokens, case.lengths)
+    # the steps donate their cache
+    caches = (jax.tree.map(jnp.array, cache) for cache in (case.cache, case.exact_cache))
+    (plain_cache, plain), (exact_cache, want) = (
+        model.steps.score(model.params, cache, case.tokens, case.lengths)
+        for model, cache in zip((case.model, case.exact), caches, strict=True)
+    )
     shapes = jax.tree.leaves((plain_cache, plain))
     got = [x.view(s.dtype).reshape(s.shape) for x, s in zip(done.outputs, shapes, strict=True)]
     cache, logits = jax.tree.unflatten(jax.tree.structure((plain_cache, plain)), got)
