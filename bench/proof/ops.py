@@ -411,6 +411,13 @@ OPS = (
 )
 
 
+# (architecture, kernel) to tiles that are not used, since `prove` found the code wrong that XLA makes of them
+MISCOMPILED: Mapping[tuple[str, str], tuple[Mapping[str, Any], ...]] = {
+    # jax-rocm7-pjrt 0.12.0, head_dim 80: two waves store different values in one place of the LDS
+    ("gfx1100", "flash_attention"): (dict(block_q=128, block_kv=32, num_warps=8, block_d=32),),
+}
+
+
 def named(names: Sequence[str], directions: Sequence[str]) -> tuple[Op, ...]:
     """The entries of OPS with these names (of an op or a kernel) and directions."""
     return tuple(op for op in OPS if (op.name in names or op.kernel in names) and op.direction in directions)

@@ -14,6 +14,8 @@ similar architectures that use the table, spills nothing and keeps at least eigh
 scheduler); of these, the largest tile up to 128 x 128 wins, then the squarer one, the most resident warps, fewer warps
 in a workgroup, more stages.
 
+Tiles of which XLA makes wrong code (ops.MISCOMPILED) are left out.
+
 A winner must also meet the criteria in the kernel's other calls (Op.variants); otherwise the next candidates are tried.
 If no candidate meets the criteria, the least bad one is used and its entry has a note. On AMD that is one without
 spills, unless a spilling one has GAIN times its FLOP per cycle, where a single wave counts half; otherwise the one with
@@ -46,7 +48,7 @@ from ..measure import machine, timing
 from ..records import record
 from . import aot, compilers, ops
 from .compile import Case, compile_all, given, tile
-from .ops import Op
+from .ops import MISCOMPILED, Op
 
 LANE_REGISTERS = 255  # maximum for a tile; half of CDNA's 512, so that two waves fit on a SIMD
 WAVES, WARPS = 2, 8  # per SIMD on AMD, per multiprocessor on NVIDIA
@@ -91,7 +93,11 @@ class Choice:
 
 def offline(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, Choice]:
     """The best configuration by compiled code, for each dtype and head_dim of the op."""
-    found = {key: list(records) for key, records in _swept(op, arch, compile_all).items()}
+    wrong = MISCOMPILED.get((arch, op.kernel), ())
+    found = {
+        key: [one for one in records if not any(tile.items() <= one["config"].items() for tile in wrong)]
+        for key, records in _swept(op, arch, compile_all).items()
+    }
     candidates = {key: list(ranked(records)) for key, records in found.items()}
     for key, ordered in candidates.items():
         if not ordered:

@@ -341,19 +341,21 @@ def _paged_kernel(
             v_scales = scales("v_scales")
             if dtype == jnp.float16:
                 # small scales could make float16 weights underflow: factor out the largest scale of the tile
-                common = jnp.max(v_scales)
-                v_scales = v_scales * jnp.where(common == 0.0, 0.0, 1.0 / common)
+                common = jnp.maximum(jnp.max(v_scales), _LEAST)
+                v_scales = v_scales * (1.0 / common)
+                rescale = rescale * (1.0 / common)
             p = p * v_scales[None, :]
         p = tile.rounded(p, dtype)
         products = [product(p, numbers) for piece in v_pieces for numbers in widened(load_pages("v", piece))]
         kept = tuple(part * rescale[:, None] for part in acc)
         if v_bias:
-            of_rows = p.astype(jnp.float32).sum(1) * (-v_bias if common is None else -v_bias * common)
+            of_rows = p.astype(jnp.float32).sum(1) * -v_bias
             kept = tuple(fma(part, rescale[:, None], of_rows[:, None]) for part in acc)
-        # without a common factor an addition, which Triton makes part of the product
-        acc = tuple(
-            part + new if common is None else fma(new, common, part) for part, new in zip(kept, products, strict=True)
-        )
+        # additions, which Triton makes part of the products. (Products of their own, added later, are wrong on gfx1100 in
+        # float16: XLA's LLVM, jax-rocm7-pjrt 0.12.0, does not clear the registers of their sums)
+        acc = tuple(part + new for part, new in zip(kept, products, strict=True))
+        if common is not None:
+            acc = tuple(part * common for part in acc)
         return acc, m_next, l
 
     carry = (
@@ -384,6 +386,7 @@ def _paged_kernel(
 # GPU without a direct conversion needs; the product's sums are corrected by `_bias` times the sum of the other input;
 # and the scales are multiplied by `_unit`. Every step is exact.
 
+_LEAST = 2.0**-40  # scales below give results that float16 cannot represent
 _INT4_ZERO = 7.5  # the level of a 4-bit number of 0 is minus this
 _MAGIC = {"bfloat16": 0x4300, "float16": 0x6400}  # 128 and 1024: the low bits of the mantissa are units
 

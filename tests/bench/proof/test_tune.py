@@ -121,6 +121,17 @@ def test_a_table_fits_similar_architectures_with_less_shared_memory():
     assert first(row(tile=OTHER, **ampere | dict(lds_bytes=limit)), row(tile=SMALL, **ampere)) == OTHER
 
 
+def test_tiles_of_which_xla_makes_wrong_code_are_left_out(monkeypatch):
+    def best(case, config):
+        return dict(flop_per_cycle=900.0) if (config["block_q"], config["block_kv"]) == (128, 32) else {}
+
+    assert tune.offline(OP, "gfx942", Paper(best))["bfloat16", 64].chosen["config"]["block_kv"] == 32
+    monkeypatch.setitem(ops.MISCOMPILED, ("gfx942", OP.kernel), (dict(block_q=128, block_kv=32, num_warps=4),))
+    choice = tune.offline(OP, "gfx942", Paper(best))["bfloat16", 64]
+    assert choice.chosen["config"]["block_kv"] != 32
+    assert all((one["config"]["block_q"], one["config"]["block_kv"]) != (128, 32) for one in choice.candidates)
+
+
 class Paper:
     """A fake compiler that computes figures from a configuration and records its calls."""
 
