@@ -351,8 +351,8 @@ def _paged_kernel(
         if v_bias:
             of_rows = p.astype(jnp.float32).sum(1) * -v_bias
             kept = tuple(fma(part, rescale[:, None], of_rows[:, None]) for part in acc)
-        # additions, which Triton makes part of the products. (Products of their own, added later, are wrong on gfx1100 in
-        # float16: XLA's LLVM, jax-rocm7-pjrt 0.12.0, does not clear the registers of their sums)
+        # additions, which Triton makes part of the products. (Products of their own, added later, are wrong on gfx1100
+        # in float16: XLA's LLVM, jax-rocm7-pjrt 0.12.0, does not clear the registers of their sums)
         acc = tuple(part + new for part, new in zip(kept, products, strict=True))
         if common is not None:
             acc = tuple(part * common for part in acc)
