@@ -1,4 +1,4 @@
-"""8-bit elements: conversions of fp8 and bf8, and dot products of four integers.
+"""Narrow elements: conversions of fp8 and bf8, dot products of four integers and of two bfloat16 numbers.
 
 Semantics: CDNA3 and CDNA4 ISA manuals, chapter "Instructions", encodings VOP3 and VOP3P. gfx942 uses the FNUZ formats,
 without a negative zero; later targets use those of the OCP 8-bit Floating Point Specification.
@@ -32,6 +32,8 @@ def bind(gang: Gang, instruction: Instruction) -> Step | None:
         return _widened(gang, instruction, float8(gang.program.target, match[2]), match[1])
     if match := re.fullmatch(r"v_cvt_f32_(fp8|bf8)", instruction.name):
         return _widened_byte(gang, instruction, float8(gang.program.target, match[1]))
+    if instruction.name == "v_dot2c_f32_bf16":
+        return _dot_of_two(gang, instruction)
     if re.fullmatch(r"v_dot4c?_i32_i(8|u8)", instruction.name):
         return _dot_of_four(gang, instruction)
     return None
@@ -96,6 +98,24 @@ def _widened_byte(gang: Gang, instruction: Instruction, element: np.dtype) -> St
 
     def step() -> None:
         store(table[current(value) >> shift & np.uint32(0xFF)])
+
+    return step
+
+
+def _dot_of_two(gang: Gang, instruction: Instruction) -> Step:
+    """Adds two products of bfloat16 numbers to the destination, in float32."""
+    operands = instruction.operands
+    addend, store = source(gang, operands[0], "f32"), destination(gang, operands[0], "f32")
+    halves = [[source(gang, text, "u16", half=half) for half in range(2)] for text in operands[1:3]]
+
+    def number(value: Value) -> np.ndarray:
+        return (np.asarray(current(value), np.uint32) << np.uint32(16)).view(np.float32)
+
+    def step() -> None:
+        total = current(addend)
+        for a, b in zip(*halves, strict=True):
+            total = total + number(a) * number(b)
+        store(total)
 
     return step
 

@@ -140,6 +140,8 @@ for type in ("f32", "f16", "f64"):
     _define(f"minimum3_{type}", three, lambda a, b, c: np.minimum(np.minimum(a, b), c))
     _define(f"maxmin_{type} maxmin_num_{type}", three, lambda a, b, c: np.fmin(np.fmax(a, b), c))
     _define(f"minmax_{type} minmax_num_{type}", three, lambda a, b, c: np.fmax(np.fmin(a, b), c))
+    _define(f"maximumminimum_{type}", three, lambda a, b, c: np.minimum(np.maximum(a, b), c))
+    _define(f"minimummaximum_{type}", three, lambda a, b, c: np.maximum(np.minimum(a, b), c))
     _define(f"med3_{type} med3_num_{type}", three, math.median)
     _define(f"fma_{type}", three, math.fma)
     for name, compute in {"floor": np.floor, "ceil": np.ceil, "trunc": np.trunc, "rndne": np.rint}.items():
