@@ -124,6 +124,7 @@ def prove_command(context, arch, op, direction, quick, model, compiler, processe
     from ..proof import model as models
 
     if model:
+        _refuse_options(context, ("op", "direction"), with_model=True)
         if compiler == "triton":
             raise click.UsageError("--model needs --compiler xla: a whole program is compiled by XLA")
         circumstances = compile.circumstances(arch, "xla")

@@ -79,7 +79,7 @@ class Program:
 
     Attributes:
       launches: in the order of the schedule.
-      code: the code object of each kernel (HSACO), or its PTX.
+      code: the code object of each kernel (HSACO); empty on NVIDIA.
       places: of each value, by the HLO's name; of a tuple's elements as "name#0", "name#1", ...
       instructions: of all computations; their names differ.
       roots: the last value of each computation.

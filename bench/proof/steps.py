@@ -1,7 +1,8 @@
 """`jfa-bench compile --model`: what a GPU does in a whole step of a model, as XLA compiles it; no GPU, no weights.
 
 The program of a step is compiled with two and with three layers: the difference is what a layer adds, so that the
-launches of the whole model follow without compiling all of it.
+launches of the whole model follow without compiling all of it. A decode step ends with the logits, before sampling; a
+prefill step with the state of each row's last token.
 """
 
 import dataclasses
@@ -24,14 +25,16 @@ _LAYERS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One step to compile; plain data, so that it can be sent to another process. tokens: of each row's prompt."""
+    """One step to compile; plain data, so that it can be sent to another process.
+
+    context: tokens of a row that the cache holds; a prefill step computes all of them.
+    """
 
     model: str
     step: str
     arch: str
     batch: int = 8
     context: int = 1024
-    tokens: int = 512
     cache: str = "contiguous"  # or "paged"
     kv_dtype: str | None = None
     dtype: str = "bfloat16"
@@ -45,8 +48,10 @@ def compiled(row: Row, layers: int) -> Program:
     params = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in named_leaves(decoder).values())
     model = LanguageModel(decoder=decoder, params=params, cache_options=options)  # type: ignore[arg-type]
     cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
-    new = 1 if row.step == "decode" else row.tokens
+    new = 1 if row.step == "decode" else row.context
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((row.batch, new), (row.batch,)))
+    if row.step == "decode":
+        return compile_program(model.steps.score, params, cache, tokens, lengths, arch=row.arch)
     hidden = jax.ShapeDtypeStruct((row.batch, config.hidden_size), row.dtype)
     return compile_program(model.steps.prefill, params, cache, hidden, tokens, lengths, arch=row.arch)
 

@@ -75,8 +75,8 @@ _exp2 = _primitive("gpu_exp2", jnp.exp2, _exp2_on_gpu)
 
 
 def _widened_on_gpu(x: Array) -> Array:
-    # sign, exponent and mantissa in a float32's places: the exponent's bias is larger by 120. AMD GPUs multiply numbers
-    # below the smallest normal one exactly, as XLA's kernels run; XLA on a CPU takes them for 0
+    # sign, exponent and mantissa in a float32's places: the exponent's bias is larger by 120. XLA's kernels on GPUs
+    # multiply numbers below the smallest normal one exactly; XLA on a CPU takes them for 0
     bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32) << 20
     return truncated(lax.bitcast_convert_type(bits & jnp.int32(~0x78000000), jnp.float32) * 2.0**120)
 

@@ -186,6 +186,7 @@ def test_the_launches_of_a_model_are_counted(arch):
         ("compile --model nope", "unknown model 'nope'; use one of llama-2-7b"),
         ("compile --model phi-2 --kv-dtype int8", "--kv-dtype int8 needs --cache paged: a contiguous cache is not"),
         ("compile --model phi-2 --compiler triton", "--model needs --compiler xla: a whole program is compiled by XLA"),
+        ("prove --model --op flash_attention", "--op cannot be combined with --model"),
         ("prove --model --compiler triton", "--model needs --compiler xla: a whole program is compiled by XLA"),
     ],
 )

@@ -52,6 +52,15 @@ def test_paged_attention_runs_as_machine_code(name, arch):
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
 
 
+def test_what_xla_once_made_wrong_code_of_holds():
+    """float16 over quantized pages, and a head_dim of 80 in the tile of 128 (bench/LOG.md, 2026-11-28)."""
+    for name in ("fp8", "float_keys_int8_values"):
+        assert proofs.over_pages(paged_cases.truth(name, "float16"), "gfx1100").wrong is None
+    row = prove.Row(op="flash_attention", direction="forward", arch="gfx1100", dtype="bfloat16", head_dim=128)
+    padded = cases.truth_of(prove.PROOFS[row.op, row.direction].cases(row)["padded_head_dim"], row.dtype, seed=0)
+    assert proofs.forward(padded, row.arch).wrong is None
+
+
 @pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
 def test_a_missing_barrier_is_caught(truth, arch):
     def without_barriers(asm):
