@@ -8,6 +8,7 @@ from jfa.ops import dot_product_attention as dot_product_attention
 from jfa.paged_ops import paged_decode_attention as paged_decode_attention
 from jfa.paged_ops import ragged_paged_attention as ragged_paged_attention
 from jfa.pages import PageAllocator as PageAllocator
+from jfa.products import quantized_matmul as quantized_matmul
 from jfa.quant import QuantizedArray as QuantizedArray
 from jfa.types import AttentionSpec as AttentionSpec
 from jfa.types import BlockConfig as BlockConfig

@@ -49,6 +49,48 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
         )
 
 
+def product(x: Array, weight: quant.QuantizedArray) -> None:
+    """Raises ValueError unless x [..., in] can be multiplied by a quantized weight [out, in]."""
+    if not isinstance(weight, quant.QuantizedArray):
+        raise ValueError(f"weight must be a QuantizedArray, got {type(weight).__name__}; multiply floats with jnp.matmul")
+    if x.dtype.name not in FLOAT_DTYPES:
+        raise ValueError(f"x must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
+    quantized_weight(weight)
+    if weight.values.ndim != 2:
+        raise ValueError(f"weight must be [out, in], got {weight.shape}")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"x must be [..., {weight.shape[-1]}] for a weight of shape {weight.shape}, got {x.shape}")
+
+
+def quantized_weight(weight: quant.QuantizedArray) -> None:
+    """Raises ValueError unless the arrays of a quantized array belong together."""
+    group = weight.group_size
+    width = weight.shape[-1]
+    expected = weight.values.shape[:-1]
+    if group is not None:
+        if type(group) is not int or group < 1:
+            raise ValueError(f"group_size must be an integer >= 1, or None for one scale per vector, got {group!r}")
+        if weight.kind == "int4" and (group % 2 or width % group):
+            raise ValueError(
+                f"groups of 4-bit numbers must be even and divide the width {width} of the weight, got group_size={group}"
+            )
+        expected = (*expected, -(-width // group))
+    for name in ("scales", "zeros", "minima"):
+        x = getattr(weight, name)
+        if x is not None and x.shape != expected:
+            raise ValueError(
+                f"{name} must have shape {expected} for a weight of shape {weight.shape} with group_size={group}, "
+                f"got {x.shape}"
+            )
+    if weight.zeros is not None and (weight.minima is not None or weight.zeros.dtype != weight.values.dtype):
+        raise ValueError(
+            f"zeros must have the dtype of values, {weight.values.dtype}, and come without minima, got "
+            f"{weight.zeros.dtype}" + (" with minima" if weight.minima is not None else "")
+        )
+    if weight.rounds_inputs and weight.kind != "int8":
+        raise ValueError(f"rounds_inputs multiplies integers and needs a weight in int8, got {weight.kind}")
+
+
 def broadcasts(name: str, x: Array, shape: Sequence[int], *, boolean: bool) -> None:
     """Raises ValueError unless x [.., .., .., ..] broadcasts to the scores [batch, heads, queries, keys]."""
     if boolean != (x.dtype == jnp.bool_):

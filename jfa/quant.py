@@ -1,13 +1,15 @@
-"""Quantized arrays with a scale for each vector, used by KV caches, kernels and weights.
+"""Quantized arrays, used by KV caches, kernels and weights: vectors with a scale for each, or for each group of one.
 
-Quantization is symmetric. The scale of a vector is its absolute maximum divided by the largest number of the kind:
+Our own quantization is symmetric. The scale of a vector is its absolute maximum divided by the largest number of the
+kind:
 
   int8  integers from -127 to 127
   fp8   float8_e4m3fn, up to 448
   int4  sixteen levels, -7.5, -6.5 ... 7.5, two per byte: element i in the low half of byte i, element i + d / 2 in the
         high half, so that a kernel unpacks a row into two contiguous halves
 
-Scales are rounded to bfloat16 before the division, so that this rounding adds no error.
+Scales are rounded to bfloat16 before the division, so that this rounding adds no error. Weights of checkpoints are held
+as they were quantized: in groups along the last axis, with a zero point or a minimum for each.
 """
 
 import dataclasses
@@ -20,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
+
+from jfa.types import ProductOperands, ProductSpec
 
 # kind: (dtype of the stored numbers, the largest number)
 KINDS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0), "int4": (jnp.uint8, 7.5)}
@@ -29,15 +33,28 @@ KINDS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0), "int4": (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizedArray:
-    """Quantized vectors along the last axis, each with a scale.
+    """Quantized vectors along the last axis: element = (number - zero) * scale + minimum.
 
     Attributes:
-      values: int8, float8_e4m3fn, or uint8 with two 4-bit numbers per byte.
-      scales: one per vector; the shape is that of values without the last axis.
+      values: the numbers: int8, float8_e4m3fn, or uint8 with two 4-bit numbers per byte, from 0 to 15. In each group of
+        g elements (a whole vector, without groups), element i is in the low half of byte i, element i + g / 2 in the
+        high half of the same byte.
+      scales: one per vector; the shape is that of values without the last axis. With group_size one per group:
+        [*n, groups].
+      zeros: integers in the dtype of values, of the shape of scales. None: no zero points; 4-bit numbers are then the
+        levels -7.5 to 7.5, unless there are minima.
+      minima: floats of the shape of scales; None: no minima. Not together with zeros.
+      group_size: elements per group; the last group of a vector may be shorter, but not if the numbers have 4 bits.
+        None: one scale per vector.
+      rounds_inputs: jfa.quantized_matmul rounds each row of its input to int8 too, and multiplies integers.
     """
 
     values: Shaped[Array, "*n stored"]
-    scales: Float[Array, "*n"]
+    scales: Float[Array, "*n"] | Float[Array, "*n groups"]
+    zeros: Int[Array, "*n groups"] | None = None
+    minima: Float[Array, "*n groups"] | None = None
+    group_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    rounds_inputs: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @property
     def kind(self) -> str:
@@ -45,9 +62,14 @@ class QuantizedArray:
         return kind_of(self.values.dtype)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that it stands for."""
+        return (*self.values.shape[:-1], width(self.values, self.scales))
+
+    @property
     def num_bytes(self) -> int:
         """Total size in bytes, including scales."""
-        return sum(x.size * x.dtype.itemsize for x in (self.values, self.scales))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
 def kind_of(dtype: DTypeLike) -> str:
@@ -118,6 +140,45 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
     return QuantizedArray(values=values.astype(dtype), scales=scales)
 
 
+def quantize_weight(
+    x: Float[Array, "*n d"], kind: str, *, group_size: int | None = None, symmetric: bool = True
+) -> QuantizedArray:
+    """Quantizes a weight, in groups along its last axis or with one scale per row.
+
+    int8 and fp8 are those of quantize. int4 has the integers -8 to 7 around a zero point, as published checkpoints do:
+    symmetric, it is 8; otherwise a group's smallest and largest number become 0 and 15.
+
+    Raises:
+      ValueError: unknown kind, or a group_size that does not divide the last axis.
+    """
+    d = x.shape[-1]
+    group = d if group_size is None else group_size
+    if d % group or (kind == "int4" and group % 2):
+        even = "an even number" if kind == "int4" else "a number"
+        raise ValueError(f"group_size must be {even} that divides the width {d} of the weight, got {group}")
+    grouped = x.reshape(*x.shape[:-1], d // group, group)
+    if kind != "int4":
+        found = quantize(grouped, kind)
+        scales = found.scales if group_size else found.scales[..., 0]
+        return QuantizedArray(values=found.values.reshape(x.shape), scales=scales, group_size=group_size)
+    grouped = grouped.astype(jnp.float32)
+    if symmetric:  # the number of the larger magnitude becomes -8, the other side has 7
+        largest = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), -1, keepdims=True), -1)[..., 0]
+        scales = (largest / -8.0).astype(jnp.bfloat16)
+        zeros = jnp.full(scales.shape, 8, jnp.uint8)
+    else:
+        low, high = jnp.minimum(grouped.min(-1), 0.0), jnp.maximum(grouped.max(-1), 0.0)
+        scales = ((high - low) / 15.0).astype(jnp.bfloat16)
+        divisor = jnp.where(scales == 0.0, 1.0, scales.astype(jnp.float32))
+        zeros = jnp.clip(jnp.round(-low / divisor), 0, 15).astype(jnp.uint8)
+    divisor = jnp.where(scales == 0.0, 1.0, scales.astype(jnp.float32))[..., None]
+    levels = jnp.clip(jnp.round(grouped / divisor) + zeros[..., None].astype(jnp.float32), 0, 15).astype(jnp.uint8)
+    values = levels[..., : group // 2] | (levels[..., group // 2 :] << 4)
+    return QuantizedArray(
+        values=values.reshape(*x.shape[:-1], d // 2), scales=scales, zeros=zeros, group_size=group_size or d
+    )
+
+
 def rotation(d: int) -> np.ndarray:
     """A symmetric orthogonal float32 [d, d]: Hadamard blocks of the largest power of two that divides d.
 
@@ -132,18 +193,69 @@ def rotation(d: int) -> np.ndarray:
 
 
 def dequantize(x: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "*n d"]:
-    """The numbers times their scales, rounded once to dtype."""
-    return (numbers(x.values) * x.scales[..., None].astype(jnp.float32)).astype(dtype)
+    """The elements in float32, rounded once to dtype."""
+    if x.zeros is None and x.minima is None:
+        found = numbers(x.values, x.group_size)
+    else:
+        found = integers(x.values, x.group_size).astype(jnp.float32)
+    d = found.shape[-1]
+    if x.zeros is not None:
+        found = found - per_element(x.zeros, x.group_size, d).astype(jnp.float32)
+    found = found * per_element(x.scales, x.group_size, d).astype(jnp.float32)
+    if x.minima is not None:
+        found = found + per_element(x.minima, x.group_size, d).astype(jnp.float32)
+    return found.astype(dtype)
 
 
-def numbers(values: Shaped[Array, "*n stored"]) -> Float[Array, "*n d"]:
-    """Stored numbers as float32, without their scales."""
+def rounded_rows(x: Float[Array, "n d"]) -> tuple[Int[Array, "n d"], Float[Array, "n 1"]]:
+    """Rows as int8 with float32 scales, for products of integers. A row with NaN or infinity has the scale NaN."""
+    x = x.astype(jnp.float32)
+    scales = jnp.abs(x).max(-1, keepdims=True, initial=0.0) / 127.0
+    scales = jnp.where(jnp.isfinite(scales), scales, jnp.nan)
+    values = jnp.round(x / jnp.where(scales == 0.0, 1.0, scales))
+    return jnp.where(jnp.isnan(scales), 0.0, values).astype(jnp.int8), scales
+
+
+def weight_of(operands: ProductOperands, spec: ProductSpec) -> QuantizedArray:
+    """The weight of a product as an array."""
+    return QuantizedArray(
+        values=operands.values,
+        scales=operands.scales,
+        zeros=operands.zeros,
+        minima=operands.minima,
+        group_size=spec.group_size,
+        rounds_inputs=spec.rounds_inputs,
+    )
+
+
+def per_element(x: Shaped[Array, "..."], group_size: int | None, d: int) -> Shaped[Array, "*n d"]:
+    """Scales, zeros or minima, repeated for each of the d elements of a vector; without groups as [*n, 1]."""
+    if group_size is None:
+        return x[..., None]
+    if d % group_size == 0:  # a broadcast, which XLA fuses; a repeat is a gather
+        wide = jnp.broadcast_to(x[..., None], (*x.shape, group_size))
+        return wide.reshape(*x.shape[:-1], d)
+    return jnp.repeat(x, group_size, axis=-1)[..., :d]
+
+
+def numbers(values: Shaped[Array, "*n stored"], group_size: int | None = None) -> Float[Array, "*n d"]:
+    """Stored numbers as float32, without scales; 4-bit numbers as levels."""
     kind = kind_of(values.dtype)
     if kind == "int4":
-        # duplicate the bytes, then shift: on a CPU twice as fast as concatenating two unpacked halves (bench/LOG.md)
-        shift = np.repeat(np.array([0, 4], np.uint8), values.shape[-1])
-        return ((jnp.concatenate([values, values], axis=-1) >> shift) & 15).astype(jnp.float32) - 7.5
+        return integers(values, group_size).astype(jnp.float32) - 7.5
     return _from_fp8(values) if kind == "fp8" else values.astype(jnp.float32)
+
+
+def integers(values: Int[Array, "*n stored"], group_size: int | None = None) -> Int[Array, "*n d"]:
+    """Stored integers: int8 as they are, 4-bit numbers as uint8 from 0 to 15."""
+    if values.dtype != jnp.uint8:
+        return values
+    *n, stored = values.shape
+    if group_size is not None:
+        values = values.reshape(*n, stored * 2 // group_size, group_size // 2)
+    # duplicate the bytes, then shift: on a CPU twice as fast as concatenating two unpacked halves (bench/LOG.md)
+    shift = np.repeat(np.array([0, 4], np.uint8), values.shape[-1])
+    return ((jnp.concatenate([values, values], axis=-1) >> shift) & 15).reshape(*n, stored * 2)
 
 
 def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:

@@ -113,6 +113,24 @@ class PagedOperands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductSpec:
+    """What a product with a quantized weight computes: the static fields of QuantizedArray."""
+
+    group_size: int | None = None
+    rounds_inputs: bool = False
+
+
+class ProductOperands(NamedTuple):
+    """The arrays that a product x weight^T reads, or their shapes. The weight is that of QuantizedArray."""
+
+    x: Float[Array, "n in"]
+    values: Shaped[Array, "out stored"]
+    scales: Float[Array, " out"] | Float[Array, "out groups"]
+    zeros: Int[Array, "out groups"] | None = None
+    minima: Float[Array, "out groups"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """Tile sizes and options of the `xla` backend. They affect the speed, not the result."""
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, PagedBackend
+from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
 from jfa.device import probe
-from jfa.types import AttentionSpec, DeviceInfo, Operands, PagedOperands, UnsupportedError
+from jfa.types import AttentionSpec, DeviceInfo, Operands, PagedOperands, ProductSpec, UnsupportedError
 
 NAMES = ("reference", "xla", "triton")
 
@@ -46,13 +46,18 @@ def paged(name: str) -> PagedBackend:
     return importlib.import_module(f"jfa.backends.{name}").PAGED
 
 
-Table = Callable[[str], FlashBackend | PagedBackend]
+def product(name: str) -> ProductBackend:
+    """The backend with this name, one of NAMES, of products with quantized weights."""
+    return importlib.import_module(f"jfa.backends.{name}").PRODUCT
+
+
+Table = Callable[[str], FlashBackend | PagedBackend | ProductBackend]
 
 
 def select(
     implementation: str | None,
     operands: Any,
-    spec: AttentionSpec,
+    spec: AttentionSpec | ProductSpec,
     device: DeviceInfo,
     *,
     table: Table = flash,
@@ -61,7 +66,7 @@ def select(
 
     Args:
       implementation: a backend by name, or None for the platform's first backend that supports the call.
-      operands: Operands, or PagedOperands with table=paged.
+      operands: Operands, PagedOperands with table=paged, or ProductOperands with table=product.
 
     Raises:
       ValueError: there is no backend with this name.

@@ -4,7 +4,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Operands, PagedConfig, PagedOperands
+from jaxtyping import Array
+
+from jfa.types import (
+    AttentionSpec,
+    BlockConfig,
+    DeviceInfo,
+    FlashConfig,
+    Operands,
+    PagedConfig,
+    PagedOperands,
+    ProductOperands,
+    ProductSpec,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,3 +48,16 @@ class PagedBackend:
     default_config: Callable[[PagedOperands, DeviceInfo], BlockConfig | PagedConfig | None]
     config_type: type | None
     run: Callable[..., tuple]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductBackend:
+    """An implementation of products with quantized weights. The fields are those of FlashBackend; run returns one array.
+
+    The gradient of x is a product with the dequantized weight on every backend.
+    """
+
+    why_not: Callable[[ProductOperands, ProductSpec, DeviceInfo], str | None]
+    default_config: Callable[[ProductOperands, DeviceInfo], Any]
+    config_type: type | None
+    run: Callable[..., Array]

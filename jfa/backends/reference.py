@@ -1,8 +1,9 @@
 """The plain formula, used only if requested by name. JAX differentiates it."""
 
-from jfa.backends.interface import FlashBackend, PagedBackend
+from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
 from jfa.reference.attention import attention
 from jfa.reference.paged import paged_attention
+from jfa.reference.products import quantized_matmul
 
 
 def _serves(operands, spec, device) -> None:
@@ -21,6 +22,10 @@ def _run_paged(operands, spec, config, device):
     return paged_attention(operands, spec=spec)
 
 
+def _run_product(operands, spec, config, device):
+    return quantized_matmul(operands, spec=spec)
+
+
 def _differentiates_itself(*args):
     raise AssertionError("JAX differentiates the reference; it has no backward pass of its own")
 
@@ -34,3 +39,4 @@ FLASH = FlashBackend(
     run_backward=_differentiates_itself,
 )
 PAGED = PagedBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_paged)
+PRODUCT = ProductBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_product)

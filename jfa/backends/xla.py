@@ -1,7 +1,7 @@
 """Blockwise attention in plain XLA, for any platform."""
 
-from jfa.backends.interface import FlashBackend, PagedBackend
-from jfa.kernels.xla import flash, paged
+from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
+from jfa.kernels.xla import flash, paged, products
 from jfa.types import BlockConfig, DeviceInfo, Operands
 
 
@@ -21,6 +21,10 @@ def _run_paged(operands, spec, config, device):
     return paged.paged_attention(operands, spec=spec, config=config)
 
 
+def _run_product(operands, spec, config, device):
+    return products.quantized_matmul(operands, spec=spec, on_cpu=device.platform == "cpu")
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=flash.default_config,
@@ -31,4 +35,7 @@ FLASH = FlashBackend(
 )
 PAGED = PagedBackend(
     why_not=paged.why_not, default_config=paged.default_config, config_type=BlockConfig, run=_run_paged
+)
+PRODUCT = ProductBackend(
+    why_not=products.why_not, default_config=products.default_config, config_type=None, run=_run_product
 )

@@ -1,0 +1,102 @@
+"""Products with quantized weights: check arguments, select a backend and its configuration, run it."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from jfa import backends, checks, quant
+from jfa.device import probe
+from jfa.quant import QuantizedArray
+from jfa.rules import compiled_alone, with_default_rules
+from jfa.types import DeviceInfo, Implementation, ProductOperands, ProductSpec
+
+
+@with_default_rules
+def quantized_matmul(
+    x: ArrayLike,
+    weight: QuantizedArray,
+    *,
+    implementation: Implementation | None = None,
+    config: Any = None,
+) -> Float[Array, "*b out"]:
+    """x weight^T for a weight in 8 or 4 bits, which is read as it is stored. Sums are float32 (int32 of integers).
+
+    Differentiable with respect to x; the weight and its scales are constants. With weight.rounds_inputs each row of x is
+    rounded to int8 by its absolute maximum, and the gradient is that of the product without this rounding.
+
+    Args:
+      x: [..., in]; float16, bfloat16 or float32.
+      weight: [out, in], in groups along `in` or with one scale for each row.
+      implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
+      config: a ProductConfig for "triton"; None: the backend's default.
+
+    Returns:
+      [..., out] in the dtype of x.
+
+    Raises:
+      ValueError: invalid shapes or dtypes; the message names them.
+      UnsupportedError: the call is valid, but the backend does not implement it.
+
+    Sources: arXiv:2208.07339, section 2 (int8 with a scale per row); arXiv:2210.17323 (groups of 4-bit numbers).
+    """
+    x = jnp.asarray(x)
+    checks.product(x, weight)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    operands = ProductOperands(rows, weight.values, weight.scales, weight.zeros, weight.minima)
+    spec = ProductSpec(group_size=weight.group_size, rounds_inputs=weight.rounds_inputs)
+    shape = (*x.shape[:-1], weight.values.shape[0])
+    if math.prod(shape) == 0 or x.shape[-1] == 0:
+        return jnp.zeros(shape, x.dtype)
+    device = probe()
+    name = backends.select(implementation, operands, spec, device, table=backends.product)
+    backend = backends.product(name)
+    if config is None:
+        config = backend.default_config(operands, device)
+    else:
+        backends.check_config(name, backend.config_type, config)
+    plan = _Plan(backend=name, spec=spec, config=config, device=device)
+    return _differentiable(plan, operands).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The static parameters of one call."""
+
+    backend: str
+    spec: ProductSpec
+    config: Any
+    device: DeviceInfo
+
+
+@compiled_alone
+@with_default_rules
+def _run(plan: _Plan, operands: ProductOperands) -> Float[Array, "n out"]:
+    with jax.named_scope(f"jfa.quantized_matmul.{plan.backend}"):
+        return backends.product(plan.backend).run(operands, plan.spec, plan.config, plan.device)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(plan: _Plan, operands: ProductOperands) -> Float[Array, "n out"]:
+    return _run(plan, operands)
+
+
+def _forward(plan: _Plan, operands: ProductOperands):
+    return _run(plan, operands), operands
+
+
+@compiled_alone
+@with_default_rules
+def _backward(plan: _Plan, operands: ProductOperands, d_out) -> tuple[ProductOperands]:
+    weight = quant.dequantize(quant.weight_of(operands, plan.spec), operands.x.dtype)
+    precision = "highest" if weight.dtype == jnp.float32 else None
+    d_x = jnp.matmul(d_out, weight, precision=precision, preferred_element_type=jnp.float32)
+    return (ProductOperands(d_x.astype(operands.x.dtype), None, None),)  # type: ignore[arg-type]  # constants
+
+
+_differentiable.defvjp(_forward, _backward)
