@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jfa import backends, checks, quant
 from jfa.device import probe
+from jfa.kernels.xla import products as in_xla
 from jfa.quant import QuantizedArray
 from jfa.rules import compiled_alone, with_default_rules
 from jfa.types import DeviceInfo, Implementation, ProductOperands, ProductSpec
@@ -62,6 +63,15 @@ def quantized_matmul(
         backends.check_config(name, backend.config_type, config)
     plan = _Plan(backend=name, spec=spec, config=config, device=device)
     return _differentiable(plan, operands).reshape(shape)
+
+
+@with_default_rules
+def times_rows(x: Float[Array, "*b in"], weight: Float[Array, "out in"] | QuantizedArray) -> Float[Array, "*b out"]:
+    """x weight^T in the dtype of x, for a quantized weight or floats; x is rounded to the dtype of floats first."""
+    if isinstance(weight, QuantizedArray):
+        return quantized_matmul(x, weight)
+    on_cpu = probe().platform == "cpu"
+    return in_xla.times_rows(x.astype(weight.dtype), weight, to=x.dtype, on_cpu=on_cpu)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -141,42 +141,51 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
 
 
 def quantize_weight(
-    x: Float[Array, "*n d"], kind: str, *, group_size: int | None = None, symmetric: bool = True
+    x: Float[np.ndarray, "*n d"], kind: str, *, group_size: int | None = None, symmetric: bool = True
 ) -> QuantizedArray:
-    """Quantizes a weight, in groups along its last axis or with one scale per row.
+    """Quantizes a weight on the host, in groups along its last axis or with one scale per row; leaves are NumPy arrays.
 
-    int8 and fp8 are those of quantize. int4 has the integers -8 to 7 around a zero point, as published checkpoints do:
-    symmetric, it is 8; otherwise a group's smallest and largest number become 0 and 15.
+    int8 and fp8 as in this module's head, with float32 scales for whole rows, else bfloat16. int4 has the integers -8
+    to 7 around a zero point, as published checkpoints do: symmetric, it is 8; otherwise the numbers from a group's
+    smallest to its largest are spread over 0 to 15.
 
     Raises:
       ValueError: unknown kind, or a group_size that does not divide the last axis.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     d = x.shape[-1]
     group = d if group_size is None else group_size
-    if d % group or (kind == "int4" and group % 2):
+    if group < 1 or d % group or (kind == "int4" and group % 2):
         even = "an even number" if kind == "int4" else "a number"
         raise ValueError(f"group_size must be {even} that divides the width {d} of the weight, got {group}")
-    grouped = x.reshape(*x.shape[:-1], d // group, group)
-    if kind != "int4":
-        found = quantize(grouped, kind)
-        scales = found.scales if group_size else found.scales[..., 0]
-        return QuantizedArray(values=found.values.reshape(x.shape), scales=scales, group_size=group_size)
-    grouped = grouped.astype(jnp.float32)
-    if symmetric:  # the number of the larger magnitude becomes -8, the other side has 7
-        largest = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), -1, keepdims=True), -1)[..., 0]
-        scales = (largest / -8.0).astype(jnp.bfloat16)
-        zeros = jnp.full(scales.shape, 8, jnp.uint8)
+    x = np.asarray(x, np.float32).reshape(*x.shape[:-1], d // group, group)
+    scale_dtype = np.dtype(jnp.float32 if group_size is None else jnp.bfloat16)
+
+    def divided(scales: np.ndarray) -> np.ndarray:
+        return x / np.where(scales == 0, 1, scales).astype(np.float32)[..., None]
+
+    zeros = None
+    if kind == "int4":
+        low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
+        if symmetric:  # the side of the larger magnitude gets the eighth number
+            scales = (np.where(-low > high, -low, -high) / 8).astype(scale_dtype)
+            zeros = np.full(scales.shape, 8, np.uint8)
+        else:
+            scales = ((high - low) / 15).astype(scale_dtype)
+            divisor = np.where(scales == 0, 1, scales).astype(np.float32)
+            zeros = np.clip(np.rint(-low / divisor), 0, 15).astype(np.uint8)
+        levels = np.clip(np.rint(divided(scales)) + zeros[..., None], 0, 15).astype(np.uint8)
+        values = levels[..., : group // 2] | (levels[..., group // 2 :] << 4)
     else:
-        low, high = jnp.minimum(grouped.min(-1), 0.0), jnp.maximum(grouped.max(-1), 0.0)
-        scales = ((high - low) / 15.0).astype(jnp.bfloat16)
-        divisor = jnp.where(scales == 0.0, 1.0, scales.astype(jnp.float32))
-        zeros = jnp.clip(jnp.round(-low / divisor), 0, 15).astype(jnp.uint8)
-    divisor = jnp.where(scales == 0.0, 1.0, scales.astype(jnp.float32))[..., None]
-    levels = jnp.clip(jnp.round(grouped / divisor) + zeros[..., None].astype(jnp.float32), 0, 15).astype(jnp.uint8)
-    values = levels[..., : group // 2] | (levels[..., group // 2 :] << 4)
-    return QuantizedArray(
-        values=values.reshape(*x.shape[:-1], d // 2), scales=scales, zeros=zeros, group_size=group_size or d
-    )
+        dtype, largest = KINDS[kind]
+        scales = (np.abs(x).max(-1) / largest).astype(scale_dtype)
+        values = np.clip(divided(scales), -largest, largest)
+        values = (np.rint(values) if kind == "int8" else values).astype(dtype)
+    values = values.reshape(*values.shape[:-2], -1)
+    if group_size is None and zeros is None:
+        return QuantizedArray(values=values, scales=scales[..., 0])
+    return QuantizedArray(values=values, scales=scales, zeros=zeros, group_size=group)
 
 
 def rotation(d: int) -> np.ndarray:

@@ -24,6 +24,11 @@ class Checkpoint:
     unknown: tuple[StoredTensor, ...] = ()  # tensors that belong to no parameter
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # of a GGUF file
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are stored in blocks or groups with scales."""
+        return any(tensor.is_quantized for tensor in self.tensors.values())
+
     def load_tokenizer(self) -> Tokenizer | None:
         """The tokenizer stored with the weights; None if there is none.
 

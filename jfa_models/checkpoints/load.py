@@ -3,17 +3,38 @@
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from jfa import QuantizedArray
+from jfa.quant import quantize_weight
 from jfa_models.checkpoints.checkpoint import Checkpoint
-from jfa_models.checkpoints.tensors import StoredTensor
+from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor, aligned
 
 
-def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Loads parameters by name to the default device, each in its expected dtype.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How the weights of linear layers and of the embedding are held in memory.
+
+    Attributes:
+      quantization: "stored": as in the checkpoint; "int8": a scale per row; "int8-dynamic": so, and products round their
+        inputs to int8 too; "int4": in groups of 128, 64 or 32 with zero points, or in int8 where none divides, and the
+        embedding and the output layer in int8; "fp8": a scale per row, those two in int8; None: as floats.
+      dtype: of weights that are floats; None: that of the model.
+    """
+
+    quantization: str | None = None
+    dtype: DTypeLike | None = None
+
+
+def load_params(
+    checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct], weights: Weights
+) -> dict[str, Array | QuantizedArray]:
+    """Loads parameters by name to the default device, each in its expected dtype or as `weights` says.
 
     Tensors are read one at a time: the peak host memory is that of the result (on an accelerator, of one tensor) plus a
     chunk.
@@ -24,9 +45,44 @@ def load_params(checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStr
     _check_fit(checkpoint, expected)
     params = {}
     for name, wanted in expected.items():
+        tensor = checkpoint.tensors[name]
+        is_weight = name.endswith(".weight") and not name.endswith(".router.weight")
+        held = _read_weight(name, tensor, wanted, weights) if is_weight else tensor.read(wanted.dtype)
         # Waiting prevents a growing queue of transfers, each of which keeps its host copy alive.
-        params[name] = jax.device_put(checkpoint.tensors[name].read(wanted.dtype)).block_until_ready()
+        params[name] = jax.block_until_ready(jax.device_put(held))
     return params
+
+
+def _read_weight(
+    name: str, tensor: StoredTensor | StackedTensors, wanted: jax.ShapeDtypeStruct, weights: Weights
+) -> np.ndarray | QuantizedArray:
+    found = tensor.read_quantized() if weights.quantization == "stored" else None
+    if found is not None or weights.quantization in (None, "stored"):
+        return tensor.read(weights.dtype or wanted.dtype) if found is None else found
+    at_the_ends = name in ("embed.weight", "lm_head.weight")
+    width = wanted.shape[-1]
+    group = next((size for size in (128, 64, 32) if width % size == 0), None)
+    kind = weights.quantization.removesuffix("-dynamic")
+    if kind == "int8" or at_the_ends or (kind == "int4" and group is None):
+        found = _quantized(tensor, "int8")
+    else:
+        found = _quantized(tensor, kind, group_size=group if kind == "int4" else None, symmetric=False)
+    return dataclasses.replace(found, rounds_inputs=weights.quantization == "int8-dynamic")
+
+
+def _quantized(tensor: StoredTensor | StackedTensors, kind: str, **options: Any) -> QuantizedArray:
+    """Reads and quantizes a tensor, a chunk of rows at a time."""
+    if isinstance(tensor, StackedTensors):
+        return jax.tree.map(lambda *x: np.stack(x), *(_quantized(part, kind, **options) for part in tensor.parts))
+    whole = None
+    for rows, chunk in tensor.chunks():
+        found = quantize_weight(chunk, kind, **options)
+        if whole is None:
+            whole = jax.tree.map(lambda x: aligned((tensor.shape[0], *x.shape[1:]), x.dtype), found)
+        for into, x in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+            into[rows] = x
+    assert whole is not None, "a weight has rows"
+    return whole
 
 
 def with_settled_head(checkpoint: Checkpoint) -> Checkpoint:

@@ -11,11 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from jaxtyping import Shaped
+
+from jfa import QuantizedArray
+from jfa_models.checkpoints import gguf_blocks
 
 _PLAIN_DTYPES = {  # names in both formats; all other encodings consist of blocks that `gguf` dequantizes
     "F64": np.float64,
@@ -62,6 +66,18 @@ class StoredTensor:
         self.read_into(out)
         return out
 
+    def read_quantized(self) -> QuantizedArray | None:
+        """Reads the whole tensor as it is quantized; None: it consists of floats, or of blocks that only read() knows."""
+        if self.encoding not in gguf_blocks.LAYOUTS or len(self.shape) != 2:
+            return None
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            raw = np.fromfile(file, np.uint8, self.num_bytes)
+        found = gguf_blocks.read(self.encoding, raw, self.shape[0])
+        if (order := self._row_order()) is None:
+            return found
+        return jax.tree.map(lambda x: x[np.argsort(order)], found)
+
     def read_into(self, out: Shaped[np.ndarray, "..."]) -> None:
         """Reads the whole tensor into `out`, which has its shape."""
         rows = out.reshape(self._num_rows, -1)
@@ -79,6 +95,11 @@ class StoredTensor:
                 stop = min(start + step, num_rows)
                 raw = np.fromfile(file, np.uint8, (stop - start) * (self.num_bytes // num_rows))
                 yield (slice(start, stop) if order is None else order[start:stop]), self._decode(raw, stop - start)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its numbers have a common scale in each block."""
+        return self.encoding not in _PLAIN_DTYPES
 
     @property
     def _num_rows(self) -> int:
@@ -134,6 +155,18 @@ class StackedTensors:
         for i, part in enumerate(self.parts):
             part.read_into(out[i])
         return out
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether they are quantized."""
+        return self.parts[0].is_quantized
+
+    def read_quantized(self) -> QuantizedArray | None:
+        """Reads all of them as they are quantized; None: they are floats, or not quantized alike."""
+        parts = [part.read_quantized() for part in self.parts]
+        if None in parts or len({jax.tree.structure(part) for part in parts}) > 1:
+            return None
+        return jax.tree.map(lambda *x: np.stack(x), *parts)
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
+from jfa import QuantizedArray
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.save import save_checkpoint
@@ -63,7 +64,8 @@ class LanguageModel:
 
     Attributes:
       config: the decoder's configuration.
-      params: the decoder's parameters as a flat tuple, in the form that the steps take.
+      params: the decoder's parameters as a flat tuple, in the form that the steps take; some may be quantized.
+      dtype: of activations and of a cache that is not quantized.
       tokenizer: None if the model has none; prompts must then be token ids.
       defaults: the sampling parameters that the checkpoint's authors recommend.
       eos_token_ids: the end-of-text, -turn and -message tokens of the defaults and of the tokenizer.
@@ -74,7 +76,7 @@ class LanguageModel:
         self,
         *,
         decoder: Decoder,
-        params: tuple[Array, ...],
+        params: tuple[Array | QuantizedArray, ...],
         tokenizer: Tokenizer | None = None,
         defaults: GenerationDefaults | None = None,
         cache_options: CacheOptions | None = None,
@@ -92,7 +94,7 @@ class LanguageModel:
             )
         self.eos_token_ids = tuple(token_id for token_id in ends if token_id not in outside)
         self.cache_options = cache_options or CacheOptions()
-        self.dtype = params[0].dtype
+        self.dtype = next(iter(named_leaves(decoder).values())).dtype
         self.steps = Steps(decoder)
 
     @classmethod

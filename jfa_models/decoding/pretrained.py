@@ -5,15 +5,18 @@ import os
 import warnings
 from typing import Literal
 
+import jax
 from jax.typing import DTypeLike
 
+from jfa import cpu
+from jfa_models.checkpoints.checkpoint import Checkpoint
 from jfa_models.checkpoints.families import FAMILIES
-from jfa_models.checkpoints.load import load_params, with_settled_head
+from jfa_models.checkpoints.load import Weights, load_params, with_settled_head
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
-from jfa_models.decoding.options import CacheOptions
+from jfa_models.decoding.options import QUANTIZATIONS, CacheOptions
 from jfa_models.model.config import DecoderConfig
 
 
@@ -24,6 +27,7 @@ def from_pretrained(
     cache: Literal["contiguous", "paged"] = "contiguous",
     kv_dtype: str | None = None,
     page_size: int = 16,
+    quantization: str | None = None,
     context_length: int | None = None,
 ) -> "LanguageModel":
     """Loads a model of a supported family (families.FAMILIES).
@@ -31,9 +35,13 @@ def from_pretrained(
     Args:
       model: a folder with a Hugging Face checkpoint; a .safetensors or .gguf file; "smollm2" or "gemma-3-270m", which
         are in packages; or a Hugging Face repository, "owner/name". For random weights: LanguageModel.random.
-      dtype: float32, bfloat16 or float16, for weights, computation and cache. None: float32 on a CPU, which has no
-        fast 16-bit matrix multiplication, and bfloat16 elsewhere.
+      dtype: float32, bfloat16 or float16, of activations, cache, and weights that are not quantized. None: float32 on a
+        CPU, bfloat16 elsewhere.
       cache, kv_dtype, page_size: see CacheOptions.
+      quantization: how the weights of linear layers and the embedding are held (checkpoints.load.Weights): "int8",
+        "int8-dynamic", "int4", "fp8", or "none" for floats. None: a quantized checkpoint as it is stored, another one
+        as floats; but on a CPU whichever form it multiplies fastest (jfa.cpu): for a quantized checkpoint int8-dynamic
+        or float32, for one in bfloat16 bfloat16 or float32, and floats of `dtype` if that is given.
       context_length: maximum number of tokens of a prompt and its answer, if less than the model's own. A model with
         two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
 
@@ -44,6 +52,7 @@ def from_pretrained(
     Warns:
       UserWarning: a LongRoPE model uses its factors for long texts, or a file has keys that are not known.
     """
+    dtype_given = dtype is not None
     dtype = compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
     name = os.fspath(model)
@@ -65,7 +74,8 @@ def from_pretrained(
         )
     abstract = abstract_decoder(config, dtype)
     expected = named_leaves(abstract)
-    params = load_params(checkpoint, expected)
+    weights = _weights(quantization, dtype_given, checkpoint)
+    params = load_params(checkpoint, expected, weights)
     return LanguageModel(
         decoder=abstract,
         params=tuple(params[name] for name in expected),
@@ -73,6 +83,22 @@ def from_pretrained(
         defaults=checkpoint.generation,
         cache_options=options,
     )
+
+
+def _weights(quantization: str | None, dtype_given: bool, checkpoint: Checkpoint) -> Weights:
+    if quantization is not None:
+        if quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization must be None or one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+        return Weights(quantization=None if quantization == "none" else quantization)
+    if jax.default_backend() != "cpu":
+        return Weights(quantization="stored")
+    if dtype_given:
+        return Weights()
+    if checkpoint.is_quantized:
+        return Weights(quantization="int8-dynamic" if cpu.fastest(("float32", "int8")) == "int8" else None)
+    if checkpoint.stored_dtype.lower() not in ("bfloat16", "bf16"):
+        return Weights()
+    return Weights(dtype=cpu.fastest(("float32", "bfloat16")))
 
 
 def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderConfig:

@@ -1,4 +1,7 @@
-"""The layers of a decoder except attention. Modules hold only parameters; weights are [out, in], as on disk."""
+"""The layers of a decoder except attention. Modules hold only parameters; weights are [out, in], as on disk.
+
+A weight is an array of floats, whose dtype may differ from that of the inputs, or a jfa.QuantizedArray.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +13,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+import jfa
+from jfa import quant
+from jfa.products import times_rows
 from jfa_models.model.config import Activation, DecoderConfig
 
 _normal = jax.nn.initializers.normal(0.02)
@@ -23,7 +29,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
-        y = _times_rows(x, self.weight[...])
+        y = times_rows(x, self.weight.get_value())
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -31,13 +37,15 @@ class Embedding(nnx.Module):
     """Token id to vector and, if the head is tied, vector to logits."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.weight = nnx.Param(_normal(rngs.params(), (vocab_size, hidden_size), dtype))
 
     def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b hidden"]:
-        return self.weight[...][tokens]
+        rows = _at(self.weight.get_value(), tokens)
+        return quant.dequantize(rows, self.dtype) if isinstance(rows, jfa.QuantizedArray) else rows.astype(self.dtype)
 
     def attend(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b vocab"]:
-        return _times_rows(x, self.weight[...])
+        return times_rows(x, self.weight.get_value())
 
 
 class RMSNorm(nnx.Module):
@@ -142,7 +150,7 @@ class StackedLinear(nnx.Module):
         self.weight = nnx.Param(_normal(rngs.params(), (num_experts, out_features, in_features), dtype))
 
     def __call__(self, x: Float[Array, "rows in"], expert: Int[Array, ""]) -> Float[Array, "rows out"]:
-        return _times_rows(x, self.weight[...][expert])
+        return times_rows(x, _at(self.weight.get_value(), expert))
 
 
 def for_each_expert(
@@ -189,9 +197,9 @@ _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
-def _times_rows(x: Float[Array, "*b in"], weight: Float[Array, "out in"]) -> Float[Array, "*b out"]:
-    """x weight^T. Contracting the last axis of both reads the weight as stored; no transposed copy is made."""
-    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=_precision(x))
+def _at[T: (Array, jfa.QuantizedArray)](weight: T, index: Int[Array, "*b"]) -> T:
+    """weight[index], of each part of a quantized weight."""
+    return jax.tree.map(lambda x: quant.on_bits(lambda x: x[index], x), weight)
 
 
 def _precision(x: Float[Array, "..."]) -> str | None:
