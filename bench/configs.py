@@ -43,10 +43,10 @@ def config_of(name: str, num_layers: int | None = None) -> DecoderConfig:
     return config if num_layers is None else config.with_layers(num_layers)
 
 
-def load(name: str, dtype: str | None):
+def load(name: str, dtype: str | None, quantization: str | None = None):
     """The LanguageModel of a package, path or Hugging Face repository; of a preset, with random weights."""
     from jfa_models import LanguageModel, from_pretrained  # imports JAX
 
     if name in PRESETS and name not in PACKAGED and not Path(name).exists():
-        return LanguageModel.random(name, dtype=dtype)
-    return from_pretrained(name, dtype=dtype)
+        return LanguageModel.random(name, dtype=dtype, quantization=quantization)
+    return from_pretrained(name, dtype=dtype, quantization=quantization)

@@ -52,7 +52,8 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
 def product(x: Array, weight: quant.QuantizedArray) -> None:
     """Raises ValueError unless x [..., in] can be multiplied by a quantized weight [out, in]."""
     if not isinstance(weight, quant.QuantizedArray):
-        raise ValueError(f"weight must be a QuantizedArray, got {type(weight).__name__}; multiply floats with jnp.matmul")
+        got = type(weight).__name__
+        raise ValueError(f"weight must be a QuantizedArray, got {got}; multiply floats with jnp.matmul")
     if x.dtype.name not in FLOAT_DTYPES:
         raise ValueError(f"x must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
     quantized_weight(weight)
@@ -72,7 +73,8 @@ def quantized_weight(weight: quant.QuantizedArray) -> None:
             raise ValueError(f"group_size must be an integer >= 1, or None for one scale per vector, got {group!r}")
         if weight.kind == "int4" and (group % 2 or width % group):
             raise ValueError(
-                f"groups of 4-bit numbers must be even and divide the width {width} of the weight, got group_size={group}"
+                f"groups of 4-bit numbers must be even and divide the width {width} of the weight, got "
+                f"group_size={group}"
             )
         expected = (*expected, -(-width // group))
     for name in ("scales", "zeros", "minima"):
@@ -87,8 +89,10 @@ def quantized_weight(weight: quant.QuantizedArray) -> None:
             f"zeros must have the dtype of values, {weight.values.dtype}, and come without minima, got "
             f"{weight.zeros.dtype}" + (" with minima" if weight.minima is not None else "")
         )
-    if weight.rounds_inputs and weight.kind != "int8":
-        raise ValueError(f"rounds_inputs multiplies integers and needs a weight in int8, got {weight.kind}")
+    if weight.rounds_inputs not in (0, 1, 2):
+        raise ValueError(f"rounds_inputs must be 0, 1 or 2, got {weight.rounds_inputs!r}")
+    if weight.rounds_inputs and weight.kind == "fp8":
+        raise ValueError("rounds_inputs multiplies integers and needs a weight in int8 or int4, got fp8")
 
 
 def broadcasts(name: str, x: Array, shape: Sequence[int], *, boolean: bool) -> None:

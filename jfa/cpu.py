@@ -25,8 +25,8 @@ _WEIGHTS, _SIZE = 2, 2048  # 32 MiB in float32, more than most caches
 def milliseconds(form: str) -> tuple[float, float]:
     """The time of products of 1 and of 8 float32 rows with weights in this form.
 
-    Measured in 0.2 seconds, then read from the user's cache folder as long as CPU, jaxlib and XLA's flags stay the same.
-    int8 has a scale per row, and the inputs are rounded to int8 too.
+    Measured in 0.2 seconds, then read from the user's cache folder while CPU, jaxlib and XLA's flags stay the same.
+    int8 has a scale per row, and the inputs are two int8 numbers per element.
     """
     file = _folder() / "jfa" / "products.json"
     flags = os.environ.get("XLA_FLAGS", "")
@@ -71,7 +71,7 @@ def _measured(form: str) -> tuple[float, float]:
     def weight() -> Array | QuantizedArray:
         if form != "int8":
             return jnp.array(numbers, form)
-        return QuantizedArray(values=jnp.array(numbers), scales=jnp.ones(_SIZE), rounds_inputs=True)
+        return QuantizedArray(values=jnp.array(numbers), scales=jnp.ones(_SIZE), rounds_inputs=2)
 
     weights = [weight() for _ in range(_WEIGHTS)]
 

@@ -46,7 +46,8 @@ class QuantizedArray:
       minima: floats of the shape of scales; None: no minima. Not together with zeros.
       group_size: elements per group; the last group of a vector may be shorter, but not if the numbers have 4 bits.
         None: one scale per vector.
-      rounds_inputs: jfa.quantized_matmul rounds each row of its input to int8 too, and multiplies integers.
+      rounds_inputs: how many int8 numbers represent an element of the other factor in jfa.quantized_matmul, which then
+        multiplies integers: 1, or 2 for the precision of 16 bits. 0: the other factor is not rounded.
     """
 
     values: Shaped[Array, "*n stored"]
@@ -54,7 +55,7 @@ class QuantizedArray:
     zeros: Int[Array, "*n groups"] | None = None
     minima: Float[Array, "*n groups"] | None = None
     group_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
-    rounds_inputs: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    rounds_inputs: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     @property
     def kind(self) -> str:
@@ -216,13 +217,21 @@ def dequantize(x: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Float[Array
     return found.astype(dtype)
 
 
-def rounded_rows(x: Float[Array, "n d"]) -> tuple[Int[Array, "n d"], Float[Array, "n 1"]]:
-    """Rows as int8 with float32 scales, for products of integers. A row with NaN or infinity has the scale NaN."""
+def rounded_rows(x: Float[Array, "n d"], terms: int) -> tuple[Int[Array, "terms n d"], Float[Array, "terms n 1"]]:
+    """Rows as sums of int8 numbers with float32 scales, for products of integers.
+
+    The scale of the first term is a row's absolute maximum / 127; a second one holds what rounding to the first leaves.
+    A row with NaN or infinity has the scale NaN.
+    """
     x = x.astype(jnp.float32)
     scales = jnp.abs(x).max(-1, keepdims=True, initial=0.0) / 127.0
     scales = jnp.where(jnp.isfinite(scales), scales, jnp.nan)
-    values = jnp.round(x / jnp.where(scales == 0.0, 1.0, scales))
-    return jnp.where(jnp.isnan(scales), 0.0, values).astype(jnp.int8), scales
+    rest = jnp.where(jnp.isnan(scales), 0.0, x / jnp.where(scales == 0.0, 1.0, scales))
+    values = [jnp.round(rest)]
+    if terms == 2:
+        values.append(jnp.round((rest - values[0]) * 254.0))
+    factors = jnp.array([1.0, 1.0 / 254.0][:terms], jnp.float32)
+    return jnp.stack(values).astype(jnp.int8), scales * factors[:, None, None]
 
 
 def weight_of(operands: ProductOperands, spec: ProductSpec) -> QuantizedArray:

@@ -117,7 +117,7 @@ class ProductSpec:
     """What a product with a quantized weight computes: the static fields of QuantizedArray."""
 
     group_size: int | None = None
-    rounds_inputs: bool = False
+    rounds_inputs: int = 0
 
 
 class ProductOperands(NamedTuple):

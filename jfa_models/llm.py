@@ -33,6 +33,7 @@ class LLM:
         model: str | os.PathLike[str] | LanguageModel = "smollm2",
         *,
         dtype: DTypeLike | None = None,
+        quantization: str | None = None,
         kv_dtype: str | None = None,
         page_size: int = 16,
         num_pages: int | None = None,
@@ -45,17 +46,19 @@ class LLM:
         """Loads a model and allocates its pool of pages.
 
         Args:
-          model: what from_pretrained takes, or a LanguageModel, which already has a dtype.
+          model: what from_pretrained takes, or a LanguageModel, which already has a dtype and its weights.
           other arguments: see Engine.
 
         Raises:
           ValueError: see from_pretrained and Engine.
         """
+        given = {"dtype": dtype, "quantization": quantization}
         if not isinstance(model, LanguageModel):
-            model = from_pretrained(model, dtype=dtype, context_length=max_model_len)
-        elif dtype is not None:
+            model = from_pretrained(model, **given, context_length=max_model_len)
+        elif unused := {name: value for name, value in given.items() if value is not None}:
+            name, value = next(iter(unused.items()))
             raise ValueError(
-                f"dtype={dtype!r} has no effect: the model is already loaded in {model.dtype}; leave it out"
+                f"{name}={value!r} has no effect: the model is already loaded in {model.dtype}; leave it out"
             )
         self.model = model
         self.engine = Engine(

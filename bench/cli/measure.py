@@ -1,12 +1,13 @@
 """The benchmark commands."""
 
+import functools
 import itertools
 import math
 
 import click
 
-from jfa_models.cli.base import model_options
-from jfa_models.decoding.options import DTYPES, KV_DTYPES
+from jfa_models.cli.base import dtype_options, model_options
+from jfa_models.decoding.options import KV_DTYPES, QUANTIZATIONS
 
 from .. import configs, names
 from . import options
@@ -88,25 +89,33 @@ def attention_command(
 
 
 @click.command("accuracy")
-@click.option("--kv-dtype", type=options.Names("kv dtype", KV_DTYPES), default="all", show_default=True)
+@click.option("--kv-dtype", type=options.Names("kv dtype", KV_DTYPES), help="Kinds of pages; default: all.")
+@click.option("--weights", type=options.Names("quantization", QUANTIZATIONS), help="Kinds of weights instead of pages.")
 @click.option("--text", type=click.File(), required=True, help="Text for the perplexity, such as LICENSE.")
 @click.option("--tokens", type=options.COUNT, default=1024, show_default=True, help="Number of tokens of the text.")
 @click.option("--new-tokens", type=options.COUNT, default=64, show_default=True, help="Greedy tokens per prompt.")
 @model_options
 @options.output_options
-def accuracy_command(kv_dtype, text, tokens, new_tokens, model, dtype, output) -> None:
-    """Measure the accuracy of quantized pages.
+def accuracy_command(kv_dtype, weights, text, tokens, new_tokens, model, dtype, quantization, output) -> None:
+    """Measure the accuracy of quantized pages or weights.
 
     Compares the perplexity and the greedy completions of a model with those
-    on float pages.
+    on float pages, or with float weights.
     """
     from jfa_models import from_pretrained
 
     from ..measure import accuracy
 
-    language_models = {
-        name or "float": from_pretrained(model, dtype=dtype, cache="paged", kv_dtype=name) for name in (None, *kv_dtype)
-    }
+    for name, given in (("--kv-dtype", kv_dtype), ("--quantization", quantization)):
+        if weights and given:
+            raise click.UsageError(f"--weights cannot be combined with {name}")
+    load = functools.partial(from_pretrained, model, dtype=dtype, cache="paged")
+    if weights:
+        kinds = ("none", *(kind for kind in weights if kind != "none"))
+        language_models = {kind: load(quantization=kind) for kind in kinds}
+    else:
+        kinds = (None, *(kv_dtype or KV_DTYPES))
+        language_models = {kind or "float": load(quantization=quantization, kv_dtype=kind) for kind in kinds}
     records = accuracy.measure(language_models, text.read(), tokens=tokens, new_tokens=new_tokens)
     output.present(records, "accuracy", total=len(language_models))
 
@@ -204,6 +213,7 @@ def throughput_command(
     implementation,
     model,
     dtype,
+    quantization,
     output,
 ) -> None:
     """Benchmark the engine on a trace of requests.
@@ -215,7 +225,7 @@ def throughput_command(
 
     from ..measure import throughput
 
-    language_model = configs.load(model, dtype)
+    language_model = configs.load(model, dtype, quantization)
     arrivals = throughput.trace(
         num_prompts=num_prompts,
         lengths=lengths,
@@ -225,7 +235,8 @@ def throughput_command(
         vocab_size=language_model.config.vocab_size,
         seed=seed,
     )
-    case = {"model": model, "dtype": language_model.dtype.name, "num_prompts": num_prompts, "lengths": lengths}
+    case = {"model": model, "dtype": language_model.dtype.name, "quantization": quantization}
+    case |= {"num_prompts": num_prompts, "lengths": lengths}
     case |= {"input_len": input_len, "output_len": output_len, "max_num_seqs": max_num_seqs, "seed": seed}
     case |= {"request_rate": request_rate if math.isfinite(request_rate) else None, "kv_dtype": kv_dtype}
     records = throughput.measure(
@@ -254,9 +265,9 @@ def throughput_command(
     show_default=True,
     help="Attention; jfa: chosen automatically.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+@dtype_options
 @options.measurement_options
-def decode_command(models, layers, batch, context, implementation, dtype, samples, output) -> None:
+def decode_command(models, layers, batch, context, implementation, dtype, quantization, samples, output) -> None:
     """Benchmark decode steps of whole models.
 
     Compares them with their matrix products only and with the bandwidth of a copy.
@@ -278,6 +289,7 @@ def decode_command(models, layers, batch, context, implementation, dtype, sample
         contexts=context,
         implementations=implementation,
         dtype=dtype,
+        quantization=quantization,
         samples=samples,
     )
     total = len(models) * len(batch) * len(context) * (1 + len(implementation))
@@ -296,9 +308,9 @@ def decode_command(models, layers, batch, context, implementation, dtype, sample
     show_default=True,
     help="Attention; jfa: chosen automatically.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+@dtype_options
 @options.measurement_options
-def prefill_command(models, layers, seq_lens, batch, implementation, dtype, samples, output) -> None:
+def prefill_command(models, layers, seq_lens, batch, implementation, dtype, quantization, samples, output) -> None:
     """Benchmark prefill of whole models.
 
     Compares jfa's attention with the plain formula.
@@ -319,6 +331,7 @@ def prefill_command(models, layers, seq_lens, batch, implementation, dtype, samp
         seq_lens=seq_lens,
         implementations=implementation,
         dtype=dtype,
+        quantization=quantization,
         samples=samples,
     )
     total = len(models) * len(seq_lens) * (1 + len(implementation))

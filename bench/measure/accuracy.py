@@ -1,4 +1,4 @@
-"""`jfa-bench accuracy`: how quantized pages change a model's perplexity on a text, and its greedy completions.
+"""`jfa-bench accuracy`: how quantized pages or weights change a model's perplexity on a text, and its completions.
 
 The text is processed through the cache in chunks, so that every token attends to keys and values, its own too, as
 stored in the pages. Greedy tokens are compared with those of float pages, prompt by prompt.

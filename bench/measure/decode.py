@@ -31,6 +31,7 @@ def measure(
     contexts: Sequence[int],
     implementations: Sequence[str],
     dtype: str | None,
+    quantization: str | None = None,
     samples: int,
     clock: timing.Clock = time.perf_counter,
 ) -> Iterator[record.Record]:
@@ -40,7 +41,9 @@ def measure(
     """
     shared = machine.circumstances() | {"benchmark": "decode"}
     for name in names:
-        about, built, refused = models.build(name, layers=layers, dtype=dtype, implementations=implementations)
+        about, built, refused = models.build(
+            name, layers=layers, dtype=dtype, quantization=quantization, implementations=implementations
+        )
         ceilings = roofline.ceilings(about["dtype"], clock=clock)
         for batch, context in itertools.product(batches, contexts):
             case = about | {"batch": batch, "context": context}
@@ -51,8 +54,8 @@ def measure(
 
 def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[record.Record]:
     first = next(iter(built.values()))
-    weights = models.matrices(first, with_head=True)
-    runs: dict[str, timing.Run] = {models.LIMIT: models.products(weights, rows=batch)}
+    weights = sum(x.nbytes for x in jax.tree.leaves(models.matrices(first, with_head=True)))
+    runs: dict[str, timing.Run] = {models.LIMIT: models.products(first, rows=batch, with_head=True)}
     host_ms = {}
     refused: dict[str, record.Record] = {}
     for name, model in built.items():
@@ -64,8 +67,8 @@ def _of_shape(built, batch, context, samples, ceilings, clock) -> Iterator[recor
     found |= refused
     taken = timing.in_turns(runs, samples=samples, clock=clock)
     limit = float(np.median(taken[models.LIMIT])) if models.LIMIT in taken else None
-    read = {name: sum(x.nbytes for x in weights) + _kv_bytes(model, batch, context) for name, model in built.items()}
-    read[models.LIMIT] = sum(x.nbytes for x in weights)
+    read = {name: weights + _kv_bytes(model, batch, context) for name, model in built.items()}
+    read[models.LIMIT] = weights
     for name, own in found.items():
         if name in taken:
             median = float(np.median(taken[name]))

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from jfa import QuantizedArray
+from jfa.products import times_rows
 from jfa_models.decoding.language_model import LanguageModel, compute_dtype
 from jfa_models.model.config import DecoderConfig
 
@@ -19,11 +21,12 @@ from .. import configs, names
 from ..records import record
 from . import machine, outcome
 
+Weight = Array | QuantizedArray
 LIMIT = names.MATRIX_PRODUCTS
 
 
 def build(
-    name: str, *, layers: int | None, dtype: str | None, implementations: Sequence[str]
+    name: str, *, layers: int | None, dtype: str | None, quantization: str | None, implementations: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, LanguageModel], list[record.Record]]:
     """(fields of a case, a model for each implementation of attention, records of errors if memory is insufficient).
 
@@ -35,12 +38,15 @@ def build(
         "layers": config.num_layers,
         "of_layers": configs.config_of(name).num_layers,
         "dtype": dtype_name,
+        "quantization": quantization,
     }
     built: dict[str, LanguageModel] = {}
     try:
         _check_room(config, compute_dtype(dtype).itemsize)
         for implementation in implementations:
-            model = LanguageModel.random(config, dtype=dtype, attention_implementation=chosen(implementation))
+            model = LanguageModel.random(
+                config, dtype=dtype, quantization=quantization, attention_implementation=chosen(implementation)
+            )
             model.params = next(iter(built.values()), model).params
             built[implementation] = model
     except (MemoryError, jax.errors.JaxRuntimeError) as refusal:
@@ -62,27 +68,26 @@ def _check_room(config: DecoderConfig, itemsize: int) -> None:
         raise MemoryError(f"needs {needs / 2**30:.1f} GiB for its weights, {free / 2**30:.1f} are free; try --layers")
 
 
-def matrices(model: LanguageModel, *, with_head: bool) -> list[Array]:
+def matrices(model: LanguageModel, *, with_head: bool) -> list[Weight]:
     """The weights of all layers, without experts, and optionally that of the logits; [out, in]."""
     # params are ordered by name: embed, layers, lm_head
-    embed, *layers = (x for x in model.params if x.ndim == 2)
+    embed, *layers = (x for x in model.params if len(x.shape) == 2)
     head = embed if model.config.tie_word_embeddings else layers.pop()
     return [*layers, head] if with_head else layers
 
 
-def products(weights: Sequence[Array], *, rows: int) -> Callable[[], object]:
-    """A run of all products of the weights with this number of rows, executed one after another: the lower limit of a
+def products(model: LanguageModel, *, rows: int, with_head: bool) -> Callable[[], object]:
+    """A run of all products of a model with this number of rows, executed one after another: the lower limit of a
     forward pass of that shape on this machine."""
-    run = jax.jit(functools.partial(_products, rows=rows))
+    run = jax.jit(functools.partial(_products, rows=rows, dtype=model.dtype))
+    weights = matrices(model, with_head=with_head)
     return lambda: run(weights)
 
 
-def _products(weights: Sequence[Array], *, rows: int) -> Array:
-    # the precision of jfa_models.model.layers
-    precision = "highest" if weights[0].dtype == jnp.float32 else None
-    before = jnp.zeros((), weights[0].dtype)
+def _products(weights: Sequence[Weight], *, rows: int, dtype: DTypeLike) -> Array:
+    before = jnp.zeros((), dtype)
     for weight in weights:
         # adding a 0 that the compiler cannot know makes each product depend on the one before
-        x = jnp.ones((rows, weight.shape[1]), weight.dtype) + before * 0
-        before = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision)[0, 0]
+        x = jnp.ones((rows, weight.shape[1]), dtype) + before * 0
+        before = times_rows(x, weight)[0, 0]
     return before

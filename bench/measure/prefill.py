@@ -24,6 +24,7 @@ def measure(
     seq_lens: Sequence[int],
     implementations: Sequence[str],
     dtype: str | None,
+    quantization: str | None = None,
     samples: int,
     clock: timing.Clock = time.perf_counter,
 ) -> Iterator[record.Record]:
@@ -33,7 +34,9 @@ def measure(
     """
     shared = machine.circumstances() | {"benchmark": "prefill"}
     for name in names:
-        about, built, refused = models.build(name, layers=layers, dtype=dtype, implementations=implementations)
+        about, built, refused = models.build(
+            name, layers=layers, dtype=dtype, quantization=quantization, implementations=implementations
+        )
         for seq_len in seq_lens:
             case = about | {"batch": batch, "seq_len": seq_len}
             for one in refused or _of_length(built, batch, seq_len, samples, clock):
@@ -45,9 +48,7 @@ def _of_length(
     built: dict[str, LanguageModel], batch: int, seq_len: int, samples: int, clock: timing.Clock
 ) -> Iterator[record.Record]:
     first = next(iter(built.values()))
-    runs: dict[str, timing.Run] = {
-        models.LIMIT: models.products(models.matrices(first, with_head=False), rows=batch * seq_len)
-    }
+    runs: dict[str, timing.Run] = {models.LIMIT: models.products(first, rows=batch * seq_len, with_head=False)}
     runs |= {name: _step(model, batch, seq_len) for name, model in built.items()}
     found, runs = outcome.tried(runs)
     taken = timing.in_turns(runs, samples=samples, clock=clock)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -102,7 +103,9 @@ class KVCache:
             slot = jnp.where((token < real) & (token >= real - slots), slot % slots, slots + token)
 
         def put(array, new):
-            return array.at[row, slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+            written = array.at[row, slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+            # for a single row, XLA on a CPU would otherwise fuse the update with what reads it, and copy the array
+            return lax.optimization_barrier(written)
 
         return dataclasses.replace(
             self,

@@ -1,9 +1,9 @@
 """Loads the tensors of a checkpoint as the parameters of a decoder."""
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -21,18 +21,40 @@ class Weights:
     """How the weights of linear layers and of the embedding are held in memory.
 
     Attributes:
-      quantization: "stored": as in the checkpoint; "int8": a scale per row; "int8-dynamic": so, and products round their
-        inputs to int8 too; "int4": in groups of 128, 64 or 32 with zero points, or in int8 where none divides, and the
-        embedding and the output layer in int8; "fp8": a scale per row, those two in int8; None: as floats.
+      quantization: None: as floats. "stored": as in the checkpoint. "int8": a scale per row. "int8-dynamic": so, and
+        products round their inputs to int8 too. "int4": in groups of 128, 64 or 32 with zero points, or in int8 where
+        none divides. "fp8": a scale per row. For both, the embedding and the output layer are in int8.
       dtype: of weights that are floats; None: that of the model.
     """
 
     quantization: str | None = None
     dtype: DTypeLike | None = None
 
+    def describe(self, dtype: np.dtype) -> str:
+        """A few words for a person; dtype: that of the model."""
+        floats = np.dtype(self.dtype or dtype).name
+        return {None: floats, "stored": "the stored blocks"}.get(self.quantization, str(self.quantization))
+
+    def num_bytes(self, checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+        """Bytes of all parameters as load_params holds them; of stored blocks as they are in the file."""
+        total = 0
+        for name, wanted in expected.items():
+            size, tensor = math.prod(wanted.shape), checkpoint.tensors.get(name)
+            if not _is_weight(name) or tensor is None:
+                total += size * wanted.dtype.itemsize
+            elif self.quantization is None or (self.quantization == "stored" and not tensor.is_quantized):
+                total += size * np.dtype(self.dtype or wanted.dtype).itemsize
+            elif self.quantization == "stored":
+                total += tensor.num_bytes
+            else:
+                kind, group = _kind_and_group(name, wanted.shape[-1], self.quantization)
+                rows = size // wanted.shape[-1]
+                total += size // 2 + 3 * size // group if kind == "int4" else size + 4 * rows
+        return total
+
 
 def load_params(
-    checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct], weights: Weights
+    checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct], weights: Weights = Weights()
 ) -> dict[str, Array | QuantizedArray]:
     """Loads parameters by name to the default device, each in its expected dtype or as `weights` says.
 
@@ -46,11 +68,23 @@ def load_params(
     params = {}
     for name, wanted in expected.items():
         tensor = checkpoint.tensors[name]
-        is_weight = name.endswith(".weight") and not name.endswith(".router.weight")
-        held = _read_weight(name, tensor, wanted, weights) if is_weight else tensor.read(wanted.dtype)
+        held = _read_weight(name, tensor, wanted, weights) if _is_weight(name) else tensor.read(wanted.dtype)
         # Waiting prevents a growing queue of transfers, each of which keeps its host copy alive.
         params[name] = jax.block_until_ready(jax.device_put(held))
     return params
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith(".weight") and not name.endswith(".router.weight")
+
+
+def _kind_and_group(name: str, width: int, quantization: str) -> tuple[str, int]:
+    """The kind of a weight [out, width] in quant.KINDS, and the elements per group; 0: a scale per row."""
+    kind = quantization.removesuffix("-dynamic")
+    group = next((size for size in (128, 64, 32) if width % size == 0), 0)
+    if name in ("embed.weight", "lm_head.weight") or (kind == "int4" and not group):
+        return "int8", 0
+    return kind, group if kind == "int4" else 0
 
 
 def _read_weight(
@@ -59,30 +93,30 @@ def _read_weight(
     found = tensor.read_quantized() if weights.quantization == "stored" else None
     if found is not None or weights.quantization in (None, "stored"):
         return tensor.read(weights.dtype or wanted.dtype) if found is None else found
-    at_the_ends = name in ("embed.weight", "lm_head.weight")
-    width = wanted.shape[-1]
-    group = next((size for size in (128, 64, 32) if width % size == 0), None)
-    kind = weights.quantization.removesuffix("-dynamic")
-    if kind == "int8" or at_the_ends or (kind == "int4" and group is None):
-        found = _quantized(tensor, "int8")
-    else:
-        found = _quantized(tensor, kind, group_size=group if kind == "int4" else None, symmetric=False)
-    return dataclasses.replace(found, rounds_inputs=weights.quantization == "int8-dynamic")
+    parts = tensor.parts if isinstance(tensor, StackedTensors) else (tensor,)
+    held = [quantized(name, wanted.shape[-2:], part.chunks(), weights.quantization) for part in parts]
+    return jax.tree.map(lambda *x: np.stack(x), *held) if isinstance(tensor, StackedTensors) else held[0]
 
 
-def _quantized(tensor: StoredTensor | StackedTensors, kind: str, **options: Any) -> QuantizedArray:
-    """Reads and quantizes a tensor, a chunk of rows at a time."""
-    if isinstance(tensor, StackedTensors):
-        return jax.tree.map(lambda *x: np.stack(x), *(_quantized(part, kind, **options) for part in tensor.parts))
+def quantized(
+    name: str, shape: tuple[int, ...], chunks: Iterable[tuple[slice | np.ndarray, np.ndarray]], quantization: str
+) -> QuantizedArray:
+    """The weight [out, in] of a parameter from chunks of its rows, quantized as Weights.quantization says."""
+    kind, group = _kind_and_group(name, shape[-1], quantization)
     whole = None
-    for rows, chunk in tensor.chunks():
-        found = quantize_weight(chunk, kind, **options)
+    for rows, chunk in chunks:
+        found = quantize_weight(chunk, kind, group_size=group or None, symmetric=False)
         if whole is None:
-            whole = jax.tree.map(lambda x: aligned((tensor.shape[0], *x.shape[1:]), x.dtype), found)
+            whole = jax.tree.map(lambda x: aligned((shape[0], *x.shape[1:]), x.dtype), found)
         for into, x in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
             into[rows] = x
     assert whole is not None, "a weight has rows"
-    return whole
+    if quantization == "int8-dynamic":
+        return dataclasses.replace(whole, rounds_inputs=1)
+    # XLA on a CPU multiplies integers, or would dequantize the weight in each product; two int8 numbers for an element
+    # of the input are as precise as a 16-bit float
+    on_cpu = jax.default_backend() == "cpu" and whole.kind != "fp8"
+    return dataclasses.replace(whole, rounds_inputs=2 if on_cpu else 0)
 
 
 def with_settled_head(checkpoint: Checkpoint) -> Checkpoint:

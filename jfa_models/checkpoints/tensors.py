@@ -67,7 +67,7 @@ class StoredTensor:
         return out
 
     def read_quantized(self) -> QuantizedArray | None:
-        """Reads the whole tensor as it is quantized; None: it consists of floats, or of blocks that only read() knows."""
+        """Reads the whole tensor as it is quantized; None: it is floats, or blocks that only read() knows."""
         if self.encoding not in gguf_blocks.LAYOUTS or len(self.shape) != 2:
             return None
         with open(self.file, "rb") as file:
@@ -155,6 +155,11 @@ class StackedTensors:
         for i, part in enumerate(self.parts):
             part.read_into(out[i])
         return out
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(part.num_bytes for part in self.parts)
 
     @property
     def is_quantized(self) -> bool:

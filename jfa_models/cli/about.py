@@ -4,24 +4,25 @@ import importlib.metadata
 import os
 from collections.abc import Iterator
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import jfa
+from jfa import cpu
 from jfa.device import probe
 from jfa_models.checkpoints.families import FAMILIES
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.cli.base import DEFAULT_MODEL
-from jfa_models.decoding.language_model import compute_dtype
+from jfa_models.decoding.language_model import abstract_decoder, compute_dtype, named_leaves
+from jfa_models.decoding.pretrained import weights_of
 
 PACKAGES = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plugin", "jax-cuda13-plugin", "libtpu")
 
 
-def show(model: str, dtype: str | None) -> None:
+def show(model: str, dtype: str | None, quantization: str | None) -> None:
     """Prints a table: versions, the device, the backend of each op and why others are not used, the model's size.
 
     Raises:
@@ -34,6 +35,9 @@ def show(model: str, dtype: str | None) -> None:
     table.add_column(overflow="fold")
     table.add_row("versions", ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))))
     table.add_row("device", escape(", ".join(dict.fromkeys((device.platform, device.arch))) + _details(device)))
+    if device.platform == "cpu":
+        times = ", ".join(f"{form} {one} and {many} ms" for form in cpu.FORMS for one, many in [cpu.milliseconds(form)])
+        table.add_row("products", escape(f"of 1 and 8 rows with weights in {times}"))
     printed = None
     for op in jfa.explain(device):
         table.add_row(op.op, escape(f"{op.backend} ({op.tiles})"))
@@ -41,7 +45,7 @@ def show(model: str, dtype: str | None) -> None:
             table.add_row("", escape(f"not {backend}: {reason}"))
         printed = op.refused
     try:
-        sizes = list(_sizes(model, compute_dtype(dtype)))
+        sizes = list(_sizes(model, dtype, quantization))
     except ValueError as error:
         if model != DEFAULT_MODEL:
             raise
@@ -52,19 +56,24 @@ def show(model: str, dtype: str | None) -> None:
     console.print(table)
 
 
-def _sizes(model: str, dtype: np.dtype) -> Iterator[tuple[str, str]]:
+def _sizes(model: str, given: str | None, quantization: str | None) -> Iterator[tuple[str, str]]:
+    dtype = compute_dtype(given)
     config = None if model.lower() in PACKAGED or os.path.exists(model) else PRESETS.get(model.lower())
     if config is not None:
         name, stored, ends = model, "without weights", []
+        held = f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
     else:
         checkpoint = open_checkpoint(model)
         config, name, stored = checkpoint.config, checkpoint.path.stem, f"stored as {checkpoint.stored_dtype}"
+        weights = weights_of(checkpoint, quantization, given)
+        num_bytes = weights.num_bytes(checkpoint, named_leaves(abstract_decoder(config, dtype)))
+        held = f"{num_bytes / 1e6:,.0f} MB in memory, weights as {weights.describe(dtype)}"
         tokenizer = checkpoint.load_tokenizer()
         texts = tokenizer.core.id_to_token if tokenizer else {}.get
         ends = [f"{texts(i) or 'token'} ({i})" for i in checkpoint.generation.ends(tokenizer) if i < config.vocab_size]
     users = FAMILIES[config.architecture].users
     yield "model", f"{name} ({users}): {config.num_params / 1e6:,.1f} M parameters, {stored}"
-    yield "", f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
+    yield "", held
     if ends:
         yield "end tokens", ", ".join(ends)
     whole = config.cache_elements(config.context_length) * dtype.itemsize

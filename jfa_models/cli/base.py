@@ -8,7 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from jfa_models.checkpoints.locate import PACKAGED
-from jfa_models.decoding.options import CACHES, DTYPES, KV_DTYPES
+from jfa_models.decoding.options import CACHES, DTYPES, KV_DTYPES, QUANTIZATIONS
 
 DEFAULT_MODEL = "smollm2"
 
@@ -71,8 +71,7 @@ class JsonObject(click.ParamType):
 
 
 def model_options(command: Callable) -> Callable:
-    """Adds --model and --dtype."""
-    dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+    """Adds --model, --dtype and --quantization."""
     model = click.option(
         "--model",
         type=ModelName(),
@@ -80,7 +79,18 @@ def model_options(command: Callable) -> Callable:
         show_default=True,
         help="Folder of safetensors, .gguf file, Hugging Face repository (owner/name), smollm2 or gemma-3-270m.",
     )
-    return model(dtype(command))
+    return model(dtype_options(command))
+
+
+def dtype_options(command: Callable) -> Callable:
+    """Adds --dtype and --quantization."""
+    dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+    quantization = click.option(
+        "--quantization",
+        type=click.Choice(QUANTIZATIONS),
+        help="How weights are held. Default: as stored; on a CPU in the fastest form.",
+    )
+    return dtype(quantization(command))
 
 
 def cache_options(command: Callable) -> Callable:

@@ -23,6 +23,7 @@ _COMMAND = re.compile(r"/\w+")
 def chat(
     model: str,
     dtype: str | None,
+    quantization: str | None,
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
@@ -38,7 +39,9 @@ def chat(
     from jfa_models.cli import running
     from jfa_models.decoding.language_model import Session
 
-    language_model = running.load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype, context_length=max_model_len)
+    language_model = running.load(
+        model, dtype=dtype, quantization=quantization, cache=cache, kv_dtype=kv_dtype, context_length=max_model_len
+    )
     tokenizer = language_model.tokenizer
     if tokenizer is None or not tokenizer.chat_templates:
         raise click.UsageError(f"{model} has no chat template, so it is not a chat model: use jfa generate")

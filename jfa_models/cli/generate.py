@@ -33,6 +33,7 @@ def generate(
     prompt: str | None,
     model: str,
     dtype: str | None,
+    quantization: str | None,
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
@@ -59,7 +60,9 @@ def generate(
         for name, option in SINGLE_PROMPT_OPTIONS.items():
             if is_given(name) and context.params[name] != "paged":
                 raise click.UsageError(f"{option} cannot be combined with --batch-file, which uses a paged cache")
-        context.exit(_batch(batch_file, output, max_num_seqs, model, dtype, kv_dtype, max_model_len, sampling))
+        context.exit(
+            _batch(batch_file, output, max_num_seqs, model, dtype, quantization, kv_dtype, max_model_len, sampling)
+        )
     if is_given("max_num_seqs"):
         raise click.UsageError("--max-num-seqs needs --batch-file: it has no effect on a single prompt")
     given = [one for one in (text, prompt) if one is not None]
@@ -68,7 +71,9 @@ def generate(
 
     from jfa_models.cli import running
 
-    language_model = running.load(model, dtype=dtype, cache=cache, kv_dtype=kv_dtype, context_length=max_model_len)
+    language_model = running.load(
+        model, dtype=dtype, quantization=quantization, cache=cache, kv_dtype=kv_dtype, context_length=max_model_len
+    )
     params = running.sampling_params(language_model, sampling)
     if as_json:
         click.echo(json.dumps(running.timed(language_model, given[0], params), ensure_ascii=False))
@@ -82,6 +87,7 @@ def _batch(
     max_num_seqs: int,
     model: str,
     dtype: str | None,
+    quantization: str | None,
     kv_dtype: str | None,
     max_model_len: int | None,
     sampling,
@@ -100,7 +106,7 @@ def _batch(
     if not lines:
         click.echo(f"all {len(done)} results are already in {output}", err=True)
         return 0
-    language_model = running.load(model, dtype=dtype, context_length=max_model_len)
+    language_model = running.load(model, dtype=dtype, quantization=quantization, context_length=max_model_len)
     params = running.sampling_params(language_model, sampling)
     engine = Engine(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype)
     console, errors, written = Console(stderr=True), 0, 0

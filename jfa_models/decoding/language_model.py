@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from jfa import QuantizedArray
 from jfa_models.checkpoints.generation import GenerationDefaults
+from jfa_models.checkpoints.load import quantized
 from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.save import save_checkpoint
 from jfa_models.decoding import caches
@@ -104,6 +105,7 @@ class LanguageModel:
         *,
         dtype: DTypeLike | None = None,
         seed: int = 0,
+        quantization: str | None = None,
         attention_implementation: str | None = None,
         cache_options: CacheOptions | None = None,
     ) -> "LanguageModel":
@@ -111,7 +113,7 @@ class LanguageModel:
 
         Args:
           config: a configuration, or the name of a preset such as "llama-3-8b" (presets.PRESETS).
-          dtype: see from_pretrained.
+          dtype, quantization: see from_pretrained; without quantization, weights are floats.
           attention_implementation: the `implementation` argument of jfa's attention ops.
         """
         dtype = compute_dtype(dtype)
@@ -125,7 +127,10 @@ class LanguageModel:
                 is_one = name.endswith("scale") and config.norm != "rms_plus_one"
                 params.append(jnp.full(shape.shape, float(is_one), dtype))
             else:
-                params.append(jax.device_put(np.resize(np.roll(noise, start), shape.shape)))
+                weight = np.resize(np.roll(noise, start), shape.shape)
+                if quantization not in (None, "none") and not name.endswith("router.weight"):
+                    weight = quantized(name, weight.shape, [(slice(None), weight)], quantization)
+                params.append(jax.device_put(weight))
                 start += 7919
         return cls(decoder=abstract, params=tuple(params), cache_options=cache_options)
 

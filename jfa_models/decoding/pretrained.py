@@ -40,8 +40,8 @@ def from_pretrained(
       cache, kv_dtype, page_size: see CacheOptions.
       quantization: how the weights of linear layers and the embedding are held (checkpoints.load.Weights): "int8",
         "int8-dynamic", "int4", "fp8", or "none" for floats. None: a quantized checkpoint as it is stored, another one
-        as floats; but on a CPU whichever form it multiplies fastest (jfa.cpu): for a quantized checkpoint int8-dynamic
-        or float32, for one in bfloat16 bfloat16 or float32, and floats of `dtype` if that is given.
+        as floats; but on a CPU whichever form it multiplies fastest (jfa.cpu): for a quantized checkpoint int8 or
+        float32, for one in bfloat16 bfloat16 or float32, and floats of `dtype` if that is given.
       context_length: maximum number of tokens of a prompt and its answer, if less than the model's own. A model with
         two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
 
@@ -52,8 +52,7 @@ def from_pretrained(
     Warns:
       UserWarning: a LongRoPE model uses its factors for long texts, or a file has keys that are not known.
     """
-    dtype_given = dtype is not None
-    dtype = compute_dtype(dtype)
+    given, dtype = dtype, compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
     name = os.fspath(model)
     if name.lower() in PRESETS and name.lower() not in PACKAGED and not os.path.exists(name):
@@ -62,6 +61,7 @@ def from_pretrained(
             f"LanguageModel.random({name!r}) for random weights in its shape"
         )
     checkpoint = with_settled_head(open_checkpoint(name))
+    weights = weights_of(checkpoint, quantization, given)
     family = FAMILIES[checkpoint.config.architecture]
     if dtype == "float16" and not family.float16:
         raise ValueError(f"{family.users} overflows float16; use dtype='bfloat16', or 'float32'")
@@ -74,7 +74,6 @@ def from_pretrained(
         )
     abstract = abstract_decoder(config, dtype)
     expected = named_leaves(abstract)
-    weights = _weights(quantization, dtype_given, checkpoint)
     params = load_params(checkpoint, expected, weights)
     return LanguageModel(
         decoder=abstract,
@@ -85,17 +84,22 @@ def from_pretrained(
     )
 
 
-def _weights(quantization: str | None, dtype_given: bool, checkpoint: Checkpoint) -> Weights:
+def weights_of(checkpoint: Checkpoint, quantization: str | None, dtype: DTypeLike | None) -> Weights:
+    """How from_pretrained, given these arguments, holds the weights of a checkpoint.
+
+    Raises:
+      ValueError: unknown quantization.
+    """
     if quantization is not None:
         if quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization must be None or one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
         return Weights(quantization=None if quantization == "none" else quantization)
     if jax.default_backend() != "cpu":
         return Weights(quantization="stored")
-    if dtype_given:
+    if dtype is not None:
         return Weights()
     if checkpoint.is_quantized:
-        return Weights(quantization="int8-dynamic" if cpu.fastest(("float32", "int8")) == "int8" else None)
+        return Weights(quantization="int8" if cpu.fastest(("float32", "int8")) == "int8" else None)
     if checkpoint.stored_dtype.lower() not in ("bfloat16", "bf16"):
         return Weights()
     return Weights(dtype=cpu.fastest(("float32", "bfloat16")))

@@ -5,10 +5,12 @@ import math
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from jfa import quant
 from jfa.types import DeviceInfo, ProductOperands, ProductSpec
+
+_ROWS_BY_GROUPS = 4  # of integers; from more rows on, a dequantized weight is faster on a CPU
 
 
 def why_not(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) -> None:
@@ -22,24 +24,56 @@ def default_config(operands: ProductOperands, device: DeviceInfo) -> None:
 
 
 def quantized_matmul(operands: ProductOperands, *, spec: ProductSpec, on_cpu: bool) -> Float[Array, "n out"]:
-    """x weight^T in the dtype of x: of integers if the weight has one scale per row, else with the weight dequantized."""
+    """x weight^T in the dtype of x: of integers where inputs are rounded, else with the weight dequantized."""
     x = operands.x
-    symmetric = spec.group_size is None and operands.zeros is None and operands.minima is None
-    if spec.rounds_inputs and symmetric:
-        rows, scales = quant.rounded_rows(x)
-        sums = times_rows(rows, operands.values, to=jnp.int32, on_cpu=on_cpu)
-        return (sums.astype(jnp.float32) * scales * operands.scales.astype(jnp.float32)).astype(x.dtype)
     if spec.rounds_inputs:
-        rows, scales = quant.rounded_rows(x)
-        x = (rows.astype(jnp.float32) * scales).astype(x.dtype)
+        terms, scales = quant.rounded_rows(x, spec.rounds_inputs)
+        rows = terms.reshape(-1, terms.shape[-1])
+        sums = None
+        plain = spec.group_size is None and operands.zeros is None and operands.minima is None
+        if plain and operands.values.dtype == jnp.int8:
+            sums = times_rows(rows, operands.values, to=jnp.int32, on_cpu=on_cpu).astype(jnp.float32)
+            sums = sums * operands.scales.astype(jnp.float32)
+        elif on_cpu and rows.shape[0] <= _ROWS_BY_GROUPS and x.shape[1] % (spec.group_size or x.shape[1]) == 0:
+            sums = _by_groups(rows, operands, spec)
+        if sums is not None:
+            return (sums.reshape(*terms.shape[:2], -1) * scales).sum(0).astype(x.dtype)
+        x = (terms.astype(jnp.float32) * scales).sum(0).astype(x.dtype)
     weight = quant.dequantize(quant.weight_of(operands, spec), x.dtype)
     return times_rows(x, weight, to=x.dtype, on_cpu=on_cpu)
+
+
+def _by_groups(rows: Int[Array, "n in"], operands: ProductOperands, spec: ProductSpec) -> Float[Array, "n out"]:
+    """Products of integer rows with a weight in groups: int32 sums of each group, times its scale.
+
+    For a row or two on a CPU: XLA vectorizes such a sum over a short group, but not a product of more rows.
+    """
+    n, width = rows.shape
+    out, stored = operands.values.shape
+    group = spec.group_size or width
+    x = rows.reshape(n, 1, width // group, group).astype(jnp.int32)
+    values = operands.values.reshape(out, width // group, stored * group // width)
+    if operands.values.dtype == jnp.uint8:
+        low, high = jnp.split(x, 2, axis=-1)
+        sums = jnp.sum(low * (values & 15).astype(jnp.int32) + high * (values >> 4).astype(jnp.int32), axis=-1)
+    else:
+        sums = jnp.sum(x * values.astype(jnp.int32), axis=-1)
+    of_x = jnp.sum(x, axis=-1)
+    if operands.zeros is not None:
+        sums = sums - of_x * operands.zeros.reshape(out, -1).astype(jnp.int32)
+    found = sums.astype(jnp.float32)
+    if operands.zeros is None and operands.minima is None and operands.values.dtype == jnp.uint8:
+        found = found - 7.5 * of_x.astype(jnp.float32)
+    found = found * operands.scales.reshape(out, -1).astype(jnp.float32)
+    if operands.minima is not None:
+        found = found + of_x.astype(jnp.float32) * operands.minima.reshape(out, -1).astype(jnp.float32)
+    return jnp.sum(found, axis=-1)
 
 
 def times_rows(
     x: Shaped[Array, "*b in"], weight: Shaped[Array, "out in"], *, to: DTypeLike, on_cpu: bool
 ) -> Shaped[Array, "*b out"]:
-    """x weight^T in the dtype `to`. Contracting the last axis of both reads the weight as stored: nothing is transposed.
+    """x weight^T in the dtype `to`. Both are contracted along their last axis: the weight is read as it is stored.
 
     XLA on a CPU multiplies a single row of 8- or 16-bit numbers by a scalar loop, ten times slower than two rows: there
     a row of zeros is added (bench/LOG.md).

@@ -15,6 +15,8 @@ from runs import run as run_of
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sharp_decoder, tiny_config
 
 from jfa_models import BeamSearchParams, Engine, LanguageModel, SamplingParams
+from jfa_models.checkpoints.load import quantized
+from jfa_models.decoding.language_model import named_leaves
 from jfa_models.decoding.options import CacheOptions
 
 CONFIG = tiny_config(num_layers=2, context_length=128)
@@ -24,12 +26,17 @@ SMALL = dict(max_num_seqs=4, page_size=4, num_pages=33, max_num_batched_tokens=3
 
 
 @functools.cache
-def language_model(kv_dtype=None):
+def language_model(kv_dtype=None, quantization=None):
     """The model; its `generate` uses pages of this dtype."""
     decoder = sharp_decoder(CONFIG)
+    params = dict(zip(named_leaves(decoder), jax.tree.leaves(nnx.split(decoder)[1]), strict=True))
+    if quantization is not None:
+        for name, x in params.items():
+            if x.ndim == 2:
+                params[name] = quantized(name, x.shape, [(slice(None), np.asarray(x))], quantization)
     return LanguageModel(
         decoder=decoder,
-        params=tuple(jax.tree.leaves(nnx.split(decoder)[1])),
+        params=tuple(params.values()),
         tokenizer=byte_tokenizer(),
         cache_options=CacheOptions(kind="paged" if kv_dtype else "contiguous", kv_dtype=kv_dtype),
     )
@@ -112,21 +119,24 @@ def test_greedy_tokens_are_those_of_generate(model, caching):
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "seed", "count", "tie"),
+    ("kv_dtype", "quantization", "seed", "count", "tie"),
     [
-        run_of(None, 0, 1000, TIE, quick=False),
-        run_of(None, 1, 400, TIE, quick=False),
-        run_of(None, 5, 120, TIE, quick=True),
+        run_of(None, None, 0, 1000, TIE, quick=False),
+        run_of(None, None, 1, 400, TIE, quick=False),
+        run_of(None, None, 5, 120, TIE, quick=True),
         # the rounding of another batch size may change a number in a page by one quantization step
-        run_of("int8", 2, 200, 0.05, quick=False),
-        run_of("fp8", 3, 200, 0.2, quick=False),
-        run_of("int4", 4, 200, 0.5, quick=False),
+        run_of("int8", None, 2, 200, 0.05, quick=False),
+        run_of("fp8", None, 3, 200, 0.2, quick=False),
+        run_of("int4", None, 4, 200, 0.5, quick=False),
+        run_of("int8", "int8", 6, 300, 0.05, quick=False),
+        run_of("int4", "int4", 7, 300, 0.5, quick=False),
+        run_of(None, "int8-dynamic", 8, 60, TIE, quick=True),
     ],
 )
-def test_random_arrivals_and_aborts(kv_dtype, seed, count, tie):
+def test_random_arrivals_and_aborts(kv_dtype, quantization, seed, count, tie):
     """Random arrivals, priorities, samples, beams and aborts over a pool that holds four requests."""
     rng = random.Random(seed)
-    model = language_model(kv_dtype)
+    model = language_model(kv_dtype, quantization)
     prompts, params = drawn(rng, count)
     want = alone(model, prompts, params, max_batch=64)
     engine = Engine(model, **SMALL | dict(num_pages=14, max_num_seqs=5), max_model_len=40, kv_dtype=kv_dtype)
