@@ -170,7 +170,7 @@ def test_measuring_takes_every_form(monkeypatch):
 
 
 def test_bad_input(monkeypatch):
-    with pytest.raises(ValueError, match="quantization must be None or one of int8, .*, got 'int3'"):
+    with pytest.raises(ValueError, match=r"quantization must be None or one of int8, .*, got 'int3'"):
         from_pretrained(GOLDEN / "llama3", quantization="int3")
     with pytest.raises(ValueError, match="quantization='int8' has no effect: the model is already loaded"):
         LLM(from_pretrained(GOLDEN / "llama3", dtype="float32"), quantization="int8")
