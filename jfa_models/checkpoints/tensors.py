@@ -9,13 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from jaxtyping import Shaped
+
+from jfa import QuantizedArray
 
 _PLAIN_DTYPES = {  # names in both formats; all other encodings consist of blocks that `gguf` dequantizes
     "F64": np.float64,
@@ -27,6 +30,19 @@ _PLAIN_DTYPES = {  # names in both formats; all other encodings consist of block
 }
 _CHUNK_ELEMENTS = 1 << 17  # 512 KiB in float32: chunks that stay in a core's cache decode twice as fast
 _ALIGNMENT = 64  # bytes; XLA on a CPU uses memory with this alignment without copying it
+
+
+class Tensor(Protocol):
+    """A tensor in a file: a StoredTensor, or a quantized weight that is stored as several of them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def encoding(self) -> str: ...
+    def read_into(self, out: Shaped[np.ndarray, "..."]) -> None: ...
+    def read_quantized(self) -> QuantizedArray | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +83,10 @@ class StoredTensor:
         rows = out.reshape(self._num_rows, -1)
         for where, values in self.chunks():
             rows[where] = values
+
+    def read_quantized(self) -> QuantizedArray | None:
+        """None: it is not quantized."""
+        return None
 
     def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]:
         """Yields (row numbers, rows) chunk by chunk. A vector is one row, unless its elements belong to heads."""
@@ -115,7 +135,7 @@ class StoredTensor:
 class StackedTensors:
     """Tensors of one shape, those of a layer's experts, stacked along a new first axis."""
 
-    parts: tuple[StoredTensor, ...]
+    parts: tuple[Tensor, ...]
 
     @property
     def name(self) -> str:
@@ -135,6 +155,27 @@ class StackedTensors:
             part.read_into(out[i])
         return out
 
+    def read_quantized(self) -> QuantizedArray | None:
+        """Reads all of them as they were quantized; None if QuantizedArray cannot represent one of them.
+
+        Raises:
+          ValueError: they are quantized differently.
+        """
+        out = None
+        for i, part in enumerate(self.parts):
+            if (found := part.read_quantized()) is None:
+                return None
+            out = out or jax.tree.map(lambda x: aligned((len(self.parts), *x.shape), x.dtype), found)
+            kinds = [(jax.tree.structure(x), [leaf.dtype for leaf in jax.tree.leaves(x)]) for x in (found, out)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"{part.name} is quantized in another way than {self.parts[0].name}, but the experts of a layer "
+                    "are one array; load the model without keeping its quantization"
+                )
+            for array, whole in zip(jax.tree.leaves(found), jax.tree.leaves(out), strict=True):
+                whole[i] = array
+        return out
+
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
     """Allocates memory that XLA on a CPU uses without copying it."""
@@ -145,7 +186,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def main_encoding(tensors: Mapping[str, StoredTensor]) -> str:
+def main_encoding(tensors: Mapping[str, Tensor]) -> str:
     """The encoding of the largest number of elements."""
     numbers = Counter[str]()
     for tensor in tensors.values():
