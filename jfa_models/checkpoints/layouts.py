@@ -126,7 +126,7 @@ def _mxfp4(parts: Parts, scheme: Scheme) -> StoredWeight:
 
     def scales() -> np.ndarray:
         exponents = load(parts["weight_scale"]).view(ml_dtypes.float8_e8m0fnu).reshape(grid)
-        return np.multiply(exponents.astype(ml_dtypes.bfloat16), 0.5, dtype=ml_dtypes.bfloat16)
+        return (exponents.astype(np.float32) * np.float32(0.5)).astype(ml_dtypes.bfloat16)
 
     return StoredWeight(
         shape=shape,
