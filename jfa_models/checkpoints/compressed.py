@@ -67,7 +67,7 @@ def _form_of(name: str, weight: QuantizedArray) -> Form:
     four_bits = weight.kind == "int4"
     return Form(
         kind=weight.kind,
-        group_size=None if four_bits and group == width else group,  # 4-bit numbers with zeros always have a group
+        group_size=None if four_bits and group == width else group,  # rows of 4-bit numbers are read as one group
         symmetric=weight.zeros is None or (four_bits and bool((np.asarray(weight.zeros) == 8).all())),
         rounds_inputs=weight.rounds_inputs,
     )

@@ -151,7 +151,7 @@ def _gptq(parts: Parts, scheme: Scheme, *, minus_one: bool) -> StoredWeight:
         return lambda start, stop: _integers(words[:, start:stop].T, bits)
 
     def zeros() -> np.ndarray:
-        words = load(parts["qzeros"]).view(np.uint32)
+        words = load(parts["qzeros"]).view(np.uint32).reshape(num_groups, -1)
         # on whole words: a zero point of 0, stored as the largest number, has borrowed from the next field
         return _integers((words + np.uint32(_MINUS_ONE[bits] if minus_one else 0)).view(np.int32), bits).T[:out]
 
@@ -164,7 +164,7 @@ def _gptq(parts: Parts, scheme: Scheme, *, minus_one: bool) -> StoredWeight:
         }
         | ({"g_idx": ((width,), ("I32", "I64"))} if "g_idx" in parts else {}),
         numbers=numbers,
-        scales=lambda: load(parts["scales"]).T,
+        scales=lambda: load(parts["scales"]).reshape(num_groups, out).T,
         zeros=zeros,
     )
 
@@ -191,8 +191,8 @@ def _awq(parts: Parts, scheme: Scheme) -> StoredWeight:
             "qzeros": ((num_groups, num_words), ("I32",)),
         },
         numbers=numbers,
-        scales=lambda: load(parts["scales"]).T,
-        zeros=lambda: integers(load(parts["qzeros"])),
+        scales=lambda: load(parts["scales"]).reshape(num_groups, out).T,
+        zeros=lambda: integers(load(parts["qzeros"]).reshape(num_groups, num_words)),
     )
 
 

@@ -19,7 +19,7 @@ class Scheme:
 
     Attributes:
       method: the quant_method of config.json, for display.
-      layout: how its tensors are stored: a key of quantized.LAYOUTS.
+      layout: how its tensors are stored: a key of layouts.LAYOUTS.
       bits: bits per number.
       block: (rows, columns) that share a scale; None: all of them.
       zero_points: whether there must be a tensor of zero points.
@@ -164,7 +164,7 @@ def _scheme_of_group(group: Any, where: str, config: Mapping[str, Any]) -> Schem
         raise _refused(where, group, "must have targets and weights", "write the scheme out, or " + _WAY_OUT)
     weights, inputs = group["weights"], group.get("input_activations") or {}
     in_weights = f"{where}.weights."
-    # a group has a format of its own only where they differ
+    # a group's own format counts before the common one, which may be "mixed-precision"
     source = group if group.get("format") else config
     types = _FORMATS[_one_of(source, "format", None, *_FORMATS)]
     kind = _one_of(weights, "type", "int", *types, where=in_weights)

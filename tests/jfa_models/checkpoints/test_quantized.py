@@ -211,7 +211,7 @@ def read_tensors(file):
     """Not safetensors.numpy, which has no 8-bit floats."""
     return {
         name: np.frombuffer(entry["data"], ENCODINGS[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in safetensors.deserialize(file.read_bytes())
+        for name, entry in sorted(safetensors.deserialize(file.read_bytes()), key=lambda pair: pair[0])
     }
 
 
@@ -323,7 +323,7 @@ REFUSED = {  # name: (golden checkpoint, change, message)
     "no_config": (
         "ct_int4",
         lambda tensors, config: config.pop("quantization_config"),
-        r"_proj is quantized \(weight_packed, weight_scale, weight_shape\), but config.json has no quantization_c",
+        r"down_proj is quantized \(weight_packed, weight_scale, weight_shape\), but config.json has no quantization_c",
     ),
     "ct_format": (
         "ct_int4",
@@ -374,7 +374,7 @@ REFUSED = {  # name: (golden checkpoint, change, message)
     "ct_no_target": (
         "ct_int4",
         in_group(targets=["re:.*self_attn"]),
-        "_proj is quantized, but matches no targets in quantization_config",
+        "down_proj is quantized, but matches no targets in quantization_config",
     ),
     "ct_two_schemes": (
         "ct_int4",
@@ -396,13 +396,13 @@ REFUSED = {  # name: (golden checkpoint, change, message)
     "ct_unexpected_zeros": (
         "ct_int4_zeros",
         in_weights(symmetric=True),
-        "_proj has weight_zero_point, which cannot",
+        "down_proj has weight_zero_point, which cannot",
     ),
     "ct_scale_shape": (
         "ct_int4",
         on_down("weight_scale", lambda x: x[:, :1]),
-        r"weight_scale is BF16 \[32, 1\], but for a weight of shape \[32, 48\] with 4 bits and a scale for 1 rows and 16 "
-        r"columns, as quantization_config says, it must be F32 or F16 or BF16 \[32, 3\]",
+        r"weight_scale is BF16 \[32, 1\], but for a weight of shape \[32, 48\] with 4 bits and a scale for 1 rows and "
+        r"16 columns, as quantization_config says, it must be F32 or F16 or BF16 \[32, 3\]",
     ),
     "ct_words": (
         "ct_int4",
@@ -429,7 +429,7 @@ REFUSED = {  # name: (golden checkpoint, change, message)
     "gptq_group": (
         "gptq",
         in_config(group_size=32),
-        r"scales is F16 \[2, 32\], but .* must be F32 or F16 or BF16 \[1, 32\]",
+        r"scales is F16 \[3, 32\], but .* must be F32 or F16 or BF16 \[2, 32\]",
     ),
     "awq_version": ("awq", in_config(version="gemv"), "version 'gemv' is not supported, only 'gemm'"),
     "awq_bits": ("awq", in_config(bits=8), "bits 8 is not supported, only 4"),
