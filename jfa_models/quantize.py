@@ -1,7 +1,7 @@
 """Quantizes a model's linear layers, if wanted with scales that protect the channels of large activations."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ def quantize(
     """A model whose linear layers, except routers and the output layer, are quantized.
 
     With a calibration text, the channels of a layer's input are first scaled as in AWQ: weights are multiplied by
-    mean(|x|) ^ a, and what produces the input is divided by it. For each input, a in [0, 1] is the one with the smallest
-    error of the outputs on the text. The result depends on nothing but the arguments.
+    mean(|x|) ^ a, and what produces the input is divided by it. For each input, a in [0, 1] is the one with the
+    smallest error of the outputs on the text. The result depends on nothing but the arguments.
 
     Args:
       model: a model with float weights.
@@ -45,8 +45,7 @@ def quantize(
     params: dict[str, Any] = dict(zip(names, model.params, strict=True))
     if any(isinstance(x, quant.QuantizedArray) for x in model.params):
         raise ValueError("the model is quantized already: load it with quantization='none'")
-    weights = [name for name in names if name.startswith("layers.") and name.endswith(".weight")]
-    weights = [name for name in weights if ".router." not in name]
+    weights = _weights(params)
     for name in weights:
         width = params[name].shape[-1]
         if group_size is not None and width % group_size:
@@ -66,6 +65,19 @@ def quantize(
         defaults=model.defaults,
         cache_options=model.cache_options,
     )
+
+
+def common_group(model: LanguageModel) -> int | None:
+    """The first of the group sizes 128, 64 and 32 that divides the inputs of all layers that are quantized, if any."""
+    names = named_leaves(abstract_decoder(model.config, model.dtype))
+    widths = {names[name].shape[-1] for name in _weights(names)}
+    return next((size for size in (128, 64, 32) if not any(width % size for width in widths)), None)
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    """The parameters that are quantized: weights of linear layers, but not routers and the output layer."""
+    weights = [name for name in names if name.startswith("layers.") and name.endswith(".weight")]
+    return [name for name in weights if ".router." not in name]
 
 
 def _scaled(

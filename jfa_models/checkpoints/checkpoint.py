@@ -7,6 +7,7 @@ from typing import Any
 
 from jfa_models.checkpoints.families import FAMILIES
 from jfa_models.checkpoints.generation import GenerationDefaults
+from jfa_models.checkpoints.quantized import QuantizedTensor
 from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
 from jfa_models.model.config import DecoderConfig
 from jfa_models.text.tokenizer import Tokenizer
@@ -19,9 +20,10 @@ class Checkpoint:
     path: Path
     config: DecoderConfig
     generation: GenerationDefaults
-    stored_dtype: str  # "bfloat16", "Q4_1": for display
-    tensors: Mapping[str, StoredTensor | StackedTensors] = dataclasses.field(repr=False)  # by our parameter names
-    unknown: tuple[StoredTensor, ...] = ()  # tensors that belong to no parameter
+    stored_dtype: str  # "bfloat16", "Q4_1", "int4 (gptq)": for display
+    # by our parameter names
+    tensors: Mapping[str, StoredTensor | QuantizedTensor | StackedTensors] = dataclasses.field(repr=False)
+    unknown: tuple[StoredTensor | QuantizedTensor, ...] = ()  # tensors that belong to no parameter
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # of a GGUF file
 
     @property

@@ -55,19 +55,13 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Reads a Hugging Face config.json; for a Gemma 3 with a vision tower, only its text part.
 
     Raises:
-      ValueError: the architecture, activation, rope type or quantization is not supported, or a key is missing or
-        invalid.
+      ValueError: the architecture, activation or rope type is not supported, or a key is missing or invalid.
     """
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
-        outer = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if key in config}
+        outer = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
         config = {"model_type": "gemma3_text"} | outer | config["text_config"]
     architecture = config.get("model_type")
     family = family_of(architecture, "config.json: model_type", {name: name for name in FAMILIES})
-    if config.get("quantization_config"):
-        raise ValueError(
-            "config.json: quantization_config is not supported; "
-            "use the unquantized checkpoint or a GGUF file of the model"
-        )
     for key in ("qk_layernorm", "use_bidirectional_attention"):
         if config.get(key):
             raise ValueError(f"config.json: {key} is not supported, got {config[key]!r}")

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jfa import QuantizedArray
 from jfa.quant import quantize_weight
 from jfa_models.checkpoints.checkpoint import Checkpoint
-from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor, aligned
+from jfa_models.checkpoints.tensors import StackedTensors, Tensor, aligned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,13 @@ def _kind_and_group(name: str, width: int, quantization: str) -> tuple[str, int]
 
 
 def _read_weight(
-    name: str, tensor: StoredTensor | StackedTensors, wanted: jax.ShapeDtypeStruct, weights: Weights
+    name: str, tensor: Tensor, wanted: jax.ShapeDtypeStruct, weights: Weights
 ) -> np.ndarray | QuantizedArray:
-    found = tensor.read_quantized() if weights.quantization == "stored" else None
-    if found is not None or weights.quantization in (None, "stored"):
-        return tensor.read(weights.dtype or wanted.dtype) if found is None else found
+    if weights.quantization == "stored":
+        if (found := tensor.read_quantized()) is not None:
+            return found if found.rounds_inputs else dataclasses.replace(found, rounds_inputs=_terms(found.kind))
+    if weights.quantization in (None, "stored"):
+        return tensor.read(weights.dtype or wanted.dtype)
     parts = tensor.parts if isinstance(tensor, StackedTensors) else (tensor,)
     held = [quantized(name, wanted.shape[-2:], part.chunks(), weights.quantization) for part in parts]
     return jax.tree.map(lambda *x: np.stack(x), *held) if isinstance(tensor, StackedTensors) else held[0]
@@ -111,12 +113,16 @@ def quantized(
         for into, x in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
             into[rows] = x
     assert whole is not None, "a weight has rows"
-    if quantization == "int8-dynamic":
-        return dataclasses.replace(whole, rounds_inputs=1)
-    # XLA on a CPU multiplies integers, or would dequantize the weight in each product; two int8 numbers for an element
-    # of the input are as precise as a 16-bit float
-    on_cpu = jax.default_backend() == "cpu" and whole.kind != "fp8"
-    return dataclasses.replace(whole, rounds_inputs=2 if on_cpu else 0)
+    return dataclasses.replace(whole, rounds_inputs=1 if quantization == "int8-dynamic" else _terms(kind))
+
+
+def _terms(kind: str) -> int:
+    """QuantizedArray.rounds_inputs on this platform.
+
+    XLA on a CPU multiplies integers, or would dequantize the weight in each product; two int8 numbers for an element of
+    the input are as precise as a 16-bit float.
+    """
+    return 2 if jax.default_backend() == "cpu" and kind != "fp8" else 0
 
 
 def with_settled_head(checkpoint: Checkpoint) -> Checkpoint:
@@ -128,11 +134,13 @@ def with_settled_head(checkpoint: Checkpoint) -> Checkpoint:
     """
     head, embedding = (checkpoint.tensors.get(name) for name in ("lm_head.weight", "embed.weight"))
     tied = checkpoint.config.tie_word_embeddings
-    if not tied or not isinstance(head, StoredTensor) or not isinstance(embedding, StoredTensor):
+    if isinstance(head, StackedTensors) or isinstance(embedding, StackedTensors):
         return checkpoint
-    if head.shape != embedding.shape:
+    if not tied or head is None or embedding is None or head.shape != embedding.shape:
         return checkpoint
-    if all(np.array_equal(a, b) for (_, a), (_, b) in zip(head.chunks(), embedding.chunks(), strict=True)):
+    parts = (range(start, min(start + 1024, head.shape[0])) for start in range(0, head.shape[0], 1024))
+    both = ([x.rows(part.start, part.stop).read(np.float32) for x in (head, embedding)] for part in parts)
+    if all(np.array_equal(one, other) for one, other in both):
         rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name != "lm_head.weight"}
         return dataclasses.replace(checkpoint, tensors=rest)
     warnings.warn(

@@ -5,8 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from jfa_models.checkpoints.families import Names
+from jfa_models.checkpoints.quantized import QuantizedTensor
 from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
 from jfa_models.model.config import DecoderConfig
+
+Stored = StoredTensor | QuantizedTensor
 
 # Tensors of a GGUF file that are part of its configuration rather than its weights.
 ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
@@ -20,11 +23,11 @@ _OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*"
 
 
 def by_our_names(
-    tensors: Mapping[str, StoredTensor], table: Names, config: DecoderConfig
-) -> tuple[dict[str, StoredTensor | StackedTensors], tuple[StoredTensor, ...]]:
+    tensors: Mapping[str, Stored], table: Names, config: DecoderConfig
+) -> tuple[dict[str, Stored | StackedTensors], tuple[Stored, ...]]:
     """The tensors by our parameter names, and the tensors that are not in the table."""
-    known: dict[str, StoredTensor | StackedTensors] = {}
-    stacks: dict[str, dict[int, StoredTensor]] = {}
+    known: dict[str, Stored | StackedTensors] = {}
+    stacks: dict[str, dict[int, Stored]] = {}
     unknown = []
     for name, tensor in tensors.items():
         module, _, kind = name.removeprefix(_PREFIX.match(name)[0]).rpartition(".")  # type: ignore[index]
@@ -57,7 +60,7 @@ def _num_rows(module: str, config: DecoderConfig) -> int:
     return {"q": q_size, "k": kv_size, "v": kv_size, "gate": inner, "up": inner}[module.rpartition(".")[2]]
 
 
-def _split(tensor: StoredTensor, num_rows: Sequence[int]) -> list[StoredTensor] | None:
+def _split(tensor: Stored, num_rows: Sequence[int]) -> list[Stored] | None:
     """Splits a tensor into parts with these numbers of rows; None if they do not add up to its number of rows."""
     ends = list(itertools.accumulate(num_rows))
     if not tensor.shape or tensor.shape[0] != ends[-1]:

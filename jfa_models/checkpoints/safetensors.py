@@ -12,6 +12,7 @@ from jfa_models.checkpoints.families import hugging_face_names
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.hf_config import config_from_hf
 from jfa_models.checkpoints.names import by_our_names
+from jfa_models.checkpoints.quantized import QuantizedTensor, join_quantized, without_padding
 from jfa_models.checkpoints.tensors import StoredTensor, check_length, damaged, main_encoding
 from jfa_models.text.files import read_json
 
@@ -30,15 +31,19 @@ def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
     stored: dict[str, StoredTensor] = {}
     for file in files:
         stored |= _read_safetensors_header(file)
-    tensors, unknown = by_our_names(stored, hugging_face_names(decoder.architecture), decoder)
+    joined = join_quantized(stored, config)
+    tensors, unknown = by_our_names(joined, hugging_face_names(decoder.architecture), decoder)
+    tensors = without_padding(tensors, decoder)
     if config.get("attention_bias") and "layers.0.attention.o.bias" not in tensors:
         # attention_bias means all four; Qwens that were saved as Llama have those of q, k and v only
         decoder = dataclasses.replace(decoder, out_bias=False)
+    quantized = {name: tensor for name, tensor in joined.items() if isinstance(tensor, QuantizedTensor)}
+    stated = config.get("dtype") or config.get("torch_dtype")
     return Checkpoint(
         path=path,
         config=decoder,
         generation=GenerationDefaults.from_hf(read_json(generation) if generation.exists() else {}, config),
-        stored_dtype=config.get("dtype") or config.get("torch_dtype") or main_encoding(stored),
+        stored_dtype=main_encoding(quantized) if quantized else stated or main_encoding(stored),
         tensors=tensors,
         unknown=unknown,
     )

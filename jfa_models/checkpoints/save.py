@@ -1,17 +1,22 @@
 """Writes a checkpoint that transformers can load: config.json, safetensors, the tokenizer and its chat template."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
+from jfa import QuantizedArray
+from jfa.quant import dequantize
+from jfa_models.checkpoints.compressed import Form, Written, form_of, joined, quantization_config, tensors_of
 from jfa_models.checkpoints.families import hugging_face_names
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.hf_config import config_to_hf
@@ -23,26 +28,34 @@ _SHARD_BYTES = 5 * 10**9
 _OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _WRITTEN_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_WRITTEN_DTYPES |= {"int64": "I64", "int32": "I32", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 
 
 def save_checkpoint(
     folder: Path,
     config: DecoderConfig,
-    params: Mapping[str, Array],
+    params: Mapping[str, Array | QuantizedArray],
     *,
     generation: GenerationDefaults,
     tokenizer: Tokenizer | None,
 ) -> None:
     """Writes a folder that transformers and open_checkpoint can load; copies one tensor at a time to the host.
 
-    Replaces the files of a model and tokenizer that were saved there before.
+    Replaces the files of a model and tokenizer that were saved there before. Quantized weights are written as
+    compressed-tensors stores them, except for a quantized embedding, which becomes floats in the dtype of the rest.
 
     Raises:
-      ValueError: config.json cannot represent the model, or the folder is a file.
+      ValueError: config.json cannot represent the model, compressed-tensors cannot represent a quantized weight, or the
+        folder is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; pass a folder to save into")
-    written = config_to_hf(config) | {"dtype": str(next(iter(params.values())).dtype)}
+    dtype = next(x.dtype for x in params.values() if not isinstance(x, QuantizedArray))
+    embedding = params["embed.weight"]
+    if isinstance(embedding, QuantizedArray):
+        params = {**params, "embed.weight": dequantize(embedding, dtype)}
+    pieces, quantization = _pieces(config, params)
+    written = config_to_hf(config) | {"dtype": str(dtype)} | quantization
     recommended = {name: value for name, value in dataclasses.asdict(generation).items() if value is not None}
     eos = recommended.pop("eos_token_ids")
     recommended |= {"eos_token_id": list(eos)} if eos else {}
@@ -59,50 +72,59 @@ def save_checkpoint(
         (folder / name).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder)
-    _save_tensors(folder, _pieces(config, params))
+    _save_tensors(folder, pieces)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """A tensor to write: parameters concatenated by rows, or one expert of a stack."""
+    """A tensor to write, computed when it is its turn."""
 
     name: str
-    sources: tuple[Array, ...]
-    expert: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shapes = [source.shape if self.expert is None else source.shape[1:] for source in self.sources]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.sources[0].dtype.itemsize
-
-    def parts(self) -> Iterator[np.ndarray]:
-        for source in self.sources:
-            yield np.asarray(source if self.expert is None else source[self.expert])
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _pieces(config: DecoderConfig, params: Mapping[str, Array]) -> list[_Piece]:
-    """The parameters under their Hugging Face names."""
+def _pieces(config: DecoderConfig, params: Mapping[str, Array | QuantizedArray]) -> tuple[list[_Piece], dict[str, Any]]:
+    """The parameters under their Hugging Face names, and what config.json says about the quantized ones."""
     pieces = []
+    forms: dict[str, Form | None] = {} if "lm_head.weight" in params else {"lm_head": None}
     for theirs, ours in hugging_face_names(config.architecture).items():
         modules = (ours,) if isinstance(ours, str) else ours
         for layer in range(config.num_layers) if "#" in theirs else [0]:
             for kind, stored in (("weight", "weight"), ("scale", "weight"), ("bias", "bias")):
                 names = [f"{module.replace('#', str(layer))}.{kind}" for module in modules]
-                if names[0] not in params or (params[names[0]].ndim == 3) != ("*" in theirs):
+                if names[0] not in params or (len(params[names[0]].shape) == 3) != ("*" in theirs):
                     continue  # not in this model, or another name applies because this layer has experts
+                sources = [params[name] for name in names]
+                form = form_of(dict(zip(names, sources, strict=True)))
+                tensors = _floats(stored, sources, "*" in theirs) if form is None else tensors_of(form, sources)
                 prefix = "" if theirs == "lm_head" else "model."
-                name = f"{prefix}{theirs.replace('#', str(layer))}.{stored}"
-                sources = tuple(params[name] for name in names)
-                if "*" not in theirs:
-                    pieces.append(_Piece(name=name, sources=sources))
-                    continue
-                for expert in range(sources[0].shape[0]):
-                    pieces.append(_Piece(name=name.replace("*", str(expert)), sources=sources, expert=expert))
-    return pieces
+                for expert in range(sources[0].shape[0]) if "*" in theirs else [None]:
+                    module = f"{prefix}{theirs.replace('#', str(layer)).replace('*', str(expert))}"
+                    for part, (shape, dtype, convert) in tensors.items():
+                        read = functools.partial(_read, sources, expert, convert)
+                        pieces.append(_Piece(name=f"{module}.{part}", shape=shape, dtype=np.dtype(dtype), read=read))
+                    if kind == "weight" and theirs != "embed_tokens":
+                        forms[module] = form
+    return pieces, quantization_config(forms)
+
+
+def _floats(name: str, sources: Sequence[Array | QuantizedArray], stacked: bool) -> dict[str, Written]:
+    """One tensor: the sources, or one expert of each, concatenated by rows."""
+    shapes = [x.shape[stacked:] for x in sources]
+    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return {name: (shape, jax.tree.leaves(sources[0])[0].dtype, joined)}
+
+
+def _read(
+    sources: Sequence[Array | QuantizedArray], expert: int | None, convert: Callable[[Sequence[Any]], np.ndarray]
+) -> np.ndarray:
+    return convert([x if expert is None else jax.tree.map(lambda leaf: leaf[expert], x) for x in sources])
 
 
 def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
@@ -136,7 +158,7 @@ def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
     offset = 0
     for piece in pieces:
         header[piece.name] = {
-            "dtype": _WRITTEN_DTYPES[piece.sources[0].dtype.name],
+            "dtype": _WRITTEN_DTYPES[piece.dtype.name],
             "shape": list(piece.shape),
             "data_offsets": [offset, offset + piece.num_bytes],
         }
@@ -147,6 +169,5 @@ def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
     with open(part, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            for values in piece.parts():
-                stream.write(np.ascontiguousarray(values).view(np.uint8).data)
+            stream.write(np.ascontiguousarray(piece.read()).view(np.uint8).data)
     os.replace(part, file)

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -31,6 +31,26 @@ _PLAIN_DTYPES = {  # names in both formats; all other encodings consist of block
 }
 _CHUNK_ELEMENTS = 1 << 17  # 512 KiB in float32: chunks that stay in a core's cache decode twice as fast
 _ALIGNMENT = 64  # bytes; XLA on a CPU uses memory with this alignment without copying it
+
+
+class Tensor(Protocol):
+    """A tensor in a file: a StoredTensor, or a quantized weight that is stored as several of them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def encoding(self) -> str: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def is_quantized(self) -> bool: ...
+    def rows(self, start: int, stop: int) -> "Tensor": ...
+    def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]: ...
+    def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]: ...
+    def read_into(self, out: Shaped[np.ndarray, "..."]) -> None: ...
+    def read_quantized(self) -> QuantizedArray | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +156,7 @@ class StoredTensor:
 class StackedTensors:
     """Tensors of one shape, those of a layer's experts, stacked along a new first axis."""
 
-    parts: tuple[StoredTensor, ...]
+    parts: tuple[Tensor, ...]
 
     @property
     def name(self) -> str:
@@ -167,11 +187,18 @@ class StackedTensors:
         return self.parts[0].is_quantized
 
     def read_quantized(self) -> QuantizedArray | None:
-        """Reads all of them as they are quantized; None: they are floats, or not quantized alike."""
-        parts = [part.read_quantized() for part in self.parts]
-        if None in parts or len({jax.tree.structure(part) for part in parts}) > 1:
-            return None
-        return jax.tree.map(lambda *x: np.stack(x), *parts)
+        """Reads all of them as they are quantized; None: QuantizedArray cannot represent one, or they differ."""
+        out = None
+        for i, part in enumerate(self.parts):
+            if (found := part.read_quantized()) is None:
+                return None
+            out = out or jax.tree.map(lambda x: aligned((len(self.parts), *x.shape), x.dtype), found)
+            kinds = [(jax.tree.structure(x), [leaf.dtype for leaf in jax.tree.leaves(x)]) for x in (found, out)]
+            if kinds[0] != kinds[1]:
+                return None
+            for array, whole in zip(jax.tree.leaves(found), jax.tree.leaves(out), strict=True):
+                whole[i] = array
+        return out
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
@@ -183,7 +210,7 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def main_encoding(tensors: Mapping[str, StoredTensor]) -> str:
+def main_encoding(tensors: Mapping[str, Tensor]) -> str:
     """The encoding of the largest number of elements."""
     numbers = Counter[str]()
     for tensor in tensors.values():

@@ -10,6 +10,7 @@ from jfa_models.cli.base import command_group, run
 from jfa_models.cli.chat import chat
 from jfa_models.cli.generate import generate
 from jfa_models.cli.info import info
+from jfa_models.cli.quantize import quantize
 
 
 def main() -> None:
@@ -22,5 +23,5 @@ def commands() -> None:
     """Generate text with language models in JAX, on AMD and NVIDIA GPUs, TPUs and CPUs."""
 
 
-for command in (generate, chat, info):
+for command in (generate, chat, info, quantize):
     commands.add_command(command)

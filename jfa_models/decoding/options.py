@@ -6,7 +6,7 @@ from typing import Literal
 DTYPES = ("float32", "bfloat16", "float16")
 CACHES = ("contiguous", "paged")
 KV_DTYPES = ("int8", "fp8", "int4")
-QUANTIZATIONS = ("int8", "int8-dynamic", "int4", "fp8", "none")
+QUANTIZATIONS = ("int8", "int8-dynamic", "int4", "fp8", "stored", "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

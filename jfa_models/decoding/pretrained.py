@@ -39,8 +39,8 @@ def from_pretrained(
         CPU, bfloat16 elsewhere.
       cache, kv_dtype, page_size: see CacheOptions.
       quantization: how the weights of linear layers and the embedding are held (checkpoints.load.Weights): "int8",
-        "int8-dynamic", "int4", "fp8", or "none" for floats. None: a quantized checkpoint as it is stored, another one
-        as floats; but on a CPU whichever form it multiplies fastest (jfa.cpu): for a quantized checkpoint int8 or
+        "int8-dynamic", "int4", "fp8", "stored" for a quantized checkpoint as it is, or "none" for floats. None:
+        "stored"; but on a CPU whichever form it multiplies fastest (jfa.cpu): for a quantized checkpoint int8 or
         float32, for one in bfloat16 bfloat16 or float32, and floats of `dtype` if that is given.
       context_length: maximum number of tokens of a prompt and its answer, if less than the model's own. A model with
         two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.

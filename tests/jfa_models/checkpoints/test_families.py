@@ -463,10 +463,6 @@ REFUSED_HF = {  # name: (changed keys, message)
         r"model_type 'gpt2' is not supported; supported architectures: llama \(Llama 2, Llama 3, SmolLM2\), mistral",
     ),
     "no_architecture": ({"model_type": None}, "model_type None is not supported; supported architectures: llama"),
-    "quantized": (
-        {"quantization_config": {"quant_method": "gptq"}},
-        "quantization_config is not supported; use the unquantized checkpoint or a GGUF file",
-    ),
     "two_ropes": (
         {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
