@@ -22,7 +22,12 @@ _EXPONENTS = np.linspace(0.0, 1.0, 21)
 
 
 def quantize(
-    model: LanguageModel, kind: str, *, group_size: int | None = None, calibration: str | None = None
+    model: LanguageModel,
+    kind: str,
+    *,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    calibration: str | None = None,
 ) -> LanguageModel:
     """A model whose linear layers, except routers and the output layer, are quantized.
 
@@ -34,6 +39,7 @@ def quantize(
       model: a model with float weights.
       kind: "int8", "int4" or "fp8" (jfa.quant).
       group_size: elements along `in` with a common scale; None: a scale for each row.
+      symmetric: int4 without zero points.
       calibration: a text like those that the model will read; its first CALIBRATION_TOKENS tokens are used.
 
     Raises:
@@ -52,7 +58,7 @@ def quantize(
             raise ValueError(f"group size {group_size} does not divide {width}, the inputs of {name}; use another")
 
     def rounded(x: Float[Array, "*n out in"]) -> quant.QuantizedArray:
-        found = quant.quantize_weight(np.asarray(x, np.float32), kind, group_size=group_size, symmetric=False)
+        found = quant.quantize_weight(np.asarray(x, np.float32), kind, group_size=group_size, symmetric=symmetric)
         return jax.tree.map(jnp.asarray, found)
 
     if calibration is not None:

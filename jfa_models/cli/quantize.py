@@ -20,12 +20,13 @@ from jfa_models.decoding.options import DTYPES, KV_DTYPES
 @click.option(
     "--awq", "calibration", type=click.File(), help="Text that shows which inputs are large: protects their weights."
 )
+@click.option("--symmetric", is_flag=True, help="int4 without zero points, which transformers cannot load.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the other weights.")
-def quantize(model: str, folder: Path, kind: str, group: int | None, calibration, dtype: str) -> None:
+def quantize(model: str, folder: Path, kind: str, group: int | None, calibration, symmetric: bool, dtype: str) -> None:
     """Write MODEL with weights in 8 or 4 bits to FOLDER.
 
-    MODEL is what jfa generate takes. The result is in the format of compressed-tensors, which vLLM and transformers
-    read too. Embedding, output layer and routers stay floats.
+    MODEL is what jfa generate takes. The result is in the format of compressed-tensors, which other programs read too.
+    Embedding, output layer and routers stay floats.
     """
     if folder.exists() and any(folder.iterdir()):
         raise click.UsageError(f"{folder} is not empty; use another folder")
@@ -37,8 +38,7 @@ def quantize(model: str, folder: Path, kind: str, group: int | None, calibration
     if group is None and kind == "int4":
         group = common_group(loaded)
     text = None if calibration is None else calibration.read()
-    quantize(loaded, kind, group_size=group, calibration=text).save_pretrained(folder)
+    quantize(loaded, kind, group_size=group, symmetric=symmetric, calibration=text).save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    click.echo(
-        f"{folder}: {size / 1e6:,.0f} MB, {kind}, a scale for each {f'{group} inputs' if group else 'row'}", err=True
-    )
+    scales = f"{group} inputs" if group else "row"
+    click.echo(f"{folder}: {size / 1e6:,.0f} MB, {kind} with a scale for each {scales}", err=True)

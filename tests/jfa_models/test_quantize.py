@@ -33,7 +33,7 @@ VARIANTS = {
 
 def model_of(outliers=1.0, **options):
     """A tiny model; outliers: how much larger a few channels of the normalized inputs are."""
-    config = dataclasses.replace(tiny_config(num_layers=2, context_length=64), **options)
+    config = dataclasses.replace(tiny_config(num_layers=2, context_length=64), intermediate_size=64, **options)
     decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(1))
     params = dict(zip(named_leaves(decoder), jax.tree.leaves(nnx.split(decoder)[1]), strict=True))
     for name, x in params.items():
@@ -46,13 +46,12 @@ def model_of(outliers=1.0, **options):
 def test_scales_change_no_output(monkeypatch, variant):
     model = model_of(20.0, **VARIANTS[variant])
     before = model.params
-    names = named_leaves(model.abstract) if hasattr(model, "abstract") else model._names
     want = model.logits(TOKENS)
     rng = np.random.default_rng(0)
     monkeypatch.setattr(
         module, "_best_scales", lambda x, weights, rounded: jnp.asarray(rng.uniform(0.25, 4, x.shape[1]), jnp.float32)
     )
-    params = module._scaled(model, dict(zip(names, before, strict=True)), TEXT, lambda x: x)
+    params = module._scaled(model, dict(zip(model._names, before, strict=True)), TEXT, lambda x: x)
     assert any(not np.array_equal(x, y) for x, y in zip(params.values(), before, strict=True))
     model.params = tuple(params.values())
     got = model.logits(TOKENS)
@@ -60,13 +59,13 @@ def test_scales_change_no_output(monkeypatch, variant):
 
 
 def test_calibration_protects_the_weights_of_large_inputs():
-    model = model_of(30.0)
+    model = model_of(5.0)
     want = model.logits(TOKENS)
     errors = [
         float(jnp.square(quantize(model, "int4", group_size=32, calibration=text).logits(TOKENS) - want).mean())
         for text in (None, TEXT)
     ]
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_the_result_does_not_change_from_run_to_run():
