@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jaxtyping import Array
 
@@ -30,7 +29,7 @@ def milliseconds(form: str) -> tuple[float, float]:
     """
     file = _folder() / "jfa" / "products.json"
     flags = os.environ.get("XLA_FLAGS", "")
-    key = f"{form}: {_name()}, {os.cpu_count()} threads, jaxlib {jaxlib.__version__} {flags}".rstrip()
+    key = f"{form}: {_name()}, {os.cpu_count()} threads, jaxlib {jax.lib.__version__} {flags}".rstrip()
     try:
         known = json.loads(file.read_text())
         one, many = known[key]

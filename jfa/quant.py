@@ -26,6 +26,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jfa.types import ProductOperands, ProductSpec
 
+Leaf = Any  # a JAX array, or a NumPy array of a weight on the host
+
 # kind: (dtype of the stored numbers, the largest number)
 KINDS = {"int8": (jnp.int8, 127.0), "fp8": (jnp.float8_e4m3fn, 448.0), "int4": (jnp.uint8, 7.5)}
 
@@ -50,10 +52,10 @@ class QuantizedArray:
         multiplies integers: 1, or 2 for the precision of 16 bits. 0: the other factor is not rounded.
     """
 
-    values: Shaped[Array, "*n stored"]
-    scales: Float[Array, "*n"] | Float[Array, "*n groups"]
-    zeros: Int[Array, "*n groups"] | None = None
-    minima: Float[Array, "*n groups"] | None = None
+    values: Shaped[Leaf, "*n stored"]
+    scales: Float[Leaf, "*n"] | Float[Leaf, "*n groups"]
+    zeros: Int[Leaf, "*n groups"] | None = None
+    minima: Float[Leaf, "*n groups"] | None = None
     group_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     rounds_inputs: int = dataclasses.field(default=0, metadata=dict(static=True))
 

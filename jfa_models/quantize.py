@@ -138,7 +138,7 @@ def _inputs(model: LanguageModel, text: str) -> list[dict[str, Float[Array, "n i
     graphdef, state = nnx.split(abstract)
     decoder = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), model.params))
     found: list[dict[str, Array]] = []
-    for block in decoder.layers:
+    for block in map(_untyped, decoder.layers):
         seen: dict[str, Array] = {}
         found.append(seen)
         if isinstance(block.mlp, MLP):
@@ -148,6 +148,10 @@ def _inputs(model: LanguageModel, text: str) -> list[dict[str, Float[Array, "n i
     with default_rules():
         decoder(tokens)
     return found
+
+
+def _untyped(block: nnx.Module) -> Any:
+    return block  # its layers are replaced by others
 
 
 class _Recorded(nnx.Module):

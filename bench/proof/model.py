@@ -95,7 +95,7 @@ def case_of(row: Row) -> Case:
     config, options = MODELS[row.model], CACHES[row.cache]
     model = LanguageModel.random(config, dtype="bfloat16", cache_options=options)
     exact = LanguageModel.random(config, dtype="float32", cache_options=options)
-    exact.params = tuple(x.astype(jnp.float32) for x in model.params)
+    exact.params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
     draw = np.random.default_rng(0)
     caches = [one.new_cache(batch=len(_PROMPTS), capacity=64) for one in (model, exact)]
     if row.step == "decode":

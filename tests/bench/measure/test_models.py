@@ -88,12 +88,14 @@ def test_implementations_share_their_weights_and_differ_in_attention(monkeypatch
     chosen = []
     random = LanguageModel.random
 
-    def spy(config, *, dtype, attention_implementation):
-        chosen.append(attention_implementation)
-        return random(config, dtype=dtype, attention_implementation=attention_implementation)
+    def spy(config, **options):
+        chosen.append(options["attention_implementation"])
+        return random(config, **options)
 
     monkeypatch.setattr(LanguageModel, "random", spy)
-    about, built, refused = models.build(str(LLAMA3), layers=1, dtype=None, implementations=("jfa", "reference"))
+    about, built, refused = models.build(
+        str(LLAMA3), layers=1, dtype=None, quantization=None, implementations=("jfa", "reference")
+    )
     assert about["layers"] == 1 and not refused
     assert chosen == [None, "reference"] and built["jfa"].params is built["reference"].params
 

@@ -87,9 +87,9 @@ def test_samples_share_pages_and_only_the_engine_supports_a_rate(bench, folder):
 
 def test_a_preset_gets_random_weights(monkeypatch):
     made = []
-    monkeypatch.setattr(LanguageModel, "random", lambda name, dtype: made.append((name, dtype)))
-    configs.load("llama-3-8b", "bfloat16")
-    assert made == [("llama-3-8b", "bfloat16")]
+    monkeypatch.setattr(LanguageModel, "random", lambda name, **options: made.append((name, options)))
+    configs.load("llama-3-8b", "bfloat16", "int4")
+    assert made == [("llama-3-8b", {"dtype": "bfloat16", "quantization": "int4"})]
 
 
 def test_refuses(bench):
