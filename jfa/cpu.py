@@ -1,6 +1,7 @@
 """Which form of weights this CPU multiplies fastest, measured once and kept on disk."""
 
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ def milliseconds(form: str) -> tuple[float, float]:
     """
     file = _folder() / "jfa" / "products.json"
     flags = os.environ.get("XLA_FLAGS", "")
-    key = f"{form}: {_name()}, {os.cpu_count()} threads, jaxlib {jax.lib.__version__} {flags}".rstrip()
+    key = f"{form}: {_name()}, {os.cpu_count()} threads, jaxlib {importlib.metadata.version('jaxlib')} {flags}".rstrip()
     try:
         known = json.loads(file.read_text())
         one, many = known[key]

@@ -142,7 +142,8 @@ def _inputs(model: LanguageModel, text: str) -> list[dict[str, Float[Array, "n i
         seen: dict[str, Array] = {}
         found.append(seen)
         if isinstance(block.mlp, MLP):
-            block.mlp.down = _Recorded(block.mlp.down, seen, "down")
+            mlp: Any = block.mlp
+            mlp.down = _Recorded(mlp.down, seen, "down")
         block.mlp = _Recorded(block.mlp, seen, "mlp")
         block.attention = _Recorded(block.attention, seen, "attention")
     with default_rules():

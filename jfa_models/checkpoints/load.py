@@ -88,7 +88,7 @@ def _kind_and_group(name: str, width: int, quantization: str) -> tuple[str, int]
 
 
 def _read_weight(
-    name: str, tensor: Tensor, wanted: jax.ShapeDtypeStruct, weights: Weights
+    name: str, tensor: Tensor | StackedTensors, wanted: jax.ShapeDtypeStruct, weights: Weights
 ) -> np.ndarray | QuantizedArray:
     if weights.quantization == "stored":
         if (found := tensor.read_quantized()) is not None:

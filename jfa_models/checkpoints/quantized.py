@@ -44,7 +44,10 @@ class QuantizedTensor:
         kind = self.scheme.layout if self.scheme.layout in ("int8", "fp8", "mxfp4") else f"int{self.scheme.bits}"
         return kind if kind == self.scheme.method else f"{kind} ({self.scheme.method})"
 
-    is_quantized = True
+    @property
+    def is_quantized(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def num_bytes(self) -> int:
