@@ -52,7 +52,9 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
 def product(x: Array, weight: quant.QuantizedArray) -> None:
     """Raises ValueError unless x [..., in] can be multiplied by a quantized weight [out, in]."""
     if not isinstance(weight, quant.QuantizedArray):
-        raise ValueError(f"weight must be a QuantizedArray, got {type(weight).__name__}; multiply floats with jnp.matmul")
+        raise ValueError(
+            f"weight must be a QuantizedArray, got {type(weight).__name__}; multiply floats with jnp.matmul"
+        )
     if x.dtype.name not in FLOAT_DTYPES:
         raise ValueError(f"x must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
     quantized_weight(weight)

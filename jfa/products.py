@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jfa import backends, checks, quant
 from jfa.device import probe
 from jfa.quant import QuantizedArray
 from jfa.rules import compiled_alone, with_default_rules
-from jfa.types import DeviceInfo, Implementation, ProductOperands, ProductSpec
+from jfa.types import DeviceInfo, Implementation, ProductConfig, ProductOperands, ProductSpec
 
 
 @with_default_rules
@@ -23,7 +22,7 @@ def quantized_matmul(
     weight: QuantizedArray,
     *,
     implementation: Implementation | None = None,
-    config: Any = None,
+    config: ProductConfig | None = None,
 ) -> Float[Array, "*b out"]:
     """x weight^T for a weight in 8 or 4 bits, which is read as it is stored. Sums are float32 (int32 of integers).
 
@@ -57,7 +56,7 @@ def quantized_matmul(
     name = backends.select(implementation, operands, spec, device, table=backends.product)
     backend = backends.product(name)
     if config is None:
-        config = backend.default_config(operands, device)
+        config = backend.default_config(operands, spec, device)
     else:
         backends.check_config(name, backend.config_type, config)
     plan = _Plan(backend=name, spec=spec, config=config, device=device)
@@ -70,7 +69,7 @@ class _Plan:
 
     backend: str
     spec: ProductSpec
-    config: Any
+    config: ProductConfig | None
     device: DeviceInfo
 
 

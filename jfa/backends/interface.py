@@ -14,6 +14,7 @@ from jfa.types import (
     Operands,
     PagedConfig,
     PagedOperands,
+    ProductConfig,
     ProductOperands,
     ProductSpec,
 )
@@ -58,6 +59,6 @@ class ProductBackend:
     """
 
     why_not: Callable[[ProductOperands, ProductSpec, DeviceInfo], str | None]
-    default_config: Callable[[ProductOperands, DeviceInfo], Any]
+    default_config: Callable[[ProductOperands, ProductSpec, DeviceInfo], ProductConfig | None]
     config_type: type | None
     run: Callable[..., Array]

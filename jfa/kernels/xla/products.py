@@ -13,7 +13,7 @@ def why_not(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) ->
     return None
 
 
-def default_config(operands: ProductOperands, device: DeviceInfo) -> None:
+def default_config(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) -> None:
     """There is nothing to configure."""
     return None
 
@@ -45,7 +45,5 @@ def times_rows(
     if alone:
         x = jnp.pad(x, ((0, 1), (0, 0)))
     precision = "highest" if x.dtype == jnp.float32 else None  # otherwise float32 may be rounded to tf32
-    out = lax.dot_general(
-        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=accumulate
-    )
+    out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=accumulate)
     return out[:1] if alone else out

@@ -9,9 +9,8 @@ import pytest
 from compiled import needs_compiler
 from runs import run
 
-import jfa
 from jfa import quant
-from jfa.kernels.triton import _primitives, paged
+from jfa.kernels.triton import _primitives, casts
 from jfa.kernels.triton._pallas import CompilerParams, pl
 from jfa_bench import names
 from jfa_bench.proof import emulate
@@ -70,12 +69,11 @@ def numbers(kind, dtype, by_bits, arch):
     """(what a product and its corrections make of every code of a kind of page, what the code stands for)."""
     codes = np.arange(256, dtype=np.uint8)
     pages = jnp.asarray(codes.view(quant.KINDS[kind][0]))
-    config = jfa.PagedConfig(block_q=16, block_kv=16, num_warps=1, num_stages=1, fp8_by_bits=by_bits)
     dtype = jnp.dtype(dtype)
-    halves = on(arch, lambda x: paged._widened(x, dtype=dtype, config=config), pages)
-    got = [np.asarray(x, np.float64) - paged._bias(pages.dtype, dtype) for x in halves]
+    halves = on(arch, lambda x: casts.widened(x, dtype=dtype, fp8_by_bits=by_bits), pages)
+    got = [np.asarray(x, np.float64) - casts.bias(pages.dtype, dtype) for x in halves]
     want = [pages] if kind != "int4" else [(codes & 15) - 7.5, (codes >> 4) - 7.5]
-    unit = paged._unit(pages.dtype, dtype, config)
+    unit = casts.unit(pages.dtype, dtype, by_bits)
     return np.concatenate(got) * unit, np.concatenate([np.asarray(x).astype(np.float64) for x in want])
 
 
