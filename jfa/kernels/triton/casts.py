@@ -8,14 +8,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float, UInt8, UInt32
 
-from jfa.kernels.triton._primitives import truncated, widened_fp8
+from jfa.kernels.triton._primitives import spread, truncated, widened_fp8
 
 WITHOUT_FP8_CASTS = ("sm_80", "sm_86")  # architectures for which Triton casts no fp8
 INT4_ZERO = 7.5  # the level of a 4-bit number of 0 is minus this
 
-_MAGIC = {"bfloat16": 0x4300, "float16": 0x6400}  # 128 and 1024: the low bits of the mantissa are units
+# 128 and 1024, whose mantissas' low bits are units: the upper byte of a number from 0 to 255 in a 16-bit dtype's places
+_UPPER = {"bfloat16": 0x43, "float16": 0x64}
 
 
 def widened(x: Array, *, dtype: Any, fp8_by_bits: bool) -> tuple[Array, ...]:
@@ -23,10 +24,7 @@ def widened(x: Array, *, dtype: Any, fp8_by_bits: bool) -> tuple[Array, ...]:
     if x.dtype == jnp.uint8 and dtype == jnp.float32:
         return tuple(half.astype(jnp.float32) - INT4_ZERO for half in (x & 15, x >> 4))
     if x.dtype == jnp.uint8:
-        bits = x.astype(jnp.uint16)
-        magic = jnp.uint16(_MAGIC[dtype.name])
-        halves = tuple(lax.bitcast_convert_type(half | magic, dtype) for half in (bits & 15, bits >> 4))
-        return tuple(half - 1031 for half in halves) if dtype == jnp.float16 else halves
+        return _halves(x, dtype)
     if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
         return (truncated(x.astype(jnp.float32)),)
     if x.dtype == jnp.int8 and dtype == jnp.float16:
@@ -41,6 +39,37 @@ def widened(x: Array, *, dtype: Any, fp8_by_bits: bool) -> tuple[Array, ...]:
         bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int16) << 8
         return (lax.bitcast_convert_type((bits >> 1) & jnp.int16(~0x4000), dtype),)
     return (x.astype(dtype),)
+
+
+def _halves(x: UInt8[Array, "*n d"], dtype: Any) -> tuple[Array, Array]:
+    """The low and the high halves of bytes: 128 + number in bfloat16, number - 7 in float16.
+
+    Four bytes are unpacked together, an instruction per number; byte by byte it would be three.
+    """
+    words = _words(x)
+    mask = jnp.uint32(0x0F0F0F0F)
+    low, high = (_shorts(half, x.shape, dtype) for half in (words & mask, (words >> 4) & mask))
+    return (low - 1031, high - 1031) if dtype == jnp.float16 else (low, high)
+
+
+def _words(x: UInt8[Array, "*n d"]) -> UInt32[Array, "*n words"]:
+    """Each four bytes as one integer, the first byte lowest."""
+    parts = [x.reshape(*x.shape[:-1], x.shape[-1] // 4, 2, 2)]
+    for _ in range(2):  # bytes 0 and 2, 1 and 3; then each alone
+        parts = [half[..., 0] for part in parts for half in lax.split(part, (1, 1), axis=part.ndim - 1)]
+    zero, two, one, three = (part.astype(jnp.uint32) for part in parts)
+    return zero | (one << 8) | (two << 16) | (three << 24)
+
+
+def _shorts(words: UInt32[Array, "*n words"], shape: tuple[int, ...], dtype: Any) -> Array:
+    """The bytes of words, as numbers of a 16-bit dtype with the upper byte _UPPER."""
+    pairs = [spread(words, _UPPER[dtype.name], pair=pair) for pair in (0, 1)]
+    first, second = (_joined(*(bits.astype(jnp.uint16) for bits in both)) for both in (pairs, [p >> 16 for p in pairs]))
+    return lax.bitcast_convert_type(_joined(first, second).reshape(shape), dtype)
+
+
+def _joined(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a[..., None], b[..., None]], axis=-1)
 
 
 def bias(stored: Any, dtype: Any) -> float:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from jfa import quant
 from jfa.kernels.triton._pallas import CompilerParams, dot, load, pl, store
 from jfa.kernels.triton._primitives import fma
-from jfa.kernels.triton.casts import INT4_ZERO, WITHOUT_FP8_CASTS, bias, unit, widened
+from jfa.kernels.triton.casts import INT4_ZERO, bias, unit, widened
 from jfa.kernels.triton.tile import kind_of, output
 from jfa.types import DeviceInfo, ProductConfig, ProductOperands, ProductSpec
 
@@ -73,10 +73,9 @@ def why_not(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) ->
     """The reason why the kernel does not support this call; None if it does."""
     if device.platform not in ("rocm", "cuda", "cpu"):
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
-    group, halves = spec.group_size, _halves(operands)
-    least = _SMALLEST_DOT * halves
+    group, least = spec.group_size, _SMALLEST_DOT * _halves(operands)
     if group is not None and group < operands.x.shape[1] and (group < least or group & (group - 1)):
-        return f"group_size must be a power of two of at least {least} for this kind of weight, got {group}"
+        return f"group_size must be a power of two of at least {least}, or the width of the weight, got {group}"
     if operands.zeros is not None and not jnp.issubdtype(operands.zeros.dtype, jnp.integer):
         return f"zero points must be integers, got {operands.zeros.dtype}"
     if 2**31 <= operands.values.size <= 2**32:
