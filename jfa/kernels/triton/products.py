@@ -251,7 +251,7 @@ def _product_kernel(
             columns = stored + lax.div(start, jnp.int32(layout.span)) * layout.span
         total = None
         for half, number in enumerate(numbers):
-            part = _dot(tile_of(x_ref, own_rows, columns + half * layout.span), number)
+            part = _dot(number, tile_of(x_ref, own_rows, columns + half * layout.span))
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -261,10 +261,10 @@ def _product_kernel(
         scales = load(ref["scales"].at[own_outs, group]).astype(jnp.float32)
         offsets = _offsets(ref, scales, own_outs, group)
         factor = unit(values_ref.dtype, x_ref.dtype, fp8_by_bits)
-        acc = fma(total.astype(jnp.float32), (scales * factor if factor != 1.0 else scales)[None, :], acc)
+        acc = fma(total.astype(jnp.float32), (scales * factor if factor != 1.0 else scales)[:, None], acc)
         if offsets is None:
             return acc
-        return fma(load(ref["sums"].at[own_rows, part])[:, None], offsets[None, :], acc)
+        return fma(load(ref["sums"].at[own_rows, part])[None, :], offsets[:, None], acc)
 
     def tile(t, acc, *, edge: bool):
         for i in range(layout.tile // layout.piece):
@@ -281,7 +281,7 @@ def _product_kernel(
 
     each = layout.tiles_per_split(1 if o_ref.ndim == 2 else o_ref.shape[0])
     first = split * each
-    acc = jnp.zeros((config.block_rows, config.block_out), sums_dtype)
+    acc = jnp.zeros((config.block_out, config.block_rows), sums_dtype)
     end = jnp.minimum(first + each, layout.num_whole)
     acc = lax.fori_loop(first, end, functools.partial(tile, edge=False), acc)
     if layout.num_tiles > layout.num_whole:
@@ -290,15 +290,15 @@ def _product_kernel(
     if not layout.grouped:
         acc = scaled(acc, jnp.zeros(acc.shape, jnp.float32), 0, split)
     if "x_scales" in ref:
-        acc = acc * load(ref["x_scales"].at[own_rows, 0])[:, None]
+        acc = acc * load(ref["x_scales"].at[own_rows, 0])[None, :]
     before = () if o_ref.ndim == 2 else (split,)
-    inside = (rows < n)[:, None] & (outs < out)[None, :]
-    store(o_ref.at[(*before, rows[:, None], outs[None, :])], acc.astype(o_ref.dtype), mask=inside)
+    inside = (outs < out)[:, None] & (rows < n)[None, :]
+    store(o_ref.at[(*before, rows[None, :], outs[:, None])], acc.astype(o_ref.dtype), mask=inside)
 
 
-def _dot(x: Array, numbers: Array) -> Float[Array, "rows out"] | Int[Array, "rows out"]:
-    """x numbers^T with float32 or int32 sums; float32 inputs are not rounded to tf32."""
-    return dot(x, numbers, trans_b=True, precision="highest" if x.dtype == jnp.float32 else None)
+def _dot(numbers: Array, x: Array) -> Float[Array, "out rows"] | Int[Array, "out rows"]:
+    """numbers x^T with float32 or int32 sums; float32 inputs are not rounded to tf32."""
+    return dot(numbers, x, trans_b=True, precision="highest" if x.dtype == jnp.float32 else None)
 
 
 def _offsets(ref: dict[str, Any], scales: Array, outs: Array, group) -> Float[Array, " block_out"] | None:
