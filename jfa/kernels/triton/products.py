@@ -161,6 +161,8 @@ def quantized_matmul(
     """
     n, out = operands.x.shape[0], operands.values.shape[0]
     layout = _layout(operands, spec, config)
+    # programs that read the same part of the weight follow each other
+    grid = pl.cdiv(n, config.block_rows), pl.cdiv(out, config.block_out), num_splits
     arrays: dict[str, Any] = {"x": operands.x, "values": operands.values}
     if spec.rounds_inputs:
         arrays["x"], arrays["x_scales"] = quant.rounded_rows(operands.x)
@@ -168,7 +170,7 @@ def quantized_matmul(
         if (found := getattr(operands, key)) is not None:
             arrays[key] = found.reshape(out, -1)
     if _has_offset(operands, arrays["x"].dtype):
-        arrays["sums"] = _sums(arrays["x"], layout, num_splits)
+        arrays["sums"] = _sums(arrays["x"], layout, num_splits, grid[0] * config.block_rows)
     shape = (n, out) if num_splits == 1 else (num_splits, n, out)
     dtype = operands.x.dtype if num_splits == 1 else jnp.float32
     call = pl.pallas_call(
@@ -180,8 +182,7 @@ def quantized_matmul(
             fp8_by_bits=fp8_by_bits,
         ),
         name=name(operands),
-        # programs that read the same part of the weight follow each other
-        grid=(pl.cdiv(n, config.block_rows), pl.cdiv(out, config.block_out), num_splits),
+        grid=grid,
         in_specs=[_whole(x.shape) for x in arrays.values()],
         out_specs=_whole(shape),
         out_shape=output(shape, dtype, like=operands.x),
@@ -201,18 +202,21 @@ def _has_offset(operands: ProductOperands, dtype: Any) -> bool:
     return operands.zeros is not None or operands.minima is not None or bias(operands.values.dtype, dtype) != 0.0
 
 
-def _sums(x: Array, layout: _Layout, num_splits: int) -> Float[Array, "n parts"]:
-    """The sums of x over the columns of each piece; without groups, of each program's columns."""
+def _sums(x: Array, layout: _Layout, num_splits: int, rows: int) -> Float[Array, "parts rows"]:
+    """The sums of x over the columns of each piece; without groups, of each program's columns.
+
+    Zeros are added up to a number of rows that is a whole number of tiles.
+    """
     n = x.shape[0]
-    x = x.astype(jnp.float32)
+    x = jnp.pad(x.astype(jnp.float32), ((0, rows - n), (0, 0)))
     if layout.grouped:
         groups = pl.cdiv(layout.stored, layout.span)
         x = jnp.pad(x, ((0, 0), (0, groups * layout.span * layout.halves - x.shape[1])))
-        return x.reshape(n, groups, layout.halves, -1, layout.piece).sum((2, 4)).reshape(n, -1)
+        return x.reshape(rows, groups, layout.halves, -1, layout.piece).sum((2, 4)).reshape(rows, -1).T
     columns = layout.tiles_per_split(num_splits) * layout.tile
-    x = x.reshape(n, layout.halves, layout.stored)
+    x = x.reshape(rows, layout.halves, layout.stored)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, num_splits * columns - layout.stored)))
-    return x.reshape(n, layout.halves, num_splits, columns).sum((1, 3))
+    return x.reshape(rows, layout.halves, num_splits, columns).sum((1, 3)).T
 
 
 def _product_kernel(
@@ -264,7 +268,7 @@ def _product_kernel(
         acc = fma(total.astype(jnp.float32), (scales * factor if factor != 1.0 else scales)[:, None], acc)
         if offsets is None:
             return acc
-        return fma(load(ref["sums"].at[own_rows, part])[None, :], offsets[:, None], acc)
+        return fma(load(ref["sums"].at[part, rows])[None, :], offsets[:, None], acc)
 
     def tile(t, acc, *, edge: bool):
         for i in range(layout.tile // layout.piece):
@@ -310,7 +314,7 @@ def _offsets(ref: dict[str, Any], scales: Array, outs: Array, group) -> Float[Ar
         shift -= INT4_ZERO  # the numbers are 0 to 15, not levels
     found = None
     if "zeros" in ref:
-        found = scales * -(load(ref["zeros"].at[outs, group]).astype(jnp.float32) + shift)
+        found = scales * (-shift - load(ref["zeros"].at[outs, group]).astype(jnp.float32))
     elif shift:
         found = scales * -shift
     if "minima" in ref:
