@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from jfa.kernels.triton._primitives import spread, truncated, widened_fp8
+from jfa.kernels.triton._primitives import spread, truncated, widened_fp8, with_nan
 
 WITHOUT_FP8_CASTS = ("sm_80", "sm_86")  # architectures for which Triton casts no fp8
 INT4_ZERO = 7.5  # the level of a 4-bit number of 0 is minus this
@@ -19,8 +19,12 @@ INT4_ZERO = 7.5  # the level of a 4-bit number of 0 is minus this
 _UPPER = {"bfloat16": 0x43, "float16": 0x64}
 
 
-def widened(x: Array, *, dtype: Any, fp8_by_bits: bool) -> tuple[Array, ...]:
-    """Stored numbers in the dtype of a product: one array, or the low and the high half of each byte."""
+def widened(x: Array, *, dtype: Any, fp8_by_bits: bool, nan: bool) -> tuple[Array, ...]:
+    """Stored numbers in the dtype of a product: one array, or the low and the high half of each byte.
+
+    nan: whether NaN is cast right; without, and by bits, it becomes a number. That is harmless where quant.quantize
+    has given a vector with NaN a scale of NaN.
+    """
     if x.dtype == jnp.uint8 and dtype == jnp.float32:
         return tuple(half.astype(jnp.float32) - INT4_ZERO for half in (x & 15, x >> 4))
     if x.dtype == jnp.uint8:
@@ -32,12 +36,12 @@ def widened(x: Array, *, dtype: Any, fp8_by_bits: bool) -> tuple[Array, ...]:
         bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
         return (lax.bitcast_convert_type(bits ^ jnp.uint16(0x6480), dtype) - 1152,)
     if x.dtype == jnp.float8_e4m3fn and fp8_by_bits:
-        # NaN becomes a number, which is harmless: quant.quantize gives a vector with a NaN a scale of NaN
         if dtype != jnp.float16:
-            return (widened_fp8(x).astype(dtype),)
+            return (widened_fp8(x, nan=nan).astype(dtype),)
         # sign, exponent and mantissa in a float16's places: 2^-8 times the number, by the exponents' biases
         bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int16) << 8
-        return (lax.bitcast_convert_type((bits >> 1) & jnp.int16(~0x4000), dtype),)
+        number = lax.bitcast_convert_type((bits >> 1) & jnp.int16(~0x4000), dtype)
+        return (with_nan(number, 2.0**-8) if nan else number,)
     return (x.astype(dtype),)
 
 

@@ -10,7 +10,8 @@ from compiled import needs_compiler
 from runs import run
 
 from jfa import quant
-from jfa.kernels.triton import _primitives, casts
+from jfa.device import describe
+from jfa.kernels.triton import _primitives, casts, products
 from jfa.kernels.triton._pallas import CompilerParams, pl
 from jfa_bench import names
 from jfa_bench.proof import emulate
@@ -65,12 +66,12 @@ CASTS = list(
 )
 
 
-def numbers(kind, dtype, by_bits, arch):
+def numbers(kind, dtype, by_bits, arch, *, nan=False):
     """(what a product and its corrections make of every code of a kind of page, what the code stands for)."""
     codes = np.arange(256, dtype=np.uint8)
     pages = jnp.asarray(codes.view(quant.KINDS[kind][0]))
     dtype = jnp.dtype(dtype)
-    halves = on(arch, lambda x: casts.widened(x, dtype=dtype, fp8_by_bits=by_bits), pages)
+    halves = on(arch, lambda x: casts.widened(x, dtype=dtype, fp8_by_bits=by_bits, nan=nan), pages)
     got = [np.asarray(x, np.float64) - casts.bias(pages.dtype, dtype) for x in halves]
     want = [pages] if kind != "int4" else [(codes & 15) - 7.5, (codes >> 4) - 7.5]
     unit = casts.unit(pages.dtype, dtype, by_bits)
@@ -82,6 +83,14 @@ def test_every_code_of_a_page_is_cast_exactly(kind, dtype, by_bits):
     got, want = numbers(kind, dtype, by_bits, None)
     known = ~np.isnan(want)
     assert np.array_equal(got[known], want[known])
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_cast_every_code_of_fp8_exactly_with_nan(dtype, arch):
+    got, want = numbers("fp8", dtype, products.fp8_by_bits(describe("rocm", arch)), arch, nan=True)
+    np.testing.assert_array_equal(got, want)
 
 
 @needs_compiler
