@@ -74,7 +74,8 @@ def quantized_weight(weight: quant.QuantizedArray) -> None:
             raise ValueError(f"group_size must be an integer >= 1, or None for one scale per vector, got {group!r}")
         if weight.kind == "int4" and (group % 2 or width % group):
             raise ValueError(
-                f"groups of 4-bit numbers must be even and divide the width {width} of the weight, got group_size={group}"
+                f"groups of 4-bit numbers must be even and divide the width {width} of the weight, got "
+                f"group_size={group}"
             )
         expected = (*expected, -(-width // group))
     for name in ("scales", "zeros", "minima"):

@@ -26,8 +26,8 @@ def quantized_matmul(
 ) -> Float[Array, "*b out"]:
     """x weight^T for a weight in 8 or 4 bits, which is read as it is stored. Sums are float32 (int32 of integers).
 
-    Differentiable with respect to x; the weight and its scales are constants. With weight.rounds_inputs each row of x is
-    rounded to int8 by its absolute maximum, and the gradient is that of the product without this rounding.
+    Differentiable with respect to x; the weight and its scales are constants. With weight.rounds_inputs each row of x
+    is rounded to int8 by its absolute maximum, and the gradient is that of the product without this rounding.
 
     Args:
       x: [..., in]; float16, bfloat16 or float32.

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, UInt8, UInt32
 
 from jfa.kernels.triton._primitives import spread, truncated, widened_fp8, with_nan
 

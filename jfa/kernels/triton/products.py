@@ -210,7 +210,8 @@ def _sums(x: Array, layout: _Layout, num_splits: int, rows: int) -> Float[Array,
     n = x.shape[0]
     x = jnp.pad(x.astype(jnp.float32), ((0, rows - n), (0, 0)))
     if layout.grouped:
-        groups = pl.cdiv(layout.stored, layout.span)
+        # up to whole groups and, for the pieces of the last tile that are past the last column, whole tiles
+        groups = pl.cdiv(max(layout.stored, layout.num_tiles * layout.tile), layout.span)
         x = jnp.pad(x, ((0, 0), (0, groups * layout.span * layout.halves - x.shape[1])))
         return x.reshape(rows, groups, layout.halves, -1, layout.piece).sum((2, 4)).reshape(rows, -1).T
     columns = layout.tiles_per_split(num_splits) * layout.tile

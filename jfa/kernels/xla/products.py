@@ -19,7 +19,7 @@ def default_config(operands: ProductOperands, spec: ProductSpec, device: DeviceI
 
 
 def quantized_matmul(operands: ProductOperands, *, spec: ProductSpec, on_cpu: bool) -> Float[Array, "n out"]:
-    """x weight^T in the dtype of x: of integers if the weight has one scale per row, else with the weight dequantized."""
+    """x weight^T in the dtype of x: of integers if a row has one scale, else with the weight dequantized."""
     x = operands.x
     symmetric = spec.group_size is None and operands.zeros is None and operands.minima is None
     if spec.rounds_inputs and symmetric:
