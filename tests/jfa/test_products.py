@@ -258,7 +258,7 @@ def test_backends_by_platform():
         (("tpu", "TPU v5e"), "xla"),
     ):
         assert backends.select(None, operands, spec, describe(*device), table=backends.product) == name
-    with pytest.raises(jfa.UnsupportedError, match="Triton kernels run on AMD and NVIDIA GPUs .*, not on tpu"):
+    with pytest.raises(jfa.UnsupportedError, match=r"Triton kernels run on AMD and NVIDIA GPUs .*, not on tpu"):
         backends.select("triton", operands, spec, describe("tpu", "TPU v5e"), table=backends.product)
 
 
