@@ -27,7 +27,7 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @kernels_option
 @direction_option
 @click.option("--dtype", type=options.Names("dtype", names.DTYPES), default="all", show_default=True)
-@click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
+@click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True, help="Of products: the group size.")
 @click.option("--model", help="Whole steps of this model instead: a name such as llama-3-8b, a folder or a .gguf file.")
 @click.option("--step", type=options.Names("step", names.MODEL_STEPS), default="decode", show_default=True)
 @click.option("--batch", type=options.COUNT, default=8, show_default=True, help="With --model: rows.")

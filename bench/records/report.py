@@ -23,6 +23,7 @@ DTYPES = {
     "16 bits": ("bfloat16", "float16"),
     "16 bits on quantized pages": tuple(dtype for dtype in names.PAGED_DTYPES if " on " in dtype),
     "float32": ("float32",),
+    "8 bits": ("int8 on int8",),
 }
 
 # Fields of a case that its table needs; records of earlier versions lack some.
