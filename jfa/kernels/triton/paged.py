@@ -280,7 +280,7 @@ def _paged_kernel(
 
     # a single piece is loaded here and kept in registers; if there are several, each is loaded when it is used
     held = {(piece, at): load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts if len(k_pieces) == 1}
-    cast = functools.partial(widened, dtype=dtype, fp8_by_bits=config.fp8_by_bits, nan=False)
+    cast = functools.partial(widened, dtype=dtype, fp8_by_bits=config.fp8_by_bits, nan=False, words=False)
     k_bias, v_bias = bias(ref["k"].dtype, dtype), bias(ref["v"].dtype, dtype)
     q_bias = None
     if k_bias:

@@ -250,7 +250,9 @@ def _product_kernel(
             return load(ref.at[at[:, None], column[None, :]], mask=mask, other=None if mask is None else zero)
 
         found = tile_of(values_ref, own_outs, stored)
-        numbers = (found,) if integers else widened(found, dtype=x_ref.dtype, fp8_by_bits=fp8_by_bits, nan=True)
+        numbers = (
+            (found,) if integers else widened(found, dtype=x_ref.dtype, fp8_by_bits=fp8_by_bits, nan=True, words=True)
+        )
         columns = stored
         if layout.halves == 2 and layout.grouped:
             columns = stored + lax.div(start, jnp.int32(layout.span)) * layout.span

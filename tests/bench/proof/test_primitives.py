@@ -66,12 +66,14 @@ CASTS = list(
 )
 
 
-def numbers(kind, dtype, by_bits, arch, *, nan=False):
+def numbers(kind, dtype, by_bits, arch, *, of_products=False):
     """(what a product and its corrections make of every code of a kind of page, what the code stands for)."""
     codes = np.arange(256, dtype=np.uint8)
     pages = jnp.asarray(codes.view(quant.KINDS[kind][0]))
     dtype = jnp.dtype(dtype)
-    halves = on(arch, lambda x: casts.widened(x, dtype=dtype, fp8_by_bits=by_bits, nan=nan), pages)
+    halves = on(
+        arch, lambda x: casts.widened(x, dtype=dtype, fp8_by_bits=by_bits, nan=of_products, words=of_products), pages
+    )
     got = [np.asarray(x, np.float64) - casts.bias(pages.dtype, dtype) for x in halves]
     want = [pages] if kind != "int4" else [(codes & 15) - 7.5, (codes >> 4) - 7.5]
     unit = casts.unit(pages.dtype, dtype, by_bits)
@@ -88,8 +90,9 @@ def test_every_code_of_a_page_is_cast_exactly(kind, dtype, by_bits):
 @needs_compiler
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_products_cast_every_code_of_fp8_exactly_with_nan(dtype, arch):
-    got, want = numbers("fp8", dtype, products.fp8_by_bits(describe("rocm", arch)), arch, nan=True)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_products_cast_every_code_exactly_with_nan(kind, dtype, arch):
+    got, want = numbers(kind, dtype, products.fp8_by_bits(describe("rocm", arch)), arch, of_products=True)
     np.testing.assert_array_equal(got, want)
 
 
