@@ -65,7 +65,7 @@ Table = Callable[[str], FlashBackend | PagedBackend | ProductBackend]
 def select(
     implementation: str | None,
     operands: Any,
-    spec: AttentionSpec | ProductSpec,
+    spec: Any,
     device: DeviceInfo,
     *,
     table: Table = flash,
@@ -75,6 +75,7 @@ def select(
     Args:
       implementation: a backend by name, or None for the platform's first backend that supports the call.
       operands: Operands, PagedOperands with table=paged, or ProductOperands with table=product.
+      spec: a ProductSpec with table=product, else an AttentionSpec.
 
     Raises:
       ValueError: there is no backend with this name.
@@ -163,9 +164,7 @@ _OF_REFERENCE = {
 }
 
 
-def _explained(
-    op: str, table: Table, operands: Any, spec: AttentionSpec | ProductSpec, device: DeviceInfo, has_table: bool
-) -> Explanation:
+def _explained(op: str, table: Table, operands: Any, spec: Any, device: DeviceInfo, has_table: bool) -> Explanation:
     chosen = select(None, operands, spec, device, table=table)
     refused = []
     for name in NAMES:

@@ -49,14 +49,16 @@ def widened(x: Array, *, dtype: Any, fp8_by_bits: bool, nan: bool, words: bool) 
 def _halves(x: UInt8[Array, "*n d"], dtype: Any) -> tuple[Array, Array]:
     """The low and the high halves of bytes, with the upper byte _UPPER: about three instructions per number."""
     bits, upper = x.astype(jnp.uint16), jnp.uint16(_UPPER[dtype.name] << 8)
-    return tuple(lax.bitcast_convert_type(half | upper, dtype) for half in (bits & 15, bits >> 4))
+    low, high = (lax.bitcast_convert_type(half | upper, dtype) for half in (bits & 15, bits >> 4))
+    return low, high
 
 
 def _halves_by_words(x: UInt8[Array, "*n d"], dtype: Any) -> tuple[Array, Array]:
     """The same of four bytes together: an instruction per number, and more registers."""
     words = _words(x)
     mask = jnp.uint32(0x0F0F0F0F)
-    return tuple(_shorts(half, x.shape, dtype) for half in (words & mask, (words >> 4) & mask))
+    low, high = (_shorts(half, x.shape, dtype) for half in (words & mask, (words >> 4) & mask))
+    return low, high
 
 
 def _words(x: UInt8[Array, "*n d"]) -> UInt32[Array, "*n words"]:
