@@ -14,6 +14,8 @@ KERNELS = {
     "flash_attention_dkv": ("flash_attention", "backward"),
     "paged_decode_attention": ("paged_decode_attention", "forward"),
     "ragged_paged_attention": ("ragged_paged_attention", "forward"),
+    "quantized_matmul_few_rows": ("quantized_matmul_few_rows", "forward"),
+    "quantized_matmul": ("quantized_matmul", "forward"),
 }
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))
 DIRECTIONS = ("forward", "backward")
@@ -22,8 +24,11 @@ PAGED_DTYPES = (
     *FLASH_DTYPES,
     *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
 )
+PRODUCT_DTYPES = (*(dtype for dtype in PAGED_DTYPES if " on " in dtype), "int8 on int8")  # of x and the weight
+DTYPES = tuple(dict.fromkeys((*PAGED_DTYPES, *PRODUCT_DTYPES)))
 HEAD_DIMS = (64, 128, 256)  # entries of a tuning table; other head_dims use the next larger entry
 BETWEEN = (80,)  # head_dims between these entries that are tested as well
+GROUP_SIZES = (32, 128, 4096)  # what the products have instead of head_dims; 4096: a whole row
 
 # Implementations of attention, jfa's and others' (measure.peers); measured directions; implementations in a model.
 PEERS = ("reference", "xla", "triton", "jax.nn", "cudnn", "pallas", "tokamax", "jax-aiter", "torch")

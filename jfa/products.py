@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jfa.device import probe
 from jfa.kernels.xla import products as in_xla
 from jfa.quant import QuantizedArray
 from jfa.rules import compiled_alone, with_default_rules
-from jfa.types import DeviceInfo, Implementation, ProductOperands, ProductSpec
+from jfa.types import DeviceInfo, Implementation, ProductConfig, ProductOperands, ProductSpec
 
 
 @with_default_rules
@@ -24,7 +23,7 @@ def quantized_matmul(
     weight: QuantizedArray,
     *,
     implementation: Implementation | None = None,
-    config: Any = None,
+    config: ProductConfig | None = None,
 ) -> Float[Array, "*b out"]:
     """x weight^T for a weight in 8 or 4 bits, which is read as it is stored. Sums are float32 (int32 of integers).
 
@@ -58,7 +57,7 @@ def quantized_matmul(
     name = backends.select(implementation, operands, spec, device, table=backends.product)
     backend = backends.product(name)
     if config is None:
-        config = backend.default_config(operands, device)
+        config = backend.default_config(operands, spec, device)
     else:
         backends.check_config(name, backend.config_type, config)
     plan = _Plan(backend=name, spec=spec, config=config, device=device)
@@ -80,7 +79,7 @@ class _Plan:
 
     backend: str
     spec: ProductSpec
-    config: Any
+    config: ProductConfig | None
     device: DeviceInfo
 
 

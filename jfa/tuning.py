@@ -4,7 +4,7 @@ import functools
 import json
 from importlib import resources
 
-from jfa.types import FlashConfig, PagedConfig
+from jfa.types import FlashConfig, PagedConfig, ProductConfig
 
 # Architectures whose compute units are similar enough to those of another one to use its table.
 _NEIGHBOUR = {
@@ -46,6 +46,17 @@ def paged_config(kernel: str, arch: str, *, dtype: str, pages: str, head_dim: in
     entries = _table(kernel, table_arch(arch)).get(pages_key(dtype, pages), {})
     fitting = sorted(int(listed) for listed in entries if int(listed) >= head_dim)
     return PagedConfig(**entries[str(fitting[0])]["config"]) if fitting else None
+
+
+def product_config(kernel: str, arch: str, *, dtype: str, weight: str, group_size: int) -> ProductConfig | None:
+    """The table's entry for the smallest listed group_size >= group_size, else for the largest; None if there is none.
+
+    kernel: "quantized_matmul" or "quantized_matmul_few_rows". weight: dtype of the stored numbers.
+    """
+    entries = _table(kernel, table_arch(arch)).get(f"{dtype} on {weight}", {})
+    listed = sorted(map(int, entries))
+    fitting = [size for size in listed if size >= group_size] or listed[-1:]
+    return ProductConfig(**entries[str(fitting[0])]["config"]) if fitting else None
 
 
 def pages_key(dtype: str, pages: str) -> str:

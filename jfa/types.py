@@ -165,10 +165,7 @@ class FlashConfig:
             rows = getattr(self, name)
             if rows is not None and (rows < 16 or rows & (rows - 1)):
                 raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {rows}")
-        if self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
-        if self.num_stages < 1:
-            raise ValueError(f"num_stages must be >= 1, got {self.num_stages}")
+        _check_launch(self.num_warps, self.num_stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,8 +180,39 @@ class PagedConfig(FlashConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_splits is not None and self.num_splits < 1:
-            raise ValueError(f"num_splits must be >= 1, or None to choose automatically, got {self.num_splits}")
+        _check_splits(self.num_splits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductConfig:
+    """Tile sizes, warps and pipeline stages of the `triton` kernel for products with quantized weights."""
+
+    block_rows: int  # rows of x
+    block_out: int  # rows of the weight
+    block_in: int  # columns that are multiplied per iteration
+    num_warps: int
+    num_stages: int
+    num_splits: int | None = None  # programs that split the columns; None: enough to keep the device busy
+
+    def __post_init__(self) -> None:
+        for name in ("block_rows", "block_out", "block_in"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {size}")
+        _check_launch(self.num_warps, self.num_stages)
+        _check_splits(self.num_splits)
+
+
+def _check_launch(num_warps: int, num_stages: int) -> None:
+    if num_warps not in (1, 2, 4, 8, 16):
+        raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {num_warps}")
+    if num_stages < 1:
+        raise ValueError(f"num_stages must be >= 1, got {num_stages}")
+
+
+def _check_splits(num_splits: int | None) -> None:
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits must be >= 1, or None to choose automatically, got {num_splits}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

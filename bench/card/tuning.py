@@ -62,9 +62,12 @@ def why_not() -> str | None:
 def keys() -> Iterator[list[Key]]:
     """For each dtype and head_dim, most used first, the entries of all kernels that have them."""
     others = tuple(dict.fromkeys(dtype for op in ops.OPS for dtype in op.dtypes if dtype not in DTYPES))
+    sizes = tuple(dict.fromkeys((*HEAD_DIMS, *(size for op in ops.OPS for size in op.head_dims))))
     for dtypes in (DTYPES, others):
-        for head_dim, dtype in itertools.product(HEAD_DIMS, dtypes):
-            yield [Key(kernel=op.kernel, dtype=dtype, head_dim=head_dim) for op in ops.OPS if dtype in op.dtypes]
+        for size, dtype in itertools.product(sizes, dtypes):
+            having = [op for op in ops.OPS if dtype in op.dtypes and size in op.head_dims]
+            if having:
+                yield [Key(kernel=op.kernel, dtype=dtype, head_dim=size) for op in having]
 
 
 def compile_candidates(key: Key, arch: str) -> Iterator[Record]:

@@ -11,7 +11,7 @@ ARCHS = options.Names("architecture", names.ARCHS)
 OPS = options.Names("op", names.OPS)
 OPS_AND_KERNELS = options.Names("op", tuple(dict.fromkeys((*names.OPS, *names.KERNELS))))
 DIRECTIONS = options.Names("direction", names.DIRECTIONS)
-HEAD_DIMS = options.Names("head_dim", tuple(map(str, sorted((*names.HEAD_DIMS, *names.BETWEEN)))))
+HEAD_DIMS = options.Names("head_dim", tuple(map(str, sorted({*names.HEAD_DIMS, *names.BETWEEN, *names.GROUP_SIZES}))))
 
 compiler_option = click.option(
     "--compiler",
@@ -26,8 +26,8 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"One or more of {', '.join(names.ARCHS)}.")
 @kernels_option
 @direction_option
-@click.option("--dtype", type=options.Names("dtype", names.PAGED_DTYPES), default="all", show_default=True)
-@click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True)
+@click.option("--dtype", type=options.Names("dtype", names.DTYPES), default="all", show_default=True)
+@click.option("--head-dim", type=HEAD_DIMS, default="all", show_default=True, help="Of products: the group size.")
 @click.option("--model", help="Whole steps of this model instead: a name such as llama-3-8b, a folder or a .gguf file.")
 @click.option("--step", type=options.Names("step", names.MODEL_STEPS), default="decode", show_default=True)
 @click.option("--batch", type=options.COUNT, default=8, show_default=True, help="With --model: rows.")

@@ -146,10 +146,12 @@ def warn_of_unmet(archs: Sequence[str], compiler: str | None) -> str | None:
     return note
 
 
+BLOCKS = ("block_q", "block_kv", "block_rows", "block_out", "block_in")  # sizes of a tile, of attention or a product
+
 # Columns of csv: field to heading. TABLE has fewer, to fit into 80 columns.
 COLUMNS = {
     **{name: name for name in ("op", "direction", "arch", "dtype", "head_dim", "status", "reason")},
-    **{f"config.{name}": name for name in ("block_q", "block_kv", "num_warps", "num_stages")},
+    **{f"config.{name}": name for name in (*BLOCKS, "num_warps", "num_stages")},
     **{name: name for name in machine_code.FIELDS if not name.endswith("loop_cycles")},
     **{"seconds": "seconds", "compiler": "compiler"},
 }
@@ -188,10 +190,13 @@ def _shown(row: Mapping[str, Any], op: Op) -> dict[str, Any]:
 
 
 def tile(config: Mapping[str, Any]) -> str:
-    """The short form of a configuration: 128x64 4w 2s, and the switches that are set (r: round_half_up)."""
-    sizes = "x".join(str(config[name]) for name in ("block_q", "block_kv") if name in config)
+    """The short form of a configuration: 128x64 4w 2s (of a product 16x64x128 1w 1s), and the switches that are set.
+
+    r: round_half_up.
+    """
+    sizes = "x".join(str(config[name]) for name in BLOCKS if name in config)
     rest = [f"{config[name]}{letter}" for name, letter in (("num_warps", "w"), ("num_stages", "s")) if name in config]
-    known = ("block_q", "block_kv", "num_warps", "num_stages")
+    known = (*BLOCKS, "num_warps", "num_stages")
     on = {name: value for name, value in config.items() if name not in known and value}
     switches = (_LETTERS.get(name, f"{name}=") + ("" if value is True else str(value)) for name, value in on.items())
     return " ".join([sizes, *rest, *switches])

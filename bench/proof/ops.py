@@ -12,7 +12,17 @@ import jfa
 from jfa import backends, quant
 from jfa.device import probe
 from jfa.kernels.triton import flash_bwd
-from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands, PagedConfig, PagedOperands
+from jfa.types import (
+    AttentionSpec,
+    DeviceInfo,
+    FlashConfig,
+    Operands,
+    PagedConfig,
+    PagedOperands,
+    ProductConfig,
+    ProductOperands,
+    ProductSpec,
+)
 
 from .. import names
 from . import aot
@@ -56,7 +66,7 @@ class Op:
     variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must also support
     sweep: Sweep
     dtypes: tuple[str, ...] = names.FLASH_DTYPES
-    head_dims: tuple[int, ...] = names.HEAD_DIMS
+    head_dims: tuple[int, ...] = names.HEAD_DIMS  # of the tuning table; of products the group sizes
     between: tuple[int, ...] = names.BETWEEN
 
 
@@ -209,6 +219,66 @@ def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]
     return config
 
 
+# A layer of a decoder: rows of a decode step or of a prompt, times a weight [4096, 4096].
+_FEW_ROWS, _MANY_ROWS = 8, 512
+
+
+def _weight(dtype: str, group_size: int, variant: str) -> jfa.QuantizedArray:
+    """Shapes; dtype: one of names.PRODUCT_DTYPES, group_size: one of names.GROUP_SIZES."""
+    of_x, _, stored = dtype.partition(" on ")
+    kind = quant.kind_of(stored)
+    group = group_size if group_size < LENGTH else None
+    out, width = LENGTH, LENGTH
+    if variant == "ragged":
+        out, width = LENGTH - 24, LENGTH - (group or 24)
+    shape = (out,) if group is None else (out, width // group)
+
+    def each(dtype: str, used: bool) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype) if used else None
+
+    return jfa.QuantizedArray(
+        values=jax.ShapeDtypeStruct((out, quant.stored_size(kind, width)), stored),  # type: ignore[arg-type]
+        scales=each("bfloat16", True),
+        zeros=each(stored, kind == "int4" and variant != "minima"),
+        minima=each("float32", variant == "minima"),
+        group_size=group,
+        rounds_inputs=int(of_x == "int8"),
+    )
+
+
+def _rows_of(weight: jfa.QuantizedArray, dtype: str, rows: int) -> Any:
+    of_x = dtype.partition(" on ")[0]
+    return jax.ShapeDtypeStruct((rows, weight.shape[-1]), "bfloat16" if of_x == "int8" else of_x)
+
+
+def _product(rows: int) -> Callable[[str, int, ProductConfig | None, str], tuple[Callable, tuple]]:
+    """The call with this number of rows; 4-bit numbers have zero points."""
+
+    def call_of(dtype: str, group_size: int, config: ProductConfig | None, variant: str) -> tuple[Callable, tuple]:
+        weight = _weight(dtype, group_size, variant)
+
+        def call(x, weight):
+            return jfa.quantized_matmul(x, weight, implementation="triton", config=config)
+
+        return call, (_rows_of(weight, dtype, rows), weight)
+
+    return call_of
+
+
+def _product_default(rows: int) -> Callable[[DeviceInfo, str, int], ProductConfig]:
+    def config(device: DeviceInfo, dtype: str, group_size: int) -> ProductConfig:
+        weight = _weight(dtype, group_size, "")
+        operands = ProductOperands(
+            _rows_of(weight, dtype, rows), weight.values, weight.scales, weight.zeros, weight.minima
+        )
+        spec = ProductSpec(group_size=weight.group_size, rounds_inputs=weight.rounds_inputs)
+        found = backends.product("triton").default_config(operands, spec, device)
+        assert found is not None
+        return found
+
+    return config
+
+
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
 
 
@@ -294,6 +364,38 @@ def _decode_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
 def _ragged_switches(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
     """The first, best value of each switch."""
     return {name: values[:1] for name, values in _decode_switches(arch, dtype).items()}
+
+
+def _few_rows_starts(arch: str, dtype: str, group_size: int) -> list[dict[str, Any]]:
+    """64 rows of the weight per wave: with fewer, the waves load x too often."""
+    pairs = [(64, 1), (128, 2)] if aot.is_amd(arch) else [(64, 4), (128, 4)]
+    return [dict(block_rows=16, block_out=out, num_warps=warps) for out, warps in pairs]
+
+
+def _many_rows_starts(arch: str, dtype: str, group_size: int) -> list[dict[str, Any]]:
+    if aot.is_cdna(arch):
+        tiles = [(64, 256, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8)]
+    else:
+        tiles = [(64, 64, 4), (64, 128, 4), (128, 128, 8)]
+    return [dict(block_rows=rows, block_out=out, num_warps=warps) for rows, out, warps in tiles]
+
+
+_PRODUCTS_ALIKE = {
+    "bfloat16 on float8_e4m3fn": "bfloat16 on int8",
+    "float16 on int8": "bfloat16 on int8",
+    "float16 on float8_e4m3fn": "bfloat16 on int8",
+    "float16 on uint8": "bfloat16 on uint8",
+}
+
+
+def _stages(arch: str, dtype: str) -> dict[str, tuple[Any, ...]]:
+    return {"num_stages": _switches(arch, "float32")["num_stages"]}
+
+
+def _product_registers(config: Mapping[str, Any], group_size: int, lanes: int) -> float:
+    """The sums in float32, and the numbers of a tile in 16 bits."""
+    sums = config["block_rows"] * config["block_out"]
+    return (sums + config["block_out"] * config["block_in"] / 2) / (config["num_warps"] * lanes)
 
 
 _PAGED_ALIKE = {"float16": "bfloat16"} | {
@@ -406,6 +508,45 @@ OPS = (
                 / (config["num_warps"] * lanes)
             ),
             alike=_PAGED_ALIKE,
+        ),
+    ),
+    Op(
+        name="quantized_matmul_few_rows",
+        direction="forward",
+        kernel="quantized_matmul_few_rows",
+        config_type=ProductConfig,
+        call=_product(_FEW_ROWS),
+        default_config=_product_default(_FEW_ROWS),
+        bound="memory_bound_share",
+        variants=("minima", "ragged"),
+        dtypes=names.PRODUCT_DTYPES,
+        head_dims=names.GROUP_SIZES,
+        between=(),
+        sweep=Sweep(
+            starts=_few_rows_starts,
+            grows=("block_in", (64, 128, 256)),
+            late=_stages,
+            registers=_product_registers,
+            alike=_PRODUCTS_ALIKE,
+        ),
+    ),
+    Op(
+        name="quantized_matmul",
+        direction="forward",
+        kernel="quantized_matmul",
+        config_type=ProductConfig,
+        call=_product(_MANY_ROWS),
+        default_config=_product_default(_MANY_ROWS),
+        variants=("minima", "ragged"),
+        dtypes=names.PRODUCT_DTYPES,
+        head_dims=names.GROUP_SIZES,
+        between=(),
+        sweep=Sweep(
+            starts=_many_rows_starts,
+            grows=("block_in", (32, 64, 128)),
+            late=_stages,
+            registers=_product_registers,
+            alike=_PRODUCTS_ALIKE,
         ),
     ),
 )

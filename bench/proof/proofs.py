@@ -21,6 +21,7 @@ from ..measure import outcome
 from ..truth import cases, numerics
 from ..truth.cases import Case, Truth
 from ..truth.paged_cases import PagedCase, PagedTruth
+from ..truth.product_cases import ProductCase, ProductTruth
 from . import aot, emulate
 
 GRADIENT_PRODUCTS = 3  # scores, their cotangent, its product
@@ -148,7 +149,7 @@ def verdict(
 ) -> Verdict:
     """Runs fn(*args) as machine code of arch: each output must be within its limit, without races or memory faults."""
     try:
-        done = emulate.emulate(fn, *map(jnp.asarray, args), arch=arch, **options)
+        done = emulate.emulate(fn, *jax.tree.map(jnp.asarray, args), arch=arch, **options)
     except (amdgcn.MachineError, aot.CompileError) as error:
         return Verdict(wrong=f"{type(error).__name__}: {error}")
     share, wrong = _compared(done.outputs, wanted, limits)
@@ -163,7 +164,7 @@ def verdict(
 
 def on_device(check: Check) -> Verdict:
     """Runs a check compiled for this process's device; a call that fails is wrong too."""
-    args = [jnp.asarray(arg) for arg in check.args]
+    args = jax.tree.map(jnp.asarray, check.args)
     try:
         lowered = jax.jit(check.fn).lower(*args)
         kernels = aot.kernel_names(lowered)
@@ -231,3 +232,38 @@ def paged_check(truth: PagedTruth, implementation: Implementation | None) -> Che
         return getattr(jfa, truth.op)(*arrays, implementation=implementation, return_residual=True, **truth.options)
 
     return Check(call, truth.arrays, (truth.out, truth.lse), _limits(truth, truth.arrays[0].dtype))
+
+
+def product_tile_cases(
+    config: jfa.ProductConfig, group_size: int | None, kind: str, *, rows: int, rounds_inputs: int
+) -> dict[str, ProductCase]:
+    """Cases that cover all paths of a product's tile: whole tiles, ragged ends, more groups than tiles, splits."""
+    out = config.block_out + config.block_out // 2 + 3
+    width = 2 * max(config.block_in, group_size or 0) + (group_size or 22)
+    shared: dict[str, Any] = dict(kind=kind, group_size=group_size, rounds_inputs=rounds_inputs)
+    return {
+        "tiles": ProductCase(rows=rows, out=out, width=width, zeros=kind == "int4", **shared),
+        "minima_shared_out": ProductCase(
+            rows=1,
+            out=17,
+            width=2 * width,
+            minima=True,
+            options={"config": dataclasses.replace(config, num_splits=3)},
+            **shared,
+        ),
+    }
+
+
+def of_weight(truth: ProductTruth, arch: str, **options: Any) -> Verdict:
+    """Like forward, for a product."""
+    return verdict(*product_check(truth, "triton"), arch=arch, **options)
+
+
+def product_check(truth: ProductTruth, implementation: Implementation | None) -> Check:
+    """Like forward_check, for a product."""
+
+    def call(x, weight):
+        return (jfa.quantized_matmul(x, weight, implementation=implementation, **truth.options),)
+
+    limit = numerics.limit(truth.out, truth.plain_out, truth.x.dtype)
+    return Check(call, (truth.x, truth.weight), (truth.out,), (limit,))

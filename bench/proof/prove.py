@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jfa import quant
+from jfa.kernels.triton import products
 from jfa.types import Implementation
 
 from .. import names
 from ..records import record, tables
-from ..truth import cases, paged_cases
+from ..truth import cases, paged_cases, product_cases
 from . import aot, compilers, ops, pool
 from .proofs import (
     Check,
@@ -26,9 +27,12 @@ from .proofs import (
     backward_check,
     forward,
     forward_check,
+    of_weight,
     over_pages,
     paged_check,
     paged_tile_cases,
+    product_check,
+    product_tile_cases,
     tile_cases,
 )
 
@@ -61,7 +65,8 @@ class Proof:
     quick: tuple[Size, ...]
 
 
-QUICK_OPTIONS = ("gqa", "cached_chunk", "everything", "int4_odd", "chunks_and_tokens")  # named cases for quick runs
+# named cases for quick runs
+QUICK_OPTIONS = ("gqa", "cached_chunk", "everything", "int4_odd", "chunks_and_tokens", "int4_zeros", "many_rows")
 
 
 def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,12 +99,32 @@ def _paged_cases(row: Row) -> dict[str, paged_cases.PagedCase]:
     return paged_tile_cases(_config(row, row.head_dim), row.head_dim, kind, ragged=ragged)
 
 
+def _product_cases(row: Row) -> dict[str, product_cases.ProductCase]:
+    few = row.op == "quantized_matmul_few_rows"
+    if row.head_dim is None:
+        on_gpus = {name: product_cases.CASES[name] for name in product_cases.ON_GPUS}
+        return _named(row, {name: case for name, case in on_gpus.items() if few == (case.rows <= products.FEW_ROWS)})
+    config = _config(row, row.head_dim)
+    return product_tile_cases(
+        config,
+        None if row.head_dim == max(names.GROUP_SIZES) else row.head_dim,
+        quant.kind_of(row.dtype.partition(" on ")[2]),
+        rows=3 if few else config.block_rows + 7,
+        rounds_inputs=int(row.dtype.startswith("int8 on")),
+    )
+
+
 def _flash_truth(case: cases.Case, row: Row) -> cases.Truth:
     return cases.truth_of(case, row.dtype, seed=0)
 
 
 def _paged_truth(case: paged_cases.PagedCase, row: Row) -> paged_cases.PagedTruth:
     return paged_cases.truth_of(case, row.dtype.partition(" on ")[0], seed=0)
+
+
+def _product_truth(case: product_cases.ProductCase, row: Row) -> product_cases.ProductTruth:
+    of_x = row.dtype.partition(" on ")[0]
+    return product_cases.truth_of(case, "bfloat16" if of_x == "int8" else of_x, seed=0)
 
 
 _FLASH_SIZES: tuple[Size, ...] = (
@@ -118,12 +143,24 @@ _PAGED = Proof(
     ),
     quick=(("bfloat16 on int8", 64), ("float16", 128), ("bfloat16", None)),
 )
+_PRODUCTS = Proof(
+    run=of_weight,
+    check=product_check,
+    cases=_product_cases,
+    truth=_product_truth,
+    sizes=(
+        *((dtype, group_size) for dtype in names.PRODUCT_DTYPES for group_size in names.GROUP_SIZES),
+        *((dtype, None) for dtype in ("bfloat16", "float16", "float32")),
+    ),
+    quick=(("bfloat16 on uint8", 128), ("bfloat16", None)),
+)
 PROOFS: dict[tuple[str, str], Proof] = {
     ("flash_attention", direction): Proof(
         run=run, check=check, cases=_flash_cases, truth=_flash_truth, sizes=_FLASH_SIZES, quick=_FLASH_QUICK
     )
     for direction, run, check in (("forward", forward, forward_check), ("backward", backward, backward_check))
 } | {(op, "forward"): _PAGED for op in ("paged_decode_attention", "ragged_paged_attention")}
+PROOFS |= {(op, "forward"): _PRODUCTS for op in ("quantized_matmul_few_rows", "quantized_matmul")}
 
 
 def prove_row(row: Row) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from .. import names
 from ..measure import machine, timing
 from ..records import record
 from . import aot, compilers, ops
-from .compile import Case, compile_all, given, tile
+from .compile import BLOCKS, Case, compile_all, given, tile
 from .ops import MISCOMPILED, Op
 
 LANE_REGISTERS = 255  # maximum for a tile; half of CDNA's 512, so that two waves fit on a SIMD
@@ -315,7 +315,7 @@ def _least_bad(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _blocks(config: Mapping[str, Any]) -> list[int]:
-    return [config[name] for name in ("block_q", "block_kv") if name in config]
+    return [config[name] for name in BLOCKS if name in config]
 
 
 def _area(config: Mapping[str, Any]) -> int:

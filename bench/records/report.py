@@ -21,8 +21,9 @@ from .tables import VIEWS
 RESULTS = Path(__file__).parents[1] / "results"
 DTYPES = {
     "16 bits": ("bfloat16", "float16"),
-    "16 bits on quantized pages": tuple(dtype for dtype in names.PAGED_DTYPES if " on " in dtype),
+    "16 bits on quantized numbers": tuple(dtype for dtype in names.PAGED_DTYPES if " on " in dtype),
     "float32": ("float32",),
+    "8 bits": ("int8 on int8",),
 }
 
 # Fields of a case that its table needs; records of earlier versions lack some.

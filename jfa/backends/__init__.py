@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from jfa import tuning
 from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
 from jfa.device import probe
-from jfa.types import AttentionSpec, DeviceInfo, Operands, PagedOperands, ProductSpec, UnsupportedError
+from jfa.types import (
+    AttentionSpec,
+    DeviceInfo,
+    Operands,
+    PagedOperands,
+    ProductOperands,
+    ProductSpec,
+    UnsupportedError,
+)
 
 NAMES = ("reference", "xla", "triton")
 
@@ -57,7 +65,7 @@ Table = Callable[[str], FlashBackend | PagedBackend | ProductBackend]
 def select(
     implementation: str | None,
     operands: Any,
-    spec: AttentionSpec | ProductSpec,
+    spec: Any,
     device: DeviceInfo,
     *,
     table: Table = flash,
@@ -67,6 +75,7 @@ def select(
     Args:
       implementation: a backend by name, or None for the platform's first backend that supports the call.
       operands: Operands, PagedOperands with table=paged, or ProductOperands with table=product.
+      spec: a ProductSpec with table=product, else an AttentionSpec.
 
     Raises:
       ValueError: there is no backend with this name.
@@ -123,21 +132,39 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     tuned_paged = functools.partial(
         tuning.paged_config, arch=device.arch, dtype=jnp.dtype(dtype).name, pages=jnp.dtype(dtype).name, head_dim=64
     )
+    # a decode step over 4-bit numbers in groups
+    product_spec = ProductSpec(group_size=128)
+    values, groups = jax.ShapeDtypeStruct((1024, 512), jnp.uint8), jax.ShapeDtypeStruct((1024, 8), dtype)
+    rows = ProductOperands(jax.ShapeDtypeStruct((1, 1024), dtype), values, groups)  # type: ignore[arg-type]
+    tuned_product = tuning.product_config(
+        "quantized_matmul_few_rows", device.arch, dtype=jnp.dtype(dtype).name, weight="uint8", group_size=128
+    )
+    spec = AttentionSpec(sm_scale=0.125, causal=True)
     return (
-        _explained("dot_product_attention", flash, plain, device, tuned is not None),
-        _explained("paged_decode_attention", paged, decode, device, tuned_paged("paged_decode_attention") is not None),
+        _explained("dot_product_attention", flash, plain, spec, device, tuned is not None),
+        _explained(
+            "paged_decode_attention", paged, decode, spec, device, tuned_paged("paged_decode_attention") is not None
+        ),
         _explained(
             "ragged_paged_attention",
             paged,
             decode._replace(query_start=numbers),
+            spec,
             device,
             tuned_paged("ragged_paged_attention") is not None,
         ),
+        _explained("quantized_matmul", product, rows, product_spec, device, tuned_product is not None),
     )
 
 
-def _explained(op: str, table: Table, operands: Any, device: DeviceInfo, has_table: bool) -> Explanation:
-    spec = AttentionSpec(sm_scale=0.125, causal=True)
+_OF_REFERENCE = {
+    flash: "stores all scores in memory; used only if requested",
+    paged: "stores all scores in memory; used only if requested",
+    product: "dequantizes the whole weight to float32; used only if requested",
+}
+
+
+def _explained(op: str, table: Table, operands: Any, spec: Any, device: DeviceInfo, has_table: bool) -> Explanation:
     chosen = select(None, operands, spec, device, table=table)
     refused = []
     for name in NAMES:
@@ -145,7 +172,7 @@ def _explained(op: str, table: Table, operands: Any, device: DeviceInfo, has_tab
             continue
         reason = table(name).why_not(operands, spec, device)
         if reason is None and name == "reference":
-            reason = "stores all scores in memory; used only if requested"
+            reason = _OF_REFERENCE[table]
         elif reason is None and name == "triton" and device.platform == "cpu":
             reason = "interpreted on a CPU, which is slow; used only if requested"
         refused.append((name, reason or f"{chosen} is preferred on {device.platform}; used only if requested"))

@@ -14,6 +14,7 @@ from jfa.types import (
     Operands,
     PagedConfig,
     PagedOperands,
+    ProductConfig,
     ProductOperands,
     ProductSpec,
 )
@@ -54,10 +55,11 @@ class PagedBackend:
 class ProductBackend:
     """An implementation of products with quantized weights: as FlashBackend, but run returns one array.
 
-    The gradient of x is a product with the dequantized weight on every backend.
+    run returns one array, and default_config also takes the spec. The gradient of x is a product with the dequantized
+    weight on every backend.
     """
 
     why_not: Callable[[ProductOperands, ProductSpec, DeviceInfo], str | None]
-    default_config: Callable[[ProductOperands, DeviceInfo], Any]
+    default_config: Callable[[ProductOperands, ProductSpec, DeviceInfo], ProductConfig | None]
     config_type: type | None
     run: Callable[..., Array]

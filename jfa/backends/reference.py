@@ -10,7 +10,7 @@ def _serves(operands, spec, device) -> None:
     return None
 
 
-def _no_config(operands, device) -> None:
+def _no_config(*call) -> None:
     return None
 
 

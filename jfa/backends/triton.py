@@ -6,9 +6,18 @@ On a CPU the kernels are interpreted.
 import dataclasses
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, PagedBackend
-from jfa.kernels.triton import flash, flash_bwd, paged
-from jfa.types import DeviceInfo, FlashConfig, Operands, PagedConfig, PagedOperands
+from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
+from jfa.kernels.triton import casts, flash, flash_bwd, paged, products
+from jfa.types import (
+    DeviceInfo,
+    FlashConfig,
+    Operands,
+    PagedConfig,
+    PagedOperands,
+    ProductConfig,
+    ProductOperands,
+    ProductSpec,
+)
 
 
 def _tuned(operands: Operands, device: DeviceInfo, kernel: str) -> FlashConfig | None:
@@ -51,13 +60,35 @@ def _default_paged_config(operands: PagedOperands, device: DeviceInfo) -> PagedC
 
 
 def _run_paged(operands, spec, config, device):
-    if device.arch in paged.WITHOUT_FP8_CASTS:
+    if device.arch in casts.WITHOUT_FP8_CASTS:
         config = dataclasses.replace(config, fp8_by_bits=True)
     return paged.paged_attention(
         operands,
         spec=spec,
         config=config,
         num_splits=paged.num_splits(operands, config, device),
+        interpret=device.platform == "cpu",
+    )
+
+
+def _default_product_config(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) -> ProductConfig:
+    tuned = tuning.product_config(
+        products.name(operands),
+        device.arch,
+        dtype="int8" if spec.rounds_inputs else operands.x.dtype.name,
+        weight=operands.values.dtype.name,
+        group_size=spec.group_size or operands.x.shape[1],
+    )
+    return tuned or products.default_config(operands, device)
+
+
+def _run_product(operands, spec, config, device):
+    return products.quantized_matmul(
+        operands,
+        spec=spec,
+        config=config,
+        num_splits=products.num_splits(operands, config, device),
+        fp8_by_bits=products.fp8_by_bits(device),
         interpret=device.platform == "cpu",
     )
 
@@ -72,4 +103,10 @@ FLASH = FlashBackend(
 )
 PAGED = PagedBackend(
     why_not=paged.why_not, default_config=_default_paged_config, config_type=PagedConfig, run=_run_paged
+)
+PRODUCT = ProductBackend(
+    why_not=products.why_not,
+    default_config=_default_product_config,
+    config_type=ProductConfig,
+    run=_run_product,
 )

@@ -14,8 +14,10 @@ def test_kernels_agree_with_the_table_of_ops():
     assert list(names.KERNELS.items()) == [(op.kernel, (op.name, op.direction)) for op in ops.OPS]
     assert {op for op, _ in prove.PROOFS} == set(names.OPS)
     dtypes = dict.fromkeys(dtype for op in ops.OPS for dtype in op.dtypes)
-    assert tuple(dtypes) == names.PAGED_DTYPES and set(names.FLASH_DTYPES) < set(dtypes)
-    assert all(op.head_dims == names.HEAD_DIMS and op.between == names.BETWEEN for op in ops.OPS)
+    assert tuple(dtypes) == names.DTYPES and set(names.FLASH_DTYPES) < set(dtypes)
+    sizes = {(op.head_dims, op.between) for op in ops.OPS}
+    assert sizes == {(names.HEAD_DIMS, names.BETWEEN), (names.GROUP_SIZES, ())}
+    assert max(names.GROUP_SIZES) == ops.LENGTH, "the last one stands for a whole row"
 
 
 def test_architectures_agree_with_the_emulator():

@@ -16,15 +16,16 @@ TILES = {
 
 @pytest.mark.parametrize("device", TILES, ids="-".join)
 def test_the_source_of_the_tile_sizes(device):
-    told, *paged = jfa.explain(describe(*device))
+    told, *others = jfa.explain(describe(*device))
     assert told.tiles == TILES[device]
-    assert [one.op for one in (told, *paged)] == [
+    assert [one.op for one in (told, *others)] == [
         "dot_product_attention",
         "paged_decode_attention",
         "ragged_paged_attention",
+        "quantized_matmul",
     ]
-    assert {one.backend for one in (told, *paged)} == {"xla" if device[0] == "cpu" else "triton"}
-    assert all(len(one.refused) == 4 for one in (told, *paged))
+    assert {one.backend for one in (told, *others)} == {"xla" if device[0] == "cpu" else "triton"}
+    assert all(len(one.refused) == 4 for one in (told, *others))
 
 
 def test_paged_ops_have_separate_tuning_tables():

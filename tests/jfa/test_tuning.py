@@ -43,10 +43,12 @@ PAGED_DTYPES = (
     *DTYPES,
     *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
 )
+PRODUCTS = dict.fromkeys(("quantized_matmul_few_rows", "quantized_matmul"), AMD)
+PRODUCT_DTYPES = (*(dtype for dtype in PAGED_DTYPES if dtype not in DTYPES), "int8 on int8")
 FOLDER = resources.files("jfa") / "tuning_tables"
 TABLES = {
     (kernel, arch): json.loads((FOLDER / arch / f"{kernel}.json").read_text())
-    for kernel, archs in (SHIPPED | PAGED).items()
+    for kernel, archs in (SHIPPED | PAGED | PRODUCTS).items()
     for arch in archs
 }
 FLASH_TABLES = [key for key in TABLES if key[0] in SHIPPED]
@@ -70,12 +72,14 @@ def test_a_table_states_its_kernel_architecture_source_and_dtypes(kernel, arch):
     table = TABLES[kernel, arch]
     assert (table["op"], table["arch"]) == (kernel, arch)
     assert "not measured" in table["source"]
-    assert tuple(table["configs"]) == (DTYPES if kernel in SHIPPED else PAGED_DTYPES)
+    dtypes = DTYPES if kernel in SHIPPED else PAGED_DTYPES if kernel in PAGED else PRODUCT_DTYPES
+    assert tuple(table["configs"]) == dtypes
 
 
 @pytest.mark.parametrize(("kernel", "arch", "table", "entry"), ENTRIES)
 def test_an_entry_fits_its_architecture(kernel, arch, table, entry):
-    (jfa.FlashConfig if kernel in SHIPPED else jfa.PagedConfig)(**entry["config"])
+    config_type = jfa.FlashConfig if kernel in SHIPPED else jfa.PagedConfig if kernel in PAGED else jfa.ProductConfig
+    config_type(**entry["config"])
     platform = "rocm" if arch.startswith("gfx") else "cuda"
     served = [arch, *(name for name, neighbour in NEIGHBOURS if neighbour == arch)]
     assert 0 < entry["lds_bytes"] <= min(describe(platform, name).lds_bytes for name in served)
@@ -90,6 +94,15 @@ def test_every_head_dim_of_the_paged_kernels_has_an_entry(kernel, arch, dtype):
         found = tuning.paged_config(kernel, arch, dtype=of_queries, pages=of_pages or of_queries, head_dim=head_dim)
         assert isinstance(found, jfa.PagedConfig) and found.num_splits is None
     assert tuning.paged_config(kernel, arch, dtype=of_queries, pages=of_pages or of_queries, head_dim=257) is None
+
+
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES)
+@pytest.mark.parametrize(("kernel", "arch"), [key for key in TABLES if key[0] in PRODUCTS])
+def test_every_group_size_of_the_products_has_an_entry(kernel, arch, dtype):
+    of_x, _, weight = dtype.partition(" on ")
+    for group_size in (16, 32, 64, 128, 4096, 11_008):
+        found = tuning.product_config(kernel, arch, dtype=of_x, weight=weight, group_size=group_size)
+        assert isinstance(found, jfa.ProductConfig) and found.num_splits is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,10 +3,12 @@
   fma           a * b + c: XLA's compiler fuses none by itself (jax 0.11.2 to 0.12.0)
   exp2          the hardware's 2^x: XLA's handles results below the smallest normal number, by five more instructions
   widened_fp8   fp8 to bfloat16 for GPUs without an instruction: XLA's code takes twice as many
+  spread        bytes as the lower halves of 16-bit numbers, two at a time
 
 Outside of GPU kernels, as in the interpreter on a CPU, they are computed by the JAX functions that define them here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,9 @@ from jax._src.lib.triton import dialect
 from jax._src.pallas.triton.lowering import lower_fun, register_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jaxlib.mlir.dialects import math
-from jaxtyping import Array, BFloat16, Float, Float8e4m3fn
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, math
+from jaxtyping import Array, BFloat16, Float, Float8e4m3fn, UInt32
 
 
 def fma(a: Any, b: Any, c: Any) -> Float[Array, "..."]:
@@ -33,9 +36,14 @@ def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return _exp2.bind(x)
 
 
-def widened_fp8(x: Float8e4m3fn[Array, "..."]) -> BFloat16[Array, "..."]:
-    """x in bfloat16, exactly; on a GPU NaN becomes a number."""
-    return _widened_fp8.bind(x)
+def widened_fp8(x: Float8e4m3fn[Array, "..."], *, nan: bool) -> BFloat16[Array, "..."]:
+    """x in bfloat16, exactly; nan False: on a GPU NaN becomes a number, which saves an instruction or two."""
+    return _widened_fp8[nan].bind(x)
+
+
+def spread(x: UInt32[Array, "..."], upper: int, *, pair: int) -> UInt32[Array, "..."]:
+    """Bytes 2 * pair and 2 * pair + 1 of each x as the lower bytes of two 16-bit halves; upper: their upper byte."""
+    return _spread[pair].bind(x, jnp.full(x.shape, upper * 0x01000100, jnp.uint32))
 
 
 def truncated(x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
@@ -74,16 +82,56 @@ def _exp2_on_gpu(context: Any, x: Any) -> Any:
 _exp2 = _primitive("gpu_exp2", jnp.exp2, _exp2_on_gpu)
 
 
-def _widened_on_gpu(x: Array) -> Array:
+def _widened_on_gpu(x: Array, *, nan: bool) -> Array:
     # sign, exponent and mantissa in a float32's places: the exponent's bias is larger by 120. XLA's kernels on GPUs
     # multiply numbers below the smallest normal one exactly; XLA on a CPU takes them for 0
     bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32) << 20
-    return truncated(lax.bitcast_convert_type(bits & jnp.int32(~0x78000000), jnp.float32) * 2.0**120)
+    number = lax.bitcast_convert_type(bits & jnp.int32(~0x78000000), jnp.float32) * 2.0**120
+    return truncated(with_nan(number, 1.0) if nan else number)
 
 
-_widened_fp8 = _primitive(
-    "widened_fp8",
-    lambda x: x.astype(jnp.bfloat16),
-    lower_fun(_widened_on_gpu, multiple_results=False),
-    jnp.bfloat16,
-)
+def with_nan(x: Float[Array, "..."], unit: float) -> Float[Array, "..."]:
+    """Numbers of float8_e4m3fn times unit, where NaN is the code after that of 448, as if it were 480: NaN again.
+
+    A factor makes 480 infinite but not 448; infinity times 0 is NaN.
+    """
+    large = x * (float(jnp.finfo(x.dtype).max) / (464.0 * unit))
+    return fma(large, 0.0, x) if x.dtype == jnp.float32 else large * 0.0 + x
+
+
+def _widening(nan: bool) -> Primitive:
+    return _primitive(
+        "widened_fp8_with_nan" if nan else "widened_fp8",
+        lambda x: x.astype(jnp.bfloat16),
+        lower_fun(functools.partial(_widened_on_gpu, nan=nan), multiple_results=False),
+        jnp.bfloat16,
+    )
+
+
+_widened_fp8 = {nan: _widening(nan) for nan in (False, True)}
+
+
+def _spread_pair(pair: int) -> Primitive:
+    def plainly(x: Array, upper: Array) -> Array:
+        low = x >> (16 * pair)
+        return (low & 0xFF) | ((low & 0xFF00) << 8) | upper
+
+    def on_gpu(context: Any, x: Any, upper: Any) -> Any:
+        if context.context.platform != "rocm":
+            return lower_fun(plainly, multiple_results=False)(context, x, upper)
+        # v_perm_b32: each byte of the selector is the number of a byte, 0 to 3 of x, 4 to 7 of upper
+        selector = _splat(x.type, 0x07010700 + pair * 0x00020002)
+        symbol = "llvm.amdgcn.perm"
+        return dialect.extern_elementwise(
+            x.type, [upper, x, selector], libname="", libpath="", symbol=symbol, pure=True
+        )
+
+    return _primitive(f"spread_{pair}", plainly, on_gpu, jnp.uint32)
+
+
+def _splat(tensor: Any, number: int) -> Any:
+    element = ir.IntegerAttr.get(ir.RankedTensorType(tensor).element_type, number)
+    return arith.constant(tensor, ir.DenseElementsAttr.get_splat(tensor, element))
+
+
+_spread = tuple(map(_spread_pair, (0, 1)))

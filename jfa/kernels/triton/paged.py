@@ -26,7 +26,8 @@ from jaxtyping import Array, Float
 
 from jfa import quant
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
-from jfa.kernels.triton._primitives import exp2, fma, truncated, widened_fp8
+from jfa.kernels.triton._primitives import exp2, fma
+from jfa.kernels.triton.casts import bias, unit, widened
 from jfa.kernels.triton.tile import (
     LOG2_E,
     MAX_HEAD_DIM,
@@ -62,7 +63,7 @@ _SAFE_RAGGED = {
 }
 
 MAX_GROUP_SIZE = 64
-WITHOUT_FP8_CASTS = ("sm_80", "sm_86")  # architectures for which Triton casts no fp8
+_LEAST = 2.0**-40  # scales below give results that float16 cannot represent
 _WAVES_PER_UNIT = 8  # for decode; waves hide each other's load latency
 _SHORTEST_SPLIT = 256  # keys; fewer take less time than starting a program
 
@@ -279,8 +280,8 @@ def _paged_kernel(
 
     # a single piece is loaded here and kept in registers; if there are several, each is loaded when it is used
     held = {(piece, at): load_q(piece, at, 0) for piece in k_pieces for at in piece.firsts if len(k_pieces) == 1}
-    widened = functools.partial(_widened, dtype=dtype, config=config)
-    k_bias, v_bias = _bias(ref["k"].dtype, dtype), _bias(ref["v"].dtype, dtype)
+    cast = functools.partial(widened, dtype=dtype, fp8_by_bits=config.fp8_by_bits, nan=False, words=False)
+    k_bias, v_bias = bias(ref["k"].dtype, dtype), bias(ref["v"].dtype, dtype)
     q_bias = None
     if k_bias:
         parts = [load_q(piece, at, 0).astype(jnp.float32).sum(1) for piece in k_pieces for at in piece.firsts]
@@ -315,13 +316,13 @@ def _paged_kernel(
 
         def scales(name: str):
             found = load(ref[name].at[slots, kv_head], mask=inside, other=None if inside is None else 0.0)
-            return found.astype(jnp.float32) * _unit(ref[name[0]].dtype, dtype, config)
+            return found.astype(jnp.float32) * unit(ref[name[0]].dtype, dtype, config.fp8_by_bits)
 
         zero = later(n, k_pieces)
         scores = sum_of_products(
             (held[piece, at] if held else load_q(piece, at, zero), numbers)
             for piece in k_pieces
-            for at, numbers in zip(piece.firsts, widened(load_pages("k", piece)), strict=True)
+            for at, numbers in zip(piece.firsts, cast(load_pages("k", piece)), strict=True)
         )
         if q_bias is not None:
             scores = scores + q_bias[:, None]
@@ -346,7 +347,7 @@ def _paged_kernel(
                 rescale = rescale * (1.0 / common)
             p = p * v_scales[None, :]
         p = tile.rounded(p, dtype)
-        products = [product(p, numbers) for piece in v_pieces for numbers in widened(load_pages("v", piece))]
+        products = [product(p, numbers) for piece in v_pieces for numbers in cast(load_pages("v", piece))]
         kept = tuple(part * rescale[:, None] for part in acc)
         if v_bias:
             of_rows = p.astype(jnp.float32).sum(1) * -v_bias
@@ -380,49 +381,3 @@ def _paged_kernel(
         out = jnp.where(empty[:, None], 0.0, part * norm[:, None])
         store(o_ref.at[at], out.astype(o_ref.dtype), mask=own[:, None] & (columns < piece.width)[None, :])
     store(lse_ref.at[(*before, query, head)], lse, mask=own)
-
-
-# Stored numbers become the inputs of a product in three steps: `_widened` casts them, in the fewest instructions that a
-# GPU without a direct conversion needs; the product's sums are corrected by `_bias` times the sum of the other input;
-# and the scales are multiplied by `_unit`. Every step is exact.
-
-_LEAST = 2.0**-40  # scales below give results that float16 cannot represent
-_INT4_ZERO = 7.5  # the level of a 4-bit number of 0 is minus this
-_MAGIC = {"bfloat16": 0x4300, "float16": 0x6400}  # 128 and 1024: the low bits of the mantissa are units
-
-
-def _widened(x: Array, *, dtype: Any, config: PagedConfig) -> tuple[Array, ...]:
-    """Stored numbers in the dtype of a product: one array, or the low and the high half of each byte."""
-    if x.dtype == jnp.uint8 and dtype == jnp.float32:
-        return tuple(half.astype(jnp.float32) - _INT4_ZERO for half in (x & 15, x >> 4))
-    if x.dtype == jnp.uint8:
-        bits = x.astype(jnp.uint16)
-        magic = jnp.uint16(_MAGIC[dtype.name])
-        halves = tuple(lax.bitcast_convert_type(half | magic, dtype) for half in (bits & 15, bits >> 4))
-        return tuple(half - 1031 for half in halves) if dtype == jnp.float16 else halves
-    if x.dtype == jnp.int8 and dtype == jnp.bfloat16:
-        return (truncated(x.astype(jnp.float32)),)
-    if x.dtype == jnp.int8 and dtype == jnp.float16:
-        # 1024 + 128 + x: the lower byte of x + 128 is that of x with its first bit inverted
-        bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
-        return (lax.bitcast_convert_type(bits ^ jnp.uint16(0x6480), dtype) - 1152,)
-    if x.dtype == jnp.float8_e4m3fn and config.fp8_by_bits:
-        # NaN becomes a number, which is harmless: quant.quantize gives a vector with a NaN a scale of NaN
-        if dtype != jnp.float16:
-            return (widened_fp8(x).astype(dtype),)
-        # sign, exponent and mantissa in a float16's places: 2^-8 times the number, by the exponents' biases
-        bits = lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int16) << 8
-        return (lax.bitcast_convert_type((bits >> 1) & jnp.int16(~0x4000), dtype),)
-    return (x.astype(dtype),)
-
-
-def _bias(pages: Any, dtype: Any) -> float:
-    """What `_widened` numbers are too large by."""
-    if pages != jnp.uint8 or dtype == jnp.float32:
-        return 0.0
-    return _INT4_ZERO + (128 if dtype == jnp.bfloat16 else -7)
-
-
-def _unit(pages: Any, dtype: Any, config: PagedConfig) -> float:
-    """The factor by which `_widened` numbers still have to be multiplied."""
-    return 256.0 if pages == jnp.float8_e4m3fn and config.fp8_by_bits and dtype == jnp.float16 else 1.0

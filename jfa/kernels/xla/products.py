@@ -18,7 +18,7 @@ def why_not(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) ->
     return None
 
 
-def default_config(operands: ProductOperands, device: DeviceInfo) -> None:
+def default_config(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) -> None:
     """There is nothing to configure."""
     return None
 

@@ -9,9 +9,9 @@ import pytest
 from compiled import needs_compiler
 from runs import run
 
-import jfa
 from jfa import quant
-from jfa.kernels.triton import _primitives, paged
+from jfa.device import describe
+from jfa.kernels.triton import _primitives, casts, products
 from jfa.kernels.triton._pallas import CompilerParams, pl
 from jfa_bench import names
 from jfa_bench.proof import emulate
@@ -66,16 +66,17 @@ CASTS = list(
 )
 
 
-def numbers(kind, dtype, by_bits, arch):
+def numbers(kind, dtype, by_bits, arch, *, of_products=False):
     """(what a product and its corrections make of every code of a kind of page, what the code stands for)."""
     codes = np.arange(256, dtype=np.uint8)
     pages = jnp.asarray(codes.view(quant.KINDS[kind][0]))
-    config = jfa.PagedConfig(block_q=16, block_kv=16, num_warps=1, num_stages=1, fp8_by_bits=by_bits)
     dtype = jnp.dtype(dtype)
-    halves = on(arch, lambda x: paged._widened(x, dtype=dtype, config=config), pages)
-    got = [np.asarray(x, np.float64) - paged._bias(pages.dtype, dtype) for x in halves]
+    halves = on(
+        arch, lambda x: casts.widened(x, dtype=dtype, fp8_by_bits=by_bits, nan=of_products, words=of_products), pages
+    )
+    got = [np.asarray(x, np.float64) - casts.bias(pages.dtype, dtype) for x in halves]
     want = [pages] if kind != "int4" else [(codes & 15) - 7.5, (codes >> 4) - 7.5]
-    unit = paged._unit(pages.dtype, dtype, config)
+    unit = casts.unit(pages.dtype, dtype, by_bits)
     return np.concatenate(got) * unit, np.concatenate([np.asarray(x).astype(np.float64) for x in want])
 
 
@@ -84,6 +85,15 @@ def test_every_code_of_a_page_is_cast_exactly(kind, dtype, by_bits):
     got, want = numbers(kind, dtype, by_bits, None)
     known = ~np.isnan(want)
     assert np.array_equal(got[known], want[known])
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+def test_products_cast_every_code_exactly_with_nan(kind, dtype, arch):
+    got, want = numbers(kind, dtype, products.fp8_by_bits(describe("rocm", arch)), arch, of_products=True)
+    np.testing.assert_array_equal(got, want)
 
 
 @needs_compiler

@@ -14,7 +14,7 @@ from runs import run
 import jfa
 from jfa_bench import cli, names
 from jfa_bench.proof import by_triton, by_xla, emulate, proofs, prove
-from jfa_bench.truth import cases, paged_cases
+from jfa_bench.truth import cases, paged_cases, product_cases
 
 pytestmark = needs_compiler
 
@@ -50,6 +50,21 @@ PAGED = [
 def test_paged_attention_runs_as_machine_code(name, arch):
     found = proofs.over_pages(paged_cases.truth(name, "bfloat16"), arch)
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
+
+
+PRODUCTS = [
+    run(
+        name, arch, quick=(name, arch) in (("int4_zeros", "gfx942"), ("fp8_groups", "gfx1100"), ("many_rows", "gfx950"))
+    )
+    for name in ("int4_zeros", "fp8_groups", "int8_minima", "rounded_inputs", "many_rows")
+    for arch in names.EXECUTED_ARCHS
+]
+
+
+@pytest.mark.parametrize(("name", "arch"), PRODUCTS)
+def test_products_run_as_machine_code(name, arch):
+    found = proofs.of_weight(product_cases.truth(name, "bfloat16"), arch)
+    assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 100
 
 
 def test_what_xla_once_made_wrong_code_of_holds():
@@ -145,7 +160,8 @@ def test_the_process_ends_with_that_status(monkeypatch):
         (["--arch", "gfx900"], "unknown architecture 'gfx900'; use one of gfx942, gfx950, gfx1100, gfx1201, or all"),
         (
             ["--op", "paged"],
-            "unknown op 'paged'; use one of flash_attention, paged_decode_attention, ragged_paged_attention, or all",
+            "unknown op 'paged'; use one of flash_attention, paged_decode_attention, ragged_paged_attention, "
+            "quantized_matmul_few_rows, quantized_matmul, or all",
         ),
     ],
 )
