@@ -34,6 +34,7 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @click.option("--context", type=options.COUNT, default=1024, show_default=True, help="With --model: cached tokens.")
 @click.option("--cache", type=click.Choice(CACHES), default="contiguous", show_default=True, help="With --model.")
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="With --model and --cache paged.")
+@click.option("--quantization", type=click.Choice(("int8", "int4", "fp8")), help="With --model: its weights.")
 @compiler_option
 @options.processes_option
 @options.format_option
@@ -51,6 +52,7 @@ def compile_command(
     context,
     cache,
     kv_dtype,
+    quantization,
     compiler,
     processes,
     format,
@@ -73,8 +75,9 @@ def compile_command(
 
         from ..proof import compile, steps
 
+        options_ = {"cache": cache, "kv_dtype": kv_dtype}
         wanted = [
-            steps.Row(model=model, step=one, arch=name, batch=batch, context=context, cache=cache, kv_dtype=kv_dtype)
+            steps.Row(step=one, arch=name, model=model, batch=batch, context=context, weights=quantization, **options_)
             for name in arch
             for one in step
         ]
@@ -92,7 +95,7 @@ def compile_command(
     click.echo(compile.render(records, format))
 
 
-_OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype")
+_OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype", "quantization")
 
 
 def _refuse_options(context: click.Context, given: tuple[str, ...], *, with_model: bool) -> None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jfa
+from jfa import quant
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.config import DecoderConfig, ExpertsConfig, RopeConfig
@@ -51,6 +53,7 @@ CACHES: Mapping[str, CacheOptions] = {
     "paged": CacheOptions(kind="paged", page_size=4),
     "int8 pages": CacheOptions(kind="paged", page_size=4, kv_dtype="int8"),
 }
+_QUANTIZED = (("llama", "paged", "int4"), ("mixture", "contiguous", "int8"))  # model, cache, weights
 STEPS = {"prefill": (9, 4), "decode": (1, 1)}  # new tokens of each row
 _PROMPTS = (13, 6)  # tokens that are in the cache before a decode step
 
@@ -63,18 +66,26 @@ class Row:
     model: str
     step: str
     cache: str
+    weights: str | None = None  # a quantization of LanguageModel.random
 
 
 def rows(archs: Sequence[str], *, quick: bool = False) -> list[Row]:
     """The rows to prove; quick: one cache for each step."""
-    kept = {("llama", "decode", "int8 pages"), ("llama", "prefill", "contiguous"), ("mixture", "decode", "paged")}
+    kept = {
+        ("llama", "decode", "int8 pages", None),
+        ("llama", "decode", "paged", "int4"),
+        ("llama", "prefill", "contiguous", None),
+        ("mixture", "decode", "paged", None),
+    }
+    cases = [
+        *((model, step, cache, None) for model in MODELS for step in STEPS for cache in CACHES),
+        *((model, step, cache, weights) for model, cache, weights in _QUANTIZED for step in STEPS),
+    ]
     return [
-        Row(arch=arch, model=model, step=step, cache=cache)
+        Row(arch=arch, model=model, step=step, cache=cache, weights=weights)
         for arch in archs
-        for model in MODELS
-        for step in STEPS
-        for cache in CACHES
-        if not quick or (model, step, cache) in kept
+        for model, step, cache, weights in cases
+        if not quick or (model, step, cache, weights) in kept
     ]
 
 
@@ -93,9 +104,12 @@ class Case:
 def case_of(row: Row) -> Case:
     """The model of a row with seeded random weights, and its cache before the step."""
     config, options = MODELS[row.model], CACHES[row.cache]
-    model = LanguageModel.random(config, dtype="bfloat16", cache_options=options)
+    model = LanguageModel.random(config, dtype="bfloat16", quantization=row.weights, cache_options=options)
+    model.params = tuple(map(_as_on_a_gpu, model.params))
     exact = LanguageModel.random(config, dtype="float32", cache_options=options)
-    exact.params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+    exact.params = tuple(
+        quant.dequantize(x) if isinstance(x, jfa.QuantizedArray) else x.astype(jnp.float32) for x in model.params
+    )
     draw = np.random.default_rng(0)
     caches = [one.new_cache(batch=len(_PROMPTS), capacity=64) for one in (model, exact)]
     if row.step == "decode":
@@ -113,6 +127,11 @@ def case_of(row: Row) -> Case:
         tokens=tokens,
         lengths=jnp.asarray(new, jnp.int32),
     )
+
+
+def _as_on_a_gpu(x: jax.Array | jfa.QuantizedArray) -> jax.Array | jfa.QuantizedArray:
+    """Inputs of its products are not rounded."""
+    return dataclasses.replace(x, rounds_inputs=0) if isinstance(x, jfa.QuantizedArray) else x
 
 
 def executed(case: Case, arch: str, **options: Any) -> tuple[Executed, dict[str, int]]:
@@ -211,7 +230,8 @@ def prove_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[dic
 
 
 TABLE = {
-    **{"arch": "arch", "model": "model", "step": "step", "cache": "cache", "status": "status"},
+    **{"arch": "arch", "model": "model", "weights": "weights", "step": "step", "cache": "cache"},
+    **{"status": "status"},
     **{"worst_error_of_limit": "error", "count": "kernels", "instructions": "instructions", "seconds": "s"},
 }
 COLUMNS = TABLE | {"races": "races", "reason": "reason"}
@@ -223,7 +243,7 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
     if output != "md":
         return record.render(records if "json" in output else shown, output, COLUMNS)
     lines = [
-        f"{row['arch']} {row['model']} {row['step']}, {row['cache']}: {row['reason']}"
+        f"{row['arch']} {row['model']} {row['weights'] or 'floats'} {row['step']}, {row['cache']}: {row['reason']}"
         for row in records
         if row["status"] != "ok"
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jfa_models.checkpoints.load import is_weight, shape_of
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, named_leaves
 from jfa_models.decoding.options import CacheOptions
 
@@ -37,6 +38,7 @@ class Row:
     context: int = 1024
     cache: str = "contiguous"  # or "paged"
     kv_dtype: str | None = None
+    weights: str | None = None  # a quantization of from_pretrained
     dtype: str = "bfloat16"
 
 
@@ -45,7 +47,12 @@ def compiled(row: Row, layers: int) -> Program:
     config = configs.config_of(row.model, layers)
     options = CacheOptions(kind=row.cache, kv_dtype=row.kv_dtype)  # type: ignore[arg-type]
     decoder = abstract_decoder(config, row.dtype)
-    params = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in named_leaves(decoder).values())
+    params = tuple(
+        shape_of(name, x.shape, row.weights)
+        if row.weights and is_weight(name)
+        else jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in named_leaves(decoder).items()
+    )
     model = LanguageModel(decoder=decoder, params=params, cache_options=options)  # type: ignore[arg-type]
     cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
     new = 1 if row.step == "decode" else row.context
@@ -117,8 +124,8 @@ def compile_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[d
 
 
 TABLE = {
-    **{"arch": "arch", "model": "model", "step": "step", "pages": "cache", "launches_per_layer": "a layer"},
-    **{"launches": "launches", "mib": "MiB", "place": "in place"},
+    **{"arch": "arch", "model": "model", "weights": "weights", "step": "step", "pages": "cache"},
+    **{"launches_per_layer": "a layer", "launches": "launches", "mib": "MiB", "place": "in place"},
 }
 
 

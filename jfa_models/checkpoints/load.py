@@ -40,16 +40,15 @@ class Weights:
         total = 0
         for name, wanted in expected.items():
             size, tensor = math.prod(wanted.shape), checkpoint.tensors.get(name)
-            if not _is_weight(name) or tensor is None:
+            if not is_weight(name) or tensor is None:
                 total += size * wanted.dtype.itemsize
             elif self.quantization is None or (self.quantization == "stored" and not tensor.is_quantized):
                 total += size * np.dtype(self.dtype or wanted.dtype).itemsize
             elif self.quantization == "stored":
                 total += tensor.num_bytes
             else:
-                kind, group = _kind_and_group(name, wanted.shape[-1], self.quantization)
-                rows = size // wanted.shape[-1]
-                total += size // 2 + 3 * size // group if kind == "int4" else size + 4 * rows
+                parts = jax.tree.leaves(shape_of(name, wanted.shape, self.quantization))
+                total += sum(math.prod(x.shape) * x.dtype.itemsize for x in parts)
         return total
 
 
@@ -68,13 +67,21 @@ def load_params(
     params = {}
     for name, wanted in expected.items():
         tensor = checkpoint.tensors[name]
-        held = _read_weight(name, tensor, wanted, weights) if _is_weight(name) else tensor.read(wanted.dtype)
+        held = _read_weight(name, tensor, wanted, weights) if is_weight(name) else tensor.read(wanted.dtype)
         # Waiting prevents a growing queue of transfers, each of which keeps its host copy alive.
         params[name] = jax.block_until_ready(jax.device_put(held))
     return params
 
 
-def _is_weight(name: str) -> bool:
+def shape_of(name: str, shape: tuple[int, ...], quantization: str) -> QuantizedArray:
+    """The shapes and dtypes of a parameter that is a weight, quantized as Weights.quantization says."""
+    kind, group = _kind_and_group(name, shape[-1], quantization)
+    row = quantize_weight(np.zeros((1, shape[-1])), kind, group_size=group or None, symmetric=False)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape[:-1], *x.shape[1:]), x.dtype), row)
+
+
+def is_weight(name: str) -> bool:
+    """Whether a parameter is a weight that may be quantized: of a linear layer, or the embedding."""
     return name.endswith(".weight") and not name.endswith(".router.weight")
 
 

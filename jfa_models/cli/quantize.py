@@ -20,7 +20,7 @@ from jfa_models.decoding.options import DTYPES, KV_DTYPES
 @click.option(
     "--awq", "calibration", type=click.File(), help="Text that shows which inputs are large: protects their weights."
 )
-@click.option("--symmetric", is_flag=True, help="int4 without zero points, which transformers cannot load.")
+@click.option("--symmetric", is_flag=True, help="int4 without zero points, which transformers refuses.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the other weights.")
 def quantize(model: str, folder: Path, kind: str, group: int | None, calibration, symmetric: bool, dtype: str) -> None:
     """Write MODEL with weights in 8 or 4 bits to FOLDER.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jfa import QuantizedArray
 from jfa_models.checkpoints.generation import GenerationDefaults
-from jfa_models.checkpoints.load import quantized
+from jfa_models.checkpoints.load import is_weight, quantized
 from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.save import save_checkpoint
 from jfa_models.decoding import caches
@@ -128,7 +128,7 @@ class LanguageModel:
                 params.append(jnp.full(shape.shape, float(is_one), dtype))
             else:
                 weight = np.resize(np.roll(noise, start), shape.shape)
-                if quantization not in (None, "none") and not name.endswith("router.weight"):
+                if quantization not in (None, "none") and is_weight(name):
                     weight = quantized(name, weight.shape, [(slice(None), weight)], quantization)
                 params.append(jax.device_put(weight))
                 start += 7919
