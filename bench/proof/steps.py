@@ -124,7 +124,7 @@ def compile_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[d
 
 
 TABLE = {
-    **{"arch": "arch", "model": "model", "weights": "weights", "step": "step", "pages": "cache"},
+    **{"arch": "arch", "model": "model", "step": "step", "pages": "cache"},
     **{"launches_per_layer": "a layer", "launches": "launches", "mib": "MiB", "place": "in place"},
 }
 
@@ -136,6 +136,7 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
     shown = [
         {
             **row,
+            "model": f"{row['model']} {row['weights'] or ''}".rstrip(),
             "pages": row["kv_dtype"] or row["cache"],
             "mib": f"{row.get('temporary_bytes', 0) / 2**20:.1f}",
             "place": "yes" if row.get("in_place") else "no",
