@@ -230,20 +230,23 @@ def prove_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[dic
 
 
 TABLE = {
-    **{"arch": "arch", "model": "model", "weights": "weights", "step": "step", "cache": "cache"},
-    **{"status": "status"},
+    **{"arch": "arch", "name": "model", "step": "step", "cache": "cache", "status": "status"},
     **{"worst_error_of_limit": "error", "count": "kernels", "instructions": "instructions", "seconds": "s"},
 }
 COLUMNS = TABLE | {"races": "races", "reason": "reason"}
 
 
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['model']} {row['weights'] or ''}".rstrip()
+
+
 def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
     """Records as text; for md a table, and the reason of each row that is wrong."""
-    shown = [{**row, "count": sum((row.get("launches") or {}).values())} for row in records]
+    shown = [{**row, "name": _name(row), "count": sum((row.get("launches") or {}).values())} for row in records]
     if output != "md":
         return record.render(records if "json" in output else shown, output, COLUMNS)
     lines = [
-        f"{row['arch']} {row['model']} {row['weights'] or 'floats'} {row['step']}, {row['cache']}: {row['reason']}"
+        f"{row['arch']} {_name(row)} {row['step']}, {row['cache']}: {row['reason']}"
         for row in records
         if row["status"] != "ok"
     ]
