@@ -16,7 +16,7 @@ from jfa import QuantizedArray
 from jfa_models.checkpoints.layouts import pack
 from jfa_models.checkpoints.quantized import from_halves
 
-_WAY_OUT = "save the dequantized weight (jfa.quant.dequantize)"
+_WAY_OUT = "load the model with quantization='none' or 'int8' to save it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def _form_of(name: str, weight: QuantizedArray) -> Form:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"{name} cannot be saved as it is quantized: it has {reason}, or {_WAY_OUT}")
+            raise ValueError(f"{name} cannot be saved as it is quantized: it has {reason}; {_WAY_OUT}")
     four_bits = weight.kind == "int4"
     return Form(
         kind=weight.kind,
