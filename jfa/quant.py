@@ -153,7 +153,7 @@ def quantize_weight(
     smallest to its largest are spread over 0 to 15.
 
     Raises:
-      ValueError: unknown kind, or a group_size that does not divide the last axis.
+      ValueError: unknown kind, a group_size that does not divide the last axis, or numbers that are not finite.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -162,30 +162,33 @@ def quantize_weight(
     if group < 1 or d % group or (kind == "int4" and group % 2):
         even = "an even number" if kind == "int4" else "a number"
         raise ValueError(f"group_size must be {even} that divides the width {d} of the weight, got {group}")
-    x = np.asarray(x, np.float32).reshape(*x.shape[:-1], d // group, group)
+    *n, _ = x.shape
+    x = np.asarray(x, np.float32).reshape(*n, d // group, group)
     scale_dtype = np.dtype(jnp.float32 if group_size is None else jnp.bfloat16)
-
-    def divided(scales: np.ndarray) -> np.ndarray:
-        return x / np.where(scales == 0, 1, scales).astype(np.float32)[..., None]
-
+    dtype, largest = KINDS[kind]
+    low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if kind != "int4":
+            scales = np.maximum(-low, high) / largest
+        elif symmetric:  # the side of the larger magnitude gets the eighth number
+            scales = np.where(-low > high, -low, -high) / 8
+        else:
+            scales = (high - low) / 15
+        scales = scales.astype(scale_dtype)
+    if not np.isfinite(scales).all():
+        raise ValueError("a weight with NaN, infinity or numbers near the largest float32 cannot be quantized")
+    divisor = np.where(scales == 0, 1, scales).astype(np.float32)
     zeros = None
     if kind == "int4":
-        low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
-        if symmetric:  # the side of the larger magnitude gets the eighth number
-            scales = (np.where(-low > high, -low, -high) / 8).astype(scale_dtype)
-            zeros = np.full(scales.shape, 8, np.uint8)
-        else:
-            scales = ((high - low) / 15).astype(scale_dtype)
-            divisor = np.where(scales == 0, 1, scales).astype(np.float32)
+        zeros = np.full(scales.shape, 8, np.uint8)
+        if not symmetric:
             zeros = np.clip(np.rint(-low / divisor), 0, 15).astype(np.uint8)
-        levels = np.clip(np.rint(divided(scales)) + zeros[..., None], 0, 15).astype(np.uint8)
+        levels = np.clip(np.rint(x / divisor[..., None]) + zeros[..., None], 0, 15).astype(np.uint8)
         values = levels[..., : group // 2] | (levels[..., group // 2 :] << 4)
     else:
-        dtype, largest = KINDS[kind]
-        scales = (np.abs(x).max(-1) / largest).astype(scale_dtype)
-        values = np.clip(divided(scales), -largest, largest)
+        values = np.clip(x / divisor[..., None], -largest, largest)
         values = (np.rint(values) if kind == "int8" else values).astype(dtype)
-    values = values.reshape(*values.shape[:-2], -1)
+    values = values.reshape(*n, stored_size(kind, d))
     if group_size is None and zeros is None:
         return QuantizedArray(values=values, scales=scales[..., 0])
     return QuantizedArray(values=values, scales=scales, zeros=zeros, group_size=group)

@@ -35,16 +35,18 @@ class Weights:
         floats = np.dtype(self.dtype or dtype).name
         return {None: floats, "stored": "the stored blocks"}.get(self.quantization, str(self.quantization))
 
-    def num_bytes(self, checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    def num_bytes(
+        self, expected: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, Tensor | StackedTensors]
+    ) -> int:
         """Bytes of all parameters as load_params holds them; of stored blocks as they are in the file."""
         total = 0
         for name, wanted in expected.items():
-            size, tensor = math.prod(wanted.shape), checkpoint.tensors.get(name)
-            if not is_weight(name) or tensor is None:
+            size, tensor = math.prod(wanted.shape), tensors.get(name)
+            if not is_weight(name):
                 total += size * wanted.dtype.itemsize
-            elif self.quantization is None or (self.quantization == "stored" and not tensor.is_quantized):
+            elif self.quantization is None or (self.quantization == "stored" and not (tensor and tensor.is_quantized)):
                 total += size * np.dtype(self.dtype or wanted.dtype).itemsize
-            elif self.quantization == "stored":
+            elif self.quantization == "stored" and tensor is not None:
                 total += tensor.num_bytes
             else:
                 parts = jax.tree.leaves(shape_of(name, wanted.shape, self.quantization))

@@ -12,6 +12,7 @@ import jfa
 from jfa import cpu
 from jfa.device import probe
 from jfa_models.checkpoints.families import FAMILIES
+from jfa_models.checkpoints.load import Weights
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
@@ -61,19 +62,18 @@ def _sizes(model: str, given: str | None, quantization: str | None) -> Iterator[
     config = None if model.lower() in PACKAGED or os.path.exists(model) else PRESETS.get(model.lower())
     if config is not None:
         name, stored, ends = model, "without weights", []
-        held = f"{config.num_params * dtype.itemsize / 1e6:,.0f} MB as {dtype.name}"
+        weights, tensors = Weights(quantization=None if quantization in ("none", "stored") else quantization), {}
     else:
         checkpoint = open_checkpoint(model)
         config, name, stored = checkpoint.config, checkpoint.path.stem, f"stored as {checkpoint.stored_dtype}"
-        weights = weights_of(checkpoint, quantization, given)
-        num_bytes = weights.num_bytes(checkpoint, named_leaves(abstract_decoder(config, dtype)))
-        held = f"{num_bytes / 1e6:,.0f} MB in memory, weights as {weights.describe(dtype)}"
+        weights, tensors = weights_of(checkpoint, quantization, given), checkpoint.tensors
         tokenizer = checkpoint.load_tokenizer()
         texts = tokenizer.core.id_to_token if tokenizer else {}.get
         ends = [f"{texts(i) or 'token'} ({i})" for i in checkpoint.generation.ends(tokenizer) if i < config.vocab_size]
     users = FAMILIES[config.architecture].users
     yield "model", f"{name} ({users}): {config.num_params / 1e6:,.1f} M parameters, {stored}"
-    yield "", held
+    num_bytes = weights.num_bytes(named_leaves(abstract_decoder(config, dtype)), tensors)
+    yield "", f"{num_bytes / 1e6:,.0f} MB in memory, weights as {weights.describe(dtype)}"
     if ends:
         yield "end tokens", ", ".join(ends)
     whole = config.cache_elements(config.context_length) * dtype.itemsize

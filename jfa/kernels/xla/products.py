@@ -30,11 +30,12 @@ def quantized_matmul(operands: ProductOperands, *, spec: ProductSpec, on_cpu: bo
         terms, scales = quant.rounded_rows(x, spec.rounds_inputs)
         rows = terms.reshape(-1, terms.shape[-1])
         sums = None
+        ragged = x.shape[1] % (spec.group_size or x.shape[1]) != 0
         plain = spec.group_size is None and operands.zeros is None and operands.minima is None
         if plain and operands.values.dtype == jnp.int8:
             sums = times_rows(rows, operands.values, to=jnp.int32, on_cpu=on_cpu).astype(jnp.float32)
             sums = sums * operands.scales.astype(jnp.float32)
-        elif on_cpu and rows.shape[0] <= _ROWS_BY_GROUPS and x.shape[1] % (spec.group_size or x.shape[1]) == 0:
+        elif on_cpu and isinstance(x.shape[0], int) and rows.shape[0] <= _ROWS_BY_GROUPS and not ragged:
             sums = _by_groups(rows, operands, spec)
         if sums is not None:
             return (sums.reshape(*terms.shape[:2], -1) * scales).sum(0).astype(x.dtype)

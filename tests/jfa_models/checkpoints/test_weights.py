@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gguf
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jfa_models import LLM, LanguageModel, SamplingParams, from_pretrained
 from jfa_models.checkpoints import gguf_blocks
 from jfa_models.checkpoints.load import Weights, load_params
 from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.cli import about
 from jfa_models.decoding.language_model import abstract_decoder, named_leaves
 from jfa_models.decoding.pretrained import weights_of
 
@@ -112,7 +114,7 @@ def test_bytes_held_are_those_announced():
     for quantization in (None, "int8", "int4", "fp8"):
         weights = Weights(quantization=quantization)
         held = sum(x.nbytes for x in jax.tree.leaves(load_params(checkpoint, expected, weights)))
-        assert held == weights.num_bytes(checkpoint, expected)
+        assert held == weights.num_bytes(expected, checkpoint.tensors)
 
 
 def test_float_weights_of_another_dtype():
@@ -167,6 +169,31 @@ def test_measuring_takes_every_form(monkeypatch):
     monkeypatch.setattr(cpu, "_SIZE", 32)
     for form in cpu.FORMS:
         assert all(time > 0 for time in cpu._measured(form))
+
+
+def test_info_shows_the_size_of_a_preset_in_another_form(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "milliseconds", lambda form: (1.0, 2.0))
+    about.show("llama-3-8b", None, "int4")
+    assert "4,706 MB in memory, weights as int4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [*((kind, number) for kind in quant.KINDS for number in (np.nan, np.inf, -np.inf)), ("int4", 3.4e38)],
+)
+def test_weights_that_have_no_scale_are_refused(kind, number):
+    weight = np.array([[number, -3.4e38, 2, 3]], np.float32)
+    with pytest.raises(ValueError, match="a weight with NaN, infinity or numbers near the largest float32 cannot"):
+        quant.quantize_weight(weight, kind, group_size=4, symmetric=False)
+
+
+def test_a_symbolic_number_of_rows():
+    rows = jax.export.symbolic_shape("n, 64")
+    for kind, group in (("int8", None), ("int4", 32)):
+        held = quant.quantize_weight(np.eye(8, 64, dtype=np.float32), kind, group_size=group)
+        held = jax.tree.map(jnp.asarray, dataclasses.replace(held, rounds_inputs=2))
+        exported = jax.export.export(jax.jit(jfa.quantized_matmul))(jax.ShapeDtypeStruct(rows, jnp.float32), held)
+        assert exported.out_avals[0].shape[1] == 8
 
 
 def test_bad_input(monkeypatch):
