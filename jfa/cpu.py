@@ -101,4 +101,6 @@ def _name() -> str:
         return platform.processor() or platform.machine()
     about = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {name.strip(): value.strip() for name, value in about.items()}
-    return fields.get("model name") or platform.machine()
+    # virtual machines often hide the name, but not the family and the model
+    named = ("model name", "cpu family", "model")
+    return " ".join(fields[name] for name in named if name in fields) or platform.machine()

@@ -43,7 +43,8 @@ def quantize(
       calibration: a text like those that the model will read; its first CALIBRATION_TOKENS tokens are used.
 
     Raises:
-      ValueError: the model is quantized already, the group does not divide a layer, or the text is too short.
+      ValueError: the model is quantized already, the group does not divide a layer, or the text is too short or the
+        model has no tokenizer for it.
 
     Source: arXiv:2306.00978, section 3.2.
     """
@@ -128,7 +129,8 @@ def _shared(
 
 def _inputs(model: LanguageModel, text: str) -> list[dict[str, Float[Array, "n in"]]]:
     """For each block, a sample of the inputs of its attention, its MLP and the MLP's last layer on a text."""
-    assert model.tokenizer is not None, "a calibration text needs a tokenizer"
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer, which a calibration text needs")
     ids = model.tokenizer.encode(text)[:CALIBRATION_TOKENS]
     row = min(_ROW, model.config.context_length)
     if len(ids) < row:

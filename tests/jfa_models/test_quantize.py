@@ -120,5 +120,8 @@ def test_bad_input():
         quantize(quantize(model, "int8"), "int8")
     with pytest.raises(ValueError, match=r"the calibration text has \d tokens, but at least 64 are needed"):
         quantize(model, "int8", calibration="short")
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="the model has no tokenizer, which a calibration text needs"):
+        quantize(model, "int8", calibration=TEXT)
     with pytest.raises(ValueError, match="kind must be one of int8, fp8, int4, got 'int2'"):
         quantize(model, "int2")
