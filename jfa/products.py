@@ -30,6 +30,8 @@ def quantized_matmul(
     Differentiable with respect to x; the weight and its scales are constants. With weight.rounds_inputs each row of x
     is rounded by its absolute maximum, and the gradient is that of the product without this rounding.
 
+    Backend "xla" rounds a dequantized weight to the dtype of x before the product.
+
     Args:
       x: [..., in]; float16, bfloat16 or float32.
       weight: [out, in], in groups along `in` or with one scale for each row.

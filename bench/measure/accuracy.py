@@ -31,7 +31,8 @@ def measure(models: dict[str, LanguageModel], text: str, *, tokens: int, new_tok
     greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     first: dict = {}
     for name, model in models.items():
-        assert model.tokenizer is not None
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer, which a text needs; use a model that has one")
         ids = model.tokenizer.encode(text)[: tokens + 1]
         written = [result.outputs[0].token_ids for result in model.generate(PROMPTS, greedy)]
         cache = model.new_cache(batch=1, capacity=1)

@@ -64,14 +64,25 @@ def load_params(
 
     Raises:
       ValueError: tensors are missing, unexpected or have the wrong shape; the message names the first ones.
+
+    Warns:
+      UserWarning: weights that should stay as they are stored cannot.
     """
     _check_fit(checkpoint, expected)
-    params = {}
+    params, widened = {}, []
     for name, wanted in expected.items():
         tensor = checkpoint.tensors[name]
         held = _read_weight(name, tensor, wanted, weights) if is_weight(name) else tensor.read(wanted.dtype)
         # Waiting prevents a growing queue of transfers, each of which keeps its host copy alive.
         params[name] = jax.block_until_ready(jax.device_put(held))
+        if weights.quantization == "stored" and tensor.is_quantized and not isinstance(held, QuantizedArray):
+            widened.append(tensor.name)
+    if widened:
+        warnings.warn(
+            f"{checkpoint.path}: {len(widened)} quantized weights, such as {widened[0]}, are held as floats, since "
+            "QuantizedArray has no form for their blocks; quantization='int8' holds them in 8 bits",
+            stacklevel=3,
+        )
     return params
 
 

@@ -20,7 +20,7 @@ from jfa_models.decoding.options import DTYPES, KV_DTYPES
 @click.option(
     "--awq", "calibration", type=click.File(), help="Text that shows which inputs are large: protects their weights."
 )
-@click.option("--symmetric", is_flag=True, help="int4 without zero points, which transformers refuses.")
+@click.option("--symmetric", is_flag=True, help="int4 without zero points; transformers does not load those.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the other weights.")
 def quantize(model: str, folder: Path, kind: str, group: int | None, calibration, symmetric: bool, dtype: str) -> None:
     """Write MODEL with weights in 8 or 4 bits to FOLDER.
@@ -31,9 +31,15 @@ def quantize(model: str, folder: Path, kind: str, group: int | None, calibration
     if folder.exists() and any(folder.iterdir()):
         raise click.UsageError(f"{folder} is not empty; use another folder")
 
+    if symmetric and kind != "int4":
+        raise click.UsageError(f"--symmetric needs --kind int4: {kind} has no zero points")
+
+    from jfa_models.checkpoints.reader import open_checkpoint
     from jfa_models.cli import running
     from jfa_models.quantize import common_group, quantize
 
+    if open_checkpoint(model).is_quantized:
+        click.echo(f"jfa: {model} is quantized already: its numbers are rounded a second time", err=True)
     loaded = running.load(model, dtype=dtype, quantization="none")
     if group is None and kind == "int4":
         group = common_group(loaded)

@@ -110,6 +110,10 @@ def test_the_command_writes_what_is_read_back(tmp_path, capsys):
     for one, other in zip(got.params, want.params, strict=True):
         assert all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
     assert called(*args) == 2 and "is not empty; use another folder" in capsys.readouterr().err
+    twice = ["quantize", str(out), str(tmp_path / "twice"), "--kind", "int8"]
+    assert called(*twice) == 0 and "is quantized already: its numbers are rounded a second" in capsys.readouterr().err
+    assert called(*twice[:2], str(tmp_path / "x"), *twice[3:], "--symmetric") == 2
+    assert "--symmetric needs --kind int4: int8 has no zero points" in capsys.readouterr().err
 
 
 def test_bad_input():

@@ -101,6 +101,12 @@ def test_families_compute_with_the_weights_that_they_hold(name, quantization):
     assert float(jnp.abs(got - want).max()) < 2e-3 * spread  # inputs have 16 bits
 
 
+def test_a_stored_form_that_cannot_stay_is_named():
+    with pytest.warns(UserWarning, match=r"\d+ quantized weights, such as .*qweight, are held as floats"):
+        held = loaded("quantized/gptq_act_order", quantization="stored")
+    assert not any(isinstance(x, jfa.QuantizedArray) for x in held.values())
+
+
 def test_a_router_stays_in_floats():
     held = loaded("mixtral", quantization="int8")
     routers = [x for name, x in held.items() if "router" in name]
@@ -159,9 +165,11 @@ def test_measured_times_are_kept(monkeypatch, tmp_path):
         cpu.milliseconds.cache_clear()
         assert cpu.milliseconds("int8") == (1.5, 2.5)
     assert measured == ["int8"]
-    (tmp_path / "jfa" / "products.json").write_text("[]")
-    cpu.milliseconds.cache_clear()
-    assert cpu.milliseconds("int8") == (1.5, 2.5) and measured == ["int8"] * 2
+    for count, damaged in enumerate(("[]", "{bad", "null", '{"a": 1}'), 2):
+        (tmp_path / "jfa" / "products.json").write_text(damaged)
+        for _ in range(2):  # measured once, and the file is mended
+            cpu.milliseconds.cache_clear()
+            assert cpu.milliseconds("int8") == (1.5, 2.5) and measured == ["int8"] * count
     cpu.milliseconds.cache_clear()
 
 
