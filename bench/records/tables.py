@@ -154,7 +154,7 @@ VIEWS: Mapping[str, View] = {
     ),
     "accuracy": View(
         {
-            "what": "pages or weights",
+            "what": "kind",
             "perplexity": "perplexity",
             "perplexity_ratio": "x float",
             "greedy_same": "greedy as float",
