@@ -13,7 +13,7 @@
 #   `ignore_mismatched_sizes` to `False`, thus raising an error. For details look at the above report!
 #   model.layers.0.self_attn.k_proj.weight_zero_point | MISMATCH | Reinit due to size mismatch - ckpt:
 #   torch.Size([16, 2]) vs model:torch.Size([128, 2])
-# jfa: reads and writes these files as compressed-tensors does; docs/models.md warns of transformers.
+# jfa: reads and writes these files as compressed-tensors does; docs/weights.md says what transformers does.
 set -euo pipefail
 cd "$(mktemp -d)"
 uv run --quiet --isolated --no-project --python 3.11 --with "transformers==5.24.0" --with "compressed-tensors==0.20.0" \
