@@ -82,6 +82,15 @@ def test_readme_is_short():
     assert README.read_text().count("\n") <= 180
 
 
+def test_the_accuracy_of_weights_matches_the_records():
+    text = (ROOT / "docs" / "weights.md").read_text()
+    records = report.load("accuracy-weights")
+    assert [one["implementation"] for one in records] == ["none", "int8", "int8-dynamic", "int4", "fp8"]
+    for one in records:
+        same = one["greedy_same"].replace(f"/{one['case']['new_tokens']}", "")
+        assert f"| {one['perplexity_ratio']:.3f} | {same} |" in text, one["implementation"]
+
+
 def test_the_support_table_matches_the_records():
     [table] = re.findall(r"<!-- jfa-bench report -->\n\n(.*?)\n\n<!-- end -->", README.read_text(), re.DOTALL)
     assert table == report.support(report.load("compile"), report.load("prove"))

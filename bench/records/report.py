@@ -7,7 +7,6 @@ import base64
 import html
 import io
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,9 @@ def _cell(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
 
 
 def load(name: str) -> list[Record]:
-    """The records of bench/results/<name>.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """The records of bench/results/<name>.json, then of <name>-*.json: one file of all would be too large to review."""
+    files = sorted(RESULTS.glob(f"{name}*.json"), key=lambda file: file.stem)
+    return [one for file in files for one in record.load(file)]
 
 
 def gather(folder: Path) -> dict[str, list[record.Record]]:

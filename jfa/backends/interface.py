@@ -53,10 +53,10 @@ class PagedBackend:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductBackend:
-    """An implementation of products with quantized weights: as FlashBackend, but run returns one array.
+    """An implementation of products with quantized weights. The fields are those of FlashBackend.
 
-    run returns one array, and default_config also takes the spec. The gradient of x is a product with the dequantized
-    weight on every backend.
+    But run returns one array, and default_config also takes the spec. The gradient of x is a product with the
+    dequantized weight on every backend.
     """
 
     why_not: Callable[[ProductOperands, ProductSpec, DeviceInfo], str | None]

@@ -117,6 +117,8 @@ class LanguageModel:
           attention_implementation: the `implementation` argument of jfa's attention ops.
         """
         dtype = compute_dtype(dtype)
+        if quantization == "stored":
+            raise ValueError("quantization='stored' keeps a checkpoint's blocks, but random weights have none")
         config = preset(config) if isinstance(config, str) else config
         abstract = abstract_decoder(config, dtype, attention_implementation)
         # one array of noise is repeated over all weights; its large odd length makes the rows of a weight differ

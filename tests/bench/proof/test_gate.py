@@ -4,8 +4,7 @@ import pytest
 from compiled import needs_xla
 
 from jfa_bench.proof import compile, compilers
-from jfa_bench.records import record
-from jfa_bench.records.report import RESULTS
+from jfa_bench.records import report
 
 ARCHS, HEAD_DIMS = ("gfx942", "gfx1100"), (64, 128)
 DTYPES = ("bfloat16", "bfloat16 on int8", "bfloat16 on uint8")
@@ -17,7 +16,7 @@ def recorded() -> list[dict]:
     """The records of the library's kernels that are compiled again."""
     return [
         one
-        for one in record.load(RESULTS / "compile.json")
+        for one in report.load("compile")
         if one["arch"] in ARCHS and one["head_dim"] in HEAD_DIMS and one["dtype"] in DTYPES
     ]
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import gguf
+import gguf.quants
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -77,13 +78,46 @@ def test_weights_are_quantized_while_they_are_loaded(quantization):
     assert quantization.removesuffix("-dynamic") in kinds
 
 
-def test_stored_blocks_stay_and_q_and_k_are_in_our_order():
-    floats, held = loaded("llama3_tiny.gguf"), loaded("llama3_tiny.gguf", quantization="stored")
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    """A GGUF file of the Llama family whose weights are in blocks: norms stay floats, the embedding is Q8_0."""
+    file = tmp_path_factory.mktemp("blocks") / "llama.gguf"
+    reader, writer = gguf.GGUFReader(GOLDEN / "llama3_tiny.gguf"), gguf.GGUFWriter(file, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    kinds = [gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1")]
+    for i, tensor in enumerate(reader.tensors):
+        data = np.array(tensor.data)
+        if data.shape[-1] % 32 or data.ndim == 1:  # as llama.cpp does, floats where no block fits
+            writer.add_tensor(tensor.name, data)
+            continue
+        kind = gguf.GGMLQuantizationType.Q8_0 if "token_embd" in tensor.name else kinds[i % len(kinds)]
+        writer.add_tensor(tensor.name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return file
+
+
+def test_stored_blocks_stay_and_q_and_k_are_in_our_order(blocks):
+    floats, held = loaded(blocks), loaded(blocks, quantization="stored")
     for name, x in held.items():
+        fits = name.endswith(".weight") and x.shape[-1] % 32 == 0
+        assert isinstance(x, jfa.QuantizedArray) == fits, name
         if isinstance(x, jfa.QuantizedArray):
             assert np.array_equal(quant.dequantize(x), floats[name]), name
         else:
             assert np.array_equal(x, floats[name]), name
+    assert isinstance(held["layers.0.attention.q.weight"], jfa.QuantizedArray)
+    assert {x.kind for x in held.values() if isinstance(x, jfa.QuantizedArray)} == {"int8", "int4"}
+    model = from_pretrained(blocks, quantization="stored")
+    want = from_pretrained(blocks, dtype="float32").logits([[5, 6, 7]])
+    assert float(jnp.abs(model.logits([[5, 6, 7]]) - want).max()) < 2e-3 * float(want.max() - want.min())
 
 
 @pytest.mark.parametrize("name", ["llama3", "mixtral", "phi2", "gemma3", "qwen2"])
@@ -140,14 +174,14 @@ def test_random_weights_are_quantized_too():
     assert model.dtype == jnp.float32
 
 
-def test_the_fastest_form_is_chosen_on_a_cpu(monkeypatch):
+def test_the_fastest_form_is_chosen_on_a_cpu(monkeypatch, blocks):
     times = {"float32": (1.0, 4.0), "bfloat16": (1.04, 1.5), "int8": (0.7, 0.8)}
     monkeypatch.delenv("JFA_CPU_WEIGHTS")
     monkeypatch.setattr(cpu, "milliseconds", times.__getitem__)
-    floats, blocks = open_checkpoint(GOLDEN / "llama3"), open_checkpoint(GOLDEN / "llama3_tiny.gguf")
+    floats, blocks = open_checkpoint(GOLDEN / "llama3"), open_checkpoint(blocks)
     in_bfloat16 = dataclasses.replace(floats, stored_dtype="bfloat16")
-    if blocks.is_quantized:
-        assert weights_of(blocks, None, None) == Weights(quantization="int8")
+    assert blocks.is_quantized and not floats.is_quantized
+    assert weights_of(blocks, None, None) == Weights(quantization="int8")
     assert weights_of(in_bfloat16, None, None) == Weights(dtype="bfloat16")
     assert weights_of(in_bfloat16, None, "float32") == Weights()
     assert weights_of(in_bfloat16, "none", None) == Weights()
@@ -207,6 +241,8 @@ def test_a_symbolic_number_of_rows():
 def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match=r"quantization must be None or one of int8, .*, got 'int3'"):
         from_pretrained(GOLDEN / "llama3", quantization="int3")
+    with pytest.raises(ValueError, match="quantization='stored' keeps a checkpoint's blocks, but random weights have"):
+        LanguageModel.random("smollm2-135m", quantization="stored")
     with pytest.raises(ValueError, match="quantization='int8' has no effect: the model is already loaded"):
         LLM(from_pretrained(GOLDEN / "llama3", dtype="float32"), quantization="int8")
     monkeypatch.setenv("JFA_CPU_WEIGHTS", "int5")
