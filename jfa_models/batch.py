@@ -13,6 +13,7 @@ from jfa_models.decoding.params import SamplingParams
 from jfa_models.engine import Engine
 
 PROMPTS = ("prompt", "prompt_token_ids")
+OTHERS = ("id", "adapter")
 FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -33,7 +34,8 @@ class Line:
 def read(path: Path) -> list[Line]:
     """Reads the lines of a batch file, except blank ones.
 
-    Each is a JSON object with "prompt" or "prompt_token_ids", and optionally "id" and fields of SamplingParams.
+    Each is a JSON object with "prompt" or "prompt_token_ids", and optionally "id", the name of an "adapter", and fields
+    of SamplingParams.
     """
     lines = enumerate(path.read_bytes().split(b"\n"), start=1)
     return [_line(number, text) for number, text in lines if text.strip()]
@@ -47,8 +49,8 @@ def _line(number: int, text: bytes) -> Line:
     if not isinstance(given, dict) or sum(name in given for name in PROMPTS) != 1:
         return Line(number=number, given={}, error=f"must be a JSON object with either {' or '.join(PROMPTS)}")
     error = None
-    if unknown := given.keys() - {*PROMPTS, "id", *FIELDS}:
-        error = f"unknown fields {', '.join(sorted(unknown))}; allowed are id and the fields of SamplingParams"
+    if unknown := given.keys() - {*PROMPTS, *OTHERS, *FIELDS}:
+        error = f"unknown fields {', '.join(sorted(unknown))}; allowed are id, adapter and the fields of SamplingParams"
     elif not isinstance(given.get("prompt", ""), str):
         error = f"prompt must be a string, got {given['prompt']!r}; pass token ids as prompt_token_ids"
     elif not _are_integers(given.get("prompt_token_ids", [])):
@@ -102,8 +104,16 @@ def done(path: Path, lines: list[Line]) -> set[int]:
     return found
 
 
-def run(engine: Engine, lines: list[Line], output: Path, defaults: SamplingParams) -> Iterator[dict[str, Any]]:
+def run(
+    engine: Engine,
+    lines: list[Line],
+    output: Path,
+    defaults: SamplingParams,
+    default_adapter: str | None = None,
+) -> Iterator[dict[str, Any]]:
     """Appends the result of each line to the output as soon as it is available, and yields it.
+
+    Fields of a line replace those of defaults, and its adapter the default one; null is no adapter.
 
     The result of an invalid line has an "error" field.
     """
@@ -123,7 +133,8 @@ def run(engine: Engine, lines: list[Line], output: Path, defaults: SamplingParam
                 try:
                     fields = {name: value for name, value in line.given.items() if name in FIELDS}
                     params = dataclasses.replace(defaults, **fields)
-                    waiting[engine.add_request(line.prompt, params, number=line.number)] = line
+                    adapter = line.given.get("adapter", default_adapter)
+                    waiting[engine.add_request(line.prompt, params, number=line.number, adapter=adapter)] = line
                 except (ValueError, TypeError) as refused:
                     error = str(refused)
             if error is not None:
@@ -138,7 +149,7 @@ def _prompt_name(line: Line) -> str:
 
 
 def _about(line: Line) -> dict[str, Any]:
-    return {"line": line.number} | {name: line.given[name] for name in ("id", *PROMPTS) if name in line.given}
+    return {"line": line.number} | {name: line.given[name] for name in (*OTHERS, *PROMPTS) if name in line.given}
 
 
 def _result(result: RequestOutput) -> dict[str, Any]:

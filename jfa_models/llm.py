@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jfa_models.decoding.adapters import Names, names_of
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import BeamSearchParams, SamplingParams, one_per_prompt
@@ -42,17 +43,22 @@ class LLM:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         seed: int = 0,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        max_adapters: int | None = None,
+        max_rank: int | None = None,
     ):
         """Loads a model and allocates its pool of pages.
 
         Args:
-          model: what from_pretrained takes, or a LanguageModel, which already has a dtype and its weights.
+          model: what from_pretrained takes, or a LanguageModel, which already has a dtype, its weights and adapters.
+          dtype, quantization, adapters, max_adapters, max_rank: see from_pretrained.
           other arguments: see Engine.
 
         Raises:
           ValueError: see from_pretrained and Engine.
         """
-        given = {"dtype": dtype, "quantization": quantization}
+        given = {"dtype": dtype, "quantization": quantization, "adapters": adapters}
+        given |= {"max_adapters": max_adapters, "max_rank": max_rank}
         if not isinstance(model, LanguageModel):
             model = from_pretrained(model, **given, context_length=max_model_len)
         elif unused := {name: value for name, value in given.items() if value is not None}:
@@ -78,6 +84,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params | Sequence[Params] | None = None,
         *,
+        adapter: Names = None,
         progress: bool | None = None,
         on_finished: Callable[[int, RequestOutput], Any] | None = None,
     ) -> list[RequestOutput]:
@@ -89,6 +96,7 @@ class LLM:
         Args:
           prompts: text or token ids, one or many, of any length.
           sampling_params: one for all prompts or one per prompt; None: as the model's authors recommend.
+          adapter: the name of a loaded adapter, or one per prompt; None: none.
           progress: whether to show a bar on stderr; None: if stderr is a terminal.
           on_finished: called with a prompt's index and result as soon as it finishes.
 
@@ -103,7 +111,7 @@ class LLM:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         shown = sys.stderr.isatty() if progress is None else progress
-        places = self._add_all(prompts, params)
+        places = self._add_all(prompts, params, names_of(adapter, len(prompts)))
         try:
             with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
                 task = bar.add_task("generating", total=len(prompts))
@@ -165,12 +173,14 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, **options)
 
-    def _add_all(self, prompts: Sequence[Prompt], params: Sequence[Params | None]) -> dict[str, int]:
+    def _add_all(
+        self, prompts: Sequence[Prompt], params: Sequence[Params | None], adapters: Sequence[str | None]
+    ) -> dict[str, int]:
         """Adds all requests, or none if one is refused; returns the prompt index by request id."""
         places: dict[str, int] = {}
-        for place, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+        for place, (prompt, one, adapter) in enumerate(zip(prompts, params, adapters, strict=True)):
             try:
-                places[self.engine.add_request(prompt, one, number=place)] = place
+                places[self.engine.add_request(prompt, one, number=place, adapter=adapter)] = place
             except Exception as error:
                 for request_id in places:
                     self.engine.abort(request_id)

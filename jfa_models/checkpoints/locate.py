@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -100,7 +100,18 @@ def only_model(folder: Path) -> Path | None:
     return firsts.pop() if len(firsts) == 1 else None
 
 
-def _download(name: str) -> Path:
+def download_adapter(name: str) -> Path:
+    """The folder of an adapter in a Hugging Face repository, "owner/name", optionally followed by "@" and a revision.
+
+    Raises:
+      ValueError: there is no such repository, or the download failed.
+    """
+    if not _REPOSITORY.fullmatch(name):
+        raise ValueError(f"there is no adapter {name!r}: use a folder that PEFT saved, or a repository (owner/name)")
+    return _download(name, ["adapter_*.json", "adapter_*.safetensors"])
+
+
+def _download(name: str, wanted: Sequence[str] = _WANTED) -> Path:
     # this import takes half a second and is only needed for downloads
     import huggingface_hub
     from huggingface_hub import errors
@@ -113,8 +124,9 @@ def _download(name: str) -> Path:
             parts = parts_of(PurePosixPath(file[0]))
             first, *_ = [huggingface_hub.hf_hub_download(filename=str(part), **options) for part in parts]
             return Path(first)
-        folder = huggingface_hub.snapshot_download(allow_patterns=_WANTED, ignore_patterns=_UNWANTED, **options)
-        huggingface_hub.snapshot_download(allow_patterns=_WANTED_OF_FOLDERS, **options)
+        folder = huggingface_hub.snapshot_download(allow_patterns=list(wanted), ignore_patterns=_UNWANTED, **options)
+        if wanted is _WANTED:
+            huggingface_hub.snapshot_download(allow_patterns=_WANTED_OF_FOLDERS, **options)
         return Path(folder)
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(

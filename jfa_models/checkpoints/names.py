@@ -18,7 +18,7 @@ ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|" + "|".join(map(re.escape, ROPE_DIVISORS)))
 
 # In a multimodal model: the prefix of its decoder's tensor names, and the tensors of its vision tower.
-_PREFIX = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?")
+PREFIX = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?")
 _OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 
 
@@ -30,12 +30,8 @@ def by_our_names(
     stacks: dict[str, dict[int, Stored]] = {}
     unknown = []
     for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix(_PREFIX.match(name)[0]).rpartition(".")  # type: ignore[index]
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
-        for mark in "#*":
-            module = re.sub(r"(?<=\.)\d+(?=\.)", mark, module, count=1)
-        ours = table.get(module)
-        parts = (ours,) if isinstance(ours, str) else ours or ()
+        module, _, kind = name.removeprefix(PREFIX.match(name)[0]).rpartition(".")  # type: ignore[index]
+        parts, expert = our_modules(module, table)
         pieces = _split(tensor, [_num_rows(part, config) for part in parts]) if len(parts) > 1 else [tensor]
         if pieces is None or not parts:
             if not (_DERIVED.fullmatch(name) or _OTHER_SENSES.fullmatch(name)):
@@ -43,14 +39,25 @@ def by_our_names(
             continue
         for part, piece in zip(parts, pieces, strict=True):
             renamed = "scale" if part.endswith("norm") and kind == "weight" else kind
-            target = f"{part.replace('#', numbers[0]) if numbers else part}.{renamed}"
-            if "*" in module:
-                stacks.setdefault(target, {})[int(numbers[1])] = piece
+            target = f"{part}.{renamed}"
+            if expert is not None:
+                stacks.setdefault(target, {})[expert] = piece
             else:
                 known[target] = piece
     for target, stack in stacks.items():
         known[target] = StackedTensors(parts=tuple(stack[i] for i in sorted(stack)))
     return known, tuple(unknown)
+
+
+def our_modules(module: str, table: Names) -> tuple[tuple[str, ...], int | None]:
+    """Our modules for one of a file, without the prefix "model."; and the number of the expert if it is one's."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", module)
+    for mark in "#*":
+        module = re.sub(r"(?<=\.)\d+(?=\.)", mark, module, count=1)
+    ours = table.get(module)
+    parts = (ours,) if isinstance(ours, str) else ours or ()
+    expert = int(numbers[1]) if "*" in module and parts else None
+    return tuple(part.replace("#", numbers[0]) if numbers else part for part in parts), expert
 
 
 def _num_rows(module: str, config: DecoderConfig) -> int:

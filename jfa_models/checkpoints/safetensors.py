@@ -30,7 +30,7 @@ def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
     decoder = config_from_hf(config)
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        stored |= _read_safetensors_header(file)
+        stored |= read_header(file)
     joined = join_quantized(stored, config)
     tensors, unknown = by_our_names(joined, hugging_face_names(decoder.architecture), decoder)
     tensors = without_padding(tensors, decoder)
@@ -78,7 +78,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} contains no model.safetensors and no model.safetensors.index.json; use another folder")
 
 
-def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """Parses the header: eight bytes with its length, then JSON. The tensors follow."""
     on_disk = file.stat().st_size
     with open(file, "rb") as stream:

@@ -93,6 +93,34 @@ def dtype_options(command: Callable) -> Callable:
     return dtype(quantization(command))
 
 
+class NamedAdapter(click.ParamType):
+    """PATH or NAME=PATH, as (name, path); without a name it is the last part of the path."""
+
+    name = "[name=]path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        name, equals, path = value.rpartition("=")
+        if not path or (equals and not name):
+            self.fail(f"{value!r} must be PATH or NAME=PATH", param, ctx)
+        return (name or path.rstrip("/").rpartition("/")[2] or path), path
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+def adapter_options(command: Callable) -> Callable:
+    """Adds --adapter, as (name, path) pairs in `adapters`, and --adapter-scale."""
+    adapter = click.option(
+        "--adapter",
+        "adapters",
+        type=NamedAdapter(),
+        multiple=True,
+        help="Folder or repository of a LoRA adapter. Of several, the first is used, or what a line of a batch names.",
+    )
+    scale = click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Multiplies the change.")
+    return adapter(scale(command))
+
+
 def cache_options(command: Callable) -> Callable:
     """Adds --cache, --kv-dtype and --max-model-len."""
     cache = click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)

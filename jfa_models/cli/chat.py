@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import JsonObject, cache_options, model_options
+from jfa_models.cli.base import JsonObject, adapter_options, cache_options, model_options
 from jfa_models.cli.sampling import check_sampling, sampling_options
 
 _COMMAND = re.compile(r"/\w+")
@@ -14,6 +14,7 @@ _COMMAND = re.compile(r"/\w+")
 
 @click.command()
 @model_options
+@adapter_options
 @cache_options
 @sampling_options
 @click.option("--system", help="System prompt.")
@@ -24,6 +25,8 @@ def chat(
     model: str,
     dtype: str | None,
     quantization: str | None,
+    adapters: tuple[tuple[str, str], ...],
+    adapter_scale: float,
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
@@ -40,7 +43,14 @@ def chat(
     from jfa_models.decoding.language_model import Session
 
     language_model = running.load(
-        model, dtype=dtype, quantization=quantization, cache=cache, kv_dtype=kv_dtype, context_length=max_model_len
+        model,
+        dtype=dtype,
+        quantization=quantization,
+        adapters=adapters,
+        adapter_scale=adapter_scale,
+        cache=cache,
+        kv_dtype=kv_dtype,
+        context_length=max_model_len,
     )
     tokenizer = language_model.tokenizer
     if tokenizer is None or not tokenizer.chat_templates:
@@ -69,7 +79,8 @@ def chat(
         turn = [*messages, {"role": "user", "content": message}]
         try:
             text = tokenizer.apply_chat_template(turn, **(template_kwargs or {}))
-            results = language_model.stream(tokenizer.encode(text, add_special_tokens=False), params, session=session)
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            results = language_model.stream(ids, params, session=session, adapter=language_model.adapters.first)
             answer = running.print_growth(results, after=answers)
         except ValueError as error:
             click.echo(f"jfa: {error}. /reset starts a new conversation.", err=True)

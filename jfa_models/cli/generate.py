@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from jfa_models.cli.base import cache_options, model_options
+from jfa_models.cli.base import adapter_options, cache_options, model_options
 from jfa_models.cli.sampling import check_sampling, sampling_options
 
 # Options for a single prompt, which a batch does not support.
@@ -16,6 +17,7 @@ SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--jso
 @click.argument("text", required=False)
 @click.option("--prompt", help="Prompt, instead of the argument TEXT.")
 @model_options
+@adapter_options
 @cache_options
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of streaming text.")
@@ -34,6 +36,8 @@ def generate(
     model: str,
     dtype: str | None,
     quantization: str | None,
+    adapters: tuple[tuple[str, str], ...],
+    adapter_scale: float,
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
@@ -46,7 +50,8 @@ def generate(
     """Continue TEXT, or each prompt of a --batch-file.
 
     Each line of a batch file is a JSON object like {"prompt": "The capital of France is", "max_tokens": 20}, with a
-    prompt or prompt_token_ids, and optionally an id and fields of SamplingParams, which override the options.
+    prompt or prompt_token_ids, and optionally an id, the name of an adapter and fields of SamplingParams, which
+    override the options.
     After an interruption, the same command resumes the batch.
     """
 
@@ -54,15 +59,21 @@ def generate(
         return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
     check_sampling(sampling)
+    loading: dict[str, Any] = dict(
+        model=model,
+        dtype=dtype,
+        quantization=quantization,
+        adapters=adapters,
+        adapter_scale=adapter_scale,
+        context_length=max_model_len,
+    )
     if batch_file is not None or output is not None:
         if batch_file is None or output is None:
             raise click.UsageError("--batch-file and --output must be given together")
         for name, option in SINGLE_PROMPT_OPTIONS.items():
             if is_given(name) and context.params[name] != "paged":
                 raise click.UsageError(f"{option} cannot be combined with --batch-file, which uses a paged cache")
-        context.exit(
-            _batch(batch_file, output, max_num_seqs, model, dtype, quantization, kv_dtype, max_model_len, sampling)
-        )
+        context.exit(_batch(batch_file, output, max_num_seqs, kv_dtype, sampling, loading))
     if is_given("max_num_seqs"):
         raise click.UsageError("--max-num-seqs needs --batch-file: it has no effect on a single prompt")
     given = [one for one in (text, prompt) if one is not None]
@@ -71,28 +82,19 @@ def generate(
 
     from jfa_models.cli import running
 
-    language_model = running.load(
-        model, dtype=dtype, quantization=quantization, cache=cache, kv_dtype=kv_dtype, context_length=max_model_len
-    )
-    params = running.sampling_params(language_model, sampling)
+    language_model = running.load(**loading, cache=cache, kv_dtype=kv_dtype)
+    params, adapter = running.sampling_params(language_model, sampling), language_model.adapters.first
     if as_json:
-        click.echo(json.dumps(running.timed(language_model, given[0], params), ensure_ascii=False))
+        click.echo(json.dumps(running.timed(language_model, given[0], params, adapter), ensure_ascii=False))
     else:
-        running.print_growth(language_model.stream(given[0], params), after=click.style(given[0], dim=True))
+        results = language_model.stream(given[0], params, adapter=adapter)
+        running.print_growth(results, after=click.style(given[0], dim=True))
 
 
 def _batch(
-    batch_file: Path,
-    output: Path,
-    max_num_seqs: int,
-    model: str,
-    dtype: str | None,
-    quantization: str | None,
-    kv_dtype: str | None,
-    max_model_len: int | None,
-    sampling,
+    batch_file: Path, output: Path, max_num_seqs: int, kv_dtype: str | None, sampling, loading: dict[str, Any]
 ) -> int:
-    """Runs a batch file and returns the exit status."""
+    """Runs a batch file and returns the exit status. loading: the arguments of running.load."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -106,7 +108,7 @@ def _batch(
     if not lines:
         click.echo(f"all {len(done)} results are already in {output}", err=True)
         return 0
-    language_model = running.load(model, dtype=dtype, quantization=quantization, context_length=max_model_len)
+    language_model = running.load(**loading)
     params = running.sampling_params(language_model, sampling)
     engine = Engine(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype)
     console, errors, written = Console(stderr=True), 0, 0
@@ -114,7 +116,7 @@ def _batch(
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("generating", total=len(lines) + len(done), completed=len(done))
-            for result in batch.run(engine, lines, output, params):
+            for result in batch.run(engine, lines, output, params, language_model.adapters.first):
                 written += 1
                 errors += "error" in result
                 bar.advance(task)

@@ -5,7 +5,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
 
 
-def load(model: str, **options) -> LanguageModel:
+def load(
+    model: str, *, adapters: Sequence[tuple[str, str]] = (), adapter_scale: float = 1.0, **options
+) -> LanguageModel:
     """Loads a model while a status line is shown; compiled programs are cached for the next start."""
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfa" / "xla"
@@ -31,6 +33,8 @@ def load(model: str, **options) -> LanguageModel:
     with Console(stderr=True).status(f"loading {escape(model)}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         loaded = from_pretrained(model, **options)
+        for name, path in adapters:
+            loaded.load_adapter(name, path, scale=adapter_scale)
     for warning in caught:
         click.echo(f"jfa: {warning.message}", err=True)
     return loaded
@@ -68,12 +72,12 @@ def print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
     return shown
 
 
-def timed(model: LanguageModel, prompt: str, params: SamplingParams) -> dict:
+def timed(model: LanguageModel, prompt: str, params: SamplingParams, adapter: str | None) -> dict:
     """Generates for one prompt and measures times, after generating two tokens to compile every step."""
-    for _ in itertools.islice(model.stream(prompt, params), 2):
+    for _ in itertools.islice(model.stream(prompt, params, adapter=adapter), 2):
         pass
     start = time.perf_counter()
-    results = model.stream(prompt, params)
+    results = model.stream(prompt, params, adapter=adapter)
     result = next(results)
     first = time.perf_counter()
     *_, result = result, *results

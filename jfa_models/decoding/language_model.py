@@ -14,11 +14,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from jfa import QuantizedArray
+from jfa.quant import dequantize
+from jfa_models.checkpoints.changes import merged
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.load import is_weight, quantized
+from jfa_models.checkpoints.peft import Adapter, read_adapter
 from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.save import save_checkpoint
 from jfa_models.decoding import caches
+from jfa_models.decoding.adapters import AdapterBank, Loaded, Names, names_of, rows_of
 from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.options import DTYPES, CacheOptions
 from jfa_models.decoding.outputs import RequestOutput
@@ -36,6 +40,7 @@ from jfa_models.decoding.steps import DecodeState, Emitted, Steps
 from jfa_models.model.attention import Cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
+from jfa_models.model.lora import Adapters
 from jfa_models.text.tokenizer import Tokenizer
 
 
@@ -71,6 +76,7 @@ class LanguageModel:
       defaults: the sampling parameters that the checkpoint's authors recommend.
       eos_token_ids: the end-of-text, -turn and -message tokens of the defaults and of the tokenizer.
       cache_options: the options of new_cache.
+      adapters: those that load_adapter has loaded.
     """
 
     def __init__(
@@ -81,9 +87,13 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         defaults: GenerationDefaults | None = None,
         cache_options: CacheOptions | None = None,
+        max_adapters: int | None = None,
+        max_rank: int | None = None,
     ):
         self.config: DecoderConfig = decoder.config
-        self._names = tuple(named_leaves(decoder))
+        self._decoder = decoder
+        leaves = named_leaves(decoder)
+        self._names = tuple(leaves)
         self.params = params
         self.tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
@@ -95,8 +105,17 @@ class LanguageModel:
             )
         self.eos_token_ids = tuple(token_id for token_id in ends if token_id not in outside)
         self.cache_options = cache_options or CacheOptions()
-        self.dtype = next(iter(named_leaves(decoder).values())).dtype
+        self.dtype = next(iter(leaves.values())).dtype
         self.steps = Steps(decoder)
+        self._shapes = {name: tuple(x.shape) for name, x in leaves.items()}
+        self.adapters = AdapterBank(
+            self.config,
+            self._shapes,
+            self._float32,
+            dtype=self.dtype,
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+        )
 
     @classmethod
     def random(
@@ -147,12 +166,66 @@ class LanguageModel:
         named = dict(zip(self._names, self.params, strict=True))
         save_checkpoint(Path(folder), self.config, named, generation=self.defaults, tokenizer=self.tokenizer)
 
-    def logits(self, input_ids: ArrayLike, lengths: ArrayLike | None = None) -> Float[Array, "b t vocab"]:
+    def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter, *, scale: float = 1.0) -> None:
+        """Loads an adapter, which requests then choose by its name; also while requests run.
+
+        Args:
+          adapter: a folder in the format of PEFT (LoRA, rsLoRA, DoRA), a Hugging Face repository, "owner/name", or an
+            Adapter in memory.
+          scale: multiplies its low-rank changes; 0 leaves the base.
+
+        Raises:
+          ValueError: there is no such adapter, it does not fit this model, the name is taken, or there is no room.
+        """
+        if not isinstance(adapter, Adapter):
+            path = adapter if isinstance(adapter, str) else Path(adapter)
+            adapter = read_adapter(path, self.config, self._shapes)
+        self.adapters.load(name, adapter, scale)
+
+    def unload_adapter(self, name: str) -> None:
+        """Removes an adapter. Requests that use it end with it; new ones cannot choose it.
+
+        Raises:
+          ValueError: there is none of this name.
+        """
+        self.adapters.unload(name)
+
+    def merge_adapter(self, name: str) -> "LanguageModel":
+        """A model whose weights include an adapter, and which has no adapters; this one stays as it is.
+
+        Sums are float32, and rounded once to the dtype of the weights. If the adapter changes only one use of a tied
+        embedding, the new model has an output layer of its own.
+
+        Raises:
+          ValueError: there is no such adapter, or it changes quantized weights or biases that the model does not have.
+        """
+        one = self.adapters.find(name)
+        assert one is not None
+        config, params = merged(self.config, dict(zip(self._names, self.params, strict=True)), one.changes)
+        decoder = self._decoder
+        if config != self.config:
+            decoder = abstract_decoder(config, self.dtype, self._decoder.implementation)
+        return LanguageModel(
+            decoder=decoder,
+            params=tuple(params[name] for name in named_leaves(decoder)),
+            tokenizer=self.tokenizer,
+            defaults=self.defaults,
+            cache_options=self.cache_options,
+        )
+
+    def _float32(self, name: str) -> Float[np.ndarray, "..."]:
+        held = self.params[self._names.index(name)]
+        return np.asarray(dequantize(held, np.float32) if isinstance(held, QuantizedArray) else held, np.float32)
+
+    def logits(
+        self, input_ids: ArrayLike, lengths: ArrayLike | None = None, *, adapter: Names = None
+    ) -> Float[Array, "b t vocab"]:
         """The logits of the next token after every token, computed without a cache.
 
         Args:
           input_ids: i32[b, t], rows padded on the right with any valid id.
           lengths: i32[b], number of tokens in each row; the logits of the padding are meaningless. None: all.
+          adapter: the name of a loaded adapter, or one for each row; None: none.
         """
         tokens = np.asarray(input_ids)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
@@ -171,7 +244,11 @@ class LanguageModel:
             if lengths.size and not 0 <= lengths.min() <= lengths.max() <= t:
                 raise ValueError(f"lengths must be 0 to {t}, the length of a row, got {lengths.tolist()}")
             lengths = lengths.astype(np.int32)
-        return self.steps.logits(self.params, tokens.astype(np.int32), lengths)
+        loaded = [self.adapters.find(name) for name in names_of(adapter, len(tokens))]
+        with self.adapters.using(loaded):
+            adapters = self.adapters.on_device if any(loaded) else None
+            slots = rows_of(loaded, len(tokens))
+            return self.steps.logits(self.params, tokens.astype(np.int32), lengths, slots, adapters=adapters)
 
     def default_params(self, **overrides) -> SamplingParams:
         """The SamplingParams that the checkpoint's authors recommend, with vLLM's defaults for unspecified fields."""
@@ -186,6 +263,7 @@ class LanguageModel:
         *,
         max_batch: int = 8,
         seed: int = 0,
+        adapter: Names = None,
     ) -> list[RequestOutput]:
         """Continues each prompt; returns the results in the order of the prompts.
 
@@ -196,14 +274,16 @@ class LanguageModel:
           prompts: one or several prompts of any length, each a string or token ids.
           sampling_params: one for all prompts or one per prompt; None: default_params().
           max_batch: maximum number of prompts per batch.
+          adapter: the name of a loaded adapter, or one per prompt; None: none.
 
         Raises:
           ValueError: a prompt is empty, or prompt and max_tokens together exceed the context length.
         """
         max_batch = integer("max_batch", max_batch, 1, None, "it is the number of rows that are computed together")
-        requests = self._requests(as_prompts(prompts), sampling_params, seed)
-        for first in range(0, len(requests), max_batch):
-            self._run_batch(requests[first : first + max_batch])
+        requests = self._requests(as_prompts(prompts), sampling_params, seed, adapter)
+        with self.adapters.using([request.adapter for request in requests]):
+            for first in range(0, len(requests), max_batch):
+                self._run_batch(requests[first : first + max_batch])
         return [request.output() for request in requests]
 
     def stream(
@@ -213,16 +293,18 @@ class LanguageModel:
         *,
         session: "Session | None" = None,
         seed: int = 0,
+        adapter: str | None = None,
     ) -> Iterator[RequestOutput]:
         """Continues one prompt and yields the result so far after every token; the last one has a finish_reason.
 
         Args:
           session: stores the cache for the next call, which then computes only the new part of its prompt.
+          adapter: the name of a loaded adapter; None: none.
 
         Raises:
           ValueError: as in generate, before the first token.
         """
-        [request] = self._requests([prompt], sampling_params, seed)
+        [request] = self._requests([prompt], sampling_params, seed, adapter)
         session = Session() if session is None else session
         return self._stream(request, session)
 
@@ -232,31 +314,38 @@ class LanguageModel:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         seed: int = 0,
+        adapter: Names = None,
     ) -> DecodeState:
         """Prefills a batch of prompts and samples the first tokens; for callers that run `steps.decode` themselves.
 
-        The number of rows is rounded up to a power of two, as in generate; rows without a prompt are not active.
+        The number of rows is rounded up to a power of two, as in generate; rows without a prompt are not active. If a
+        row has an adapter, the steps need adapters=model.adapters.on_device.
         """
-        return self._start(self._requests(as_prompts(prompts), sampling_params, seed))[0]
+        return self._start(self._requests(as_prompts(prompts), sampling_params, seed, adapter))[0]
 
     def _stream(self, request: "_Request", session: "Session") -> Iterator[RequestOutput]:
         prompt_ids = request.prompt_ids
-        cache, known = session.take(self, prompt_ids, len(prompt_ids) + request.max_tokens)
-        state, emitted = self._prefill([request], cache, [prompt_ids[known:]])
-        try:
-            while not request.finished:
-                shown = emitted
-                if len(request.completion.token_ids) + 1 < request.max_tokens:
-                    # the next step runs on the device while the host reads and prints this one
-                    state, emitted = self.steps.decode(self.params, state)
-                shown = jax.device_get(shown)
-                request.completion.push(shown.sampled, 0)
-                yield request.output()
-        finally:
-            # the cache contains every token except the last one, which only a step that ran ahead may have added
-            held = [*prompt_ids, *request.completion.token_ids[:-1]]
-            if request.completion.error is None:  # otherwise the cache may hold NaN: the next call starts over
-                session.give(state.cache, held)
+        with self.adapters.using([request.adapter]):
+            cache, known = session.take(self, prompt_ids, len(prompt_ids) + request.max_tokens, request.adapter)
+            state, emitted = self._prefill([request], cache, [prompt_ids[known:]])
+            try:
+                while not request.finished:
+                    shown = emitted
+                    if len(request.completion.token_ids) + 1 < request.max_tokens:
+                        # the next step runs on the device while the host reads and prints this one
+                        state, emitted = self.steps.decode(self.params, state, adapters=self._adapters([request]))
+                    shown = jax.device_get(shown)
+                    request.completion.push(shown.sampled, 0)
+                    yield request.output()
+            finally:
+                # the cache contains every token except the last one, which only a step that ran ahead may have added
+                held = [*prompt_ids, *request.completion.token_ids[:-1]]
+                if request.completion.error is None:  # otherwise the cache may hold NaN: the next call starts over
+                    session.give(state.cache, held)
+
+    def _adapters(self, requests: "Sequence[_Request]") -> Adapters | None:
+        """Those of the steps of these requests."""
+        return self.adapters.on_device if any(request.adapter for request in requests) else None
 
     def _run_batch(self, requests: "Sequence[_Request]") -> None:
         """Runs one batch until all its requests have finished."""
@@ -267,7 +356,7 @@ class LanguageModel:
             active = np.zeros(state.active.shape, bool)
             active[: len(requests)] = [not request.finished for request in requests]
             state = dataclasses.replace(state, active=active)
-            state, emitted, num_steps = self.steps.decode_many(self.params, state)
+            state, emitted, num_steps = self.steps.decode_many(self.params, state, adapters=self._adapters(requests))
             self._push(requests, jax.device_get(emitted), int(num_steps))
 
     @staticmethod
@@ -298,20 +387,25 @@ class LanguageModel:
             request_ids=[*(request.index for request in requests), *range(len(empty))],
         )
         hidden = jnp.zeros((size, self.config.hidden_size), self.dtype)
+        slots, adapters = rows_of([request.adapter for request in requests], size), self._adapters(requests)
         for tokens, lengths in caches.prefill_chunks(prompts, size):
-            cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths)
-        return self.steps.first(self.params, cache, hidden, rows, np.arange(size) < len(requests))
+            cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
+        active = np.arange(size) < len(requests)
+        return self.steps.first(self.params, cache, hidden, rows, active, slots, adapters=adapters)
 
     def new_cache(self, *, batch: int, capacity: int) -> Cache:
         """An empty cache for at least capacity tokens per row."""
         return caches.new_cache(self.config, self.cache_options, batch=batch, capacity=capacity, dtype=self.dtype)
 
-    def _requests(self, prompts: Sequence[Prompt], sampling_params, seed: int) -> "list[_Request]":
+    def _requests(self, prompts: Sequence[Prompt], sampling_params, seed: int, adapter: Names) -> "list[_Request]":
         seed = integer("seed", seed, 0, None, SEED_ADVICE)
-        pairs = zip(prompts, one_per_prompt(sampling_params, len(prompts)), strict=True)
-        return [self._request(i, prompt, params, seed) for i, (prompt, params) in enumerate(pairs)]
+        adapters = [self.adapters.find(name) for name in names_of(adapter, len(prompts))]
+        given = zip(prompts, one_per_prompt(sampling_params, len(prompts)), adapters, strict=True)
+        return [self._request(i, prompt, params, seed, loaded) for i, (prompt, params, loaded) in enumerate(given)]
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams | None, seed: int) -> "_Request":
+    def _request(
+        self, index: int, prompt: Prompt, params: SamplingParams | None, seed: int, adapter: Loaded | None
+    ) -> "_Request":
         params = self.default_params() if params is None else params
         check_kind(params, SamplingParams)
         for name, value, none in (("n", params.n, 1), ("prompt_logprobs", params.prompt_logprobs, None)):
@@ -319,7 +413,9 @@ class LanguageModel:
                 raise ValueError(f"{name} must be {none} in LanguageModel, got {value}; use jfa_models.LLM instead")
         ids = self.prompt_ids(prompt, name=f"prompt {index}")
         completion = self.completion(ids, params, name=f"prompt {index}")
-        return _Request(index=index, prompt=text_of(prompt), prompt_ids=ids, completion=completion, seed=seed)
+        return _Request(
+            index=index, prompt=text_of(prompt), prompt_ids=ids, completion=completion, seed=seed, adapter=adapter
+        )
 
     def prompt_ids(self, prompt: Prompt, *, name: str = "the prompt") -> list[int]:
         """The token ids of a prompt. Error messages refer to it by `name`.
@@ -399,11 +495,16 @@ class Session:
 
     def __init__(self) -> None:
         self._model: LanguageModel | None = None
+        self._adapter: Loaded | None = None
         self._cache: Cache | None = None
         self._ids: list[int] = []
 
-    def take(self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int) -> tuple[Cache, int]:
+    def take(
+        self, model: LanguageModel, prompt_ids: Sequence[int], capacity: int, adapter: Loaded | None
+    ) -> tuple[Cache, int]:
         """A cache with room for capacity tokens, and how many of prompt_ids are already in it (never all of them).
+
+        With another adapter than in the last call, none are.
 
         Raises:
           ValueError: the cache belongs to another model.
@@ -411,6 +512,8 @@ class Session:
         if self._model not in (None, model):
             raise ValueError("this session has the cache of another model; use a separate session for each model")
         self._model = model
+        if self._adapter is not adapter:
+            self._adapter, self._ids = adapter, []
         cache, self._cache = self._cache, None
         if cache is None:
             return model.new_cache(batch=1, capacity=capacity), 0
@@ -438,6 +541,7 @@ class _Request:
     prompt_ids: list[int]
     completion: Completion
     seed: int
+    adapter: Loaded | None
 
     @property
     def params(self) -> SamplingParams:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -29,6 +30,9 @@ def from_pretrained(
     page_size: int = 16,
     quantization: str | None = None,
     context_length: int | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    max_adapters: int | None = None,
+    max_rank: int | None = None,
 ) -> "LanguageModel":
     """Loads a model of a supported family (families.FAMILIES).
 
@@ -44,6 +48,9 @@ def from_pretrained(
         float32, for one in bfloat16 bfloat16 or float32, and floats of `dtype` if that is given.
       context_length: maximum number of tokens of a prompt and its answer, if less than the model's own. A model with
         two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
+      adapters: adapters to load, by the names that requests choose them by (LanguageModel.load_adapter).
+      max_adapters, max_rank: memory is reserved for this many adapters of up to this rank on the layers of attention
+        and MLPs: loading them compiles nothing. None: room is made for each one, and steps compile anew.
 
     Raises:
       ValueError: the checkpoint does not exist, has no weights or is damaged, or its architecture or dtype is not
@@ -75,13 +82,18 @@ def from_pretrained(
     abstract = abstract_decoder(config, dtype)
     expected = named_leaves(abstract)
     params = load_params(checkpoint, expected, weights)
-    return LanguageModel(
+    loaded = LanguageModel(
         decoder=abstract,
         params=tuple(params[name] for name in expected),
         tokenizer=checkpoint.load_tokenizer(),
         defaults=checkpoint.generation,
         cache_options=options,
+        max_adapters=max_adapters,
+        max_rank=max_rank,
     )
+    for adapter, path in (adapters or {}).items():
+        loaded.load_adapter(adapter, path)
+    return loaded
 
 
 def weights_of(checkpoint: Checkpoint, quantization: str | None, dtype: DTypeLike | None) -> Weights:

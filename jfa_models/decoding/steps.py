@@ -7,6 +7,7 @@ dispatch) and a state that is donated and returned. A step compiles once per sha
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jfa_models.decoding.params import MAX_LOGPROBS
 from jfa_models.decoding.sampling import Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
 from jfa_models.model.attention import Cache
 from jfa_models.model.decoder import Decoder
+from jfa_models.model.lora import NO_ADAPTER, Adapters
 
 # Tokens decoded per call for an offline batch; the host checks for stop strings in between.
 STEPS_PER_CALL = 32
@@ -38,6 +40,7 @@ class DecodeState:
       token: the last token of each row.
       num_generated: tokens emitted by each row.
       active: rows that continue; the others are computed but change nothing.
+      adapter: the slot of each row's adapter; None: no row has one.
     """
 
     cache: Cache
@@ -45,6 +48,7 @@ class DecodeState:
     token: Int[Array, " b"]
     num_generated: Int[Array, " b"]
     active: Bool[Array, " b"]
+    adapter: Int[Array, " b"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +71,7 @@ class Batch:
       slot: the slot of each row; out of range for padding rows.
       last: the index in tokens of the token whose successor a row samples; one past the end for none.
       next_tokens: the token after each one, if the log-probabilities of a prompt are requested.
+      adapter: the slot of each row's adapter; None: no row has one.
     """
 
     tokens: Int[Array, " n"]
@@ -74,6 +79,7 @@ class Batch:
     slot: Int[Array, " b"]
     last: Int[Array, " b"]
     next_tokens: Int[Array, " n"] | None = None
+    adapter: Int[Array, " b"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -87,13 +93,28 @@ class Slots:
     logit_bias: Float[Array, "slots vocab"] | None = None
 
 
+class Adapted(NamedTuple):
+    """A decoder whose weights adapters change; the arguments are those of its own."""
+
+    decoder: Decoder
+    adapters: Adapters | None
+
+    def __call__(self, tokens: Int[Array, "b t"], **given) -> tuple[Float[Array, "b t hidden"], Cache | None]:
+        return self.decoder(tokens, adapters=self.adapters, **given)
+
+    def unembed(
+        self, hidden: Float[Array, "*b hidden"], slot: Int[Array, "*#b"] | None = None
+    ) -> Float[Array, "*b vocab"]:
+        return self.decoder.unembed(hidden, self.adapters, slot)
+
+
 class Steps:
     """The compiled steps of one decoder.
 
-    logits(params, tokens [b, t], lengths) -> f32[b, t, vocab], without a cache
-    prefill(params, cache, hidden, tokens [b, t], lengths) -> (cache, hidden): t more tokens of each row
-    score(params, cache, tokens [b, t], lengths) -> (cache, f32[b, t, vocab]): the same, with logits after each token
-    first(params, cache, hidden, rows, active) -> (state, emitted): the token after the prompt
+    logits(params, tokens [b, t], lengths, adapter) -> f32[b, t, vocab], without a cache
+    prefill(params, cache, hidden, tokens [b, t], lengths, adapter) -> (cache, hidden): t more tokens of each row
+    score(params, cache, tokens [b, t], lengths, adapter) -> (cache, f32[b, t, vocab]): with logits after each token
+    first(params, cache, hidden, rows, active, adapter) -> (state, emitted): the token after the prompt
     decode(params, state) -> (state, emitted): one more token
     decode_many(params, state) -> (state, emitted [n, b], num_steps): up to n = STEPS_PER_CALL more tokens
 
@@ -103,7 +124,8 @@ class Steps:
     adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: sets a slot's values for a request
     copy_pages(cache, source, destination, table=0) -> cache
 
-    Cache, state, slots and the hidden state of prefill are donated.
+    Cache, state, slots and the hidden state of prefill are donated. All that take params also take adapters=, which
+    matter to the rows whose `adapter` is a slot: one program if some row of a step has one, and one if none has.
     """
 
     def __init__(self, decoder: Decoder):
@@ -113,8 +135,9 @@ class Steps:
         def step(function: Callable, *, donate: Sequence[int] = ()) -> Callable:
             @functools.partial(jax.jit, donate_argnums=donate)
             @functools.wraps(function)
-            def run(params, *args):
-                return with_default_rules(function)(nnx.merge(graphdef, jax.tree.unflatten(treedef, params)), *args)
+            def run(params, *args, adapters=None):
+                decoder = nnx.merge(graphdef, jax.tree.unflatten(treedef, params))
+                return with_default_rules(function)(Adapted(decoder, adapters), *args)
 
             return run
 
@@ -130,52 +153,65 @@ class Steps:
         self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0, static_argnames="table")
 
 
-def _logits(decoder: Decoder, tokens: Int[Array, "b t"], lengths: Int[Array, " b"] | None) -> Float[Array, "b t vocab"]:
-    hidden, _ = decoder(tokens, lengths=lengths)
-    return decoder.unembed(hidden)
+def _logits(
+    decoder: Adapted,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, " b"] | None,
+    adapter: Int[Array, " b"] | None = None,
+) -> Float[Array, "b t vocab"]:
+    hidden, _ = decoder(tokens, lengths=lengths, slot=adapter)
+    return decoder.unembed(hidden, None if adapter is None else adapter[:, None])
 
 
 def _prefill(
-    decoder: Decoder,
+    decoder: Adapted,
     cache: Cache,
     hidden: Float[Array, "b hidden"],
     tokens: Int[Array, "b t"],
     lengths: Int[Array, " b"],
+    adapter: Int[Array, " b"] | None = None,
 ) -> tuple[Cache, Float[Array, "b hidden"]]:
     """hidden: the state of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
-    states, filled = decoder(tokens, lengths=lengths, cache=cache)
+    states, filled = decoder(tokens, lengths=lengths, cache=cache, slot=adapter)
     assert filled is not None
     last = states[jnp.arange(tokens.shape[0]), jnp.maximum(lengths - 1, 0)]
     return filled, jnp.where((lengths > 0)[:, None], last, hidden)
 
 
 def _score(
-    decoder: Decoder, cache: Cache, tokens: Int[Array, "b t"], lengths: Int[Array, " b"]
+    decoder: Adapted,
+    cache: Cache,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, " b"],
+    adapter: Int[Array, " b"] | None = None,
 ) -> tuple[Cache, Float[Array, "b t vocab"]]:
-    states, filled = decoder(tokens, lengths=lengths, cache=cache)
+    states, filled = decoder(tokens, lengths=lengths, cache=cache, slot=adapter)
     assert filled is not None
-    return filled, decoder.unembed(states)
+    return filled, decoder.unembed(states, None if adapter is None else adapter[:, None])
 
 
 def _first(
-    decoder: Decoder,
+    decoder: Adapted,
     cache: Cache,
     hidden: Float[Array, "b hidden"],
     rows: SamplingRows,
     active: Bool[Array, " b"],
+    adapter: Int[Array, " b"] | None = None,
 ) -> tuple[DecodeState, Emitted]:
     none = jnp.zeros(hidden.shape[0], jnp.int32)
-    return _emit(decoder, hidden, DecodeState(cache=cache, rows=rows, token=none, num_generated=none, active=active))
+    state = DecodeState(cache=cache, rows=rows, token=none, num_generated=none, active=active, adapter=adapter)
+    return _emit(decoder, hidden, state)
 
 
-def _decode(decoder: Decoder, state: DecodeState) -> tuple[DecodeState, Emitted]:
-    states, cache = decoder(state.token[:, None], lengths=state.active.astype(jnp.int32), cache=state.cache)
+def _decode(decoder: Adapted, state: DecodeState) -> tuple[DecodeState, Emitted]:
+    lengths = state.active.astype(jnp.int32)
+    states, cache = decoder(state.token[:, None], lengths=lengths, cache=state.cache, slot=state.adapter)
     return _emit(decoder, states[:, 0], dataclasses.replace(state, cache=cache))
 
 
-def _emit(decoder: Decoder, hidden: Float[Array, "b hidden"], state: DecodeState) -> tuple[DecodeState, Emitted]:
+def _emit(decoder: Adapted, hidden: Float[Array, "b hidden"], state: DecodeState) -> tuple[DecodeState, Emitted]:
     """Samples the token after hidden and counts it."""
-    sampled = sample(decoder.unembed(hidden), state.rows, state.num_generated)
+    sampled = sample(decoder.unembed(hidden, state.adapter), state.rows, state.num_generated)
     num_generated = state.num_generated + state.active
     ended = finished_by_id(state.rows, sampled.token) | (num_generated >= state.rows.max_tokens)
     active = state.active & ~ended
@@ -185,11 +221,12 @@ def _emit(decoder: Decoder, hidden: Float[Array, "b hidden"], state: DecodeState
         token=jnp.maximum(sampled.token, 0),  # a row without a token has ended
         num_generated=num_generated,
         active=active,
+        adapter=state.adapter,
     )
     return state, Emitted(sampled=sampled, active=active)
 
 
-def _decode_many(decoder: Decoder, state: DecodeState) -> tuple[DecodeState, Emitted, Int[Array, ""]]:
+def _decode_many(decoder: Adapted, state: DecodeState) -> tuple[DecodeState, Emitted, Int[Array, ""]]:
     """Decodes until no row is active, at most STEPS_PER_CALL tokens; emitted[:num_steps] is filled."""
     shapes = jax.eval_shape(functools.partial(_decode, decoder), state)[1]
     emitted = jax.tree.map(lambda x: jnp.zeros((STEPS_PER_CALL, *x.shape), x.dtype), shapes)
@@ -207,7 +244,7 @@ def _decode_many(decoder: Decoder, state: DecodeState) -> tuple[DecodeState, Emi
 
 
 def _advance(
-    decoder: Decoder, cache: jfa.PagedKVCache, last_token: Int[Array, " slots"], batch: Batch
+    decoder: Adapted, cache: jfa.PagedKVCache, last_token: Int[Array, " slots"], batch: Batch
 ) -> tuple[Cache, Float[Array, "b vocab"], Sampled | None]:
     """The logits after each row's `last` token; with next_tokens also their log-probabilities, a row per token."""
     n, b = batch.tokens.shape[0], batch.slot.shape[0]
@@ -221,16 +258,20 @@ def _advance(
     known = jnp.take(batch.tokens, first, mode="clip")
     token = jnp.where(known < 0, jnp.take(last_token, batch.slot, mode="clip"), known)
     tokens = batch.tokens.at[first].set(token, mode="drop").reshape(shape)
-    states, filled = decoder(tokens, lengths=lengths, query_start=batch.query_start, cache=cache)
+    states, filled = decoder(tokens, lengths=lengths, query_start=batch.query_start, cache=cache, slot=batch.adapter)
     assert filled is not None
     states = states.reshape(n, -1)
-    logits = decoder.unembed(jnp.take(states, batch.last, axis=0, mode="clip"))
+    logits = decoder.unembed(jnp.take(states, batch.last, axis=0, mode="clip"), batch.adapter)
     if batch.next_tokens is None:
         return filled, logits, None
+    slot = None  # of each token
+    if batch.adapter is not None and batch.query_start is not None:
+        row = jnp.searchsorted(batch.query_start[1:], jnp.arange(n), side="right", method="compare_all")
+        slot = jnp.append(batch.adapter, NO_ADAPTER)[row]
 
     def block(part):
-        states, tokens = part
-        raw = decoder.unembed(states).astype(jnp.float32)
+        states, tokens, slot = part
+        raw = decoder.unembed(states, slot).astype(jnp.float32)
         return with_logprobs(tokens, raw, min(MAX_LOGPROBS, raw.shape[-1]))
 
     # the logits of a whole chunk could be larger than the model
@@ -239,7 +280,7 @@ def _advance(
     def in_blocks(x):
         return jnp.pad(x, [(0, -n % rows), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, rows, *x.shape[1:])
 
-    found = lax.map(block, jax.tree.map(in_blocks, (states, batch.next_tokens)))
+    found = lax.map(block, jax.tree.map(in_blocks, (states, batch.next_tokens, slot)))
     return filled, logits, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
 
 

@@ -203,6 +203,7 @@ class Engine:
         priority: int = 0,
         number: int | None = None,
         on_output: OnOutput | None = None,
+        adapter: str | None = None,
     ) -> str:
         """Queues a prompt and returns the request's id.
 
@@ -211,14 +212,15 @@ class Engine:
           priority: smaller values run first.
           number: a request without a seed gets one from (the engine's seed, number); None: the request count so far.
           on_output: called within step with the result so far, whenever it grew. If it raises, only its request ends.
+          adapter: the name of a loaded adapter (LanguageModel.load_adapter); None: none.
 
         Raises:
           ValueError: the request can never be served; the message says why, with the numbers.
         """
-        return self._submit(prompt, params, request_id, priority, number, on_output).id
+        return self._submit(prompt, params, request_id, priority, number, adapter, on_output).id
 
     def _submit(
-        self, prompt, params, request_id=None, priority=0, number=None, on_output=None, is_streamed=False
+        self, prompt, params, request_id, priority, number, adapter, on_output, *, is_streamed=False
     ) -> Request:
         self._check_not_broken()
         if not isinstance(priority, int):
@@ -236,6 +238,7 @@ class Engine:
             arrival=self._clock(),
             on_output=on_output,
             is_streamed=is_streamed,
+            adapter=self.model.adapters.find(adapter),
         )
         if isinstance(params, BeamSearchParams):
             self._begin_beams(request, params)
@@ -246,6 +249,7 @@ class Engine:
                 request.id += "+"  # a caller has chosen this id
             if request.id in self._results.requests:
                 raise ValueError(f"request id {request_id!r} is in use; wait for that request or choose another id")
+            self.model.adapters.hold(request.adapter)
             self._results.requests[request.id] = request
             self._inbox.put(request)
         return request
@@ -287,15 +291,20 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         number: int | None = None,
+        adapter: str | None = None,
     ) -> "Stream":
         """Iterates over one request's results as they grow, while others run. Arguments and errors: see add_request."""
         stream = Stream(self)
-        stream.request = self._submit(prompt, params, request_id, priority, number, stream.grown.append, True)
+        stream.request = self._submit(
+            prompt, params, request_id, priority, number, adapter, stream.grown.append, is_streamed=True
+        )
         return stream
 
     def reset(self) -> None:
         """Drops all requests and empties the cache. Call this after an interrupted step."""
         with self._step_lock:
+            for request in self._results.requests.values():
+                self.model.adapters.release(request.adapter)
             del self._launcher, self._launched  # first: there may be no memory for two pools
             self._start()
 

@@ -12,12 +12,14 @@ import numpy as np
 import jfa
 from jfa.pages import Copy
 from jfa.types import NULL_PAGE
+from jfa_models.decoding.adapters import rows_of
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seen, slot_rows
 from jfa_models.decoding.steps import Batch, Slots
 from jfa_models.engine.request import GREEDY, NO_SEED, Continuation, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
+from jfa_models.model.lora import NO_ADAPTER
 
 SMALLEST_STEP = 32  # minimum tokens of a step with prompts; its sizes double from here on
 SMALLEST_COPY = 8  # minimum number of pages per copy
@@ -71,13 +73,15 @@ class Launcher:
         )
         shapes: list[tuple[int, int | None]] = [(b, None) for b in _buckets(1, most)]
         shapes += [(most, n) for n in _buckets(SMALLEST_STEP, self.scheduler.max_num_batched_tokens)]
-        for (b, n), with_prompt in itertools.product(shapes, wants_prompt):
+        with_adapter = {False, self.model.adapters.on_device is not None}
+        for (b, n), with_prompt, adapted in itertools.product(shapes, wants_prompt, with_adapter):
             batch = _batch(
                 np.zeros(n or b, np.int32),
                 None if n is None else np.zeros(b + 1, np.int32),
                 np.full(b, most, np.int32),
                 np.full(b, n or b, np.int32),
                 np.zeros(n, np.int32) if with_prompt and n else None,
+                np.full(b, NO_ADAPTER, np.int32) if adapted else None,
             )
             tables = np.zeros((len(self._no_tables), b, self._pages_per_seq), np.int32)
             logits, _ = self._advance(batch, tables, np.zeros(b, np.int32))
@@ -127,7 +131,8 @@ class Launcher:
                 end += chunk.num_tokens
             if chunk.samples:
                 last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
-        batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None)
+        adapters = rows_of([one.request.adapter for _, one in rows], b)
+        batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None, adapters)
         logits, prompt_logprobs = self._advance(batch, tables, kv_len)
         sampled, sampling = None, [(row, one) for row, (chunk, one) in enumerate(rows) if chunk.samples]
         if sampling:
@@ -139,8 +144,9 @@ class Launcher:
 
     def _advance(self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray) -> tuple[jax.Array, Sampled | None]:
         cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
+        adapters = None if batch.adapter is None else self.model.adapters.on_device
         cache, logits, prompt_logprobs = self.model.steps.advance(
-            self.model.params, cache, self._slots.last_token, batch
+            self.model.params, cache, self._slots.last_token, batch, adapters=adapters
         )
         # between steps the tables are on the host; these have a fixed shape, which does not depend on the step
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
@@ -222,9 +228,9 @@ class Launcher:
                 self.cache = self.model.steps.copy_pages(self.cache, *pairs, table=i)
 
 
-def _batch(tokens, query_start, slot, last, next_tokens) -> Batch:
+def _batch(tokens, query_start, slot, last, next_tokens, adapter) -> Batch:
     """A Batch of host arrays: a step transfers them to the device at once."""
-    return Batch(tokens=tokens, query_start=query_start, slot=slot, last=last, next_tokens=next_tokens)
+    return Batch(tokens=tokens, query_start=query_start, slot=slot, last=last, next_tokens=next_tokens, adapter=adapter)
 
 
 def _wants_prompt(chunk: Chunk) -> bool:

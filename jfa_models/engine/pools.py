@@ -33,19 +33,26 @@ class Pools:
         self.queried_tokens = self.hit_tokens = 0
 
     def add(
-        self, sequence: Hashable, num_tokens: int, at_once: int, *, tokens: Sequence[int] | None = None
+        self,
+        sequence: Hashable,
+        num_tokens: int,
+        at_once: int,
+        *,
+        tokens: Sequence[int] | None = None,
+        salt: bytes = b"",
     ) -> int | None:
         """Starts a sequence of num_tokens; returns how many of them are cached, or None if there are too few pages.
 
         Args:
           at_once: tokens of its first step: pools with a window allocate pages only for these.
           tokens: the ids to look up in the prefix cache; None: no lookup.
+          salt: see PageAllocator.add.
         """
-        hit = 0 if tokens is None else self._known_tokens(tokens, num_tokens)
+        hit = 0 if tokens is None else self._known_tokens(tokens, num_tokens, salt)
         for i, (allocator, window) in enumerate(self.pools):
             room = num_tokens if window is None else min(num_tokens, hit + at_once)
             known = None if tokens is None else tokens[: hit + 1]
-            if allocator.add(sequence, room, tokens=known, window=window) is None:
+            if allocator.add(sequence, room, tokens=known, salt=salt, window=window) is None:
                 for pool in self.pools[:i]:
                     pool.allocator.free(sequence)
                 return None
@@ -53,13 +60,13 @@ class Pools:
         self.hit_tokens += hit
         return hit
 
-    def _known_tokens(self, tokens: Sequence[int], num_tokens: int) -> int:
+    def _known_tokens(self, tokens: Sequence[int], num_tokens: int, salt: bytes) -> int:
         """The length of the longest prefix that is cached in all pools."""
         hit, before = min(num_tokens, len(tokens) - 1), -1
         while hit != before:  # if one pool shortens the prefix, another may lack the shorter one
             before = hit
             for allocator, window in self.pools:
-                hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, window=window)
+                hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, salt=salt, window=window)
         return hit
 
     def most_tokens(self, max_num_batched_tokens: int) -> int | None:

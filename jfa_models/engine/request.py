@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jfa_models.decoding.adapters import Loaded
 from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.outputs import Logprob, RequestMetrics, RequestOutput
 from jfa_models.decoding.params import MAX_LOGPROBS, SamplingParams
@@ -82,6 +83,7 @@ class Request:
     arrival: float
     on_output: OnOutput | None = None
     is_streamed: bool = False  # its results go only to on_output
+    adapter: Loaded | None = None
     num_prompt_logprobs: int | None = None
     continuations: list[Continuation] = dataclasses.field(default_factory=list)  # the live ones
     completions: list[Completion] = dataclasses.field(default_factory=list)
@@ -91,6 +93,11 @@ class Request:
     first_token: float | None = None
     ended: float | None = None
     error: str | None = None
+
+    @property
+    def salt(self) -> bytes:
+        """What cached keys and values depend on, apart from tokens: pages of one adapter serve no other."""
+        return b"" if self.adapter is None else self.adapter.number.to_bytes(8)
 
     @property
     def finished(self) -> bool:

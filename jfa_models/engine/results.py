@@ -168,6 +168,7 @@ class Results:
             if reason is not None:
                 completion.end(reason)
         del self.requests[request.id]
+        self.model.adapters.release(request.adapter)
         self.finished_requests += 1
         # after an error of the caller's own on_output it is not called again; a stream has no other way to end
         if request.on_output is not None and (reason != "error" or request.is_streamed):

@@ -132,7 +132,8 @@ class Scheduler:
         while budget and self._slots and (one := self._next_waiting()) is not None:
             # prompt log-probabilities need every token of the prompt to be computed
             look_up = self.enable_prefix_caching and one.request.num_prompt_logprobs is None
-            hit = self.pools.add(one, one.num_tokens, budget, tokens=one.tokens if look_up else None)
+            tokens = one.tokens if look_up else None
+            hit = self.pools.add(one, one.num_tokens, budget, tokens=tokens, salt=one.request.salt)
             if hit is None:
                 break
             heapq.heappop(self._waiting)

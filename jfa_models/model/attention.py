@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 import jfa
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import Linear, make_norm
+from jfa_models.model.lora import UNCHANGED, Scope
 from jfa_models.model.rope import RopeConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
@@ -77,16 +78,19 @@ class Attention(nnx.Module):
         lengths: Int[Array, " b"] | None,
         query_start: Int[Array, " rows+1"] | None,
         cache: Cache | None,
+        scope: Scope = UNCHANGED,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """Attends over the cache (its valid tokens, then x), or over only x without a cache.
 
         Args:
           lengths: valid tokens of each row of x; the rest is padding on the right. None: all.
           query_start: x is one row; the new tokens of row i of a paged cache start at query_start[i] in it.
+          scope: what adapters change.
         """
-        q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
+        projections = {"q": self.q, "k": self.k, "v": self.v}
+        q, k, v = (self._heads(project(x, scope.at(name))) for name, project in projections.items())
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, scope.at("q_norm")), self.k_norm(k, scope.at("k_norm"))
         q, k = rotation(q), rotation(k)
         if cache is None:
             q_len = lengths if x.shape[1] > 1 else None
@@ -100,7 +104,7 @@ class Attention(nnx.Module):
         else:
             cache = cache.write(self.layer, k, v, lengths)
             out = self._over_pages(q, cache, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)
-        return self.o(out.reshape(*x.shape[:2], -1)), cache
+        return self.o(out.reshape(*x.shape[:2], -1), scope.at("o")), cache
 
     def _heads(self, x: Float[Array, "b t size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)

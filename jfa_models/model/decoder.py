@@ -12,6 +12,7 @@ from jfa.rules import with_default_rules
 from jfa_models.model.attention import Attention, Cache, Rotation
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
+from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
 
 
 class Block(nnx.Module):
@@ -29,14 +30,17 @@ class Block(nnx.Module):
         self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
 
     @with_default_rules
-    def __call__(self, x, rotation, lengths, query_start, cache):
-        normed = self.attention_norm(x)
-        attended, cache = self.attention(normed, rotation, lengths, query_start, cache)
+    def __call__(self, x, rotation, lengths, query_start, cache, scope=UNCHANGED):
+        normed = self.attention_norm(x, scope.at("attention_norm"))
+        attended, cache = self.attention(normed, rotation, lengths, query_start, cache, scope.inside("attention"))
         if self.attention_post_norm is not None:
-            attended = self.attention_post_norm(attended)
+            attended = self.attention_post_norm(attended, scope.at("attention_post_norm"))
         x = x + attended
-        out = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
-        return x + (out if self.mlp_post_norm is None else self.mlp_post_norm(out)), cache
+        normed = normed if self.mlp_norm is None else self.mlp_norm(x, scope.at("mlp_norm"))
+        out = self.mlp(normed, scope.inside("mlp"))
+        if self.mlp_post_norm is not None:
+            out = self.mlp_post_norm(out, scope.at("mlp_post_norm"))
+        return x + out, cache
 
 
 class Decoder(nnx.Module):
@@ -54,6 +58,7 @@ class Decoder(nnx.Module):
         attention_implementation: str | None = None,
     ):
         self.config = config
+        self.implementation = attention_implementation
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         block = functools.partial(Block, dtype=dtype, rngs=rngs, implementation=attention_implementation)
         self.layers = nnx.List([block(config, i) for i in range(config.num_layers)])
@@ -68,6 +73,8 @@ class Decoder(nnx.Module):
         lengths: Int[Array, " b"] | None = None,
         query_start: Int[Array, " rows+1"] | None = None,
         cache: Cache | None = None,
+        adapters: Adapters | None = None,
+        slot: Int[Array, " rows"] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """The normalized hidden state of every token, and the cache with the tokens added.
 
@@ -77,33 +84,49 @@ class Decoder(nnx.Module):
             the cache's kv_len does not count. None: all.
           query_start: tokens is [1, t], in which row r of a paged cache has the tokens query_start[r] to
             query_start[r + 1]: any number per row, without padding between rows.
+          adapters: changes of the weights.
+          slot: which of the adapters each row uses; NO_ADAPTER: none. None: no row uses one.
         """
         t = tokens.shape[1]
+        scope = UNCHANGED
         if query_start is not None:
             assert cache is not None and lengths is None
             new = jnp.diff(query_start)
             row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right", method="compare_all")
             offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens after the last row belong to no row
             positions = (offset[row] + jnp.arange(t))[None, :]
+            if adapters is not None and slot is not None:
+                scope = adapters.scope(jnp.append(slot, NO_ADAPTER)[row][None, :])
         else:
             new = t if lengths is None else lengths
             positions = (0 if cache is None else cache.kv_len[:, None]) + jnp.arange(t)[None, :]
+            if adapters is not None and slot is not None:
+                scope = adapters.scope(jnp.broadcast_to(slot[:, None], tokens.shape))
         config = self.config
         rotation = Rotation(config, config.rope, positions)
         local = rotation if config.local_rope is None else Rotation(config, config.local_rope, positions)
-        x = self.embed(tokens)
+        x = self.embed(tokens, scope.at("embed"))
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype)
         for i, block in enumerate(self.layers):
-            x, cache = block(x, local if config.is_local(i) else rotation, lengths, query_start, cache)
+            rotated = local if config.is_local(i) else rotation
+            x, cache = block(x, rotated, lengths, query_start, cache, scope.inside("layers").inside(str(i)))
         if cache is not None:
             cache = cache.advance(new)
-        return self.norm(x), cache
+        return self.norm(x, scope.at("norm")), cache
 
     @with_default_rules
-    def unembed(self, hidden: Float[Array, "*b hidden"]) -> Float[Array, "*b vocab"]:
-        """Logits over the vocabulary, float32."""
+    def unembed(
+        self,
+        hidden: Float[Array, "*b hidden"],
+        adapters: Adapters | None = None,
+        slot: Int[Array, "*#b"] | None = None,
+    ) -> Float[Array, "*b vocab"]:
+        """Logits over the vocabulary, float32. slot: of each token, as in __call__."""
+        scope = UNCHANGED
+        if adapters is not None and slot is not None:
+            scope = adapters.scope(jnp.broadcast_to(slot, hidden.shape[:-1]))
         head = self.embed.attend if self.lm_head is None else self.lm_head
-        logits = head(hidden).astype(jnp.float32)
+        logits = head(hidden, scope.at("lm_head")).astype(jnp.float32)
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,10 +1,12 @@
 """The layers of a decoder except attention. Modules hold only parameters; weights are [out, in], as on disk.
 
-A weight is an array of floats, whose dtype may differ from that of the inputs, or a jfa.QuantizedArray.
+A weight is an array of floats, whose dtype may differ from that of the inputs, or a jfa.QuantizedArray. Where adapters
+change a module, it gets their change as its last argument.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import jfa
 from jfa import quant
 from jfa.products import times_rows
 from jfa_models.model.config import Activation, DecoderConfig
+from jfa_models.model.lora import UNCHANGED, Applied, Scope
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -28,9 +31,12 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(_normal(rngs.params(), (out_features, in_features), dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+    def __call__(self, x: Float[Array, "*b in"], change: Applied | None = None) -> Float[Array, "*b out"]:
         y = times_rows(x, self.weight.get_value())
-        return y if self.bias is None else y + self.bias[...]
+        bias = None if self.bias is None else self.bias[...]
+        if change is not None:
+            y, bias = change.product(x, y), change.bias(bias, y)
+        return y if bias is None else y + bias
 
 
 class Embedding(nnx.Module):
@@ -40,12 +46,14 @@ class Embedding(nnx.Module):
         self.dtype = dtype
         self.weight = nnx.Param(_normal(rngs.params(), (vocab_size, hidden_size), dtype))
 
-    def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b hidden"]:
+    def __call__(self, tokens: Int[Array, "*b"], change: Applied | None = None) -> Float[Array, "*b hidden"]:
         rows = _at(self.weight.get_value(), tokens)
-        return quant.dequantize(rows, self.dtype) if isinstance(rows, jfa.QuantizedArray) else rows.astype(self.dtype)
+        x = quant.dequantize(rows, self.dtype) if isinstance(rows, jfa.QuantizedArray) else rows.astype(self.dtype)
+        return x if change is None else change.rows(tokens, x)
 
-    def attend(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b vocab"]:
-        return times_rows(x, self.weight.get_value())
+    def attend(self, x: Float[Array, "*b hidden"], change: Applied | None = None) -> Float[Array, "*b vocab"]:
+        logits = times_rows(x, self.weight.get_value())
+        return logits if change is None else change.product(x, logits)
 
 
 class RMSNorm(nnx.Module):
@@ -60,12 +68,13 @@ class RMSNorm(nnx.Module):
         self.plus_one = plus_one
         self.scale = nnx.Param(jnp.full(size, 0.0 if plus_one else 1.0, dtype))
 
-    def __call__(self, x: Float[Array, "*b size"]) -> Float[Array, "*b size"]:
+    def __call__(self, x: Float[Array, "*b size"], change: Applied | None = None) -> Float[Array, "*b size"]:
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...] if change is None else change.scale(self.scale[...], x)
         if self.plus_one:
-            return (wide * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-        return wide.astype(x.dtype) * self.scale[...]
+            return (wide * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return wide.astype(x.dtype) * scale
 
 
 class LayerNorm(nnx.Module):
@@ -79,11 +88,13 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(size, dtype))
         self.bias = nnx.Param(jnp.zeros(size, dtype))
 
-    def __call__(self, x: Float[Array, "*b size"]) -> Float[Array, "*b size"]:
+    def __call__(self, x: Float[Array, "*b size"], change: Applied | None = None) -> Float[Array, "*b size"]:
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        scale = self.scale[...] if change is None else change.scale(self.scale[...], x)
+        bias = self.bias[...] if change is None else change.bias(self.bias[...], x)
+        scale, bias = scale.astype(jnp.float32), jnp.asarray(bias, jnp.float32)
         return (wide * scale + bias).astype(x.dtype)
 
 
@@ -108,9 +119,10 @@ class MLP(nnx.Module):
         self.up = linear(hidden, inner)
         self.down = linear(inner, hidden)
 
-    def __call__(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b hidden"]:
-        up = self.up(x)
-        return self.down(self.act(up) if self.gate is None else self.act(self.gate(x)) * up)
+    def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
+        up = self.up(x, scope.at("up"))
+        inner = self.act(up) if self.gate is None else self.act(self.gate(x, scope.at("gate"))) * up
+        return self.down(inner, scope.at("down"))
 
 
 class Experts(nnx.Module):
@@ -130,17 +142,27 @@ class Experts(nnx.Module):
         self.up = stacked(hidden, inner)
         self.down = stacked(inner, hidden)
 
-    def __call__(self, x: Float[Array, "*b hidden"]) -> Float[Array, "*b hidden"]:
+    def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
         tokens = x.reshape(-1, x.shape[-1])
-        weights = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
+        scope = scope.flat()
+        weights = jax.nn.softmax(self.router(tokens, scope.at("router")).astype(jnp.float32), axis=-1)
         weights, chosen = lax.top_k(weights, self.config.experts_per_token)
         if self.config.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        out = for_each_expert(self._expert, tokens, chosen, self.config.num_experts)
+
+        def expert(rows, number):
+            return self._expert(rows[0], number, scope._replace(gates=rows[1]))
+
+        out = for_each_expert(expert, (tokens, scope.gates), chosen, self.config.num_experts)
         return jnp.einsum("nkh,nk->nh", out, weights.astype(x.dtype), precision=_precision(x)).reshape(x.shape)
 
-    def _expert(self, x: Float[Array, "rows hidden"], expert: Int[Array, ""]) -> Float[Array, "rows hidden"]:
-        return self.down(self.act(self.gate(x, expert)) * self.up(x, expert), expert)
+    def _expert(
+        self, x: Float[Array, "rows hidden"], expert: Int[Array, ""], scope: Scope
+    ) -> Float[Array, "rows hidden"]:
+        gate, up = (
+            module(x, expert, scope.at_expert(name, expert)) for name, module in (("gate", self.gate), ("up", self.up))
+        )
+        return self.down(self.act(gate) * up, expert, scope.at_expert("down", expert))
 
 
 class StackedLinear(nnx.Module):
@@ -149,25 +171,31 @@ class StackedLinear(nnx.Module):
     def __init__(self, num_experts: int, in_features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(_normal(rngs.params(), (num_experts, out_features, in_features), dtype))
 
-    def __call__(self, x: Float[Array, "rows in"], expert: Int[Array, ""]) -> Float[Array, "rows out"]:
-        return times_rows(x, _at(self.weight.get_value(), expert))
+    def __call__(
+        self, x: Float[Array, "rows in"], expert: Int[Array, ""], change: Applied | None = None
+    ) -> Float[Array, "rows out"]:
+        y = times_rows(x, _at(self.weight.get_value(), expert))
+        return y if change is None else change.product(x, y)
 
 
 def for_each_expert(
-    function: Callable[[Float[Array, "rows hidden"], Int[Array, ""]], Float[Array, "rows hidden"]],
-    tokens: Float[Array, "n hidden"],
+    function: Callable[[Any, Int[Array, ""]], Float[Array, "rows hidden"]],
+    tokens: Any,
     chosen: Int[Array, "n k"],
     num_experts: int,
 ) -> Float[Array, "n k hidden"]:
     """Applies function(rows, expert) to every token and each expert chosen for it.
+
+    Tokens are an array [n, hidden] or a tree of arrays [n, ...], the first of them [n, hidden].
 
     Tokens are sorted by expert and cut into blocks of one expert each; empty blocks are skipped. So a token costs k
     experts, however many there are: XLA's own ragged_dot costs all of them on CPUs and most GPUs (bench/LOG.md).
     Source: arXiv:2211.15841, section 5.
     """
     n, k = chosen.shape
+    first = jax.tree.leaves(tokens)[0]
     if n == 0:
-        return jnp.zeros((0, k, tokens.shape[1]), tokens.dtype)
+        return jnp.zeros((0, k, first.shape[1]), first.dtype)
     expert = chosen.reshape(-1)
     rows = min(128, max(1, n * k // num_experts))  # per block: on average, half of an expert's last block is empty
     num_blocks = n * k // rows + min(num_experts, n * k)
@@ -182,8 +210,10 @@ def for_each_expert(
 
     def block(_, which):
         token, expert = which
-        x = jnp.take(tokens, token, axis=0, mode="fill", fill_value=0)
-        return None, lax.cond(expert < num_experts, lambda: function(x, expert), lambda: jnp.zeros_like(x))
+        rows_of = functools.partial(jnp.take, indices=token, axis=0, mode="fill", fill_value=0)
+        x = jax.tree.map(rows_of, tokens)
+        nothing = jnp.zeros((rows, first.shape[1]), first.dtype)
+        return None, lax.cond(expert < num_experts, lambda: function(x, expert), lambda: nothing)
 
     _, out = lax.scan(block, None, (token_of.reshape(num_blocks, rows), expert_of))
     return out.reshape(num_blocks * rows, -1)[place].reshape(n, k, -1)

@@ -84,7 +84,7 @@ def test_log_probabilities_that_are_not_numbers_become_null(folder, tmp_path):
         ('{"prompt": "x", "id": NaN}', "not valid JSON: JSON has no NaN"),
         ("[1]", "must be a JSON object with either prompt or prompt_token_ids"),
         ({"prompt": "x", "prompt_token_ids": [5]}, "must be a JSON object with either prompt or prompt_token_ids"),
-        ({"prompt": "x", "temprature": 1}, "unknown fields temprature; allowed are id and the fields of"),
+        ({"prompt": "x", "temprature": 1}, "unknown fields temprature; allowed are id, adapter and the fields of"),
         ({"prompt": "x", "temperature": -1}, "temperature must be a finite number >= 0, got -1"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 5}, "prompt must be a string, got 5; pass token ids as prompt_token_ids"),

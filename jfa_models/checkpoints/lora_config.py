@@ -1,0 +1,159 @@
+"""What adapter_config.json of PEFT says: which modules an adapter changes, and how much. No tensors.
+
+Source: the behavior of peft 0.21.2.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Initializations that change the base weights, or need a change of them, so that the file does not fit the base.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Keys whose values, if set, mean something that is not implemented.
+_UNSUPPORTED = (
+    "megatron_config",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The fields of adapter_config.json that decide what an adapter computes, under PEFT's names.
+
+    Attributes:
+      r, lora_alpha: the rank, and the numerator of the scale lora_alpha / r.
+      rank_pattern, alpha_pattern: other values for modules whose name ends with a regular expression; the first counts.
+      use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
+      use_dora: rows of the changed weight have a norm of their own (arXiv:2402.09353).
+      target_modules: ends of module names, or one regular expression for whole names.
+      trainable_token_indices: rows of the embedding, or of each module named, that are replaced.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: tuple[str, ...] | str = ()
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    base_model_name_or_path: str | None = None
+
+    def rank(self, module: str) -> int:
+        """The rank of a module's change."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """By which (lora_B lora_A) is multiplied."""
+        alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether a module of this name, such as model.layers.0.self_attn.q_proj, is to have low-rank parts."""
+        if matches(self.exclude_modules, module) or not matches(self.target_modules, module):
+            return False
+        if not self.layers_to_transform or isinstance(self.target_modules, str):
+            return True
+        patterns = self.layers_pattern or (r"[^.]*",)
+        found = [match for p in patterns if (match := re.match(rf".*\.{p}\.(\d+)\.", module))]
+        return any(int(match[1]) in self.layers_to_transform for match in found)
+
+
+def lora_config(content: Mapping[str, Any], where: str) -> LoraConfig:
+    """The fields of an adapter_config.json.
+
+    Raises:
+      ValueError: it describes something else than LoRA, or uses a feature that is not supported; the message names it.
+    """
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{where}: peft_type must be LORA, which covers rsLoRA and DoRA; {kind!r} is not supported")
+    if wrong := [name for name in _UNSUPPORTED if content.get(name)]:
+        raise ValueError(f"{where}: {wrong[0]} is {content[wrong[0]]!r}, which is not supported")
+    start = content.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights is {start!r}, which changes the base weights too, so the file belongs to a "
+            "base that is not stored; convert it with PEFT's save_pretrained and "
+            "path_initial_model_for_weight_conversion"
+        )
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(LoraConfig):
+        value = content.get(field.name)
+        if value is not None:
+            fields[field.name] = _field(field.name, value, where)
+    config = LoraConfig(**fields)
+    if config.bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"{where}: bias must be none, all or lora_only, got {config.bias!r}")
+    return config
+
+
+def _field(name: str, value: Any, where: str) -> Any:
+    def fail(expected: str) -> ValueError:
+        return ValueError(f"{where}: {name} must be {expected}, got {value!r}")
+
+    if name in ("target_modules", "exclude_modules") and isinstance(value, str):
+        if value == "all-linear":
+            return r"(?!lm_head$).*"
+        try:
+            re.compile(value)
+        except re.error:
+            raise fail("module names or a regular expression") from None
+        return value
+    if name == "trainable_token_indices":
+        by_module = value if isinstance(value, Mapping) else {"embed_tokens": value}
+        if not all(isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) for ids in by_module.values()):
+            raise fail("token ids, or lists of them by module")
+        return {module: tuple(ids) for module, ids in by_module.items()}
+    if name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(value, Mapping) or not all(isinstance(x, int | float) and x > 0 for x in value.values()):
+            raise fail("numbers above 0 by module pattern")
+        return dict(value)
+    if name in ("layers_to_transform", "layers_pattern"):
+        value = value if isinstance(value, list) else [value]
+        kind = int if name == "layers_to_transform" else str
+        if not all(type(x) is kind for x in value):
+            raise fail("layer numbers" if kind is int else "names")
+        return tuple(x for x in value if x != "")
+    if name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise fail("a list of module names")
+        return tuple(value)
+    if name == "r" and (type(value) is not int or value < 1):
+        raise fail("an integer >= 1")
+    if name == "lora_alpha" and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise fail("a number")
+    if name.startswith("use_") or name in ("lora_bias", "ensure_weight_tying"):
+        if not isinstance(value, bool):
+            raise fail("true or false")
+    return value
+
+
+def _by_pattern[T](patterns: Mapping[str, T], module: str, default: T) -> T:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def matches(names: Sequence[str] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
