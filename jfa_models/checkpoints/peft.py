@@ -223,7 +223,7 @@ def check_fit(adapter: Adapter, config: DecoderConfig, shapes: Mapping[str, tupl
             elif tuple(kinds[kind].shape) != expected[kind]:
                 got = list(kinds[kind].shape)
                 problems.append(f"{kind} of {module} has shape {got}, the model needs {list(expected[kind])}")
-    for module in _linear_modules(config, shapes):
+    for module in linear_modules(config, shapes):
         has_parts = any(kind.startswith("lora_") for kind in adapter.tensors.get(module, ()))
         wanted = lora.targets(module if module == "lm_head" else f"model.{module}")
         if wanted and not has_parts:
@@ -269,7 +269,7 @@ def _expected_shapes(
     return expected
 
 
-def _linear_modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def linear_modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """The Hugging Face names of the modules that can have low-rank parts, except experts, without "model."."""
     table: Names = hugging_face_names(config.architecture)
     for theirs in table:

@@ -70,7 +70,9 @@ class LanguageModel:
 
     Attributes:
       config: the decoder's configuration.
+      decoder: the decoder with shapes instead of parameters.
       params: the decoder's parameters as a flat tuple, in the form that the steps take; some may be quantized.
+      names, shapes: the name of each parameter, and its shape by name.
       dtype: of activations and of a cache that is not quantized.
       tokenizer: None if the model has none; prompts must then be token ids.
       defaults: the sampling parameters that the checkpoint's authors recommend.
@@ -91,9 +93,9 @@ class LanguageModel:
         max_rank: int | None = None,
     ):
         self.config: DecoderConfig = decoder.config
-        self._decoder = decoder
+        self.decoder = decoder
         leaves = named_leaves(decoder)
-        self._names = tuple(leaves)
+        self.names = tuple(leaves)
         self.params = params
         self.tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
@@ -107,11 +109,11 @@ class LanguageModel:
         self.cache_options = cache_options or CacheOptions()
         self.dtype = next(iter(leaves.values())).dtype
         self.steps = Steps(decoder)
-        self._shapes = {name: tuple(x.shape) for name, x in leaves.items()}
+        self.shapes = {name: tuple(x.shape) for name, x in leaves.items()}
         self.adapters = AdapterBank(
             self.config,
-            self._shapes,
-            self._float32,
+            self.shapes,
+            self.float32,
             dtype=self.dtype,
             max_adapters=max_adapters,
             max_rank=max_rank,
@@ -163,7 +165,7 @@ class LanguageModel:
         Raises:
           ValueError: config.json cannot represent the model.
         """
-        named = dict(zip(self._names, self.params, strict=True))
+        named = dict(zip(self.names, self.params, strict=True))
         save_checkpoint(Path(folder), self.config, named, generation=self.defaults, tokenizer=self.tokenizer)
 
     def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter, *, scale: float = 1.0) -> None:
@@ -179,7 +181,7 @@ class LanguageModel:
         """
         if not isinstance(adapter, Adapter):
             path = adapter if isinstance(adapter, str) else Path(adapter)
-            adapter = read_adapter(path, self.config, self._shapes)
+            adapter = read_adapter(path, self.config, self.shapes)
         self.adapters.load(name, adapter, scale)
 
     def unload_adapter(self, name: str) -> None:
@@ -201,10 +203,10 @@ class LanguageModel:
         """
         one = self.adapters.find(name)
         assert one is not None
-        config, params = merged(self.config, dict(zip(self._names, self.params, strict=True)), one.changes)
-        decoder = self._decoder
+        config, params = merged(self.config, dict(zip(self.names, self.params, strict=True)), one.changes)
+        decoder = self.decoder
         if config != self.config:
-            decoder = abstract_decoder(config, self.dtype, self._decoder.implementation)
+            decoder = abstract_decoder(config, self.dtype, self.decoder.implementation)
         return LanguageModel(
             decoder=decoder,
             params=tuple(params[name] for name in named_leaves(decoder)),
@@ -213,8 +215,9 @@ class LanguageModel:
             cache_options=self.cache_options,
         )
 
-    def _float32(self, name: str) -> Float[np.ndarray, "..."]:
-        held = self.params[self._names.index(name)]
+    def float32(self, name: str) -> Float[np.ndarray, "..."]:
+        """A parameter by name, on the host; a quantized one dequantized."""
+        held = self.params[self.names.index(name)]
         return np.asarray(dequantize(held, np.float32) if isinstance(held, QuantizedArray) else held, np.float32)
 
     def logits(

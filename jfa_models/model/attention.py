@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,6 +43,20 @@ def paged_cache(
     )
 
 
+class Rows(NamedTuple):
+    """How the tokens of a step [b, t] are divided.
+
+    Attributes:
+      lengths: valid tokens of each row; the rest is padding on the right. None: all.
+      query_start: there is one row; the new tokens of row i of a paged cache start at query_start[i] in it.
+      segments: rows have several texts one after another, numbered; a token sees those of its own. Without a cache.
+    """
+
+    lengths: Int[Array, " b"] | None = None
+    query_start: Int[Array, " rows+1"] | None = None
+    segments: Int[Array, "b t"] | None = None
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv:2305.13245)."""
 
@@ -75,18 +89,15 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b t hidden"],
         rotation: "Rotation",
-        lengths: Int[Array, " b"] | None,
-        query_start: Int[Array, " rows+1"] | None,
+        rows: Rows,
         cache: Cache | None,
         scope: Scope = UNCHANGED,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """Attends over the cache (its valid tokens, then x), or over only x without a cache.
 
-        Args:
-          lengths: valid tokens of each row of x; the rest is padding on the right. None: all.
-          query_start: x is one row; the new tokens of row i of a paged cache start at query_start[i] in it.
-          scope: what adapters change.
+        scope: what adapters change.
         """
+        lengths, query_start, segments = rows
         projections = {"q": self.q, "k": self.k, "v": self.v}
         q, k, v = (self._heads(project(x, scope.at(name))) for name, project in projections.items())
         if self.q_norm is not None and self.k_norm is not None:
@@ -94,7 +105,8 @@ class Attention(nnx.Module):
         q, k = rotation(q), rotation(k)
         if cache is None:
             q_len = lengths if x.shape[1] > 1 else None
-            out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len, **self.options)
+            ids: dict[str, Any] = dict(query_segment_ids=segments, key_value_segment_ids=segments)
+            out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len, **ids, **self.options)
         elif isinstance(cache, jfa.KVCache):
             out, cache = self._over_slots(q, k, v, lengths, cache)
         elif query_start is not None:

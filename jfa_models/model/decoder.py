@@ -2,14 +2,16 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jfa.rules import with_default_rules
-from jfa_models.model.attention import Attention, Cache, Rotation
+from jfa_models.model.attention import Attention, Cache, Rotation, Rows
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
@@ -30,9 +32,9 @@ class Block(nnx.Module):
         self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
 
     @with_default_rules
-    def __call__(self, x, rotation, lengths, query_start, cache, scope=UNCHANGED):
+    def __call__(self, x, rotation, rows, cache, scope=UNCHANGED):
         normed = self.attention_norm(x, scope.at("attention_norm"))
-        attended, cache = self.attention(normed, rotation, lengths, query_start, cache, scope.inside("attention"))
+        attended, cache = self.attention(normed, rotation, rows, cache, scope.inside("attention"))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended, scope.at("attention_post_norm"))
         x = x + attended
@@ -72,9 +74,11 @@ class Decoder(nnx.Module):
         *,
         lengths: Int[Array, " b"] | None = None,
         query_start: Int[Array, " rows+1"] | None = None,
+        segments: Int[Array, "b t"] | None = None,
         cache: Cache | None = None,
         adapters: Adapters | None = None,
         slot: Int[Array, " rows"] | None = None,
+        remat: Callable[[Callable], Callable] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """The normalized hidden state of every token, and the cache with the tokens added.
 
@@ -84,8 +88,11 @@ class Decoder(nnx.Module):
             the cache's kv_len does not count. None: all.
           query_start: tokens is [1, t], in which row r of a paged cache has the tokens query_start[r] to
             query_start[r + 1]: any number per row, without padding between rows.
+          segments: without a cache: each row has several texts one after another, numbered in any way; a token sees the
+            earlier ones of its own text, and positions start at 0 in each.
           adapters: changes of the weights.
           slot: which of the adapters each row uses; NO_ADAPTER: none. None: no row uses one.
+          remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
         """
         t = tokens.shape[1]
         scope = UNCHANGED
@@ -100,6 +107,9 @@ class Decoder(nnx.Module):
         else:
             new = t if lengths is None else lengths
             positions = (0 if cache is None else cache.kv_len[:, None]) + jnp.arange(t)[None, :]
+            if segments is not None:
+                begins = segments != jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+                positions = positions - lax.cummax(jnp.where(begins, positions, 0), axis=1)
             if adapters is not None and slot is not None:
                 scope = adapters.scope(jnp.broadcast_to(slot[:, None], tokens.shape))
         config = self.config
@@ -109,8 +119,14 @@ class Decoder(nnx.Module):
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype)
         for i, block in enumerate(self.layers):
-            rotated = local if config.is_local(i) else rotation
-            x, cache = block(x, rotated, lengths, query_start, cache, scope.inside("layers").inside(str(i)))
+            run = functools.partial(
+                block,
+                rotation=local if config.is_local(i) else rotation,
+                rows=Rows(lengths, query_start, segments),
+                cache=cache,
+                scope=scope.inside("layers").inside(str(i)),
+            )
+            x, cache = run(x) if remat is None else remat(run)(x)
         if cache is not None:
             cache = cache.advance(new)
         return self.norm(x, scope.at("norm")), cache

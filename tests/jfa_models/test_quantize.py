@@ -51,7 +51,7 @@ def test_scales_change_no_output(monkeypatch, variant):
     monkeypatch.setattr(
         module, "_best_scales", lambda x, weights, rounded: jnp.asarray(rng.uniform(0.25, 4, x.shape[1]), jnp.float32)
     )
-    params = module._scaled(model, dict(zip(model._names, before, strict=True)), TEXT, lambda x: x)
+    params = module._scaled(model, dict(zip(model.names, before, strict=True)), TEXT, lambda x: x)
     assert any(not np.array_equal(x, y) for x, y in zip(params.values(), before, strict=True))
     model.params = tuple(params.values())
     got = model.logits(TOKENS)
@@ -80,7 +80,7 @@ def test_linear_layers_are_quantized_and_nothing_else(kind, variant):
     model = model_of(**VARIANTS[variant])
     group = common_group(model) if kind == "int4" else None
     held = quantize(model, kind, group_size=group)
-    for name, old, new in zip(model._names, model.params, held.params, strict=True):
+    for name, old, new in zip(model.names, model.params, held.params, strict=True):
         is_layer = name.startswith("layers") and name.endswith(".weight") and "router" not in name
         assert isinstance(new, jfa.QuantizedArray) == is_layer
         if is_layer:

@@ -182,9 +182,9 @@ def test_a_session_computes_only_new_tokens_and_gives_the_same_text(model, monke
     computed = []
     prefill = model.steps.prefill
 
-    def spy(params, cache, hidden, tokens, lengths):
+    def spy(params, cache, hidden, tokens, lengths, *adapter, **adapters):
         computed.append(int(lengths[0]))
-        return prefill(params, cache, hidden, tokens, lengths)
+        return prefill(params, cache, hidden, tokens, lengths, *adapter, **adapters)
 
     monkeypatch.setattr(model.steps, "prefill", spy)
     session = Session()
@@ -568,7 +568,7 @@ def test_an_unknown_dtype_is_refused_with_the_list(dtype):
 @pytest.fixture(scope="module")
 def broken(model):
     """A model whose logits are NaN from the token "!" on: that row of the embedding is."""
-    names = model._names
+    names = model.names
     params = [
         x.at[PRINTABLE[0]].set(jnp.nan) if name == "embed.weight" else x
         for name, x in zip(names, model.params, strict=True)

@@ -111,9 +111,9 @@ def test_a_session_that_outgrows_its_pages_keeps_its_tokens(make, monkeypatch):
     computed = []
     prefill = model.steps.prefill
 
-    def spy(params, cache, hidden, tokens, lengths):
+    def spy(params, cache, hidden, tokens, lengths, *adapter, **adapters):
         computed.append((int(lengths[0]), cache.capacity))
-        return prefill(params, cache, hidden, tokens, lengths)
+        return prefill(params, cache, hidden, tokens, lengths, *adapter, **adapters)
 
     monkeypatch.setattr(model.steps, "prefill", spy)
     session = Session()

@@ -1,0 +1,246 @@
+"""One step of training: the loss, its gradient, and the update, as pure functions for a loop of one's own.
+
+What is trained is a tree of float32 arrays: the tensors of an adapter (checkpoints.peft.Adapter.tensors), or a
+decoder's parameters by name. Everything else, the base, may be in 16 bits or quantized, and is never changed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jfa import QuantizedArray
+from jfa.quant import dequantize
+from jfa.rules import with_default_rules
+from jfa_models.checkpoints.changes import changes_of
+from jfa_models.checkpoints.peft import Adapter
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.model.decoder import Decoder
+from jfa_models.model.lora import Adapters
+
+Tensors = Any  # a tree of float32 arrays
+Remat = Literal["none", "attention", "all"]
+
+LOSS_ROWS = 512  # tokens whose logits are in memory at the same time
+
+REMAT: Mapping[str, Callable[[Callable], Callable] | None] = {
+    # what a backward pass keeps of a block: everything, its input and the attention's output, or its input
+    "none": None,
+    "attention": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("jfa_out", "jfa_lse")
+    ),
+    "all": jax.checkpoint,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of texts, packed one after another.
+
+    Attributes:
+      tokens: the first axis counts the parts of a batch that are computed one after another (gradient accumulation).
+      segments: the number of each token's text in its row, 1 and up; 0: empty places at a row's end.
+      is_target: tokens that are to be predicted from those before them. Never the first of a text.
+    """
+
+    tokens: Int[Array, "parts b t"]
+    segments: Int[Array, "parts b t"]
+    is_target: Int[Array, "parts b t"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes: the number of steps so far, the trained tensors, and the optimizer's state."""
+
+    step: Int[Array, ""]
+    tensors: Tensors
+    optimizer: optax.OptState
+
+
+class Trainable:
+    """A model of which a part is trained: `forward` computes with the base and the part.
+
+    Attributes:
+      base: the parameters of the model; None for those that are trained.
+    """
+
+    def __init__(self, model: LanguageModel, adapter: Adapter | None, *, remat: Remat = "none"):
+        """adapter: what its tensors are trained for; None: all parameters of the model are trained.
+
+        Raises:
+          ValueError: all parameters are to be trained, and some are quantized.
+        """
+        if remat not in REMAT:
+            raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+        self._adapter, self._remat = adapter, REMAT[remat]
+        self._config, self._names, self._shapes = model.config, model.names, model.shapes
+        self._dtype = model.dtype
+        self._graphdef, state = nnx.split(model.decoder)
+        self._treedef = jax.tree.structure(state)
+        self.base: tuple[Any, ...] | None = model.params
+        if adapter is None:
+            wrong = [name for name, x in zip(model.names, model.params, strict=True) if isinstance(x, QuantizedArray)]
+            if wrong:
+                raise ValueError(
+                    f"quantized weights such as {wrong[0]} cannot be trained: train an adapter, or load the model with "
+                    "quantization='none'"
+                )
+            self.base = None
+
+    def start(self, model: LanguageModel) -> Tensors:
+        """The tensors before the first step, float32."""
+        if self._adapter is not None:
+            return jax.tree.map(lambda x: jnp.array(x, jnp.float32), dict(self._adapter.tensors))
+        return {name: jnp.array(x, jnp.float32) for name, x in zip(self._names, model.params, strict=True)}
+
+    def forward(
+        self, base: tuple[Any, ...] | None, tensors: Tensors, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b t hidden"], Callable[[Float[Array, "n hidden"]], Float[Array, "n vocab"]]]:
+        """The state after each token, and the function from states to logits."""
+        if self._adapter is None:
+            params = [tensors[name].astype(self._dtype) for name in self._names]
+            adapters = None
+        else:
+            assert base is not None
+            params = list(base)
+            adapter = dataclasses.replace(self._adapter, tensors=tensors)
+            held = dict(zip(self._names, params, strict=True))
+            weights = functools.partial(_float32, held)
+            changes = changes_of(adapter, self._config, self._shapes, weights, constant=lax.stop_gradient)
+            adapters = Adapters(jax.tree.map(lambda x: x.astype(self._dtype), changes), 1)
+        decoder: Decoder = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
+        slot = None if adapters is None else jnp.zeros(tokens.shape[0], jnp.int32)
+        states, _ = decoder(tokens, segments=segments, adapters=adapters, slot=slot, remat=self._remat)
+
+        def logits(states: Float[Array, "n hidden"]) -> Float[Array, "n vocab"]:
+            own = None if slot is None else jnp.zeros(states.shape[0], jnp.int32)
+            return decoder.unembed(states, adapters, own)
+
+        return states, logits
+
+
+def _float32(held: Mapping[str, Any], name: str) -> Float[Array, "..."]:
+    x = held[name]
+    return dequantize(x, jnp.float32) if isinstance(x, QuantizedArray) else x.astype(jnp.float32)
+
+
+@with_default_rules
+def loss_fn(
+    trainable: Trainable,
+    base: tuple[Any, ...] | None,
+    tensors: Tensors,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    is_target: Int[Array, "b t"],
+) -> Float[Array, ""]:
+    """The sum over all targets of their negative log-likelihood in nats.
+
+    Logits are computed for targets alone, LOSS_ROWS at a time, and again in the backward pass.
+    """
+    tokens, segments, is_target = (jnp.asarray(x) for x in (tokens, segments, is_target))
+    states, logits = trainable.forward(base, tensors, tokens, segments)
+    # the state before each target; targets first, so that blocks without one can be skipped
+    states = states[:, :-1].reshape(-1, states.shape[-1])
+    target, wanted = tokens[:, 1:].reshape(-1), is_target[:, 1:].reshape(-1)
+    order = jnp.argsort(1 - wanted, stable=True)
+    n = min(LOSS_ROWS, len(order))
+    order = jnp.pad(order, (0, -len(order) % n)).reshape(-1, n)
+    count = wanted.sum()
+
+    @jax.checkpoint
+    def block(rows: Int[Array, " n"], first: Int[Array, ""]) -> Float[Array, ""]:
+        found = jax.nn.log_softmax(logits(states[rows]), axis=-1)
+        of_target = jnp.take_along_axis(found, target[rows][:, None], axis=-1)[:, 0]
+        return -jnp.where(first + jnp.arange(n) < count, of_target, 0.0).sum()
+
+    def add(total: Float[Array, ""], part: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
+        rows, first = part
+        return total + lax.cond(first < count, block, lambda *_: jnp.float32(0.0), rows, first), None
+
+    return lax.scan(add, jnp.float32(0.0), (order, jnp.arange(len(order)) * n))[0]
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    num_steps: int,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW with a linear warm-up and a cosine decay to a tenth; weight decay spares norms, biases and magnitudes.
+
+    Source: arXiv:1711.05101.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup_steps else learning_rate,
+        learning_rate,
+        warmup_steps,
+        max(num_steps, warmup_steps + 1),
+        learning_rate / 10,
+    )
+    steps = [] if max_grad_norm is None else [optax.clip_by_global_norm(max_grad_norm)]
+
+    def decays(tensors: Tensors) -> Any:
+        return jax.tree.map(lambda x: x.ndim > 1, tensors)
+
+    adamw = optax.adamw(schedule, *betas, eps=eps, weight_decay=weight_decay, mask=decays)
+    return optax.chain(*steps, adamw)
+
+
+def new_state(tensors: Tensors, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.int32(0), tensors, optimizer.init(tensors))
+
+
+def make_train_step(
+    trainable: Trainable, optimizer: optax.GradientTransformation
+) -> Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """A compiled train_step(base, state, batch) -> (state, metrics); the state is donated.
+
+    metrics: "loss", the mean over all targets of the batch in nats; "targets", their number; "grad_norm", before it is
+    clipped.
+    """
+
+    def train_step(base, state: TrainState, batch: Batch):
+        def add(total, part: Batch):
+            loss, grads = jax.value_and_grad(loss_fn, argnums=2)(
+                trainable, base, state.tensors, part.tokens, part.segments, part.is_target
+            )
+            return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+        nothing = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.tensors))
+        (loss, grads), _ = lax.scan(add, nothing, batch)
+        targets = batch.is_target.sum()
+        scale = 1.0 / jnp.maximum(targets, 1)
+        grads = jax.tree.map(lambda x: x * scale, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.tensors)
+        tensors = optax.apply_updates(state.tensors, updates)
+        metrics = {"loss": loss * scale, "targets": targets, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, tensors, optimizer_state), metrics
+
+    return jax.jit(train_step, donate_argnums=1)
+
+
+def make_eval_step(trainable: Trainable) -> Callable[[Any, Tensors, Batch], Float[Array, " 2"]]:
+    """A compiled eval_step(base, tensors, batch) -> (sum of losses, number of targets)."""
+
+    @jax.jit
+    def eval_step(base, tensors: Tensors, batch: Batch):
+        def add(total, part: Batch):
+            return total + loss_fn(trainable, base, tensors, part.tokens, part.segments, part.is_target), None
+
+        return jnp.stack([lax.scan(add, jnp.float32(0.0), batch)[0], batch.is_target.sum().astype(jnp.float32)])
+
+    return eval_step
