@@ -89,7 +89,7 @@ def _of_module(
             if part.ndim == 1:
                 changes[name]["scale"] = (part - weight_of(f"{name}.scale"))[None]
             else:
-                changes[name]["whole"] = (part - base(name))[None]
+                changes[name] |= {"whole": (part - base(name))[None], "whole_slot": np.zeros(1, np.int32)}
     if "bias" in kinds:
         for name, part in zip(place.modules, place.split(kinds["bias"]), strict=True):
             changes[name]["bias"] = (part - weight_of(f"{name}.bias"))[None]

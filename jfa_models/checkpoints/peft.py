@@ -59,6 +59,10 @@ class Adapter:
     tensors: Tensors
     path: Path | None = None
 
+    def for_base(self, name: str) -> "Adapter":
+        """With the name of the model that it belongs to."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, base_model_name_or_path=name))
+
     @property
     def num_params(self) -> int:
         """Numbers in all its tensors."""

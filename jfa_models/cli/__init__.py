@@ -1,4 +1,4 @@
-"""The `jfa` command: generate text, chat, and report what the machine supports.
+"""The `jfa` command: generate text, chat, train adapters, and report what the machine supports.
 
 One file per command. Commands import what they need only when they are called, so that help texts and usage errors do
 not wait for the import of JAX.
@@ -8,6 +8,7 @@ import sys
 
 from jfa_models.cli.base import command_group, run
 from jfa_models.cli.chat import chat
+from jfa_models.cli.finetune import finetune
 from jfa_models.cli.generate import generate
 from jfa_models.cli.info import info
 from jfa_models.cli.quantize import quantize
@@ -23,5 +24,5 @@ def commands() -> None:
     """Generate text with language models in JAX, on AMD and NVIDIA GPUs, TPUs and CPUs."""
 
 
-for command in (generate, chat, info, quantize):
+for command in (generate, chat, finetune, info, quantize):
     commands.add_command(command)

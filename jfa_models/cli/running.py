@@ -5,14 +5,17 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from jfa_models.cli.sampling import given
 from jfa_models.decoding.language_model import LanguageModel
@@ -96,3 +99,39 @@ def timed(model: LanguageModel, prompt: str, params: SamplingParams, adapter: st
         "decode_ms": round((end - first) * 1e3, 3),
         "tokens_per_s": round(decoded / (end - first), 3) if decoded else None,
     }
+
+
+@contextlib.contextmanager
+def training_bar(model: LanguageModel) -> Iterator[Callable[[Any], None]]:
+    """Shows the progress of a fine-tune on stderr; yields what is to be called with each training.run.Progress.
+
+    A terminal gets a bar, anything else some twenty lines.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task, peak = bar.add_task("compiling", total=None), _matrix_peak(model.dtype)
+
+        def show(done: Any) -> None:
+            share = done.flops / done.seconds / peak
+            text = f"loss {done.loss:.3f}, {done.tokens / done.seconds:,.0f} tokens/s ({share:.0%} of matrix peak)"
+            text += "" if done.eval_loss is None else f", evaluation {done.eval_loss:.4f}"
+            bar.update(task, description=text, completed=done.step, total=done.num_steps)
+            every = max(1, done.num_steps // 20)
+            if not console.is_terminal and (done.step % every == 0 or done.eval_loss is not None):
+                click.echo(f"step {done.step} of {done.num_steps}: {text}", err=True)
+
+        yield show
+
+
+def _matrix_peak(dtype: Any) -> float:
+    """FLOP/s of a square matrix product on this device, the best of a few."""
+    x = jnp.ones((1024, 1024), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(seconds)

@@ -179,10 +179,12 @@ class LanguageModel:
         Raises:
           ValueError: there is no such adapter, it does not fit this model, the name is taken, or there is no room.
         """
-        if not isinstance(adapter, Adapter):
-            path = adapter if isinstance(adapter, str) else Path(adapter)
-            adapter = read_adapter(path, self.config, self.shapes)
+        adapter = adapter if isinstance(adapter, Adapter) else self.read_adapter(adapter)
         self.adapters.load(name, adapter, scale)
+
+    def read_adapter(self, path: str | os.PathLike[str]) -> Adapter:
+        """Reads an adapter for this model without loading it. Arguments and errors: see load_adapter."""
+        return read_adapter(path if isinstance(path, str) else Path(path), self.config, self.shapes)
 
     def unload_adapter(self, name: str) -> None:
         """Removes an adapter. Requests that use it end with it; new ones cannot choose it.

@@ -56,6 +56,17 @@ class Data:
         """Of all texts."""
         return sum(len(one.ids) for one in self.examples)
 
+    def describe(self) -> str:
+        """A line for a person, and one for each of the first bad lines."""
+        targets = sum(int(one.is_target.sum()) for one in self.examples)
+        counts = [
+            f"{len(self.examples):,} texts, {self.num_tokens:,} tokens, of which {targets:,} are learned",
+            *([f"{self.num_cut:,} too long and cut"] if self.num_cut else []),
+            *([f"{self.num_dropped:,} too long and left out"] if self.num_dropped else []),
+            *([f"{len(self.bad_lines):,} bad lines left out"] if self.bad_lines else []),
+        ]
+        return "\n".join([f"{self.path}: {'; '.join(counts)}", *self.bad_lines[:5]])
+
 
 def read_data(
     path: Path,

@@ -98,9 +98,16 @@ class Trainable:
 
     def start(self, model: LanguageModel) -> Tensors:
         """The tensors before the first step, float32."""
-        if self._adapter is not None:
-            return jax.tree.map(lambda x: jnp.array(x, jnp.float32), dict(self._adapter.tensors))
+        if self._adapter is not None:  # the copies of an embedding that a file may have are not its own
+            own = {
+                name: {k: x for k, x in kinds.items() if k != "base"} for name, kinds in self._adapter.tensors.items()
+            }
+            return jax.tree.map(lambda x: jnp.array(x, jnp.float32), own)
         return {name: jnp.array(x, jnp.float32) for name, x in zip(self._names, model.params, strict=True)}
+
+    def _in_compute_dtype(self, x: Array) -> Array:
+        x = jnp.asarray(x)
+        return x.astype(self._dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     def forward(
         self, base: tuple[Any, ...] | None, tensors: Tensors, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
@@ -116,7 +123,7 @@ class Trainable:
             held = dict(zip(self._names, params, strict=True))
             weights = functools.partial(_float32, held)
             changes = changes_of(adapter, self._config, self._shapes, weights, constant=lax.stop_gradient)
-            adapters = Adapters(jax.tree.map(lambda x: x.astype(self._dtype), changes), 1)
+            adapters = Adapters(jax.tree.map(self._in_compute_dtype, changes), 1)
         decoder: Decoder = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
         slot = None if adapters is None else jnp.zeros(tokens.shape[0], jnp.int32)
         states, _ = decoder(tokens, segments=segments, adapters=adapters, slot=slot, remat=self._remat)
