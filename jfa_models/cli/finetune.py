@@ -79,7 +79,13 @@ def finetune(
     learned, prompts are not. The output folder is in the format of PEFT, and jfa generate --adapter reads it.
     After an interruption, the same command goes on from the last checkpoint.
     """
-    new = {"rank": rank, "alpha": alpha, "targets": targets, "use_dora": use_dora, "use_rslora": use_rslora}
+    new: dict[str, Any] = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": targets,
+        "use_dora": use_dora,
+        "use_rslora": use_rslora,
+    }
     if full or adapter is not None:
         given = [name for name in new if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
         if full and adapter is not None:
@@ -91,15 +97,13 @@ def finetune(
         raise click.UsageError(f"--full trains floats: leave out --quantization {quantization}")
     if eval_data is not None and eval_fraction:
         raise click.UsageError("--eval-data and --eval-fraction both choose the evaluation's texts: use one of them")
-    if plot is not None:
-        from jfa_models.training import curve
-
-        curve.check(plot)
 
     from jfa_models.cli import running
-    from jfa_models.training import Options, finetune, new_adapter, read_data
+    from jfa_models.training import Options, curve, finetune, new_adapter, read_data
     from jfa_models.training.data import split
 
+    if plot is not None:
+        curve.check(plot)
     chosen = Options(row_length=max_length, seed=seed, max_grad_norm=max_grad_norm or None, **options)
     loaded = running.load(model, dtype=dtype, quantization=quantization or "none")
     if loaded.tokenizer is None:
@@ -123,7 +127,8 @@ def finetune(
     if adapter is not None:
         start = loaded.read_adapter(adapter[1])
     elif not full:
-        start = new_adapter(loaded, **(new | {"targets": targets or "all-linear"}), seed=seed).for_base(model)
+        new["targets"] = targets or "all-linear"
+        start = new_adapter(loaded, **new, seed=seed).for_base(model)
     with running.training_bar(loaded) as on_step:
         finetune(loaded, start, texts, output, chosen, eval_data=held_out, on_step=on_step)
     if plot is not None:

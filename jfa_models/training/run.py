@@ -98,7 +98,7 @@ class Progress:
     Attributes:
       loss: mean over the step's targets, nats. eval_loss: over the evaluation's; None: there was none.
       tokens: that the step computed, empty places at the ends of rows not counted.
-      seconds: since the step before.
+      seconds: that the step took, without evaluation and checkpoint.
       flops: of the step's matrix products with weights, forward and backward.
     """
 
@@ -164,11 +164,11 @@ def finetune(
                     f"texts are lines {', '.join(map(str, lines[:20]))}{' ...' * (len(lines) > 20)} of {data.path}; "
                     "lower the learning rate, or look at these lines"
                 )
-            is_last = number == plan.num_steps
+            seconds, is_last = time.monotonic() - last, number == plan.num_steps
             eval_loss = None
             if eval_data is not None and (is_last or (options.eval_every and number % options.eval_every == 0)):
                 eval_loss = _evaluate(eval_step, trainable, state, eval_data, options)
-            tokens, now = int(np.count_nonzero(batch.segments)), time.monotonic()
+            tokens = int(np.count_nonzero(batch.segments))
             done = Progress(
                 step=number,
                 num_steps=plan.num_steps,
@@ -176,16 +176,16 @@ def finetune(
                 grad_norm=found["grad_norm"],
                 targets=int(found["targets"]),
                 tokens=tokens,
-                seconds=now - last,
+                seconds=seconds,
                 flops=step_flops * tokens,
                 eval_loss=eval_loss,
             )
-            last = now
             log.write(done)
             if is_last or number % options.save_every == 0:
                 _save(manager, number, state)
             if on_step is not None:
                 on_step(done)
+            last = time.monotonic()
     tensors = jax.device_get(state.tensors)
     if adapter is not None:
         save_adapter(output, dataclasses.replace(adapter, tensors=tensors))

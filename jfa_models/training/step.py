@@ -99,9 +99,8 @@ class Trainable:
     def start(self, model: LanguageModel) -> Tensors:
         """The tensors before the first step, float32."""
         if self._adapter is not None:  # the copies of an embedding that a file may have are not its own
-            own = {
-                name: {k: x for k, x in kinds.items() if k != "base"} for name, kinds in self._adapter.tensors.items()
-            }
+            tensors = self._adapter.tensors.items()
+            own = {name: {kind: x for kind, x in kinds.items() if kind != "base"} for name, kinds in tensors}
             return jax.tree.map(lambda x: jnp.array(x, jnp.float32), own)
         return {name: jnp.array(x, jnp.float32) for name, x in zip(self._names, model.params, strict=True)}
 
