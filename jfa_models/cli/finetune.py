@@ -8,8 +8,6 @@ import click
 from jfa_models.cli.base import ModelName, NamedAdapter
 from jfa_models.decoding.options import DTYPES, QUANTIZATIONS
 
-# Options of a new adapter, which training all parameters or an adapter that exists does not have.
-_OF_A_NEW_ADAPTER = ("rank", "alpha", "targets", "use_dora", "use_rslora")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 

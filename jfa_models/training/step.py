@@ -233,7 +233,7 @@ def make_train_step(
         grads = jax.tree.map(lambda x: x * scale, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.tensors)
         tensors = optax.apply_updates(state.tensors, updates)
-        metrics = {"loss": loss * scale, "targets": targets, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss * scale, "targets": targets, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, tensors, optimizer_state), metrics
 
     return jax.jit(train_step, donate_argnums=1)

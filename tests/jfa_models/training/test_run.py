@@ -1,0 +1,204 @@
+"""Whole fine-tunes of a tiny model: interrupted and continued ones, their files, and what stops one."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import GOLDEN
+from tiny_model import CHAT_TEMPLATE, byte_tokenizer, folder_with_text, tiny_config
+
+from jfa_models import LanguageModel, cli, from_pretrained
+from jfa_models.training import Options, finetune, new_adapter
+from jfa_models.training.data import read_data
+from jfa_models.training.run import LOG_FILE
+
+OPTIONS = Options(row_length=48, rows=2, learning_rate=5e-2, epochs=2, save_every=3, max_steps=10, seed=3)
+
+
+@functools.cache
+def model(quantization=None):
+    made = LanguageModel.random(tiny_config(num_layers=1, context_length=128), quantization=quantization)
+    made.tokenizer = dataclasses.replace(byte_tokenizer(), chat_templates={"default": CHAT_TEMPLATE})
+    return made
+
+
+def adapter_of(base, **options):
+    return new_adapter(base, rank=4, targets=["q_proj", "down_proj", "lm_head"], **options)
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in itertools.product(range(8), repeat=2)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return read_data(file, model().tokenizer, max_length=48)
+
+
+def log_of(folder):
+    """The log without times."""
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+
+
+def tensors_of(folder):
+    adapter = model().read_adapter(folder)
+    return {(name, kind): x for name, kinds in adapter.tensors.items() for kind, x in kinds.items()}
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def stopping_after(step):
+    def on_step(done):
+        if done.step == step:
+            raise _Interrupted
+
+    return on_step
+
+
+def test_the_loss_falls_and_the_adapter_is_what_was_trained(data, tmp_path):
+    finetune(model(), adapter_of(model()), data, tmp_path / "out", OPTIONS, eval_data=data)
+    log = log_of(tmp_path / "out")
+    assert [line["step"] for line in log] == list(range(1, 11))
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert [line["step"] for line in log if "eval_loss" in line] == [10]
+    model().load_adapter("sums", tmp_path / "out")
+    [one] = data.examples[:1]
+    ids = one.ids[None]
+    shift = np.abs(model().logits(ids, adapter="sums") - model().logits(ids)).max()
+    model().unload_adapter("sums")
+    assert shift > 0.01
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path):
+    def go(folder, on_step=None):
+        finetune(model(), adapter_of(model()), data, tmp_path / folder, OPTIONS, on_step=on_step)
+
+    go("whole")
+    for step in (1, 5, 6):  # before the first checkpoint, between two, right after one
+        with pytest.raises(_Interrupted):
+            go("parts", stopping_after(step))
+        assert len(log_of(tmp_path / "parts")) == step
+    go("parts")
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    found, wanted = tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "whole")
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[key], wanted[key]) for key in wanted)
+    go("parts")  # finished: nothing to do, and nothing changes
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_a_folder_with_another_run_is_refused_with_the_difference(data, tmp_path):
+    finetune(model(), new_adapter(model(), rank=2), data, tmp_path / "out", dataclasses.replace(OPTIONS, max_steps=1))
+    with pytest.raises(ValueError, match=r"another run, which differs in adapter, max_steps \(1, now 2\), seed \(3,"):
+        other = dataclasses.replace(OPTIONS, max_steps=2, seed=4)
+        finetune(model(), new_adapter(model(), rank=3), data, tmp_path / "out", other)
+    fewer = dataclasses.replace(data, examples=data.examples[:5])
+    with pytest.raises(ValueError, match="has another run, which differs in data"):
+        one = dataclasses.replace(OPTIONS, max_steps=1)
+        finetune(model(), new_adapter(model(), rank=2), fewer, tmp_path / "out", one)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_lines(data, tmp_path):
+    adapter = new_adapter(model(), rank=2)
+    adapter.tensors["layers.0.self_attn.q_proj"]["lora_B"][0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"step 1: the loss is nan .* its texts are lines \d+, .* of .*data.jsonl"):
+        finetune(model(), adapter, data, tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("quantization", "options"), [("int4", {"use_dora": True}), ("int8", {"use_rslora": True})])
+def test_an_adapter_is_trained_on_a_base_that_stays_quantized(data, tmp_path, quantization, options):
+    base = model(quantization)
+    before = [np.asarray(x) for x in _leaves(base.params)]
+    finetune(base, adapter_of(base, **options), data, tmp_path / "out", OPTIONS)
+    log = log_of(tmp_path / "out")
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert all(np.array_equal(x, y) for x, y in zip(before, _leaves(base.params), strict=True))
+
+
+def _leaves(params):
+    import jax
+
+    return [np.asarray(x).view(np.uint8) if x.dtype == jnp.int4 else x for x in jax.tree.leaves(params)]
+
+
+def test_a_whole_model_is_trained_and_saved(data, tmp_path):
+    finetune(model(), None, data, tmp_path / "out", dataclasses.replace(OPTIONS, weight_decay=0.01, accumulate=2))
+    log = log_of(tmp_path / "out")
+    assert log[-1]["loss"] < log[0]["loss"]
+    trained = from_pretrained(tmp_path / "out", dtype="float32")
+    assert any(not np.array_equal(x, y) for x, y in zip(trained.params, model().params, strict=True))
+    assert trained.tokenizer is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"rows": 1.5}, "rows must be an integer of at least 1, got 1.5"),
+        ({"learning_rate": -1}, "learning_rate must be a number of at least 0, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number of at least 0, got nan"),
+        ({"warmup": 2}, "warmup is a fraction of all steps, at most 1, got 2"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0, or None, got 0"),
+        ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        Options(**options)
+
+
+@pytest.fixture
+def jfa(monkeypatch, capfd):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jfa", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, *capfd.readouterr()
+
+    return run
+
+
+def test_the_command_trains_and_says_how_to_use_the_result(jfa, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
+    common = ("--model", folder, "--data", data.path, "--max-length", 48, "--rows", 4, "--rank", 2, "--max-steps", 3)
+    more = ("--target", "q_proj", "--eval-fraction", 0.1, "--plot", tmp_path / "curve.png")
+    status, out, err = jfa("finetune", *common, *more, "--output", tmp_path / "out")
+    assert status == 0 and out == ""
+    assert "training: " in err and "58 texts" in err and "evaluation: " in err and "step 3 of 3: loss " in err
+    assert f"jfa generate --model {folder} --adapter {tmp_path / 'out'}" in err
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = jfa("generate", "1+1=", "--model", folder, "--adapter", tmp_path / "out", "--max-tokens", 3)
+    assert status == 0 and out.startswith("1+1=")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--full", "--rank", "4"], "--rank belongs to a new adapter: leave out --full"),
+        (["--full", "--dora"], "--dora belongs to a new adapter: leave out --full"),
+        (["--full", "--adapter", "x"], "--full trains all parameters, --adapter those of an adapter: use one of them"),
+        (["--full", "--quantization", "int4"], "--full trains floats: leave out --quantization int4"),
+        (["--eval-data", "DATA", "--eval-fraction", "0.1"], "both choose the evaluation's texts"),
+        (["--plot", "curve.gif"], "--plot must be a .png, .svg or .pdf file"),
+        (["--plot", "/nowhere/curve.png"], "does not exist or is not writable"),
+        (["--max-length", "1000"], "--max-length 1000 is more than the model's"),
+        (["--target", "nothing"], "targets: 'nothing' matches no linear layer"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(jfa, data, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
+    arguments = [str(data.path) if one == "DATA" else one for one in arguments]
+    short = () if "--max-length" in arguments else ("--max-length", 48)
+    status, _, err = jfa(
+        "finetune", "--model", folder, "--data", data.path, "--output", tmp_path / "o", *arguments, *short
+    )
+    assert status == 2 and message in err

@@ -1,0 +1,205 @@
+"""Loss, gradients and updates: those that PEFT and torch compute, and the same however texts are packed."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden import GOLDEN
+from runs import run
+from tiny_model import tiny_config
+
+from jfa_models import LanguageModel, from_pretrained
+from jfa_models.checkpoints.peft import save_adapter
+from jfa_models.training import Batch, Trainable, loss_fn, make_optimizer, make_train_step, new_adapter, new_state
+
+ADAPTERS = GOLDEN / "adapters"
+WITH_GRADIENTS = [
+    "lora",
+    "rslora",
+    "dora",
+    "dora_embedding",
+    "lora_bias",
+    "embeddings",
+    "modules_to_save",
+    "trainable_tokens",
+    "phi3",
+]
+FIRST_TARGET = 9  # the archives leave out the first eight predictions of each row
+
+
+@functools.cache
+def base(name, **options):
+    return from_pretrained(GOLDEN / name, dtype="float32", **options)
+
+
+def golden(name):
+    """(model, adapter, archive)"""
+    config = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
+    model = base(config["base_model_name_or_path"])
+    return model, model.read_adapter(ADAPTERS / name), dict(np.load(ADAPTERS / f"{name}.npz"))
+
+
+def targets_of(ids):
+    wanted = np.ones_like(ids)
+    wanted[:, :FIRST_TARGET] = 0
+    return wanted
+
+
+def mean_loss(trainable, tensors, ids, wanted):
+    segments = np.ones_like(ids)
+    return loss_fn(trainable, trainable.base, tensors, ids, segments, wanted) / wanted[:, 1:].sum()
+
+
+def by_peft_names(adapter, tensors, folder):
+    """The tensors as save_adapter writes them."""
+    from safetensors.numpy import load_file
+
+    save_adapter(folder, dataclasses.replace(adapter, tensors=jax.device_get(tensors)))
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        *(run(name, "none", quick=name in ("lora", "dora", "phi3", "embeddings")) for name in WITH_GRADIENTS),
+        run("lora", "attention", quick=True),
+        run("dora", "all", quick=True),
+    ],
+)
+def test_gradients_and_a_step_of_adamw_are_those_of_torch(name, remat, tmp_path):
+    model, adapter, truth = golden(name)
+    trainable = Trainable(model, adapter, remat=remat)
+    tensors, ids = trainable.start(model), truth["input_ids"]
+    value_and_grad = jax.jit(jax.value_and_grad(lambda x: mean_loss(trainable, x, ids, targets_of(ids))))
+    loss, grads = value_and_grad(tensors)
+    np.testing.assert_allclose(loss, truth["loss"], rtol=1e-5)
+    found = by_peft_names(adapter, grads, tmp_path / "grads")
+    wanted = {key.removeprefix("grad/"): x for key, x in truth.items() if key.startswith("grad/")}
+    assert found.keys() == wanted.keys()
+    for key, x in wanted.items():
+        assert np.abs(found[key] - x).max() <= 1e-4 * np.abs(x).max(), key
+
+    optimizer = optax.adamw(1e-2, 0.9, 0.999, eps=1e-8, weight_decay=0.01)
+    updates, _ = optimizer.update(grads, optimizer.init(tensors), tensors)
+    stepped = by_peft_names(adapter, optax.apply_updates(tensors, updates), tmp_path / "stepped")
+    for key, x in wanted.items():
+        is_clear = np.abs(x) > 1e-5  # the first step is the gradient's sign, whose noise would decide it otherwise
+        np.testing.assert_allclose(stepped[key][is_clear], truth[f"stepped/{key}"][is_clear], rtol=0, atol=1e-4)
+
+
+def tiny(quantization=None, seed=0):
+    return LanguageModel.random(tiny_config(num_layers=2, context_length=128), seed=seed, quantization=quantization)
+
+
+def texts(count, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, 200, generator.integers(3, 20)).astype(np.int32) for _ in range(count)]
+
+
+def packed(rows, length):
+    """tokens, segments and targets of rows of texts; the first two tokens of each are its prompt."""
+    tokens, segments, wanted = np.zeros((3, len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        end = 0
+        for number, text in enumerate(row, start=1):
+            place = slice(end, end + len(text))
+            tokens[i, place], segments[i, place], wanted[i, place] = text, number, np.arange(len(text)) > 1
+            end += len(text)
+    return tokens, segments, wanted
+
+
+def noisy(tensors, seed=1):
+    """lora_B starts at zero, which hides lora_A."""
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.1 * generator.standard_normal(x.shape).astype(np.float32), tensors)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_packed_texts_have_the_loss_and_the_gradients_that_each_has_alone(quantization):
+    model = tiny(quantization)
+    trainable = Trainable(model, new_adapter(model, rank=3))
+    tensors = noisy(trainable.start(model))
+    found = texts(7)
+    value_and_grad = jax.jit(jax.value_and_grad(functools.partial(loss_fn, trainable, trainable.base)))
+    loss, grads = value_and_grad(tensors, *packed([found[:4], found[4:]], 90))
+    alone = [value_and_grad(tensors, *packed([[one]], 24)) for one in found]
+    np.testing.assert_allclose(loss, sum(one for one, _ in alone), rtol=1e-5)
+    summed = functools.reduce(lambda x, y: jax.tree.map(jnp.add, x, y), [each for _, each in alone])
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(summed), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max() + 1e-6)
+
+
+def test_many_blocks_of_logits_give_the_loss_of_one(monkeypatch):
+    model = tiny()
+    trainable = Trainable(model, new_adapter(model, rank=2))
+    arguments = (trainable, trainable.base, noisy(trainable.start(model)), *packed([texts(4), texts(5, 1)], 100))
+    whole = loss_fn(*arguments)
+    monkeypatch.setattr("jfa_models.training.step.LOSS_ROWS", 16)
+    np.testing.assert_allclose(loss_fn(*arguments), whole, rtol=1e-5)
+
+
+def test_accumulated_parts_give_the_step_of_one_large_batch():
+    model = tiny()
+    rows = packed([[one] for one in texts(4)], 24)
+    states = []
+    for parts in (1, 4):
+        trainable = Trainable(model, new_adapter(model, rank=2))
+        optimizer = make_optimizer(learning_rate=1e-2, num_steps=10, max_grad_norm=None)
+        state = new_state(noisy(trainable.start(model)), optimizer)
+        batch = Batch(*(x.reshape(parts, 4 // parts, 24) for x in rows))
+        state, metrics = make_train_step(trainable, optimizer)(trainable.base, state, batch)
+        states.append((state, metrics))
+    (one, metrics), (other, other_metrics) = states
+    assert int(one.step) == int(other.step) == 1
+    assert int(metrics["targets"]) == int(other_metrics["targets"])
+    np.testing.assert_allclose(metrics["loss"], other_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], other_metrics["grad_norm"], rtol=1e-4)
+
+
+def test_a_new_adapter_changes_nothing_and_dora_starts_with_the_norms_of_the_rows():
+    model, ids = tiny(), np.arange(24).reshape(2, 12)
+    for options in ({}, {"use_dora": True}, {"use_rslora": True, "targets": ["q_proj", "lm_head"]}):
+        adapter = new_adapter(model, rank=4, **options)
+        model.load_adapter("new", adapter)
+        np.testing.assert_allclose(model.logits(ids, adapter="new"), model.logits(ids), atol=1e-5)
+        model.unload_adapter("new")
+    assert set(adapter.tensors) == {"layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "lm_head"}
+
+
+def test_all_parameters_can_be_trained_and_every_one_gets_a_gradient():
+    model = tiny()
+    trainable = Trainable(model, None)
+    tensors = trainable.start(model)
+    assert set(tensors) == set(model.names) and trainable.base is None
+    grads = jax.jit(jax.grad(functools.partial(loss_fn, trainable, None)))(tensors, *packed([texts(3)], 60))
+    assert all(np.abs(x).max() > 0 for x in grads.values())
+
+
+def test_weight_decay_spares_vectors():
+    optimizer = make_optimizer(learning_rate=1.0, num_steps=2, weight_decay=0.1, max_grad_norm=None)
+    tensors = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, tensors), optimizer.init(tensors), tensors)
+    assert float(jnp.abs(updates["norm"]).max()) == 0 and float(updates["matrix"][0, 0]) < 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: new_adapter(model, rank=0), "rank must be an integer >= 1, got 0"),
+        (
+            lambda model: new_adapter(model, targets=["q_proj", "qq"]),
+            "targets: 'qq' matches no linear layer of this model",
+        ),
+        (lambda model: new_adapter(model, targets="nothing.*"), "targets: 'nothing.*' matches no linear layer"),
+        (lambda model: Trainable(model, None, remat="some"), "remat must be one of none, attention, all, got 'some'"),
+        (lambda _: Trainable(tiny("int8"), None), "quantized weights such as .* cannot be trained"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(call, message):
+    with pytest.raises(ValueError, match=message.replace("*", r"\*") if "nothing" in message else message):
+        call(tiny())
