@@ -14,6 +14,7 @@ from jfa_models.engine import Engine
 
 PROMPTS = ("prompt", "prompt_token_ids")
 OTHERS = ("id", "adapter")
+_NOTHING = object()  # what a field that is not given has, and None has not
 FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -95,11 +96,13 @@ def done(path: Path, lines: list[Line]) -> set[int]:
             line = by_number[result["line"]]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} contains a line that is not a result of this batch: {text[:60]!r}") from None
-        if line.prompt is not None and line.error is None and line.prompt != result.get(_prompt_name(line)):
-            raise ValueError(
-                f"{path} has the results of another batch: the prompt of line {line.number} differs; "
-                "use another --output"
-            )
+        if line.error is None:
+            for name in (_prompt_name(line), "adapter"):
+                if line.given.get(name, _NOTHING) != result.get(name, _NOTHING):
+                    raise ValueError(
+                        f"{path} has the results of another batch: the {'adapter' if name == 'adapter' else 'prompt'} "
+                        f"of line {line.number} differs; use another --output"
+                    )
         found.add(line.number)
     return found
 

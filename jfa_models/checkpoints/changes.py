@@ -51,7 +51,10 @@ def changes_of(
             changes["lm_head"] = changes["embed"]  # of one matrix: both uses see the change
     for name, parts in of_experts.items():
         changes[name] = _of_some_experts(shapes[f"{name}.weight"], parts)
-    return {name: Change(**fields) for name, fields in changes.items()}
+    found = {name: Change(**fields) for name, fields in changes.items()}
+    if changes.get("lm_head") is changes.get("embed") is not None:
+        found["lm_head"] = found["embed"]
+    return found
 
 
 def _of_module(
@@ -100,7 +103,8 @@ def _of_module(
         own[ids, np.arange(len(ids))] = 1.0
         changes[name] |= {"a": (kinds["rows"] - base(name)[ids])[None], "b": own[:, None, :]}
     if "base" in kinds:
-        _check_base(module, kinds["base"], base(place.modules[0]))
+        for name, part in zip(place.modules, place.split(kinds["base"]), strict=True):
+            _check_base(module, part, base(name))
     return changes
 
 

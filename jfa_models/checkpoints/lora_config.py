@@ -11,6 +11,7 @@ from typing import Any
 
 # Initializations that change the base weights, or need a change of them, so that the file does not fit the base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+ALL_LINEAR = "all-linear"  # as target_modules: all linear layers but the output layer
 # Keys whose values, if set, mean something that is not implemented.
 _UNSUPPORTED = (
     "megatron_config",
@@ -34,7 +35,7 @@ class LoraConfig:
       rank_pattern, alpha_pattern: other values for modules whose name ends with a regular expression; the first counts.
       use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
       use_dora: rows of the changed weight have a norm of their own (arXiv:2402.09353).
-      target_modules: ends of module names, or one regular expression for whole names.
+      target_modules: ends of module names, one regular expression for whole names, or "all-linear".
       trainable_token_indices: rows of the embedding, or of each module named, that are replaced.
     """
 
@@ -67,9 +68,13 @@ class LoraConfig:
 
     def targets(self, module: str) -> bool:
         """Whether a module of this name, such as model.layers.0.self_attn.q_proj, is to have low-rank parts."""
-        if matches(self.exclude_modules, module) or not matches(self.target_modules, module):
+        if matches(self.exclude_modules, module):
             return False
-        if not self.layers_to_transform or isinstance(self.target_modules, str):
+        if self.target_modules == ALL_LINEAR:
+            return module.rpartition(".")[2] not in ("embed_tokens", "lm_head")
+        if not matches(self.target_modules, module):
+            return False
+        if not self.layers_to_transform or isinstance(self.target_modules, str) or module in self.target_modules:
             return True
         patterns = self.layers_pattern or (r"[^.]*",)
         found = [match for p in patterns if (match := re.match(rf".*\.{p}\.(\d+)\.", module))]
@@ -110,40 +115,59 @@ def _field(name: str, value: Any, where: str) -> Any:
         return ValueError(f"{where}: {name} must be {expected}, got {value!r}")
 
     if name in ("target_modules", "exclude_modules") and isinstance(value, str):
-        if value == "all-linear":
-            return r"(?!lm_head$).*"
-        try:
-            re.compile(value)
-        except re.error:
-            raise fail("module names or a regular expression") from None
+        if not _is_pattern(value):
+            raise fail("module names or a regular expression")
         return value
     if name == "trainable_token_indices":
         by_module = value if isinstance(value, Mapping) else {"embed_tokens": value}
-        if not all(isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) for ids in by_module.values()):
-            raise fail("token ids, or lists of them by module")
+        if not all(_are_token_ids(ids) for ids in by_module.values()):
+            raise fail("token ids, or lists of them by module, each id once")
         return {module: tuple(ids) for module, ids in by_module.items()}
     if name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(value, Mapping) or not all(isinstance(x, int | float) and x > 0 for x in value.values()):
-            raise fail("numbers above 0 by module pattern")
+        is_valid, kind = (_is_rank, "integers >= 1") if name == "rank_pattern" else (_is_number, "numbers")
+        if not isinstance(value, Mapping) or not all(_is_pattern(key) and is_valid(x) for key, x in value.items()):
+            raise fail(f"{kind} by module pattern")
         return dict(value)
     if name in ("layers_to_transform", "layers_pattern"):
         value = value if isinstance(value, list) else [value]
-        kind = int if name == "layers_to_transform" else str
-        if not all(type(x) is kind for x in value):
-            raise fail("layer numbers" if kind is int else "names")
+        of_numbers = name == "layers_to_transform"
+        if not all(type(x) is int if of_numbers else isinstance(x, str) and _is_pattern(x) for x in value):
+            raise fail("layer numbers" if of_numbers else "names or regular expressions")
         return tuple(x for x in value if x != "")
     if name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
             raise fail("a list of module names")
         return tuple(value)
-    if name == "r" and (type(value) is not int or value < 1):
+    if name == "r" and not _is_rank(value):
         raise fail("an integer >= 1")
-    if name == "lora_alpha" and (not isinstance(value, int | float) or isinstance(value, bool)):
+    if name == "lora_alpha" and not _is_number(value):
         raise fail("a number")
+    if name == "base_model_name_or_path" and not isinstance(value, str):
+        raise fail("a name")
     if name.startswith("use_") or name in ("lora_bias", "ensure_weight_tying"):
         if not isinstance(value, bool):
             raise fail("true or false")
     return value
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value) and len(set(value)) == len(value)
+
+
+def _is_pattern(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def _by_pattern[T](patterns: Mapping[str, T], module: str, default: T) -> T:

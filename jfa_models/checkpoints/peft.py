@@ -37,6 +37,8 @@ _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save)?(?:\.default)?\.(weight|bias)")
 # The weights of all experts in one parameter, of which a module can have two.
 _EXPERTS = re.compile(r"layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts(?:\.base_layer)?")
 
+_OLD_MLP = ".block_sparse_moe."  # in names of Mixtral, which a newer transformers calls mlp as in other families
+
 _WRITTEN = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "base": "base_layer.weight"}
 _WRITTEN |= {"rows": "token_adapter.trainable_tokens_delta"}
 
@@ -100,7 +102,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> None:
             tensors[name] = np.ascontiguousarray(x, np.float32)
     about = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(adapter.config).items()}
     patterns = ("rank_pattern", "alpha_pattern")  # the others that are empty must be null
-    about = {name: x if x or name in patterns or x is False else None for name, x in about.items()}
+    about = {name: x if x or name in patterns or x in (False, 0) else None for name, x in about.items()}
     write_json(folder / CONFIG_FILE, {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True} | about)
     save_file(tensors, folder / TENSOR_FILE, {"format": "pt"})
 
@@ -160,10 +162,15 @@ class Place:
     expert: int | None = None
     num_experts: int | None = None
     is_tied_head: bool = False
+    has_bias: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         return sum(self.rows), self.columns
+
+    @property
+    def is_norm(self) -> bool:
+        return self.columns == 1 and self.modules[0].endswith("norm")
 
     def split(self, x: Any, axis: int = 0) -> list[Any]:
         """The part of each of our modules."""
@@ -178,25 +185,16 @@ def place_of(
     """None: the decoder has no such module."""
     table = hugging_face_names(config.architecture)
     theirs = module if module == "lm_head" else f"model.{module}"
-    if (match := _EXPERTS.fullmatch(module)) and "lora_A" in kinds:
-        mlp = f"layers.{match[1]}.mlp"
-        for modules, name in (((f"{mlp}.gate", f"{mlp}.up"), "gate_up_proj"), ((f"{mlp}.down",), "down_proj")):
-            found = [shapes.get(f"{one}.weight", ()) for one in modules]
-            if any(len(shape) != 3 for shape in found):
-                return None
-            num_experts, _, columns = found[0]
-            place = Place(
-                modules=modules,
-                rows=tuple(shape[1] for shape in found),
-                columns=columns,
-                num_experts=num_experts,
-                theirs=f"{theirs.removesuffix('.base_layer')}.{name}",
-            )
+    if _EXPERTS.fullmatch(module):
+        for place in _expert_places(module, shapes):
             # the name does not tell which of the two parameters it is
-            if (kinds["lora_A"].shape[1], kinds["lora_B"].shape[0]) == (columns, sum(place.rows)):
+            a, b = (tuple(kinds[kind].shape) if kind in kinds else () for kind in ("lora_A", "lora_B"))
+            if (a[1:], b[:1]) == ((place.columns,), (sum(place.rows),)):
                 return place
         return None
     modules, expert = our_modules(module, table)
+    if not modules:  # a newer transformers calls Mixtral's as it calls those of others
+        modules, expert = our_modules(module.replace(".mlp.", _OLD_MLP), table)
     if not modules:
         return None
     if module == "lm_head" and "lm_head.weight" not in shapes:  # tied to the embedding
@@ -205,37 +203,66 @@ def place_of(
     found: list[tuple[int, ...]] = [shapes.get(f"{one}.weight", shapes.get(f"{one}.scale", ())) for one in modules]
     if not all(found) or any((len(shape) == 3) != (expert is not None) for shape in found):
         return None
-    rows = tuple(next(iter(shape[-2:])) for shape in found)
-    columns = found[0][-1] if len(found[0]) > 1 else 1  # of a norm
-    return Place(modules=modules, rows=rows, columns=columns, expert=expert, theirs=theirs)
+    if expert is not None and expert >= found[0][0]:
+        return None
+    return Place(
+        modules=modules,
+        rows=tuple(next(iter(shape[-2:])) for shape in found),
+        columns=found[0][-1] if len(found[0]) > 1 else 1,  # of a norm
+        expert=expert,
+        theirs=theirs,
+        has_bias=all(f"{one}.bias" in shapes for one in modules),
+    )
+
+
+def _expert_places(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
+    """Of the two parameters for all experts of a layer; none: it has no experts."""
+    match = _EXPERTS.fullmatch(module)
+    assert match is not None
+    mlp, places = f"layers.{match[1]}.mlp", []
+    for modules, name in (((f"{mlp}.gate", f"{mlp}.up"), "gate_up_proj"), ((f"{mlp}.down",), "down_proj")):
+        found = [shapes.get(f"{one}.weight", ()) for one in modules]
+        if all(len(shape) == 3 for shape in found):
+            num_experts, _, columns = found[0]
+            theirs = f"model.{module.removesuffix('.base_layer')}.{name}"
+            rows = tuple(shape[1] for shape in found)
+            place = Place(modules=modules, rows=rows, columns=columns, num_experts=num_experts, theirs=theirs)
+            places.append(place)
+    return places
 
 
 def check_fit(adapter: Adapter, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless every tensor of an adapter has a place in a decoder, and none is missing."""
     lora, problems = adapter.config, []
+    places: dict[tuple[str, ...], tuple[Place, Mapping[str, Any]]] = {}  # by our modules
+    owners: dict[str, list[tuple[int | None, str]]] = {}  # experts and names, by our module
     for module, kinds in adapter.tensors.items():
         place = place_of(module, kinds, config, shapes)
         if place is None:
-            problems.append(f"{module} ({', '.join(kinds)}) is not part of the model")
+            problems.append(_why_no_place(module, kinds, lora, shapes))
             continue
+        if place.expert is None:
+            places[place.modules] = (place, kinds)
+        for ours in place.modules:
+            for expert, other in owners.setdefault(ours, []):
+                if expert == place.expert or None in (expert, place.expert):
+                    problems.append(f"{other} and {module} are the same module")
+            owners[ours].append((place.expert, module))
         expected = _expected_shapes(place, module, kinds, lora)
+        problems += _mixtures(place, module, kinds, lora)
         for kind in sorted(expected.keys() | kinds.keys()):
             if kind not in kinds:
                 problems.append(f"{module} lacks {kind}")
+            elif kind == "bias" and not place.has_bias:
+                problems.append(f"{module} has bias, but that of the model has none")
             elif kind not in expected:
                 problems.append(f"{module} has {kind}, which adapter_config.json does not ask for")
             elif tuple(kinds[kind].shape) != expected[kind]:
                 got = list(kinds[kind].shape)
                 problems.append(f"{kind} of {module} has shape {got}, the model needs {list(expected[kind])}")
-    for module in linear_modules(config, shapes):
-        has_parts = any(kind.startswith("lora_") for kind in adapter.tensors.get(module, ()))
-        wanted = lora.targets(module if module == "lm_head" else f"model.{module}")
-        if wanted and not has_parts:
-            problems.append(f"{module} is one of target_modules, but has no tensors")
-        if has_parts and not wanted and not lora.target_parameters:
-            problems.append(f"{module} has tensors, but is not one of target_modules")
     if not adapter.tensors:
         problems.append("it has no tensors")
+    problems += _missing(lora, places, config, shapes)
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise ValueError(
@@ -244,21 +271,108 @@ def check_fit(adapter: Adapter, config: DecoderConfig, shapes: Mapping[str, tupl
         )
 
 
+def _why_no_place(
+    module: str, kinds: Mapping[str, Any], lora: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    wanted = ("lora_A", "lora_B")
+    places = _expert_places(module, shapes) if _EXPERTS.fullmatch(module) and {*wanted} & kinds.keys() else []
+    if not places:
+        return f"{module} ({', '.join(kinds)}) is not part of the model"
+    if missing := [kind for kind in wanted if kind not in kinds]:
+        return f"{module} lacks {missing[0]}"
+    given = " and ".join(f"{kind} {list(kinds[kind].shape)}" for kind in wanted)
+    fitting = []
+    for place in places:
+        a, b = (list(shape) for shape in _expected_shapes(place, module, kinds, lora).values())
+        fitting.append(f"{place.theirs.rpartition('.')[2]} {a} and {b}")
+    return f"{module} has {given}, but the model needs for {' or for '.join(fitting)}"
+
+
+def _mixtures(place: Place, module: str, kinds: Mapping[str, Any], lora: LoraConfig) -> Iterator[str]:
+    """The problems of a module whose tensors cannot be applied together, or not there."""
+    has_parts = any(kind.startswith("lora_") for kind in kinds)
+    if place.expert is not None and (kinds.keys() != {"lora_A", "lora_B"} or lora.use_dora or lora.lora_bias):
+        yield f"{module} is one expert's, which can have lora_A and lora_B only, without DoRA"
+    elif place.is_norm and has_parts:
+        yield f"{module} is a norm, and cannot have low-rank parts"
+    changes = ["low-rank parts"] * has_parts + [kind for kind in ("weight", "rows") if kind in kinds]
+    if len(changes) > 1:
+        yield f"{module} has both {changes[0]} and {changes[1]}, which is not supported"
+
+
+def _missing(
+    lora: LoraConfig,
+    places: Mapping[tuple[str, ...], tuple[Place, Mapping[str, Any]]],
+    config: DecoderConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[str]:
+    """What the configuration asks for and the tensors lack, and low-rank parts that it does not ask for."""
+    for module, place in _modules(config, shapes):
+        given, kinds = places.get(place.modules, (place, {}))
+        has_parts = any(kind.startswith("lora_") for kind in kinds)
+        if _is_saved(lora, module) and not place.is_tied_head and "weight" not in kinds:
+            yield f"{module} is one of modules_to_save, but no tensors replace it"
+        if place.is_norm:
+            continue
+        wanted = [
+            name
+            for name, is_wanted in (
+                ("target_modules", lora.targets(given.theirs)),
+                ("target_parameters", matches(lora.target_parameters, f"{given.theirs}.weight")),
+            )
+            if is_wanted
+        ]
+        if wanted and not has_parts:
+            yield f"{module} is one of {wanted[0]}, but has no tensors"
+        if has_parts and not wanted:
+            yield f"{module} has tensors, but is not one of target_modules"
+        if place.has_bias and "bias" not in kinds and _asks_for_bias(lora, given):
+            yield f"{module} lacks bias, which bias={lora.bias!r} asks for"
+    for layer in range(config.num_layers):
+        for place in _expert_places(f"layers.{layer}.mlp.experts", shapes):
+            given, kinds = places.get(place.modules, (place, {}))
+            wanted = any(
+                matches(lora.target_parameters, name)
+                for name in {given.theirs, given.theirs.replace(".mlp.", _OLD_MLP)}
+            )
+            if wanted != bool(kinds):
+                name = given.theirs.removeprefix("model.")
+                is_one = "is one of target_parameters, but has no tensors"
+                yield f"{name} {is_one if wanted else 'has tensors, but is not one of target_parameters'}"
+    for name, ids in lora.trainable_token_indices.items():
+        found = [place for place, kinds in places.values() if "rows" in kinds and matches((name,), place.theirs)]
+        if not found:
+            yield f"{name} is one of trainable_token_indices, but no tensors replace its rows"
+        elif ids and max(ids) >= found[0].shape[0]:
+            yield f"trainable_token_indices has {max(ids)}, but {name} has {found[0].shape[0]} rows"
+
+
+def _is_saved(lora: LoraConfig, module: str) -> bool:
+    """Whether modules_to_save asks for a module: PEFT compares ends of names, also within a part."""
+    return any(module.endswith(name) for name in lora.modules_to_save)
+
+
+def _asks_for_bias(lora: LoraConfig, place: Place) -> bool:
+    return lora.bias == "all" or (lora.bias == "lora_only" and lora.targets(place.theirs))
+
+
 def _expected_shapes(
     place: Place, module: str, kinds: Mapping[str, Any], lora: LoraConfig
 ) -> dict[str, tuple[int, ...]]:
     """The tensors that must be there if those of the given kinds are."""
     (out, columns), rank = place.shape, lora.rank(place.theirs)
-    is_norm = columns == 1 and place.modules[0].endswith("norm")
     expected: dict[str, tuple[int, ...]] = {}
     if place.num_experts is not None:
         return {"lora_A": (place.num_experts * rank, columns), "lora_B": (out, place.num_experts * rank)}
-    if "weight" in kinds or "bias" in kinds:
-        expected |= {"weight": (out,) if is_norm else (out, columns)} if "weight" in kinds else {}
-        expected |= {"bias": (out,)} if "bias" in kinds else {}
+    # PEFT also writes embeddings whose size was changed
+    if "weight" in kinds and (_is_saved(lora, module) or module in ("embed_tokens", "lm_head")):
+        expected["weight"] = (out,) if place.is_norm else (out, columns)
+    if "bias" in kinds and (_is_saved(lora, module) or _asks_for_bias(lora, place)):
+        expected["bias"] = (out,)
     if "rows" in kinds:
-        ids = next((ids for name, ids in lora.trainable_token_indices.items() if matches((name,), module)), ())
-        expected["rows"] = (len(ids), columns)
+        for name, ids in lora.trainable_token_indices.items():
+            if matches((name,), module):
+                expected["rows"] = (len(ids), columns)
     if "base" in kinds:
         expected["base"] = (out, columns)
     if not any(kind.startswith("lora_") for kind in kinds):
@@ -275,11 +389,16 @@ def _expected_shapes(
 
 def linear_modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """The Hugging Face names of the modules that can have low-rank parts, except experts, without "model."."""
+    for module, place in _modules(config, shapes):
+        if not place.is_norm:
+            yield module
+
+
+def _modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Place]]:
+    """The Hugging Face names of the modules, except experts, without "model.", and their places."""
     table: Names = hugging_face_names(config.architecture)
     for theirs in table:
-        if "*" in theirs or theirs.endswith("norm"):
-            continue
         for layer in range(config.num_layers) if "#" in theirs else (0,):
             module = theirs.replace("#", str(layer))
-            if place_of(module, {}, config, shapes) is not None:
-                yield module
+            if "*" not in theirs and (place := place_of(module, {}, config, shapes)) is not None:
+                yield module, place

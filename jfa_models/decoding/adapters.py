@@ -77,9 +77,7 @@ class AdapterBank:
         self._lock = threading.RLock()
         self.on_device: Adapters | None = None
         if max_adapters is not None:
-            self._rebuild()
-            assert self.on_device is not None
-            self._place({}, 0)  # compiles it
+            self.on_device = _placed(self._built([]), {}, 0)  # compiles it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,9 +112,9 @@ class AdapterBank:
         if not isinstance(name, str) or not name:
             raise ValueError(f"the name of an adapter must be a string that is not empty, got {name!r}")
         check_fit(adapter, self._config, self._shapes)
-        if scale != 1.0:
-            adapter = scaled(adapter, scale)
+        adapter = scaled(adapter, scale)
         changes = changes_of(adapter, self._config, self._shapes, self._weight_of)
+        _check_finite(name, changes, self._dtype)
         with self._lock:
             if name in self.names:
                 raise ValueError(f"an adapter {name!r} is loaded already: unload it first, or use another name")
@@ -129,20 +127,14 @@ class AdapterBank:
                     f"all {self._max_adapters} slots are in use ({', '.join(one.name for one in self._slots if one)}): "
                     "unload an adapter, or raise max_adapters"
                 )
-            if not free:
-                free = [len(self._slots)]
-                self._slots.append(None)
-            one = Loaded(name, next(self._numbers), free[0], adapter, changes)
-            before = self._slots[one.slot]
-            self._slots[one.slot] = one
-            try:
-                if self._has_room(changes):
-                    self._place(changes, one.slot)
-                else:
-                    self._rebuild()
-            except BaseException:
-                self._slots[one.slot] = before
-                raise
+            slot = free[0] if free else len(self._slots)
+            one = Loaded(name, next(self._numbers), slot, adapter, changes)
+            # its weights before its name: another thread may launch a step at any time
+            if self.on_device is not None and self._has_room(self.on_device, one):
+                self.on_device = _placed(self.on_device, changes, slot)
+            else:
+                self.on_device = self._built([*(one for one in self._slots if one is not None), one])
+            self._slots[slot : slot + 1] = [one]
 
     def unload(self, name: str) -> None:
         """Removes an adapter: at once for new requests, and for those that use it when they end."""
@@ -155,13 +147,11 @@ class AdapterBank:
     @contextlib.contextmanager
     def using(self, loaded: Sequence[Loaded | None]) -> Iterator[None]:
         """Keeps the slots of adapters inside of a `with` statement."""
-        for one in loaded:
-            self.hold(one)
-        try:
-            yield
-        finally:
+        with contextlib.ExitStack() as held:
             for one in loaded:
-                self.release(one)
+                self.hold(one)
+                held.callback(self.release, one)
+            yield
 
     def hold(self, one: Loaded | None) -> None:
         """Counts a request that uses an adapter.
@@ -185,41 +175,42 @@ class AdapterBank:
     def _free(self, one: Loaded) -> None:
         if one.is_unloaded and not one.users and self._slots[one.slot] is one:
             self._slots[one.slot] = None
-            if any(change.whole is not None for change in one.changes.values()):
-                self._rebuild()
+            loaded = [one for one in self._slots if one is not None]
+            if not loaded and self._max_adapters is None:
+                self._slots.clear()
+                self.on_device = None
+            elif any(change.whole is not None for change in one.changes.values()):
+                self.on_device = self._built(loaded)
 
-    def _has_room(self, changes: Changes) -> bool:
+    @staticmethod
+    def _has_room(arrays: Adapters, one: Loaded) -> bool:
         """Whether an adapter fits the arrays on the device as they are."""
-        held = {} if self.on_device is None else self.on_device.changes
-        if self.on_device is None or self.on_device.num_slots < len(self._slots):
+        if arrays.num_slots <= one.slot:
             return False
-        for name, change in changes.items():
-            room = held.get(name, Change())
+        for name, change in one.changes.items():
+            room = arrays.changes.get(name, Change())
             if change.whole is not None or any(getattr(room, x) is None for x in _given(change)):
                 return False
             if change.a is not None and room.a is not None and change.a.shape[-2] > room.a.shape[-2]:
                 return False
         return True
 
-    def _rebuild(self) -> None:
-        """Allocates arrays with room for all loaded adapters, and fills them."""
-        loaded = [one for one in self._slots if one is not None]
-        if not loaded and self._max_adapters is None:
-            self.on_device = None
-            return
+    def _built(self, loaded: Sequence[Loaded]) -> Adapters:
+        """New arrays with room for these adapters, and filled with them."""
         names = list(dict.fromkeys(name for one in loaded for name in one.changes))
         if self._max_adapters is not None:
             room = [name.removesuffix(".weight") for name in self._shapes if name.endswith(".weight")]
             room = [name for name in room if name.endswith(_ROOM) and len(self._shapes[f"{name}.weight"]) == 2]
             names = list(dict.fromkeys(names + room))
-        self.on_device = Adapters({name: self._empty(name, loaded) for name in names}, len(self._slots))
+        num_slots = max(len(self._slots), *(one.slot + 1 for one in loaded), 0)
+        arrays = Adapters({name: self._empty(name, loaded, num_slots) for name in names}, num_slots)
         for one in loaded:
-            self._place(one.changes, one.slot)
+            arrays = _placed(arrays, one.changes, one.slot)
+        return arrays
 
-    def _empty(self, name: str, loaded: Sequence[Loaded]) -> Change:
+    def _empty(self, name: str, loaded: Sequence[Loaded], num_slots: int) -> Change:
         """Room for a module's changes by all slots."""
         found = [(one.slot, change) for one in loaded if (change := one.changes.get(name)) is not None]
-        num_slots = len(self._slots)
         fields: dict[str, Any] = {}
         for _, change in found:
             for field in _given(change) - {"a", "b", "whole"}:
@@ -236,12 +227,6 @@ class AdapterBank:
             fields["whole_slot"] = jnp.asarray([slot for slot, _ in whole], jnp.int32)
         return Change(**fields)
 
-    def _place(self, changes: Changes, slot: int) -> None:
-        """Fills a slot."""
-        assert self.on_device is not None
-        parts = {name: _padded(changes.get(name), room) for name, room in self.on_device.changes.items()}
-        self.on_device = _with_slot(self.on_device, parts, np.int32(slot))
-
 
 def names_of(names: Names, num_prompts: int) -> list[str | None]:
     """The adapter of each prompt.
@@ -251,6 +236,8 @@ def names_of(names: Names, num_prompts: int) -> list[str | None]:
     """
     if names is None or isinstance(names, str):
         return [names] * num_prompts
+    if not isinstance(names, Sequence):
+        raise ValueError(f"adapter must be one name, or one per prompt, got {names!r}")
     if len(names) != num_prompts:
         raise ValueError(f"adapter must be one name, or one per prompt, got {len(names)} for {num_prompts} prompts")
     return list(names)
@@ -273,6 +260,8 @@ def scaled(adapter: Adapter, scale: float) -> Adapter:
     """
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not np.isfinite(scale):
         raise ValueError(f"scale must be a number, got {scale!r}")
+    if scale == 1:
+        return adapter
     others = {kind for kinds in adapter.tensors.values() for kind in kinds} & {"weight", "bias", "rows"}
     if others:
         raise ValueError(
@@ -283,6 +272,18 @@ def scaled(adapter: Adapter, scale: float) -> Adapter:
     alphas = {name: alpha * scale for name, alpha in config.alpha_pattern.items()}
     config = dataclasses.replace(config, lora_alpha=config.lora_alpha * scale, alpha_pattern=alphas)
     return dataclasses.replace(adapter, config=config)
+
+
+def _check_finite(name: str, changes: Changes, dtype: DTypeLike) -> None:
+    """Raises ValueError for NaN and infinities, which would reach the rows of other adapters: 0 * NaN is not 0."""
+    most = float(jnp.finfo(dtype).max)
+    for module, change in changes.items():
+        for field in sorted(_given(change)):
+            if not np.abs(getattr(change, field)).max(initial=0.0) <= most:
+                raise ValueError(
+                    f"adapter {name!r} changes {module} ({field}) by numbers that are not finite in "
+                    f"{jnp.dtype(dtype).name}"
+                )
 
 
 def _given(change: Change) -> set[str]:
@@ -305,6 +306,12 @@ def _padded(change: Change | None, room: Change) -> Change:
         return out
 
     return Change(**{field.name: part(field.name, getattr(room, field.name)) for field in dataclasses.fields(Change)})
+
+
+def _placed(arrays: Adapters, changes: Changes, slot: int) -> Adapters:
+    """With a slot filled."""
+    parts = {name: _padded(changes.get(name), room) for name, room in arrays.changes.items()}
+    return _with_slot(arrays, parts, np.int32(slot))
 
 
 @jax.jit

@@ -174,7 +174,7 @@ class LanguageModel:
         Args:
           adapter: a folder in the format of PEFT (LoRA, rsLoRA, DoRA), a Hugging Face repository, "owner/name", or an
             Adapter in memory.
-          scale: multiplies its low-rank changes; 0 leaves the base.
+          scale: multiplies its low-rank changes; 0 leaves the base, except for the norms of DoRA.
 
         Raises:
           ValueError: there is no such adapter, it does not fit this model, the name is taken, or there is no room.
