@@ -22,6 +22,8 @@ from jfa_models.model.lora import NO_ADAPTER, Adapters, Change
 # changes one of them compiles nothing.
 _ROOM = tuple(f"attention.{name}" for name in "qkvo") + tuple(f"mlp.{name}" for name in ("gate", "up", "down"))
 
+_SLOT_AXIS = {"a": -3, "b": -2}  # of the fields of Change; of others it is the first
+
 Changes = Mapping[str, Change]  # of one slot, in NumPy
 Names = str | Sequence[str | None] | None  # one adapter for all rows or prompts, or one for each
 
@@ -33,6 +35,7 @@ class Loaded:
     Attributes:
       number: unique, also among adapters that were loaded under the same name: a part of the key of cached prefixes.
       users: requests that use it; until there are none its slot is not given to another.
+      alone: arrays with only this adapter, made when a step first has no other.
     """
 
     name: str
@@ -42,13 +45,14 @@ class Loaded:
     changes: Changes
     users: int = 0
     is_unloaded: bool = False
+    alone: Adapters | None = None
 
 
 class AdapterBank:
     """The loaded adapters of one model. Any thread may call its methods.
 
     Attributes:
-      on_device: what the steps take; None: no adapter is loaded.
+      on_device: the arrays of all adapters; None: none is loaded.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class AdapterBank:
         self._lock = threading.RLock()
         self.on_device: Adapters | None = None
         if max_adapters is not None:
-            self.on_device = _placed(self._built([]), {}, 0)  # compiles it
+            self.on_device = self._built([], max_adapters)
+            for arrays in (self.on_device, _one_slot(self.on_device)):  # compiles how a slot is filled
+                _placed(arrays, {}, 0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,7 +139,10 @@ class AdapterBank:
             if self.on_device is not None and self._has_room(self.on_device, one):
                 self.on_device = _placed(self.on_device, changes, slot)
             else:
-                self.on_device = self._built([*(one for one in self._slots if one is not None), one])
+                loaded = [*(one for one in self._slots if one is not None), one]
+                self.on_device = self._built(loaded, max(len(self._slots), slot + 1))
+                for each in loaded:
+                    each.alone = None  # its arrays lack the new fields
             self._slots[slot : slot + 1] = [one]
 
     def unload(self, name: str) -> None:
@@ -180,7 +189,44 @@ class AdapterBank:
                 self._slots.clear()
                 self.on_device = None
             elif any(change.whole is not None for change in one.changes.values()):
-                self.on_device = self._built(loaded)
+                self.on_device = self._built(loaded, len(self._slots))
+
+    def for_rows(
+        self, loaded: Sequence[Loaded | None], size: int, *, whole: bool = False
+    ) -> tuple[Int[np.ndarray, " size"] | None, Adapters | None]:
+        """The slot of each row of a step of `size` rows, and the arrays to which the slots belong.
+
+        Without adapters both are None; if all rows that have one have the same, the arrays have no others.
+
+        Args:
+          loaded: the adapters of the first rows.
+          whole: always the arrays of all adapters.
+        """
+        used = {one for one in loaded if one is not None}
+        arrays = self.on_device
+        if not used or arrays is None:
+            return None, None
+        slots = np.full(size, NO_ADAPTER, np.int32)
+        slots[: len(loaded)] = [NO_ADAPTER if one is None else one.slot for one in loaded]
+        if whole or len(used) > 1 or arrays.num_slots == 1:
+            return slots, arrays
+        return np.where(slots == NO_ADAPTER, slots, 0), self._alone(used.pop())
+
+    def variants(self) -> list[Adapters | None]:
+        """Arrays of each structure that for_rows returns, to compile the steps with."""
+        if self.on_device is None:
+            return [None]
+        if self.on_device.num_slots == 1:
+            return [None, self.on_device]
+        return [None, self.on_device, _placed(_one_slot(self.on_device), {}, 0)]
+
+    def _alone(self, one: Loaded) -> Adapters:
+        """Arrays of one slot with the same fields as those of all, so that all adapters run the same program."""
+        with self._lock:
+            assert self.on_device is not None
+            if one.alone is None:
+                one.alone = _placed(_one_slot(self.on_device, one.slot), one.changes, 0)
+            return one.alone
 
     @staticmethod
     def _has_room(arrays: Adapters, one: Loaded) -> bool:
@@ -195,14 +241,13 @@ class AdapterBank:
                 return False
         return True
 
-    def _built(self, loaded: Sequence[Loaded]) -> Adapters:
+    def _built(self, loaded: Sequence[Loaded], num_slots: int) -> Adapters:
         """New arrays with room for these adapters, and filled with them."""
         names = list(dict.fromkeys(name for one in loaded for name in one.changes))
         if self._max_adapters is not None:
             room = [name.removesuffix(".weight") for name in self._shapes if name.endswith(".weight")]
             room = [name for name in room if name.endswith(_ROOM) and len(self._shapes[f"{name}.weight"]) == 2]
             names = list(dict.fromkeys(names + room))
-        num_slots = max(len(self._slots), *(one.slot + 1 for one in loaded), 0)
         arrays = Adapters({name: self._empty(name, loaded, num_slots) for name in names}, num_slots)
         for one in loaded:
             arrays = _placed(arrays, one.changes, one.slot)
@@ -241,15 +286,6 @@ def names_of(names: Names, num_prompts: int) -> list[str | None]:
     if len(names) != num_prompts:
         raise ValueError(f"adapter must be one name, or one per prompt, got {len(names)} for {num_prompts} prompts")
     return list(names)
-
-
-def rows_of(loaded: Sequence[Loaded | None], size: int) -> Int[np.ndarray, " size"] | None:
-    """The slot of each row, for a step of `size` rows; None: no row has an adapter."""
-    if not any(loaded):
-        return None
-    slots = np.full(size, NO_ADAPTER, np.int32)
-    slots[: len(loaded)] = [NO_ADAPTER if one is None else one.slot for one in loaded]
-    return slots
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:
@@ -297,7 +333,7 @@ def _padded(change: Change | None, room: Change) -> Change:
     def part(name: str, like: Array | None) -> Any:
         if like is None or name in ("whole", "whole_slot"):
             return None
-        axis = {"a": -3, "b": -2}.get(name, 0)
+        axis = _SLOT_AXIS.get(name, 0)
         shape = list(like.shape)
         shape[axis] = 1
         out, given = np.zeros(shape, np.float32), None if change is None else getattr(change, name)
@@ -306,6 +342,23 @@ def _padded(change: Change | None, room: Change) -> Change:
         return out
 
     return Change(**{field.name: part(field.name, getattr(room, field.name)) for field in dataclasses.fields(Change)})
+
+
+def _one_slot(arrays: Adapters, slot: int | None = None) -> Adapters:
+    """Empty arrays with one slot and the fields of others; whole weights are those of the given slot."""
+
+    def narrow(change: Change) -> Change:
+        fields: dict[str, Any] = {}
+        for name in _given(change) - {"whole"}:
+            shape = list(getattr(change, name).shape)
+            shape[_SLOT_AXIS.get(name, 0)] = 1
+            fields[name] = jnp.zeros(shape, getattr(change, name).dtype)
+        if change.whole is not None and change.whole_slot is not None:
+            own = [i for i, x in enumerate(change.whole_slot.tolist()) if x == slot]
+            fields |= {"whole": change.whole[own[0]][None], "whole_slot": jnp.zeros(1, jnp.int32)} if own else {}
+        return Change(**fields)
+
+    return Adapters({name: narrow(change) for name, change in arrays.changes.items()}, 1)
 
 
 def _placed(arrays: Adapters, changes: Changes, slot: int) -> Adapters:
@@ -319,7 +372,7 @@ def _with_slot(adapters: Adapters, parts: Changes, slot: Int[Array, ""]) -> Adap
     def put(name: str, whole: Array | None, part: Array | None) -> Array | None:
         if whole is None or part is None:
             return whole
-        axis = {"a": -3, "b": -2}.get(name, 0) % whole.ndim
+        axis = _SLOT_AXIS.get(name, 0) % whole.ndim
         return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), slot, axis)
 
     changes = {}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jfa import QuantizedArray
 from jfa.quant import dequantize
@@ -22,7 +22,7 @@ from jfa_models.checkpoints.peft import Adapter, read_adapter
 from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.save import save_checkpoint
 from jfa_models.decoding import caches
-from jfa_models.decoding.adapters import AdapterBank, Loaded, Names, names_of, rows_of
+from jfa_models.decoding.adapters import AdapterBank, Loaded, Names, names_of
 from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.options import DTYPES, CacheOptions
 from jfa_models.decoding.outputs import RequestOutput
@@ -251,8 +251,7 @@ class LanguageModel:
             lengths = lengths.astype(np.int32)
         loaded = [self.adapters.find(name) for name in names_of(adapter, len(tokens))]
         with self.adapters.using(loaded):
-            adapters = self.adapters.on_device if any(loaded) else None
-            slots = rows_of(loaded, len(tokens))
+            slots, adapters = self.adapters.for_rows(loaded, len(tokens))
             return self.steps.logits(self.params, tokens.astype(np.int32), lengths, slots, adapters=adapters)
 
     def default_params(self, **overrides) -> SamplingParams:
@@ -326,19 +325,20 @@ class LanguageModel:
         The number of rows is rounded up to a power of two, as in generate; rows without a prompt are not active. If a
         row has an adapter, the steps need adapters=model.adapters.on_device.
         """
-        return self._start(self._requests(as_prompts(prompts), sampling_params, seed, adapter))[0]
+        return self._start(self._requests(as_prompts(prompts), sampling_params, seed, adapter), whole=True)[0]
 
     def _stream(self, request: "_Request", session: "Session") -> Iterator[RequestOutput]:
         prompt_ids = request.prompt_ids
         with self.adapters.using([request.adapter]):
             cache, known = session.take(self, prompt_ids, len(prompt_ids) + request.max_tokens, request.adapter)
-            state, emitted = self._prefill([request], cache, [prompt_ids[known:]])
+            adapters = self.adapters.for_rows([request.adapter], 1)
+            state, emitted = self._prefill([request], cache, [prompt_ids[known:]], *adapters)
             try:
                 while not request.finished:
                     shown = emitted
                     if len(request.completion.token_ids) + 1 < request.max_tokens:
                         # the next step runs on the device while the host reads and prints this one
-                        state, emitted = self.steps.decode(self.params, state, adapters=self._adapters([request]))
+                        state, emitted = self.steps.decode(self.params, state, adapters=adapters[1])
                     shown = jax.device_get(shown)
                     request.completion.push(shown.sampled, 0)
                     yield request.output()
@@ -348,20 +348,16 @@ class LanguageModel:
                 if request.completion.error is None:  # otherwise the cache may hold NaN: the next call starts over
                     session.give(state.cache, held)
 
-    def _adapters(self, requests: "Sequence[_Request]") -> Adapters | None:
-        """Those of the steps of these requests."""
-        return self.adapters.on_device if any(request.adapter for request in requests) else None
-
     def _run_batch(self, requests: "Sequence[_Request]") -> None:
         """Runs one batch until all its requests have finished."""
-        state, emitted = self._start(requests)
+        state, emitted, adapters = self._start(requests)
         self._push(requests, jax.tree.map(lambda x: x[None], jax.device_get(emitted)), 1)
         while not all(request.finished for request in requests):
             # stop strings are detected on the host: tell the device which rows have ended
             active = np.zeros(state.active.shape, bool)
             active[: len(requests)] = [not request.finished for request in requests]
             state = dataclasses.replace(state, active=active)
-            state, emitted, num_steps = self.steps.decode_many(self.params, state, adapters=self._adapters(requests))
+            state, emitted, num_steps = self.steps.decode_many(self.params, state, adapters=adapters)
             self._push(requests, jax.device_get(emitted), int(num_steps))
 
     @staticmethod
@@ -372,13 +368,24 @@ class LanguageModel:
                 if not request.finished:
                     request.completion.push(sampled, row)
 
-    def _start(self, requests: "Sequence[_Request]") -> tuple[DecodeState, Emitted]:
+    def _start(
+        self, requests: "Sequence[_Request]", *, whole: bool = False
+    ) -> tuple[DecodeState, Emitted, Adapters | None]:
+        """Also returns the adapters that the next steps need. whole: all of them."""
         longest = max(len(request.prompt_ids) + request.max_tokens for request in requests)
-        cache = self.new_cache(batch=caches.power_of_two(len(requests)), capacity=longest)
-        return self._prefill(requests, cache, [request.prompt_ids for request in requests])
+        size = caches.power_of_two(len(requests))
+        cache = self.new_cache(batch=size, capacity=longest)
+        slots, adapters = self.adapters.for_rows([request.adapter for request in requests], size, whole=whole)
+        prompts = [request.prompt_ids for request in requests]
+        return *self._prefill(requests, cache, prompts, slots, adapters), adapters
 
     def _prefill(
-        self, requests: "Sequence[_Request]", cache: Cache, prompts: Sequence[Sequence[int]]
+        self,
+        requests: "Sequence[_Request]",
+        cache: Cache,
+        prompts: Sequence[Sequence[int]],
+        slots: Int[np.ndarray, " b"] | None,
+        adapters: Adapters | None,
     ) -> tuple[DecodeState, Emitted]:
         """Prefills the prompts, after the tokens that are already in the cache, and samples each row's first token."""
         size = cache.kv_len.shape[0]
@@ -392,7 +399,6 @@ class LanguageModel:
             request_ids=[*(request.index for request in requests), *range(len(empty))],
         )
         hidden = jnp.zeros((size, self.config.hidden_size), self.dtype)
-        slots, adapters = rows_of([request.adapter for request in requests], size), self._adapters(requests)
         for tokens, lengths in caches.prefill_chunks(prompts, size):
             cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
         active = np.arange(size) < len(requests)

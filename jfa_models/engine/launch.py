@@ -12,14 +12,13 @@ import numpy as np
 import jfa
 from jfa.pages import Copy
 from jfa.types import NULL_PAGE
-from jfa_models.decoding.adapters import rows_of
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seen, slot_rows
 from jfa_models.decoding.steps import Batch, Slots
 from jfa_models.engine.request import GREEDY, NO_SEED, Continuation, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
-from jfa_models.model.lora import NO_ADAPTER
+from jfa_models.model.lora import NO_ADAPTER, Adapters
 
 SMALLEST_STEP = 32  # minimum tokens of a step with prompts; its sizes double from here on
 SMALLEST_COPY = 8  # minimum number of pages per copy
@@ -73,18 +72,17 @@ class Launcher:
         )
         shapes: list[tuple[int, int | None]] = [(b, None) for b in _buckets(1, most)]
         shapes += [(most, n) for n in _buckets(SMALLEST_STEP, self.scheduler.max_num_batched_tokens)]
-        with_adapter = {False, self.model.adapters.on_device is not None}
-        for (b, n), with_prompt, adapted in itertools.product(shapes, wants_prompt, with_adapter):
+        for (b, n), with_prompt, adapters in itertools.product(shapes, wants_prompt, self.model.adapters.variants()):
             batch = _batch(
                 np.zeros(n or b, np.int32),
                 None if n is None else np.zeros(b + 1, np.int32),
                 np.full(b, most, np.int32),
                 np.full(b, n or b, np.int32),
                 np.zeros(n, np.int32) if with_prompt and n else None,
-                np.full(b, NO_ADAPTER, np.int32) if adapted else None,
+                None if adapters is None else np.full(b, NO_ADAPTER, np.int32),
             )
             tables = np.zeros((len(self._no_tables), b, self._pages_per_seq), np.int32)
-            logits, _ = self._advance(batch, tables, np.zeros(b, np.int32))
+            logits, _ = self._advance(batch, tables, np.zeros(b, np.int32), adapters)
             if n in (None, SMALLEST_STEP):
                 for greedy, no_logprobs, adjusting, stops in mixtures:
                     like = SamplingParams(
@@ -131,9 +129,9 @@ class Launcher:
                 end += chunk.num_tokens
             if chunk.samples:
                 last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
-        adapters = rows_of([one.request.adapter for _, one in rows], b)
-        batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None, adapters)
-        logits, prompt_logprobs = self._advance(batch, tables, kv_len)
+        adapter, adapters = self.model.adapters.for_rows([one.request.adapter for _, one in rows], b)
+        batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None, adapter)
+        logits, prompt_logprobs = self._advance(batch, tables, kv_len, adapters)
         sampled, sampling = None, [(row, one) for row, (chunk, one) in enumerate(rows) if chunk.samples]
         if sampling:
             sampling_rows = self._sampling_rows([(one.params, one.seed) for _, one in rows], b)
@@ -142,9 +140,10 @@ class Launcher:
             x.copy_to_host_async()
         return Launched(sampling, sampled, prompts, prompt_logprobs)
 
-    def _advance(self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray) -> tuple[jax.Array, Sampled | None]:
+    def _advance(
+        self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, adapters: Adapters | None
+    ) -> tuple[jax.Array, Sampled | None]:
         cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
-        adapters = None if batch.adapter is None else self.model.adapters.on_device
         cache, logits, prompt_logprobs = self.model.steps.advance(
             self.model.params, cache, self._slots.last_token, batch, adapters=adapters
         )

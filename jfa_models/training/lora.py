@@ -5,11 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jfa_models.checkpoints.lora_config import LoraConfig
+from jfa_models.checkpoints.lora_config import ALL_LINEAR, LoraConfig
 from jfa_models.checkpoints.peft import Adapter, linear_modules, place_of
 from jfa_models.decoding.language_model import LanguageModel
-
-ALL_LINEAR = "all-linear"
 
 
 def new_adapter(
@@ -27,7 +25,7 @@ def new_adapter(
     Args:
       alpha: the change is scaled by alpha / rank, with use_rslora by alpha / sqrt(rank); None: 2 * rank.
       targets: ends of Hugging Face module names ("q_proj"), a regular expression for whole names, or "all-linear": all
-        linear layers but the output layer and those of experts.
+        linear layers but the output layer; routers and experts are never among them.
       use_dora: also train the norm of each row of the changed weights (arXiv:2402.09353).
 
     Raises:
@@ -35,8 +33,14 @@ def new_adapter(
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
-    modules = [module for module in linear_modules(model.config, model.shapes) if module != "embed_tokens"]
-    ends = sorted({module.rpartition(".")[2] for module in modules})
+    named = {one: place_of(one, {}, model.config, model.shapes) for one in linear_modules(model.config, model.shapes)}
+    # PEFT stores the changes of routers and experts in another way
+    places = {
+        name: place
+        for name, place in named.items()
+        if place is not None and name != "embed_tokens" and not place.modules[0].endswith("router")
+    }
+    ends = sorted({name.rpartition(".")[2] for name in places})
     if targets == ALL_LINEAR:
         targets = [end for end in ends if end != "lm_head"]
     config = LoraConfig(
@@ -46,16 +50,14 @@ def new_adapter(
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
-    chosen = [one for one in modules if config.targets(one if one == "lm_head" else f"model.{one}")]
+    chosen = {name: place for name, place in places.items() if config.targets(place.theirs)}
     unused = [] if isinstance(targets, str) else [name for name in targets if name.rpartition(".")[2] not in ends]
     if not chosen or unused:
         what = ", ".join(map(repr, unused)) if unused else repr(targets)
         raise ValueError(f"targets: {what} matches no linear layer of this model; it has {', '.join(ends)}")
     generator = np.random.default_rng(seed)
     tensors = {}
-    for module in chosen:
-        place = place_of(module, {}, model.config, model.shapes)
-        assert place is not None
+    for module, place in chosen.items():
         out, columns = place.shape
         bound = 1 / math.sqrt(columns)
         tensors[module] = {
