@@ -24,25 +24,26 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 # A tile of scores should stay in the cores' L2 caches (measured: bench/LOG.md).
 _SCORE_TILE_BYTES = 4 << 20
 
-# A few rows of queries (decode) are multiplied by the keys of all heads in one product with a block-diagonal left side:
-# hkv times the work of one product per head, but no transposed copy of the keys, which costs more (bench/LOG.md).
-_PACKED_ROWS, _PACKED_HEADS = 64, 8
-
 _SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax.export)
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
-    """Tiles of at most 256 x 256, narrower for large batches and many heads."""
+    """Tiles of 256 x 256, or narrower for few queries, large batches and many heads."""
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
+    in_bfloat16 = device.multiplies_bfloat16 and all(x.dtype == jnp.bfloat16 for x in operands[:3])
+    widen = on_cpu and not (in_bfloat16 and _has_few_keys(operands))
     if not all(isinstance(n, int) for n in (b, tq, operands.k.shape[1])):
-        return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=on_cpu)
-    if on_cpu and tq * hq <= _PACKED_ROWS and operands.k.shape[2] <= _PACKED_HEADS:
-        return BlockConfig(block_q=tq or 1, block_kv=128, widen=True, packed=True)
+        return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=widen)
     block_q = max(1, min(tq, 256))
-    rows = max(1, b * hq * block_q)
-    block_kv = max(128, min(256, _SCORE_TILE_BYTES // (4 * rows) // 128 * 128))
-    return BlockConfig(block_q=block_q, block_kv=block_kv, widen=on_cpu)
+    is_wide = 256 * 4 * b * hq * block_q <= _SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
+    return BlockConfig(block_q=block_q, block_kv=256 if is_wide else 128, widen=widen)
+
+
+def _has_few_keys(operands: Operands) -> bool:
+    """Whether a copy of all keys costs little: a cache may have many more slots than there are queries."""
+    tq, tk = operands.q.shape[1], operands.k.shape[1]
+    return isinstance(tq, int) and isinstance(tk, int) and tk <= 8 * tq
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
@@ -64,9 +65,7 @@ def flash_attention(
         return out[:, :tq], lse[:, :tq]
     hkv, g, d = operands.k.shape[2], operands.group_size, operands.v.shape[3]
     grid = _Grid.of(operands, config)
-    if config.packed:
-        operands = operands._replace(k=_flat(operands.k), v=_flat(operands.v))
-    elif _is_array(operands.k) and grid.reads_keys_often:
+    if not (config.widen or hasattr(operands.k, "rows")) and _has_few_keys(operands):
         operands = operands._replace(k=_HeadsFirst.of(operands.k), v=_HeadsFirst.of(operands.v))
     queries = _heads_first(q, hkv)
 
@@ -87,7 +86,7 @@ def flash_attention(
             rescale = jnp.exp(m - m_safe)
             l = l * rescale + p.sum(-1)
             p = p if kept is None else jnp.where(kept, p, 0.0)
-            return acc * rescale[..., None] + _times_values(p, tile, config), m_next, l
+            return acc * rescale[..., None] + _rows_dot("bhrk,bhkd->bhrd", p.astype(tile.v_block.dtype), tile.seen_only(tile.v_block)), m_next, l
 
         rows = (b, hkv, g, grid.block_q)
         carry = (float32(q, (*rows, d)), float32(q, rows, -jnp.inf), float32(q, rows))
@@ -287,12 +286,6 @@ class _Grid(NamedTuple):
     def k_start(self, j):
         return _least(j * self.block_kv, self.tk - self.block_kv)
 
-    @property
-    def reads_keys_often(self) -> bool:
-        """Whether a copy of all keys costs little: a cache may have many more slots than there are queries."""
-        sizes = (self.tq, self.tk)
-        return all(isinstance(n, int) for n in sizes) and self.tk <= 8 * self.tq
-
     def kv_tiles(self, operands: Operands, spec: AttentionSpec, q_start):
         """(first, inside, outside, end): the key tiles [first, end) that any row of the query tile may see, of which
         every row sees all keys of [inside, outside)."""
@@ -386,18 +379,7 @@ def _score_tile(
     k_block, v_block = (_kv_tile(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
-    if config.packed:
-        # without this barrier, XLA on a CPU would compute a tile again for each of its uses below
-        k_block, v_block = lax.optimization_barrier((k_block, v_block))
-        scores = _dot("brc,bkc->brk", _block_diagonal(q_block), _merge_heads(k_block.swapaxes(1, 2)))
-        # 0 (of another head) times inf or NaN is NaN: in that case, use one product per head
-        scores = lax.cond(
-            jnp.isfinite(scores).all(),
-            lambda: scores.reshape(*q_block.shape[:4], -1),
-            lambda: _rows_dot("bhrd,bhkd->bhrk", q_block, k_block),
-        )
-    else:
-        scores = _rows_dot("bhrd,bhkd->bhrk", q_block, k_block)
+    scores = _rows_dot("bhrd,bhkd->bhrk", q_block, k_block)
     scores = scores if scale == 1.0 else scale * scores
     if operands.bias is not None:
         bias = _bias_tile(operands.bias, grid, q_start, k_start, operands.group_size)
@@ -439,51 +421,6 @@ def _kept(
     return dropout.keep(seed, row, key, rate=spec.dropout_rate)
 
 
-def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
-    """p v of one tile."""
-    p, v_block = p.astype(tile.v_block.dtype), tile.v_block
-    if not config.packed:
-        return _rows_dot("bhrk,bhkd->bhrd", p, tile.seen_only(v_block))
-    b, hkv, g, bq, bk = p.shape
-
-    def product(v_block):
-        out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block.swapaxes(1, 2)))
-        return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
-
-    if tile.visible is None:
-        return product(v_block)
-    # the replacement makes a copy, which for few queries costs as much as the product: do it only if needed
-    return lax.cond(tile.seen.all(), lambda: product(v_block), lambda: product(tile.seen_only(v_block)))
-
-
-def _block_diagonal(q_block: Float[Array, "b hkv g bq d"]) -> Float[Array, "b rows hkv*d"]:
-    """Puts each query row into the columns of its own key head, with zeros elsewhere."""
-    b, hkv, _, _, d = q_block.shape
-    rows = q_block.reshape(b, hkv, -1, 1, d) * jnp.eye(hkv, dtype=q_block.dtype)[:, None, :, None]
-    return rows.reshape(b, -1, hkv * d)
-
-
-class _Flat(NamedTuple):
-    """Keys or values with heads and head_dim merged, so that a tile is contiguous: XLA on a CPU copies it in half the
-    time (bench/LOG.md)."""
-
-    merged: Float[Array, "b tk hkv*d"]
-    hkv: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        b, tk, width = self.merged.shape
-        return b, tk, self.hkv, width // self.hkv
-
-    def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
-        tile = lax.optimization_barrier(_rows(self.merged, start, size))  # otherwise XLA loops over the result's axes
-        return tile.reshape(*tile.shape[:2], *self.shape[2:])
-
-
-def _flat(x: Any) -> Any:
-    return x if hasattr(x, "rows") else _Flat(_merge_heads(x), x.shape[2])
-
-
 class _HeadsFirst(NamedTuple):
     """Keys or values with heads before tokens, so that XLA on a CPU multiplies a tile as it is."""
 
@@ -500,17 +437,7 @@ class _HeadsFirst(NamedTuple):
 
 
 def _kv_tile(x: Any, start, size: int) -> Float[Array, "b hkv size d"]:
-    if isinstance(x, _HeadsFirst):
-        return _slice(x.array, start, size, axis=2)
-    return _rows(x, start, size).swapaxes(1, 2)
-
-
-def _is_array(x: Any) -> bool:
-    return not hasattr(x, "rows")
-
-
-def _merge_heads(x: Float[Array, "b bk hkv d"]) -> Float[Array, "b bk hkv*d"]:
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+    return _slice(x.array, start, size, axis=2) if isinstance(x, _HeadsFirst) else _rows(x, start, size).swapaxes(1, 2)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -561,7 +488,7 @@ def _per_row(x: Array) -> Array:
 
 
 def _rows(x: Any, start, size: int) -> Array:
-    if hasattr(x, "rows"):  # not an array: _Flat, or paged.Rows, which gathers them
+    if hasattr(x, "rows"):  # paged.Rows, which gathers them
         return x.rows(start, size)
     return _slice(x, start, size, axis=1)
 

@@ -61,7 +61,7 @@ def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
     b = operands.kv_len.shape[0]
     if operands.query_start is None:
         config = flash.default_config(_one_query_each(operands), device)
-        if not config.packed:
+        if device.platform != "cpu":
             return config
         # pages of up to 256 tokens in one piece, so that _runs can slice them
         return dataclasses.replace(config, block_kv=max(config.block_kv, min(256, operands.k_pages.shape[1])))
