@@ -74,6 +74,9 @@ def _architecture(kind: str) -> tuple[str, str] | None:
     return None
 
 
+_CPU_INFO = Path("/proc/cpuinfo")  # Linux
+
+
 @functools.cache
 def _real() -> DeviceInfo:
     device = jax.devices()[0]
@@ -91,7 +94,7 @@ def _real() -> DeviceInfo:
 def _multiplies_bfloat16() -> bool:
     """Whether the CPU has AVX512-BF16; False if that is unknown (no Linux, no x86)."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _CPU_INFO.read_text().splitlines()
     except OSError:
         return False
     return any(line.startswith("flags") and "avx512_bf16" in line.split() for line in lines)

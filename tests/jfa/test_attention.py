@@ -62,9 +62,10 @@ def test_agrees_with_the_oracle(name, dtype, backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["one_query_each", "cached_chunk", "gqa", "mask"])
-def test_packed_heads_give_the_same_result(name, dtype):
+@pytest.mark.parametrize("config", [None, jfa.BlockConfig(block_q=8, block_kv=16)], ids=["default", "not_widened"])
+def test_other_tiles_give_the_same_result(name, dtype, config):
     known = truth(name, dtype)
-    out, lse = attend(name, dtype, "xla", config=jfa.BlockConfig(block_q=8, block_kv=16, widen=True, packed=True))
+    out, lse = attend(name, dtype, "xla", config=config)
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
     assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
 
@@ -164,7 +165,7 @@ def test_with_float64_as_the_default_dtype(backend):
     np.testing.assert_array_equal(out, attend("cached_chunk", "float32", backend)[0])
 
 
-def test_nan_in_one_of_several_packed_heads_stays_there():
+def test_nan_in_one_of_several_heads_stays_there():
     key = jnp.ones((1, 9, 2, 16)).at[0, 3, 0].set(jnp.nan)  # key head 0, which query heads 0 and 1 read
     out = jfa.dot_product_attention(jnp.ones((1, 1, 4, 16)), key, jnp.ones((1, 9, 2, 16)))
     assert jnp.isnan(out).any((0, 1, 3)).tolist() == [True, True, False, False]

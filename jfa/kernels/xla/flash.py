@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jfa import dropout
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
-# A tile of scores should stay in the cores' L2 caches (measured: bench/LOG.md).
+# A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
 _SCORE_TILE_BYTES = 4 << 20
 
 _SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax.export)
@@ -35,7 +35,8 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
     widen = on_cpu and not (in_bfloat16 and _has_few_keys(operands))
     if not all(isinstance(n, int) for n in (b, tq, operands.k.shape[1])):
         return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=widen)
-    block_q = max(1, min(tq, 256))
+    # on a CPU, the query heads of a group are rows of one product, which is then large enough
+    block_q = max(1, min(tq, 128 if on_cpu and operands.group_size > 1 else 256))
     is_wide = 256 * 4 * b * hq * block_q <= _SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
     return BlockConfig(block_q=block_q, block_kv=256 if is_wide else 128, widen=widen)
 
@@ -65,8 +66,7 @@ def flash_attention(
         return out[:, :tq], lse[:, :tq]
     hkv, g, d = operands.k.shape[2], operands.group_size, operands.v.shape[3]
     grid = _Grid.of(operands, config)
-    if not (config.widen or hasattr(operands.k, "rows")) and _has_few_keys(operands):
-        operands = operands._replace(k=_HeadsFirst.of(operands.k), v=_HeadsFirst.of(operands.v))
+    operands = _with_heads_first(operands, config)
     queries = _heads_first(q, hkv)
 
     def q_tile(i, done):
@@ -81,12 +81,13 @@ def flash_attention(
             kept = _kept(operands, spec, grid, start, grid.k_start(j))
             m_next = jnp.maximum(m, tile.scores.max(-1))
             m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
-            # without this barrier, XLA on a CPU would compute the exponentials again for their sum
-            p = lax.optimization_barrier(jnp.exp(tile.scores - m_safe[..., None]))
+            p = jnp.exp(tile.scores - m_safe[..., None])
             rescale = jnp.exp(m - m_safe)
             l = l * rescale + p.sum(-1)
             p = p if kept is None else jnp.where(kept, p, 0.0)
-            return acc * rescale[..., None] + _rows_dot("bhrk,bhkd->bhrd", p.astype(tile.v_block.dtype), tile.seen_only(tile.v_block)), m_next, l
+            v_block = tile.seen_only(tile.v_block)
+            acc = acc * rescale[..., None] + _rows_dot("bhrk,bhkd->bhrd", p.astype(v_block.dtype), v_block)
+            return acc, m_next, l
 
         rows = (b, hkv, g, grid.block_q)
         carry = (float32(q, (*rows, d)), float32(q, rows, -jnp.inf), float32(q, rows))
@@ -156,8 +157,9 @@ def flash_attention_bwd(
     delta = delta - jnp.where(empty, 0.0, d_lse)
     lse = jnp.where(empty, jnp.inf, lse)  # exp(score - inf) = 0
 
-    operands = operands._replace(k=_HeadsFirst.of(k), v=_HeadsFirst.of(v))
-    queries, d_outs, lses, deltas = (_heads_first(x, hkv) for x in (jnp.where(empty[..., None], 0, q), d_out, lse, delta))
+    operands = _with_heads_first(operands, config)
+    safe_q = jnp.where(empty[..., None], 0, q)
+    queries, d_outs, lses, deltas = (_heads_first(x, hkv) for x in (safe_q, d_out, lse, delta))
 
     def q_tile(i, grads):
         start = grid.q_start(i)
@@ -170,13 +172,14 @@ def flash_attention_bwd(
         if config.widen:
             q_block, do_block = (x.astype(jnp.float32) for x in (q_block, do_block))
         # XLA on a CPU has no fast product that sums over the rows of its left side, so it gets a transposed copy
-        q_columns, do_columns = lax.optimization_barrier(tuple(_merge_groups(x).swapaxes(2, 3) for x in (q_block, do_block)))
+        columns = (_merge_groups(x).swapaxes(2, 3) for x in (q_block, do_block))
+        q_columns, do_columns = lax.optimization_barrier(tuple(columns))
 
         def kv_tile(j, carry, *, masked: bool):
             dq_block, dk, dv, d_bias, d_slopes = carry
             tile = _score_tile(operands, spec, config, grid, q_block, spec.sm_scale, start, j, masked=masked)
             k_block, v_block = tile.seen_only(tile.k_block), tile.seen_only(tile.v_block)
-            p = lax.optimization_barrier(jnp.exp(tile.scores - lse_block))
+            p = jnp.exp(tile.scores - lse_block)
             dp = _rows_dot("bhrd,bhkd->bhrk", do_block, v_block)
             kept = _kept(operands, spec, grid, start, grid.k_start(j))
             if kept is not None:
@@ -205,8 +208,8 @@ def flash_attention_bwd(
 
     slopes = operands.alibi_slopes
     d_bias, d_slopes = (None if x is None else float32(q, x.shape) for x in (bias, slopes))
-    columns = (float32(q, (x.shape[0], hkv, x.shape[3], x.shape[1])) for x in (k, v))
-    grads = (float32(q, q.shape), *columns, d_bias, d_slopes)
+    dk, dv = (float32(q, (x.shape[0], hkv, x.shape[3], x.shape[1])) for x in (k, v))
+    grads = (float32(q, q.shape), dk, dv, d_bias, d_slopes)
     if q.size and grid.num_kv:
         grads = _loop(0, grid.num_q, q_tile, grads)
     dq, dk, dv, d_bias, d_slopes = grads
@@ -287,15 +290,17 @@ class _Grid(NamedTuple):
         return _least(j * self.block_kv, self.tk - self.block_kv)
 
     def kv_tiles(self, operands: Operands, spec: AttentionSpec, q_start):
-        """(first, inside, outside, end): the key tiles [first, end) that any row of the query tile may see, of which
-        every row sees all keys of [inside, outside)."""
-        low, high = (0, 0) if operands.q_offset is None else (operands.q_offset.min(), operands.q_offset.max())
+        """(first, inside, outside, end): any row of the query tile may see keys of the tiles [first, end), and every
+        row sees all keys of [inside, outside)."""
         last = q_start + self.block_q - 1
+        lowest, highest = q_start, last  # positions
+        if operands.q_offset is not None:
+            lowest, highest = q_start + operands.q_offset.min(), last + operands.q_offset.max()
         first, inside, outside, end = 0, 0, self.tk, self.tk
         if spec.left is not None:
-            first, inside = _most(0, q_start + low - spec.left), _most(0, last + high - spec.left)
+            first, inside = _most(0, lowest - spec.left), _most(0, highest - spec.left)
         if spec.right is not None:
-            outside, end = _least(outside, q_start + low + spec.right + 1), _least(end, last + high + spec.right + 1)
+            outside, end = _least(outside, lowest + spec.right + 1), _least(end, highest + spec.right + 1)
         if operands.kv_len is not None:
             outside, end = _least(outside, operands.kv_len.min()), _least(end, operands.kv_len.max())
         if operands.q_len is not None:
@@ -422,7 +427,7 @@ def _kept(
 
 
 class _HeadsFirst(NamedTuple):
-    """Keys or values with heads before tokens, so that XLA on a CPU multiplies a tile as it is."""
+    """A copy of all keys or values with heads before tokens."""
 
     array: Float[Array, "b hkv tk d"]
 
@@ -434,6 +439,14 @@ class _HeadsFirst(NamedTuple):
     def shape(self) -> tuple[int, int, int, int]:
         b, hkv, tk, d = self.array.shape
         return b, tk, hkv, d
+
+
+def _with_heads_first(operands: Operands, config: BlockConfig) -> Operands:
+    """Copies k and v once, if they are not widened: XLA on a CPU multiplies a tile that was transposed within the loop
+    in float32."""
+    if config.widen or hasattr(operands.k, "rows") or not _has_few_keys(operands):
+        return operands
+    return operands._replace(k=_HeadsFirst.of(operands.k), v=_HeadsFirst.of(operands.v))
 
 
 def _kv_tile(x: Any, start, size: int) -> Float[Array, "b hkv size d"]:
