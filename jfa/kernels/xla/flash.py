@@ -24,6 +24,9 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 # A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
 _SCORE_TILE_BYTES = 4 << 20
 
+# For fewer queries than this, a mask costs less than a second loop over keys (bench/LOG.md).
+_LEAST_UNMASKED = 16
+
 _SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax.export)
 
 
@@ -85,9 +88,7 @@ def flash_attention(
             rescale = jnp.exp(m - m_safe)
             l = l * rescale + p.sum(-1)
             p = p if kept is None else jnp.where(kept, p, 0.0)
-            v_block = tile.seen_only(tile.v_block)
-            acc = acc * rescale[..., None] + _rows_dot("bhrk,bhkd->bhrd", p.astype(v_block.dtype), v_block)
-            return acc, m_next, l
+            return acc * rescale[..., None] + _times_values(p, tile, config), m_next, l
 
         rows = (b, hkv, g, grid.block_q)
         carry = (float32(q, (*rows, d)), float32(q, rows, -jnp.inf), float32(q, rows))
@@ -306,8 +307,6 @@ class _Grid(NamedTuple):
         if operands.q_len is not None:
             outside = jnp.where(last < operands.q_len.min(), outside, 0)
             end = jnp.where(q_start < operands.q_len.max(), end, 0)
-        if operands.mask is not None or operands.q_segments is not None:
-            outside = 0
         if operands.q_segments is not None and operands.kv_segments is not None:
             ids = _rows(operands.q_segments, q_start, self.block_q)
             low, high = ids.min(1, keepdims=True), ids.max(1, keepdims=True)
@@ -315,7 +314,9 @@ class _Grid(NamedTuple):
             first = jnp.maximum(first, jnp.where(meets.any(), meets.argmax(), self.tk))
             end = jnp.minimum(end, self.tk - meets[::-1].argmax())
         first, end = first // self.block_kv, -(-end // self.block_kv)
-        inside = _least(_most(-(-inside // self.block_kv), first), end)
+        if operands.mask is not None or operands.q_segments is not None or self.block_q < _LEAST_UNMASKED:
+            return first, end, end, end
+        inside = first if spec.left is None else _least(_most(-(-inside // self.block_kv), first), end)
         return first, inside, _least(_most(outside // self.block_kv, inside), end), end
 
 
@@ -330,7 +331,7 @@ def _over_keys(operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, kv
 class _ScoreTile(NamedTuple):
     scores: Float[Array, "b hkv g bq bk"]  # soft-capped; -inf where masked
     visible: Bool[Array, "#b #hkv #g bq bk"] | None  # None: all
-    k_block: Float[Array, "b hkv bk d"]
+    k_block: Float[Array, "b hkv bk d"]  # [b, bk, hkv, d] if packed
     v_block: Float[Array, "b hkv bk d"]
 
     @property
@@ -381,10 +382,14 @@ def _score_tile(
     masked: bool,
 ) -> _ScoreTile:
     k_start = grid.k_start(j)
-    k_block, v_block = (_kv_tile(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
+    read = _rows if config.packed else _kv_tile
+    k_block, v_block = (read(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
-    scores = _rows_dot("bhrd,bhkd->bhrk", q_block, k_block)
+    if config.packed:
+        scores = _packed_scores(q_block, k_block)
+    else:
+        scores = _rows_dot("bhrd,bhkd->bhrk", q_block, k_block)
     scores = scores if scale == 1.0 else scale * scores
     if operands.bias is not None:
         bias = _bias_tile(operands.bias, grid, q_start, k_start, operands.group_size)
@@ -426,6 +431,46 @@ def _kept(
     return dropout.keep(seed, row, key, rate=spec.dropout_rate)
 
 
+def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
+    """p v of one tile."""
+    p, v_block = p.astype(tile.v_block.dtype), tile.v_block
+    if not config.packed:
+        return _rows_dot("bhrk,bhkd->bhrd", p, tile.seen_only(v_block))
+    b, hkv, g, bq, bk = p.shape
+
+    def product(v_block):
+        out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
+        return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
+
+    if tile.visible is None:
+        return product(v_block)
+    # the replacement makes a copy, which for few queries costs as much as the product: do it only if needed
+    return lax.cond(
+        tile.seen.all(),
+        lambda: product(v_block),
+        lambda: product(tile.seen_only(v_block.swapaxes(1, 2)).swapaxes(1, 2)),
+    )
+
+
+def _packed_scores(
+    q_block: Float[Array, "b hkv g bq d"], k_block: Float[Array, "b bk hkv d"]
+) -> Float[Array, "b hkv g bq bk"]:
+    """The scores of all heads by one product, whose left side has each query row in the columns of its own key head."""
+    b, hkv, _, _, d = q_block.shape
+    rows = q_block.reshape(b, hkv, -1, 1, d) * jnp.eye(hkv, dtype=q_block.dtype)[:, None, :, None]
+    scores = _dot("brc,bkc->brk", rows.reshape(b, -1, hkv * d), _merge_heads(k_block))
+    # 0 (of another head) times inf or NaN is NaN: in that case, use one product per head
+    return lax.cond(
+        jnp.isfinite(scores).all(),
+        lambda: scores.reshape(*q_block.shape[:4], -1),
+        lambda: _rows_dot("bhrd,bhkd->bhrk", q_block, k_block.swapaxes(1, 2)),
+    )
+
+
+def _merge_heads(x: Float[Array, "b bk hkv d"]) -> Float[Array, "b bk hkv*d"]:
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+
+
 class _HeadsFirst(NamedTuple):
     """A copy of all keys or values with heads before tokens."""
 
@@ -444,7 +489,7 @@ class _HeadsFirst(NamedTuple):
 def _with_heads_first(operands: Operands, config: BlockConfig) -> Operands:
     """Copies k and v once, if they are not widened: XLA on a CPU multiplies a tile that was transposed within the loop
     in float32."""
-    if config.widen or hasattr(operands.k, "rows") or not _has_few_keys(operands):
+    if config.widen or config.packed or hasattr(operands.k, "rows") or not _has_few_keys(operands):
         return operands
     return operands._replace(k=_HeadsFirst.of(operands.k), v=_HeadsFirst.of(operands.v))
 
@@ -472,6 +517,8 @@ def _merge_groups(x: Float[Array, "b hkv g bq n"]) -> Float[Array, "b hkv rows n
 
 def _loop(first, end, body, carry):
     """fori_loop, or nothing or only the body if that is known."""
+    if first is end:
+        return carry
     if isinstance(first, int) and isinstance(end, int) and end - first <= 1:
         return body(first, carry) if end > first else carry
     return lax.fori_loop(first, end, body, carry)
