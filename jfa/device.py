@@ -1,7 +1,9 @@
 """Detects the device. Only this module queries it; everything else takes a DeviceInfo."""
 
+import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import jax
 
@@ -72,14 +74,27 @@ def _architecture(kind: str) -> tuple[str, str] | None:
     return None
 
 
+_CPU_INFO = Path("/proc/cpuinfo")  # Linux
+
+
 @functools.cache
 def _real() -> DeviceInfo:
     device = jax.devices()[0]
     if device.platform not in ("gpu", "cuda", "rocm"):
-        return describe(device.platform, device.device_kind)
+        found = describe(device.platform, device.device_kind)
+        return dataclasses.replace(found, multiplies_bfloat16=device.platform == "cpu" and _multiplies_bfloat16())
     # ROCm returns 'gfx942' (older plugins 'gfx942:sramecc+:xnack-') here, CUDA '9.0'
     capability = str(device.compute_capability).split(":")[0]
     units = getattr(device, "core_count", None)
     if capability.startswith("gfx"):
         return describe("rocm", capability, units)
     return describe("cuda", "sm_" + capability.replace(".", ""), units)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has AVX512-BF16; False if that is unknown (no Linux, no x86)."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("flags") and "avx512_bf16" in line.split() for line in lines)

@@ -136,7 +136,7 @@ class BlockConfig:
 
     block_q: int
     block_kv: int
-    widen: bool = False  # cast tiles to float32 before a matrix product: CPUs have no fast 16-bit one
+    widen: bool = False  # cast tiles to float32 before a matrix product: for CPUs without a fast 16-bit one
     packed: bool = False  # forward: one block-diagonal product for all heads, without a transposed copy of the keys
 
     def __post_init__(self) -> None:
@@ -223,3 +223,4 @@ class DeviceInfo:
     arch: str  # "gfx942", "sm_90", "TPU v5e", "cpu": a name, never a number
     compute_units: int = 1
     lds_bytes: int = 0  # maximum LDS or shared memory of one workgroup
+    multiplies_bfloat16: bool = False  # a CPU with instructions for bfloat16 products

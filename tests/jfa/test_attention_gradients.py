@@ -68,13 +68,13 @@ RUNS = [
 ]
 
 
-def gradients(name, dtype, backend):
+def gradients(name, dtype, backend, **more):
     """The gradients of sum(out * d_out) + sum(lse * d_lse), by the names in cases.GRADIENTS."""
     known = truth(name, dtype)
     arrays = dict(zip(("query", "key", "value"), known.arrays, strict=True))
     arrays |= {key: known.options[key] for key in ("bias", "sinks", "alibi_slopes") if key in known.options}
     options = {key: x for key, x in known.options.items() if key not in arrays}
-    options |= dict(implementation=backend, config=TILES[backend], return_residual=True)
+    options |= dict(implementation=backend, config=TILES[backend], return_residual=True) | more
 
     def loss(arrays):
         out, lse = jfa.dot_product_attention(**arrays, **options)
@@ -86,7 +86,16 @@ def gradients(name, dtype, backend):
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), RUNS)
 def test_gradients_agree_with_the_oracle(name, dtype, backend):
-    got = gradients(name, dtype, backend)
+    check(gradients(name, dtype, backend), name, dtype)
+
+
+@pytest.mark.parametrize("name", ["gqa", "cached_chunk", "both_windows", "dropout"])
+def test_gradients_from_bfloat16_products(name):
+    tiles = jfa.BlockConfig(block_q=8, block_kv=16)
+    check(gradients(name, "bfloat16", "xla", config=tiles), name, "bfloat16")
+
+
+def check(got, name, dtype):
     wanted = truth(name, dtype).gradients
     assert set(got) == set(wanted)
     for argument, (want, plain) in wanted.items():

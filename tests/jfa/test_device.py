@@ -15,10 +15,13 @@ H200 = dict(platform="gpu", device_kind="NVIDIA H200", core_count=132, compute_c
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    """machine(platform=..., device_kind=..., ...) replaces the real device with that one."""
+def machine(monkeypatch, tmp_path):
+    """machine(platform=..., device_kind=..., ...) replaces the real device with that one, on a CPU with these flags."""
 
-    def install(**attributes):
+    def install(*, cpu_flags=None, **attributes):
+        if cpu_flags is not None:
+            (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {cpu_flags}\nbugs\t\t:\n")
+        monkeypatch.setattr(device, "_CPU_INFO", tmp_path / "cpuinfo")
         monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**attributes)])
         device._real.cache_clear()
 
@@ -54,6 +57,14 @@ def test_reported_compute_units_take_precedence_over_the_usual_number():
 def test_the_real_device_without_an_abstract_device(machine):
     machine(platform="cpu", device_kind="cpu")
     assert probe() == describe("cpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fpu avx512f avx512_bf16", True), ("fpu avx512f", False), (None, False)]
+)
+def test_a_cpu_multiplies_bfloat16_if_it_has_the_instructions(machine, flags, expected):
+    machine(platform="cpu", device_kind="cpu", cpu_flags=flags)
+    assert probe().multiplies_bfloat16 == expected
 
 
 @pytest.mark.parametrize("capability", ["gfx942", "gfx942:sramecc+:xnack-"])

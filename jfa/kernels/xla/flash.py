@@ -10,6 +10,7 @@ Forward and backward pass are in one file because they visit the same tiles, sli
 Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_attention.py.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,28 +21,33 @@ from jaxtyping import Array, Bool, Float, Int
 from jfa import dropout
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
-# A tile of scores should stay in the cores' L2 caches (measured: bench/LOG.md).
+# A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
 _SCORE_TILE_BYTES = 4 << 20
 
-# A few rows of queries (decode) are multiplied by the keys of all heads in one product with a block-diagonal left side:
-# hkv times the work of one product per head, but no transposed copy of the keys, which costs more (bench/LOG.md).
-_PACKED_ROWS, _PACKED_HEADS = 64, 8
+# For fewer queries than this, a mask costs less than a second loop over keys (bench/LOG.md).
+_LEAST_UNMASKED = 16
 
 _SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax.export)
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
-    """Tiles of at most 256 x 256, narrower for large batches and many heads."""
+    """Tiles of 256 x 256, or narrower for few queries, large batches and many heads."""
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
+    in_bfloat16 = device.multiplies_bfloat16 and all(x.dtype == jnp.bfloat16 for x in operands[:3])
+    widen = on_cpu and not (in_bfloat16 and _has_few_keys(operands))
     if not all(isinstance(n, int) for n in (b, tq, operands.k.shape[1])):
-        return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=on_cpu)
-    if on_cpu and tq * hq <= _PACKED_ROWS and operands.k.shape[2] <= _PACKED_HEADS:
-        return BlockConfig(block_q=tq or 1, block_kv=128, widen=True, packed=True)
-    block_q = max(1, min(tq, 256))
-    rows = max(1, b * hq * block_q)
-    block_kv = max(128, min(256, _SCORE_TILE_BYTES // (4 * rows) // 128 * 128))
-    return BlockConfig(block_q=block_q, block_kv=block_kv, widen=on_cpu)
+        return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=widen)
+    # on a CPU, the query heads of a group are rows of one product, which is then large enough
+    block_q = max(1, min(tq, 128 if on_cpu and operands.group_size > 1 else 256))
+    is_wide = 256 * 4 * b * hq * block_q <= _SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
+    return BlockConfig(block_q=block_q, block_kv=256 if is_wide else 128, widen=widen)
+
+
+def _has_few_keys(operands: Operands) -> bool:
+    """Whether a copy of all keys costs little: a cache may have many more slots than there are queries."""
+    tq, tk = operands.q.shape[1], operands.k.shape[1]
+    return isinstance(tq, int) and isinstance(tk, int) and tk <= 8 * tq
 
 
 def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
@@ -62,20 +68,19 @@ def flash_attention(
         out, lse = flash_attention(padded, spec=spec, config=config)
         return out[:, :tq], lse[:, :tq]
     hkv, g, d = operands.k.shape[2], operands.group_size, operands.v.shape[3]
-    if config.packed:
-        operands = operands._replace(k=_flat(operands.k), v=_flat(operands.v))
     grid = _Grid.of(operands, config)
+    operands = _with_heads_first(operands, config)
+    queries = _heads_first(q, hkv)
 
     def q_tile(i, done):
         start = grid.q_start(i)
-        q_block = _heads_first(_rows(q, start, grid.block_q), hkv)
-        scale = spec.sm_scale
+        q_block, scale = _slice(queries, start, grid.block_q, axis=3), spec.sm_scale
         if config.widen:  # scale the float32 queries once instead of all scores
             q_block, scale = q_block.astype(jnp.float32) * scale, 1.0
 
-        def kv_tile(j, carry):
+        def kv_tile(j, carry, *, masked: bool):
             acc, m, l = carry
-            tile = _score_tile(operands, spec, config, grid, q_block, scale, start, j)
+            tile = _score_tile(operands, spec, config, grid, q_block, scale, start, j, masked=masked)
             kept = _kept(operands, spec, grid, start, grid.k_start(j))
             m_next = jnp.maximum(m, tile.scores.max(-1))
             m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
@@ -87,7 +92,7 @@ def flash_attention(
 
         rows = (b, hkv, g, grid.block_q)
         carry = (float32(q, (*rows, d)), float32(q, rows, -jnp.inf), float32(q, rows))
-        acc, m, l = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
+        acc, m, l = _over_keys(operands, spec, grid, start, kv_tile, carry)
         empty = l == 0.0
         l = jnp.where(empty, 1.0, l)
         lse_block = _rows_first(jnp.where(empty, -jnp.inf, m + jnp.log(l)))
@@ -153,23 +158,30 @@ def flash_attention_bwd(
     delta = delta - jnp.where(empty, 0.0, d_lse)
     lse = jnp.where(empty, jnp.inf, lse)  # exp(score - inf) = 0
 
+    operands = _with_heads_first(operands, config)
+    safe_q = jnp.where(empty[..., None], 0, q)
+    queries, d_outs, lses, deltas = (_heads_first(x, hkv) for x in (safe_q, d_out, lse, delta))
+
     def q_tile(i, grads):
         start = grid.q_start(i)
-        q_block = _heads_first(_rows(jnp.where(empty[..., None], 0, q), start, grid.block_q), hkv)
-        do_block = _heads_first(_rows(d_out, start, grid.block_q), hkv)
-        lse_block = _heads_first(_rows(lse, start, grid.block_q), hkv)
+        q_block, do_block, lse_block, delta_block = (
+            _slice(x, start, grid.block_q, axis=3) for x in (queries, d_outs, lses, deltas)
+        )
         # mask the rows that the last tile shares with the one before it: exp(score - inf) = 0
         lse_block = jnp.where(start + jnp.arange(grid.block_q) >= i * grid.block_q, lse_block, jnp.inf)[..., None]
-        delta_block = _heads_first(_rows(delta, start, grid.block_q), hkv)[..., None]
+        delta_block = delta_block[..., None]
         if config.widen:
-            do_block = do_block.astype(jnp.float32)
+            q_block, do_block = (x.astype(jnp.float32) for x in (q_block, do_block))
+        # XLA on a CPU has no fast product that sums over the rows of its left side, so it gets a transposed copy
+        columns = (_merge_groups(x).swapaxes(2, 3) for x in (q_block, do_block))
+        q_columns, do_columns = lax.optimization_barrier(tuple(columns))
 
-        def kv_tile(j, carry):
+        def kv_tile(j, carry, *, masked: bool):
             dq_block, dk, dv, d_bias, d_slopes = carry
-            tile = _score_tile(operands, spec, config, grid, q_block, spec.sm_scale, start, j)
-            k_block, v_block = (jnp.where(tile.seen[..., None], x, 0) for x in (tile.k_block, tile.v_block))
-            p = jnp.where(tile.visible, jnp.exp(tile.scores - lse_block), 0.0)
-            dp = _dot("bhgqd,bkhd->bhgqk", do_block, v_block)
+            tile = _score_tile(operands, spec, config, grid, q_block, spec.sm_scale, start, j, masked=masked)
+            k_block, v_block = tile.seen_only(tile.k_block), tile.seen_only(tile.v_block)
+            p = jnp.exp(tile.scores - lse_block)
+            dp = _rows_dot("bhrd,bhkd->bhrk", do_block, v_block)
             kept = _kept(operands, spec, grid, start, grid.k_start(j))
             if kept is not None:
                 dp = jnp.where(kept, dp / (1.0 - spec.dropout_rate), 0.0)
@@ -178,31 +190,31 @@ def flash_attention_bwd(
                 p = jnp.where(kept, p / (1.0 - spec.dropout_rate), 0.0)
             if spec.softcap is not None:
                 slope = 1.0 - jnp.square(tile.scores / spec.softcap)
-                ds = ds * jnp.where(tile.visible, slope, 0.0)
+                ds = ds * (slope if tile.visible is None else jnp.where(tile.visible, slope, 0.0))
             if d_bias is not None:
                 d_bias = _add_bias_tile(d_bias, ds, start, grid.k_start(j))
             if d_slopes is not None:
                 change = (ds * _distance(operands, grid, start, grid.k_start(j))).sum((3, 4)).reshape(q.shape[0], -1)
                 d_slopes = d_slopes - (change.sum(0, keepdims=True) if d_slopes.shape[0] == 1 else change)
             ds = (ds * spec.sm_scale).astype(k_block.dtype)
-            dv_block = _dot("bhgqk,bhgqd->bkhd", p.astype(v_block.dtype), do_block)
-            dk_block = _dot("bhgqk,bhgqd->bkhd", ds, q_block.astype(k_block.dtype))
-            dq_block = dq_block + _dot("bhgqk,bkhd->bhgqd", ds, k_block)
-            at = grid.k_start(j)
-            dk, dv = _add_rows(dk, dk_block, at), _add_rows(dv, dv_block, at)
+            dv = _add(dv, _dot("bhdr,bhrk->bhdk", do_columns, _merge_groups(p.astype(v_block.dtype))), grid.k_start(j))
+            dk = _add(dk, _dot("bhdr,bhrk->bhdk", q_columns, _merge_groups(ds)), grid.k_start(j))
+            dq_block = dq_block + _rows_dot("bhrk,bhkd->bhrd", ds, k_block)
             return dq_block, dk, dv, d_bias, d_slopes
 
         dq, *rest = grads
         carry = (float32(q, q_block.shape), *rest)
-        dq_block, *rest = _loop(*grid.kv_tiles(operands, spec, start), grid.num_kv, kv_tile, carry)
-        return _add_rows(dq, _rows_first(dq_block), start), *rest
+        dq_block, *rest = _over_keys(operands, spec, grid, start, kv_tile, carry)
+        return _put_rows(dq, _rows(dq, start, grid.block_q) + _rows_first(dq_block), start), *rest
 
     slopes = operands.alibi_slopes
     d_bias, d_slopes = (None if x is None else float32(q, x.shape) for x in (bias, slopes))
-    grads = (*(float32(q, x.shape) for x in (q, k, v)), d_bias, d_slopes)
+    dk, dv = (float32(q, (x.shape[0], hkv, x.shape[3], x.shape[1])) for x in (k, v))
+    grads = (float32(q, q.shape), dk, dv, d_bias, d_slopes)
     if q.size and grid.num_kv:
-        grads = _loop(0, grid.num_q, grid.num_q, q_tile, grads)
+        grads = _loop(0, grid.num_q, q_tile, grads)
     dq, dk, dv, d_bias, d_slopes = grads
+    dk, dv = (jnp.moveaxis(x, 3, 1) for x in (dk, dv))
     return Operands(
         q=dq.astype(q.dtype),
         k=dk.astype(k.dtype),
@@ -279,16 +291,21 @@ class _Grid(NamedTuple):
         return _least(j * self.block_kv, self.tk - self.block_kv)
 
     def kv_tiles(self, operands: Operands, spec: AttentionSpec, q_start):
-        """The range of key tiles that any row of the query tile may see."""
-        offset = operands.q_offset
-        first, end = 0, self.tk
+        """(first, inside, outside, end): any row of the query tile may see keys of the tiles [first, end), and every
+        row sees all keys of [inside, outside)."""
+        last = q_start + self.block_q - 1
+        lowest, highest = q_start, last  # positions
+        if operands.q_offset is not None:
+            lowest, highest = q_start + operands.q_offset.min(), last + operands.q_offset.max()
+        first, inside, outside, end = 0, 0, self.tk, self.tk
         if spec.left is not None:
-            first = jnp.maximum(0, q_start - spec.left + (0 if offset is None else offset.min()))
+            first, inside = _most(0, lowest - spec.left), _most(0, highest - spec.left)
         if spec.right is not None:
-            end = jnp.minimum(end, q_start + self.block_q + spec.right + (0 if offset is None else offset.max()))
+            outside, end = _least(outside, lowest + spec.right + 1), _least(end, highest + spec.right + 1)
         if operands.kv_len is not None:
-            end = jnp.minimum(end, operands.kv_len.max())
+            outside, end = _least(outside, operands.kv_len.min()), _least(end, operands.kv_len.max())
         if operands.q_len is not None:
+            outside = jnp.where(last < operands.q_len.min(), outside, 0)
             end = jnp.where(q_start < operands.q_len.max(), end, 0)
         if operands.q_segments is not None and operands.kv_segments is not None:
             ids = _rows(operands.q_segments, q_start, self.block_q)
@@ -296,20 +313,40 @@ class _Grid(NamedTuple):
             meets = ((operands.kv_segments >= low) & (operands.kv_segments <= high)).any(0)
             first = jnp.maximum(first, jnp.where(meets.any(), meets.argmax(), self.tk))
             end = jnp.minimum(end, self.tk - meets[::-1].argmax())
-        return first // self.block_kv, (end + self.block_kv - 1) // self.block_kv
+        first, end = first // self.block_kv, -(-end // self.block_kv)
+        if operands.mask is not None or operands.q_segments is not None or self.block_q < _LEAST_UNMASKED:
+            return first, end, end, end
+        inside = first if spec.left is None else _least(_most(-(-inside // self.block_kv), first), end)
+        return first, inside, _least(_most(outside // self.block_kv, inside), end), end
+
+
+def _over_keys(operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, kv_tile, carry):
+    """kv_tile over the key tiles that a query tile sees, without a mask where every row sees all keys."""
+    first, inside, outside, end = grid.kv_tiles(operands, spec, q_start)
+    carry = _loop(first, inside, functools.partial(kv_tile, masked=True), carry)
+    carry = _loop(inside, outside, functools.partial(kv_tile, masked=False), carry)
+    return _loop(outside, end, functools.partial(kv_tile, masked=True), carry)
 
 
 class _ScoreTile(NamedTuple):
     scores: Float[Array, "b hkv g bq bk"]  # soft-capped; -inf where masked
-    visible: Bool[Array, "#b #hkv #g bq bk"]
-    seen: Bool[Array, "#b bk #hkv"]  # keys that any query of the tile sees; the others may contain anything, even NaN
-    k_block: Float[Array, "b bk hkv d"]
-    v_block: Float[Array, "b bk hkv d"]
+    visible: Bool[Array, "#b #hkv #g bq bk"] | None  # None: all
+    k_block: Float[Array, "b hkv bk d"]  # [b, bk, hkv, d] if packed
+    v_block: Float[Array, "b hkv bk d"]
+
+    @property
+    def seen(self) -> Bool[Array, "#b #hkv bk"]:
+        """The keys that any query of the tile sees; the others may contain anything, even NaN."""
+        assert self.visible is not None
+        return self.visible.any(axis=(2, 3))
+
+    def seen_only(self, x: Float[Array, "b hkv bk d"]) -> Float[Array, "b hkv bk d"]:
+        """The keys or values, 0 instead of those that no query sees: 0 * NaN is NaN."""
+        return x if self.visible is None else jnp.where(self.seen[..., None], x, 0)
 
 
-def _score_tile(
-    operands: Operands, spec: AttentionSpec, config: BlockConfig, grid: _Grid, q_block: Array, scale: float, q_start, j
-) -> _ScoreTile:
+def _visible(operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, j) -> Bool[Array, "#b #hkv #g bq bk"]:
+    """The mask of a tile of scores."""
     k_start = grid.k_start(j)
     row = q_start + jnp.arange(grid.block_q)[:, None]
     key = k_start + jnp.arange(grid.block_kv)
@@ -329,22 +366,30 @@ def _score_tile(
     if operands.q_segments is not None and operands.kv_segments is not None:
         q_ids = _rows(operands.q_segments, q_start, grid.block_q)[:, None, None, :, None]
         visible &= q_ids == _rows(operands.kv_segments, k_start, grid.block_kv)[:, None, None, None, :]
+    return visible
 
-    k_block, v_block = (_rows(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
+
+def _score_tile(
+    operands: Operands,
+    spec: AttentionSpec,
+    config: BlockConfig,
+    grid: _Grid,
+    q_block: Float[Array, "b hkv g bq d"],
+    scale: float,
+    q_start,
+    j,
+    *,
+    masked: bool,
+) -> _ScoreTile:
+    k_start = grid.k_start(j)
+    read = _rows if config.packed else _kv_tile
+    k_block, v_block = (read(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
     if config.packed:
-        # without this barrier, XLA on a CPU would compute a tile again for each of its uses below
-        k_block, v_block = lax.optimization_barrier((k_block, v_block))
-        scores = _dot("brc,bkc->brk", _block_diagonal(q_block), _merge_heads(k_block))
-        # 0 (of another head) times inf or NaN is NaN: in that case, use one product per head
-        scores = lax.cond(
-            jnp.isfinite(scores).all(),
-            lambda: scores.reshape(*q_block.shape[:4], -1),
-            lambda: _dot("bhgqd,bkhd->bhgqk", q_block, k_block),
-        )
+        scores = _packed_scores(q_block, k_block)
     else:
-        scores = _dot("bhgqd,bkhd->bhgqk", q_block, k_block)
+        scores = _rows_dot("bhrd,bhkd->bhrk", q_block, k_block)
     scores = scores if scale == 1.0 else scale * scores
     if operands.bias is not None:
         bias = _bias_tile(operands.bias, grid, q_start, k_start, operands.group_size)
@@ -354,8 +399,10 @@ def _score_tile(
         scores = scores - slopes * _distance(operands, grid, q_start, k_start)
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
-    seen = visible.any(axis=(2, 3)).swapaxes(1, 2)
-    return _ScoreTile(jnp.where(visible, scores, -jnp.inf), visible, seen, k_block, v_block)
+    if not masked:
+        return _ScoreTile(scores, None, k_block, v_block)
+    visible = _visible(operands, spec, grid, q_start, j)
+    return _ScoreTile(jnp.where(visible, scores, -jnp.inf), visible, k_block, v_block)
 
 
 def _position(operands: Operands, grid: _Grid, q_start) -> Int[Array, "#b 1 1 bq 1"]:
@@ -385,54 +432,70 @@ def _kept(
 
 
 def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
-    """p v of one tile. Values that no query sees are replaced by 0, since 0 * NaN is NaN."""
+    """p v of one tile."""
     p, v_block = p.astype(tile.v_block.dtype), tile.v_block
     if not config.packed:
-        return _dot("bhgqk,bkhd->bhgqd", p, jnp.where(tile.seen[..., None], v_block, 0))
+        return _rows_dot("bhrk,bhkd->bhrd", p, tile.seen_only(v_block))
     b, hkv, g, bq, bk = p.shape
 
     def product(v_block):
         out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
         return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
 
+    if tile.visible is None:
+        return product(v_block)
     # the replacement makes a copy, which for few queries costs as much as the product: do it only if needed
     return lax.cond(
         tile.seen.all(),
         lambda: product(v_block),
-        lambda: product(jnp.where(tile.seen[..., None], v_block, 0)),
+        lambda: product(tile.seen_only(v_block.swapaxes(1, 2)).swapaxes(1, 2)),
     )
 
 
-def _block_diagonal(q_block: Float[Array, "b hkv g bq d"]) -> Float[Array, "b rows hkv*d"]:
-    """Puts each query row into the columns of its own key head, with zeros elsewhere."""
+def _packed_scores(
+    q_block: Float[Array, "b hkv g bq d"], k_block: Float[Array, "b bk hkv d"]
+) -> Float[Array, "b hkv g bq bk"]:
+    """The scores of all heads by one product, whose left side has each query row in the columns of its own key head."""
     b, hkv, _, _, d = q_block.shape
     rows = q_block.reshape(b, hkv, -1, 1, d) * jnp.eye(hkv, dtype=q_block.dtype)[:, None, :, None]
-    return rows.reshape(b, -1, hkv * d)
-
-
-class _Flat(NamedTuple):
-    """Keys or values with heads and head_dim merged, so that a tile is contiguous: XLA on a CPU copies it in half the
-    time (bench/LOG.md)."""
-
-    merged: Float[Array, "b tk hkv*d"]
-    hkv: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        b, tk, width = self.merged.shape
-        return b, tk, self.hkv, width // self.hkv
-
-    def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
-        tile = lax.optimization_barrier(_rows(self.merged, start, size))  # otherwise XLA loops over the result's axes
-        return tile.reshape(*tile.shape[:2], *self.shape[2:])
-
-
-def _flat(x: Any) -> Any:
-    return x if hasattr(x, "rows") else _Flat(_merge_heads(x), x.shape[2])
+    scores = _dot("brc,bkc->brk", rows.reshape(b, -1, hkv * d), _merge_heads(k_block))
+    # 0 (of another head) times inf or NaN is NaN: in that case, use one product per head
+    return lax.cond(
+        jnp.isfinite(scores).all(),
+        lambda: scores.reshape(*q_block.shape[:4], -1),
+        lambda: _rows_dot("bhrd,bhkd->bhrk", q_block, k_block.swapaxes(1, 2)),
+    )
 
 
 def _merge_heads(x: Float[Array, "b bk hkv d"]) -> Float[Array, "b bk hkv*d"]:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+
+
+class _HeadsFirst(NamedTuple):
+    """A copy of all keys or values with heads before tokens."""
+
+    array: Float[Array, "b hkv tk d"]
+
+    @classmethod
+    def of(cls, x: Float[Array, "b tk hkv d"]) -> Any:
+        return cls(lax.optimization_barrier(x.swapaxes(1, 2)))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, hkv, tk, d = self.array.shape
+        return b, tk, hkv, d
+
+
+def _with_heads_first(operands: Operands, config: BlockConfig) -> Operands:
+    """Copies k and v once, if they are not widened: XLA on a CPU multiplies a tile that was transposed within the loop
+    in float32."""
+    if config.widen or config.packed or hasattr(operands.k, "rows") or not _has_few_keys(operands):
+        return operands
+    return operands._replace(k=_HeadsFirst.of(operands.k), v=_HeadsFirst.of(operands.v))
+
+
+def _kv_tile(x: Any, start, size: int) -> Float[Array, "b hkv size d"]:
+    return _slice(x.array, start, size, axis=2) if isinstance(x, _HeadsFirst) else _rows(x, start, size).swapaxes(1, 2)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -441,10 +504,23 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _loop(first, end, most: int, body, carry):
-    """fori_loop, or only the body if there is at most one iteration."""
-    if most == 1:
-        return body(0, carry)
+def _rows_dot(
+    equation: str, a: Float[Array, "b hkv g bq m"], b: Float[Array, "b hkv _ _"]
+) -> Float[Array, "b hkv g bq n"]:
+    """_dot of all rows of a key head: XLA on a CPU would make a transposed copy of b for a product with more axes."""
+    return _dot(equation, _merge_groups(a), b).reshape(*a.shape[:4], -1)
+
+
+def _merge_groups(x: Float[Array, "b hkv g bq n"]) -> Float[Array, "b hkv rows n"]:
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
+
+
+def _loop(first, end, body, carry):
+    """fori_loop, or nothing or only the body if that is known."""
+    if first is end:
+        return carry
+    if isinstance(first, int) and isinstance(end, int) and end - first <= 1:
+        return body(first, carry) if end > first else carry
     return lax.fori_loop(first, end, body, carry)
 
 
@@ -456,7 +532,11 @@ def float32(like: Array, shape: tuple[int, ...], value: float = 0.0) -> Array:
 
 
 def _least(a, b):
-    return min(a, b) if isinstance(a, int) else jnp.minimum(a, b)
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+
+
+def _most(a, b):
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
 
 
 def _per_head(x: Float[Array, "*#b hq"], hkv: int) -> Float[Array, "*#b hkv g 1 1"]:
@@ -468,17 +548,22 @@ def _per_row(x: Array) -> Array:
 
 
 def _rows(x: Any, start, size: int) -> Array:
-    if hasattr(x, "rows"):  # not an array: _Flat, or paged.Rows, which gathers them
+    if hasattr(x, "rows"):  # paged.Rows, which gathers them
         return x.rows(start, size)
-    return x if x.shape[1] == size else lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    return _slice(x, start, size, axis=1)
+
+
+def _slice(x: Array, start, size: int, *, axis: int) -> Array:
+    return x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
 def _put_rows(x: Array, block: Array, start) -> Array:
     return lax.dynamic_update_slice_in_dim(x, block, start, axis=1)
 
 
-def _add_rows(x: Array, block: Array, start) -> Array:
-    return _put_rows(x, _rows(x, start, block.shape[1]) + block, start)
+def _add(x: Float[Array, "b hkv d tk"], block: Float[Array, "b hkv d bk"], start) -> Float[Array, "b hkv d tk"]:
+    """Adds a block of columns."""
+    return lax.dynamic_update_slice_in_dim(x, _slice(x, start, block.shape[3], axis=3) + block, start, axis=3)
 
 
 def _heads_first(x: Array, hkv: int) -> Array:

@@ -21,6 +21,10 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOpe
 # slower than the gather (bench/LOG.md).
 _MOST_SLICES = 8
 
+# With up to this many key heads, one block-diagonal product for all of them takes less time than a transposed copy of
+# the gathered keys and a product per head; for other dtypes, their cast to float32 transposes at no cost.
+_PACKED_HEADS = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -61,10 +65,12 @@ def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
     b = operands.kv_len.shape[0]
     if operands.query_start is None:
         config = flash.default_config(_one_query_each(operands), device)
-        if not config.packed:
+        if device.platform != "cpu":
             return config
         # pages of up to 256 tokens in one piece, so that _runs can slice them
-        return dataclasses.replace(config, block_kv=max(config.block_kv, min(256, operands.k_pages.shape[1])))
+        block_kv = max(config.block_kv, min(256, operands.k_pages.shape[1]))
+        packed = operands.q.dtype == jnp.float32 and operands.k_pages.shape[2] <= _PACKED_HEADS
+        return dataclasses.replace(config, block_kv=block_kv, packed=packed)
     n = operands.q.shape[0]
     block_q = 16
     while block_q < min(256, n // max(b, 1)):
