@@ -68,7 +68,7 @@ class Options:
     seed: int = 0
     save_every: int = 100
     eval_every: int | None = None
-    remat: Remat = "none"
+    remat: Remat = "attention"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("row_length", 2), ("rows", 1), ("accumulate", 1), ("save_every", 1)):
