@@ -26,10 +26,10 @@ def model(tmp_path):
     return folder_with_text(GOLDEN / "llama3", tmp_path / "model")
 
 
-def test_there_are_four_short_examples():
+def test_there_are_five_short_examples():
     files = sorted(EXAMPLES.glob("*"))
-    names = ["batch_with_prefix.py", "compare_attention.py", "generate_text.py", "train_transformer.py"]
-    assert [file.name for file in files] == names
+    names = "batch_with_prefix compare_attention generate_text teach_a_format train_transformer".split()
+    assert [file.stem for file in files] == names
     assert all(file.read_text().count("\n") <= 60 for file in files)
 
 
@@ -39,6 +39,14 @@ def test_training_lowers_the_loss_and_saves_a_checkpoint(tmp_path):
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert len(losses) == 3 and losses[-1] < losses[0] / 2
     assert (tmp_path / "kept").is_dir()
+
+
+@pytest.mark.exhaustive
+def test_a_format_is_taught(model, tmp_path):
+    sizes = ("--texts", 6, "--questions", 2, "--plot", "a.png")
+    out = run("teach_a_format", "--model", model, "--output", "adapter", *sizes, cwd=tmp_path)
+    assert re.search(r"^1: [\d.]+$", out, re.M) and out.count(" of 2 answers are exact") == 2
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() and (tmp_path / "a.png").exists()
 
 
 @pytest.mark.exhaustive
