@@ -133,11 +133,13 @@ def _of_all_experts(place: Place, kinds: Mapping[str, Any], scale: float) -> dic
 def _of_some_experts(shape: tuple[int, ...], parts: Mapping[int, tuple[Any, Any]]) -> dict[str, Any]:
     """From (a, scaled b) of some experts; the others have zeros."""
     num_experts, out, columns = shape
+    lib = np if all(isinstance(x, np.ndarray) for part in parts.values() for x in part) else jnp  # jnp: while training
     rank = max(a.shape[0] for a, _ in parts.values())
-    a, b = np.zeros((num_experts, 1, rank, columns), np.float32), np.zeros((num_experts, out, 1, rank), np.float32)
-    for expert, (one, other) in parts.items():
-        a[expert, 0, : len(one)], b[expert, :, 0, : len(one)] = one, other
-    return {"a": a, "b": b}
+    none = np.zeros((0, columns), np.float32), np.zeros((out, 0), np.float32)
+    pairs = [parts.get(expert, none) for expert in range(num_experts)]
+    a = lib.stack([lib.pad(one, ((0, rank - len(one)), (0, 0))) for one, _ in pairs])
+    b = lib.stack([lib.pad(other, ((0, 0), (0, rank - other.shape[1]))) for _, other in pairs])
+    return {"a": a[:, None], "b": b[:, :, None]}
 
 
 def merged(

@@ -79,8 +79,9 @@ def read_data(
 ) -> Data:
     """Reads JSON Lines, each an object with "messages", with "prompt" and "completion", or with "text".
 
-    Messages are formatted by the model's chat template, and the assistant's turns are targets; of a prompt and its
-    completion, the completion and the end token after it; of a text, all tokens and the end token.
+    Messages are formatted by the model's chat template, with "tools" if the line has them, and the assistant's turns
+    are targets; of a prompt and its completion, the completion and the end token after it; of a text, all tokens and
+    the end token.
 
     Args:
       max_length: of a text in tokens.
@@ -89,8 +90,8 @@ def read_data(
       skip_bad_lines: leave out lines that cannot be used instead of raising.
 
     Raises:
-      ValueError: a line is not valid JSON, lacks the fields, or is refused by the chat template; or no text is left.
-        The message names the file and the line.
+      ValueError: a line is not valid JSON, lacks the fields, is refused by the chat template, or has nothing to learn;
+        or no text is left. The message names the file and the line.
     """
     examples, bad = [], []
     num_cut = num_dropped = 0
@@ -99,35 +100,34 @@ def read_data(
             continue
         try:
             ids, is_target = _encoded(text, tokenizer)
+            if train_on_prompts:
+                is_target = [True] * len(ids)
+            if not any(is_target[1:]):
+                raise ValueError(f"has nothing to learn: its {len(ids)} tokens have no learned one after the first")
         except ValueError as error:
             message = f"{path}, line {number}: {error}"
             if not skip_bad_lines:
                 raise ValueError(f"{message}; --skip-bad-lines leaves such lines out") from None
             bad.append(message)
             continue
-        if train_on_prompts:
-            is_target = [True] * len(ids)
-        if len(ids) > max_length and too_long == "drop":
+        is_target[0] = False  # there is nothing to predict it from
+        wanted = np.array(is_target[:max_length], np.int32)
+        if len(ids) > max_length and (too_long == "drop" or not wanted.any()):  # or only its prompt is left
             num_dropped += 1
             continue
         num_cut += len(ids) > max_length
-        wanted = np.array(is_target[:max_length], np.int32)
-        wanted[0] = 0  # there is nothing to predict it from
-        if not wanted.any():
-            num_cut -= len(ids) > max_length
-            num_dropped += 1  # only its prompt is left
-            continue
         examples.append(Example(ids=np.array(ids[:max_length], np.int32), is_target=wanted, line=number))
     if not examples:
         why = f" ({num_dropped} are too long, {len(bad)} are bad)" if num_dropped or bad else ""
-        raise ValueError(f"{path} has no text to train on{why}")
+        first = f"; the first bad line: {bad[0]}" if bad else ""
+        raise ValueError(f"{path} has no text to train on{why}{first}")
     return Data(path=path, examples=tuple(examples), num_cut=num_cut, num_dropped=num_dropped, bad_lines=tuple(bad))
 
 
 def _encoded(text: bytes, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     try:
         given = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(given, dict):
         raise ValueError(f"must be a JSON object, got a {type(given).__name__}")
@@ -135,40 +135,61 @@ def _encoded(text: bytes, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     if len(found) != 1 or ("prompt" in given) != ("completion" in given):
         raise ValueError(f"must have one of {', or '.join(KINDS)}, got the fields {', '.join(given) or 'none'}")
     if found == ["messages"]:
-        return _conversation(given["messages"], tokenizer)
+        return _conversation(given["messages"], given.get("tools"), tokenizer)
     for name in ("prompt", "completion", "text"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(f"{name} must be a string, got a {type(given[name]).__name__}")
     ends = list(tokenizer.eos_token_ids[:1])
-    before = tokenizer.encode(given["text"] if "text" in given else given["prompt"])
-    answer = tokenizer.encode(given.get("completion", ""), add_special_tokens=False) + ends
     if "text" in given:
-        return before + ends, [True] * (len(before) + len(ends))
+        if not given["text"]:
+            raise ValueError("text is empty")
+        ids = tokenizer.encode(given["text"])
+        ids += ends if ids[-1:] != ends else []  # some tokenizers add it
+        return ids, [True] * len(ids)
+    before = tokenizer.encode(given["prompt"])
     if not before:
         raise ValueError("prompt has no tokens, so there is nothing to predict the completion from")
+    answer = _continuation(given["prompt"], given["completion"], tokenizer) + ends
     return before + answer, [False] * len(before) + [True] * len(answer)
 
 
-def _conversation(messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _continuation(before: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text that follows another, whose tokens stay as they are.
+
+    SentencePiece puts a space before a text that is encoded alone, which a model would learn to write.
+    """
+    for context in (before, "\n"):  # where tokens join the text's start to `before`: what hardly any joins
+        first = tokenizer.encode(context, add_special_tokens=False)
+        whole = tokenizer.encode(context + text, add_special_tokens=False)
+        if whole[: len(first)] == first:
+            return whole[len(first) :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _conversation(messages: Any, tools: Any, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Each turn of the assistant is encoded after the text that the model would see at that point when it generates."""
     if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
         raise ValueError('messages must be a list of {"role": ..., "content": ...}')
     if not any(one["role"] == "assistant" for one in messages):
         raise ValueError("messages has no turn of the assistant, so there is nothing to learn")
+    if messages[0]["role"] == "assistant":
+        raise ValueError("messages starts with a turn of the assistant, which has nothing to answer")
     ids: list[int] = []
     is_target: list[bool] = []
     done = ""
 
     def add(text: str, wanted: bool) -> None:
-        new = tokenizer.encode(text, add_special_tokens=False)
+        nonlocal done
+        new = _continuation(done, text, tokenizer)
+        done += text
         ids.extend(new)
         is_target.extend([wanted] * len(new))
 
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
+        before = tokenizer.apply_chat_template(messages[:i], tools=tools, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: i + 1], tools=tools, add_generation_prompt=False)
         if not (before.startswith(done) and after.startswith(before)):
             raise ValueError(
                 f"the chat template changes earlier turns when turn {i} is added, so no single text has all turns as "
@@ -179,7 +200,6 @@ def _conversation(messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[
         add(before[len(done) :], False)
         add(turn, True)
         add(answer[len(turn) :], False)
-        done = after
     return ids, is_target
 
 

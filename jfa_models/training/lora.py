@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jfa_models.checkpoints.lora_config import ALL_LINEAR, LoraConfig
+from jfa_models.checkpoints.lora_config import ALL_LINEAR, LoraConfig, matches
 from jfa_models.checkpoints.peft import Adapter, linear_modules, place_of
 from jfa_models.decoding.language_model import LanguageModel
 
@@ -29,10 +29,13 @@ def new_adapter(
       use_dora: also train the norm of each row of the changed weights (arXiv:2402.09353).
 
     Raises:
-      ValueError: the rank is not an integer of at least 1, or the targets match no module; the message lists the names.
+      ValueError: the rank is not an integer of at least 1, alpha not a number above 0, or the targets match no module,
+        or one that cannot be trained; the message lists the names.
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
     named = {one: place_of(one, {}, model.config, model.shapes) for one in linear_modules(model.config, model.shapes)}
     # PEFT stores the changes of routers and experts in another way
     places = {
@@ -51,10 +54,17 @@ def new_adapter(
         use_rslora=use_rslora,
     )
     chosen = {name: place for name, place in places.items() if config.targets(place.theirs)}
-    unused = [] if isinstance(targets, str) else [name for name in targets if name.rpartition(".")[2] not in ends]
+    names = [] if isinstance(targets, str) else targets
+    unused = [name for name in names if not any(matches((name,), place.theirs) for place in places.values())]
     if not chosen or unused:
         what = ", ".join(map(repr, unused)) if unused else repr(targets)
         raise ValueError(f"targets: {what} matches no linear layer of this model; it has {', '.join(ends)}")
+    others = [name for name, place in named.items() if name not in places and place and config.targets(place.theirs)]
+    if others:
+        raise ValueError(
+            f"targets: {targets!r} also matches {others[0]}, but embeddings and routers get no new parts: use a "
+            f"narrower expression, or some of {', '.join(ends)}"
+        )
     generator = np.random.default_rng(seed)
     tensors = {}
     for module, place in chosen.items():

@@ -4,6 +4,7 @@ Everything that the result depends on is in Options, the data and the model, so 
 and goes on has the losses of one that was not, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jfa import QuantizedArray
 from jfa_models.checkpoints.peft import Adapter, save_adapter
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.text.files import read_json, write_json
@@ -35,7 +37,7 @@ from jfa_models.training.step import (
     new_state,
 )
 
-LOG_FILE, RUN_FILE, CHECKPOINTS = "log.jsonl", "run.json", "checkpoints"
+LOG_FILE, RUN_FILE, LOCK_FILE, CHECKPOINTS = "log.jsonl", "run.json", "run.lock", "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,9 +136,12 @@ def finetune(
       on_step: called after each step.
 
     Raises:
-      ValueError: the folder has another run; or the loss or gradient is not finite: the message has the step and the
-        lines of its texts. The last checkpoint remains.
+      ValueError: the folder has another run, or one that is going on, or a checkpoint that cannot be read; a text does
+        not fit the model or the rows; or the loss or gradient is not finite: the message has the step and the lines of
+        its texts. The last checkpoint remains.
     """
+    for one in (data, *([] if eval_data is None else [eval_data])):
+        _check_texts(one, model.config.vocab_size, options.row_length)
     plan = _Plan(data, options)
     trainable = Trainable(model, adapter, remat=options.remat)
     optimizer = make_optimizer(
@@ -148,8 +153,8 @@ def finetune(
     )
     state = new_state(trainable.start(model), optimizer)
     output.mkdir(parents=True, exist_ok=True)
-    _same_run(output / RUN_FILE, _description(model, adapter, data, options, eval_data))
-    with _checkpoints(output) as manager:
+    with _locked(output), _checkpoints(output) as manager:
+        _same_run(output / RUN_FILE, _description(model, adapter, data, options, eval_data))
         state = _restored(manager, state)
         log = _Log(output / LOG_FILE, int(state.step))
         step_flops = _flops(model, is_full=adapter is None)
@@ -186,16 +191,47 @@ def finetune(
             if on_step is not None:
                 on_step(done)
             last = time.monotonic()
-    tensors = jax.device_get(state.tensors)
-    if adapter is not None:
-        save_adapter(output, dataclasses.replace(adapter, tensors=tensors))
-    else:
-        held = dict(zip(model.names, model.params, strict=True))
-        params = tuple(jnp.asarray(tensors[name], jax.tree.leaves(x)[0].dtype) for name, x in held.items())
-        trained = LanguageModel(
-            decoder=model.decoder, params=params, tokenizer=model.tokenizer, defaults=model.defaults
-        )
-        trained.save_pretrained(output)
+        tensors = jax.device_get(state.tensors)
+        if adapter is not None:
+            save_adapter(output, dataclasses.replace(adapter, tensors=tensors))
+        else:
+            held = dict(zip(model.names, model.params, strict=True))
+            params = tuple(jnp.asarray(tensors[name], jax.tree.leaves(x)[0].dtype) for name, x in held.items())
+            trained = LanguageModel(
+                decoder=model.decoder, params=params, tokenizer=model.tokenizer, defaults=model.defaults
+            )
+            trained.save_pretrained(output)
+
+
+def _check_texts(data: Data, vocab_size: int, row_length: int) -> None:
+    for one in data.examples:
+        where = f"{data.path}, line {one.line}"
+        if len(one.ids) > row_length:
+            raise ValueError(
+                f"{where}: the text has {len(one.ids)} tokens, more than a row of {row_length}: read the file with a "
+                "max_length of at most row_length"
+            )
+        if (largest := one.ids.max()) >= vocab_size:
+            raise ValueError(
+                f"{where}: token {largest} is not one of the model's {vocab_size}: the tokenizer is another model's, "
+                "or has tokens that the embedding lacks"
+            )
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Refuses a second run in a folder while the first goes on. The lock ends with its process."""
+    with (output / LOCK_FILE).open("a") as file:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is going on in {output}: wait for it, or use another folder") from None
+            except OSError:  # some network file systems have no locks
+                pass
+        yield
 
 
 class _Plan:
@@ -256,9 +292,32 @@ def _description(
         return found.hexdigest()
 
     about = {"trains": "all parameters"} if adapter is None else {"adapter": dataclasses.asdict(adapter.config)}
+    if adapter is not None:
+        about["first tensors of the adapter"] = _fingerprint_of_adapter(adapter)
+    about["weights of the model"] = _fingerprint_of_weights(model)
     about |= {"model": dataclasses.asdict(model.config), "dtype": str(model.dtype), "data": texts(data)}
     about |= {"eval_data": texts(eval_data), "options": dataclasses.asdict(options)}
     return json.loads(json.dumps(about, default=str))
+
+
+def _fingerprint_of_adapter(adapter: Adapter) -> str:
+    found = hashlib.sha256()
+    for module, kinds in sorted(adapter.tensors.items()):
+        for kind, x in sorted(kinds.items()):
+            found.update(f"{module} {kind} {x.shape}".encode())
+            if kind != "lora_magnitude_vector":  # a new one's is computed, with other roundings on another device
+                found.update(np.asarray(x, np.float32).tobytes())
+    return found.hexdigest()
+
+
+def _fingerprint_of_weights(model: LanguageModel) -> str:
+    """Tells quantizations and models of the same architecture apart, from a few numbers of each parameter."""
+    found = hashlib.sha256()
+    for name, x in zip(model.names, model.params, strict=True):
+        found.update(f"{name} {[(part.shape, str(part.dtype)) for part in jax.tree.leaves(x)]}".encode())
+        if not isinstance(x, QuantizedArray):  # quantizing rounds otherwise on another device
+            found.update(np.asarray(x[(0,) * (x.ndim - 1)][:64], np.float32).tobytes())
+    return found.hexdigest()
 
 
 def _same_run(file: Path, about: Mapping[str, Any]) -> None:
@@ -267,7 +326,10 @@ def _same_run(file: Path, about: Mapping[str, Any]) -> None:
         write_json(part, about)
         os.replace(part, file)
         return
-    before = read_json(file)
+    try:
+        before = read_json(file)
+    except ValueError:
+        raise ValueError(f"{file} is damaged: delete the folder, or use another output folder") from None
     if before == about:
         return
     wrong = sorted(name for name in {*before, *about} if before.get(name) != about.get(name))
@@ -285,7 +347,7 @@ class _Log:
 
     def __init__(self, file: Path, steps: int):
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        kept = lines[:steps]
+        kept = [line for line in lines if _step_of(line) <= steps]
         part = file.with_suffix(".part")
         part.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(part, file)
@@ -295,6 +357,14 @@ class _Log:
         about = {name: x for name, x in dataclasses.asdict(done).items() if name != "num_steps" and x is not None}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(about) + "\n")
+
+
+def _step_of(line: bytes) -> float:
+    """Infinity for a line that a crash of the machine left incomplete."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _checkpoints(output: Path) -> ocp.CheckpointManager:
@@ -316,5 +386,12 @@ def _restored(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     """The state of the last checkpoint, or the given one if there is none."""
     if (step := manager.latest_step()) is None:
         return state
-    found = manager.restore(step, args=ocp.args.StandardRestore(_leaves(state)))
+    try:
+        found = manager.restore(step, args=ocp.args.StandardRestore(_leaves(state)))
+    except Exception as error:  # of many kinds
+        before = max((one for one in manager.all_steps() if one < step), default=0)
+        raise ValueError(
+            f"the checkpoint {manager.directory / str(step)} cannot be read: delete this folder to go on after step "
+            f"{before} ({type(error).__name__}: {str(error)[:80]})"
+        ) from error
     return jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in sorted(found)])

@@ -77,7 +77,8 @@ class Trainable:
         """adapter: what its tensors are trained for; None: all parameters of the model are trained.
 
         Raises:
-          ValueError: all parameters are to be trained, and some are quantized.
+          ValueError: all parameters are to be trained, and some are quantized; or the adapter's file has a copy of the
+            embedding it was trained on, and the model has another one.
         """
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
@@ -87,6 +88,8 @@ class Trainable:
         self._graphdef, state = nnx.split(model.decoder)
         self._treedef = jax.tree.structure(state)
         self.base: tuple[Any, ...] | None = model.params
+        if adapter is not None and any("base" in kinds for kinds in adapter.tensors.values()):
+            changes_of(adapter, model.config, model.shapes, model.float32)  # compares the copies with the model's own
         if adapter is None:
             wrong = [name for name, x in zip(model.names, model.params, strict=True) if isinstance(x, QuantizedArray)]
             if wrong:

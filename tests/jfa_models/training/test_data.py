@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import CHAT_TEMPLATE, byte_tokenizer
+from tiny_model import CHAT_TEMPLATE, byte_tokenizer, sentence_piece_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from jfa_models.training.data import batches, pack, read_data, split
 
@@ -45,6 +46,34 @@ def test_answers_are_learned_and_prompts_are_not(tmp_path):
     assert "3 texts" in data.describe() and data.num_tokens == 21 + 6 + 4
 
 
+def test_an_answer_has_the_tokens_that_follow_its_prompt(tmp_path):
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}a:{% endif %}"
+    tokenizer = dataclasses.replace(sentence_piece_tokenizer(), chat_templates={"default": template})
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "aa"}]
+    file = written(tmp_path, {"prompt": "a", "completion": "aa"}, {"messages": messages})
+    for one in read_data(file, tokenizer, max_length=50).examples:
+        tokens = [tokenizer.core.id_to_token(i) for i in one.ids[one.is_target.astype(bool)].tolist()]
+        assert tokens == ["a", "a", "</s>"]  # alone, the text would start with a space
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_not_repeated(tmp_path):
+    ends = [(f"<|{name}|>", TOKENIZER.core.token_to_id(f"<|{name}|>")) for name in ("bos", "eos")]
+    tokenizer = dataclasses.replace(TOKENIZER, core=byte_tokenizer().core)
+    tokenizer.core.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=ends)
+    [one] = read_data(written(tmp_path, {"text": "ab"}), tokenizer, max_length=50).examples
+    assert whole(one) == "<|bos|>ab$"
+
+
+def test_tools_of_a_line_are_given_to_the_template(tmp_path):
+    template = "{% if tools %}{{ tools[0].name }};{% endif %}" + CHAT_TEMPLATE
+    tokenizer = dataclasses.replace(TOKENIZER, chat_templates={"default": template})
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    lines = [{"messages": messages, "tools": tools} for tools in ([{"name": "add"}], None)]
+    data = read_data(written(tmp_path, *lines), tokenizer, max_length=50)
+    assert list(map(whole, data.examples)) == ["add;u:hi|a:yo|", "u:hi|a:yo|"]
+
+
 def test_long_texts_are_cut_or_dropped_and_counted(tmp_path):
     file = written(tmp_path, {"text": "abcdef"}, {"text": "ab"}, {"prompt": "abcdef", "completion": "g"})
     cut = read_data(file, TOKENIZER, max_length=5)
@@ -59,6 +88,7 @@ REFUSING = dataclasses.replace(
     TOKENIZER,
     chat_templates={"default": "{{ raise_exception('no system') if messages[0].role == 'system' else 'u:a:' }}"},
 )
+WITHOUT_END = dataclasses.replace(TOKENIZER, eos_token_ids=())
 CHANGING = dataclasses.replace(
     TOKENIZER, chat_templates={"default": "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"}
 )
@@ -72,6 +102,10 @@ CHANGING = dataclasses.replace(
         ({"a": 1}, TOKENIZER, "must have one of messages, or prompt and completion, or text, got the fields a"),
         ({"prompt": "x"}, TOKENIZER, "must have one of messages, or prompt and completion, or text, got the fields"),
         ({"text": "x", "messages": []}, TOKENIZER, "must have one of"),
+        ('{"text": ' + 100_000 * "[", TOKENIZER, "not valid JSON (maximum recursion depth exceeded"),
+        ({"text": ""}, TOKENIZER, "text is empty"),
+        ({"text": "a"}, WITHOUT_END, "has nothing to learn: its 1 tokens have no learned one after the first"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, TOKENIZER, "messages starts with a turn of the"),
         ({"text": 5}, TOKENIZER, "text must be a string, got a int"),
         ({"prompt": "x", "completion": None}, TOKENIZER, "completion must be a string, got a NoneType"),
         ({"messages": "hi"}, TOKENIZER, "messages must be a list of"),
@@ -100,7 +134,7 @@ def test_a_bad_line_is_named_with_its_file_and_left_out_on_request(tmp_path, lin
 def test_a_file_without_a_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no text to train on"):
         read_data(written(tmp_path, ""), TOKENIZER, max_length=50)
-    with pytest.raises(ValueError, match=r"has no text to train on \(1 are too long, 1 are bad\)"):
+    with pytest.raises(ValueError, match=r"\(1 are too long, 1 are bad\); the first bad line: .*, line 1: "):
         read_data(
             written(tmp_path, "{", {"text": "abc"}), TOKENIZER, max_length=2, too_long="drop", skip_bad_lines=True
         )

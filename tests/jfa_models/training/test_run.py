@@ -1,11 +1,14 @@
 """Whole fine-tunes of a tiny model: interrupted and continued ones, their files, and what stops one."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import shutil
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +16,9 @@ from golden import GOLDEN
 from tiny_model import CHAT_TEMPLATE, byte_tokenizer, folder_with_text, tiny_config
 
 from jfa_models import LanguageModel, cli, from_pretrained
-from jfa_models.training import Options, finetune, new_adapter
+from jfa_models.training import Options, finetune, new_adapter, run
 from jfa_models.training.data import read_data
-from jfa_models.training.run import LOG_FILE
+from jfa_models.training.run import CHECKPOINTS, LOG_FILE
 
 OPTIONS = Options(row_length=48, rows=2, learning_rate=5e-2, epochs=2, save_every=3, max_steps=10, seed=3)
 
@@ -95,7 +98,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path):
 
 def test_a_folder_with_another_run_is_refused_with_the_difference(data, tmp_path):
     finetune(model(), new_adapter(model(), rank=2), data, tmp_path / "out", dataclasses.replace(OPTIONS, max_steps=1))
-    with pytest.raises(ValueError, match=r"another run, which differs in adapter, max_steps \(1, now 2\), seed \(3,"):
+    differences = r"adapter, first tensors of the adapter, max_steps \(1, now 2\), seed \(3, now 4\): use another"
+    with pytest.raises(ValueError, match=f"another run, which differs in {differences}"):
         other = dataclasses.replace(OPTIONS, max_steps=2, seed=4)
         finetune(model(), new_adapter(model(), rank=3), data, tmp_path / "out", other)
     fewer = dataclasses.replace(data, examples=data.examples[:5])
@@ -112,6 +116,117 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_lines(data, tmp_p
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def rows_of(data, ids):
+    """The data with one other text in its second place."""
+    is_target = np.array([0, *[1] * (len(ids) - 1)], np.int32)
+    one = dataclasses.replace(data.examples[1], ids=np.array(ids, np.int32), is_target=is_target)
+    return dataclasses.replace(data, examples=(data.examples[0], one))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (
+            [5] * 49,
+            "data.jsonl, line 2: the text has 49 tokens, more than a row of 48: read the file with a max_length",
+        ),
+        ([5, 272], "data.jsonl, line 2: token 272 is not one of the model's 272: the tokenizer is another model's"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused_before_the_first_step(data, tmp_path, ids, message):
+    wrong = rows_of(data, ids)
+    for texts, eval_data in ((wrong, None), (data, wrong)):
+        with pytest.raises(ValueError, match=message):
+            finetune(model(), adapter_of(model()), texts, tmp_path / "out", OPTIONS, eval_data=eval_data)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_loss_is_that_of_the_model_by_hand(data, tmp_path):
+    options = dataclasses.replace(OPTIONS, rows=64, max_steps=1)
+    finetune(model(), adapter_of(model()), data, tmp_path / "out", options)
+    losses = []
+    for one in data.examples:
+        likely = jax.nn.log_softmax(model().logits(one.ids[None])[0, :-1])
+        losses += [-likely[i, one.ids[i + 1]] for i in range(len(one.ids) - 1) if one.is_target[i + 1]]
+    [line] = log_of(tmp_path / "out")
+    assert line["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+    assert line["targets"] == len(losses) and line["tokens"] == data.num_tokens
+
+
+def test_the_log_has_each_step_once_also_where_lines_were_lost(data, tmp_path):
+    def go(step=None):
+        with pytest.raises(_Interrupted) if step else contextlib.nullcontext():
+            finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS, on_step=stopping_after(step))
+
+    go(5)
+    whole = (tmp_path / LOG_FILE).read_bytes().splitlines(keepends=True)
+    (tmp_path / LOG_FILE).write_bytes(whole[0] + b'{"step": 2, "lo\n' + whole[2][:9])  # the checkpoint is of step 3
+    go(5)
+    go()
+    assert [line["step"] for line in log_of(tmp_path)] == [1, *range(4, 11)]
+
+
+def test_another_start_of_the_same_shape_is_another_run(data, tmp_path):
+    options = dataclasses.replace(OPTIONS, max_steps=1)
+    finetune(model(), adapter_of(model()), data, tmp_path, options)
+    with pytest.raises(ValueError, match="which differs in first tensors of the adapter: use another"):
+        finetune(model(), adapter_of(model(), seed=1), data, tmp_path, options)
+    other = LanguageModel.random(model().config, seed=1)
+    for base in (other, model("int8")):
+        with pytest.raises(ValueError, match="which differs in weights of the model: use another"):
+            finetune(base, adapter_of(model()), data, tmp_path, options)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged: delete the folder, or use another output folder"):
+        finetune(model(), adapter_of(model()), data, tmp_path, options)
+
+
+def test_a_second_run_in_the_folder_of_one_that_goes_on_is_refused(data, tmp_path):
+    def on_step(_):
+        with pytest.raises(ValueError, match=r"another run is going on in .*: wait for it, or use another folder"):
+            finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS)
+        raise _Interrupted
+
+    with pytest.raises(_Interrupted):
+        finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS, on_step=on_step)
+    assert len(log_of(tmp_path)) == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named_with_the_way_out(data, tmp_path):
+    with pytest.raises(_Interrupted):
+        finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS, on_step=stopping_after(7))
+    newest = tmp_path / CHECKPOINTS / "6"
+    shutil.rmtree(newest / "default")
+    with pytest.raises(ValueError, match=r"checkpoints/6 cannot be read: delete this folder to go on after step 3 \("):
+        finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS)
+    shutil.rmtree(newest)
+    finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS)
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 11))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(data, tmp_path, monkeypatch):
+    def full(manager, step, state):
+        if step == 6:
+            raise OSError(28, "No space left on device")
+        save(manager, step, state)
+
+    save = run._save
+    monkeypatch.setattr(run, "_save", full)
+    with pytest.raises(OSError, match="No space left"):
+        finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS)
+    monkeypatch.undo()
+    finetune(model(), adapter_of(model()), data, tmp_path, OPTIONS)
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 11))
+
+
+def test_an_adapter_of_another_embedding_is_refused(data, tmp_path):
+    copy = np.asarray(model().float32("embed.weight")) + 1.0
+    adapter = new_adapter(model(), rank=2, targets=["q_proj"])
+    weight = {"weight": np.array(model().float32("embed.weight")), "base": copy}
+    adapter = dataclasses.replace(adapter, tensors={**adapter.tensors, "embed_tokens": weight})
+    with pytest.raises(ValueError, match="the adapter was trained on another embed_tokens"):
+        finetune(model(), adapter, data, tmp_path / "out", OPTIONS)
+
+
 @pytest.mark.parametrize(("quantization", "options"), [("int4", {"use_dora": True}), ("int8", {"use_rslora": True})])
 def test_an_adapter_is_trained_on_a_base_that_stays_quantized(data, tmp_path, quantization, options):
     base = model(quantization)
@@ -123,8 +238,6 @@ def test_an_adapter_is_trained_on_a_base_that_stays_quantized(data, tmp_path, qu
 
 
 def _leaves(params):
-    import jax
-
     return [np.asarray(x).view(np.uint8) if x.dtype == jnp.int4 else x for x in jax.tree.leaves(params)]
 
 

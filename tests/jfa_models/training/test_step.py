@@ -14,7 +14,8 @@ from runs import run
 from tiny_model import tiny_config
 
 from jfa_models import LanguageModel, from_pretrained
-from jfa_models.checkpoints.peft import save_adapter
+from jfa_models.checkpoints.lora_config import LoraConfig
+from jfa_models.checkpoints.peft import Adapter, save_adapter
 from jfa_models.training import Batch, Trainable, loss_fn, make_optimizer, make_train_step, new_adapter, new_state
 
 ADAPTERS = GOLDEN / "adapters"
@@ -180,6 +181,27 @@ def test_all_parameters_can_be_trained_and_every_one_gets_a_gradient():
     assert all(np.abs(x).max() > 0 for x in grads.values())
 
 
+def test_an_adapter_of_single_experts_is_trained(tmp_path):
+    model, random = base("mixtral"), np.random.default_rng(0)
+    (_, inner, hidden), tensors = model.shapes["layers.0.mlp.gate.weight"], {}
+    for expert, rank in ((0, 2), (1, 3)):
+        a, b = (random.normal(0, 0.1, shape).astype(np.float32) for shape in ((rank, hidden), (inner, rank)))
+        for layer in range(model.config.num_layers):
+            tensors[f"layers.{layer}.block_sparse_moe.experts.{expert}.w1"] = {"lora_A": a, "lora_B": b}
+    config = LoraConfig(r=2, rank_pattern={"experts.1.w1": 3}, target_modules=("w1",))
+    save_adapter(tmp_path, Adapter(config=config, tensors=tensors))
+    model.load_adapter("experts", tmp_path)
+    trainable = Trainable(model, model.read_adapter(tmp_path))
+    ids = random.integers(0, model.config.vocab_size, (2, 12)).astype(np.int32)
+    wanted = targets_of(ids)
+    found, grads = jax.value_and_grad(mean_loss, argnums=1)(trainable, trainable.start(model), ids, wanted)
+    likely = jax.nn.log_softmax(model.logits(ids, adapter="experts")[:, :-1])
+    by_hand = -np.take_along_axis(np.asarray(likely), ids[:, 1:, None], axis=-1)[..., 0][wanted[:, 1:] > 0].mean()
+    model.unload_adapter("experts")
+    assert float(found) == pytest.approx(float(by_hand), rel=1e-5)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads))
+
+
 def test_weight_decay_spares_vectors():
     optimizer = make_optimizer(learning_rate=1.0, num_steps=2, weight_decay=0.1, max_grad_norm=None)
     tensors = {"matrix": jnp.ones((2, 2)), "norm": jnp.ones(2)}
@@ -196,6 +218,13 @@ def test_weight_decay_spares_vectors():
             "targets: 'qq' matches no linear layer of this model",
         ),
         (lambda model: new_adapter(model, targets="nothing.*"), "targets: 'nothing.*' matches no linear layer"),
+        (
+            lambda model: new_adapter(model, targets=["layers.0.self_attn.q_proj", "layers.9.self_attn.q_proj"]),
+            "targets: 'layers.9.self_attn.q_proj' matches no linear layer",
+        ),
+        (lambda model: new_adapter(model, targets="(?s:.+)"), "also matches embed_tokens, but embeddings and routers"),
+        (lambda model: new_adapter(model, alpha=0), "alpha must be a number above 0, got 0"),
+        (lambda model: new_adapter(model, alpha=float("nan")), "alpha must be a number above 0, got nan"),
         (lambda model: Trainable(model, None, remat="some"), "remat must be one of none, attention, all, got 'some'"),
         (lambda _: Trainable(tiny("int8"), None), "quantized weights such as .* cannot be trained"),
     ],
