@@ -291,9 +291,10 @@ def _description(
             found.update(one.ids.tobytes() + one.is_target.tobytes() + b"|")
         return found.hexdigest()
 
-    about = {"trains": "all parameters"} if adapter is None else {"adapter": dataclasses.asdict(adapter.config)}
+    about: dict[str, Any] = {"trains": "all parameters"}
     if adapter is not None:
-        about["first tensors of the adapter"] = _fingerprint_of_adapter(adapter)
+        first = _fingerprint_of_adapter(adapter)
+        about = {"adapter": dataclasses.asdict(adapter.config), "first tensors of the adapter": first}
     about["weights of the model"] = _fingerprint_of_weights(model)
     about |= {"model": dataclasses.asdict(model.config), "dtype": str(model.dtype), "data": texts(data)}
     about |= {"eval_data": texts(eval_data), "options": dataclasses.asdict(options)}
