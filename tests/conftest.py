@@ -1,6 +1,9 @@
 """For the whole suite."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # The same forms of weights on every machine that runs the tests.
 os.environ["JFA_CPU_WEIGHTS"] = "float32"
@@ -8,3 +11,19 @@ os.environ["JFA_CPU_WEIGHTS"] = "float32"
 # Tests spend far more time compiling than computing: disabling LLVM's optimizations saves a quarter of the suite's
 # time. XLA's own passes still run. The flag must be set before JAX starts.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
+_MOST_MAPS = 20_000  # of a process; Linux allows 65,530, and XLA on a CPU crashes at the next one
+_MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs_in_memory():
+    """Drops compiled programs before they fill the process's table of memory maps, of which each needs a few.
+
+    Only between files: a test may rely on what a fixture of its file has compiled.
+    """
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+    yield

@@ -172,11 +172,10 @@ class Place:
     def is_norm(self) -> bool:
         return self.columns == 1 and self.modules[0].endswith("norm")
 
-    def split(self, x: Any, axis: int = 0) -> list[Any]:
-        """The part of each of our modules."""
+    def split(self, x: Any) -> list[Any]:
+        """The rows of each of our modules."""
         ends = np.cumsum(self.rows)
-        parts = [slice(end - n, end) for end, n in zip(ends, self.rows, strict=True)]
-        return [x[(slice(None),) * axis + (part,)] for part in parts]
+        return [x[end - n : end] for end, n in zip(ends, self.rows, strict=True)]
 
 
 def place_of(
