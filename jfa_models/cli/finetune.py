@@ -95,6 +95,8 @@ def finetune(
         raise click.UsageError(f"--full trains floats: leave out --quantization {quantization}")
     if eval_data is not None and eval_fraction:
         raise click.UsageError("--eval-data and --eval-fraction both choose the evaluation's texts: use one of them")
+    if options["eval_every"] and eval_data is None and not eval_fraction:
+        raise click.UsageError("--eval-every needs --eval-data or --eval-fraction: there is nothing to evaluate with")
 
     from jfa_models.cli import running
     from jfa_models.training import Options, curve, finetune, new_adapter, read_data

@@ -28,6 +28,8 @@ def load(
     model: str, *, adapters: Sequence[tuple[str, str]] = (), adapter_scale: float = 1.0, **options
 ) -> LanguageModel:
     """Loads a model while a status line is shown; compiled programs are cached for the next start."""
+    if adapter_scale != 1.0 and not adapters:
+        raise ValueError(f"--adapter-scale {adapter_scale} needs --adapter: there is nothing else that it scales")
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfa" / "xla"
         with contextlib.suppress(OSError):  # if it is not writable, every start compiles

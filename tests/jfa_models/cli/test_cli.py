@@ -222,3 +222,8 @@ def test_max_num_seqs_is_not_an_option_of_a_single_prompt(jfa, folder):
     status, out, err = jfa("generate", "Hi", "--model", folder, "--max-num-seqs", 4)
     assert (status, out) == (2, "")
     assert err == "jfa: --max-num-seqs needs --batch-file: it has no effect on a single prompt\n"
+
+
+def test_a_scale_without_an_adapter_is_refused(jfa, folder):
+    status, _, err = jfa("generate", "Hi", "--model", folder, "--adapter-scale", 0.5)
+    assert status == 2 and "--adapter-scale 0.5 needs --adapter" in err
