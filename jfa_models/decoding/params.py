@@ -71,12 +71,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {
-            "temperature": _number("temperature", self.temperature, 0, None, "use 0 for greedy, 0.7 to 1 for sampling"),
-            "top_p": _number("top_p", self.top_p, 0, 1, "use 1 to keep all tokens", low_is_allowed=False),
-            "min_p": _number("min_p", self.min_p, 0, 1, "use 0 to keep all tokens"),
-            "presence_penalty": _number("presence_penalty", self.presence_penalty, -2, 2, "use 0 for none"),
-            "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for none"),
-            "repetition_penalty": _number(
+            "temperature": number("temperature", self.temperature, 0, None, "use 0 for greedy, 0.7 to 1 for sampling"),
+            "top_p": number("top_p", self.top_p, 0, 1, "use 1 to keep all tokens", low_is_allowed=False),
+            "min_p": number("min_p", self.min_p, 0, 1, "use 0 to keep all tokens"),
+            "presence_penalty": number("presence_penalty", self.presence_penalty, -2, 2, "use 0 for none"),
+            "frequency_penalty": number("frequency_penalty", self.frequency_penalty, -2, 2, "use 0 for none"),
+            "repetition_penalty": number(
                 "repetition_penalty", self.repetition_penalty, 0, 1000, "use 1 for none", low_is_allowed=False
             ),
             "top_k": integer("top_k", self.top_k, -1, None, "use 0 to keep all tokens"),
@@ -194,7 +194,7 @@ class BeamSearchParams:
         largest = MAX_LOGPROBS // 2
         width = integer("beam_width", self.beam_width, 1, largest, f"there are {MAX_LOGPROBS} candidates per beam")
         length = integer("max_tokens", self.max_tokens, 1, MAX_INT32, "it limits the length of the continuations")
-        penalty = _number("length_penalty", self.length_penalty, -10, 10, "use 0 for none, 1 for the mean")
+        penalty = number("length_penalty", self.length_penalty, -10, 10, "use 0 for none, 1 for the mean")
         for name in ("early_stopping", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -247,7 +247,7 @@ def bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple
     if any(not hasattr(pair, "__len__") or isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise ValueError(f"logit_bias must be {kind}, got {bias!r}")
     values = {
-        integer("logit_bias", token_id, 0, MAX_INT32, "its keys are token ids"): _number(
+        integer("logit_bias", token_id, 0, MAX_INT32, "its keys are token ids"): number(
             f"logit_bias of token {token_id}", value, -100, 100, "-100 practically bans a token"
         )
         for token_id, value in pairs
@@ -273,7 +273,8 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return texts
 
 
-def _number(name: str, value: object, low: int, high: int | None, advice: str, *, low_is_allowed: bool = True) -> float:
+def number(name: str, value: object, low: int, high: int | None, advice: str, *, low_is_allowed: bool = True) -> float:
+    """value as a float; ValueError with the advice unless it is a finite number in [low, high], or in (low, high]."""
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
         is_above = number > low or (number == low and low_is_allowed)

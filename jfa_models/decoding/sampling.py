@@ -53,6 +53,7 @@ class SamplingRows:
     logit_bias: Float32[Array, "b vocab"] | None
     prompt_seen: Bool[Array, "b vocab"] | None  # for the repetition penalty
     output_counts: Int32[Array, "b vocab"] | None  # for all three penalties
+    allowed: Int32[Array, "b words"] | None = None  # one bit per token, the lowest first: what a grammar allows
     greedy: bool = dataclasses.field(metadata=dict(static=True))  # every row is greedy
     truncates: bool = dataclasses.field(metadata=dict(static=True))  # some row has top_k, top_p or min_p
     num_logprobs: int | None = dataclasses.field(metadata=dict(static=True))  # None, 0 or MAX_LOGPROBS
@@ -191,7 +192,7 @@ def sample(logits: Float[Array, "b vocab"], rows: SamplingRows, num_generated: I
         weights = _token_weights(x, best, rows)
         has_mass = jnp.any(weights > 0, axis=-1)
         token = jnp.where(has_mass & (rows.temperature > 0), _draw(weights, rows.key, num_generated), token)
-    is_finite = (best if x is raw else jnp.max(raw, axis=-1)) > -jnp.inf
+    is_finite = (best if x is raw or rows.allowed is not None else jnp.max(raw, axis=-1)) > -jnp.inf
     token = jnp.where(is_finite, token, NO_TOKEN)
     if rows.num_logprobs is None:
         return Sampled(token=token)
@@ -218,13 +219,17 @@ def finished_by_id(rows: SamplingRows, token: Int[Array, " b"]) -> Bool[Array, "
 def _penalized(
     x: Float32[Array, "b vocab"], rows: SamplingRows, num_generated: Int[Array, " b"]
 ) -> Float32[Array, "b vocab"]:
-    """Applies bias, ban of stop tokens and penalties: all options that can change a greedy row."""
+    """Applies grammar, bias, ban of stop tokens and penalties: all options that can change a greedy row."""
+    if rows.allowed is not None:
+        x = jnp.where(_bits(rows.allowed, x.shape[-1]), x, -jnp.inf)
     if rows.logit_bias is not None:
         x = x + rows.logit_bias
     if rows.min_tokens is not None:
         is_banned = (num_generated < rows.min_tokens)[:, None] & (rows.stop_ids >= 0)
         banned_ids = jnp.where(is_banned, rows.stop_ids, x.shape[-1])  # an id past the end is dropped
-        x = x.at[jnp.arange(x.shape[0])[:, None], banned_ids].set(-jnp.inf, mode="drop")
+        unbanned, x = x, x.at[jnp.arange(x.shape[0])[:, None], banned_ids].set(-jnp.inf, mode="drop")
+        if rows.allowed is not None:  # a grammar may allow nothing else
+            x = jnp.where(jnp.any(x > -jnp.inf, axis=-1, keepdims=True), x, unbanned)
     if rows.output_counts is not None:
         emitted = rows.output_counts > 0
         if rows.prompt_seen is not None:
@@ -233,6 +238,11 @@ def _penalized(
         x = x - rows.frequency_penalty[:, None] * rows.output_counts
         x = x - rows.presence_penalty[:, None] * emitted
     return x
+
+
+def _bits(words: Int32[Array, "b words"], n: int) -> Bool[Array, "b n"]:
+    bits = (words[:, :, None] >> jnp.arange(32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :n].astype(jnp.bool_)
 
 
 def _token_weights(

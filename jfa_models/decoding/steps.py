@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import jfa
 from jfa.rules import with_default_rules
 from jfa_models.decoding.params import MAX_LOGPROBS
-from jfa_models.decoding.sampling import Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
+from jfa_models.decoding.sampling import NO_TOKEN, Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
 from jfa_models.model.attention import Cache
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import NO_ADAPTER, Adapters
@@ -69,7 +69,8 @@ class Batch:
       tokens: a negative one is replaced by the last token of its row's slot, which the host does not know yet.
       query_start: where each row's tokens begin; None: one token per row.
       slot: the slot of each row; out of range for padding rows.
-      last: the index in tokens of the token whose successor a row samples; one past the end for none.
+      last: the index in tokens of the token whose successor a row samples; one past the end for none. None: every
+        token's successor is sampled, since all but the first of each row are drafts.
       next_tokens: the token after each one, if the log-probabilities of a prompt are requested.
       adapter: the slot of each row's adapter; None: no row has one.
     """
@@ -77,7 +78,7 @@ class Batch:
     tokens: Int[Array, " n"]
     query_start: Int[Array, " b+1"] | None
     slot: Int[Array, " b"]
-    last: Int[Array, " b"]
+    last: Int[Array, " b"] | None
     next_tokens: Int[Array, " n"] | None = None
     adapter: Int[Array, " b"] | None = None
 
@@ -119,8 +120,9 @@ class Steps:
     decode_many(params, state) -> (state, emitted [n, b], num_steps): up to n = STEPS_PER_CALL more tokens
 
     and those of an engine, whose rows change from step to step (Batch, Slots):
-    advance(params, cache, last_token, batch) -> (cache, f32[b, vocab], Sampled | None)
-    draw(slots, logits, rows, slot, samples, num_generated) -> (slots, Sampled): a token of each row that samples
+    advance(params, cache, last_token, batch) -> (cache, f32[b or n, vocab], Sampled | None)
+    draw(slots, logits, rows, slot, samples, num_generated, allowed) -> (slots, Sampled): a token of each row that samples
+    verify(slots, logits, rows, batch, samples, num_generated, allowed) -> (slots, Sampled): a token after each one of a batch
     adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: sets a slot's values for a request
     copy_pages(cache, source, destination, table=0) -> cache
 
@@ -149,6 +151,7 @@ class Steps:
         self.decode_many = step(_decode_many, donate=(1,))
         self.advance = step(_advance, donate=(1,))
         self.draw = jax.jit(with_default_rules(_draw), donate_argnums=0)
+        self.verify = jax.jit(with_default_rules(_verify), donate_argnums=0)
         self.adjust = jax.jit(with_default_rules(_adjust), donate_argnums=0)
         self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0, static_argnames="table")
 
@@ -246,7 +249,7 @@ def _decode_many(decoder: Adapted, state: DecodeState) -> tuple[DecodeState, Emi
 def _advance(
     decoder: Adapted, cache: jfa.PagedKVCache, last_token: Int[Array, " slots"], batch: Batch
 ) -> tuple[Cache, Float[Array, "b vocab"], Sampled | None]:
-    """The logits after each row's `last` token; with next_tokens also their log-probabilities, a row per token."""
+    """The logits after each row's `last` token, or all; with next_tokens also their log-probabilities, a row a token."""
     n, b = batch.tokens.shape[0], batch.slot.shape[0]
     if batch.query_start is None:
         lengths = (batch.slot < last_token.shape[0]).astype(jnp.int32)
@@ -261,13 +264,15 @@ def _advance(
     states, filled = decoder(tokens, lengths=lengths, query_start=batch.query_start, cache=cache, slot=batch.adapter)
     assert filled is not None
     states = states.reshape(n, -1)
-    logits = decoder.unembed(jnp.take(states, batch.last, axis=0, mode="clip"), batch.adapter)
+    slot = batch.adapter  # of each row, then of each token
+    if slot is not None and batch.query_start is not None:
+        slot = jnp.append(slot, NO_ADAPTER)[_row_of_token(batch.query_start, n)]
+    if batch.last is None:
+        logits = decoder.unembed(states, slot)
+    else:
+        logits = decoder.unembed(jnp.take(states, batch.last, axis=0, mode="clip"), batch.adapter)
     if batch.next_tokens is None:
         return filled, logits, None
-    slot = None  # of each token
-    if batch.adapter is not None and batch.query_start is not None:
-        row = jnp.searchsorted(batch.query_start[1:], jnp.arange(n), side="right", method="compare_all")
-        slot = jnp.append(batch.adapter, NO_ADAPTER)[row]
 
     def block(part):
         states, tokens, slot = part
@@ -284,6 +289,11 @@ def _advance(
     return filled, logits, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
 
 
+def _row_of_token(query_start: Int[Array, " b+1"], n: int) -> Int[Array, " n"]:
+    """The row of each token of a step; b for padding."""
+    return jnp.searchsorted(query_start[1:], jnp.arange(n), side="right", method="compare_all")
+
+
 def _draw(
     slots: Slots,
     logits: Float[Array, "b vocab"],
@@ -291,22 +301,73 @@ def _draw(
     slot: Int[Array, " b"],
     samples: Bool[Array, " b"],
     num_generated: Int[Array, " b"],
+    allowed: Int[Array, "b words"] | None = None,
 ) -> tuple[Slots, Sampled]:
     """Stores the token of each row that samples in its slot. With min_tokens, adjusts logits and counts the tokens."""
     adjusts = rows.min_tokens is not None
     if adjusts:
-        mine = {
-            name: jnp.take(getattr(slots, name), slot, axis=0, mode="clip")
-            for name in ("prompt_seen", "output_counts", "logit_bias")
-        }
-        rows = dataclasses.replace(rows, **mine)
-    sampled = sample(logits, rows, num_generated)
+        rows = _with_dense_rows(rows, slots, slot)
+    sampled = sample(logits, dataclasses.replace(rows, allowed=allowed), num_generated)
     place = jnp.where(samples, slot, slots.last_token.shape[0])
     token = jnp.maximum(sampled.token, 0)  # of a row without a token, nothing is used
     slots = dataclasses.replace(slots, last_token=slots.last_token.at[place].set(token, mode="drop"))
     if adjusts:
         assert slots.output_counts is not None, "a slot needs counts before a row adjusts its logits"
         counts = slots.output_counts.at[place, token].add(1, mode="drop")
+        slots = dataclasses.replace(slots, output_counts=counts)
+    return slots, sampled
+
+
+def _with_dense_rows(rows: SamplingRows, slots: Slots, slot: Int[Array, " b"]) -> SamplingRows:
+    mine = {
+        name: jnp.take(getattr(slots, name), slot, axis=0, mode="clip")
+        for name in ("prompt_seen", "output_counts", "logit_bias")
+    }
+    return dataclasses.replace(rows, **mine)
+
+
+def _verify(
+    slots: Slots,
+    logits: Float[Array, "n vocab"],
+    rows: SamplingRows,
+    batch: Batch,
+    samples: Bool[Array, " b"],
+    num_generated: Int[Array, " b"],
+    allowed: Int[Array, "n words"] | None = None,
+) -> tuple[Slots, Sampled]:
+    """The token that each row samples after each of its tokens, of which all but the first are drafts.
+
+    A draft is accepted if it is the token sampled there, and then the next one is looked at. So a row's tokens are
+    those that it gets without drafts: each is drawn from the model's own distribution after the accepted ones, with
+    the random numbers of its place. A draft that does not depend on these is accepted with the model's probability of
+    it, which is what rejection sampling (arXiv:2211.17192) gives for a draft proposed with certainty.
+    """
+    assert batch.query_start is not None
+    n, b = batch.tokens.shape[0], batch.slot.shape[0]
+    token = jnp.arange(n)
+    row = _row_of_token(batch.query_start, n)
+    is_padding, row = row == b, jnp.minimum(row, b - 1)
+    place = token - batch.query_start[row]  # in its row
+    follows = jnp.where(token + 1 < batch.query_start[row + 1], jnp.roll(batch.tokens, -1), NO_TOKEN)  # its draft
+    slot = batch.slot[row]
+    of_token = jax.tree.map(lambda x: x[row], rows)
+    adjusts = rows.min_tokens is not None
+    if adjusts:
+        of_token = _with_dense_rows(of_token, slots, slot)
+        # the drafts up to a token count as emitted before its successor
+        before = (row[:, None] == row) & (place[:, None] >= place) & (place > 0) & ~is_padding
+        at = jnp.where(before, batch.tokens, logits.shape[-1])
+        counts = of_token.output_counts.at[token[:, None], at].add(1, mode="drop")
+        of_token = dataclasses.replace(of_token, output_counts=counts)
+    sampled = sample(logits, dataclasses.replace(of_token, allowed=allowed), num_generated[row] + place)
+    refused_at = jnp.full(b, n).at[row].min(jnp.where((sampled.token == follows) & ~is_padding, n, place))
+    emitted = (place <= refused_at[row]) & samples[row] & ~is_padding
+    new = jnp.maximum(sampled.token, 0)
+    none = slots.last_token.shape[0]
+    at = jnp.where(emitted & (place == refused_at[row]), slot, none)
+    slots = dataclasses.replace(slots, last_token=slots.last_token.at[at].set(new, mode="drop"))
+    if adjusts:
+        counts = slots.output_counts.at[jnp.where(emitted, slot, none), new].add(1, mode="drop")
         slots = dataclasses.replace(slots, output_counts=counts)
     return slots, sampled
 

@@ -15,8 +15,8 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -26,12 +26,14 @@ from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import SEED_ADVICE, BeamSearchParams, SamplingParams, check_kind, integer
 from jfa_models.decoding.prompts import Prompt, text_of
 from jfa_models.decoding.sampling import seed_sequence
+from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.engine.beams import BeamSearch
 from jfa_models.engine.launch import Launched, Launcher
 from jfa_models.engine.pools import Pools, make_pools, pool_sizes
 from jfa_models.engine.request import CANDIDATES, GREEDY, Continuation, OnOutput, Request
 from jfa_models.engine.results import Results
 from jfa_models.engine.scheduler import Scheduler
+from jfa_models.engine.speculator import NgramProposer, Speculated, Speculator
 from jfa_models.model.attention import paged_cache
 
 FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
@@ -51,6 +53,7 @@ class EngineMetrics:
       cache_saved: fraction saved by sharing, of the pages that continuations would hold without it.
       prefix_hits: fraction of the looked-up tokens that were in the prefix cache. Preemption repeats a look-up.
       preemptions: how often a continuation was preempted.
+      speculation: by method: tokens drafted, accepted, and per step of a row with a draft.
       time_to_first_token: over requests that have a first token.
       time_per_output_token: after the first one, over continuations that finished normally.
     """
@@ -66,6 +69,7 @@ class EngineMetrics:
     prompt_tokens: int
     generated_tokens: int
     finished_requests: int
+    speculation: Mapping[str, Speculated]
     time_to_first_token: float | None
     time_per_output_token: float | None
 
@@ -94,6 +98,7 @@ class Engine:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         max_wait_ms: float = 0.0,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -108,8 +113,9 @@ class Engine:
           max_model_len: maximum tokens of a prompt and its continuation; None: the model's context, or less if the pool
             is smaller.
           max_wait_ms: how long an idle engine waits for more requests after the first one (dynamic batching).
+          speculative_config: how to speculate, such as {"method": "ngram"}; None: not at all.
           seed: for requests without their own.
-          clock: returns seconds, for the metrics and max_wait_ms.
+          clock: returns seconds, for the metrics, max_wait_ms and adaptive speculation.
 
         Raises:
           ValueError: an argument is out of range; the message names it.
@@ -177,6 +183,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
         )
+        self._speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         self._clock = clock
         self._numbers = itertools.count()
         self._step_lock = threading.RLock()
@@ -188,9 +195,12 @@ class Engine:
         self._scheduler = self._new_scheduler()
         pages_per_seq = -(-self.max_model_len // self._scheduler.pools.page_size)
         self._launcher = Launcher(self.model, self._scheduler, self._new_cache(), pages_per_seq=pages_per_seq)
-        self._results = Results(self.model, self._scheduler, self._clock)
+        proposer = NgramProposer(self._speculation) if self._speculation is not None else None
+        self._speculator = Speculator(self._speculation, proposer, self._launcher.shapes)
+        self._results = Results(self.model, self._scheduler, self._speculator, self._clock)
         self._inbox: queue.SimpleQueue[Request | _Abort] = queue.SimpleQueue()
         self._launched: Launched | None = None
+        self._collected: float | None = None  # when the last results were read, unless the engine was idle since
         self._is_broken = False
         self._steps = self._prompt_tokens = 0
 
@@ -316,20 +326,34 @@ class Engine:
         with self._step_lock:
             self._check_not_broken()
             try:
+                if self._launched is None:
+                    self._collected = None  # the engine was idle: no step's time starts there
                 self._receive()
-                chunks = self._scheduler.schedule()
+                drafts = {}
+                if self._speculator.looks(self._scheduler.running):
+                    self._collect()
+                    drafts = self._speculator.plan(self._scheduler.next_tokens)
+                chunks = self._scheduler.schedule(drafts)
                 while not chunks and self._launched is None and self._scheduler.make_way():
                     chunks = self._scheduler.schedule()
                 launched = self._launcher.launch(chunks) if chunks else None
                 self._steps += launched is not None
-                before, self._launched = self._launched, launched
-                if before is not None:
-                    self._results.collect(before)
-                if not self._results.requests:
-                    self._launched = None  # holds only surplus tokens of finished requests
+                self._collect()
+                self._launched = launched if self._results.requests else None  # or only surplus tokens are in it
             except BaseException:  # Ctrl-C too: the state of host and device may now differ
                 self._is_broken = True
                 raise
+
+    def _collect(self) -> None:
+        """Reads the results of the last step, if there is one whose results were not read."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        self._results.collect(launched)
+        now = self._clock()
+        if launched.shape is not None and self._collected is not None:
+            self._speculator.time(launched.shape, now - self._collected)
+        self._collected = now
 
     @property
     def num_slots(self) -> int:
@@ -346,7 +370,10 @@ class Engine:
         with self._step_lock:
             if self.has_unfinished:
                 raise RuntimeError("warm_up needs an idle engine: call it before or after all requests")
-            self._launcher.warm_up([CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params])
+            self._launcher.warm_up(
+                [CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params],
+                longest_draft=0 if self._speculation is None else self._speculation.num_speculative_tokens,
+            )
 
     def metrics(self) -> EngineMetrics:
         """The current metrics."""
@@ -368,6 +395,7 @@ class Engine:
                 prompt_tokens=self._prompt_tokens,
                 generated_tokens=self._results.generated_tokens,
                 finished_requests=self._results.finished_requests,
+                speculation=dict(self._speculator.counts),
                 time_to_first_token=self._results.time_to_first_token,
                 time_per_output_token=self._results.time_per_output_token,
             )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 
 import jfa
 from jfa.pages import Copy
@@ -28,10 +29,11 @@ _NO_LENGTHS = np.zeros(1, np.int32)
 class Launched(NamedTuple):
     """A step on the device, and what its results mean."""
 
-    rows: Sequence[tuple[int, Continuation]]  # those that sample
+    chunks: Sequence[tuple[int, Continuation, Sequence[int]]]  # those that sample: their first row of sampled, drafts
     sampled: Sampled | None
     prompts: Sequence[tuple[Request, int, int, int]]  # first position in the prompt, first token in the step, count
     prompt_logprobs: Sampled | None
+    shape: tuple[int, int] | None  # rows and tokens, of a step without prompts
 
     def read(self) -> tuple[Sampled | None, Sampled | None]:
         """sampled and prompt_logprobs in host memory; waits for the step."""
@@ -58,9 +60,23 @@ class Launcher:
         self._adjusted: set[int] = set()  # slots whose request adjusts its logits
         self._rows: tuple[object, SamplingRows | None] = (None, None)  # cache key and sampling rows of the last step
 
-    def warm_up(self, params: Sequence[SamplingParams]) -> None:
-        """Compiles all steps that any mixture of requests with these params needs."""
-        most = self.scheduler.max_num_seqs
+    def shapes(self, num_rows: int) -> list[tuple[int, int]]:
+        """The shapes, rows and tokens, of a step for one token of this many rows: without drafts, then with."""
+        plain = _bucket(num_rows, 1, self.scheduler.max_num_seqs)
+        return [(plain, plain), *self.drafted_shapes(num_rows)]
+
+    def drafted_shapes(self, num_rows: int) -> list[tuple[int, int]]:
+        """The shapes, rows and tokens, of the steps with drafts for this many rows."""
+        most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
+        rows = _bucket(num_rows, 1, most, factor=4)
+        return [(rows, tokens) for tokens in _buckets(2 * rows, max(2 * rows, most_tokens))]
+
+    def warm_up(self, params: Sequence[SamplingParams], *, longest_draft: int = 0, guided: bool = False) -> None:
+        """Compiles all steps that any mixture of requests with these params needs.
+
+        longest_draft: tokens of a row's drafts.
+        """
+        most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
         wants_prompt = {False} | {one.prompt_logprobs is not None for one in params}
         mixtures = list(
             itertools.product(
@@ -68,31 +84,43 @@ class Launcher:
                 {one.logprobs is None for one in params},
                 {one.adjusts_logits for one in params},
                 {one.stop_token_ids for one in params},  # the number of ids decides a shape
+                {False, guided},
             )
         )
-        shapes: list[tuple[int, int | None]] = [(b, None) for b in _buckets(1, most)]
-        shapes += [(most, n) for n in _buckets(SMALLEST_STEP, self.scheduler.max_num_batched_tokens)]
-        for (b, n), with_prompt, adapters in itertools.product(shapes, wants_prompt, self.model.adapters.variants()):
-            batch = _batch(
-                np.zeros(n or b, np.int32),
-                None if n is None else np.zeros(b + 1, np.int32),
-                np.full(b, most, np.int32),
-                np.full(b, n or b, np.int32),
-                np.zeros(n, np.int32) if with_prompt and n else None,
-                None if adapters is None else np.full(b, NO_ADAPTER, np.int32),
-            )
-            tables = np.zeros((len(self._no_tables), b, self._pages_per_seq), np.int32)
-            logits, _ = self._advance(batch, tables, np.zeros(b, np.int32), adapters)
-            if n in (None, SMALLEST_STEP):
-                for greedy, no_logprobs, adjusting, stops in mixtures:
-                    like = SamplingParams(
-                        temperature=0.0 if greedy else 1.0,
-                        logprobs=None if no_logprobs else 0,
-                        min_tokens=int(adjusting),
-                        stop_token_ids=stops,
-                    )
-                    rows = self._sampling_rows([(like, NO_SEED)], b)
-                    self._draw(logits, rows, batch.slot, np.zeros(b, bool), np.zeros(b, np.int32))
+
+        def compile_step(
+            b: int, n: int | None, *, draws: bool, verifies: bool = False, with_prompt: bool = False
+        ) -> None:
+            for adapters in self.model.adapters.variants():
+                batch = _batch(
+                    np.zeros(n or b, np.int32),
+                    None if n is None else np.zeros(b + 1, np.int32),
+                    np.full(b, most, np.int32),
+                    None if verifies else np.full(b, n or b, np.int32),
+                    np.zeros(n, np.int32) if with_prompt and n else None,
+                    None if adapters is None else np.full(b, NO_ADAPTER, np.int32),
+                )
+                tables = np.zeros((len(self._no_tables), b, self._pages_per_seq), np.int32)
+                logits, _ = self._advance(batch, tables, np.zeros(b, np.int32), adapters)
+            for greedy, no_logprobs, adjusting, stops, masked in mixtures if draws else ():
+                like = SamplingParams(
+                    temperature=0.0 if greedy else 1.0,
+                    logprobs=None if no_logprobs else 0,
+                    min_tokens=int(adjusting),
+                    stop_token_ids=stops,
+                )
+                rows, nothing = self._sampling_rows([(like, NO_SEED)], b), np.zeros(b, np.int32)
+                allowed = self._all_allowed(len(logits)) if masked else None
+                self._draw(logits, rows, batch, nothing.astype(bool), nothing, allowed)
+
+        for b in _buckets(1, most):
+            compile_step(b, None, draws=True)
+        for n, with_prompt in itertools.product(_buckets(SMALLEST_STEP, most_tokens), wants_prompt):
+            compile_step(most, n, draws=n == SMALLEST_STEP, with_prompt=with_prompt)
+        drafted = {shape for b in _buckets(1, most) for shape in self.drafted_shapes(b)} if longest_draft else ()
+        for b, n in sorted(drafted):
+            if n < 2 * b * (1 + longest_draft):
+                compile_step(b, n, draws=True, verifies=True)
         for n, pool in itertools.product(_buckets(SMALLEST_COPY, most), range(len(self._no_tables))):
             self._copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
         if any(one.adjusts_logits for one in params):
@@ -100,13 +128,18 @@ class Launcher:
 
     def launch(self, chunks: Sequence[Chunk]) -> Launched:
         """Starts a step on the device and does not wait for it."""
-        most = self.scheduler.max_num_seqs
+        most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
         self._copy([copy for chunk in chunks for copy in chunk.copies])
-        total = sum(chunk.num_tokens for chunk in chunks)
+        total = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         rows = [(chunk, one) for chunk in chunks for one in (chunk.of, *chunk.followers)]
+        verifies = any(chunk.drafts for chunk in chunks)
         one_each = total == len(chunks) == len(rows) and not any(map(_wants_prompt, chunks))
-        b = _bucket(len(rows), 1, most) if one_each else most
-        n = b if one_each else _bucket(total, SMALLEST_STEP, self.scheduler.max_num_batched_tokens)
+        if verifies:
+            b, n = next(shape for shape in self.drafted_shapes(len(rows)) if shape[1] >= total)
+        elif one_each:
+            b = n = _bucket(len(rows), 1, most)
+        else:
+            b, n = most, _bucket(total, SMALLEST_STEP, most_tokens)
         tokens, next_tokens = np.zeros(n, np.int32), np.zeros(n, np.int32)
         tables = np.full((len(self._no_tables), b, self._pages_per_seq), NULL_PAGE, np.int32)
         kv_len, generated = np.zeros(b, np.int32), np.zeros(b, np.int32)
@@ -119,26 +152,55 @@ class Launcher:
                 self._enter(one)
             slot[row], start[row] = one.slot, end
             if one is chunk.of:
-                known = one.tokens[chunk.start : chunk.start + chunk.num_tokens]
-                tokens[end : end + chunk.num_tokens] = known or -1
+                known = [*(one.tokens[chunk.start : chunk.start + chunk.num_tokens] or [-1]), *chunk.drafts]
+                tokens[end : end + len(known)] = known
                 if _wants_prompt(chunk):
                     follow = one.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, one.num_prompt)]
                     next_tokens[end : end + len(follow)] = follow
                     prompts.append((one.request, chunk.start + 1, end, len(follow)))
                 kv_len[row], tables[:, row] = chunk.start, self._pages_of(one)
-                end += chunk.num_tokens
+                end += len(known)
             if chunk.samples:
                 last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
         adapter, adapters = self.model.adapters.for_rows([one.request.adapter for _, one in rows], b)
-        batch = _batch(tokens, None if one_each else start, slot, last, next_tokens if prompts else None, adapter)
+        batch = _batch(
+            tokens,
+            None if one_each else start,
+            slot,
+            None if verifies else last,
+            next_tokens if prompts else None,
+            adapter,
+        )
         logits, prompt_logprobs = self._advance(batch, tables, kv_len, adapters)
-        sampled, sampling = None, [(row, one) for row, (chunk, one) in enumerate(rows) if chunk.samples]
+        sampled = None
+        sampling = [
+            (int(start[row]) if verifies else row, one, chunk.drafts)
+            for row, (chunk, one) in enumerate(rows)
+            if chunk.samples
+        ]
         if sampling:
             sampling_rows = self._sampling_rows([(one.params, one.seed) for _, one in rows], b)
-            sampled = self._draw(logits, sampling_rows, slot, samples, generated)
+            allowed = self._allowed(sampling, len(logits))  # while the device computes the logits
+            sampled = self._draw(logits, sampling_rows, batch, samples, generated, allowed)
         for x in jax.tree.leaves((sampled, prompt_logprobs)):
             x.copy_to_host_async()
-        return Launched(sampling, sampled, prompts, prompt_logprobs)
+        shape = (b, n) if one_each or verifies else None
+        return Launched(sampling, sampled, prompts, prompt_logprobs, shape)
+
+    def _allowed(
+        self, sampling: Sequence[tuple[int, Continuation, Sequence[int]]], n: int
+    ) -> Int32[np.ndarray, "n words"] | None:
+        """The masks of the rows that follow a grammar; None: none does."""
+        if all(one.guide is None for _, one, _ in sampling):
+            return None
+        allowed = self._all_allowed(n)
+        for row, one, drafts in sampling:
+            if one.guide is not None:
+                one.guide.allowed_after(drafts, allowed[row : row + 1 + len(drafts)])
+        return allowed
+
+    def _all_allowed(self, n: int) -> Int32[np.ndarray, "n words"]:
+        return np.full((n, -(-self.model.config.vocab_size // 32)), -1, np.int32)
 
     def _advance(
         self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, adapters: Adapters | None
@@ -151,13 +213,16 @@ class Launcher:
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         return logits, prompt_logprobs
 
-    def _draw(self, logits, rows: SamplingRows, slot, samples, generated) -> Sampled:
+    def _draw(self, logits, rows: SamplingRows, batch: Batch, samples, generated, allowed) -> Sampled:
         adjusting = rows.min_tokens is not None
         if adjusting:
             self._make_counts()
         # arrays that a step does not need are left out: they would change its program
         slots = self._slots if adjusting else Slots(last_token=self._slots.last_token)
-        slots, sampled = self.model.steps.draw(slots, logits, rows, slot, samples, generated)
+        if batch.last is None:
+            slots, sampled = self.model.steps.verify(slots, logits, rows, batch, samples, generated, allowed)
+        else:
+            slots, sampled = self.model.steps.draw(slots, logits, rows, batch.slot, samples, generated, allowed)
         self._slots = slots if adjusting else dataclasses.replace(self._slots, last_token=slots.last_token)
         return sampled
 
@@ -238,14 +303,14 @@ def _wants_prompt(chunk: Chunk) -> bool:
     return wants and chunk.start + 1 < one.num_prompt
 
 
-def _bucket(n: int, smallest: int, largest: int) -> int:
+def _bucket(n: int, smallest: int, largest: int, *, factor: int = 2) -> int:
     """The smallest of _buckets that is at least n."""
-    return next(size for size in _buckets(smallest, largest) if size >= n)
+    return next(size for size in _buckets(smallest, largest, factor=factor) if size >= n)
 
 
-def _buckets(smallest: int, largest: int) -> Iterator[int]:
-    """smallest times the powers of two, up to largest, which is included."""
+def _buckets(smallest: int, largest: int, *, factor: int = 2) -> Iterator[int]:
+    """smallest times the powers of factor, up to largest, which is included."""
     while smallest < largest:
         yield smallest
-        smallest *= 2
+        smallest *= factor
     yield largest

@@ -113,6 +113,10 @@ class Pools:
         for pool in self.pools:
             pool.allocator.free(sequence)
 
+    def has_spare(self, num_pages: int) -> bool:
+        """Whether every pool has more free pages than this."""
+        return all(pool.allocator.num_free > num_pages for pool in self.pools)
+
     @property
     def num_pages(self) -> int:
         """Pages that sequences can hold."""

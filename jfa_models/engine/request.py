@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Continuation:
       tokens: the prompt and all generated tokens whose ids the host knows.
       num_tokens: the number of these, plus one for a token that is sampled in a step whose result was not read yet.
       num_computed: how many of them have their keys and values in pages, or will have after the last launched step.
+      num_committed: how many of them the prefix cache was told of.
       limit: the num_tokens at which sampling stops.
       draws: the device samples its next token; for a beam the host chooses it.
       reported: for a beam: its last token's successors are computed or being computed, and none is chosen yet.
@@ -44,6 +46,7 @@ class Continuation:
         seed: np.random.SeedSequence,
         draws: bool = True,
         completion: Completion | None = None,
+        guide: Any = None,
     ):
         self.request = request
         self.order = (request.priority, request.number, index)
@@ -51,11 +54,13 @@ class Continuation:
         self.num_prompt = len(request.prompt_ids)
         self.num_tokens = len(self.tokens)
         self.num_computed = 0
+        self.num_committed = 0
         self.limit = limit
         self.params = params
         self.seed = seed
         self.draws = draws
         self.completion = completion
+        self.guide = guide
         self.reported = False
         self.finished = False
         self.slot: int | None = None

@@ -1,7 +1,7 @@
 """Processes the results of a step: tokens for each request, text from tokens, and how requests end. No jax."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jfa_models.decoding.completion import NOT_FINITE, Completion, logprobs_of
 from jfa_models.decoding.language_model import LanguageModel
@@ -12,6 +12,7 @@ from jfa_models.engine.beams import Beam, BeamSearch
 from jfa_models.engine.launch import Launched
 from jfa_models.engine.request import Continuation, Request
 from jfa_models.engine.scheduler import Scheduler
+from jfa_models.engine.speculator import Speculator
 
 
 class Results:
@@ -22,9 +23,10 @@ class Results:
       ended: results not yet returned to the caller.
     """
 
-    def __init__(self, model: LanguageModel, scheduler: Scheduler, clock: Callable[[], float]):
+    def __init__(self, model: LanguageModel, scheduler: Scheduler, speculator: Speculator, clock: Callable[[], float]):
         self.model = model
         self.scheduler = scheduler
+        self.speculator = speculator
         self._clock = clock
         self.requests: dict[str, Request] = {}
         self.ended: collections.deque[RequestOutput] = collections.deque()
@@ -52,7 +54,7 @@ class Results:
                 entries = logprobs_of(prompt_logprobs, first + i, request.num_prompt_logprobs, tokenizer)
                 request.prompt_logprobs.setdefault(place + i, entries)
         grown: dict[Request, None] = {}
-        for row, one in launched.rows:
+        for row, one, drafts in launched.chunks:
             assert sampled is not None
             request = one.request
             if one.finished or request.finished:
@@ -66,25 +68,40 @@ class Results:
                 if request.beams is not None:
                     self._report(request, request.beams, one, sampled, row)
                 else:
-                    self._push(one, sampled, row, now)
+                    self._push(one, sampled, row, drafts, now)
             except Exception as error:  # its text cannot be decoded: only this request ends
                 self._fail(request, error)
         for request in grown:
             if not request.finished:
                 self._show(request)
 
-    def _push(self, one: Continuation, sampled: Sampled, row: int, now: float) -> None:
+    def _push(self, one: Continuation, sampled: Sampled, row: int, drafts: Sequence[int], now: float) -> None:
+        """Takes the tokens that a step gave a continuation: one after each accepted draft, and the first."""
         assert one.completion is not None
-        one.completion.push(sampled, row)
-        if one.completion.error is not None:
-            one.request.error = one.completion.error
-            self.end(one.request, "error")
-            return
-        one.tokens.append(one.completion.token_ids[-1])
-        self.generated_tokens += 1
+        num_right = 0
+        while True:
+            one.completion.push(sampled, row + num_right)
+            if one.completion.error is not None:
+                one.request.error = one.completion.error
+                self.end(one.request, "error")
+                return
+            token = one.completion.token_ids[-1]
+            one.tokens.append(token)
+            self.generated_tokens += 1
+            if one.guide is not None and not one.completion.finished:
+                one.guide.accept([token])
+                if one.guide.complete:
+                    one.completion.end("stop")
+            if one.completion.finished or num_right == len(drafts) or token != drafts[num_right]:
+                break
+            num_right += 1
+        if drafts:
+            self.speculator.judge(one, num_right, len(drafts))
         if one.completion.finished:
             self.scheduler.finish(one)
             self._count(one.request, one.completion, now)
+        else:
+            self.scheduler.keep(one, num_right)
 
     def _count(self, request: Request, completion: Completion, now: float) -> None:
         assert request.first_token is not None

@@ -13,7 +13,8 @@ arXiv:2309.06180, section 4.5 (preemption by recomputation); arXiv:2308.16369 (c
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jfa.pages import Copy
@@ -21,12 +22,16 @@ from jfa_models.engine.pools import Pools
 from jfa_models.engine.request import Continuation
 
 
+_NO_DRAFTS: Mapping[Continuation, Sequence[int]] = MappingProxyType({})
+
+
 class Chunk(NamedTuple):
     """Tokens of one continuation in a step.
 
     start: tokens computed before. samples: the chunk ends with the continuation's last token, so the next one is
     sampled, also for each of the followers, which are forked here. generated: tokens sampled before that one. copies:
-    page copies, each with the index of its pool.
+    page copies, each with the index of its pool. drafts: tokens that may follow, computed too; if they are those that
+    are sampled, one step gives several.
     """
 
     of: Continuation
@@ -36,6 +41,7 @@ class Chunk(NamedTuple):
     generated: int
     copies: Sequence[tuple[int, Copy]]
     followers: Sequence[Continuation] = ()
+    drafts: Sequence[int] = ()
 
 
 class Scheduler:
@@ -70,6 +76,11 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int, int], Continuation]] = []  # a heap
 
     @property
+    def running(self) -> Sequence[Continuation]:
+        """Continuations with pages and a slot."""
+        return self._running
+
+    @property
     def num_running(self) -> int:
         """Continuations with pages and a slot."""
         return len(self._running)
@@ -95,7 +106,7 @@ class Scheduler:
             self.add(child)
             return False
         self.pools.fork(parent, child)
-        child.num_computed = parent.num_computed
+        child.num_computed, child.num_committed = parent.num_computed, parent.num_committed
         self._run(child)
         return True
 
@@ -114,10 +125,27 @@ class Scheduler:
         self._preempt(self._running[-1])
         return True
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty if nothing can run before results are known."""
+    @property
+    def next_tokens(self) -> list[Continuation]:
+        """The running continuations, if the next step computes just one token of each; otherwise none."""
+        waits = self._slots and self._next_waiting() is not None
+        ready = [one for one in self._running if one.num_new]
+        return [] if waits or any(one.num_new > 1 or one.followers for one in ready) else ready
+
+    def keep(self, one: Continuation, num_accepted: int) -> None:
+        """Counts the accepted drafts of its last chunk as computed tokens: what was computed behind them is not."""
+        one.num_tokens += num_accepted
+        one.num_computed += num_accepted
+
+    def schedule(self, drafts: Mapping[Continuation, Sequence[int]] = _NO_DRAFTS) -> list[Chunk]:
+        """The chunks of the next step; empty if nothing can run before results are known.
+
+        drafts: of next_tokens, whose tokens must all be known. Where there are no pages for them, they are left out.
+        """
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
+        if not self.pools.has_spare(2 * len(self._running)):
+            drafts = _NO_DRAFTS  # no continuation is preempted for them
         for one in self._running:
             self.pools.slide(one, one.num_computed)
         for prompts in (False, True):
@@ -125,9 +153,12 @@ class Scheduler:
                 num_tokens = min(one.num_new, budget)
                 if one.slot is None or not num_tokens or (one.num_new > 1) != prompts:
                     continue
-                copies = self._make_room(one, num_tokens)
+                extra = drafts.get(one, ())
+                copies = self.pools.make_room(one, one.num_computed + num_tokens + len(extra)) if extra else None
+                if copies is None:
+                    extra, copies = (), self._make_room(one, num_tokens)
                 if copies is not None:
-                    chunks.append(self._chunk(one, num_tokens, copies))
+                    chunks.append(self._chunk(one, num_tokens, copies, extra))
                     budget -= num_tokens
         while budget and self._slots and (one := self._next_waiting()) is not None:
             # prompt log-probabilities need every token of the prompt to be computed
@@ -137,7 +168,7 @@ class Scheduler:
             if hit is None:
                 break
             heapq.heappop(self._waiting)
-            one.num_computed = hit
+            one.num_computed = one.num_committed = hit
             self._run(one)
             num_tokens = min(one.num_new, budget)
             chunks.append(self._chunk(one, num_tokens, ()))
@@ -161,13 +192,19 @@ class Scheduler:
                 return None
         return copies
 
-    def _chunk(self, one: Continuation, num_tokens: int, copies: Sequence[tuple[int, Copy]]) -> Chunk:
+    def _chunk(
+        self,
+        one: Continuation,
+        num_tokens: int,
+        copies: Sequence[tuple[int, Copy]],
+        drafts: Sequence[int] = (),
+    ) -> Chunk:
         start = one.num_computed
         one.num_computed += num_tokens
         samples = one.num_computed == one.num_tokens
         generated = one.num_tokens - one.num_prompt
         if self.enable_prefix_caching:
-            self._commit(one, start)
+            self._commit(one)
         followers = []
         if samples:
             followers = [child for child in one.followers if not child.finished and self.fork(one, child)]
@@ -177,14 +214,14 @@ class Scheduler:
                     each.num_tokens += 1
                 else:
                     each.reported = True
-        return Chunk(one, start, num_tokens, samples, generated, copies, followers)
+        return Chunk(one, start, num_tokens, samples, generated, copies, followers, drafts)
 
-    def _commit(self, one: Continuation, start: int) -> None:
+    def _commit(self, one: Continuation) -> None:
         """Adds the pages that this step fills to the prefix cache: others read them only after they are written."""
-        size = self.pools.page_size
         known = min(one.num_computed, len(one.tokens))
-        if known // size > max(0, start - 1) // size:  # the last token of an earlier step may have been unknown then
+        if known // self.pools.page_size > one.num_committed // self.pools.page_size:
             self.pools.commit(one, one.tokens[:known])
+            one.num_committed = known
 
     def _run(self, one: Continuation) -> None:
         one.slot, one.is_new = self._slots.pop(), True

@@ -1,0 +1,75 @@
+"""How many drafted tokens a step verifies: as many as make the most tokens per second, by the measured times. No jax."""
+
+import heapq
+from collections.abc import Sequence
+
+LOOK_EVERY = 8  # steps between two looks at the drafts while they do not pay
+PLAIN_EVERY = 64  # steps with drafts between two without, which are timed to compare
+FIRST_GUESS = 0.02  # of a step's time, per drafted token, until a step of that size was timed
+FADING = 0.8  # weight of a timing after each later one
+
+
+class Pace:
+    """Times of steps by their shape, and the sizes of drafts that follow from them."""
+
+    def __init__(self, *, adaptive: bool):
+        self._adaptive = adaptive
+        self._seconds: dict[tuple[int, int], float] = {}  # of a step, by its numbers of rows and tokens
+        self._compiled: set[tuple[int, int]] = set()
+        self._steps_without = self._steps_with = 0
+
+    def time(self, rows: int, tokens: int, seconds: float) -> None:
+        """Records the seconds of a step of this shape; the first one, which may have compiled, does not count."""
+        shape = rows, tokens
+        if shape not in self._compiled:
+            self._compiled.add(shape)
+            return
+        before = self._seconds.get(shape, seconds)
+        # a step that something else delayed must not look slow for long
+        self._seconds[shape] = min(before * FADING + seconds * (1 - FADING), 2 * before)
+
+    def looks(self) -> bool:
+        """Whether the next step should be planned with drafts, for which the last results are needed first."""
+        self._steps_without += 1
+        return not self._adaptive or self._steps_without <= LOOK_EVERY or self._steps_without % LOOK_EVERY == 0
+
+    def lengths(self, odds: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> list[int]:
+        """How many tokens of each draft to verify.
+
+        Args:
+          odds: for each row, the probability of each drafted token if those before it are right.
+          shapes: the shapes that a step of these rows can have: the first without drafts.
+        """
+        chosen = self._best(odds, shapes) if self._adaptive else [len(one) for one in odds]
+        if any(chosen):
+            self._steps_without = 0
+            self._steps_with += 1
+        return chosen
+
+    def _best(self, odds: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> list[int]:
+        # the likeliest tokens first; a token is never likelier than the one before it
+        gains: list[tuple[float, int]] = []
+        best, lengths = [0] * len(odds), [0] * len(odds)
+        for row, one in enumerate(odds):
+            if one:
+                heapq.heappush(gains, (-one[0], row))
+        plain = self._seconds.get(shapes[0])
+        if self._steps_with >= PLAIN_EVERY:
+            self._steps_with = 0
+            plain = None
+        if plain is None or not gains:
+            return best
+        expected, num_tokens = float(len(odds)), len(odds)
+        best_rate = expected / plain
+        for rows, size in shapes[1:]:
+            while gains and num_tokens < size:
+                gain, row = heapq.heappop(gains)
+                expected -= gain
+                num_tokens += 1
+                lengths[row] += 1
+                if lengths[row] < len(odds[row]):
+                    heapq.heappush(gains, (gain * odds[row][lengths[row]], row))
+            seconds = self._seconds.get((rows, size), plain * (1 + FIRST_GUESS * (size - len(odds))))
+            if expected / seconds > best_rate:
+                best, best_rate = lengths.copy(), expected / seconds
+        return best

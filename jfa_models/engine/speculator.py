@@ -1,0 +1,137 @@
+"""Decides which drafted tokens the next step of an engine verifies. No jax.
+
+A draft comes from the grammar of a request, where it leaves only one possibility, or from a proposer. How many tokens
+of it are verified is decided by their odds and by the measured times of steps (pace.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+from jfa_models.decoding.speculation import SpeculativeConfig
+from jfa_models.engine.drafts import Acceptance, Lookup
+from jfa_models.engine.pace import Pace
+from jfa_models.engine.request import Continuation
+
+GRAMMAR = "grammar"  # the method of tokens that a grammar forces
+
+
+class Proposer(Protocol):
+    """Drafts the next tokens of continuations whose tokens are all known."""
+
+    def odds(self, one: Continuation) -> Sequence[float]:
+        """For each token of the draft that can be had, the probability that it is right if those before it are."""
+        ...
+
+    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, Sequence[int]]:
+        """Drafts of at most these lengths."""
+        ...
+
+    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
+        """Tells how many tokens of a verified draft were right."""
+        ...
+
+
+class NgramProposer:
+    """Prompt lookup."""
+
+    def __init__(self, config: SpeculativeConfig):
+        self._config = config
+        self._acceptance = Acceptance()
+        self._lookups: WeakKeyDictionary[Continuation, Lookup] = WeakKeyDictionary()
+
+    def odds(self, one: Continuation) -> Sequence[float]:
+        if one not in self._lookups:
+            config = self._config
+            self._lookups[one] = Lookup(
+                config.prompt_lookup_min, config.prompt_lookup_max, config.num_speculative_tokens, self._acceptance
+            )
+        self._lookups[one].follow(one.tokens)
+        return self._lookups[one].draft().odds
+
+    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, Sequence[int]]:
+        return {one: self._lookups[one].draft().tokens[:length] for one, length in lengths.items()}
+
+    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
+        """Nothing: a lookup judges its drafts itself, also those that were not verified."""
+
+
+class Speculated(NamedTuple):
+    """Counts of one method: tokens drafted and verified, those of them accepted, and the drafts they belonged to.
+
+    tokens_per_step: mean tokens that a row got from a step that verified a draft.
+    """
+
+    proposed: int = 0
+    accepted: int = 0
+    drafts: int = 0
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """None before the first draft."""
+        return 1 + self.accepted / self.drafts if self.drafts else None
+
+
+class Speculator:
+    """Plans the drafts of each step.
+
+    Attributes:
+      counts: by method; "grammar": tokens that a grammar forced.
+    """
+
+    def __init__(
+        self,
+        config: SpeculativeConfig | None,
+        proposer: Proposer | None,
+        shapes: Callable[[int], Sequence[tuple[int, int]]],
+    ):
+        """shapes: the shapes (rows, tokens) of the steps that a number of rows can take, first the one without drafts."""
+        self._method = None if config is None else config.method
+        self._proposer = proposer
+        self._shapes = shapes
+        self._pace = Pace(adaptive=config is None or config.adaptive)
+        self._forced: set[Continuation] = set()
+        self.counts: dict[str, Speculated] = {} if config is None else {config.method: Speculated()}
+
+    def looks(self, running: Sequence[Continuation]) -> bool:
+        """Whether the next step must be planned with known results: for drafts, or for the masks of a grammar."""
+        is_due = self._proposer is not None and self._pace.looks()
+        return is_due or any(one.guide is not None for one in running)
+
+    def plan(self, rows: Sequence[Continuation]) -> dict[Continuation, Sequence[int]]:
+        """The drafts to verify in a step that computes just the next token of these continuations."""
+        shapes = self._shapes(len(rows)) if rows else [(0, 0)]
+        budget = shapes[-1][1] - len(rows)  # drafted tokens that the largest step takes
+        drafts: dict[Continuation, Sequence[int]] = {}
+        rooms = {one: one.limit - one.num_tokens - 1 for one in rows if one.draws}
+        for one, room in rooms.items():
+            if one.guide is not None and (forced := one.guide.forced(min(room, budget))):
+                drafts[one] = forced
+                budget -= len(forced)
+        self._forced = set(drafts)
+        if self._proposer is None or not budget:
+            return drafts
+        free = {one: room for one, room in rooms.items() if one not in drafts and room > 0}
+        odds = [self._proposer.odds(one)[: free[one]] if one in free else () for one in rows]
+        lengths = self._pace.lengths(odds, [shapes[0], *(one for one in shapes[1:] if one[1] <= len(rows) + budget)])
+        wanted = {one: length for one, length in zip(rows, lengths, strict=True) if length}
+        for one, draft in (self._proposer.draft(wanted) if wanted else {}).items():
+            permitted = draft[:budget] if one.guide is None else one.guide.permitted(draft[:budget])
+            if permitted:
+                drafts[one] = permitted
+                budget -= len(permitted)
+        return drafts
+
+    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
+        """Counts a verified draft."""
+        forced = one in self._forced
+        method = GRAMMAR if forced else self._method
+        assert method is not None
+        before = self.counts.get(method, Speculated())
+        self.counts[method] = Speculated(before.proposed + num_drafted, before.accepted + num_right, before.drafts + 1)
+        if not forced and self._proposer is not None:
+            self._proposer.judge(one, num_right, num_drafted)
+
+    def time(self, shape: tuple[int, int], seconds: float) -> None:
+        """Records the seconds of a step of this shape."""
+        self._pace.time(*shape, seconds)
