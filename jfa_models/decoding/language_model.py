@@ -217,6 +217,22 @@ class LanguageModel:
             cache_options=self.cache_options,
         )
 
+    def with_layers(self, num_layers: int) -> "LanguageModel":
+        """The model of the first num_layers layers, which shares the parameters of this one and has no adapters.
+
+        Raises:
+          ValueError: num_layers is out of range.
+        """
+        decoder = abstract_decoder(self.config.with_layers(num_layers), self.dtype, self.decoder.implementation)
+        held = dict(zip(self.names, self.params, strict=True))
+        return LanguageModel(
+            decoder=decoder,
+            params=tuple(held[name] for name in named_leaves(decoder)),
+            tokenizer=self.tokenizer,
+            defaults=self.defaults,
+            cache_options=self.cache_options,
+        )
+
     def float32(self, name: str) -> Float[np.ndarray, "..."]:
         """A parameter by name, on the host; a quantized one dequantized."""
         held = self.params[self.names.index(name)]

@@ -19,6 +19,7 @@ import jfa
 from jfa.rules import with_default_rules
 from jfa_models.decoding.params import MAX_LOGPROBS
 from jfa_models.decoding.sampling import NO_TOKEN, Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
+from jfa_models.decoding.speculation import MAX_DRAFT
 from jfa_models.model.attention import Cache
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import NO_ADAPTER, Adapters
@@ -121,8 +122,9 @@ class Steps:
 
     and those of an engine, whose rows change from step to step (Batch, Slots):
     advance(params, cache, last_token, batch) -> (cache, f32[b or n, vocab], Sampled | None)
-    draw(slots, logits, rows, slot, samples, num_generated, allowed) -> (slots, Sampled): a token of each row that samples
-    verify(slots, logits, rows, batch, samples, num_generated, allowed) -> (slots, Sampled): a token after each one of a batch
+    draw(slots, logits, rows, slot, samples, num_generated, allowed) -> (slots, Sampled): of each row that samples
+    verify(slots, logits, rows, batch, samples, num_generated, allowed) -> (slots, Sampled): after each of its tokens
+    propose(params, cache, batch, rows, num_generated, lengths, confidence) -> (cache, i32[k, b], i32[b]): drafts
     adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: sets a slot's values for a request
     copy_pages(cache, source, destination, table=0) -> cache
 
@@ -153,6 +155,7 @@ class Steps:
         self.draw = jax.jit(with_default_rules(_draw), donate_argnums=0)
         self.verify = jax.jit(with_default_rules(_verify), donate_argnums=0)
         self.adjust = jax.jit(with_default_rules(_adjust), donate_argnums=0)
+        self.propose = step(_propose, donate=(1,))
         self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0, static_argnames="table")
 
 
@@ -316,6 +319,49 @@ def _draw(
         counts = slots.output_counts.at[place, token].add(1, mode="drop")
         slots = dataclasses.replace(slots, output_counts=counts)
     return slots, sampled
+
+
+def _propose(
+    decoder: Adapted,
+    cache: jfa.PagedKVCache,
+    batch: Batch,
+    rows: SamplingRows,
+    num_generated: Int[Array, " b"],
+    lengths: Int[Array, " b"],
+    confidence: Float[Array, ""],
+) -> tuple[Cache, Int[Array, "k b"], Int[Array, " b"]]:
+    """The tokens that a draft model continues each row with, and how many: up to lengths, none of low probability.
+
+    A row that samples uses the random numbers of each token's place, as the verifying model does: the more alike the
+    two distributions are, the more often both draw the same token (arXiv:2408.07978).
+    """
+    b = batch.slot.shape[0]
+    cache, logits, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
+
+    def draw(logits, step):
+        raw = logits.astype(jnp.float32)
+        token = sample(logits, rows, num_generated + step).token
+        chosen = jnp.take_along_axis(raw, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
+        is_sure = jnp.exp(chosen - jax.nn.logsumexp(raw, axis=-1)) >= confidence
+        return jnp.maximum(token, 0), is_sure & (token != NO_TOKEN) & (step < lengths)
+
+    def goes_on(carry):
+        _, _, active, _, _, step = carry
+        return jnp.any(active & (step < lengths))
+
+    def decode_once(carry):
+        cache, token, active, tokens, count, step = carry
+        active &= step < lengths
+        states, cache = decoder(token[:, None], lengths=active.astype(jnp.int32), cache=cache, slot=batch.adapter)
+        token, is_sure = draw(decoder.unembed(states[:, 0], batch.adapter), step)
+        active &= is_sure
+        return cache, token, active, tokens.at[step].set(token), count + active, step + 1
+
+    token, active = draw(logits, 0)
+    tokens = jnp.zeros((MAX_DRAFT, b), jnp.int32).at[0].set(token)
+    start = cache, token, active, tokens, active.astype(jnp.int32), jnp.int32(1)
+    cache, _, _, tokens, count, _ = lax.while_loop(goes_on, decode_once, start)
+    return cache, tokens, count
 
 
 def _with_dense_rows(rows: SamplingRows, slots: Slots, slot: Int[Array, " b"]) -> SamplingRows:

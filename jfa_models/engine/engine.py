@@ -28,12 +28,13 @@ from jfa_models.decoding.prompts import Prompt, text_of
 from jfa_models.decoding.sampling import seed_sequence
 from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.engine.beams import BeamSearch
+from jfa_models.engine.draft_model import DraftModel, draft_model_of
 from jfa_models.engine.launch import Launched, Launcher
 from jfa_models.engine.pools import Pools, make_pools, pool_sizes
 from jfa_models.engine.request import CANDIDATES, GREEDY, Continuation, OnOutput, Request
 from jfa_models.engine.results import Results
 from jfa_models.engine.scheduler import Scheduler
-from jfa_models.engine.speculator import NgramProposer, Speculated, Speculator
+from jfa_models.engine.speculator import NgramProposer, Proposer, Speculated, Speculator
 from jfa_models.model.attention import paged_cache
 
 FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
@@ -177,6 +178,7 @@ class Engine:
         self.seed = integer("seed", seed, 0, None, SEED_ADVICE)
         self.max_wait = max_wait_ms / 1e3
         self._new_cache = lambda: new_cache(pools)
+        self._draft_options: dict[str, Any] = dict(num_pages=pools, kv_dtype=kv_dtype)
         self._new_scheduler = lambda: Scheduler(
             new_pools(),
             max_num_seqs=max_num_seqs,
@@ -184,6 +186,9 @@ class Engine:
             enable_prefix_caching=enable_prefix_caching,
         )
         self._speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
+        self._draft: LanguageModel | None = None
+        if self._speculation is not None and self._speculation.method != "ngram":
+            self._draft = draft_model_of(self._speculation, model)
         self._clock = clock
         self._numbers = itertools.count()
         self._step_lock = threading.RLock()
@@ -195,14 +200,26 @@ class Engine:
         self._scheduler = self._new_scheduler()
         pages_per_seq = -(-self.max_model_len // self._scheduler.pools.page_size)
         self._launcher = Launcher(self.model, self._scheduler, self._new_cache(), pages_per_seq=pages_per_seq)
-        proposer = NgramProposer(self._speculation) if self._speculation is not None else None
-        self._speculator = Speculator(self._speculation, proposer, self._launcher.shapes)
+        self._speculator = Speculator(self._speculation, self._new_proposer(), self._launcher.shapes)
         self._results = Results(self.model, self._scheduler, self._speculator, self._clock)
         self._inbox: queue.SimpleQueue[Request | _Abort] = queue.SimpleQueue()
         self._launched: Launched | None = None
         self._collected: float | None = None  # when the last results were read, unless the engine was idle since
         self._is_broken = False
         self._steps = self._prompt_tokens = 0
+
+    def _new_proposer(self) -> Proposer | None:
+        if self._speculation is None:
+            return None
+        if self._draft is None:
+            return NgramProposer(self._speculation)
+
+        def reserve(one: Continuation, num_drafted: int) -> bool:
+            copies = self._scheduler.reserve(one, num_drafted)
+            self._launcher.copy(copies or ())
+            return copies is not None
+
+        return DraftModel(self._speculation, self._draft, self._launcher, reserve, **self._draft_options)
 
     def add_request(
         self,
@@ -370,10 +387,11 @@ class Engine:
         with self._step_lock:
             if self.has_unfinished:
                 raise RuntimeError("warm_up needs an idle engine: call it before or after all requests")
+            sampling = [CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params]
             self._launcher.warm_up(
-                [CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params],
-                longest_draft=0 if self._speculation is None else self._speculation.num_speculative_tokens,
+                sampling, longest_draft=0 if self._speculation is None else self._speculation.num_speculative_tokens
             )
+            self._speculator.warm_up(sampling)
 
     def metrics(self) -> EngineMetrics:
         """The current metrics."""

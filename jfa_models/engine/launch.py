@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ class Launcher:
         self.model = model
         self.scheduler = scheduler
         slots, pools = scheduler.max_num_seqs, scheduler.pools.pools
-        self._pages_per_seq = pages_per_seq
+        self.pages_per_seq = pages_per_seq
         self._no_tables = tuple(np.zeros((1, 1), np.int32) for _ in pools)
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         self._slots = Slots(last_token=jnp.zeros(slots, jnp.int32))
@@ -58,18 +58,19 @@ class Launcher:
         self._tables = np.full((len(pools), slots, pages_per_seq), NULL_PAGE, np.int32)
         self._num_pages = np.zeros((len(pools), slots), np.int64)
         self._adjusted: set[int] = set()  # slots whose request adjusts its logits
+        self.copies_too: Callable[[int, np.ndarray, np.ndarray], None] | None = None  # copies pages of a draft model
         self._rows: tuple[object, SamplingRows | None] = (None, None)  # cache key and sampling rows of the last step
 
     def shapes(self, num_rows: int) -> list[tuple[int, int]]:
         """The shapes, rows and tokens, of a step for one token of this many rows: without drafts, then with."""
-        plain = _bucket(num_rows, 1, self.scheduler.max_num_seqs)
+        plain = bucket(num_rows, 1, self.scheduler.max_num_seqs)
         return [(plain, plain), *self.drafted_shapes(num_rows)]
 
     def drafted_shapes(self, num_rows: int) -> list[tuple[int, int]]:
         """The shapes, rows and tokens, of the steps with drafts for this many rows."""
         most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
-        rows = _bucket(num_rows, 1, most, factor=4)
-        return [(rows, tokens) for tokens in _buckets(2 * rows, max(2 * rows, most_tokens))]
+        rows = bucket(num_rows, 1, most, factor=4)
+        return [(rows, tokens) for tokens in buckets(2 * rows, max(2 * rows, most_tokens))]
 
     def warm_up(self, params: Sequence[SamplingParams], *, longest_draft: int = 0, guided: bool = False) -> None:
         """Compiles all steps that any mixture of requests with these params needs.
@@ -100,7 +101,7 @@ class Launcher:
                     np.zeros(n, np.int32) if with_prompt and n else None,
                     None if adapters is None else np.full(b, NO_ADAPTER, np.int32),
                 )
-                tables = np.zeros((len(self._no_tables), b, self._pages_per_seq), np.int32)
+                tables = np.zeros((len(self._no_tables), b, self.pages_per_seq), np.int32)
                 logits, _ = self._advance(batch, tables, np.zeros(b, np.int32), adapters)
             for greedy, no_logprobs, adjusting, stops, masked in mixtures if draws else ():
                 like = SamplingParams(
@@ -109,27 +110,27 @@ class Launcher:
                     min_tokens=int(adjusting),
                     stop_token_ids=stops,
                 )
-                rows, nothing = self._sampling_rows([(like, NO_SEED)], b), np.zeros(b, np.int32)
+                rows, nothing = self.sampling_rows([(like, NO_SEED)], b), np.zeros(b, np.int32)
                 allowed = self._all_allowed(len(logits)) if masked else None
                 self._draw(logits, rows, batch, nothing.astype(bool), nothing, allowed)
 
-        for b in _buckets(1, most):
+        for b in buckets(1, most):
             compile_step(b, None, draws=True)
-        for n, with_prompt in itertools.product(_buckets(SMALLEST_STEP, most_tokens), wants_prompt):
+        for n, with_prompt in itertools.product(buckets(SMALLEST_STEP, most_tokens), wants_prompt):
             compile_step(most, n, draws=n == SMALLEST_STEP, with_prompt=with_prompt)
-        drafted = {shape for b in _buckets(1, most) for shape in self.drafted_shapes(b)} if longest_draft else ()
+        drafted = {shape for b in buckets(1, most) for shape in self.drafted_shapes(b)} if longest_draft else ()
         for b, n in sorted(drafted):
             if n < 2 * b * (1 + longest_draft):
                 compile_step(b, n, draws=True, verifies=True)
-        for n, pool in itertools.product(_buckets(SMALLEST_COPY, most), range(len(self._no_tables))):
-            self._copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
+        for n, pool in itertools.product(buckets(SMALLEST_COPY, most), range(len(self._no_tables))):
+            self.copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
         if any(one.adjusts_logits for one in params):
             self._adjust(most, GREEDY, (), ())
 
     def launch(self, chunks: Sequence[Chunk]) -> Launched:
         """Starts a step on the device and does not wait for it."""
         most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
-        self._copy([copy for chunk in chunks for copy in chunk.copies])
+        self.copy([copy for chunk in chunks for copy in chunk.copies])
         total = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         rows = [(chunk, one) for chunk in chunks for one in (chunk.of, *chunk.followers)]
         verifies = any(chunk.drafts for chunk in chunks)
@@ -137,11 +138,11 @@ class Launcher:
         if verifies:
             b, n = next(shape for shape in self.drafted_shapes(len(rows)) if shape[1] >= total)
         elif one_each:
-            b = n = _bucket(len(rows), 1, most)
+            b = n = bucket(len(rows), 1, most)
         else:
-            b, n = most, _bucket(total, SMALLEST_STEP, most_tokens)
+            b, n = most, bucket(total, SMALLEST_STEP, most_tokens)
         tokens, next_tokens = np.zeros(n, np.int32), np.zeros(n, np.int32)
-        tables = np.full((len(self._no_tables), b, self._pages_per_seq), NULL_PAGE, np.int32)
+        tables = np.full((len(self._no_tables), b, self.pages_per_seq), NULL_PAGE, np.int32)
         kv_len, generated = np.zeros(b, np.int32), np.zeros(b, np.int32)
         start, slot, last = np.full(b + 1, total, np.int32), np.full(b, most, np.int32), np.full(b, n, np.int32)
         samples = np.zeros(b, bool)
@@ -158,7 +159,7 @@ class Launcher:
                     follow = one.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, one.num_prompt)]
                     next_tokens[end : end + len(follow)] = follow
                     prompts.append((one.request, chunk.start + 1, end, len(follow)))
-                kv_len[row], tables[:, row] = chunk.start, self._pages_of(one)
+                kv_len[row], tables[:, row] = chunk.start, self.pages_of(one)
                 end += len(known)
             if chunk.samples:
                 last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
@@ -179,7 +180,7 @@ class Launcher:
             if chunk.samples
         ]
         if sampling:
-            sampling_rows = self._sampling_rows([(one.params, one.seed) for _, one in rows], b)
+            sampling_rows = self.sampling_rows([(one.params, one.seed) for _, one in rows], b)
             allowed = self._allowed(sampling, len(logits))  # while the device computes the logits
             sampled = self._draw(logits, sampling_rows, batch, samples, generated, allowed)
         for x in jax.tree.leaves((sampled, prompt_logprobs)):
@@ -226,7 +227,8 @@ class Launcher:
         self._slots = slots if adjusting else dataclasses.replace(self._slots, last_token=slots.last_token)
         return sampled
 
-    def _sampling_rows(self, of_rows: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
+    def sampling_rows(self, of_rows: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
+        """The rows of a step of b rows, the last of which are padding."""
         last_key, rows = self._rows
         key = (b, tuple(of_rows))
         if rows is None or last_key != key:
@@ -267,7 +269,7 @@ class Launcher:
             self._slots, slot, seen([prompt], vocab_size)[0], counts, dense_bias([params], vocab_size)[0]
         )
 
-    def _pages_of(self, one: Continuation) -> np.ndarray:
+    def pages_of(self, one: Continuation) -> np.ndarray:
         """The continuation's row of each page table, updated.
 
         Since the last step, its last page may have been replaced, pages added, and pages outside of a window freed.
@@ -283,13 +285,16 @@ class Launcher:
             self._num_pages[i, one.slot] = start + len(pages)
         return self._tables[:, one.slot]
 
-    def _copy(self, copies: Sequence[tuple[int, Copy]]) -> None:
+    def copy(self, copies: Sequence[tuple[int, Copy]]) -> None:
+        """Copies pages, each within the pool of its index."""
         for i in range(len(self._no_tables)):
             if of_pool := [copy for number, copy in copies if number == i]:
-                n = _bucket(len(of_pool), SMALLEST_COPY, self.scheduler.max_num_seqs)
+                n = bucket(len(of_pool), SMALLEST_COPY, self.scheduler.max_num_seqs)
                 pairs = np.full((2, n), NULL_PAGE, np.int32)
                 pairs[:, : len(of_pool)] = np.transpose(of_pool)
                 self.cache = self.model.steps.copy_pages(self.cache, *pairs, table=i)
+                if self.copies_too is not None:
+                    self.copies_too(i, *pairs)
 
 
 def _batch(tokens, query_start, slot, last, next_tokens, adapter) -> Batch:
@@ -303,12 +308,12 @@ def _wants_prompt(chunk: Chunk) -> bool:
     return wants and chunk.start + 1 < one.num_prompt
 
 
-def _bucket(n: int, smallest: int, largest: int, *, factor: int = 2) -> int:
-    """The smallest of _buckets that is at least n."""
-    return next(size for size in _buckets(smallest, largest, factor=factor) if size >= n)
+def bucket(n: int, smallest: int, largest: int, *, factor: int = 2) -> int:
+    """The smallest of buckets that is at least n."""
+    return next(size for size in buckets(smallest, largest, factor=factor) if size >= n)
 
 
-def _buckets(smallest: int, largest: int, *, factor: int = 2) -> Iterator[int]:
+def buckets(smallest: int, largest: int, *, factor: int = 2) -> Iterator[int]:
     """smallest times the powers of factor, up to largest, which is included."""
     while smallest < largest:
         yield smallest

@@ -21,7 +21,6 @@ from jfa.pages import Copy
 from jfa_models.engine.pools import Pools
 from jfa_models.engine.request import Continuation
 
-
 _NO_DRAFTS: Mapping[Continuation, Sequence[int]] = MappingProxyType({})
 
 
@@ -108,6 +107,7 @@ class Scheduler:
         self.pools.fork(parent, child)
         child.num_computed, child.num_committed = parent.num_computed, parent.num_committed
         self._run(child)
+        child.num_drafted = parent.num_drafted
         return True
 
     def choose(self, beam: Continuation, token: int) -> None:
@@ -131,6 +131,15 @@ class Scheduler:
         waits = self._slots and self._next_waiting() is not None
         ready = [one for one in self._running if one.num_new]
         return [] if waits or any(one.num_new > 1 or one.followers for one in ready) else ready
+
+    def reserve(self, one: Continuation, num_drafted: int) -> Sequence[tuple[int, Copy]] | None:
+        """Pages for the next token of a running continuation and drafts behind it, as schedule would allocate them.
+
+        Returns the copies to make, or None if there are too few pages.
+        """
+        if not self.pools.has_spare(2 * len(self._running)):
+            return None
+        return self.pools.make_room(one, one.num_computed + 1 + num_drafted)
 
     def keep(self, one: Continuation, num_accepted: int) -> None:
         """Counts the accepted drafts of its last chunk as computed tokens: what was computed behind them is not."""
@@ -224,7 +233,7 @@ class Scheduler:
             one.num_committed = known
 
     def _run(self, one: Continuation) -> None:
-        one.slot, one.is_new = self._slots.pop(), True
+        one.slot, one.is_new, one.num_drafted = self._slots.pop(), True, 0
         bisect.insort(self._running, one, key=lambda other: other.order)
 
     def _release(self, one: Continuation) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
+from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.engine.drafts import Acceptance, Lookup
 from jfa_models.engine.pace import Pace
@@ -29,6 +30,10 @@ class Proposer(Protocol):
 
     def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
         """Tells how many tokens of a verified draft were right."""
+        ...
+
+    def warm_up(self, params: Sequence[SamplingParams]) -> None:
+        """Compiles what drafts for such requests need."""
         ...
 
 
@@ -54,6 +59,9 @@ class NgramProposer:
 
     def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
         """Nothing: a lookup judges its drafts itself, also those that were not verified."""
+
+    def warm_up(self, params: Sequence[SamplingParams]) -> None:
+        """Nothing: it runs on the host."""
 
 
 class Speculated(NamedTuple):
@@ -92,6 +100,11 @@ class Speculator:
         self._pace = Pace(adaptive=config is None or config.adaptive)
         self._forced: set[Continuation] = set()
         self.counts: dict[str, Speculated] = {} if config is None else {config.method: Speculated()}
+
+    def warm_up(self, params: Sequence[SamplingParams]) -> None:
+        """Compiles what drafts for such requests need."""
+        if self._proposer is not None:
+            self._proposer.warm_up(params)
 
     def looks(self, running: Sequence[Continuation]) -> bool:
         """Whether the next step must be planned with known results: for drafts, or for the masks of a grammar."""

@@ -1,0 +1,219 @@
+"""Drafts by a second, smaller model: its keys and values lie in pages of the same numbers as the model's own."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import numpy as np
+
+import jfa
+from jfa.types import NULL_PAGE
+from jfa_models.decoding.language_model import LanguageModel
+from jfa_models.decoding.params import SamplingParams
+from jfa_models.decoding.pretrained import from_pretrained
+from jfa_models.decoding.sampling import SamplingRows
+from jfa_models.decoding.speculation import SpeculativeConfig
+from jfa_models.decoding.steps import Batch
+from jfa_models.engine.drafts import Acceptance
+from jfa_models.engine.launch import SMALLEST_STEP, Launcher, bucket, buckets
+from jfa_models.engine.request import NO_SEED, Continuation
+from jfa_models.model.attention import paged_cache
+from jfa_models.model.lora import Adapters
+
+_FEW = (
+    2  # tokens that a row lacks at most when it drafts: after a whole draft was accepted, its last token and the next
+)
+
+
+class DraftModel:
+    """Drafts with a decoder of its own.
+
+    Its cache has the same page numbers as the engine's, so that a continuation's page table serves both. The keys and
+    values of a prompt are computed when the first draft is wanted, also where the engine found them in its prefix cache.
+    """
+
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        model: LanguageModel,
+        launcher: Launcher,
+        reserve: Callable[[Continuation, int], bool],
+        *,
+        num_pages: Sequence[int],
+        kv_dtype: str | None,
+    ):
+        """model: the one that drafts. reserve: gives a continuation pages for so many drafted tokens, if there are."""
+        self._model = model
+        self._confidence = np.float32(config.confidence_threshold)
+        self._length = config.num_speculative_tokens
+        # the layers of the model itself have its adapters
+        self._adapters = launcher.model.adapters if config.method == "self" else None
+        self._launcher = launcher
+        self._reserve = reserve
+        self._acceptance = Acceptance()
+        self._ahead: WeakKeyDictionary[Continuation, int] = WeakKeyDictionary()  # computed tokens of the last draft
+        # a layer with a window reads the pages of this window, or else those of the longest one
+        windows = [window for _, window in launcher.scheduler.pools.pools]
+        longest = max(range(len(windows)), key=lambda i: windows[i] or float("inf"))
+        self._pool_of = [windows.index(x) if x in windows else longest for x in model.config.patterns]
+        cache = paged_cache(
+            model.config,
+            num_pages=[num_pages[i] for i in self._pool_of],
+            page_size=launcher.scheduler.pools.page_size,
+            batch=1,
+            pages_per_seq=1,
+            dtype=model.dtype,
+            kv_dtype=kv_dtype,
+        )
+        self._cache: jfa.PagedKVCache = self._without_tables(cache)
+        launcher.copies_too = self._copy
+
+    def odds(self, one: Continuation) -> Sequence[float]:
+        """See Proposer."""
+        return [self._acceptance.odds(0)] * self._length
+
+    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
+        """See Proposer."""
+        self._acceptance.add(0, num_right, missed=num_right < num_drafted)
+        one.num_drafted += min(num_right, self._ahead[one])
+
+    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, Sequence[int]]:
+        """See Proposer. Waits for the draft model."""
+        rows = [one for one, length in lengths.items() if self._reserve(one, length)]
+        if not rows:
+            return {}
+        self._catch_up(rows)
+        b = bucket(len(rows), 1, self._launcher.scheduler.max_num_seqs, factor=4)
+        most, generated = np.zeros(b, np.int32), np.zeros(b, np.int32)
+        most[: len(rows)] = [lengths[one] for one in rows]
+        generated[: len(rows)] = [one.num_tokens - one.num_prompt for one in rows]
+        sampling = self._sampling([(one.params, one.seed) for one in rows], b)
+        tokens, count = self._propose(rows, b, sampling, generated, most)
+        drafts = {}
+        for row, (one, n) in enumerate(zip(rows, count.tolist(), strict=False)):
+            one.num_drafted = one.num_tokens
+            self._ahead[one] = n - (n == lengths[one])  # the last token of a whole draft is not computed
+            drafts[one] = tokens[:n, row].tolist()
+        return drafts
+
+    def warm_up(self, params: Sequence[SamplingParams]) -> None:
+        """Compiles all that drafts for requests with these params need."""
+        scheduler = self._launcher.scheduler
+        for n in buckets(SMALLEST_STEP, scheduler.max_num_batched_tokens):
+            self._advance([], [], n)
+        for b in buckets(1, scheduler.max_num_seqs, factor=4):
+            for is_greedy in {one.is_greedy for one in params}:
+                like, nothing = SamplingParams(temperature=0.0 if is_greedy else 1.0), np.zeros(b, np.int32)
+                self._propose([], b, self._sampling([(like, NO_SEED)], b), nothing, nothing)
+
+    def _catch_up(self, rows: Sequence[Continuation]) -> None:
+        """Computes the tokens of rows that lack more than a few, up to the last one."""
+        budget = self._launcher.scheduler.max_num_batched_tokens
+        while behind := [one for one in rows if one.num_tokens - one.num_drafted > _FEW]:
+            ends, room = [], budget
+            for one in behind:
+                ends.append(min(one.num_tokens - 1, one.num_drafted + room))
+                room -= ends[-1] - one.num_drafted
+            self._advance(behind, ends, bucket(budget - room, SMALLEST_STEP, budget))
+            for one, end in zip(behind, ends, strict=True):
+                one.num_drafted = end
+
+    def _advance(self, rows: Sequence[Continuation], ends: Sequence[int], n: int) -> None:
+        """Computes the tokens of each row up to its end."""
+        b = self._launcher.scheduler.max_num_seqs
+        batch, cache, adapters = self._batch(rows, ends, b, n)
+        cache, _, _ = self._model.steps.advance(
+            self._model.params, cache, np.zeros(1, np.int32), batch, adapters=adapters
+        )
+        self._cache = self._without_tables(cache)
+
+    def _propose(
+        self,
+        rows: Sequence[Continuation],
+        b: int,
+        sampling: SamplingRows,
+        generated: np.ndarray,
+        most: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        batch, cache, adapters = self._batch(rows, [one.num_tokens for one in rows], b, _FEW * b)
+        cache, tokens, count = self._model.steps.propose(
+            self._model.params, cache, batch, sampling, generated, most, self._confidence, adapters=adapters
+        )
+        self._cache = self._without_tables(cache)
+        return jax.device_get((tokens, count))
+
+    def _batch(
+        self, rows: Sequence[Continuation], ends: Sequence[int], b: int, n: int
+    ) -> tuple[Batch, jfa.PagedKVCache, Adapters | None]:
+        """The tokens of each row that the cache lacks, up to its end, in a step of b rows and n tokens."""
+        tokens = [one.tokens[one.num_drafted : end] for one, end in zip(rows, ends, strict=True)]
+        total = sum(map(len, tokens))
+        start, kv_len = np.full(b + 1, total, np.int32), np.zeros(b, np.int32)
+        tables = np.full((len(self._pool_of), b, self._launcher.pages_per_seq), NULL_PAGE, np.int32)
+        start[: len(rows)] = np.cumsum([0, *map(len, tokens)])[:-1]
+        for row, one in enumerate(rows):
+            kv_len[row], tables[:, row] = one.num_drafted, self._launcher.pages_of(one)[self._pool_of]
+        padded = np.zeros(n, np.int32)
+        padded[:total] = [token for part in tokens for token in part]
+        slots, adapters = None, None
+        if self._adapters is not None:
+            slots, adapters = self._adapters.for_rows([one.request.adapter for one in rows], b)
+        batch = Batch(
+            tokens=padded,
+            query_start=start,
+            slot=np.zeros(b, np.int32),
+            last=np.maximum(start[1:] - 1, 0),
+            adapter=slots,
+        )
+        return batch, dataclasses.replace(self._cache, page_tables=tuple(tables), kv_len=kv_len), adapters
+
+    def _without_tables(self, cache: jfa.PagedKVCache) -> jfa.PagedKVCache:
+        """Between steps the tables are on the host; these have a shape that does not depend on the step."""
+        tables = tuple(np.zeros((1, 1), np.int32) for _ in self._pool_of)
+        return dataclasses.replace(cache, page_tables=tables, kv_len=np.zeros(1, np.int32))
+
+    def _sampling(self, of_rows: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
+        """Without what changes the logits: it would need counts of drafted tokens."""
+        rows = self._launcher.sampling_rows(of_rows, b)
+        none: dict[str, Any] = dict(min_tokens=None, num_logprobs=None, stop_ids=np.zeros((b, 1), np.int32))
+        return dataclasses.replace(rows, **none)
+
+    def _copy(self, pool: int, source: np.ndarray, destination: np.ndarray) -> None:
+        for table, number in enumerate(self._pool_of):
+            if number == pool:
+                self._cache = self._model.steps.copy_pages(self._cache, source, destination, table=table)
+
+
+def draft_model_of(config: SpeculativeConfig, model: LanguageModel) -> LanguageModel:
+    """The model that drafts for another.
+
+    Raises:
+      ValueError: it has another vocabulary, whose first difference the message names; or it cannot be loaded.
+    """
+    if config.method == "self":
+        assert config.num_layers is not None
+        if config.num_layers >= model.config.num_layers:
+            raise ValueError(
+                f"num_layers must be less than {model.config.num_layers}, the layers of the model, "
+                f"got {config.num_layers}"
+            )
+        return model.with_layers(config.num_layers)
+    draft = config.model
+    if not isinstance(draft, LanguageModel):
+        draft = from_pretrained(draft, dtype=model.dtype)
+    if (difference := _vocabulary_difference(model, draft)) is not None:
+        raise ValueError(f"the draft model must have the vocabulary of the model, but {difference}")
+    return draft
+
+
+def _vocabulary_difference(model: LanguageModel, draft: LanguageModel) -> str | None:
+    ours, theirs = model.tokenizer, draft.tokenizer
+    if ours is None or theirs is None:
+        sizes = model.config.vocab_size, draft.config.vocab_size
+        return None if sizes[0] == sizes[1] else f"it has {sizes[1]} tokens, and the model {sizes[0]}"
+    for i in range(max(ours.core.get_vocab_size(), theirs.core.get_vocab_size())):
+        if (one := ours.core.id_to_token(i)) != (other := theirs.core.id_to_token(i)):
+            return f"token {i} is {other!r} in it, and {one!r} in the model"
+    return None
