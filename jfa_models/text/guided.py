@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 # White space between two tokens of JSON: what json.dumps writes, with and without an indent, and no more.
 WHITESPACE = r" |\r?\n {0,40}|\r?\n\t{1,10}"
+_SHORT_ESCAPES = '"\\bfnrt'
 EVERYTHING = np.int32(-1)  # a word of a mask that allows all tokens
 _ENDS_OF_DOCUMENT = ("NoExtension", "NoExtensionBias", "EndOfSentence")  # reasons to stop that are no errors
 
+_CALLED = {"json": "JSON schema", "json_object": "JSON object"}  # what messages call a kind, if not by its name
 _NO_TOKEN = "no token of the model continues the document"
 
 
@@ -104,6 +106,7 @@ class Grammars:
 
     def _compile(self, params: StructuredOutputsParams) -> "Grammar":
         matcher_class = _llguidance().LLMatcher
+        called = _CALLED.get(params.kind, params.kind)
         if params.kind in ("json", "json_object"):
             text = self._of_schema(params)
         elif params.kind == "regex":
@@ -117,18 +120,16 @@ class Grammars:
             text = matcher_class.grammar_from_lark(self._of_lark(str(params.grammar)))
         matcher = self._matcher(text)
         if error := _error(matcher):
-            raise ValueError(f"the {params.kind} cannot be enforced: {error}")
+            raise ValueError(f"the {called} cannot be enforced: {error}")
         grammar = Grammar(self, params, matcher)
         row = np.zeros((1, self.words), np.int32)
         guide = grammar.start()
         try:
             guide.allowed(row[0])
         except GrammarError as error:
-            raise ValueError(
-                f"the {params.kind} matches no text at all ({error}); nothing could be generated"
-            ) from None
+            raise ValueError(f"the {called} matches no text at all ({error}); nothing could be generated") from None
         if guide.may_end and not guide.masks_more_than_ends(row[0]):
-            raise ValueError(f"the {params.kind} matches the empty text only; nothing could be generated")
+            raise ValueError(f"the {called} matches the empty text only; nothing could be generated")
         return grammar
 
     def _of_schema(self, params: StructuredOutputsParams) -> str:
@@ -136,12 +137,22 @@ class Grammars:
         options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
         if params.disable_any_whitespace:
             options = {"whitespace_flexible": False}
-        return self._checked_schema(schema, options, "#")[0]
+        return self._checked_schema(schema, options)[0]
 
-    def _checked_schema(self, schema: dict[str, Any], options: dict[str, Any], root: str) -> tuple[str, dict[str, Any]]:
-        """llguidance's grammar of a schema, and the schema it was made from."""
+    def _checked_schema(
+        self, schema: dict[str, Any], options: dict[str, Any], root: str = "#"
+    ) -> tuple[str, dict[str, Any]]:
+        """llguidance's grammar of a schema, and the schema and options it was made from as one."""
         matcher_class = _llguidance().LLMatcher
         prepared = schemas.prepare(schema, root=root)
+        if schemas.allows_other_names(prepared):
+            # else a declared name may come again, with any value, as another one: "\\u0061" for "a"
+            options = {**options, "json_allowed_escapes": _SHORT_ESCAPES}
+            if place := schemas.place_of_control_character(prepared, root):
+                raise ValueError(
+                    f"the JSON schema cannot be enforced at {place}: a control character needs a \\u escape, which may "
+                    "hide a property's name; use additionalProperties: false in all objects, or another text"
+                )
 
         def grammar_of(schema: dict[str, Any]) -> str:
             return matcher_class.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
@@ -158,7 +169,7 @@ class Grammars:
                 error = "the branches of oneOf are not known to exclude each other"
                 advice = "; use anyOf, or give each branch a required property with another const"
             raise ValueError(f"the JSON schema cannot be enforced at {place}: {error}{advice}")
-        return grammar_of(prepared), prepared
+        return grammar_of(prepared), {"x-guidance": options, **prepared}
 
     def _of_lark(self, grammar: str) -> str:
         texts = {self._tokenizer.core.id_to_token(i): i for i in self.end_ids}
@@ -171,7 +182,7 @@ class Grammars:
         options = {"whitespace_pattern": WHITESPACE}
         for start, end, schema in reversed(schemas.lark_schemas(grammar)):
             _, prepared = self._checked_schema(schema, options, f"%json at character {start}: #")
-            grammar = grammar[:start] + json.dumps({"x-guidance": options, **prepared}) + grammar[end:]
+            grammar = grammar[:start] + json.dumps(prepared, ensure_ascii=False) + grammar[end:]
         return grammar
 
     def _matcher(self, text: str) -> "llguidance.LLMatcher":
@@ -199,6 +210,7 @@ class Grammar:
     def __init__(self, owner: Grammars, params: StructuredOutputsParams, matcher: "llguidance.LLMatcher") -> None:
         self.owner = owner
         self.params = params
+        self.called = _CALLED.get(params.kind, params.kind)  # in messages
         self._matcher = matcher
 
     def start(self, tokens: Sequence[int] = ()) -> "Guide":
@@ -251,11 +263,13 @@ class Guide:
         for token in tokens:
             if token in self._ends:
                 raise GrammarError(f"token {token} ends the answer and is no part of a document; end the request there")
+            if not 0 <= token < self.grammar.owner.vocab_size:
+                raise GrammarError(f"token {token} is not in the model's vocabulary of {self.grammar.owner.vocab_size}")
         taken = self.matcher.try_consume_tokens(tokens)
         self._check()
         if taken < len(tokens):
             self._roll_back(taken)
-            raise GrammarError(f"token {tokens[taken]} does not fit the {self.grammar.params.kind} that was asked for")
+            raise GrammarError(f"token {tokens[taken]} does not fit the {self.grammar.called} that was asked for")
 
     def allowed(self, out: Int32[np.ndarray, "words"]) -> None:
         """Fills the row with the tokens that may come next.
@@ -288,9 +302,7 @@ class Guide:
                     return place
                 if token in self._ends:
                     return place + 1
-                if self.matcher.try_consume_tokens([token]) != 1:
-                    self._check()
-                    return place
+                self._step(token)
                 moved += 1
                 self._fill(out[place + 1])
             return moved
@@ -315,8 +327,7 @@ class Guide:
                 self._fill(row)
                 if token in self._ends or not self._has(row, token) or np.bitwise_count(row.view(np.uint32)).sum() != 1:
                     break
-                if self.matcher.try_consume_tokens([token]) != 1:
-                    break
+                self._step(token)
                 found.append(token)
         finally:
             if not self.matcher.is_error():
@@ -338,14 +349,21 @@ class Guide:
                 row[-1:].view(np.uint32)[:] &= np.uint32(0xFFFFFFFF >> extra)
             if not row.any():
                 row[:] = EVERYTHING
-                raise GrammarError(f"the {self.grammar.params.kind} cannot be followed any further: {_NO_TOKEN}")
+                raise GrammarError(f"the {self.grammar.called} cannot be followed any further: {_NO_TOKEN}")
         self._check()
 
     def _has(self, row: np.ndarray, token: int) -> bool:
         return 0 <= token < self.grammar.owner.vocab_size and bool(int(row[token >> 5]) >> (token & 31) & 1)
 
+    def _step(self, token: int) -> None:
+        """Moves behind a token that the mask allows."""
+        if self.matcher.try_consume_tokens([token]) != 1:
+            self._check()
+            raise GrammarError(f"llguidance allows token {token} and refuses it then")
+
     def _roll_back(self, moved: int) -> None:
-        if moved and not self.matcher.rollback(moved):
+        if moved:
+            self.matcher.rollback(moved)
             self._check()
 
     def _check(self) -> None:
@@ -360,10 +378,10 @@ class Guide:
             text = _error(matcher)
             if text in _ENDS_OF_DOCUMENT:
                 text = _NO_TOKEN
-            return GrammarError(f"the {self.grammar.params.kind} cannot be followed any further: {text}")
+            return GrammarError(f"the {self.grammar.called} cannot be followed any further: {text}")
         if matcher.is_stopped() and matcher.stop_reason() not in _ENDS_OF_DOCUMENT:
             reason = matcher.stop_reason()
-            return GrammarError(f"the {self.grammar.params.kind} cannot be followed any further: {reason}")
+            return GrammarError(f"the {self.grammar.called} cannot be followed any further: {reason}")
         return None
 
 

@@ -330,6 +330,28 @@ def _objects(value: Any, path: str) -> Iterator[tuple[dict[str, Any], str]]:
             yield from _objects(entry, step(path, key))
 
 
+def allows_other_names(schema: dict[str, Any]) -> bool:
+    """Whether an object may have properties beside those that the schema names."""
+    return any(
+        node.get("additionalProperties") is not False and any(node.get(name) for name in _MAPS)
+        for node, _ in _objects(schema, "#")
+    )
+
+
+def place_of_control_character(schema: dict[str, Any], root: str = "#") -> str:
+    """The path of a text or name that JSON can only write as \\u00xx; "" if there is none."""
+    for node, path in _objects(schema, root):
+        for name in ("const", "enum", "properties"):
+            value = node.get(name)
+            names = value if name == "properties" and isinstance(value, dict) else {}
+            texts = [(key, step(step(path, name), key)) for key in names]
+            texts += [] if name == "properties" else list(_scalars(value, step(path, name)))
+            for text, place in texts:
+                if isinstance(text, str) and re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", text):
+                    return place
+    return ""
+
+
 def place_of_error(schema: dict[str, Any], error_of: Callable[[dict[str, Any]], str]) -> str:
     """The JSON pointer to the part of a schema that causes an error.
 
@@ -378,6 +400,9 @@ def place_of_error(schema: dict[str, Any], error_of: Callable[[dict[str, Any]], 
         at_fault = next((slot for slot in slots if changes(slot[0], slot[1])), None)
         if at_fault is None and len(slots) > 1:
             at_fault = next((slot for place, slot in enumerate(slots) if alone(slots, place)), None)
+            for slot in slots if at_fault is not None else ():
+                if slot is not at_fault:
+                    slot[0][slot[1]] = True
         if at_fault is None:
             break
         container, key, path = at_fault

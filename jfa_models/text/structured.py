@@ -157,8 +157,9 @@ def _choices(choices: Any) -> tuple[str, ...]:
         if not isinstance(text, str) or not text:
             raise ValueError(f"choice must contain non-empty strings, got {text!r}; write numbers as strings")
         _check_unicode("choice", text)
-    if doubles := [text for place, text in enumerate(choices) if text in choices[:place]]:
-        raise ValueError(f"choice must contain different strings, got {doubles[0]!r} twice; keep one")
+    if len({*choices}) < len(choices):
+        double = next(text for place, text in enumerate(choices) if text in choices[:place])
+        raise ValueError(f"choice must contain different strings, got {double!r} twice; keep one")
     return tuple(choices)
 
 
