@@ -19,6 +19,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
+import tokenizers
 from jaxtyping import Int32
 
 from jfa_models.text import schemas
@@ -64,11 +65,10 @@ class Grammars:
             raise ValueError(
                 "guided decoding needs the tokens that end an answer, and the model names none; pass end_ids"
             )
-        largest = min(vocab_size, tokenizer.vocab_size)
-        if outside := [i for i in ends if not 0 <= i < largest]:
+        if unknown := [i for i in ends if not 0 <= i < vocab_size or tokenizer.core.id_to_token(i) is None]:
             raise ValueError(
-                f"end_ids must contain ids from 0 to {largest - 1}, tokens of the model, got {outside}; "
-                "use ids from this model's tokenizer"
+                f"end_ids must contain tokens of the tokenizer, with ids from 0 to {vocab_size - 1}, the model's "
+                f"vocabulary, got {unknown}; use ids from this model's tokenizer"
             )
         self.vocab_size = vocab_size
         self.words = -(-vocab_size // 32)
@@ -195,9 +195,10 @@ class Grammars:
         """llguidance's form of the tokenizer."""
         with self._building:
             if (built := self._built) is None:
+                text, size = _without_gaps(self._tokenizer.core)
                 built = self._built = _llguidance().LLTokenizer(
-                    self._tokenizer.core.to_str(),
-                    n_vocab=max(self.vocab_size, self._tokenizer.vocab_size),
+                    text,
+                    n_vocab=max(self.vocab_size, size),
                     eos_token=list(self.end_ids),
                 )
             return built
@@ -250,7 +251,11 @@ class Guide:
 
     @property
     def complete(self) -> bool:
-        """Whether the document is finished, and nothing can follow."""
+        """Whether the document is finished, and nothing can follow.
+
+        Where llguidance sees that only by its masks, as behind the number of `multipleOf`, it is False, and the mask
+        has the end tokens alone all the same.
+        """
         return self.matcher.is_stopped() and self.matcher.is_accepting() and not self.matcher.is_error()
 
     def accept(self, tokens: Sequence[int]) -> None:
@@ -433,6 +438,25 @@ def _executor() -> "llguidance.LLExecutor | None":
     """Threads of llguidance; None where there is one processor only."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return _llguidance().LLExecutor(min(processors, 16)) if processors > 1 else None
+
+
+def _without_gaps(core: tokenizers.Tokenizer) -> tuple[str, int]:
+    """tokenizer.json and the number of its ids, with special tokens, which no mask allows, for ids without a token.
+
+    llguidance does not know the text of tokens whose ids are not below the number of tokens.
+    """
+    used = {*core.get_vocab().values()}
+    size = max(used) + 1
+    text = core.to_str()
+    if len(used) < size:
+        content = json.loads(text)
+        blank = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+        unused = {f"<|unused id {i}|>": i for i in range(size) if i not in used}
+        content["model"]["vocab"] |= unused
+        content["added_tokens"] += [{"id": i, "content": name, **blank} for name, i in unused.items()]
+        content["added_tokens"].sort(key=lambda token: token["id"])
+        text = json.dumps(content, ensure_ascii=False)
+    return text, size
 
 
 def _llguidance() -> Any:

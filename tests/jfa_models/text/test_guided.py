@@ -166,9 +166,12 @@ def test_without_end_tokens_there_is_no_guided_decoding():
 
 
 def test_end_tokens_are_tokens_of_the_model():
-    with pytest.raises(ValueError, match=r"end_ids must contain ids from 0 to 258, tokens of the model, got \[259\]"):
+    message = (
+        r"end_ids must contain tokens of the tokenizer, with ids from 0 to 299, the model's vocabulary, got \[259\]"
+    )
+    with pytest.raises(ValueError, match=message):
         Grammars(BYTES, 300, [1, 259])
-    with pytest.raises(ValueError, match=r"from 0 to 199, tokens of the model, got \[-1, 200\]; use ids from this"):
+    with pytest.raises(ValueError, match=r"from 0 to 199, the model's vocabulary, got \[-1, 200\]; use ids from this"):
         Grammars(BYTES, 200, [-1, 200])
 
 
@@ -189,6 +192,13 @@ def test_special_tokens_are_not_allowed_unless_a_grammar_names_them():
     grammar = grammars.compile(params(grammar='start: <think> /[a-z]*/ </think> "yes"'))
     assert allowed(grammar.start()) == [think]
     guide = grammar.start([think, *ids_of("hm", tokenizer), thought, *ids_of("yes", tokenizer)])
+    assert guide.complete
+    grammar = grammars.compile(
+        params(grammar='start: <think> /(.|\\n)*/ </think> answer\nanswer: %json {"type": "object"}')
+    )
+    guide = grammar.start([think, *ids_of("Hm,\n<b>", tokenizer)])
+    assert thought in allowed(guide) and not guide.may_end
+    guide.accept([thought, *ids_of('{"a": 1}', tokenizer)])
     assert guide.complete
 
 
@@ -215,6 +225,20 @@ def test_masks_have_the_width_of_the_model(vocab_size):
     assert end in found and max(found) < min(vocab_size, tokenizer.vocab_size)
     [row] = rows(1, grammars)
     assert fill([guide], row[None]) == {} and tokens_in(row) == found
+
+
+@pytest.mark.parametrize("vocab_size", [301, 310, 290])
+def test_ids_may_have_gaps(vocab_size):
+    alphabet = {text: i for i, text in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Core(models.BPE({**alphabet, "ab": 300}, [("a", "b")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Tokenizer(core=core, bos_token_id=None, eos_token_ids=(0,), special_tokens={})
+    grammars = Grammars(tokenizer, vocab_size)
+    a, b = alphabet["a"], alphabet["b"]
+    word = [300] if vocab_size > 300 else []
+    assert allowed(grammars.compile(params(regex="a?b*")).start()) == [0, a, b, *word]
+    everything = allowed(grammars.compile(params(regex=r"(.|\n)*")).start())
+    assert not {*range(256, 300)} & {*everything} and {*word} <= {*everything}
 
 
 def test_a_model_without_the_tokens_that_a_grammar_needs_is_an_error():
@@ -742,7 +766,7 @@ def written_at_random(grammar, rng: np.random.Generator, longest: int = 300) -> 
     closing = [*ids_of('}]",:')]
     while len(tokens) < longest:
         here = allowed(guide)
-        if END in here and (guide.complete or rng.random() < 0.5):
+        if here == [END] or (END in here and rng.random() < 0.5):
             return BYTES.decode(tokens)
         preferred = [token for token in here if token in closing]
         choices = preferred if preferred and rng.random() < 0.4 else [token for token in here if token != END]
@@ -946,6 +970,28 @@ def test_the_official_suite_of_json_schema():
     assert {(file, None if file in whole else name) for file, name in refused} == {*REFUSED_GROUPS}
     assert unreachable == {*UNREACHABLE}
     assert reachable == {*REACHABLE}
+
+
+def test_documents_written_at_random_are_valid_by_the_suite_s_schemas():
+    written = 0
+    for line in SUITE.read_text().splitlines():
+        group = json.loads(line)
+        # jsonschema divides by 0.0001 in floating point, and takes Python's regular expressions only
+        if group["file"].startswith("format/") or group["description"] == "by small number" or r"\\p{" in line:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what only annotates
+            try:
+                grammar = Grammars(BYTES, 259).compile(params(json=group["schema"], disable_any_whitespace=True))
+            except ValueError:
+                continue
+        validator = jsonschema.Draft202012Validator(group["schema"])
+        rng = np.random.default_rng(0)
+        for text in (written_at_random(grammar, rng, 40) for _ in range(15)):
+            if text is not None:
+                written += 1
+                assert validator.is_valid(json.loads(text)), (group["description"], text)
+    assert written > 2000
 
 
 def test_a_vocabulary_of_sentence_piece():
