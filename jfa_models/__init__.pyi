@@ -9,3 +9,4 @@ from .engine.engine import Engine as Engine
 from .llm import LLM as LLM
 from .model.config import DecoderConfig as DecoderConfig
 from .model.decoder import Decoder as Decoder
+from .text.structured import StructuredOutputsParams as StructuredOutputsParams

@@ -15,6 +15,7 @@ from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import BeamSearchParams, SamplingParams, one_per_prompt
 from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.decoding.prompts import Prompt, as_prompts
+from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.engine import Engine
 
 Params = SamplingParams | BeamSearchParams
@@ -42,6 +43,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         max_adapters: int | None = None,
@@ -76,6 +78,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
+            speculative_config=speculative_config,
             seed=seed,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from jfa_models.cli.base import JsonObject, adapter_options, cache_options, model_options
-from jfa_models.cli.sampling import check_sampling, sampling_options
+from jfa_models.cli.sampling import check_sampling, read_forms, sampling_options
 
 _COMMAND = re.compile(r"/\w+")
 
@@ -35,6 +35,7 @@ def chat(
     **sampling,
 ) -> None:
     """Chat with a model. /reset starts over; /exit or Ctrl-D ends the chat."""
+    sampling = read_forms(sampling)
     check_sampling(sampling)
     if "messages" in (template_kwargs or {}):
         raise click.UsageError("--template-kwargs must not have messages: they are what you type")

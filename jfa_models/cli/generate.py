@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import adapter_options, cache_options, model_options
-from jfa_models.cli.sampling import check_sampling, sampling_options
+from jfa_models.cli.base import JsonObject, adapter_options, cache_options, model_options
+from jfa_models.cli.sampling import check_sampling, read_forms, sampling_options
+from jfa_models.decoding.speculation import SpeculativeConfig
 
 # Options for a single prompt, which a batch does not support.
 SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--json", "cache": "--cache"}
@@ -20,6 +21,11 @@ SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--jso
 @adapter_options
 @cache_options
 @sampling_options
+@click.option(
+    "--speculative-config",
+    type=JsonObject(),
+    help="""How to speculate, such as '{"method": "ngram"}'; see the guide.""",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of streaming text.")
 @click.option(
     "--batch-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Prompts, as JSON Lines."
@@ -41,6 +47,7 @@ def generate(
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
+    speculative_config: dict[str, Any] | None,
     as_json: bool,
     batch_file: Path | None,
     output: Path | None,
@@ -58,7 +65,9 @@ def generate(
     def is_given(name: str) -> bool:
         return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
+    sampling = read_forms(sampling)
     check_sampling(sampling)
+    speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
     loading: dict[str, Any] = dict(
         model=model,
         dtype=dtype,
@@ -73,26 +82,38 @@ def generate(
         for name, option in SINGLE_PROMPT_OPTIONS.items():
             if is_given(name) and context.params[name] != "paged":
                 raise click.UsageError(f"{option} cannot be combined with --batch-file, which uses a paged cache")
-        context.exit(_batch(batch_file, output, max_num_seqs, kv_dtype, sampling, loading))
+        context.exit(_batch(batch_file, output, max_num_seqs, kv_dtype, speculation, sampling, loading))
     if is_given("max_num_seqs"):
         raise click.UsageError("--max-num-seqs needs --batch-file: it has no effect on a single prompt")
     given = [one for one in (text, prompt) if one is not None]
+    if speculation is not None and is_given("cache") and cache != "paged":
+        raise click.UsageError("--speculative-config needs a paged cache: leave out --cache")
     if len(given) != 1:
         raise click.UsageError('pass one prompt: jfa generate "The capital of France is", or --prompt TEXT')
 
     from jfa_models.cli import running
 
-    language_model = running.load(**loading, cache=cache, kv_dtype=kv_dtype)
+    language_model = running.load(**loading, cache="paged" if speculation else cache, kv_dtype=kv_dtype)
     params, adapter = running.sampling_params(language_model, sampling), language_model.adapters.first
+    stream = language_model.stream
+    if speculation is not None:
+        from jfa_models.engine import Engine
+
+        stream = Engine(language_model, max_num_seqs=1, kv_dtype=kv_dtype, speculative_config=speculation).stream
     if as_json:
-        click.echo(json.dumps(running.timed(language_model, given[0], params, adapter), ensure_ascii=False))
+        click.echo(json.dumps(running.timed(stream, given[0], params, adapter), ensure_ascii=False))
     else:
-        results = language_model.stream(given[0], params, adapter=adapter)
-        running.print_growth(results, after=click.style(given[0], dim=True))
+        running.print_growth(stream(given[0], params, adapter=adapter), after=click.style(given[0], dim=True))
 
 
 def _batch(
-    batch_file: Path, output: Path, max_num_seqs: int, kv_dtype: str | None, sampling, loading: dict[str, Any]
+    batch_file: Path,
+    output: Path,
+    max_num_seqs: int,
+    kv_dtype: str | None,
+    speculation: SpeculativeConfig | None,
+    sampling: dict[str, Any],
+    loading: dict[str, Any],
 ) -> int:
     """Runs a batch file and returns the exit status. loading: the arguments of running.load."""
     from rich.console import Console
@@ -110,7 +131,7 @@ def _batch(
         return 0
     language_model = running.load(**loading)
     params = running.sampling_params(language_model, sampling)
-    engine = Engine(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype)
+    engine = Engine(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype, speculative_config=speculation)
     console, errors, written = Console(stderr=True), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:

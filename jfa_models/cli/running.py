@@ -77,12 +77,14 @@ def print_growth(results: Iterator[RequestOutput], *, after: str) -> str:
     return shown
 
 
-def timed(model: LanguageModel, prompt: str, params: SamplingParams, adapter: str | None) -> dict:
+def timed(
+    stream: Callable[..., Iterator[RequestOutput]], prompt: str, params: SamplingParams, adapter: str | None
+) -> dict:
     """Generates for one prompt and measures times, after generating two tokens to compile every step."""
-    for _ in itertools.islice(model.stream(prompt, params, adapter=adapter), 2):
+    for _ in itertools.islice(stream(prompt, params, adapter=adapter), 2):
         pass
     start = time.perf_counter()
-    results = model.stream(prompt, params, adapter=adapter)
+    results = stream(prompt, params, adapter=adapter)
     result = next(results)
     first = time.perf_counter()
     *_, result = result, *results

@@ -7,6 +7,8 @@ import click
 
 from jfa_models.decoding.params import SamplingParams
 
+_FORMS = {"json_schema": "json", "regex": "regex", "grammar": "grammar"}
+
 
 def sampling_options(command: Callable) -> Callable:
     """Adds --max-tokens, --temperature and so on; an omitted option is what the model's authors recommend."""
@@ -19,14 +21,26 @@ def sampling_options(command: Callable) -> Callable:
         click.option("--top-k", type=int),
         click.option("--temperature", type=float, help="0: greedy decoding."),
         click.option("--max-tokens", type=int, default=128, show_default=True),
+        click.option("--grammar", type=click.File(encoding="utf-8"), help="The text has this grammar (Lark)."),
+        click.option("--regex", help="The text matches this regular expression."),
+        click.option("--json-schema", type=click.File(encoding="utf-8"), help="The text is JSON of this schema."),
     ):
         command = option(command)
     return command
 
 
 def given(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, or have a default."""
-    return {name: value for name, value in sampling.items() if value is not None}
+    """The options that were given, or have a default, by the names of SamplingParams."""
+    fields = {name: value for name, value in sampling.items() if value is not None}
+    form = {kind: fields.pop(option) for option, kind in _FORMS.items() if option in fields}
+    if len(form) > 1:
+        raise ValueError("--json-schema, --regex and --grammar exclude each other: a text has one form")
+    return fields | ({"structured_outputs": form} if form else {})
+
+
+def read_forms(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """With the contents of the files that options name."""
+    return {name: value.read() if hasattr(value, "read") else value for name, value in sampling.items()}
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:

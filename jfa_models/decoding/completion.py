@@ -4,9 +4,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int32
+
 from jfa_models.decoding.outputs import CompletionOutput, FinishReason, Logprob
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import NO_TOKEN, Sampled
+from jfa_models.text.guided import EVERYTHING, GrammarError, Guide, fill
 from jfa_models.text.tokenizer import Tokenizer
 
 # Number of prompt tokens that are decoded together with the first new token: enough to complete a character, and to
@@ -27,6 +31,7 @@ class Completion:
       finish_reason: None until it ends.
       error: why it ended with finish_reason "error".
       max_tokens: maximum number of tokens.
+      guide: allows the tokens that its form permits; None: all.
       cumulative_logprob: sum of the log-probabilities of its tokens; None if they are not computed.
     """
 
@@ -39,8 +44,10 @@ class Completion:
         index: int = 0,
         tokenizer: Tokenizer | None,
         eos_token_ids: Sequence[int],
+        guide: Guide | None = None,
     ):
         self.params = params
+        self.guide = guide
         self.max_tokens = max_tokens
         self.index = index
         self.token_ids: list[int] = []
@@ -70,9 +77,7 @@ class Completion:
         """Takes the token that the device sampled for a row."""
         token = int(sampled.token[row])
         if token == NO_TOKEN:
-            self.finish_reason, self.error = "error", NOT_FINITE
-            if self._stream:
-                self._text += self._stream.flush()
+            self.fail(NOT_FINITE)
             return
         if self._logprobs is not None and self.cumulative_logprob is not None:
             entries = logprobs_of(sampled, row, self.params.logprobs, self._tokenizer)
@@ -91,7 +96,9 @@ class Completion:
         if ended_by_id:
             self.finish_reason = "stop"
             self._stop_reason = None if token in self._eos_token_ids else stop or token
-        elif len(self.token_ids) >= self.max_tokens:
+        elif self._completes(token):
+            self.finish_reason = "stop"
+        elif self.error is None and len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"
         if self.finished and self._stream:
             self._text += self._stream.flush()
@@ -100,6 +107,23 @@ class Completion:
             self._stops_from = len(self._text)
         if stop is not None and includes_stop and not was_cut:
             self._text += stop
+
+    def fail(self, error: str) -> None:
+        """Ends it with finish_reason "error"."""
+        self.finish_reason, self.error = "error", error
+        if self._stream:
+            self._text += self._stream.flush()
+
+    def _completes(self, token: int) -> bool:
+        """Moves the guide behind a token; whether nothing can follow."""
+        if self.guide is None:
+            return False
+        try:
+            self.guide.accept([token])
+        except GrammarError as error:
+            self.finish_reason, self.error = "error", str(error)
+            return False
+        return self.guide.complete
 
     def end(self, reason: FinishReason) -> None:
         """Ends it for this reason, if it has not ended yet."""
@@ -137,6 +161,22 @@ class Completion:
         return max(
             (n for stop in self.params.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
         )
+
+
+def allowed_tokens(completions: Sequence[Completion | None], vocab_size: int) -> Int32[np.ndarray, "rows words"] | None:
+    """The masks of a step's rows, in which one that is None allows everything; None if no row has a guide.
+
+    A completion whose guide can allow nothing more fails.
+    """
+    guides = [None if one is None or one.finished else one.guide for one in completions]
+    if not any(guides):
+        return None
+    masks = np.full((len(completions), -(-vocab_size // 32)), EVERYTHING, np.int32)
+    for row, error in fill(guides, masks).items():
+        one = completions[row]
+        assert one is not None
+        one.fail(str(error))
+    return masks
 
 
 def logprobs_of(sampled: Any, row: int, num_top: int | None, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

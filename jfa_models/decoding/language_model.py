@@ -23,7 +23,7 @@ from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.save import save_checkpoint
 from jfa_models.decoding import caches
 from jfa_models.decoding.adapters import AdapterBank, Loaded, Names, names_of
-from jfa_models.decoding.completion import Completion
+from jfa_models.decoding.completion import Completion, allowed_tokens
 from jfa_models.decoding.options import DTYPES, CacheOptions
 from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import (
@@ -35,12 +35,13 @@ from jfa_models.decoding.params import (
     one_per_prompt,
 )
 from jfa_models.decoding.prompts import Prompt, as_prompts, text_of, unpacked
-from jfa_models.decoding.sampling import sampling_rows
+from jfa_models.decoding.sampling import SamplingRows, sampling_rows
 from jfa_models.decoding.steps import DecodeState, Emitted, Steps
 from jfa_models.model.attention import Cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import Adapters
+from jfa_models.text.guided import Grammars, Guide
 from jfa_models.text.tokenizer import Tokenizer
 
 
@@ -109,6 +110,7 @@ class LanguageModel:
         self.cache_options = cache_options or CacheOptions()
         self.dtype = next(iter(leaves.values())).dtype
         self.steps = Steps(decoder)
+        self._grammars: Grammars | None = None
         self.shapes = {name: tuple(x.shape) for name, x in leaves.items()}
         self.adapters = AdapterBank(
             self.config,
@@ -341,7 +343,10 @@ class LanguageModel:
         The number of rows is rounded up to a power of two, as in generate; rows without a prompt are not active. If a
         row has an adapter, the steps need adapters=model.adapters.on_device.
         """
-        return self._start(self._requests(as_prompts(prompts), sampling_params, seed, adapter), whole=True)[0]
+        requests = self._requests(as_prompts(prompts), sampling_params, seed, adapter)
+        if any(request.completion.guide is not None for request in requests):
+            raise ValueError("start cannot follow structured_outputs: the steps after it need masks; use generate")
+        return self._start(requests, whole=True)[0]
 
     def _stream(self, request: "_Request", session: "Session") -> Iterator[RequestOutput]:
         prompt_ids = request.prompt_ids
@@ -352,11 +357,15 @@ class LanguageModel:
             try:
                 while not request.finished:
                     shown = emitted
-                    if len(request.completion.token_ids) + 1 < request.max_tokens:
+                    is_guided = request.completion.guide is not None
+                    if not is_guided and len(request.completion.token_ids) + 1 < request.max_tokens:
                         # the next step runs on the device while the host reads and prints this one
                         state, emitted = self.steps.decode(self.params, state, adapters=adapters[1])
                     shown = jax.device_get(shown)
                     request.completion.push(shown.sampled, 0)
+                    if is_guided and not request.finished:
+                        state = self._masked(state, [request])
+                        state, emitted = self.steps.decode(self.params, state, adapters=adapters[1])
                     yield request.output()
             finally:
                 # the cache contains every token except the last one, which only a step that ran ahead may have added
@@ -372,9 +381,22 @@ class LanguageModel:
             # stop strings are detected on the host: tell the device which rows have ended
             active = np.zeros(state.active.shape, bool)
             active[: len(requests)] = [not request.finished for request in requests]
-            state = dataclasses.replace(state, active=active)
-            state, emitted, num_steps = self.steps.decode_many(self.params, state, adapters=adapters)
-            self._push(requests, jax.device_get(emitted), int(num_steps))
+            state = self._masked(dataclasses.replace(state, active=active), requests)
+            if state.rows.allowed is None:
+                state, emitted, num_steps = self.steps.decode_many(self.params, state, adapters=adapters)
+                self._push(requests, jax.device_get(emitted), int(num_steps))
+            else:
+                state, emitted = self.steps.decode(self.params, state, adapters=adapters)
+                self._push(requests, jax.tree.map(lambda x: x[None], jax.device_get(emitted)), 1)
+
+    def _masked(self, state: DecodeState, requests: "Sequence[_Request]") -> DecodeState:
+        """With the tokens that the guides of the requests allow next."""
+        return dataclasses.replace(state, rows=self._rows_masked(state.rows, requests))
+
+    def _rows_masked(self, rows: SamplingRows, requests: "Sequence[_Request]") -> SamplingRows:
+        padding = [None] * (rows.temperature.shape[0] - len(requests))
+        allowed = allowed_tokens([*(request.completion for request in requests), *padding], self.config.vocab_size)
+        return dataclasses.replace(rows, allowed=allowed)
 
     @staticmethod
     def _push(requests: "Sequence[_Request]", emitted: Emitted, num_steps: int) -> None:
@@ -414,6 +436,7 @@ class LanguageModel:
             default_seed=requests[0].seed,
             request_ids=[*(request.index for request in requests), *range(len(empty))],
         )
+        rows = self._rows_masked(rows, requests)
         hidden = jnp.zeros((size, self.config.hidden_size), self.dtype)
         for tokens, lengths in caches.prefill_chunks(prompts, size):
             cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
@@ -500,7 +523,18 @@ class LanguageModel:
             index=index,
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
+            guide=self._guide(params),
         )
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        """A guide at the beginning of the text that a request asks for."""
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so structured_outputs cannot be enforced")
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.eos_token_ids)
+        return self._grammars.compile(params.structured_outputs).start()
 
     def _with_stop_ids(self, params: SamplingParams) -> SamplingParams:
         """The params with the ids of the stop strings that are special tokens: these have no text to be found in."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from jfa_models.text.structured import StructuredOutputsParams
+
 MAX_SAMPLES = 10_000  # maximum continuations per prompt
 MAX_LOGPROBS = 20  # the largest number of alternatives that vLLM and the OpenAI API return by default
 GREEDY_BELOW = 1e-5  # smaller temperatures mean greedy, as in vLLM: logit differences divided by them overflow float32
@@ -37,6 +39,8 @@ class SamplingParams:
       max_tokens: None: up to the context length.
       logprobs: number of most likely tokens to report for each token; 0: only the sampled token. They are computed
         from the raw logits.
+      structured_outputs: what the text must look like: StructuredOutputsParams, or a dictionary of its fields. It ends
+        where it is complete, also before min_tokens.
       prompt_logprobs: like logprobs, for the tokens of the prompt. Only Engine and LLM support it.
       logit_bias: token ids and the values to add to their logits; stored as a tuple of pairs.
       skip_special_tokens: omit special tokens from the text.
@@ -65,6 +69,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     spaces_between_special_tokens: bool = True
@@ -105,6 +110,10 @@ class SamplingParams:
             checked["seed"] = integer("seed", self.seed, 0, 2**64 - 1, "use None to let the engine choose a seed")
         if self.logit_bias is not None:
             checked["logit_bias"] = bias_pairs(self.logit_bias)
+        if self.structured_outputs is not None:
+            checked["structured_outputs"] = _structured(self.structured_outputs)
+            if self.ignore_eos:
+                raise ValueError("structured_outputs ends the text by an end token, so ignore_eos must be False")
         flags = {
             "ignore_eos": "use False to end at eos",
             "skip_special_tokens": "use True for text without them",
@@ -138,8 +147,7 @@ _ELSEWHERE = {
     "bad_words": "use logit_bias of -100 for token ids",
     "allowed_token_ids": "use logit_bias of -100 for the other token ids",
     "logits_processors": "use logit_bias",
-    "guided_decoding": "guided decoding is not implemented yet",
-    "structured_outputs": "guided decoding is not implemented yet",
+    "guided_decoding": "use structured_outputs",
     "truncate_prompt_tokens": "pass the prompt as token ids, and cut them",
     "detokenize": "results have token_ids next to their text",
     "output_kind": "use stream for results as they grow, generate for finished ones",
@@ -253,6 +261,17 @@ def bias_pairs(bias: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple
         for token_id, value in pairs
     }
     return tuple(sorted(values.items()))
+
+
+def _structured(given: Any) -> StructuredOutputsParams:
+    if isinstance(given, StructuredOutputsParams):
+        return given
+    names = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
+    if not isinstance(given, Mapping) or given.keys() - {*names}:
+        raise ValueError(
+            f"structured_outputs must be StructuredOutputsParams, fields {', '.join(names)}, got {given!r}"
+        )
+    return StructuredOutputsParams(**given)
 
 
 def _listed(name: str, values: Any, kind: str) -> list[Any]:

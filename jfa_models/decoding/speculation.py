@@ -25,7 +25,7 @@ class SpeculativeConfig:
     change how many steps they take.
 
     Attributes:
-      method: "ngram" (prompt lookup): what followed the last tokens where they stood before, in the prompt or the answer.
+      method: "ngram" (prompt lookup): what followed the last tokens where they stood before, in prompt or answer.
         "draft_model": a smaller model with the same tokenizer. "self": the first layers of the model itself, with its
         own output layer.
       num_speculative_tokens: the longest draft, up to MAX_DRAFT.

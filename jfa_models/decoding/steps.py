@@ -252,7 +252,7 @@ def _decode_many(decoder: Adapted, state: DecodeState) -> tuple[DecodeState, Emi
 def _advance(
     decoder: Adapted, cache: jfa.PagedKVCache, last_token: Int[Array, " slots"], batch: Batch
 ) -> tuple[Cache, Float[Array, "b vocab"], Sampled | None]:
-    """The logits after each row's `last` token, or all; with next_tokens also their log-probabilities, a row a token."""
+    """The logits after each row's `last` token, or after all; with next_tokens also the log-probabilities of these."""
     n, b = batch.tokens.shape[0], batch.slot.shape[0]
     if batch.query_start is None:
         lengths = (batch.slot < last_token.shape[0]).astype(jnp.int32)

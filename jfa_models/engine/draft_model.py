@@ -31,7 +31,7 @@ class DraftModel:
     """Drafts with a decoder of its own.
 
     Its cache has the same page numbers as the engine's, so that a continuation's page table serves both. The keys and
-    values of a prompt are computed when the first draft is wanted, also where the engine found them in its prefix cache.
+    values of a prompt are computed when the first draft is wanted, even if the engine had them in its prefix cache.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from jaxtyping import Int32
 import jfa
 from jfa.pages import Copy
 from jfa.types import NULL_PAGE
+from jfa_models.decoding.completion import Completion, allowed_tokens
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seen, slot_rows
@@ -20,6 +21,7 @@ from jfa_models.decoding.steps import Batch, Slots
 from jfa_models.engine.request import GREEDY, NO_SEED, Continuation, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
 from jfa_models.model.lora import NO_ADAPTER, Adapters
+from jfa_models.text.guided import GrammarError
 
 SMALLEST_STEP = 32  # minimum tokens of a step with prompts; its sizes double from here on
 SMALLEST_COPY = 8  # minimum number of pages per copy
@@ -191,13 +193,18 @@ class Launcher:
     def _allowed(
         self, sampling: Sequence[tuple[int, Continuation, Sequence[int]]], n: int
     ) -> Int32[np.ndarray, "n words"] | None:
-        """The masks of the rows that follow a grammar; None: none does."""
-        if all(one.guide is None for _, one, _ in sampling):
-            return None
-        allowed = self._all_allowed(n)
-        for row, one, drafts in sampling:
-            if one.guide is not None:
-                one.guide.allowed_after(drafts, allowed[row : row + 1 + len(drafts)])
+        """The masks of the rows whose requests have a form; None: none has."""
+        completions: list[Completion | None] = [None] * n
+        for row, one, _ in sampling:
+            completions[row] = one.completion
+        allowed = allowed_tokens(completions, self.model.config.vocab_size)
+        for row, one, drafts in sampling if allowed is not None else ():
+            if one.guide is not None and drafts and not one.finished:
+                try:
+                    one.guide.allowed_after(drafts, allowed[row : row + 1 + len(drafts)])
+                except GrammarError as error:
+                    assert one.completion is not None
+                    one.completion.fail(str(error))
         return allowed
 
     def _all_allowed(self, n: int) -> Int32[np.ndarray, "n words"]:

@@ -1,4 +1,4 @@
-"""How many drafted tokens a step verifies: as many as make the most tokens per second, by the measured times. No jax."""
+"""How many drafted tokens a step verifies: those that give the most tokens per second, by measured times. No jax."""
 
 import heapq
 from collections.abc import Sequence

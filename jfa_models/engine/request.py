@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from jfa_models.decoding.completion import Completion
 from jfa_models.decoding.outputs import Logprob, RequestMetrics, RequestOutput
 from jfa_models.decoding.params import MAX_LOGPROBS, SamplingParams
 from jfa_models.engine.beams import BeamSearch
+from jfa_models.text.guided import Guide
 
 OnOutput = Callable[[RequestOutput], None]
 
@@ -47,7 +47,6 @@ class Continuation:
         seed: np.random.SeedSequence,
         draws: bool = True,
         completion: Completion | None = None,
-        guide: Any = None,
     ):
         self.request = request
         self.order = (request.priority, request.number, index)
@@ -62,7 +61,6 @@ class Continuation:
         self.seed = seed
         self.draws = draws
         self.completion = completion
-        self.guide = guide
         self.reported = False
         self.finished = False
         self.slot: int | None = None
@@ -73,6 +71,11 @@ class Continuation:
     def num_new(self) -> int:
         """Tokens to compute before the next one can be sampled; 0: there is nothing to do."""
         return 0 if self.reported or self.num_tokens >= self.limit else self.num_tokens - self.num_computed
+
+    @property
+    def guide(self) -> Guide | None:
+        """Allows the tokens that its form permits; None: all."""
+        return None if self.completion is None else self.completion.guide
 
     def __repr__(self) -> str:
         return f"Continuation({self.request.id!r}, {self.order[2]})"

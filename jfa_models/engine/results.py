@@ -80,7 +80,8 @@ class Results:
         assert one.completion is not None
         num_right = 0
         while True:
-            one.completion.push(sampled, row + num_right)
+            if one.completion.error is None:  # its guide may have failed at the mask
+                one.completion.push(sampled, row + num_right)
             if one.completion.error is not None:
                 one.request.error = one.completion.error
                 self.end(one.request, "error")
@@ -88,13 +89,10 @@ class Results:
             token = one.completion.token_ids[-1]
             one.tokens.append(token)
             self.generated_tokens += 1
-            if one.guide is not None and not one.completion.finished:
-                one.guide.accept([token])
-                if one.guide.complete:
-                    one.completion.end("stop")
-            if one.completion.finished or num_right == len(drafts) or token != drafts[num_right]:
+            is_right = num_right < len(drafts) and token == drafts[num_right]
+            num_right += is_right
+            if one.completion.finished or not is_right:
                 break
-            num_right += 1
         if drafts:
             self.speculator.judge(one, num_right, len(drafts))
         if one.completion.finished:

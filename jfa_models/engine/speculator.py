@@ -13,6 +13,7 @@ from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.engine.drafts import Acceptance, Lookup
 from jfa_models.engine.pace import Pace
 from jfa_models.engine.request import Continuation
+from jfa_models.text.guided import GrammarError
 
 GRAMMAR = "grammar"  # the method of tokens that a grammar forces
 
@@ -93,7 +94,7 @@ class Speculator:
         proposer: Proposer | None,
         shapes: Callable[[int], Sequence[tuple[int, int]]],
     ):
-        """shapes: the shapes (rows, tokens) of the steps that a number of rows can take, first the one without drafts."""
+        """shapes: of the steps that a number of rows can take: (rows, tokens), first the one without drafts."""
         self._method = None if config is None else config.method
         self._proposer = proposer
         self._shapes = shapes
@@ -118,7 +119,7 @@ class Speculator:
         drafts: dict[Continuation, Sequence[int]] = {}
         rooms = {one: one.limit - one.num_tokens - 1 for one in rows if one.draws}
         for one, room in rooms.items():
-            if one.guide is not None and (forced := one.guide.forced(min(room, budget))):
+            if one.guide is not None and (forced := _forced(one, min(room, budget))):
                 drafts[one] = forced
                 budget -= len(forced)
         self._forced = set(drafts)
@@ -129,10 +130,10 @@ class Speculator:
         lengths = self._pace.lengths(odds, [shapes[0], *(one for one in shapes[1:] if one[1] <= len(rows) + budget)])
         wanted = {one: length for one, length in zip(rows, lengths, strict=True) if length}
         for one, draft in (self._proposer.draft(wanted) if wanted else {}).items():
-            permitted = draft[:budget] if one.guide is None else one.guide.permitted(draft[:budget])
-            if permitted:
-                drafts[one] = permitted
-                budget -= len(permitted)
+            fitting = min(budget, len(draft) if one.guide is None else one.guide.permitted(draft))
+            if fitting:
+                drafts[one] = draft[:fitting]
+                budget -= fitting
         return drafts
 
     def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
@@ -148,3 +149,12 @@ class Speculator:
     def time(self, shape: tuple[int, int], seconds: float) -> None:
         """Records the seconds of a step of this shape."""
         self._pace.time(*shape, seconds)
+
+
+def _forced(one: Continuation, limit: int) -> list[int]:
+    """The next tokens of a continuation, as far as its form leaves only one possibility."""
+    assert one.guide is not None
+    try:
+        return one.guide.forced(limit)
+    except GrammarError:
+        return []  # the mask of the next step reports it

@@ -11,6 +11,7 @@ them.
 
 import collections
 import functools
+import itertools
 import json
 import os
 import re
@@ -314,6 +315,14 @@ class Guide:
         finally:
             if not self.matcher.is_error():
                 self._roll_back(moved)
+
+    def permitted(self, draft: Sequence[int]) -> int:
+        """How many draft tokens fit, without the cost of masks; the guide stays where it is.
+
+        The masks may permit fewer: where the text is certain, they allow only its usual tokens.
+        """
+        before_end = list(itertools.takewhile(lambda token: token not in self._ends, map(int, draft)))
+        return self.matcher.validate_tokens(before_end) if before_end and not self.complete else 0
 
     def forced(self, limit: int) -> list[int]:
         """Up to `limit` tokens that are certain to come next; the guide stays where it is.
