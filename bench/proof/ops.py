@@ -195,7 +195,7 @@ def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[C
         operands = _paged_operands(dtype, head_dim, ragged=kernel == "ragged_paged_attention")
 
         def call(operands):
-            q, k_pages, v_pages, page_table, kv_len, query_start, k_scales, v_scales, _ = operands
+            q, k_pages, v_pages, page_table, kv_len, query_start, k_scales, v_scales, *_ = operands
             rows = (page_table, kv_len) if query_start is None else (page_table, kv_len, query_start)
             return getattr(jfa, kernel)(
                 *(q, k_pages, v_pages, *rows),

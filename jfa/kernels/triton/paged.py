@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jfa import quant
+from jfa import quant, trees
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.casts import bias, unit, widened
@@ -63,6 +63,7 @@ _SAFE_RAGGED = {
 }
 
 MAX_GROUP_SIZE = 64
+MAX_TREE = 128  # new tokens; 32 of them take a register of each row of a tile
 _LEAST = 2.0**-40  # scales below give results that float16 cannot represent
 _WAVES_PER_UNIT = 8  # for decode; waves hide each other's load latency
 _SHORTEST_SPLIT = 256  # keys; fewer take less time than starting a program
@@ -91,6 +92,8 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
         if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
             # Pallas (jax 0.12) uses signed 32-bit offsets for such an array
             return f"Pallas computes wrong addresses in {name} of 2 to 4 GiB with a one-byte dtype; use fewer pages"
+    if operands.tree_mask is not None and operands.tree_mask.shape[1] > MAX_TREE:
+        return f"a tree may have at most {MAX_TREE} new tokens, got a tree_mask for {operands.tree_mask.shape[1]}"
     return None
 
 
@@ -132,6 +135,10 @@ def paged_attention(
     if operands.query_start is not None:
         arrays["query_start"] = operands.query_start
         arrays["tiles"] = _tiles_of_rows(operands.query_start, n, tokens)
+    if operands.tree_mask is not None:
+        assert operands.query_start is not None
+        arrays["depths"] = trees.depths(operands.tree_mask, operands.query_start)
+        arrays["tree"] = _words(trees.seen(operands.tree_mask, operands.query_start, spec.left)[0])
     if operands.sinks is not None and num_splits == 1:
         arrays["sinks"] = operands.sinks.astype(jnp.float32)
     outs = (n, shape.hq, shape.dv), (n, shape.hq)
@@ -148,6 +155,7 @@ def paged_attention(
             page_size=operands.k_pages.shape[1],
             rows=rows,
             tokens=tokens,
+            tree_size=None if operands.tree_mask is None else operands.tree_mask.shape[1],
         ),
         name="paged_decode_attention" if decodes else "ragged_paged_attention",
         grid=(shape.hkv, num_splits, n if decodes else len(arrays["tiles"])),
@@ -200,6 +208,14 @@ def _tiles_of_rows(query_start: Array, n: int, tokens: int) -> Array:
     return jnp.stack([row, (tile - (end - count)[row]) * tokens], axis=1).astype(jnp.int32)
 
 
+def _words(seen: Bool[Array, "n m"]) -> Int[Array, "n words"]:
+    """Packs bits into 32-bit words; bit j % 32 of word j // 32 is column j. Bits past m are those of column m - 1."""
+    n, m = seen.shape
+    bits = jnp.pad(seen, ((0, 0), (0, -m % 32)), mode="edge").reshape(n, -1, 32).astype(jnp.uint32)
+    words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(2, dtype=jnp.uint32)
+    return lax.bitcast_convert_type(words, jnp.int32)
+
+
 def _joined(
     out: Float[Array, "splits n hq dv"], lse: Float[Array, "splits n hq"], operands: PagedOperands
 ) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
@@ -242,6 +258,7 @@ def _paged_kernel(
     page_size: int,
     rows: int,
     tokens: int,
+    tree_size: int | None,
 ):
     *inputs, o_ref, lse_ref = refs
     ref = dict(zip(names, inputs, strict=True))
@@ -286,7 +303,14 @@ def _paged_kernel(
     if k_bias:
         parts = [load_q(piece, at, 0).astype(jnp.float32).sum(1) for piece in k_pieces for at in piece.firsts]
         q_bias = functools.reduce(jnp.add, parts) * -k_bias
-    span = tile.keys_of(first, tokens, block_kv)
+    is_tree = depths = None
+    last = token
+    if tree_size is not None:
+        depths = load(ref["depths"].at[query], mask=own, other=0)
+        in_tree = own & (depths != token)
+        last = jnp.where(in_tree, jnp.minimum(token, tree_size - 1), token)
+        is_tree = jnp.max(in_tree.astype(jnp.int32)) > 0
+    span = tile.keys_of(first, tokens, block_kv, tree=is_tree)
     if o_ref.ndim == 4:
         span = span.part(split, o_ref.shape[0])
 
@@ -329,7 +353,11 @@ def _paged_kernel(
         if "k_scales" in ref:
             scores = scores * scales("k_scales")[None, :]
         scores = tile.raw(scores, token[:, None], keys[None, :])
-        visible = tile.visible(token[:, None], keys[None, :], edge=edge)
+        visible = tile.visible(
+            last[:, None], keys[None, :], edge=edge, depths=None if depths is None else depths[:, None]
+        )
+        if "tree" in ref and edge:
+            visible = visible & _in_tree(ref["tree"], query, own, keys - tile.offset)
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
         m_next = jnp.maximum(m, tile.maximum(scores))
@@ -381,3 +409,23 @@ def _paged_kernel(
         out = jnp.where(empty[:, None], 0.0, part * norm[:, None])
         store(o_ref.at[at], out.astype(o_ref.dtype), mask=own[:, None] & (columns < piece.width)[None, :])
     store(lse_ref.at[(*before, query, head)], lse, mask=own)
+
+
+def _in_tree(words_ref, query: Array, own: Array, new: Array) -> Bool[Array, "rows block_kv"]:
+    """The keys that the tree mask leaves visible; new: index of each key among the row's new tokens, or negative.
+
+    A key before the new tokens matches any bit, and a row has at least one. A key past the last word does so too: the
+    causal mask is left to decide.
+    """
+    width = words_ref.shape[1]
+    always = (new < 0) | (new >= 32 * width)
+    found = None
+    for word in range(width):
+        in_word = (new >= 32 * word) & (new < 32 * (word + 1))
+        bit = jnp.where(in_word, lax.shift_left(jnp.int32(1), new & 31), 0)
+        of_keys = jnp.where(always, jnp.int32(-1), bit)
+        of_rows = load(words_ref.at[query, word], mask=own, other=0)
+        matched = of_rows[:, None] & of_keys[None, :]
+        found = matched if found is None else found | matched
+    assert found is not None
+    return found != 0
