@@ -153,16 +153,6 @@ CASES = {
         head_dim=16,
         page_size=16,
     ),
-    "tree_int8": PagedCase(
-        kv_len=(45, 12),
-        queries=(13, 5),
-        trees=((-1, *range(6), *range(6)), None),
-        mask_width=32,
-        heads=(4, 1),
-        head_dim=32,
-        page_size=5,
-        pages="int8",
-    ),
     "tree_int4": PagedCase(
         kv_len=(45, 12),
         queries=(3, 5),
@@ -180,6 +170,16 @@ CASES = {
         head_dim=16,
         page_size=8,
         pages="fp8",
+    ),
+    "tree_int8": PagedCase(
+        kv_len=(45, 12),
+        queries=(13, 5),
+        trees=((-1, *range(6), *range(6)), None),
+        mask_width=32,
+        heads=(4, 1),
+        head_dim=32,
+        page_size=5,
+        pages="int8",
     ),
 }
 
