@@ -224,8 +224,8 @@ def paged_values(
     """Raises ValueError unless the values in the arrays of a paged call are valid; for tests and debugging.
 
     Copies the arrays to the host. Every page of a row's kv_len tokens must be in the pool and not NULL_PAGE;
-    query_start must not decrease, and no row may have more queries than tokens. A query with a tree mask must see itself
-    and no later token of its row.
+    query_start must not decrease, and no row may have more queries than tokens. A query with a tree mask must see
+    itself and no later token of its row.
     """
     table, lengths = np.asarray(page_table), np.asarray(kv_len)
     capacity = table.shape[1] * page_size
@@ -252,10 +252,10 @@ def paged_values(
             )
         if tree_mask is not None:
             for index, sees in enumerate(np.asarray(tree_mask)[first:end]):
-                if sees.any() and np.flatnonzero(sees)[-1] != index:
+                if sees.any() and (last := int(np.flatnonzero(sees)[-1])) != index:
                     raise ValueError(
-                        f"row {row}: its new token {index} must see itself and none after it, but the last token in its "
-                        f"tree_mask is {np.flatnonzero(sees)[-1]}; order a tree so that parents precede children"
+                        f"row {row}: the last token that new token {index} sees must be itself, but by tree_mask it is "
+                        f"{last}; order a tree so that parents precede children"
                     )
 
 

@@ -17,13 +17,11 @@ def depths(tree_mask: Bool[Array, "n m"], query_start: Int[Array, " b+1"]) -> In
     return jnp.where(tree_mask.any(1), found - 1, index)
 
 
-def seen(
-    tree_mask: Bool[Array, "n m"], query_start: Int[Array, " b+1"], left: int | None
-) -> tuple[Bool[Array, "n m"], Bool[Array, " n"]]:
-    """The new tokens that each query sees within its window, and which queries are causal.
+def seen(tree_mask: Bool[Array, "n m"], query_start: Int[Array, " b+1"], left: int | None) -> Bool[Array, "n m"]:
+    """The new tokens that each query sees within its window, before a causal mask is applied.
 
-    The new tokens that a query sees are at consecutive positions. A causal query sees all m, so that only a causal mask
-    and the window are left to apply.
+    Those of a tree are at consecutive positions. Of a causal query all are True; what holds for column m - 1 holds for
+    all new tokens past it: to a query of a tree, the causal mask hides them.
 
     Args:
       left: number of keys that a query sees before its own position; None: all.
@@ -32,8 +30,7 @@ def seen(
     if left is not None:
         from_here = jnp.cumsum(visible[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
         visible &= from_here <= left + 1
-    causal = ~tree_mask.any(1)
-    return visible | causal[:, None], causal
+    return visible | ~tree_mask.any(1, keepdims=True)
 
 
 def _earlier(tree_mask: Bool[Array, "n m"], index: Int[Array, " n"]) -> Bool[Array, "n m"]:

@@ -49,13 +49,11 @@ def _tree(
     """The keys that each query sees by the tree mask and the window; a causal mask is left to apply."""
     assert operands.tree_mask is not None and operands.query_start is not None
     mask, start = operands.tree_mask, operands.query_start
-    visible, causal = (
-        jnp.take(x, index, axis=0, mode="fill", fill_value=False) for x in trees.seen(mask, start, left)
-    )
+    visible = jnp.take(trees.seen(mask, start, left), index, axis=0, mode="fill", fill_value=False)
     key = jnp.broadcast_to(jnp.arange(operands.capacity), (*index.shape, operands.capacity))
     new = key - offset[:, None, None]
     inside = jnp.take_along_axis(visible, jnp.clip(new, 0, mask.shape[1] - 1), axis=2)
-    found = (new < 0) | jnp.where(new < mask.shape[1], inside, causal[..., None])
+    found = (new < 0) | inside
     if left is not None:
         depth = jnp.take(trees.depths(mask, start), index, axis=0, mode="fill", fill_value=0)
         found &= new >= depth[..., None] - left

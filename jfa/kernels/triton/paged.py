@@ -137,8 +137,9 @@ def paged_attention(
         arrays["tiles"] = _tiles_of_rows(operands.query_start, n, tokens)
     if operands.tree_mask is not None:
         assert operands.query_start is not None
-        arrays["depths"] = trees.depths(operands.tree_mask, operands.query_start)
-        arrays["tree"] = _words(trees.seen(operands.tree_mask, operands.query_start, spec.left)[0])
+        arrays["tree"] = _words(trees.seen(operands.tree_mask, operands.query_start, spec.left))
+        if spec.left is not None:
+            arrays["depths"] = trees.depths(operands.tree_mask, operands.query_start)
     if operands.sinks is not None and num_splits == 1:
         arrays["sinks"] = operands.sinks.astype(jnp.float32)
     outs = (n, shape.hq, shape.dv), (n, shape.hq)
@@ -155,7 +156,6 @@ def paged_attention(
             page_size=operands.k_pages.shape[1],
             rows=rows,
             tokens=tokens,
-            tree_size=None if operands.tree_mask is None else operands.tree_mask.shape[1],
         ),
         name="paged_decode_attention" if decodes else "ragged_paged_attention",
         grid=(shape.hkv, num_splits, n if decodes else len(arrays["tiles"])),
@@ -258,7 +258,6 @@ def _paged_kernel(
     page_size: int,
     rows: int,
     tokens: int,
-    tree_size: int | None,
 ):
     *inputs, o_ref, lse_ref = refs
     ref = dict(zip(names, inputs, strict=True))
@@ -303,13 +302,19 @@ def _paged_kernel(
     if k_bias:
         parts = [load_q(piece, at, 0).astype(jnp.float32).sum(1) for piece in k_pieces for at in piece.firsts]
         q_bias = functools.reduce(jnp.add, parts) * -k_bias
-    is_tree = depths = None
-    last = token
-    if tree_size is not None:
-        depths = load(ref["depths"].at[query], mask=own, other=0)
-        in_tree = own & (depths != token)
-        last = jnp.where(in_tree, jnp.minimum(token, tree_size - 1), token)
-        is_tree = jnp.max(in_tree.astype(jnp.int32)) > 0
+
+    def load_of_queries(name: str, zero, *word):
+        # in bounds instead of masked: the branch of a masked load here costs tens of registers on gfx1100
+        return load(ref[name].at[jnp.minimum(query + zero, shape.tq - 1), *word])
+
+    def load_words(zero):
+        return tuple(load_of_queries("tree", zero, word) for word in range(ref["tree"].shape[1]))
+
+    is_tree = None
+    if "tree" in ref:
+        is_tree = (
+            jnp.min(jnp.where(own, functools.reduce(jnp.bitwise_and, load_words(0)), -1)) != -1
+        )  # all bits of causal queries are set
     span = tile.keys_of(first, tokens, block_kv, tree=is_tree)
     if o_ref.ndim == 4:
         span = span.part(split, o_ref.shape[0])
@@ -319,6 +324,12 @@ def _paged_kernel(
         start = n * block_kv
         keys = start + jnp.arange(block_kv)
         inside = (keys >= span.first) & (keys < span.end) if edge else None
+        in_tree = depths = None
+        if edge and "tree" in ref:
+            # 0, so that each of the few edge tiles loads these: they are not kept in registers all along
+            zero = lax.shift_right_logical(n, jnp.int32(30))
+            in_tree = _in_tree(load_words(zero), keys - tile.offset)
+            depths = load_of_queries("depths", zero)[:, None] if "depths" in ref else None
         if page_size % block_kv == 0:
             slots = ref["page_table"][row, lax.div(start, page_size)] * page_size + lax.rem(keys, jnp.int32(page_size))
         else:
@@ -353,11 +364,9 @@ def _paged_kernel(
         if "k_scales" in ref:
             scores = scores * scales("k_scales")[None, :]
         scores = tile.raw(scores, token[:, None], keys[None, :])
-        visible = tile.visible(
-            last[:, None], keys[None, :], edge=edge, depths=None if depths is None else depths[:, None]
-        )
-        if "tree" in ref and edge:
-            visible = visible & _in_tree(ref["tree"], query, own, keys - tile.offset)
+        visible = tile.visible(token[:, None], keys[None, :], edge=edge, depths=depths)
+        if in_tree is not None:
+            visible = visible & in_tree
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
         m_next = jnp.maximum(m, tile.maximum(scores))
@@ -411,21 +420,15 @@ def _paged_kernel(
     store(lse_ref.at[(*before, query, head)], lse, mask=own)
 
 
-def _in_tree(words_ref, query: Array, own: Array, new: Array) -> Bool[Array, "rows block_kv"]:
+def _in_tree(words: tuple[Array, ...], new: Array) -> Bool[Array, "rows block_kv"]:
     """The keys that the tree mask leaves visible; new: index of each key among the row's new tokens, or negative.
 
-    A key before the new tokens matches any bit, and a row has at least one. A key past the last word does so too: the
-    causal mask is left to decide.
+    The last word decides about keys past it, which only a causal query sees.
     """
-    width = words_ref.shape[1]
-    always = (new < 0) | (new >= 32 * width)
-    found = None
-    for word in range(width):
-        in_word = (new >= 32 * word) & (new < 32 * (word + 1))
-        bit = jnp.where(in_word, lax.shift_left(jnp.int32(1), new & 31), 0)
-        of_keys = jnp.where(always, jnp.int32(-1), bit)
-        of_rows = load(words_ref.at[query, word], mask=own, other=0)
-        matched = of_rows[:, None] & of_keys[None, :]
-        found = matched if found is None else found | matched
-    assert found is not None
-    return found != 0
+    word = words[0][:, None]
+    for i, following in enumerate(words[1:], 1):
+        word = jnp.where((new < 32 * i)[None, :], word, following[:, None])
+    whole = len(words[0]), len(new)
+    place = jnp.broadcast_to((new & 31)[None, :], whole)
+    bit = lax.shift_right_logical(jnp.broadcast_to(word, whole), place) & 1
+    return (new < 0)[None, :] | (bit != 0)

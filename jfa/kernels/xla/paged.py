@@ -65,7 +65,6 @@ class TreeMask:
     """The tree mask and window of one tile of a row's queries, which flash.py applies after the causal mask."""
 
     seen: Bool[Array, "block_q m"]  # trees.seen
-    causal: Bool[Array, " block_q"]
     depth: Int[Array, " block_q"]
     offset: Int[Array, ""]  # position of the row's first new token
     left: int | None
@@ -75,14 +74,16 @@ class TreeMask:
         """(first, inside, outside): no query sees keys before first, and all see those of [inside, outside)."""
         first = inside = 0
         if self.left is not None:
-            lowest, highest = (jnp.maximum(0, self.offset + x - self.left) for x in (self.depth.min(), self.depth.max()))
+            lowest, highest = (
+                jnp.maximum(0, self.offset + x - self.left) for x in (self.depth.min(), self.depth.max())
+            )
             first, inside = lowest, highest
-        return first, inside, jnp.where(self.causal.all(), _FAR, self.offset)
+        return first, inside, jnp.where(self.seen.all(), _FAR, self.offset)
 
     def visible(self, key: Int[Array, " block_kv"]) -> Bool[Array, "block_q block_kv"]:
         new, m = key - self.offset, self.seen.shape[1]
         inside = jnp.take(self.seen, jnp.clip(new, 0, m - 1), axis=1)
-        found = (new < 0) | jnp.where(new < m, inside, self.causal[:, None])
+        found = (new < 0) | inside
         return found if self.left is None else found & (new >= self.depth[:, None] - self.left)
 
 
@@ -127,7 +128,7 @@ def paged_attention(
     tiles_end = jnp.cumsum(tiles)
     tree = None
     if operands.tree_mask is not None:
-        tree = *trees.seen(operands.tree_mask, start, spec.left), trees.depths(operands.tree_mask, start)
+        tree = trees.seen(operands.tree_mask, start, spec.left), trees.depths(operands.tree_mask, start)
 
     def tile(i, done):
         row = jnp.searchsorted(tiles_end, i, side="right")
@@ -140,8 +141,8 @@ def paged_attention(
         offset = kv_len - (start[row + 1] - start[row])
         mask: Any = None
         if tree is not None:
-            seen, causal, depth = (x[jnp.minimum(index, start[row + 1] - 1)] for x in tree)
-            mask = TreeMask(seen=seen, causal=causal, depth=depth, offset=offset, left=spec.left)
+            seen, depth = (x[jnp.minimum(index, start[row + 1] - 1)] for x in tree)
+            mask = TreeMask(seen=seen, depth=depth, offset=offset, left=spec.left)
         found = flash.flash_attention(
             _rows(one)._replace(
                 q=jnp.take(operands.q, index, axis=0, mode="fill", fill_value=0)[None],
