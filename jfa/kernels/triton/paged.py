@@ -312,9 +312,8 @@ def _paged_kernel(
 
     is_tree = None
     if "tree" in ref:
-        is_tree = (
-            jnp.min(jnp.where(own, functools.reduce(jnp.bitwise_and, load_words(0)), -1)) != -1
-        )  # all bits of causal queries are set
+        common = functools.reduce(jnp.bitwise_and, load_words(0))
+        is_tree = jnp.min(jnp.where(own, common, -1)) != -1  # all bits of causal queries are set
     span = tile.keys_of(first, tokens, block_kv, tree=is_tree)
     if o_ref.ndim == 4:
         span = span.part(split, o_ref.shape[0])
