@@ -313,7 +313,7 @@ def _paged_kernel(
     is_tree = None
     if "tree" in ref:
         common = functools.reduce(jnp.bitwise_and, load_words(0))
-        is_tree = jnp.min(jnp.where(own, common, -1)) != -1  # all bits of causal queries are set
+        is_tree = jnp.max((own & (common != -1)).astype(jnp.int32)) > 0  # all bits of causal queries are set
     span = tile.keys_of(first, tokens, block_kv, tree=is_tree)
     if o_ref.ndim == 4:
         span = span.part(split, o_ref.shape[0])
@@ -364,7 +364,7 @@ def _paged_kernel(
             scores = scores * scales("k_scales")[None, :]
         scores = tile.raw(scores, token[:, None], keys[None, :])
         visible = tile.visible(token[:, None], keys[None, :], edge=edge, depths=depths)
-        if in_tree is not None:
+        if in_tree is not None and visible is not None:
             visible = visible & in_tree
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)

@@ -138,18 +138,18 @@ def paged_attention(
         index = jnp.where(own, index, n)
         kv_len = jnp.minimum(operands.kv_len[row], operands.capacity)
         one = operands._replace(page_table=operands.page_table[row][None], kv_len=kv_len[None])
-        offset = kv_len - (start[row + 1] - start[row])
-        mask: Any = None
+        queries = _rows(one)._replace(
+            q=jnp.take(operands.q, index, axis=0, mode="fill", fill_value=0)[None],
+            q_len=own.sum()[None],
+            q_offset=(kv_len - (start[row + 1] - start[row]) + first)[None],
+        )
         if tree is not None:
             seen, depth = (x[jnp.minimum(index, start[row + 1] - 1)] for x in tree)
-            mask = TreeMask(seen=seen, depth=depth, offset=offset, left=spec.left)
+            offset = kv_len - (start[row + 1] - start[row])
+            mask: Any = TreeMask(seen=seen, depth=depth, offset=offset, left=spec.left)
+            queries = queries._replace(mask=mask)
         found = flash.flash_attention(
-            _rows(one)._replace(
-                q=jnp.take(operands.q, index, axis=0, mode="fill", fill_value=0)[None],
-                q_len=own.sum()[None],
-                q_offset=(offset + first)[None],
-                mask=mask,
-            ),
+            queries,
             spec=spec if tree is None else dataclasses.replace(spec, window=None),
             config=dataclasses.replace(config, block_q=block_q),
         )
