@@ -189,11 +189,12 @@ def ragged_paged_attention(
       query_start: i32[b + 1], non-decreasing: row r has the queries query_start[r] up to query_start[r + 1]. Queries
         from query_start[b] on are padding and return zeros and a residual of -inf.
       tree_mask: bool[n, m], for rows whose new tokens are a tree of up to m tokens, as when drafts are verified; None:
-        every row is a sequence. tree_mask[i, j] says whether query i sees the j-th new token of its row: its ancestors
-        and itself. Parents precede children: a query sees no later token, whatever its mask says. A query whose mask is
-        all False is causal, so that prompt chunks (of any length) and single tokens need no mask. All queries see the
-        tokens before the new ones. The new tokens that a query sees are at consecutive positions, which end with its
-        own; windows are in positions. "triton" takes up to 128 tokens.
+        every row is a sequence. tree_mask[i, j] says whether query i sees the j-th new token of its row: True for its
+        ancestors and itself. Parents precede children: a query sees no later token, whatever its mask says. A query
+        whose mask is all False is causal, so that prompt chunks (of any length) and single tokens need no mask. All
+        queries see the tokens before the new ones. The new tokens that a query sees are at consecutive positions, which
+        end with its own; windows are in positions. "triton" takes up to 128 columns; bits are not checked (but by
+        jfa.checks.paged_values).
 
     Returns:
       [n, hq, dv] in query's dtype; with return_residual also the residual, f32[n, hq].
