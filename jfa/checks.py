@@ -180,6 +180,17 @@ def paged_shapes(
         )
 
 
+def tree_mask(x: Array, num_queries: int) -> None:
+    """Raises ValueError unless x is bool[num_queries, m] with m >= 1."""
+    if x.dtype != jnp.bool_:
+        raise ValueError(f"tree_mask must be boolean, got {x.dtype}; unpack bits before the call")
+    if x.ndim != 2 or x.shape[0] != num_queries or x.shape[1] == 0:
+        raise ValueError(
+            f"tree_mask must be [queries, new tokens of the largest tree] = [{num_queries}, at least 1], got shape "
+            f"{x.shape}"
+        )
+
+
 def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None, value_scales: Array | None) -> None:
     for name, scales, pages in (("key_scales", key_scales, key_pages), ("value_scales", value_scales, value_pages)):
         quantized = pages.dtype.name not in FLOAT_DTYPES
@@ -202,12 +213,19 @@ def _page_scales(key_pages: Array, value_pages: Array, key_scales: Array | None,
 
 
 def paged_values(
-    page_table: ArrayLike, kv_len: ArrayLike, *, num_pages: int, page_size: int, query_start: ArrayLike | None = None
+    page_table: ArrayLike,
+    kv_len: ArrayLike,
+    *,
+    num_pages: int,
+    page_size: int,
+    query_start: ArrayLike | None = None,
+    tree_mask: ArrayLike | None = None,
 ) -> None:
     """Raises ValueError unless the values in the arrays of a paged call are valid; for tests and debugging.
 
     Copies the arrays to the host. Every page of a row's kv_len tokens must be in the pool and not NULL_PAGE;
-    query_start must not decrease, and no row may have more queries than tokens.
+    query_start must not decrease, and no row may have more queries than tokens. A query with a tree mask must see
+    itself and no later token of its row.
     """
     table, lengths = np.asarray(page_table), np.asarray(kv_len)
     capacity = table.shape[1] * page_size
@@ -232,6 +250,13 @@ def paged_values(
             raise ValueError(
                 f"row {row}: it has {end - first} queries but kv_len, which includes them, is only {lengths[row]}"
             )
+        if tree_mask is not None:
+            for index, sees in enumerate(np.asarray(tree_mask)[first:end]):
+                if sees.any() and (last := int(np.flatnonzero(sees)[-1])) != index:
+                    raise ValueError(
+                        f"row {row}: the last token that new token {index} sees must be itself, but by tree_mask it is "
+                        f"{last}; order a tree so that parents precede children"
+                    )
 
 
 def _one_of(names: Sequence[str]) -> str:

@@ -137,6 +137,7 @@ def ragged_paged_attention(
     kv_len: ArrayLike,
     query_start: ArrayLike,
     *,
+    tree_mask: ArrayLike | None = ...,
     return_residual: Literal[False] = ...,
     **options: Unpack[_Options],
 ) -> Array: ...
@@ -151,6 +152,7 @@ def ragged_paged_attention(
     kv_len: ArrayLike,
     query_start: ArrayLike,
     *,
+    tree_mask: ArrayLike | None = ...,
     return_residual: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Array, Array]: ...
@@ -165,6 +167,7 @@ def ragged_paged_attention(
     kv_len: ArrayLike,
     query_start: ArrayLike,
     *,
+    tree_mask: ArrayLike | None = None,
     scale: float | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
@@ -185,13 +188,26 @@ def ragged_paged_attention(
       kv_len: i32[b], number of tokens in each row, including the new ones, which are its last tokens.
       query_start: i32[b + 1], non-decreasing: row r has the queries query_start[r] up to query_start[r + 1]. Queries
         from query_start[b] on are padding and return zeros and a residual of -inf.
+      tree_mask: bool[n, m], for rows whose new tokens are a tree of up to m tokens, as when drafts are verified; None:
+        every row is a sequence. tree_mask[i, j] says whether query i sees the j-th new token of its row: True for its
+        ancestors and itself. Parents precede children: a query sees no later token, whatever its mask says. A query
+        whose mask is all False is causal, so that prompt chunks (of any length) and single tokens need no mask. All
+        queries see the tokens before the new ones. The new tokens that a query sees are at consecutive positions, which
+        end with its own; windows are in positions. "triton" takes up to 128 columns; bits are not checked (but by
+        jfa.checks.paged_values).
 
     Returns:
       [n, hq, dv] in query's dtype; with return_residual also the residual, f32[n, hq].
+
+    Source of tree_mask: arXiv:2305.09781, section 4.
     """
     operands = _operands(
         query, key_pages, value_pages, page_table, kv_len, query_start, sinks, key_scales, value_scales
     )
+    if tree_mask is not None:
+        tree_mask = jnp.asarray(tree_mask)
+        checks.tree_mask(tree_mask, operands.q.shape[0])
+        operands = operands._replace(tree_mask=tree_mask)
     out, lse = _run(operands, _spec(operands, scale, local_window_size, logits_soft_cap), implementation, config)
     return (out, lse) if return_residual else out
 

@@ -100,6 +100,7 @@ class PagedOperands(NamedTuple):
     k_scales: Float[Array, "num_pages page_size hkv"] | None = None  # for quantized pages
     v_scales: Float[Array, "num_pages page_size hkv"] | None = None
     sinks: Float[Array, " hq"] | None = None
+    tree_mask: Bool[Array, "n m"] | None = None  # a query sees the row's new token j; all False: causal. See trees.py
 
     @property
     def capacity(self) -> int:

@@ -190,12 +190,14 @@ def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[C
         options: dict[str, Any] = {}
         if variant == "window":
             options = dict(local_window_size=1024, sinks=jnp.zeros(32))
+        elif variant == "tree":
+            options = dict(tree_mask=jnp.tile(jnp.tril(jnp.ones((_CHUNK, _CHUNK), bool)), (_PAGED_BATCH, 1)))
         elif variant == "padded head_dim":
             head_dim = head_dim * 5 // 8
         operands = _paged_operands(dtype, head_dim, ragged=kernel == "ragged_paged_attention")
 
         def call(operands):
-            q, k_pages, v_pages, page_table, kv_len, query_start, k_scales, v_scales, _ = operands
+            q, k_pages, v_pages, page_table, kv_len, query_start, k_scales, v_scales, *_ = operands
             rows = (page_table, kv_len) if query_start is None else (page_table, kv_len, query_start)
             return getattr(jfa, kernel)(
                 *(q, k_pages, v_pages, *rows),

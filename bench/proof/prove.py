@@ -66,7 +66,16 @@ class Proof:
 
 
 # named cases for quick runs
-QUICK_OPTIONS = ("gqa", "cached_chunk", "everything", "int4_odd", "chunks_and_tokens", "int4_zeros", "many_rows")
+QUICK_OPTIONS = (
+    "gqa",
+    "cached_chunk",
+    "everything",
+    "int4_odd",
+    "chunks_and_tokens",
+    "tree_beside_chunk_and_token",
+    "int4_zeros",
+    "many_rows",
+)
 
 
 def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:

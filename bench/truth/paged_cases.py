@@ -25,6 +25,9 @@ class PagedCase:
     head_dim: int
     page_size: int
     queries: tuple[int, ...] | None = None  # new tokens of each row, for the ragged op; None: the decode op, one each
+    # for each row, the parent of each new token among them (-1: none), or None for a causal row; None: all are causal
+    trees: tuple[tuple[int, ...] | None, ...] | None = None
+    mask_width: int | None = None  # columns of the tree mask; None: the most tokens of a tree
     padding: int = 0  # number of queries after the last row's
     value_head_dim: int | None = None
     pages: str | None = None  # a kind of quant.KINDS, or a float dtype; None: the dtype of the queries
@@ -104,6 +107,80 @@ CASES = {
     "chunk_float16_keys_bfloat16_values": PagedCase(
         kv_len=(45,), queries=(13,), heads=(2, 2), head_dim=16, page_size=8, pages="float16", value_pages="bfloat16"
     ),
+    "tree": PagedCase(
+        kv_len=(40, 9),
+        queries=(7, 5),
+        trees=((-1, 0, 0, 1, 1, 2, 4), (-1, 0, 0, 0, 0)),
+        padding=2,
+        heads=(4, 2),
+        head_dim=16,
+        page_size=8,
+    ),
+    "tree_beside_chunk_and_token": PagedCase(
+        kv_len=(50, 33, 8, 0, 20, 6),
+        queries=(20, 1, 8, 0, 6, 6),
+        trees=(None, None, None, None, (-1, 0, 1, 0, 3, 3), (-1, -1, 0, 1, 1, 3)),
+        padding=3,
+        heads=(3, 1),
+        head_dim=16,
+        page_size=8,
+        sinks=True,
+    ),
+    "tree_with_narrow_window": PagedCase(  # tokens of the tree see neither all before it nor all of its path
+        kv_len=(70, 25, 30),
+        queries=(25, 9, 18),
+        trees=((-1, *range(12), *range(12)), (-1, 0, 1, 2, 3, 4, 5, 6, 7), None),
+        heads=(2, 1),
+        head_dim=16,
+        page_size=4,
+        options={"local_window_size": 5},
+    ),
+    "tree_with_window_and_soft_cap": PagedCase(
+        kv_len=(70, 40),
+        queries=(12, 30),
+        trees=((-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5), None),
+        heads=(2, 2),
+        head_dim=16,
+        page_size=16,
+        options={"local_window_size": 20, "logits_soft_cap": 3.0},
+    ),
+    "tree_of_many_tokens": PagedCase(  # two words of bits, of which tokens in other tiles may use only the second
+        kv_len=(81, 44),
+        queries=(61, 44),
+        trees=((*(-1,) * 30, *range(15), *range(15), 45), (*(-1,) * 40, 38, 39, 40, 42)),
+        mask_width=64,
+        heads=(2, 1),
+        head_dim=16,
+        page_size=16,
+    ),
+    "tree_int4": PagedCase(
+        kv_len=(45, 12),
+        queries=(3, 5),
+        trees=((-1, 0, 0), (-1, 0, 0, 1, 1)),
+        heads=(4, 2),
+        head_dim=48,
+        page_size=16,
+        pages="int4",
+    ),
+    "tree_fp8": PagedCase(
+        kv_len=(45, 12),
+        queries=(6, 5),
+        trees=((-1, 0, 0, 1, 1, 2), None),
+        heads=(2, 2),
+        head_dim=16,
+        page_size=8,
+        pages="fp8",
+    ),
+    "tree_int8": PagedCase(
+        kv_len=(45, 12),
+        queries=(13, 5),
+        trees=((-1, *range(6), *range(6)), None),
+        mask_width=32,
+        heads=(4, 1),
+        head_dim=32,
+        page_size=5,
+        pages="int8",
+    ),
 }
 
 
@@ -157,13 +234,45 @@ def truth_of(case: PagedCase, dtype: str, *, seed: int) -> PagedTruth:
         out, lse = np.zeros((len(q), hq, dv)), np.full((len(q), hq), -np.inf)
         for row, length in enumerate(case.kv_len):
             own = slice(start[row], start[row + 1])
-            offset = np.array([length - queries[row]])
             k, v = keys.rows[row][None], values.rows[row][None]
-            found = oracle.attention(q[own][None], k, v, q_offset=offset, rounding=rounding, **named)
-            out[own], lse[own] = found[0][0], found[1][0]
+            before = length - queries[row]
+            if case.trees is None or (parents := case.trees[row]) is None:
+                found = oracle.attention(q[own][None], k, v, q_offset=np.array([before]), rounding=rounding, **named)
+                out[own], lse[own] = found[0][0], found[1][0]
+                continue
+            for query in range(queries[row]):  # each by itself, as the last token of its path
+                path = _path(parents, query)
+                held = [*range(before), *(before + token for token in path)]
+                found = oracle.attention(
+                    q[start[row] + query][None, None],
+                    k[:, held],
+                    v[:, held],
+                    q_offset=np.array([len(held) - 1]),
+                    rounding=rounding,
+                    **named,
+                )
+                out[start[row] + query], lse[start[row] + query] = found[0][0, 0], found[1][0, 0]
         outs += [out, lse]
+    if case.trees is not None:
+        options["tree_mask"] = jnp.asarray(_tree_mask(case, len(q), start))
     arrays = (q, keys.pages, values.pages, table, np.asarray(case.kv_len, np.int32))
     return PagedTruth(arrays if case.queries is None else (*arrays, start), options, *outs)
+
+
+def _path(parents: tuple[int, ...], token: int) -> list[int]:
+    """The new tokens from a root to a token."""
+    return ([] if parents[token] < 0 else _path(parents, parents[token])) + [token]
+
+
+def _tree_mask(case: PagedCase, num_queries: int, start: np.ndarray) -> np.ndarray:
+    """bool[num_queries, m], all True for padding."""
+    assert case.trees is not None
+    mask = np.ones((num_queries, case.mask_width or max(len(parents or ()) for parents in case.trees)), bool)
+    mask[: start[-1]] = False
+    for first, parents in zip(start.tolist(), case.trees, strict=False):
+        for token in range(len(parents or ())):
+            mask[first + token, _path(parents or (), token)] = True
+    return mask
 
 
 def _page_table(random: np.random.Generator, case: PagedCase) -> tuple[np.ndarray, int]:

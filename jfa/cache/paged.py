@@ -205,6 +205,40 @@ class PagedKVCache:
 
     @like_itself
     @with_default_rules
+    def compact(self, kept: Int[Array, "b k"], num_kept: Int[Array, " b"]) -> "PagedKVCache":
+        """Moves tokens written after kv_len to the front, in every layer: the accepted path of a verified tree.
+
+        Token kv_len + kept[r, i] of row r becomes token kv_len + i, for each i < num_kept[r]; advance(num_kept) then
+        makes them valid. Other tokens after kv_len of the row may be overwritten; a row with num_kept = 0 keeps all.
+        Where a step has advanced kv_len, truncate to its value before the step.
+
+        Args:
+          kept: indices among the tokens written after kv_len, increasing in each row.
+        """
+        b, k = kept.shape
+        row, to = jnp.repeat(jnp.arange(b), k), jnp.tile(jnp.arange(k), b)
+        moves = (jnp.arange(k) < num_kept[:, None]).reshape(-1)
+        places = {
+            table: [
+                self._places(self.table_of.index(table), row, index, moves & (kept.reshape(-1) != to))
+                for index in (kept.reshape(-1), to)
+            ]
+            for table in set(self.table_of)
+        }
+
+        def compacted(pages: Pages, table: int) -> Pages:
+            source, destination = places[table]
+
+            def move(x):
+                return x.at[destination].set(x.at[source].get(mode="clip"), mode="drop", unique_indices=True)
+
+            return jax.tree.map(lambda x: quant.on_bits(move, x), pages)
+
+        k_pages, v_pages = (tuple(map(compacted, arrays, self.table_of)) for arrays in (self.k, self.v))
+        return dataclasses.replace(self, k=k_pages, v=v_pages)
+
+    @like_itself
+    @with_default_rules
     def copy_pages(self, source: Int[Array, " n"], destination: Int[Array, " n"], *, table: int = 0) -> "PagedKVCache":
         """Copies pages source to pages destination in all layers of a page table, for copy-on-write of shared pages.
 

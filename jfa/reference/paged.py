@@ -1,9 +1,11 @@
 """Paged attention by the plain formula: the pages of each row are gathered into one float32 array."""
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+import dataclasses
 
-from jfa import quant
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jfa import quant, trees
 from jfa.reference.attention import attention
 from jfa.types import AttentionSpec, Operands, PagedOperands
 
@@ -31,11 +33,31 @@ def paged_attention(
         q_offset=kv_len - q_len,
         sinks=operands.sinks,
     )
+    if operands.tree_mask is not None:
+        rows = rows._replace(mask=_tree(operands, spec.left, index, kv_len - q_len))
+        spec = dataclasses.replace(spec, window=None)
     out, lse = attention(rows, spec=spec)
     return (
         jnp.zeros((n, *out.shape[2:]), out.dtype).at[index].set(out, mode="drop"),
         jnp.full((n, lse.shape[2]), -jnp.inf).at[index].set(lse, mode="drop"),
     )
+
+
+def _tree(
+    operands: PagedOperands, left: int | None, index: Int[Array, "b n"], offset: Int[Array, " b"]
+) -> Bool[Array, "b 1 n tk"]:
+    """The keys that each query sees by the tree mask and the window; a causal mask is left to apply."""
+    assert operands.tree_mask is not None and operands.query_start is not None
+    mask, start = operands.tree_mask, operands.query_start
+    visible = jnp.take(trees.seen(mask, start, left), index, axis=0, mode="fill", fill_value=False)
+    key = jnp.broadcast_to(jnp.arange(operands.capacity), (*index.shape, operands.capacity))
+    new = key - offset[:, None, None]
+    inside = jnp.take_along_axis(visible, jnp.clip(new, 0, mask.shape[1] - 1), axis=2)
+    found = (new < 0) | inside
+    if left is not None:
+        depth = jnp.take(trees.depths(mask, start), index, axis=0, mode="fill", fill_value=0)
+        found &= new >= depth[..., None] - left
+    return found[:, None]
 
 
 def _laid_out(

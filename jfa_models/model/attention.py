@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import jfa
 from jfa_models.model.config import DecoderConfig
@@ -50,11 +50,13 @@ class Rows(NamedTuple):
       lengths: valid tokens of each row; the rest is padding on the right. None: all.
       query_start: there is one row; the new tokens of row i of a paged cache start at query_start[i] in it.
       segments: rows have several texts one after another, numbered; a token sees those of its own. Without a cache.
+      tree_mask: with query_start, the new tokens of its row that each token sees, as in jfa.ragged_paged_attention.
     """
 
     lengths: Int[Array, " b"] | None = None
     query_start: Int[Array, " rows+1"] | None = None
     segments: Int[Array, "b t"] | None = None
+    tree_mask: Bool[Array, "t m"] | None = None
 
 
 class Attention(nnx.Module):
@@ -97,7 +99,7 @@ class Attention(nnx.Module):
 
         scope: what adapters change.
         """
-        lengths, query_start, segments = rows
+        lengths, query_start, segments, tree_mask = rows
         projections = {"q": self.q, "k": self.k, "v": self.v}
         q, k, v = (self._heads(project(x, scope.at(name))) for name, project in projections.items())
         if self.q_norm is not None and self.k_norm is not None:
@@ -112,7 +114,7 @@ class Attention(nnx.Module):
         elif query_start is not None:
             cache = cache.write_ragged(self.layer, k[0], v[0], query_start)
             kv_len = cache.kv_len + jnp.diff(query_start)
-            out = self._ragged(q[0], cache, kv_len, query_start)[None]
+            out = self._ragged(q[0], cache, kv_len, query_start, tree_mask)[None]
         else:
             cache = cache.write(self.layer, k, v, lengths)
             out = self._over_pages(q, cache, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)
@@ -169,10 +171,10 @@ class Attention(nnx.Module):
         cache: jfa.PagedKVCache,
         kv_len: Int[Array, " b"],
         query_start: Int[Array, " b+1"],
+        tree_mask: Bool[Array, "n m"] | None = None,
     ) -> Float[Array, "n hq d"]:
-        pages = cache.arguments(self.layer)
-        q = cache.rotated(q)
-        return jfa.ragged_paged_attention(q, kv_len=kv_len, query_start=query_start, **pages, **self.options)
+        rows: dict[str, Any] = dict(kv_len=kv_len, query_start=query_start, tree_mask=tree_mask)
+        return jfa.ragged_paged_attention(cache.rotated(q), **rows, **cache.arguments(self.layer), **self.options)
 
 
 class Rotation:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jfa import trees
 from jfa.rules import with_default_rules
 from jfa_models.model.attention import Attention, Cache, Rotation, Rows
 from jfa_models.model.config import DecoderConfig
@@ -75,6 +76,7 @@ class Decoder(nnx.Module):
         lengths: Int[Array, " b"] | None = None,
         query_start: Int[Array, " rows+1"] | None = None,
         segments: Int[Array, "b t"] | None = None,
+        tree_mask: Bool[Array, "t m"] | None = None,
         cache: Cache | None = None,
         adapters: Adapters | None = None,
         slot: Int[Array, " rows"] | None = None,
@@ -90,18 +92,24 @@ class Decoder(nnx.Module):
             query_start[r + 1]: any number per row, without padding between rows.
           segments: without a cache: each row has several texts one after another, numbered in any way; a token sees the
             earlier ones of its own text, and positions start at 0 in each.
+          tree_mask: with query_start: the new tokens of its row that each token sees, itself included, as in
+            jfa.ragged_paged_attention; a row's new tokens may then be a tree. All False: a sequence. The cache gets all
+            tokens; PagedKVCache.compact keeps a path.
           adapters: changes of the weights.
           slot: which of the adapters each row uses; NO_ADAPTER: none. None: no row uses one.
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
         """
         t = tokens.shape[1]
         scope = UNCHANGED
+        assert tree_mask is None or query_start is not None
         if query_start is not None:
             assert cache is not None and lengths is None
             new = jnp.diff(query_start)
             row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right", method="compare_all")
             offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens after the last row belong to no row
             positions = (offset[row] + jnp.arange(t))[None, :]
+            if tree_mask is not None:
+                positions = (jnp.append(cache.kv_len, 0)[row] + trees.depths(tree_mask, query_start))[None, :]
             if adapters is not None and slot is not None:
                 scope = adapters.scope(jnp.append(slot, NO_ADAPTER)[row][None, :])
         else:
@@ -122,7 +130,7 @@ class Decoder(nnx.Module):
             run = functools.partial(
                 block,
                 rotation=local if config.is_local(i) else rotation,
-                rows=Rows(lengths, query_start, segments),
+                rows=Rows(lengths, query_start, segments, tree_mask),
                 cache=cache,
                 scope=scope.inside("layers").inside(str(i)),
             )

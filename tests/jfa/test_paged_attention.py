@@ -101,7 +101,40 @@ def test_gradients_are_refused(backend):
         jax.grad(loss)(known.arrays[0])
 
 
-@pytest.mark.parametrize("name", ["ragged", "sinks", "window", "int8", "chunks_and_tokens", "chunk_with_sinks"])
+@pytest.mark.parametrize("backend", TILES)
+def test_a_tree_reads_no_page_before_its_windows(backend):
+    name, dtype = "tree_with_narrow_window", "bfloat16"
+    known, case = truth(name, dtype), CASES[name]
+    q, k, v, table, *lengths = known.arrays
+    assert case.queries is not None
+    k, v = (pages.at[0].set(jnp.nan) for pages in (k, v))
+    released = table.copy()
+    for row, (length, new) in enumerate(zip(case.kv_len, case.queries, strict=True)):
+        released[row, : max(0, length - new - case.options["local_window_size"]) // case.page_size] = 0
+    assert (released != table).any()
+    call = functools.partial(jfa.ragged_paged_attention, implementation=backend, config=TILES[backend], **known.options)
+    out = jax.jit(call)(q, k, v, released, *lengths)
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
+
+
+@pytest.mark.parametrize("backend", TILES)
+def test_a_mask_of_chains_is_causal(backend):
+    known = truth("chunk_with_window", "bfloat16")
+    queries = CASES["chunk_with_window"].queries
+    assert queries is not None
+    chains = np.zeros((sum(queries), 64), bool)
+    for first, new in zip(np.cumsum([0, *queries]), queries, strict=False):
+        chains[first : first + new, :new] = np.tri(new, dtype=bool)
+    want = attend("chunk_with_window", "bfloat16", backend)
+    for mask in (chains, np.zeros_like(chains)):
+        got = attend("chunk_with_window", "bfloat16", backend, tree_mask=mask)
+        for one, other in zip(got, want, strict=True):
+            assert_within(one, other, limit(known.out, known.plain_out, one.dtype))
+
+
+@pytest.mark.parametrize(
+    "name", ["ragged", "sinks", "window", "int8", "chunks_and_tokens", "chunk_with_sinks", "tree_of_many_tokens"]
+)
 def test_split_kv_gives_the_same_result(name):
     known = truth(name, "bfloat16")
     config = dataclasses.replace(TILES["triton"], num_splits=3)
@@ -123,9 +156,18 @@ def drawn_cases(draw) -> PagedCase:
         options["logits_soft_cap"] = draw(st.floats(0.5, 20))
     if draw(st.booleans()):
         options["scale"] = draw(st.floats(-0.5, 0.5))
+    queries = tuple(draw(st.integers(0, length)) for length in kv_len) if ragged else None
+    trees = None
+    if queries is not None and max(queries) > 0 and draw(st.booleans()):
+        trees = tuple(
+            tuple(draw(st.integers(-1, token - 1)) for token in range(new)) if draw(st.booleans()) else None
+            for new in queries
+        )
     return PagedCase(
         kv_len=tuple(kv_len),
-        queries=tuple(draw(st.integers(0, length)) for length in kv_len) if ragged else None,
+        queries=queries,
+        trees=trees,
+        mask_width=None if trees is None else max(1, *(len(parents or ()) for parents in trees)),
         padding=draw(st.integers(0, 3)) if ragged else 0,
         heads=(hkv * group, hkv),
         head_dim=draw(st.sampled_from([8, 16, 40])),

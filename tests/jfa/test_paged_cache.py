@@ -228,6 +228,41 @@ def test_writes_are_the_same_in_double_precision():
 # Pages
 
 
+@pytest.mark.parametrize(
+    ("page_size", "kv_dtype"), [(2, None), (3, None), (16, None), *((3, kind) for kind in quant.KINDS)]
+)
+def test_compact_leaves_the_kept_tokens_as_if_only_they_had_been_written(page_size, kv_dtype):
+    tables = TABLE, np.array([[1, 4, 8], [2, 5, 0], [0, 0, 0]], np.int32)
+    kv_len = np.array([1, page_size - 1, 0], np.int32)
+    before = filled(page_size=page_size, kv_dtype=kv_dtype, table_of=(0, 1))
+    before = dataclasses.replace(before, kv_len=jnp.asarray(kv_len), page_tables=tuple(map(jnp.asarray, tables)))
+    k, v = tokens(3, 5)
+    kept, num_kept = np.array([[0, 2, 4], [1, 0, 0], [0, 1, 3]]), np.array([3, 1, 0])
+    path_k, path_v = (np.take_along_axis(x, kept[..., None, None], axis=1) for x in (k, v))
+    whole = want = before
+    for layer in (0, 1):
+        whole = write(whole, layer, k, v, jnp.array([5, 3, 5]))
+        want = write(want, layer, path_k, path_v, jnp.asarray(num_kept))
+    got = jax.jit(lambda cache: cache.compact(kept, num_kept))(whole)
+    assert got.kv_len.tolist() == kv_len.tolist(), "only advance changes it"
+    for layer, table in enumerate(tables):
+        for name in "kv":
+            leaves = (stored(getattr(cache, name)[layer]) for cache in (got, want, whole))
+            for found, wanted, old in zip(*leaves, strict=True):
+                expected = old.copy()
+                for row in (0, 1):  # row 2 has no pages
+                    for token in range(kv_len[row] + num_kept[row]):
+                        place = table[row, token // page_size], token % page_size
+                        expected[place] = wanted[place]
+                np.testing.assert_array_equal(found, expected)
+
+
+def test_compact_keeps_rows_without_kept_tokens():
+    cache = filled()
+    kept = cache.compact(jnp.array([[2, 3], [1, 2], [0, 1]]), jnp.zeros(3, jnp.int32))
+    jax.tree.map(np.testing.assert_array_equal, kept, cache)
+
+
 @pytest.mark.parametrize("kv_dtype", [None, "int4"])
 def test_copy_pages_reads_all_before_it_writes_and_ignores_padding(kv_dtype):
     cache = filled(kv_dtype=kv_dtype)

@@ -1,5 +1,7 @@
 """The paged kernels, lowered on the CPU for GPUs that are not present."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -34,8 +36,9 @@ def test_other_architectures_lower(kernel, arch):
 
 
 @pytest.mark.parametrize("head_dim", [16, 40, 80, 256])
-@pytest.mark.parametrize("variant", ["", "window"])
-@pytest.mark.parametrize("kernel", PAGED)
+@pytest.mark.parametrize(
+    ("kernel", "variant"), [*itertools.product(PAGED, ["", "window"]), ("ragged_paged_attention", "tree")]
+)
 def test_every_head_dim_and_option_lowers(kernel, variant, head_dim):
     fn, args = PAGED[kernel].call("bfloat16 on int8", head_dim, None, variant)
     assert len(aot.lower(fn, *args, arch="gfx942")) == 1

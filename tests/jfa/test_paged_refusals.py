@@ -147,6 +147,24 @@ def test_ragged_refuses_an_invalid_query_start(query_start, message):
 
 
 @pytest.mark.parametrize(
+    ("tree_mask", "message"),
+    [
+        (np.ones((2, 3), np.uint32), "tree_mask must be boolean, got uint32; unpack bits before the call"),
+        (
+            np.ones((3, 3), bool),
+            r"tree_mask must be \[queries, new tokens .*\] = \[2, at least 1\], got shape \(3, 3\)",
+        ),
+        (np.ones((2, 0), bool), r"= \[2, at least 1\], got shape \(2, 0\)"),
+        (np.ones(2, bool), r"= \[2, at least 1\], got shape \(2,\)"),
+    ],
+    ids=["dtype", "rows", "columns", "rank"],
+)
+def test_ragged_refuses_an_invalid_tree_mask(tree_mask, message):
+    with pytest.raises(ValueError, match=message):
+        jfa.ragged_paged_attention(**CALL, query_start=np.array([0, 1, 2]), tree_mask=tree_mask)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (
@@ -207,6 +225,14 @@ WRONG_VALUES = {
         dict(query_start=[0, 2, 7]),
         "row 1: it has 5 queries but kv_len, which includes them, is only 4",
     ),
+    "child_before_parent": (
+        dict(tree_mask=[[0, 0, 0], [0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 0]]),
+        "row 0: the last token that new token 1 sees must be itself, but by tree_mask it is 2; order a tree so",
+    ),
+    "token_that_does_not_see_itself": (
+        dict(tree_mask=[[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]),
+        "row 1: the last token that new token 1 sees must be itself, but by tree_mask it is 0",
+    ),
 }
 
 
@@ -224,12 +250,13 @@ def test_invalid_values_are_reported_with_their_row(name):
         dict(query_start=None),
         dict(query_start=[0, 0, 0]),
         dict(kv_len=[8, 0], page_table=[[1, 2], [0, 0]], query_start=[0, 8, 8]),
+        dict(tree_mask=[[1, 0, 0], [1, 1, 0], [1, 0, 1], [0, 0, 0], [0, 0, 0]]),
         dict(kv_len=[4, 4], page_table=[[1, 99], [3, -5]]),  # entries after the last token are not checked
         dict(kv_len=jnp.array([7, 4]), page_table=jnp.array([[1, 2], [3, 0]])),
         dict(kv_len=np.zeros(0, int), page_table=np.zeros((0, 2), int), query_start=[0]),
         dict(kv_len=[0, 0], page_table=np.zeros((2, 0), int), query_start=None),
     ],
-    ids=["plain", "decode", "no_queries", "whole_row", "unused_places", "arrays", "no_rows", "no_pages"],
+    ids=["plain", "decode", "no_queries", "whole_row", "tree", "unused_places", "arrays", "no_rows", "no_pages"],
 )
 def test_valid_values_pass(changed):
     checks.paged_values(**(VALUES | changed))
@@ -258,8 +285,8 @@ H100, A100, MI300 = describe("cuda", "sm_90"), describe("cuda", "sm_80"), descri
 
 
 def operands(*, dtype="bfloat16", pages=None, head_dim=64, value_head_dim=None, heads=(8, 2), b=4, num_pages=100,
-             page_size=16, pages_per_seq=64, queries=None):  # fmt: skip
-    """Shapes of a call; queries: the total number of the ragged op."""
+             page_size=16, pages_per_seq=64, queries=None, tree=None):  # fmt: skip
+    """Shapes of a call; queries: the total number of the ragged op; tree: columns of its tree mask."""
     sizes = [head_dim, value_head_dim or head_dim]
     stored = jnp.dtype({"int8": "int8", "fp8": "float8_e4m3fn", "int4": "uint8"}.get(pages, pages or dtype))
     if pages == "int4":
@@ -275,6 +302,7 @@ def operands(*, dtype="bfloat16", pages=None, head_dim=64, value_head_dim=None, 
         query_start=None if queries is None else jax.ShapeDtypeStruct((b + 1,), jnp.int32),
         k_scales=scales,
         v_scales=scales,
+        tree_mask=None if tree is None else jax.ShapeDtypeStruct((queries, tree), jnp.bool_),
     )
 
 
@@ -292,6 +320,7 @@ UNSERVED = {
         "^the head_dim of value must be 16 to 256, got 260",
     ),
     "group": (dict(heads=(65, 1)), MI300, "at most 64 query heads may share a key head, got 65"),
+    "tree": (dict(queries=8, tree=129), MI300, "a tree may have at most 128 new tokens, got a tree_mask for 129"),
     "two_gib_of_int8": (dict(pages="int8", num_pages=2 * GIB), MI300, "key" + TOO_LARGE),
     "four_gib_of_fp8": (dict(pages="fp8", num_pages=4 * GIB), H100, "key" + TOO_LARGE),
     "three_gib_of_int4": (dict(pages="int4", num_pages=6 * GIB), H100, "key" + TOO_LARGE),

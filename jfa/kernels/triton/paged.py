@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jfa import quant
+from jfa import quant, trees
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.casts import bias, unit, widened
@@ -63,6 +63,7 @@ _SAFE_RAGGED = {
 }
 
 MAX_GROUP_SIZE = 64
+MAX_TREE = 128  # new tokens; 32 of them take a register of each row of a tile
 _LEAST = 2.0**-40  # scales below give results that float16 cannot represent
 _WAVES_PER_UNIT = 8  # for decode; waves hide each other's load latency
 _SHORTEST_SPLIT = 256  # keys; fewer take less time than starting a program
@@ -91,6 +92,8 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
         if pages.dtype.itemsize == 1 and 2**31 <= pages.size <= 2**32:
             # Pallas (jax 0.12) uses signed 32-bit offsets for such an array
             return f"Pallas computes wrong addresses in {name} of 2 to 4 GiB with a one-byte dtype; use fewer pages"
+    if operands.tree_mask is not None and operands.tree_mask.shape[1] > MAX_TREE:
+        return f"a tree may have at most {MAX_TREE} new tokens, got a tree_mask for {operands.tree_mask.shape[1]}"
     return None
 
 
@@ -132,6 +135,11 @@ def paged_attention(
     if operands.query_start is not None:
         arrays["query_start"] = operands.query_start
         arrays["tiles"] = _tiles_of_rows(operands.query_start, n, tokens)
+    if operands.tree_mask is not None:
+        assert operands.query_start is not None
+        arrays["tree"] = _words(trees.seen(operands.tree_mask, operands.query_start, spec.left))
+        if spec.left is not None:
+            arrays["depths"] = trees.depths(operands.tree_mask, operands.query_start)
     if operands.sinks is not None and num_splits == 1:
         arrays["sinks"] = operands.sinks.astype(jnp.float32)
     outs = (n, shape.hq, shape.dv), (n, shape.hq)
@@ -198,6 +206,14 @@ def _tiles_of_rows(query_start: Array, n: int, tokens: int) -> Array:
     tile = jnp.arange(n // tokens + b)
     row = jnp.minimum(jnp.searchsorted(end, tile, side="right", method="compare_all"), b - 1)
     return jnp.stack([row, (tile - (end - count)[row]) * tokens], axis=1).astype(jnp.int32)
+
+
+def _words(seen: Bool[Array, "n m"]) -> Int[Array, "n words"]:
+    """Packs bits into 32-bit words; bit j % 32 of word j // 32 is column j. Bits past m are those of column m - 1."""
+    n, m = seen.shape
+    bits = jnp.pad(seen, ((0, 0), (0, -m % 32)), mode="edge").reshape(n, -1, 32).astype(jnp.uint32)
+    words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(2, dtype=jnp.uint32)
+    return lax.bitcast_convert_type(words, jnp.int32)
 
 
 def _joined(
@@ -286,7 +302,19 @@ def _paged_kernel(
     if k_bias:
         parts = [load_q(piece, at, 0).astype(jnp.float32).sum(1) for piece in k_pieces for at in piece.firsts]
         q_bias = functools.reduce(jnp.add, parts) * -k_bias
-    span = tile.keys_of(first, tokens, block_kv)
+
+    def load_of_queries(name: str, zero, *word):
+        # in bounds instead of masked: the branch of a masked load here costs tens of registers on gfx1100
+        return load(ref[name].at[jnp.minimum(query + zero, shape.tq - 1), *word])
+
+    def load_words(zero):
+        return tuple(load_of_queries("tree", zero, word) for word in range(ref["tree"].shape[1]))
+
+    is_tree = None
+    if "tree" in ref:
+        common = functools.reduce(jnp.bitwise_and, load_words(0))
+        is_tree = jnp.max((own & (common != -1)).astype(jnp.int32)) > 0  # all bits of causal queries are set
+    span = tile.keys_of(first, tokens, block_kv, tree=is_tree)
     if o_ref.ndim == 4:
         span = span.part(split, o_ref.shape[0])
 
@@ -295,6 +323,12 @@ def _paged_kernel(
         start = n * block_kv
         keys = start + jnp.arange(block_kv)
         inside = (keys >= span.first) & (keys < span.end) if edge else None
+        in_tree = depths = None
+        if edge and "tree" in ref:
+            # 0, so that each of the few edge tiles loads these: they are not kept in registers all along
+            zero = lax.shift_right_logical(n, jnp.int32(30))
+            in_tree = _in_tree(load_words(zero), keys - tile.offset)
+            depths = load_of_queries("depths", zero)[:, None] if "depths" in ref else None
         if page_size % block_kv == 0:
             slots = ref["page_table"][row, lax.div(start, page_size)] * page_size + lax.rem(keys, jnp.int32(page_size))
         else:
@@ -329,7 +363,9 @@ def _paged_kernel(
         if "k_scales" in ref:
             scores = scores * scales("k_scales")[None, :]
         scores = tile.raw(scores, token[:, None], keys[None, :])
-        visible = tile.visible(token[:, None], keys[None, :], edge=edge)
+        visible = tile.visible(token[:, None], keys[None, :], edge=edge, depths=depths)
+        if in_tree is not None and visible is not None:
+            visible = visible & in_tree
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
         m_next = jnp.maximum(m, tile.maximum(scores))
@@ -381,3 +417,17 @@ def _paged_kernel(
         out = jnp.where(empty[:, None], 0.0, part * norm[:, None])
         store(o_ref.at[at], out.astype(o_ref.dtype), mask=own[:, None] & (columns < piece.width)[None, :])
     store(lse_ref.at[(*before, query, head)], lse, mask=own)
+
+
+def _in_tree(words: tuple[Array, ...], new: Array) -> Bool[Array, "rows block_kv"]:
+    """The keys that the tree mask leaves visible; new: index of each key among the row's new tokens, or negative.
+
+    The last word decides about keys past it, which only a causal query sees.
+    """
+    word = words[0][:, None]
+    for i, following in enumerate(words[1:], 1):
+        word = jnp.where((new < 32 * i)[None, :], word, following[:, None])
+    whole = len(words[0]), len(new)
+    place = jnp.broadcast_to((new & 31)[None, :], whole)
+    bit = lax.shift_right_logical(jnp.broadcast_to(word, whole), place) & 1
+    return (new < 0)[None, :] | (bit != 0)

@@ -249,19 +249,26 @@ class Tile:
         """Whether a score may be -inf even if no position is masked."""
         return self.has_data_mask or "bias" in self.ref
 
-    def keys_of(self, first_row, block_q: int, block_kv: int) -> Span:
-        """The tiles of keys that the queries [first_row, first_row + block_q) may see."""
+    def keys_of(self, first_row, block_q: int, block_kv: int, *, tree=None) -> Span:
+        """The tiles of keys that the queries [first_row, first_row + block_q) may see.
+
+        tree: whether the queries are of a tree, with positions between those of the first and the last query of the
+        row, and a mask from the row's first query on; None: they never are.
+        """
         first, end = 0, self.kv_len
         whole_first, whole_end = 0, self.kv_len
+        lowest = first_row if tree is None else jnp.where(tree, jnp.int32(0), first_row)
         # the window of the last row starts and ends furthest to the right
         if self.spec.left is not None:
-            first = jnp.maximum(0, first_row + self.offset - self.spec.left)
+            first = jnp.maximum(0, lowest + self.offset - self.spec.left)
             whole_first = jnp.maximum(0, first_row + block_q - 1 + self.offset - self.spec.left)
         if self.spec.right is not None:
             # padding rows see no keys: keys past those of the last valid row may contain anything
             last = jnp.minimum(first_row + block_q, self.q_len)
             end = jnp.minimum(self.kv_len, last + self.offset + self.spec.right)
             whole_end = jnp.minimum(self.kv_len, first_row + 1 + self.offset + self.spec.right)
+        if tree is not None:
+            whole_end = jnp.where(tree, jnp.int32(self.offset), whole_end)
         # int32: Pallas (jax 0.12) lowers a select between two weakly typed numbers as one of booleans
         end = jnp.where(first_row < self.q_len, jnp.int32(end), 0)
         return self._span(first, end, whole_first, tile_of(whole_end, block_kv), block_kv)
@@ -322,15 +329,19 @@ class Tile:
         """The factor of ALiBi's slope: minus the distance of a key from the query's position."""
         return -jnp.abs(rows + self.offset - keys).astype(jnp.float32)
 
-    def visible(self, rows, keys, *, edge: bool):
-        """The mask of visible scores; None: all are. edge: positions may mask some."""
+    def visible(self, rows, keys, *, edge: bool, depths=None):
+        """The mask of visible scores; None: all are. edge: positions may mask some.
+
+        depths: distances of the queries from the position of the first one; None: rows.
+        """
         conditions = []
         if edge:
             # padding rows see no keys: keys past those of the valid rows may contain anything
             conditions.append((keys < self.kv_len) & (rows < self.q_len))
             position = rows + self.offset
             if self.spec.left is not None:
-                conditions.append(keys >= position - self.spec.left)
+                lowest = position if depths is None else depths + self.offset
+                conditions.append(keys >= lowest - self.spec.left)
             if self.spec.right is not None:
                 conditions.append(keys <= position + self.spec.right)
         if "mask" in self.ref:

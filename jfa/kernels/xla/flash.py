@@ -298,6 +298,8 @@ class _Grid(NamedTuple):
         if operands.q_offset is not None:
             lowest, highest = q_start + operands.q_offset.min(), last + operands.q_offset.max()
         first, inside, outside, end = 0, 0, self.tk, self.tk
+        if by_tree := hasattr(operands.mask, "visible"):
+            first, inside, outside = operands.mask.keys  # type: ignore[union-attr]
         if spec.left is not None:
             first, inside = _most(0, lowest - spec.left), _most(0, highest - spec.left)
         if spec.right is not None:
@@ -314,9 +316,10 @@ class _Grid(NamedTuple):
             first = jnp.maximum(first, jnp.where(meets.any(), meets.argmax(), self.tk))
             end = jnp.minimum(end, self.tk - meets[::-1].argmax())
         first, end = first // self.block_kv, -(-end // self.block_kv)
-        if operands.mask is not None or operands.q_segments is not None or self.block_q < _LEAST_UNMASKED:
+        by_data = operands.q_segments is not None or (operands.mask is not None and not by_tree)
+        if by_data or self.block_q < _LEAST_UNMASKED:
             return first, end, end, end
-        inside = first if spec.left is None else _least(_most(-(-inside // self.block_kv), first), end)
+        inside = first if spec.left is None and not by_tree else _least(_most(-(-inside // self.block_kv), first), end)
         return first, inside, _least(_most(outside // self.block_kv, inside), end), end
 
 
@@ -361,7 +364,9 @@ def _visible(operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, j) -
         visible &= row < _per_row(operands.q_len)
     if operands.kv_len is not None:
         visible &= key < _per_row(operands.kv_len)
-    if operands.mask is not None:
+    if hasattr(operands.mask, "visible"):  # paged.TreeMask
+        visible &= operands.mask.visible(key)  # type: ignore[union-attr]
+    elif operands.mask is not None:
         visible &= _bias_tile(operands.mask, grid, q_start, k_start, operands.group_size)
     if operands.q_segments is not None and operands.kv_segments is not None:
         q_ids = _rows(operands.q_segments, q_start, grid.block_q)[:, None, None, :, None]

@@ -6,13 +6,14 @@ A tile is gathered and dequantized when it is needed: the keys of a row are neve
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jfa import quant
+from jfa import quant, trees
 from jfa.kernels.xla import flash
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOperands
 
@@ -20,6 +21,8 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands, PagedOpe
 # longer than gathering a small tile. Tiles of up to this many pages are sliced instead; concatenating more slices is
 # slower than the gather (bench/LOG.md).
 _MOST_SLICES = 8
+
+_FAR = 2**30  # a key after all others
 
 # With up to this many key heads, one block-diagonal product for all of them takes less time than a transposed copy of
 # the gathered keys and a product per head; for other dtypes, their cast to float32 transposes at no cost.
@@ -55,6 +58,33 @@ class Rows:
             scales = _runs(self.scales, index, run)
             found = quant.numbers(found) * scales[..., None].astype(jnp.float32)
         return found.astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeMask:
+    """The tree mask and window of one tile of a row's queries, which flash.py applies after the causal mask."""
+
+    seen: Bool[Array, "block_q m"]  # trees.seen
+    depth: Int[Array, " block_q"]
+    offset: Int[Array, ""]  # position of the row's first new token
+    left: int | None
+
+    @property
+    def keys(self) -> tuple[Any, Any, Any]:
+        """(first, inside, outside): no query sees keys before first, and all see those of [inside, outside)."""
+        first = inside = 0
+        if self.left is not None:
+            lowest, highest = (
+                jnp.maximum(0, self.offset + x - self.left) for x in (self.depth.min(), self.depth.max())
+            )
+            first, inside = lowest, highest
+        return first, inside, jnp.where(self.seen.all(), _FAR, self.offset)
+
+    def visible(self, key: Int[Array, " block_kv"]) -> Bool[Array, "block_q block_kv"]:
+        new, m = key - self.offset, self.seen.shape[1]
+        inside = jnp.take(self.seen, jnp.clip(new, 0, m - 1), axis=1)
+        found = (new < 0) | inside
+        return found if self.left is None else found & (new >= self.depth[:, None] - self.left)
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
@@ -96,6 +126,9 @@ def paged_attention(
     start = operands.query_start
     tiles = -(-jnp.diff(start) // block_q)
     tiles_end = jnp.cumsum(tiles)
+    tree = None
+    if operands.tree_mask is not None:
+        tree = trees.seen(operands.tree_mask, start, spec.left), trees.depths(operands.tree_mask, start)
 
     def tile(i, done):
         row = jnp.searchsorted(tiles_end, i, side="right")
@@ -105,13 +138,19 @@ def paged_attention(
         index = jnp.where(own, index, n)
         kv_len = jnp.minimum(operands.kv_len[row], operands.capacity)
         one = operands._replace(page_table=operands.page_table[row][None], kv_len=kv_len[None])
+        queries = _rows(one)._replace(
+            q=jnp.take(operands.q, index, axis=0, mode="fill", fill_value=0)[None],
+            q_len=own.sum()[None],
+            q_offset=(kv_len - (start[row + 1] - start[row]) + first)[None],
+        )
+        if tree is not None:
+            seen, depth = (x[jnp.minimum(index, start[row + 1] - 1)] for x in tree)
+            offset = kv_len - (start[row + 1] - start[row])
+            mask: Any = TreeMask(seen=seen, depth=depth, offset=offset, left=spec.left)
+            queries = queries._replace(mask=mask)
         found = flash.flash_attention(
-            _rows(one)._replace(
-                q=jnp.take(operands.q, index, axis=0, mode="fill", fill_value=0)[None],
-                q_len=own.sum()[None],
-                q_offset=(kv_len - (start[row + 1] - start[row]) + first)[None],
-            ),
-            spec=spec,
+            queries,
+            spec=spec if tree is None else dataclasses.replace(spec, window=None),
             config=dataclasses.replace(config, block_q=block_q),
         )
         return tuple(x.at[index].set(new[0], mode="drop") for x, new in zip(done, found, strict=True))

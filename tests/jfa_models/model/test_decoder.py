@@ -13,6 +13,7 @@ import jfa
 from jfa_bench.truth.numerics import assert_within
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
+from jfa_models.model.attention import paged_cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.rope import RopeConfig
@@ -161,3 +162,72 @@ def test_the_config_counts_parameters_and_cache_elements(tied, biased):
     assert config.num_params == sum(leaf.size for leaf in leaves)
     cache = empty_cache(batch=3, capacity=32)
     assert cache.num_bytes == 3 * 32 * 4 * config.cache_elements_per_token
+
+
+# Trees of new tokens
+
+PARENTS = (-1, 0, 0, 1, 1, 2, 3, 6, 5)
+WINDOWED = dict(windows=(3, None), local_rope=RopeConfig(theta=100.0))  # as in Gemma 3; the tree is deeper
+
+
+def path_to(token):
+    return ([] if PARENTS[token] < 0 else path_to(PARENTS[token])) + [token]
+
+
+def tree_step(config, kv_dtype):
+    """A decoder, a cache after a prompt in each of three rows, and a step with a tree, a prompt chunk and one token."""
+    decoder = seeded_decoder(config=config)
+    size, columns = 4, 8
+    cache = paged_cache(
+        config,
+        num_pages=[1 + 3 * columns] * len(config.patterns),
+        page_size=size,
+        batch=3,
+        pages_per_seq=columns,
+        dtype=jnp.float32,
+        kv_dtype=kv_dtype,
+    )
+    table = 1 + jax.random.permutation(jax.random.key(0), 3 * columns).reshape(3, columns)
+    cache = dataclasses.replace(cache, page_tables=tuple(jnp.array(table) for _ in config.patterns))
+    tokens = jax.random.randint(jax.random.key(1), (3, 30), 0, config.vocab_size)
+    before = jnp.array([7, 5, 10])
+    _, cache = decoder(tokens[:, :10], lengths=before, cache=cache)
+    new = (len(PARENTS), 12, 1)
+    start = jnp.cumsum(jnp.array([0, *new]))
+    step = jnp.concatenate(
+        [tokens[row, before[row] : before[row] + n] for row, n in enumerate(new)] + [jnp.zeros(2, int)]
+    )
+    mask = np.zeros((len(step), 16), bool)
+    for token in range(len(PARENTS)):
+        mask[token, path_to(token)] = True
+    return decoder, cache, tokens, before, step, start, mask
+
+
+@pytest.mark.parametrize("changed", [{}, WINDOWED], ids=["full", "windows"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_every_node_of_a_tree_has_the_logits_of_its_path(changed, kv_dtype):
+    config = dataclasses.replace(CONFIG, **changed)
+    decoder, cache, tokens, before, step, start, mask = tree_step(config, kv_dtype)
+    run = jax.jit(lambda tokens, cache, **rows: decoder(tokens, cache=cache, **rows))
+    hidden, after = run(step[None], cache, query_start=start, tree_mask=mask)
+    got = decoder.unembed(hidden[0])
+    assert after.kv_len.tolist() == (before + jnp.diff(start)).tolist()
+    for node in range(len(PARENTS)):
+        path = jnp.zeros((3, 6), int).at[0, : len(path_to(node))].set(step[jnp.array(path_to(node))])
+        want, _ = run(path, cache, lengths=jnp.array([len(path_to(node)), 0, 0]))
+        assert_same_logits(got[node], decoder.unembed(want[0, len(path_to(node)) - 1]))
+    others = jnp.zeros((3, 12), int).at[1].set(tokens[1, 5:17]).at[2, 0].set(tokens[2, 10])
+    want, _ = run(others, cache, lengths=jnp.array([0, 12, 1]))
+    assert_same_logits(got[start[1] : start[2]], decoder.unembed(want[1]))
+    assert_same_logits(got[start[2]], decoder.unembed(want[2, 0]))
+
+    # the accepted path stays, and the next step is that of a cache which got only this path
+    kept = path_to(7)
+    compacted = after.truncate(before).compact(jnp.array([kept] * 3), jnp.array([len(kept), 0, 0]))
+    compacted = compacted.advance(jnp.array([len(kept), 12, 1]))
+    plain = others.at[0, : len(kept)].set(step[jnp.array(kept)])
+    _, plain = run(plain, cache, lengths=jnp.array([len(kept), 12, 1]))
+    assert compacted.kv_len.tolist() == plain.kv_len.tolist()
+    following = jnp.array([[3], [4], [5]])
+    (got, _), (want, _) = run(following, compacted), run(following, plain)
+    assert_same_logits(decoder.unembed(got), decoder.unembed(want))
