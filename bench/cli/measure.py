@@ -3,10 +3,11 @@
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import click
 
-from jfa_models.cli.base import dtype_options, model_options
+from jfa_models.cli.base import JsonObject, dtype_options, model_options
 from jfa_models.decoding.options import KV_DTYPES, QUANTIZATIONS
 
 from .. import configs, names
@@ -253,6 +254,60 @@ def throughput_command(
     output.present(records, "throughput", total=len(implementation))
 
 
+@click.command("speculation")
+@click.option(
+    "--config",
+    "configs_given",
+    type=JsonObject(),
+    multiple=True,
+    default=['{"method": "ngram", "num_speculative_tokens": 16}'],
+    help="A speculative_config; can be repeated.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON Lines with kind, task, prompt.",
+)
+@click.option("--kind", help="Only the prompts of this kind.")
+@click.option("--batch", type=options.COUNT, default=1, show_default=True, help="Copies of a prompt at a time.")
+@click.option("--output-len", type=options.COUNT, default=128, show_default=True, help="Tokens per prompt.")
+@click.option("--rounds", type=options.COUNT, default=5, show_default=True)
+@model_options
+@options.output_options
+def speculation_command(
+    configs_given, prompts, kind, batch, output_len, rounds, model, dtype, quantization, output
+) -> None:
+    """Benchmark speculative decoding on prompts that copy and prompts that do not.
+
+    Compares each --config with plain decoding, in turns.
+    """
+    from ..measure import speculation
+
+    found = speculation.read_prompts(prompts or speculation.PROMPTS)
+    if kind is not None:
+        kinds = sorted({one["kind"] for one in found})
+        if kind not in kinds:
+            raise click.BadParameter(f"must be one of {', '.join(kinds)}, got {kind}", param_hint="--kind")
+        found = [one for one in found if one["kind"] == kind]
+    named = {speculation.PLAIN: None} | {_config_name(one): one for one in configs_given}
+    language_model = configs.load(model, dtype, quantization)
+    records = speculation.measure(
+        language_model,
+        found,
+        named,
+        case={"model": model, "dtype": language_model.dtype.name, "quantization": quantization},
+        batch=batch,
+        output_len=output_len,
+        rounds=rounds,
+    )
+    output.present(records, "speculation", total=len(named) * (len(found) + len({one["kind"] for one in found})))
+
+
+def _config_name(config: dict) -> str:
+    """The method and the values of other options: "ngram 16"."""
+    return " ".join(str(value) for value in config.values())
+
+
 @click.command("decode")
 @click.option("--models", type=options.Models(), default="smollm2", show_default=True)
 @click.option("--layers", type=options.COUNT, help="Only the first layers of each model, for small machines.")
@@ -344,6 +399,7 @@ COMMANDS = (
     prefill_command,
     decode_command,
     throughput_command,
+    speculation_command,
     accuracy_command,
     memory_command,
 )

@@ -141,6 +141,20 @@ VIEWS: Mapping[str, View] = {
         },
         {"seconds": "s", "ttft_ms.p99": "TTFT p99"},
     ),
+    "speculation": View(
+        {
+            "case.task": "task",
+            "what": "drafts",
+            "tokens_per_s": "t/s",
+            "speedup": "x none",
+            "least": "least",
+            "tokens_per_step": "t/step",
+            "proposed": "drafted",
+            "accepted": "right",
+        },
+        {"case.kind": "kind", "case.batch": "batch", "same_as_plain": "same tokens"},
+        lambda one: f"{one['case']['kind']} prompts, {one['case']['batch']} at a time",
+    ),
     "memory": View(
         {
             "case.data": "data",

@@ -42,6 +42,7 @@ from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import Adapters
 from jfa_models.text.guided import Grammars, Guide
+from jfa_models.text.structured import StructuredOutputsParams
 from jfa_models.text.tokenizer import Tokenizer
 
 
@@ -528,13 +529,15 @@ class LanguageModel:
 
     def _guide(self, params: SamplingParams) -> Guide | None:
         """A guide at the beginning of the text that a request asks for."""
-        if params.structured_outputs is None:
+        form = params.structured_outputs
+        if form is None:
             return None
+        assert isinstance(form, StructuredOutputsParams)
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so structured_outputs cannot be enforced")
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.eos_token_ids)
-        return self._grammars.compile(params.structured_outputs).start()
+        return self._grammars.compile(form).start()
 
     def _with_stop_ids(self, params: SamplingParams) -> SamplingParams:
         """The params with the ids of the stop strings that are special tokens: these have no text to be found in."""

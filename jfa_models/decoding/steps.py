@@ -336,7 +336,7 @@ def _propose(
     two distributions are, the more often both draw the same token (arXiv:2408.07978).
     """
     b = batch.slot.shape[0]
-    cache, logits, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
+    filled, logits, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
 
     def draw(logits, step):
         raw = logits.astype(jnp.float32)
@@ -359,9 +359,10 @@ def _propose(
 
     token, active = draw(logits, 0)
     tokens = jnp.zeros((MAX_DRAFT, b), jnp.int32).at[0].set(token)
-    start = cache, token, active, tokens, active.astype(jnp.int32), jnp.int32(1)
-    cache, _, _, tokens, count, _ = lax.while_loop(goes_on, decode_once, start)
-    return cache, tokens, count
+    start = filled, token, active, tokens, active.astype(jnp.int32), jnp.int32(1)
+    filled, _, _, tokens, count, _ = lax.while_loop(goes_on, decode_once, start)
+    assert filled is not None
+    return filled, tokens, count
 
 
 def _with_dense_rows(rows: SamplingRows, slots: Slots, slot: Int[Array, " b"]) -> SamplingRows:
@@ -401,6 +402,7 @@ def _verify(
     if adjusts:
         of_token = _with_dense_rows(of_token, slots, slot)
         # the drafts up to a token count as emitted before its successor
+        assert of_token.output_counts is not None and slots.output_counts is not None
         before = (row[:, None] == row) & (place[:, None] >= place) & (place > 0) & ~is_padding
         at = jnp.where(before, batch.tokens, logits.shape[-1])
         counts = of_token.output_counts.at[token[:, None], at].add(1, mode="drop")
@@ -413,6 +415,7 @@ def _verify(
     at = jnp.where(emitted & (place == refused_at[row]), slot, none)
     slots = dataclasses.replace(slots, last_token=slots.last_token.at[at].set(new, mode="drop"))
     if adjusts:
+        assert slots.output_counts is not None
         counts = slots.output_counts.at[jnp.where(emitted, slot, none), new].add(1, mode="drop")
         slots = dataclasses.replace(slots, output_counts=counts)
     return slots, sampled

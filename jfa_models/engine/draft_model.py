@@ -17,7 +17,7 @@ from jfa_models.decoding.sampling import SamplingRows
 from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.decoding.steps import Batch
 from jfa_models.engine.drafts import Acceptance
-from jfa_models.engine.launch import SMALLEST_STEP, Launcher, bucket, buckets
+from jfa_models.engine.launch import SMALLEST_STEP, Launcher, bucket, buckets, host_batch
 from jfa_models.engine.request import NO_SEED, Continuation
 from jfa_models.model.attention import paged_cache
 from jfa_models.model.lora import Adapters
@@ -72,6 +72,7 @@ class DraftModel:
 
     def odds(self, one: Continuation) -> Sequence[float]:
         """See Proposer."""
+        self._acceptance.forget(0)
         return [self._acceptance.odds(0)] * self._length
 
     def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
@@ -93,6 +94,8 @@ class DraftModel:
         tokens, count = self._propose(rows, b, sampling, generated, most)
         drafts = {}
         for row, (one, n) in enumerate(zip(rows, count.tolist(), strict=False)):
+            if n == 0:  # too unsure from the first token on: there is nothing to verify
+                self._acceptance.add(0, 0, missed=True)
             one.num_drafted = one.num_tokens
             self._ahead[one] = n - (n == lengths[one])  # the last token of a whole draft is not computed
             drafts[one] = tokens[:n, row].tolist()
@@ -160,13 +163,7 @@ class DraftModel:
         slots, adapters = None, None
         if self._adapters is not None:
             slots, adapters = self._adapters.for_rows([one.request.adapter for one in rows], b)
-        batch = Batch(
-            tokens=padded,
-            query_start=start,
-            slot=np.zeros(b, np.int32),
-            last=np.maximum(start[1:] - 1, 0),
-            adapter=slots,
-        )
+        batch = host_batch(padded, start, np.zeros(b, np.int32), np.maximum(start[1:] - 1, 0), None, slots)
         return batch, dataclasses.replace(self._cache, page_tables=tuple(tables), kv_len=kv_len), adapters
 
     def _without_tables(self, cache: jfa.PagedKVCache) -> jfa.PagedKVCache:

@@ -30,15 +30,20 @@ class Acceptance:
     def odds(self, kind: int) -> float:
         """The estimated probability that a token of such a draft is right."""
         right, tested = self._counts.get(kind, (0.0, 0.0))
-        prior = self._prior if isinstance(self._prior, float) else self._prior.odds(kind)
+        prior = self._prior.odds(kind) if isinstance(self._prior, Acceptance) else self._prior
         return (right + PRIOR * prior) / (tested + PRIOR)
+
+    def forget(self, kind: int) -> None:
+        """Weakens what is known a little, so that drafts that did not pay are tried again one day."""
+        right, tested = self._counts.get(kind, (0.0, 0.0))
+        self._counts[kind] = right * FADING, tested * FADING
 
     def add(self, kind: int, num_right: int, *, missed: bool) -> None:
         """Counts the tokens of a draft that were right, and whether one was wrong behind them."""
         right, tested = self._counts.get(kind, (0.0, 0.0))
         fade = FADING ** (num_right + missed)
         self._counts[kind] = right * fade + num_right, tested * fade + num_right + missed
-        if not isinstance(self._prior, float):
+        if isinstance(self._prior, Acceptance):
             self._prior.add(kind, num_right, missed=missed)
 
 

@@ -350,6 +350,8 @@ class Engine:
                 if self._speculator.looks(self._scheduler.running):
                     self._collect()
                     drafts = self._speculator.plan(self._scheduler.next_tokens)
+                    if not self._speculator.is_timed:
+                        self._collected = None
                 chunks = self._scheduler.schedule(drafts)
                 while not chunks and self._launched is None and self._scheduler.make_way():
                     chunks = self._scheduler.schedule()

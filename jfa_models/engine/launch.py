@@ -94,17 +94,20 @@ class Launcher:
         def compile_step(
             b: int, n: int | None, *, draws: bool, verifies: bool = False, with_prompt: bool = False
         ) -> None:
+            batch = host_batch(
+                np.zeros(n or b, np.int32),
+                None if n is None else np.zeros(b + 1, np.int32),
+                np.full(b, most, np.int32),
+                None if verifies else np.full(b, n or b, np.int32),
+                np.zeros(n, np.int32) if with_prompt and n else None,
+                None,
+            )
+            tables, nothing = np.zeros((len(self._no_tables), b, self.pages_per_seq), np.int32), np.zeros(b, np.int32)
+            logits = None
             for adapters in self.model.adapters.variants():
-                batch = _batch(
-                    np.zeros(n or b, np.int32),
-                    None if n is None else np.zeros(b + 1, np.int32),
-                    np.full(b, most, np.int32),
-                    None if verifies else np.full(b, n or b, np.int32),
-                    np.zeros(n, np.int32) if with_prompt and n else None,
-                    None if adapters is None else np.full(b, NO_ADAPTER, np.int32),
-                )
-                tables = np.zeros((len(self._no_tables), b, self.pages_per_seq), np.int32)
-                logits, _ = self._advance(batch, tables, np.zeros(b, np.int32), adapters)
+                slots = None if adapters is None else np.full(b, NO_ADAPTER, np.int32)
+                logits, _ = self._advance(dataclasses.replace(batch, adapter=slots), tables, nothing, adapters)
+            assert logits is not None
             for greedy, no_logprobs, adjusting, stops, masked in mixtures if draws else ():
                 like = SamplingParams(
                     temperature=0.0 if greedy else 1.0,
@@ -112,7 +115,7 @@ class Launcher:
                     min_tokens=int(adjusting),
                     stop_token_ids=stops,
                 )
-                rows, nothing = self.sampling_rows([(like, NO_SEED)], b), np.zeros(b, np.int32)
+                rows = self.sampling_rows([(like, NO_SEED)], b)
                 allowed = self._all_allowed(len(logits)) if masked else None
                 self._draw(logits, rows, batch, nothing.astype(bool), nothing, allowed)
 
@@ -166,7 +169,7 @@ class Launcher:
             if chunk.samples:
                 last[row], generated[row], samples[row] = end - 1, chunk.generated, one.draws
         adapter, adapters = self.model.adapters.for_rows([one.request.adapter for _, one in rows], b)
-        batch = _batch(
+        batch = host_batch(
             tokens,
             None if one_each else start,
             slot,
@@ -198,7 +201,9 @@ class Launcher:
         for row, one, _ in sampling:
             completions[row] = one.completion
         allowed = allowed_tokens(completions, self.model.config.vocab_size)
-        for row, one, drafts in sampling if allowed is not None else ():
+        if allowed is None:
+            return None
+        for row, one, drafts in sampling:
             if one.guide is not None and drafts and not one.finished:
                 try:
                     one.guide.allowed_after(drafts, allowed[row : row + 1 + len(drafts)])
@@ -304,7 +309,7 @@ class Launcher:
                     self.copies_too(i, *pairs)
 
 
-def _batch(tokens, query_start, slot, last, next_tokens, adapter) -> Batch:
+def host_batch(tokens, query_start, slot, last, next_tokens, adapter) -> Batch:
     """A Batch of host arrays: a step transfers them to the device at once."""
     return Batch(tokens=tokens, query_start=query_start, slot=slot, last=last, next_tokens=next_tokens, adapter=adapter)
 

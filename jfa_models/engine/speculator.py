@@ -85,6 +85,7 @@ class Speculator:
     """Plans the drafts of each step.
 
     Attributes:
+      is_timed: whether the planned step has a time to compare: not if drafts were made and none is verified.
       counts: by method; "grammar": tokens that a grammar forced.
     """
 
@@ -100,6 +101,7 @@ class Speculator:
         self._shapes = shapes
         self._pace = Pace(adaptive=config is None or config.adaptive)
         self._forced: set[Continuation] = set()
+        self.is_timed = True
         self.counts: dict[str, Speculated] = {} if config is None else {config.method: Speculated()}
 
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
@@ -122,18 +124,20 @@ class Speculator:
             if one.guide is not None and (forced := _forced(one, min(room, budget))):
                 drafts[one] = forced
                 budget -= len(forced)
-        self._forced = set(drafts)
+        self._forced, self.is_timed = set(drafts), True
         if self._proposer is None or not budget:
             return drafts
         free = {one: room for one, room in rooms.items() if one not in drafts and room > 0}
         odds = [self._proposer.odds(one)[: free[one]] if one in free else () for one in rows]
         lengths = self._pace.lengths(odds, [shapes[0], *(one for one in shapes[1:] if one[1] <= len(rows) + budget)])
         wanted = {one: length for one, length in zip(rows, lengths, strict=True) if length}
+        num_forced = len(drafts)
         for one, draft in (self._proposer.draft(wanted) if wanted else {}).items():
             fitting = min(budget, len(draft) if one.guide is None else one.guide.permitted(draft))
             if fitting:
                 drafts[one] = draft[:fitting]
                 budget -= fitting
+        self.is_timed = not wanted or len(drafts) > num_forced
         return drafts
 
     def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:

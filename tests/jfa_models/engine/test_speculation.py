@@ -62,19 +62,15 @@ def assert_clean(engine):
 def assert_same(got, want):
     """The same tokens, texts and log-probabilities, up to a tie that rounding may decide; want has these."""
     for one, other in zip(got.outputs, want.outputs, strict=True):
-        same = 0
-        for same, (x, y) in enumerate(zip(one.token_ids, other.token_ids, strict=False)):  # noqa: B007
-            if x != y:
-                break
-        else:
-            assert one.finish_reason in (other.finish_reason, "abort")
-            if one.finish_reason != "abort":
-                assert one.token_ids == other.token_ids and one.text == other.text
-            if one.logprobs is not None:
-                for token, mine, theirs in zip(one.token_ids, one.logprobs, other.logprobs, strict=False):
-                    assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
+        pairs = enumerate(zip(one.token_ids, other.token_ids, strict=False))
+        same = next((i for i, (x, y) in pairs if x != y), None)
+        for token, mine, theirs in zip(one.token_ids[:same], one.logprobs or (), other.logprobs, strict=False):
+            assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
+        if same is None:
+            was_cut = one.finish_reason == "abort"
+            assert was_cut or (one.finish_reason, one.token_ids) == (other.finish_reason, other.token_ids)
             continue
-        likely = other.outputs[0].logprobs[same] if hasattr(other, "outputs") else other.logprobs[same]
+        likely = other.logprobs[same]
         assert one.token_ids[same] in likely, (same, one.token_ids, other.token_ids)
         chosen = [likely[tokens[same]].logprob for tokens in (one.token_ids, other.token_ids)]
         assert abs(chosen[0] - chosen[1]) < TIE, (same, one.token_ids, other.token_ids)
@@ -160,10 +156,10 @@ def test_random_requests(method, seed, count):
                 assert_same(waiting[name], result)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [run_of(name, quick=name == "self") for name in METHODS])
 def test_nothing_compiles_after_warm_up(method):
     model = language_model()
-    engine = Engine(model, speculative_config=speculation(method), **SMALL)
+    engine = Engine(model, speculative_config=speculation(method), **SMALL | dict(max_num_seqs=2))
     params = [GREEDY, SAMPLED[0], SAMPLED[2]]
     engine.warm_up(params)
     with counted_compilations() as count:
@@ -182,7 +178,7 @@ def test_beams_and_speculation_share_steps():
         assert [x.token_ids for x in one.outputs] == [x.token_ids for x in other.outputs]
 
 
-@pytest.mark.parametrize("method", ["self", "ngram"])
+@pytest.mark.parametrize("method", [run_of("self", quick=True), run_of("ngram", quick=False)])
 def test_adapters_keep_their_own_tokens(method):
     model = LanguageModel(decoder=language_model().decoder, params=language_model().params, tokenizer=byte_tokenizer())
     model.load_adapter("a", random_adapter(model, 0, rank=2, strength=0.5, targets="all-linear"))
@@ -196,11 +192,11 @@ def test_adapters_keep_their_own_tokens(method):
 def test_a_draft_below_the_threshold_is_cut():
     model = language_model()
     proposed = []
-    for threshold in (0.0, 0.5, 1.0):
+    for threshold in (0.0, 0.02, 1.0):
         engine = Engine(model, speculative_config=speculation("self", confidence_threshold=threshold), **SMALL)
-        run(engine, ("abc", GREEDY))
+        run(engine, ("abc and then 1", GREEDY), ("x", GREEDY))
         proposed.append(engine.metrics().speculation["self"].proposed)
-    assert proposed[0] > proposed[1] > proposed[2]
+    assert proposed[0] > proposed[1] > proposed[2] == 0
 
 
 def test_reset_starts_over():
@@ -286,7 +282,7 @@ def chains(params, drafts, seed, *, rows=256, rounds=80, accept=None):
     from jfa_models.decoding.steps import Batch, Slots, _verify
 
     rng = np.random.default_rng(3)
-    table = rng.normal(0, 1.5, (VOCAB, VOCAB)).astype(np.float32)
+    table = rng.normal(0, 0.8, (VOCAB, VOCAB)).astype(np.float32)
     pairs, rng = np.zeros((VOCAB, VOCAB), np.int64), np.random.default_rng(seed)
     verify = jax.jit(_verify)
 
@@ -338,7 +334,7 @@ DISTRIBUTIONS = {
     "bias": SamplingParams(temperature=1, logit_bias={3: 1.0}),
     "min_tokens": SamplingParams(temperature=1, min_tokens=2, stop_token_ids=[1, 4]),
 }
-LIKELY = np.linspace(1, 3, VOCAB) / np.linspace(1, 3, VOCAB).sum()
+LIKELY = 0.6 ** np.arange(VOCAB) / (0.6 ** np.arange(VOCAB)).sum()
 
 
 @pytest.mark.parametrize("option", [run_of(name, quick=name in ("temperature", "penalties")) for name in DISTRIBUTIONS])
@@ -356,4 +352,4 @@ def test_a_wrong_rule_of_acceptance_is_noticed():
         return np.where(rng.random(len(drafted)) < likely[drafted], drafted, sampled)
 
     params = SamplingParams(temperature=1)
-    assert statistic(chains(params, LIKELY, 1, accept=accept), chains(params, None, 2)) > 3
+    assert statistic(chains(params, LIKELY, 1, accept=accept), chains(params, None, 2)) > 2.5
