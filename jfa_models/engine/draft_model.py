@@ -54,19 +54,10 @@ class DraftModel:
         self._reserve = reserve
         self._acceptance = Acceptance()
         self._ahead: WeakKeyDictionary[Continuation, int] = WeakKeyDictionary()  # computed tokens of the last draft
-        # a layer with a window reads the pages of this window, or else those of the longest one
         windows = [window for _, window in launcher.scheduler.pools.pools]
-        longest = max(range(len(windows)), key=lambda i: windows[i] or float("inf"))
-        self._pool_of = [windows.index(x) if x in windows else longest for x in model.config.patterns]
-        cache = paged_cache(
-            model.config,
-            num_pages=[num_pages[i] for i in self._pool_of],
-            page_size=launcher.scheduler.pools.page_size,
-            batch=1,
-            pages_per_seq=1,
-            dtype=model.dtype,
-            kv_dtype=kv_dtype,
-        )
+        self._pool_of = pools_of(model, windows)
+        page_size = launcher.scheduler.pools.page_size
+        cache = draft_cache(model, windows, num_pages, page_size=page_size, kv_dtype=kv_dtype)
         self._cache: jfa.PagedKVCache = self._without_tables(cache)
         launcher.copies_too = self._copy
 
@@ -181,6 +172,32 @@ class DraftModel:
         for table, number in enumerate(self._pool_of):
             if number == pool:
                 self._cache = self._model.steps.copy_pages(self._cache, source, destination, table=table)
+
+
+def pools_of(model: LanguageModel, windows: Sequence[int | None]) -> list[int]:
+    """The pool whose pages each pattern of a draft model reads: that of the same window, or else of the longest one."""
+    longest = max(range(len(windows)), key=lambda i: windows[i] or float("inf"))
+    return [windows.index(x) if x in windows else longest for x in model.config.patterns]
+
+
+def draft_cache(
+    model: LanguageModel,
+    windows: Sequence[int | None],
+    num_pages: Sequence[int],
+    *,
+    page_size: int,
+    kv_dtype: str | None,
+) -> jfa.PagedKVCache:
+    """A draft model's cache, with as many pages as the pools of these windows."""
+    return paged_cache(
+        model.config,
+        num_pages=[num_pages[i] for i in pools_of(model, windows)],
+        page_size=page_size,
+        batch=1,
+        pages_per_seq=1,
+        dtype=model.dtype,
+        kv_dtype=kv_dtype,
+    )
 
 
 def draft_model_of(config: SpeculativeConfig, model: LanguageModel) -> LanguageModel:

@@ -10,6 +10,7 @@ One file: what a caller sees, most of it documentation. launch.py talks to the d
 import bisect
 import collections
 import dataclasses
+import functools
 import itertools
 import queue
 import threading
@@ -28,7 +29,7 @@ from jfa_models.decoding.prompts import Prompt, text_of
 from jfa_models.decoding.sampling import seed_sequence
 from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.engine.beams import BeamSearch
-from jfa_models.engine.draft_model import DraftModel, draft_model_of
+from jfa_models.engine.draft_model import DraftModel, draft_cache, draft_model_of
 from jfa_models.engine.launch import Launched, Launcher
 from jfa_models.engine.pools import Pools, make_pools, pool_sizes
 from jfa_models.engine.request import CANDIDATES, GREEDY, Continuation, OnOutput, Request
@@ -136,6 +137,10 @@ class Engine:
             )
         if max_wait_ms < 0:
             raise ValueError(f"max_wait_ms must be at least 0, got {max_wait_ms}")
+        self._speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
+        self._draft: LanguageModel | None = None
+        if self._speculation is not None and self._speculation.method != "ngram":
+            self._draft = draft_model_of(self._speculation, model)
         longest = max_model_len or config.context_length
 
         def new_cache(num_pages: Sequence[int]) -> jfa.PagedKVCache:
@@ -149,10 +154,15 @@ class Engine:
                 kv_dtype=kv_dtype,
             )
 
-        def num_bytes(num_pages: Sequence[int]) -> int:
-            return jax.eval_shape(lambda: new_cache(num_pages)).num_bytes
+        windows, draft = config.patterns, self._draft
 
-        windows = config.patterns
+        def num_bytes(num_pages: Sequence[int]) -> int:
+            own = jax.eval_shape(lambda: new_cache(num_pages)).num_bytes
+            if draft is None:
+                return own
+            of_draft = functools.partial(draft_cache, draft, windows, num_pages, page_size=page_size, kv_dtype=kv_dtype)
+            return own + jax.eval_shape(of_draft).num_bytes
+
         num_bytes([2] * len(windows))  # raises for options that no cache supports
 
         def sizes(num_pages: int) -> list[int]:
@@ -185,10 +195,6 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
         )
-        self._speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
-        self._draft: LanguageModel | None = None
-        if self._speculation is not None and self._speculation.method != "ngram":
-            self._draft = draft_model_of(self._speculation, model)
         self._clock = clock
         self._numbers = itertools.count()
         self._step_lock = threading.RLock()
@@ -332,7 +338,7 @@ class Engine:
         with self._step_lock:
             for request in self._results.requests.values():
                 self.model.adapters.release(request.adapter)
-            del self._launcher, self._launched  # first: there may be no memory for two pools
+            del self._launcher, self._launched, self._speculator, self._results  # there may be no memory for two pools
             self._start()
 
     def _check_not_broken(self) -> None:

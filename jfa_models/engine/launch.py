@@ -1,5 +1,6 @@
 """Turns the scheduler's decisions into arrays and runs the compiled steps on them: the device side of an engine."""
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,8 @@ class Launcher:
         self._num_pages = np.zeros((len(pools), slots), np.int64)
         self._adjusted: set[int] = set()  # slots whose request adjusts its logits
         self.copies_too: Callable[[int, np.ndarray, np.ndarray], None] | None = None  # copies pages of a draft model
-        self._rows: tuple[object, SamplingRows | None] = (None, None)  # cache key and sampling rows of the last step
+        # the rows of the last steps, whose sizes alternate with drafts
+        self._rows: collections.deque[tuple[object, SamplingRows]] = collections.deque(maxlen=4)
 
     def shapes(self, num_rows: int) -> list[tuple[int, int]]:
         """The shapes, rows and tokens, of a step for one token of this many rows: without drafts, then with."""
@@ -241,13 +243,14 @@ class Launcher:
 
     def sampling_rows(self, of_rows: Sequence[tuple[SamplingParams, np.random.SeedSequence]], b: int) -> SamplingRows:
         """The rows of a step of b rows, the last of which are padding."""
-        last_key, rows = self._rows
         key = (b, tuple(of_rows))
-        if rows is None or last_key != key:
-            params, seeds = zip(*of_rows, *[(GREEDY, NO_SEED)] * (b - len(of_rows)), strict=True)
-            vocab_size, eos = self.model.config.vocab_size, self.model.eos_token_ids
-            rows = slot_rows(params, seeds, vocab_size=vocab_size, eos_token_ids=eos)
-            self._rows = (key, rows)
+        for known, rows in self._rows:
+            if known == key:
+                return rows
+        params, seeds = zip(*of_rows, *[(GREEDY, NO_SEED)] * (b - len(of_rows)), strict=True)
+        vocab_size, eos = self.model.config.vocab_size, self.model.eos_token_ids
+        rows = slot_rows(params, seeds, vocab_size=vocab_size, eos_token_ids=eos)
+        self._rows.append((key, rows))
         return rows
 
     def _enter(self, one: Continuation) -> None:

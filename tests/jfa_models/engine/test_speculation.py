@@ -192,7 +192,7 @@ def test_adapters_keep_their_own_tokens(method):
 def test_a_draft_below_the_threshold_is_cut():
     model = language_model()
     proposed = []
-    for threshold in (0.0, 0.02, 1.0):
+    for threshold in (0.0, 0.05, 1.0):
         engine = Engine(model, speculative_config=speculation("self", confidence_threshold=threshold), **SMALL)
         run(engine, ("abc and then 1", GREEDY), ("x", GREEDY))
         proposed.append(engine.metrics().speculation["self"].proposed)
@@ -207,6 +207,18 @@ def test_reset_starts_over():
     engine.reset()
     assert engine.metrics().speculation["draft_model"].proposed == 0
     assert run(engine, ("abc abc", GREEDY))[0].outputs == first
+
+
+def test_the_pool_leaves_room_for_the_pages_of_the_draft_model(monkeypatch):
+    from jfa_models.engine import engine as module
+
+    monkeypatch.setattr(module, "HOST_CACHE_BYTES", 200_000)
+    options = dict(max_num_seqs=4, page_size=4)
+    alone = Engine(language_model(), **options)
+    engine = Engine(language_model(), speculative_config=speculation("self"), **options)
+    draft = engine._speculator._proposer._cache
+    assert engine._launcher.cache.num_bytes + draft.num_bytes <= 200_000 < 1.3 * alone._launcher.cache.num_bytes
+    assert engine.num_slots == pytest.approx(alone.num_slots * 3 / 5, rel=0.05)  # two layers more than three
 
 
 def test_llm_speculates():
