@@ -355,6 +355,8 @@ class LanguageModel:
             cache, known = session.take(self, prompt_ids, len(prompt_ids) + request.max_tokens, request.adapter)
             adapters = self.adapters.for_rows([request.adapter], 1)
             state, emitted = self._prefill([request], cache, [prompt_ids[known:]], *adapters)
+            if request.finished:  # its form allows no first token
+                yield request.output()
             try:
                 while not request.finished:
                     shown = emitted

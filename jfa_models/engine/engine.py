@@ -35,7 +35,7 @@ from jfa_models.engine.pools import Pools, make_pools, pool_sizes
 from jfa_models.engine.request import CANDIDATES, GREEDY, Continuation, OnOutput, Request
 from jfa_models.engine.results import Results
 from jfa_models.engine.scheduler import Scheduler
-from jfa_models.engine.speculator import NgramProposer, Proposer, Speculated, Speculator
+from jfa_models.engine.speculator import LONGEST_FORCED, NgramProposer, Proposer, Speculated, Speculator
 from jfa_models.model.attention import paged_cache
 
 FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
@@ -396,9 +396,9 @@ class Engine:
             if self.has_unfinished:
                 raise RuntimeError("warm_up needs an idle engine: call it before or after all requests")
             sampling = [CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params]
-            self._launcher.warm_up(
-                sampling, longest_draft=0 if self._speculation is None else self._speculation.num_speculative_tokens
-            )
+            guided = any(one.structured_outputs is not None for one in sampling)
+            drafted = 0 if self._speculation is None else self._speculation.num_speculative_tokens
+            self._launcher.warm_up(sampling, longest_draft=max(drafted, LONGEST_FORCED * guided), guided=guided)
             self._speculator.warm_up(sampling)
 
     def metrics(self) -> EngineMetrics:

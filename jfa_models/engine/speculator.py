@@ -15,6 +15,7 @@ from jfa_models.engine.pace import Pace
 from jfa_models.engine.request import Continuation
 from jfa_models.text.guided import GrammarError
 
+LONGEST_FORCED = 16  # tokens that a grammar forces, in one step
 GRAMMAR = "grammar"  # the method of tokens that a grammar forces
 
 
@@ -121,7 +122,7 @@ class Speculator:
         drafts: dict[Continuation, Sequence[int]] = {}
         rooms = {one: one.limit - one.num_tokens - 1 for one in rows if one.draws}
         for one, room in rooms.items():
-            if one.guide is not None and (forced := _forced(one, min(room, budget))):
+            if one.guide is not None and (forced := _forced(one, min(room, budget, LONGEST_FORCED))):
                 drafts[one] = forced
                 budget -= len(forced)
         self._forced, self.is_timed = set(drafts), True
