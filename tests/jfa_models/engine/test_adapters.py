@@ -8,6 +8,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from engines import assert_clean
 from flax import nnx
 from random_adapters import random_adapter
 from runs import run as run_of
@@ -59,17 +60,6 @@ def engine(model):
     engine = Engine(model, **SMALL)
     yield engine
     assert_clean(engine)
-
-
-def assert_clean(engine):
-    """No request holds pages or an adapter."""
-    list(engine.run())
-    for pool in engine._scheduler.pools.pools:
-        pool.allocator.check()
-        assert not pool.allocator.sequences
-    assert engine.metrics().running == engine.metrics().waiting == 0
-    held = [one for one in engine.model.adapters._slots if one is not None]
-    assert not any(one.users or one.is_unloaded for one in held)
 
 
 def run(engine, *requests):

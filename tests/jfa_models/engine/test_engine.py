@@ -10,6 +10,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from engines import assert_clean
 from flax import nnx
 from runs import run as run_of
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sharp_decoder, tiny_config
@@ -57,14 +58,6 @@ def shared(model):
 def engine(shared):
     yield shared
     assert_clean(shared)
-
-
-def assert_clean(engine):
-    list(engine.run())
-    for pool in engine._scheduler.pools.pools:
-        pool.allocator.check()
-        assert not pool.allocator.sequences
-    assert engine.metrics().running == engine.metrics().waiting == 0
 
 
 def run(engine, *requests, **options):

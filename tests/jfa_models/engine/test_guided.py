@@ -11,6 +11,7 @@ import jax
 import jsonschema
 import numpy as np
 import pytest
+from engines import assert_clean
 from flax import nnx
 from runs import run as run_of
 from tiny_model import PRINTABLE, byte_tokenizer, counted_compilations, sharp_decoder, tiny_config
@@ -74,13 +75,6 @@ def run(engine, *requests):
     ids = [engine.add_request(prompt, params, number=i) for i, (prompt, params) in enumerate(requests)]
     results = {result.request_id: result for result in engine.run()}
     return [results[i] for i in ids]
-
-
-def assert_clean(engine):
-    for pool in engine._scheduler.pools.pools:
-        pool.allocator.check()
-        assert not pool.allocator.sequences
-    assert engine.metrics().running == engine.metrics().waiting == 0
 
 
 def mixed():

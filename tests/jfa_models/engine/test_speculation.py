@@ -7,6 +7,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from engines import assert_clean
 from flax import nnx
 from random_adapters import random_adapter
 from runs import run as run_of
@@ -50,14 +51,6 @@ def run(engine, *requests, **options):
     ids = [engine.add_request(prompt, params, number=i, **options) for i, (prompt, params) in enumerate(requests)]
     results = {result.request_id: result for result in engine.run()}
     return [results[i] for i in ids]
-
-
-def assert_clean(engine):
-    list(engine.run())
-    for pool in engine._scheduler.pools.pools:
-        pool.allocator.check()
-        assert not pool.allocator.sequences
-    assert engine.metrics().running == engine.metrics().waiting == 0
 
 
 def assert_same(got, want):
