@@ -3,7 +3,7 @@
 Source: https://github.com/apoorvumang/prompt-lookup-decoding; vLLM calls it "ngram".
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 PRIOR = 4.0  # tokens that a request's own acceptance must outweigh
@@ -25,20 +25,20 @@ class Acceptance:
 
     def __init__(self, prior: "Acceptance | float" = 0.5):
         self._prior = prior
-        self._counts: dict[int, tuple[float, float]] = {}  # right, tested
+        self._counts: dict[Hashable, tuple[float, float]] = {}  # right, tested
 
-    def odds(self, kind: int) -> float:
+    def odds(self, kind: Hashable) -> float:
         """The estimated probability that a token of such a draft is right."""
         right, tested = self._counts.get(kind, (0.0, 0.0))
         prior = self._prior.odds(kind) if isinstance(self._prior, Acceptance) else self._prior
         return (right + PRIOR * prior) / (tested + PRIOR)
 
-    def forget(self, kind: int) -> None:
+    def forget(self, kind: Hashable) -> None:
         """Weakens what is known a little, so that drafts that did not pay are tried again one day."""
         right, tested = self._counts.get(kind, (0.0, 0.0))
         self._counts[kind] = right * FADING, tested * FADING
 
-    def add(self, kind: int, num_right: int, *, missed: bool) -> None:
+    def add(self, kind: Hashable, num_right: int, *, missed: bool) -> None:
         """Counts the tokens of a draft that were right, and whether one was wrong behind them."""
         right, tested = self._counts.get(kind, (0.0, 0.0))
         fade = FADING ** (num_right + missed)
@@ -62,17 +62,20 @@ class Lookup:
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in self._sizes]  # where an n-gram was followed last
         self._draft: list[int] = []  # what is expected next
         self._size = 0  # of the match
+        self._place = 0  # tokens of it that were right so far
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Takes the text, which has grown since the last call."""
         for token in tokens[len(self._tokens) :]:
-            if self._draft and self._draft[0] == token:
-                self._acceptance.add(self._size, 1, missed=False)
-                del self._draft[0]
-            elif self._draft:
-                self._acceptance.add(self._size, 0, missed=True)
-                self._draft = []
+            if self._draft:
+                is_right = self._draft[0] == token
+                self._acceptance.add(self._kind(0), int(is_right), missed=not is_right)
+                self._draft, self._place = (self._draft[1:], self._place + 1) if is_right else ([], 0)
             self._enter(token)
+
+    def _kind(self, ahead: int) -> tuple[int, int]:
+        """What the odds of a drafted token depend on: the size of the match, and how many tokens are right since it."""
+        return self._size, (self._place + ahead).bit_length()
 
     def _enter(self, token: int) -> None:
         """Adds a token; the n-grams before it are now followed by it."""
@@ -86,8 +89,8 @@ class Lookup:
         """What followed the longest n-gram at the end of the text where it stood last."""
         if len(self._draft) < self._length:
             self._look_up()
-        odds = self._acceptance.odds(self._size)
-        return Draft(self._draft[: self._length], [odds] * min(len(self._draft), self._length))
+        tokens = self._draft[: self._length]
+        return Draft(tokens, [self._acceptance.odds(self._kind(i)) for i in range(len(tokens))])
 
     def _look_up(self) -> None:
         end = len(self._tokens)
@@ -97,6 +100,7 @@ class Lookup:
                 # a copy that reaches the end of the text goes on with itself: a period repeats
                 period = end - start
                 self._draft = [self._tokens[start + i % period] for i in range(2 * self._length)]
-                self._size = size
+                if not self._place:
+                    self._size = size
                 return
-        self._draft = []
+        self._draft, self._place = [], 0

@@ -6,20 +6,34 @@ from collections.abc import Sequence
 LOOK_EVERY = 8  # steps between two looks at the drafts while they do not pay
 PLAIN_EVERY = 64  # steps with drafts between two without, which are timed to compare
 FIRST_GUESS = 0.02  # of a step's time, per drafted token, until a step of that size was timed
+STAKE = 2.0  # steps that drafts may lose at first
+MOST_STAKE = 4.0  # steps that they may lose after they won as many
+ALLOWANCE = 0.04  # steps that they may lose for each step without
+MARGIN = 1.1  # how many times as many tokens per second must be expected of drafts as without: odds are guesses
 FADING = 0.8  # weight of a timing after each later one
 
 
 class Pace:
-    """Times of steps by their shape, and the sizes of drafts that follow from them."""
+    """Times of steps by their shape, and the sizes of drafts that follow from them.
+
+    Odds can be wrong, so what drafts may lose is bounded: they play for a stake, in steps, to which each step without
+    drafts adds a little.
+    """
 
     def __init__(self, *, adaptive: bool):
         self._adaptive = adaptive
         self._seconds: dict[tuple[int, int], float] = {}  # of a step, by its numbers of rows and tokens
         self._compiled: set[tuple[int, int]] = set()
         self._steps_without = self._steps_with = 0
+        self._stake = STAKE
 
-    def time(self, rows: int, tokens: int, seconds: float) -> None:
-        """Records the seconds of a step of this shape; the first one, which may have compiled, does not count."""
+    def time(
+        self, rows: int, tokens: int, seconds: float, *, plain: tuple[int, int] | None = None, won: float = 0.0
+    ) -> None:
+        """Records the seconds of a step of this shape; the first one, which may have compiled, does not count.
+
+        plain: of a step with drafts: the shape that it would have without. won: accepted tokens of each row, a mean.
+        """
         shape = rows, tokens
         if shape not in self._compiled:
             self._compiled.add(shape)
@@ -27,6 +41,10 @@ class Pace:
         before = self._seconds.get(shape, seconds)
         # a step that something else delayed must not look slow for long
         self._seconds[shape] = min(before * FADING + seconds * (1 - FADING), 2 * before)
+        gain = ALLOWANCE
+        if plain is not None and plain in self._seconds:
+            gain = 1 + won - self._seconds[shape] / self._seconds[plain]
+        self._stake = min(self._stake + gain, MOST_STAKE)
 
     def looks(self) -> bool:
         """Whether the next step should be planned with drafts, for which the last results are needed first."""
@@ -57,10 +75,10 @@ class Pace:
         if self._steps_with >= PLAIN_EVERY:
             self._steps_with = 0
             plain = None
-        if plain is None or not gains:
+        if plain is None or not gains or self._stake <= 0:
             return best
         expected, num_tokens = float(len(odds)), len(odds)
-        best_rate = expected / plain
+        best_rate = MARGIN * expected / plain
         for rows, size in shapes[1:]:
             while gains and num_tokens < size:
                 gain, row = heapq.heappop(gains)
@@ -70,6 +88,6 @@ class Pace:
                 if lengths[row] < len(odds[row]):
                     heapq.heappush(gains, (gain * odds[row][lengths[row]], row))
             seconds = self._seconds.get((rows, size), plain * (1 + FIRST_GUESS * (size - len(odds))))
-            if expected / seconds > best_rate:
-                best, best_rate = lengths.copy(), expected / seconds
+            if (rate := expected / seconds) > best_rate:
+                best, best_rate = lengths.copy(), rate
         return best

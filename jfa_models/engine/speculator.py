@@ -102,6 +102,7 @@ class Speculator:
         self._shapes = shapes
         self._pace = Pace(adaptive=config is None or config.adaptive)
         self._forced: set[Continuation] = set()
+        self._verified = self._accepted = 0  # rows of the last step with drafts, and accepted tokens
         self.is_timed = True
         self.counts: dict[str, Speculated] = {} if config is None else {config.method: Speculated()}
 
@@ -125,7 +126,7 @@ class Speculator:
             if one.guide is not None and (forced := _forced(one, min(room, budget, LONGEST_FORCED))):
                 drafts[one] = forced
                 budget -= len(forced)
-        self._forced, self.is_timed = set(drafts), True
+        self._forced, self.is_timed, self._verified, self._accepted = set(drafts), True, 0, 0
         if self._proposer is None or not budget:
             return drafts
         free = {one: room for one, room in rooms.items() if one not in drafts and room > 0}
@@ -139,6 +140,7 @@ class Speculator:
                 drafts[one] = draft[:fitting]
                 budget -= fitting
         self.is_timed = not wanted or len(drafts) > num_forced
+        self._verified = len(rows) * (len(drafts) > num_forced)
         return drafts
 
     def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
@@ -146,6 +148,7 @@ class Speculator:
         forced = one in self._forced
         method = GRAMMAR if forced else self._method
         assert method is not None
+        self._accepted += num_right
         before = self.counts.get(method, Speculated())
         self.counts[method] = Speculated(before.proposed + num_drafted, before.accepted + num_right, before.drafts + 1)
         if not forced and self._proposer is not None:
@@ -153,7 +156,11 @@ class Speculator:
 
     def time(self, shape: tuple[int, int], seconds: float) -> None:
         """Records the seconds of a step of this shape."""
-        self._pace.time(*shape, seconds)
+        if self._verified:
+            won, plain = self._accepted / self._verified, self._shapes(self._verified)[0]
+            self._pace.time(*shape, seconds, plain=plain, won=won)
+        else:
+            self._pace.time(*shape, seconds)
 
 
 def _forced(one: Continuation, limit: int) -> list[int]:

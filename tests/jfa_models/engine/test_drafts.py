@@ -68,13 +68,13 @@ def test_acceptance_learns_also_from_drafts_that_were_not_verified():
     for end in range(1, 9):
         one.draft()
         one.follow([ord(x) for x in "abcdabcd" * 3 + "abcdabcd"[:end]])
-    assert one.draft().odds[0] > before
+    assert one._acceptance.odds((3, 1)) > before
     wrong = lookup("abcdabcd" * 3)
     for end in range(1, 9):
         wrong.draft()
         wrong.follow([ord(x) for x in "abcdabcd" * 3 + "badcabdc"[:end]])
     wrong.draft()
-    assert wrong._acceptance.odds(3) < before
+    assert wrong._acceptance.odds((3, 0)) < before
 
 
 def test_a_request_starts_with_the_acceptance_of_all():
@@ -152,3 +152,26 @@ def test_one_slow_step_does_not_count_for_long():
     for _ in range(10):
         pace.time(1, 8, 1.2)
     assert pace.lengths([[0.9] * 10], SHAPES) == [7]
+
+
+def test_what_drafts_may_lose_is_bounded():
+    """Odds that are always wrong: at most the stake and a few per cent are lost, and drafts are tried now and then."""
+    pace, lost, drafted, steps = timed(Pace(adaptive=True), CHEAP | {(1, 8): 2.5}), 0.0, 0, 2000
+    for _ in range(steps):
+        if pace.looks() and any(pace.lengths([[0.95] * 7], SHAPES)):
+            pace.time(1, 8, 2.5, plain=(1, 1), won=0.0)
+            lost, drafted = lost + 1.5, drafted + 1
+        else:
+            pace.time(1, 1, 1.0)
+    assert drafted > 20 and lost < 5 + 0.05 * steps
+
+
+def test_drafts_that_win_go_on():
+    pace, drafted = timed(Pace(adaptive=True), CHEAP | {(1, 8): 2.5}), 0
+    for _ in range(200):
+        if pace.looks() and any(pace.lengths([[0.95] * 7], SHAPES)):
+            pace.time(1, 8, 2.5, plain=(1, 1), won=3.0)
+            drafted += 1
+        else:
+            pace.time(1, 1, 1.0)
+    assert drafted > 190
