@@ -22,9 +22,8 @@ from jfa_models.engine.request import NO_SEED, Continuation
 from jfa_models.model.attention import paged_cache
 from jfa_models.model.lora import Adapters
 
-_FEW = (
-    2  # tokens that a row lacks at most when it drafts: after a whole draft was accepted, its last token and the next
-)
+# Tokens that a row lacks at most when it drafts: after a whole draft was accepted, its last token and the next one.
+_FEW = 2
 
 
 class DraftModel:
