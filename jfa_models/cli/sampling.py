@@ -39,8 +39,19 @@ def given(sampling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_forms(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """With the contents of the files that options name."""
-    return {name: value.read() if hasattr(value, "read") else value for name, value in sampling.items()}
+    """With the contents of the files that options name.
+
+    Raises:
+      ValueError: a file is not a text in UTF-8.
+    """
+    return {name: _text_of(value) if hasattr(value, "read") else value for name, value in sampling.items()}
+
+
+def _text_of(file: Any) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not a text in UTF-8: {error}") from None
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:

@@ -368,7 +368,8 @@ class LanguageModel:
                     request.completion.push(shown.sampled, 0)
                     if is_guided and not request.finished:
                         state = self._masked(state, [request])
-                        state, emitted = self.steps.decode(self.params, state, adapters=adapters[1])
+                        if not request.finished:  # the mask may have failed
+                            state, emitted = self.steps.decode(self.params, state, adapters=adapters[1])
                     yield request.output()
             finally:
                 # the cache contains every token except the last one, which only a step that ran ahead may have added

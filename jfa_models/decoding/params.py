@@ -155,18 +155,23 @@ _ELSEWHERE = {
     "skip_reading_prefix_cache": "use LLM(..., enable_prefix_caching=False)",
     "extra_args": "there is nothing that would read them",
 }
-_init = SamplingParams.__init__
 
 
-@functools.wraps(_init)
-def _refusing_init(self: SamplingParams, **fields: Any) -> None:
-    for name in fields:
-        if name in _ELSEWHERE:
-            raise ValueError(f"SamplingParams has no {name}: {_ELSEWHERE[name]}")
-    _init(self, **fields)
+def _refuse(params: type, elsewhere: Mapping[str, str]) -> None:
+    """Makes a class of parameters answer fields that it does not have with what to use."""
+    init = params.__init__
+
+    @functools.wraps(init)
+    def refusing_init(self: Any, **fields: Any) -> None:
+        for name in fields:
+            if name in elsewhere:
+                raise ValueError(f"{params.__name__} has no {name}: {elsewhere[name]}")
+        init(self, **fields)
+
+    params.__init__ = refusing_init  # type: ignore[misc]
 
 
-SamplingParams.__init__ = _refusing_init
+_refuse(SamplingParams, _ELSEWHERE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,6 +214,9 @@ class BeamSearchParams:
         object.__setattr__(self, "beam_width", width)
         object.__setattr__(self, "max_tokens", length)
         object.__setattr__(self, "length_penalty", penalty)
+
+
+_refuse(BeamSearchParams, {"structured_outputs": "beams are not masked; use SamplingParams, with n for several texts"})
 
 
 def one_per_prompt(params: Any, num_prompts: int) -> list[Any]:
@@ -267,10 +275,10 @@ def _structured(given: Any) -> StructuredOutputsParams:
     if isinstance(given, StructuredOutputsParams):
         return given
     names = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
-    if not isinstance(given, Mapping) or given.keys() - {*names}:
-        raise ValueError(
-            f"structured_outputs must be StructuredOutputsParams, fields {', '.join(names)}, got {given!r}"
-        )
+    if not isinstance(given, Mapping):
+        raise ValueError(f"structured_outputs must be StructuredOutputsParams(...) or its fields, got {given!r}")
+    if unknown := sorted(map(str, given.keys() - {*names})):
+        raise ValueError(f"structured_outputs has no field {', '.join(unknown)}; its fields are {', '.join(names)}")
     return StructuredOutputsParams(**given)
 
 

@@ -206,12 +206,12 @@ class Launcher:
         if allowed is None:
             return None
         for row, one, drafts in sampling:
-            if one.guide is not None and drafts and not one.finished:
+            completion = one.completion
+            if completion is not None and completion.guide is not None and drafts and not completion.finished:
                 try:
-                    one.guide.allowed_after(drafts, allowed[row : row + 1 + len(drafts)])
+                    completion.guide.allowed_after(drafts, allowed[row : row + 1 + len(drafts)])
                 except GrammarError as error:
-                    assert one.completion is not None
-                    one.completion.fail(str(error))
+                    completion.fail(str(error))
         return allowed
 
     def _all_allowed(self, n: int) -> Int32[np.ndarray, "n words"]:

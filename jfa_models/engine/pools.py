@@ -79,14 +79,17 @@ class Pools:
         ]
         return min(limits, default=None)
 
-    def make_room(self, sequence: Hashable, num_tokens: int) -> list[tuple[int, Copy]] | None:
+    def make_room(self, sequence: Hashable, num_tokens: int, *, spare: int = 0) -> list[tuple[int, Copy]] | None:
         """Allocates pages for a sequence's first num_tokens; returns the necessary (pool index, copy) pairs.
 
-        None: one of the pools has too few pages, and nothing has changed.
+        None: one of the pools has too few pages, and nothing has changed. spare: pages that must stay free besides
+        those of whole pages of new tokens.
         """
         missing = [max(0, num_tokens - pool.allocator.num_tokens(sequence)) for pool in self.pools]
-        if not all(pool.allocator.fits(sequence, n) for pool, n in zip(self.pools, missing, strict=True)):
-            return None
+        for (allocator, _), n in zip(self.pools, missing, strict=True):
+            is_tight = spare > 0 and allocator.num_free <= spare + n // self.page_size
+            if is_tight or not allocator.fits(sequence, n):
+                return None
         copies = []
         for i, (pool, n) in enumerate(zip(self.pools, missing, strict=True)):
             copies += [(i, copy) for copy in (pool.allocator.append(sequence, n) if n else None) or ()]
@@ -112,10 +115,6 @@ class Pools:
         """Ends a sequence and frees its pages."""
         for pool in self.pools:
             pool.allocator.free(sequence)
-
-    def has_spare(self, num_pages: int) -> bool:
-        """Whether every pool has more free pages than this."""
-        return all(pool.allocator.num_free > num_pages for pool in self.pools)
 
     @property
     def num_pages(self) -> int:

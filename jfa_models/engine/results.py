@@ -182,6 +182,7 @@ class Results:
         for completion in request.completions:
             if reason is not None:
                 completion.end(reason)
+            request.error = request.error or completion.error  # it was aborted before its failure was seen
         del self.requests[request.id]
         self.model.adapters.release(request.adapter)
         self.finished_requests += 1

@@ -137,9 +137,8 @@ class Scheduler:
 
         Returns the copies to make, or None if there are too few pages.
         """
-        if not self.pools.has_spare(2 * len(self._running)):
-            return None
-        return self.pools.make_room(one, one.num_computed + 1 + num_drafted)
+        # no continuation is preempted for drafts: each may need a page for its next token, and one for a copy
+        return self.pools.make_room(one, one.num_computed + 1 + num_drafted, spare=2 * len(self._running))
 
     def keep(self, one: Continuation, num_accepted: int) -> None:
         """Counts the accepted drafts of its last chunk as computed tokens: what was computed behind them is not."""
@@ -153,8 +152,6 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
-        if not self.pools.has_spare(2 * len(self._running)):
-            drafts = _NO_DRAFTS  # no continuation is preempted for them
         for one in self._running:
             self.pools.slide(one, one.num_computed)
         for prompts in (False, True):
@@ -163,7 +160,7 @@ class Scheduler:
                 if one.slot is None or not num_tokens or (one.num_new > 1) != prompts:
                     continue
                 extra = drafts.get(one, ())
-                copies = self.pools.make_room(one, one.num_computed + num_tokens + len(extra)) if extra else None
+                copies = self.reserve(one, len(extra)) if extra else None
                 if copies is None:
                     extra, copies = (), self._make_room(one, num_tokens)
                 if copies is not None:

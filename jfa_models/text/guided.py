@@ -74,6 +74,9 @@ class Grammars:
         self.vocab_size = vocab_size
         self.words = -(-vocab_size // 32)
         self.end_ids = ends
+        added = tokenizer.core.get_added_tokens_decoder()
+        # llguidance also allows such an end where a document has its text
+        self.ends_with_text = any(i not in added or not added[i].special for i in ends)
         self._tokenizer = tokenizer
         self._max_kept = max_kept
         self._kept: collections.OrderedDict[StructuredOutputsParams, Grammar] = collections.OrderedDict()
@@ -238,7 +241,8 @@ class Guide:
         self._ends = owner.end_ids
         self._words = owner.words
         self._scratch: np.ndarray | None = None
-        if (size := owner.tokenizer.vocab_size) > owner.vocab_size:  # the masks are wider than the model's
+        size = owner.tokenizer.vocab_size
+        if size > owner.vocab_size or owner.ends_with_text:  # the masks are wider than the model's, or need a change
             self._scratch = np.zeros(-(-size // 32), np.int32)
 
     def fork(self) -> "Guide":
@@ -359,6 +363,9 @@ class Guide:
             row[:] = EVERYTHING
         elif self._scratch is not None:
             row[:] = self._scratch[: self._words]
+            if self.grammar.owner.ends_with_text and not self.may_end:
+                for end in self._ends:  # one that is a text as well
+                    row[end >> 5 : (end >> 5) + 1].view(np.uint32)[:] &= ~np.uint32(1 << (end & 31))
             if extra := self._words * 32 - self.grammar.owner.vocab_size:
                 row[-1:].view(np.uint32)[:] &= np.uint32(0xFFFFFFFF >> extra)
             if not row.any():

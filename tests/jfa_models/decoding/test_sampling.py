@@ -457,7 +457,7 @@ def test_no_stop_may_be_none_as_in_vllm():
 ELSEWHERE = {
     "best_of": "SamplingParams has no best_of: use n, and take the continuation with the largest cumulative_logprob",
     "bad_words": "SamplingParams has no bad_words: use logit_bias of -100 for token ids",
-    "structured_outputs": "SamplingParams has no structured_outputs: guided decoding is not implemented yet",
+    "guided_decoding": "SamplingParams has no guided_decoding: use structured_outputs",
     "use_beam_search": "SamplingParams has no use_beam_search: use BeamSearchParams",
 }
 

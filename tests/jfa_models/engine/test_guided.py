@@ -204,9 +204,9 @@ def test_not_finite_logits_are_an_error():
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "so ignore_eos must be False"),
         (
             {"structured_outputs": {"pattern": "a"}},
-            "structured_outputs must be StructuredOutputsParams, fields json, regex",
+            "structured_outputs has no field pattern; its fields are json, regex",
         ),
-        ({"structured_outputs": "a"}, "structured_outputs must be StructuredOutputsParams, fields json, regex"),
+        ({"structured_outputs": "a"}, "structured_outputs must be StructuredOutputsParams(...) or its fields, got 'a'"),
         ({"structured_outputs": {"regex": "a", "json_object": True}}, "takes exactly one of json, regex, choice"),
         ({"guided_decoding": {}}, "SamplingParams has no guided_decoding: use structured_outputs"),
     ],
@@ -229,7 +229,7 @@ def test_faulty_requests_start_nothing():
         Engine(without, **SMALL).add_request([5, 6], asked("regex"))
     with pytest.raises(ValueError, match="start cannot follow structured_outputs"):
         model.start("x", asked("regex"))
-    with pytest.raises(TypeError, match="structured_outputs"):
+    with pytest.raises(ValueError, match="BeamSearchParams has no structured_outputs: beams are not masked; use Samp"):
         BeamSearchParams(beam_width=2, max_tokens=4, structured_outputs=FORMS["json"])
 
 

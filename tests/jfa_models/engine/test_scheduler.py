@@ -149,6 +149,21 @@ def test_a_preempted_continuation_finds_its_full_pages_again():
     assert machine.scheduler.num_preemptions > 0 and machine.allocator.hit_tokens > hits
 
 
+@pytest.mark.parametrize("num_pages", [15, 16, 40])
+def test_nothing_is_preempted_for_drafts(num_pages):
+    """Otherwise a prompt might take the slot, in a step that verifies drafts."""
+    machine = Machine(num_pages=num_pages, max_num_seqs=2)
+    first, second = machine.add(range(4), 60), machine.add(range(100, 108), 20)
+    machine.step()
+    first.tokens.append(1004)
+    second.tokens.append(1008)
+    machine.add([7, 8], 4, priority=-1)  # there is no slot for it
+    assert machine.scheduler.next_tokens == [first, second]
+    chunks = machine.scheduler.schedule({first: [5] * 40})
+    assert summary(chunks) == [(0, 4, 1), (1, 8, 1)] and machine.scheduler.num_preemptions == 0
+    assert [len(chunk.drafts) for chunk in chunks] == [40 if num_pages == 40 else 0, 0]
+
+
 def test_equal_prompts_share_their_full_pages_even_in_the_step_that_computes_them():
     machine = Machine(max_num_batched_tokens=32)
     machine.add(range(10), 2)

@@ -1007,3 +1007,19 @@ def test_a_vocabulary_of_sentence_piece():
     assert guide.may_end and {*tokenizer.eos_token_ids} < {*allowed(guide)}
     guide = grammar.start([core.token_to_id("<0xC3>"), core.token_to_id("<0xA9>")])
     assert guide.complete and allowed(guide) == sorted(tokenizer.eos_token_ids)
+
+
+def test_an_end_token_that_is_text_as_well_is_allowed_only_where_the_document_may_end():
+    [letter] = ids_of("q")
+    grammars = Grammars(BYTES, 272, [END, letter])
+    guide = grammars.compile(params(regex='"[a-z]{0,3}"|quit')).start()
+    assert allowed(guide) == ids_of('"')
+    guide.accept(ids_of('"a'))
+    assert letter not in allowed(guide) and len(allowed(guide)) == 26
+    guide.accept(ids_of('"'))
+    assert sorted(allowed(guide)) == sorted([END, letter])
+    masks = rows(2, grammars)
+    assert not fill([guide, grammars.compile(params(regex="[a-z]+")).start()], masks)
+    assert [letter in tokens_in(row) for row in masks] == [True, False]
+    with pytest.raises(ValueError, match="the regex matches no text at all"):
+        grammars.compile(params(regex="quit"))
