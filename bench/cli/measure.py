@@ -9,6 +9,7 @@ import click
 
 from jfa_models.cli.base import JsonObject, dtype_options, model_options
 from jfa_models.decoding.options import KV_DTYPES, QUANTIZATIONS
+from jfa_models.decoding.speculation import SpeculativeConfig
 
 from .. import configs, names
 from . import options
@@ -289,7 +290,12 @@ def speculation_command(
         if kind not in kinds:
             raise click.BadParameter(f"must be one of {', '.join(kinds)}, got {kind}", param_hint="--kind")
         found = [one for one in found if one["kind"] == kind]
-    named = {speculation.PLAIN: None} | {_config_name(one): one for one in configs_given}
+    named = {_config_name(one): SpeculativeConfig.of(one) for one in configs_given}
+    if len(named) < len(configs_given):
+        raise click.BadParameter(
+            f"two have the same name, of {', '.join(named)}: measure one of them", param_hint="--config"
+        )
+    named = {speculation.PLAIN: None} | named
     language_model = configs.load(model, dtype, quantization)
     records = speculation.measure(
         language_model,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jfa_models import Engine, LanguageModel, SamplingParams
+from jfa_models.decoding.speculation import SpeculativeConfig
 
 from . import machine
 
@@ -38,7 +39,7 @@ def read_prompts(path: Path) -> list[dict[str, str]]:
 def measure(
     model: LanguageModel,
     prompts: Sequence[Mapping[str, str]],
-    configs: Mapping[str, Mapping[str, Any] | None],
+    configs: Mapping[str, SpeculativeConfig | Mapping[str, Any] | None],
     *,
     case: Mapping[str, Any],
     batch: int,

@@ -163,20 +163,40 @@ class Completion:
         )
 
 
-def allowed_tokens(completions: Sequence[Completion | None], vocab_size: int) -> Int32[np.ndarray, "rows words"] | None:
-    """The masks of a step's rows, in which one that is None allows everything; None if no row has a guide.
+def allowed_tokens(
+    rows: Sequence[tuple[int, Completion | None, Sequence[int]]], num_rows: int, vocab_size: int
+) -> Int32[np.ndarray, "rows words"] | None:
+    """The masks of a step's rows; those of no completion with a guide allow everything. None: none has a guide.
 
     A completion whose guide can allow nothing more fails.
+
+    Args:
+      rows: the first row of each completion, and the drafts after whose tokens its next rows sample.
     """
-    guides = [None if one is None or one.finished else one.guide for one in completions]
-    if not any(guides):
+    guided = [(row, one, one.guide, drafts) for row, one, drafts in rows if one is not None and one.guide is not None]
+    guided = [each for each in guided if not each[1].finished]
+    if not guided:
         return None
-    masks = np.full((len(completions), -(-vocab_size // 32)), EVERYTHING, np.int32)
-    for row, error in fill(guides, masks).items():
-        one = completions[row]
-        assert one is not None
-        one.fail(str(error))
+    masks = everything_allowed(num_rows, vocab_size)
+    for row, one, guide, drafts in guided:
+        if drafts:
+            try:
+                guide.allowed_after(drafts, masks[row : row + 1 + len(drafts)])
+            except GrammarError as error:
+                one.fail(str(error))
+    single = [(row, one, guide) for row, one, guide, drafts in guided if not drafts]
+    filled = np.empty((len(single), masks.shape[1]), np.int32)
+    failed = fill([guide for _, _, guide in single], filled)
+    for place, (row, one, _) in enumerate(single):
+        masks[row] = filled[place]
+        if place in failed:
+            one.fail(str(failed[place]))
     return masks
+
+
+def everything_allowed(num_rows: int, vocab_size: int) -> Int32[np.ndarray, "rows words"]:
+    """Masks that allow every token."""
+    return np.full((num_rows, -(-vocab_size // 32)), EVERYTHING, np.int32)
 
 
 def logprobs_of(sampled: Any, row: int, num_top: int | None, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

@@ -398,8 +398,8 @@ class LanguageModel:
         return dataclasses.replace(state, rows=self._rows_masked(state.rows, requests))
 
     def _rows_masked(self, rows: SamplingRows, requests: "Sequence[_Request]") -> SamplingRows:
-        padding = [None] * (rows.temperature.shape[0] - len(requests))
-        allowed = allowed_tokens([*(request.completion for request in requests), *padding], self.config.vocab_size)
+        asked = [(row, request.completion, ()) for row, request in enumerate(requests)]
+        allowed = allowed_tokens(asked, rows.temperature.shape[0], self.config.vocab_size)
         return dataclasses.replace(rows, allowed=allowed)
 
     @staticmethod

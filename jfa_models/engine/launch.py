@@ -9,12 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
 
 import jfa
 from jfa.pages import Copy
 from jfa.types import NULL_PAGE
-from jfa_models.decoding.completion import Completion, allowed_tokens
+from jfa_models.decoding.completion import allowed_tokens, everything_allowed
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seen, slot_rows
@@ -22,7 +21,6 @@ from jfa_models.decoding.steps import Batch, Slots
 from jfa_models.engine.request import GREEDY, NO_SEED, Continuation, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
 from jfa_models.model.lora import NO_ADAPTER, Adapters
-from jfa_models.text.guided import GrammarError
 
 SMALLEST_STEP = 32  # minimum tokens of a step with prompts; its sizes double from here on
 SMALLEST_COPY = 8  # minimum number of pages per copy
@@ -118,7 +116,7 @@ class Launcher:
                     stop_token_ids=stops,
                 )
                 rows = self.sampling_rows([(like, NO_SEED)], b)
-                allowed = self._all_allowed(len(logits)) if masked else None
+                allowed = everything_allowed(len(logits), self.model.config.vocab_size) if masked else None
                 self._draw(logits, rows, batch, nothing.astype(bool), nothing, allowed)
 
         for b in buckets(1, most):
@@ -188,34 +186,14 @@ class Launcher:
         ]
         if sampling:
             sampling_rows = self.sampling_rows([(one.params, one.seed) for _, one in rows], b)
-            allowed = self._allowed(sampling, len(logits))  # while the device computes the logits
+            # while the device computes the logits
+            asked = [(row, one.completion, drafts) for row, one, drafts in sampling]
+            allowed = allowed_tokens(asked, len(logits), self.model.config.vocab_size)
             sampled = self._draw(logits, sampling_rows, batch, samples, generated, allowed)
         for x in jax.tree.leaves((sampled, prompt_logprobs)):
             x.copy_to_host_async()
         shape = (b, n) if one_each or verifies else None
         return Launched(sampling, sampled, prompts, prompt_logprobs, shape)
-
-    def _allowed(
-        self, sampling: Sequence[tuple[int, Continuation, Sequence[int]]], n: int
-    ) -> Int32[np.ndarray, "n words"] | None:
-        """The masks of the rows whose requests have a form; None: none has."""
-        completions: list[Completion | None] = [None] * n
-        for row, one, _ in sampling:
-            completions[row] = one.completion
-        allowed = allowed_tokens(completions, self.model.config.vocab_size)
-        if allowed is None:
-            return None
-        for row, one, drafts in sampling:
-            completion = one.completion
-            if completion is not None and completion.guide is not None and drafts and not completion.finished:
-                try:
-                    completion.guide.allowed_after(drafts, allowed[row : row + 1 + len(drafts)])
-                except GrammarError as error:
-                    completion.fail(str(error))
-        return allowed
-
-    def _all_allowed(self, n: int) -> Int32[np.ndarray, "n words"]:
-        return np.full((n, -(-self.model.config.vocab_size // 32)), -1, np.int32)
 
     def _advance(
         self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, adapters: Adapters | None

@@ -166,6 +166,8 @@ class Scheduler:
                 if copies is not None:
                     chunks.append(self._chunk(one, num_tokens, copies, extra))
                     budget -= num_tokens
+        if any(chunk.drafts for chunk in chunks):
+            return chunks  # a step that verifies has no prompts: every token of it is sampled after
         while budget and self._slots and (one := self._next_waiting()) is not None:
             # prompt log-probabilities need every token of the prompt to be computed
             look_up = self.enable_prefix_caching and one.request.num_prompt_logprobs is None

@@ -103,6 +103,7 @@ class Speculator:
         self._pace = Pace(adaptive=config is None or config.adaptive)
         self._forced: set[Continuation] = set()
         self._verified = self._accepted = 0  # rows of the last step with drafts, and accepted tokens
+        self._is_due = False  # whether the next step asks the proposer
         self.is_timed = True
         self.counts: dict[str, Speculated] = {} if config is None else {config.method: Speculated()}
 
@@ -113,8 +114,8 @@ class Speculator:
 
     def looks(self, running: Sequence[Continuation]) -> bool:
         """Whether the next step must be planned with known results: for drafts, or for the masks of a grammar."""
-        is_due = self._proposer is not None and self._pace.looks()
-        return is_due or any(one.guide is not None for one in running)
+        self._is_due = self._proposer is not None and self._pace.looks()
+        return self._is_due or any(one.guide is not None for one in running)
 
     def plan(self, rows: Sequence[Continuation]) -> dict[Continuation, Sequence[int]]:
         """The drafts to verify in a step that computes just the next token of these continuations."""
@@ -127,7 +128,7 @@ class Speculator:
                 drafts[one] = forced
                 budget -= len(forced)
         self._forced, self.is_timed, self._verified, self._accepted = set(drafts), True, 0, 0
-        if self._proposer is None or not budget:
+        if self._proposer is None or not self._is_due or not budget:
             return drafts
         free = {one: room for one, room in rooms.items() if one not in drafts and room > 0}
         odds = [self._proposer.odds(one)[: free[one]] if one in free else () for one in rows]

@@ -89,7 +89,7 @@ class Grammars:
 
         Raises:
           ValueError: it is faulty, matches nothing, or asks for something that llguidance cannot enforce.
-          ImportError: llguidance is not installed.
+          RuntimeError: llguidance is not installed.
 
         Warns:
           UserWarning: a keyword of a schema is not enforced because it only annotates, or is unknown.
@@ -478,8 +478,10 @@ def _without_gaps(core: tokenizers.Tokenizer) -> tuple[str, int]:
 def _llguidance() -> Any:
     try:
         import llguidance
-    except ImportError:
-        raise ImportError("guided decoding needs llguidance: pip install 'jfa[guided]'") from None
+    except ModuleNotFoundError as error:
+        if error.name != "llguidance":
+            raise
+        raise RuntimeError("guided decoding needs llguidance: pip install 'jfa[guided]'") from None
     return llguidance
 
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_model import byte_tokenizer, tiny_config
 
+from jfa_bench import cli
 from jfa_bench.measure import speculation
 from jfa_models import LanguageModel
 
@@ -24,6 +26,14 @@ def test_a_faulty_line_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"kind": "a", "task": "b", "prompt": "c"}\n{"kind": "a"}\n')
     with pytest.raises(ValueError, match=r'x\.jsonl:2: not a JSON object with kind, task and prompt: \'{"kind": "a"}'):
         speculation.read_prompts(tmp_path / "x.jsonl")
+
+
+def test_two_configurations_of_one_name_are_refused(monkeypatch, capsys):
+    given = [f'{{"method": "ngram", "prompt_lookup_{end}": 4}}' for end in ("min", "max")]
+    monkeypatch.setattr(sys, "argv", ["jfa-bench", "speculation", "--config", given[0], "--config", given[1]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "two have the same name, of ngram 4: measure one of them" in capsys.readouterr().err
 
 
 def test_records():

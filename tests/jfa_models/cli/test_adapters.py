@@ -1,16 +1,12 @@
 """--adapter of `jfa generate` and `jfa chat`."""
 
-import io
 import json
-import sys
 
-import jax
 import pytest
 from golden import GOLDEN
 from random_adapters import random_adapter
 from tiny_model import folder_with_text
 
-from jfa_models import cli
 from jfa_models.checkpoints.peft import save_adapter
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
@@ -41,23 +37,13 @@ def texts(folder):
 
 
 @pytest.fixture
-def jfa(monkeypatch, tmp_path, capsys, folder):
-    """Runs a command with the model and returns (exit status, stdout, stderr); compiled programs are not cached."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "80")
-    jax.config.update("jax_enable_compilation_cache", False)
+def jfa(jfa, folder):
+    """Runs a command with the model."""
 
     def run(command, *arguments, stdin=""):
-        options = ("--model", folder, "--max-tokens", 8)
-        monkeypatch.setattr(sys, "argv", ["jfa", command, *map(str, (*arguments, *options))])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code, *capsys.readouterr()
+        return jfa(command, *arguments, "--model", folder, "--max-tokens", 8, stdin=stdin)
 
-    yield run
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", True)
+    return run
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """The `jfa` command as its users see it: stdout, stderr and the exit status."""
 
-import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +9,6 @@ import pytest
 from golden import GOLDEN
 from tiny_model import folder_with_text
 
-from jfa_models import cli
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
 
@@ -26,25 +23,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return from_pretrained(folder)
-
-
-@pytest.fixture
-def jfa(monkeypatch, tmp_path, capsys):
-    """Runs the command and returns (exit status, stdout, stderr); compiled programs are not cached."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "80")
-    jax.config.update("jax_enable_compilation_cache", False)
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["jfa", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code, *capsys.readouterr()
-
-    yield run
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_generate_prints_the_prompt_and_its_continuation_and_nothing_else(jfa, folder, model):

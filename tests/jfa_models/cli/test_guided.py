@@ -1,16 +1,12 @@
 """--json-schema, --regex and --grammar of `jfa generate`, and forms in the lines of a batch file."""
 
-import io
 import json
 import re
 import sys
 
-import jax
 import pytest
 from golden import GOLDEN
 from tiny_model import folder_with_text
-
-from jfa_models import cli
 
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, "two"]}}, "required": ["a"], "additionalProperties": False}
 
@@ -21,27 +17,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def jfa(monkeypatch, tmp_path, capsys, folder):
-    """Runs `jfa generate` in a folder with forms, and returns (exit status, stdout, stderr)."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def jfa(jfa, monkeypatch, tmp_path, folder):
+    """Runs `jfa generate` in a folder with forms."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     (tmp_path / "text.lark").write_text('start: "ab" /[0-9]/+ "é"')
     (tmp_path / "none.json").write_text("no JSON")
     (tmp_path / "latin").write_bytes(b"start: \xe9")
-    jax.config.update("jax_enable_compilation_cache", False)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jfa", "generate", *map(str, arguments), "--model", str(folder)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code, *capsys.readouterr()
-
-    yield run
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", True)
+    return lambda *arguments: jfa("generate", *arguments, "--model", folder)
 
 
 @pytest.mark.parametrize(
@@ -85,3 +69,9 @@ def test_the_lines_of_a_batch_file_have_their_own_forms(jfa, tmp_path):
     assert re.fullmatch("[a-c]{2}", found[1]["text"]) and not re.fullmatch("[a-c]{2}", found[2]["text"])
     assert found[3]["text"] in ("yes", "no") and "the regex cannot be enforced" in found[4]["error"]
     assert json.loads(found[5]["text"])["a"] in (1, "two")
+
+
+def test_a_missing_package_is_one_line(jfa, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    status, out, err = jfa("Hi", "--regex", "a")
+    assert (status, out) == (2, "") and err == "jfa: guided decoding needs llguidance: pip install 'jfa[guided]'\n"

@@ -164,6 +164,20 @@ def test_nothing_is_preempted_for_drafts(num_pages):
     assert [len(chunk.drafts) for chunk in chunks] == [40 if num_pages == 40 else 0, 0]
 
 
+def test_no_prompt_joins_a_step_that_verifies_drafts():
+    machine = Machine(num_pages=40, max_num_seqs=2)
+    first = machine.add(range(4), 60)
+    machine.step()
+    first.tokens.append(1004)
+    second = machine.add(range(100, 108), 20)
+    chunks = machine.scheduler.schedule({first: [5, 6]})
+    assert summary(chunks) == [(0, 4, 1)] and second.slot is None
+    machine.scheduler.keep(first, 2)
+    first.tokens += [5, 6, 7]
+    assert machine.scheduler.next_tokens == []  # the prompt goes first
+    assert summary(machine.scheduler.schedule()) == [(0, 7, 1), (1, 0, 8)]
+
+
 def test_equal_prompts_share_their_full_pages_even_in_the_step_that_computes_them():
     machine = Machine(max_num_batched_tokens=32)
     machine.add(range(10), 2)

@@ -453,7 +453,7 @@ def test_an_engine_option_of_another_kind_is_refused():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ImportError, match=re.escape("guided decoding needs llguidance: pip install 'jfa[guided]'")):
+    with pytest.raises(RuntimeError, match=re.escape("guided decoding needs llguidance: pip install 'jfa[guided]'")):
         Grammars(BYTES, 300).compile(params(regex="a"))
 
 
