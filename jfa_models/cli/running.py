@@ -45,6 +45,18 @@ def load(
     return loaded
 
 
+def read_text(path: Path) -> str:
+    """The contents of a file that an option names.
+
+    Raises:
+      ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
+
+
 def sampling_params(model: LanguageModel, sampling: Mapping[str, Any]) -> SamplingParams:
     """The SamplingParams of a command line; for omitted options, the values that the model's authors recommend.
 

@@ -54,6 +54,7 @@ class EngineMetrics:
       cache_waste: fraction of the token slots in held pages that are empty.
       cache_saved: fraction saved by sharing, of the pages that continuations would hold without it.
       prefix_hits: fraction of the looked-up tokens that were in the prefix cache. Preemption repeats a look-up.
+      prefix_tokens: the number of looked-up tokens.
       preemptions: how often a continuation was preempted.
       speculation: by method: tokens drafted, accepted, and per step of a row with a draft.
       time_to_first_token: over requests that have a first token.
@@ -66,6 +67,7 @@ class EngineMetrics:
     cache_waste: float
     cache_saved: float
     prefix_hits: float
+    prefix_tokens: int
     preemptions: int
     steps: int
     prompt_tokens: int
@@ -198,7 +200,7 @@ class Engine:
         self._clock = clock
         self._numbers = itertools.count()
         self._step_lock = threading.RLock()
-        self._requests_lock = threading.Lock()
+        self._requests_lock = threading.RLock()  # a Stream may be collected, and abort, at any time
         self._start()
 
     def _start(self) -> None:
@@ -289,8 +291,9 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request in any state with finish_reason "abort"; a finished one is unchanged."""
-        if (request := self._results.requests.get(request_id)) is not None:
-            self._inbox.put(_Abort(request))
+        with self._requests_lock:
+            if (request := self._results.requests.get(request_id)) is not None:
+                self._inbox.put(_Abort(request))
 
     @property
     def has_unfinished(self) -> bool:
@@ -335,7 +338,7 @@ class Engine:
 
     def reset(self) -> None:
         """Drops all requests and empties the cache. Call this after an interrupted step."""
-        with self._step_lock:
+        with self._step_lock, self._requests_lock:  # a request that is being added is dropped, or kept
             for request in self._results.requests.values():
                 self.model.adapters.release(request.adapter)
             del self._launcher, self._launched, self._speculator, self._results  # there may be no memory for two pools
@@ -416,6 +419,7 @@ class Engine:
                 cache_waste=pools.wasted_slots / (held * pools.page_size) if held else 0.0,
                 cache_saved=shared / (held + shared) if held else 0.0,
                 prefix_hits=pools.hit_tokens / max(1, pools.queried_tokens),
+                prefix_tokens=pools.queried_tokens,
                 preemptions=self._scheduler.num_preemptions,
                 steps=self._steps,
                 prompt_tokens=self._prompt_tokens,

@@ -1,0 +1,1 @@
+"""`jfa serve`: the engine behind OpenAI's HTTP protocol. Needs the extra `serve`."""
