@@ -7,6 +7,8 @@ const by = (id) => document.getElementById(id);
 const [composer, input, settings, model] = ["composer", "input", "settings", "model"].map(by);
 const scroller = document.querySelector("main");
 
+const CUT_OFF = { text: "The connection ended before the answer did.", failed: true };
+
 let models = [];
 let turns = []; // of the conversation, in order
 let running = null; // the AbortController of the answer that is being written
@@ -65,7 +67,7 @@ async function answer(replaced) {
   drop(replaced);
   const run = (running = new AbortController());
   const message = { role: "assistant", model: model.value, content: "", reasoning: "" };
-  message.note = { text: "The page was left before this answer was complete.", failed: true }; // unless it ends below
+  message.note = CUT_OFF; // unless it ends below: the page may be left before
   const messages = history();
   const turn = add(message);
   busy(true);
@@ -102,16 +104,16 @@ async function write(message, response, grew) {
     if (error.name === "AbortError" || error instanceof api.ApiError) throw error;
     finish = null; // the connection broke, or what came was no JSON
   }
-  if (!finish) return { text: "The connection ended before the answer did.", failed: true };
+  if (!finish) return CUT_OFF;
   if (usage) message.figures = figures(usage.completion_tokens, (performance.now() - first) / 1000);
   return finish === "length" ? { text: "The answer reached its limit of tokens." } : null;
 }
 
-/** "120 tokens, 31.5 a second": the first one came at second 0. */
+/** "120 tokens, 31.5 a second". The first one came at second 0, and what came at once has no speed. */
 function figures(tokens, seconds) {
   const count = `${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}`;
   const rate = (tokens - 1) / seconds;
-  return rate > 0 && Number.isFinite(rate) ? `${count}, ${rate.toFixed(rate < 100 ? 1 : 0)} a second` : count;
+  return tokens > 1 && seconds > 0.1 ? `${count}, ${rate.toFixed(rate < 100 ? 1 : 0)} a second` : count;
 }
 
 /** The messages to send: a question whose answer failed becomes part of the next, since roles must alternate. */
