@@ -78,8 +78,12 @@ class Reply:
 class Chat:
     """What the server says: the models it has, the key it asks for, and what it refuses the next requests with."""
 
-    def __init__(self):
-        self.url = ""
+    def __init__(self, url: str):
+        self.url = url
+        self.reset()
+
+    def reset(self) -> None:
+        """As after the start."""
         self.models: list[dict] = [{"id": "smollm2", "parent": None, "max_model_len": 8192}]
         self.key: str | None = None
         self.refusals: list[tuple[int, str, dict[str, str]]] = []  # status, message, headers
@@ -139,11 +143,10 @@ class Chat:
 @contextmanager
 def scripted_chat():
     """A Chat that is served at its url until the block ends."""
-    chat = Chat()
-    config = uvicorn.Config(chat.app(), http="h11", ws="none", lifespan="off", log_level="warning")
-    server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        chat.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        chat = Chat(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        config = uvicorn.Config(chat.app(), http="h11", ws="none", lifespan="off", log_level="warning")
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         yield chat

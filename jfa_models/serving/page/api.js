@@ -20,7 +20,7 @@ async function call(path, key, options = {}) {
   const body = await response.json().catch(() => null);
   const wait = response.headers.get("Retry-After");
   const message = body?.error?.message ?? `The server answered with status ${response.status}.`;
-  throw new ApiError(wait ? `${message} It asks to wait for ${wait} s.` : message, response.status);
+  throw new ApiError(Number(wait) ? `${message} Try again in ${wait} s.` : message, response.status);
 }
 
 /** The models and adapters that the server serves: [{id, parent, max_model_len}, ...] */

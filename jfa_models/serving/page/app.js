@@ -70,6 +70,7 @@ async function answer(replaced) {
   message.note = CUT_OFF; // unless it ends below: the page may be left before
   const messages = history();
   const turn = add(message);
+  turn.grow();
   busy(true);
   saveTurns();
   latest();
@@ -166,6 +167,7 @@ function welcome(problem) {
   const chosen = models.find(({ id }) => id === model.value);
   const [title, text] = document.querySelectorAll("#welcome h2, #welcome p");
   title.textContent = chosen?.id ?? "jfa";
+  document.title = chosen ? `${chosen.id} · jfa` : "jfa";
   const context = chosen?.max_model_len && `A conversation may hold ${chosen.max_model_len.toLocaleString("en")} tokens.`;
   text.textContent = problem ?? context ?? "";
   text.classList.toggle("failed", Boolean(problem));
