@@ -24,8 +24,8 @@ async function call(path, key, options = {}) {
 }
 
 /** The models and adapters that the server serves: [{id, parent, max_model_len}, ...] */
-export async function models(key) {
-  return (await (await call("v1/models", key)).json()).data;
+export async function models(key, signal) {
+  return (await (await call("v1/models", key, { signal })).json()).data;
 }
 
 /** The response to a request for an answer, before anything of the answer has been read. */
@@ -40,7 +40,7 @@ export async function* pieces(response) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(chunk.error.message);
-    const [choice] = chunk.choices;
+    const choice = chunk.choices?.[0];
     yield {
       content: choice?.delta?.content ?? "",
       reasoning: choice?.delta?.reasoning_content ?? "",

@@ -1,7 +1,7 @@
 // One conversation with a model: what was said, what is being answered, and the controls around it.
 
 import * as api from "./api.js";
-import { Answer, Question, sendOnEnter } from "./turns.js";
+import { Answer, Question, sendOnEnter, touch } from "./turns.js";
 
 const by = (id) => document.getElementById(id);
 const [composer, input, settings, model] = ["composer", "input", "settings", "model"].map(by);
@@ -74,9 +74,9 @@ async function answer(replaced) {
   busy(true);
   saveTurns();
   latest();
-  input.focus();
+  focusInput();
   try {
-    if (!models.length) await load();
+    if (!models.length) await load(run.signal);
     message.model = model.value;
     const request = { model: model.value, messages, ...sampling() };
     const response = await withKey((key) => api.complete(request, key, run.signal));
@@ -84,9 +84,10 @@ async function answer(replaced) {
   } catch (error) {
     message.note = run.signal.aborted ? { text: "Stopped." } : { text: error.message, failed: true };
   }
+  if (!turns.includes(turn)) return; // given up for another
   turn.end();
   saveTurns();
-  if (running === run) stop(); // there may be another by now
+  if (running === run) stop();
 }
 
 /** Writes the pieces of a response into a message, and returns the note on how it ended, if there is one. */
@@ -147,14 +148,19 @@ function busy(on) {
   by("stop").hidden = !on;
 }
 
+/** Where the focus goes when the control that had it is gone. On a screen it would open a keyboard. */
+function focusInput() {
+  if (!touch.matches) input.focus();
+}
+
 function say(text) {
   by("status").textContent = text;
 }
 
 // The server: its models, and the key that it may ask for
 
-async function load() {
-  models = await withKey(api.models);
+async function load(signal) {
+  models = await withKey((key) => api.models(key, signal));
   const name = ({ id, parent }) => (parent ? `${id}, adapter of ${parent}` : id);
   model.replaceChildren(...models.map((one) => new Option(name(one), one.id)));
   const chosen = stored.get("localStorage", "jfa.model");
@@ -204,22 +210,26 @@ function askKey(reason) {
 let atEnd = true;
 let lastTop = 0;
 
+const left = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+
 function follow() {
   if (atEnd) scroller.scrollTop = scroller.scrollHeight;
+  by("latest").hidden = left() < 8;
 }
 
 function latest() {
   atEnd = true;
-  by("latest").hidden = true;
   follow();
 }
 
 scroller.addEventListener("scroll", () => {
-  const { scrollTop, scrollHeight, clientHeight } = scroller;
-  if (scrollHeight - scrollTop - clientHeight < 8) atEnd = true;
-  else if (scrollTop < lastTop) atEnd = false;
-  lastTop = scrollTop;
-  by("latest").hidden = atEnd;
+  if (left() < 8) atEnd = true;
+  else if (scroller.scrollTop < lastTop) atEnd = false;
+  lastTop = scroller.scrollTop;
+  by("latest").hidden = left() < 8;
+});
+by("turns").addEventListener("click", (event) => {
+  if (event.target.closest("summary, .change")) atEnd = false; // what opens stays where it was opened
 });
 const sizes = new ResizeObserver(follow); // a frame's new text, a keyboard that opens, a window that is turned
 sizes.observe(scroller);
@@ -240,17 +250,17 @@ document.addEventListener("keydown", (event) => {
 });
 by("stop").addEventListener("click", () => {
   stop();
-  input.focus();
+  focusInput();
 });
 by("latest").addEventListener("click", () => {
   latest();
-  input.focus();
+  focusInput();
 });
 by("new").addEventListener("click", () => {
   drop(turns[0]);
   saveTurns();
   welcome();
-  input.focus();
+  focusInput();
 });
 by("open-settings").addEventListener("click", () => by("settings-dialog").showModal());
 settings.addEventListener("input", saveSettings);

@@ -104,9 +104,10 @@ export class Answer extends Turn {
   }
 }
 
+export const touch = matchMedia("(pointer: coarse)");
+
 /** Makes Enter send a textarea's form. Not where it confirms a character, and not on a screen without Shift+Enter. */
 export function sendOnEnter(textarea) {
-  const touch = matchMedia("(pointer: coarse)");
   textarea.addEventListener("keydown", (event) => {
     const composing = event.isComposing || event.keyCode === 229; // Safari ends a composition before the event
     if (event.key !== "Enter" || event.shiftKey || composing || touch.matches) return;

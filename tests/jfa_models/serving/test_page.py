@@ -4,9 +4,11 @@ import re
 import shutil
 
 import pytest
-from scripted_chat import PATIENCE, scripted_chat
 
+pytest.importorskip("uvicorn", reason='needs a server: pip install "jfa[serve]"')
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dependency group dev")
+from scripted_chat import PATIENCE, scripted_chat  # noqa: E402
+
 expect = sync_api.expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -229,9 +231,12 @@ def test_reasoning_is_folded_above_the_answer(page, chat):
     reply.write("<b>two</b>.", name="reasoning_content")
     expect(page.get_by_text("Reasoning", exact=True)).to_be_visible()
     expect(last(page).locator(".reasoning div")).to_be_hidden()
+    reply.write("\n" * 50 + "So it is.", name="reasoning_content")
     reply.finish("4")
     page.get_by_text("Reasoning", exact=True).click()
-    expect(last(page).locator(".reasoning div")).to_have_text("Two and <b>two</b>.")
+    expect(last(page).locator(".reasoning div")).to_contain_text("Two and <b>two</b>.")
+    expect(page.get_by_role("button", name="Latest")).to_be_visible()
+    expect(page.get_by_text("Reasoning", exact=True)).to_be_in_viewport()  # it does not jump to the end
     expect(text(page)).to_have_text("4")
 
 
@@ -435,6 +440,7 @@ def render(page, source, step=None):
     )
 
 
+OUTWARD = 'target="_blank" rel="noopener noreferrer nofollow"'
 FORMS = {
     "Two\nlines.\n\nAnother.": "<p>Two\nlines.</p><p>Another.</p>",
     "# One\n### Three\ntext": "<h3>One</h3><h5>Three</h5><p>text</p>",
@@ -449,16 +455,16 @@ FORMS = {
         "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p><p>d</p></li></ul></li><li><p>e</p></li></ul>"
     ),
     "Do:\n3. a\nin\n1984. b\n1. a\n   more\n2. b\n\nend": (
-        "<p>Do:\n3. a\nin\n1984. b</p><ol start=\"1\"><li><p>a\nmore</p></li><li><p>b</p></li></ol><p>end</p>"
+        '<p>Do:\n3. a\nin\n1984. b</p><ol start="1"><li><p>a\nmore</p></li><li><p>b</p></li></ol><p>end</p>'
     ),
     "3. c\n\n   ```py\n   if a:\n       *b*\n   ```\n\n4. d": (
         '<ol start="3"><li><p>c</p><pre data-language="py"><code>if a:\n    *b*</code></pre></li><li><p>d</p></li></ol>'
     ),
     "```\n\tmake\n\n# no\n``\n````\nafter": "<pre><code>\tmake\n\n# no\n``</code></pre><p>after</p>",
     "~~~c++ x\n```\n": '<pre data-language="c++"><code>```\n</code></pre>',
-    "[a `b`](https://x.org/a_(b)_c?d=*e* \"t\") http://y.org/z.": (
-        '<p><a href="https://x.org/a_(b)_c?d=*e*" target="_blank" rel="noopener noreferrer nofollow">a <code>b</code></a>'
-        ' <a href="http://y.org/z" target="_blank" rel="noopener noreferrer nofollow">http://y.org/z</a>.</p>'
+    '[a `b`](https://x.org/a_(b)_c?d=*e* "t") http://y.org/z.': (
+        f'<p><a href="https://x.org/a_(b)_c?d=*e*" {OUTWARD}>a <code>b</code></a>'
+        f' <a href="http://y.org/z" {OUTWARD}>http://y.org/z</a>.</p>'
     ),
 }
 
@@ -467,11 +473,11 @@ HOSTILE = [
     "<script>alert(1)</script>",
     "<style>*{display:none}</style><svg/onload=alert(1)>",
     "[a](javascript:alert(1)) [b]( javascript:alert(1)) [c](JaVaScRiPt:alert(1)) [d](data:text/html,x) [e](//x.org)",
-    "[a](http://[) [b](https://x.org\" onclick=\"alert(1)) &lt;b&gt; &#60;b>",
+    '[a](http://[) [b](https://x.org" onclick="alert(1)) &lt;b&gt; &#60;b>',
     "![a](https://x.org/a.png)",
     "`<img src=x onerror=alert(1)>`",
     "```<script>\n<script>alert(1)</script>\n**no** [a](https://x.org)\n```",
-    "```\" onclick=alert(1)\n</code></pre><img src=x onerror=alert(1)>",
+    '```" onclick=alert(1)\n</code></pre><img src=x onerror=alert(1)>',
     "- <img src=x onerror=alert(1)>\n1. # <b>x</b>",
 ]
 NODES = {"P", "PRE", "CODE", "A", "UL", "OL", "LI", "STRONG", "EM", "H3", "H4", "H5", "H6"}
@@ -571,8 +577,9 @@ def test_keyboard_alone(page, chat):
 
 FOCUSED = """(() => {
     const node = document.activeElement;
-    const box = node.closest(".box") && !node.matches("button") ? getComputedStyle(node.closest(".box")).boxShadow : "none";
-    const seen = box !== "none" || getComputedStyle(node).outlineStyle !== "none";
+    const seen = node.matches(".box textarea")
+        ? getComputedStyle(node.closest(".box")).boxShadow !== "none"
+        : getComputedStyle(node).outlineStyle !== "none";
     return [(node.ariaLabel ?? node.labels?.[0]?.textContent ?? node.textContent).trim(), seen];
 })()"""
 
