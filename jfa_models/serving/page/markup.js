@@ -1,8 +1,8 @@
 // A model's Markdown as DOM nodes: paragraphs, headings, lists, code, emphasis and links to http(s).
 //
 // All that a model writes becomes text nodes. The only attributes are the address of a link, the number that a list
-// starts with and the language of a code block. Whatever the text is, the time is linear in it and the depth of the
-// nodes is bounded.
+// starts with and the language of a code block. Whatever the text is, the time is about linear in it and the depth of
+// the nodes is bounded.
 
 const DEEPEST = 8; // lists in lists, and emphasis in emphasis; what is deeper stays as it was written
 
@@ -150,7 +150,6 @@ function past(lines, at) {
 /** Appends a text with its code, emphasis and links. A mark stays text until its partner is found. */
 function inline(parent, text, linked = false) {
   const open = []; // marks that may begin emphasis: {node, mark, size}
-  const codeless = new Set(); // lengths of runs of backticks that no later run closes
   const tokens = new RegExp(TOKEN);
   let from = 0;
   for (let match; (match = tokens.exec(text)); from = tokens.lastIndex) {
@@ -160,9 +159,8 @@ function inline(parent, text, linked = false) {
     if (token[0] === "\\") {
       parent.append(token[1]);
     } else if (token[0] === "`") {
-      const end = codeless.has(token.length) ? -1 : closing(text, tokens.lastIndex, token.length);
+      const end = closing(text, tokens.lastIndex, token.length);
       if (end < 0) {
-        codeless.add(token.length);
         parent.append(token);
       } else {
         const code = text.slice(tokens.lastIndex, end);
