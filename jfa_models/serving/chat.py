@@ -42,7 +42,7 @@ class ChatReply(Reply):
             raise ApiError(400, "tools: the model's chat template has no place for tools", param="tools")
         text = prompt_of(request, tokenizer, chat_template, template)
         guided = _structure(request, self._forced)
-        self._with_tools = bool(tools) and guided is None
+        self._with_tools = bool(tools) and request.response_format is None
         self._is_thinking = self.form.thinks and text.rstrip().endswith(THINK)
         if self._is_thinking and guided is not None:  # guidance holds from the first token on
             text, self._is_thinking = f"{text.rstrip()}\n{THINK_END}\n\n", False

@@ -3,10 +3,18 @@
 import contextlib
 import threading
 
+from jfa_models.engine import Engine
 from jfa_models.serving import server as http
 from jfa_models.serving.app import Server, Settings
 from jfa_models.serving.metrics import Metrics
 from jfa_models.serving.runner import Runner
+
+MAX_NUM_SEQS = 4
+
+
+def new_engine(model, **options):
+    """A small engine for a server."""
+    return Engine(model, **({"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 64, "num_pages": 400} | options))
 
 
 class Served:
@@ -18,7 +26,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(engine, *, max_num_seqs, max_waiting=64, timeout=60.0, warm_up=(), grace=5.0, **settings):
+def serving(engine, *, max_num_seqs=MAX_NUM_SEQS, max_waiting=64, timeout=60.0, warm_up=(), grace=5.0, **settings):
     """Serves an engine while the body of a `with` statement runs; settings are those of Settings."""
     metrics = Metrics("tiny")
     runner = Runner(
