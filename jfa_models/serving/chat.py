@@ -32,6 +32,8 @@ class ChatReply(Reply):
     ):
         super().__init__(request, model, id)
         tokenizer = language_model.tokenizer
+        if request.store:
+            raise ApiError(400, "store: this server keeps no conversations", param="store")
         if tokenizer is None:
             raise ApiError(400, "this model has no tokenizer, so it cannot chat: use /v1/completions with token ids")
         template = chat_template or _template_of(tokenizer, with_tools=bool(request.tools))

@@ -3,10 +3,12 @@
 A field that is not here is refused by name, and so is one whose value asks for something that this server does not do.
 """
 
+import json
 import re
 from typing import Any, Literal
 
 import msgspec
+import msgspec.inspect
 
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.serving.errors import ApiError
@@ -119,7 +121,7 @@ class ChatRequest(_Completing, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None
     # vLLM's
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -260,9 +262,20 @@ def decode[T: Body](kind: type[T], body: bytes, *, ignore_unknown: bool = False)
             way_out = _ELSEWHERE.get(name, f"the fields of this request are {known}")
             raise ApiError(400, f"there is no field {param!r}: {way_out}", param=param, code="unknown_field") from None
         where = f"{param}: " if param else ""
+        if allowed := _allowed(kind, param or ""):
+            text += f"; it must be one of {', '.join(allowed)}"
         raise ApiError(400, f"{where}{text[:1].lower()}{text[1:]}", param=param) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def _allowed(kind: type[Body], path: str) -> list[str]:
+    """The values of the field at a path that takes only some; empty if it takes others."""
+    types: list[Any] = [msgspec.inspect.type_info(kind)]
+    for name in re.split(r"[.\[]", path):
+        fields = [field for one in types for field in getattr(one, "fields", ()) if field.encode_name == name]
+        types = [inner for field in fields for inner in getattr(field.type, "types", (field.type,))]
+    return [json.dumps(value) for one in types for value in getattr(one, "values", ())]
 
 
 _SAME = {  # fields of SamplingParams that requests have under the same name
