@@ -418,9 +418,20 @@ STREAM = (
 )
 
 
-@pytest.mark.parametrize("size", [1, 2, 1000])
-def test_events_are_read_whatever_the_chunks_are(page, size):
-    pieces = page.evaluate(
+def test_events_are_read_whatever_the_chunks_are(page):
+    for size in (1, 2, 1000):
+        assert received(page, STREAM, size) == [
+            ["é漢", "", None, None],
+            ["🙂", "", None, None],
+            ["", "end", None, None],
+            ["", "", "stop", None],
+            ["", "", None, 3],
+        ]
+
+
+def received(page, stream, size):
+    """What the page reads from a stream that arrives in chunks of so many bytes."""
+    return page.evaluate(
         """async ([bytes, size]) => {
             const { pieces } = await import("/page/api.js");
             const chunks = new ReadableStream({
@@ -435,15 +446,8 @@ def test_events_are_read_whatever_the_chunks_are(page, size):
                 found.push([content, reasoning, finish ?? null, usage?.completion_tokens ?? null]);
             return found;
         }""",
-        [list(STREAM.encode()), size],
+        [list(stream.encode()), size],
     )
-    assert pieces == [
-        ["é漢", "", None, None],
-        ["🙂", "", None, None],
-        ["", "end", None, None],
-        ["", "", "stop", None],
-        ["", "", None, 3],
-    ]
 
 
 # What a model writes
@@ -653,27 +657,27 @@ def test_the_end_is_followed_while_the_reader_is_there(page, chat):
     expect(text(page).locator("p").last).to_be_in_viewport()
 
 
-def test_light_and_dark(visit):
+def test_light_and_dark(page):
     lightness = {}
     for scheme in ("light", "dark"):
-        page = visit(color_scheme=scheme)
+        page.emulate_media(color_scheme=scheme)
         color = page.evaluate("getComputedStyle(document.body).backgroundColor")
         lightness[scheme] = sum(map(int, re.findall(r"\d+", color)))
     assert lightness["dark"] < 150 < 700 < lightness["light"]
 
 
-def test_nothing_moves_if_that_is_not_wanted(visit, chat):
+def test_nothing_moves_if_that_is_not_wanted(page, chat):
+    say(page, "A?")
+    reply = chat.asked()
+    expect(last(page)).to_have_attribute("aria-busy", "true")
     beats = {}
     for motion in ("reduce", "no-preference"):
-        page = visit(reduced_motion=motion)
-        say(page, "A?")
-        reply = chat.asked()
-        expect(last(page)).to_have_attribute("aria-busy", "true")
+        page.emulate_media(reduced_motion=motion)
         beats[motion] = page.evaluate(
             "getComputedStyle(document.querySelector('.answer .text'), '::before').animationName"
         )
-        reply.finish("a")
-        expect(text(page)).to_have_text("a")
+    reply.finish("a")
+    expect(text(page)).to_have_text("a")
     assert beats == {"reduce": "none", "no-preference": "beat"}
 
 
