@@ -110,6 +110,7 @@ class Server:
             Route("/v1/responses", self._generating(schema.ResponsesRequest, self._responses), methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info),
             Route("/v1/load_lora_adapter", self.load_adapter, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self.unload_adapter, methods=["POST"]),
         ]
@@ -265,6 +266,14 @@ class Server:
             raise ApiError(400, f"token ids must be 0 to {size - 1}, got {wrong[0]}", param="tokens")
         text = await self.runner.prepare(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
         return _json({"prompt": text})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """The special tokens and the chat template, under the names of tokenizer_config.json."""
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            raise ApiError(404, "this model has no tokenizer")
+        template = self.settings.chat_template or tokenizer.chat_templates.get("default")
+        return _json({**tokenizer.special_tokens, "chat_template": template})
 
     async def load_adapter(self, request: Request) -> Response:
         """Loads an adapter from a folder under the adapter root."""

@@ -23,6 +23,7 @@ _GETS = {
     "/ready": "Whether a request would run now.",
     "/version": "The version of jfa.",
     "/metrics": "Metrics for Prometheus.",
+    "/tokenizer_info": "Special tokens and the chat template.",
     "/openapi.json": "This description.",
 }
 _ERROR = {
