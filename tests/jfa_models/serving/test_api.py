@@ -3,6 +3,10 @@
 import asyncio
 import itertools
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx2 as httpx
 import jax
@@ -316,6 +320,27 @@ def test_tokens_there_and_back(served):
             f"user:{PROMPT}|assistant:"
         )
         assert client.post("/tokenize", json={}).status_code == 400
+
+
+def test_the_commands_of_the_guide(served):
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    here = [served.url, '"model": "tiny"', 'model="tiny"']
+    for there, replacement in zip(
+        ["http://127.0.0.1:8000", '"model": "smollm2"', 'model="smollm2"'], here, strict=True
+    ):
+        text = text.replace(there, replacement)
+    commands = re.findall(r"^curl (?:.*\n)+?(?=curl|```)", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        done = subprocess.run(["bash", "-c", command.replace("curl", "curl -s", 1)], capture_output=True, check=True)
+        answer = json.loads(done.stdout)
+        if "load_lora_adapter" in command:
+            assert "--adapter-root" in answer["error"]["message"]
+        else:
+            assert answer["choices"][0]["finish_reason"], command
+    [program] = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout
 
 
 def test_metrics_and_description(served, client):

@@ -40,7 +40,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    """Runs a task through an adapter of the harness; returns its samples."""
+    """Runs tasks through an adapter of the harness; returns the samples of each."""
     folder = tmp_path_factory.mktemp("harness")
     (folder / "items.json").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     for name, text in TASKS.items():
@@ -49,11 +49,20 @@ def run(model, tmp_path_factory):
         (folder / f"{name}.yaml").write_text(head + text)
     with serving(new_engine(model)) as served:
 
-        def run(adapter, path, task, *options):
-            out = folder / f"{adapter}-{task}"
+        def run(adapter, path, *tasks, options=()):
+            out = folder / adapter
             command = ["uv", "run", "--no-project", "--isolated", "--with", HARNESS, "lm_eval"]
             arguments = f"base_url={served.url}{path},model=tiny,tokenizer_backend=remote,num_concurrent=2"
-            command += ["--model", adapter, "--model_args", arguments, "--tasks", task, "--include_path", folder]
+            command += [
+                "--model",
+                adapter,
+                "--model_args",
+                arguments,
+                "--tasks",
+                ",".join(tasks),
+                "--include_path",
+                folder,
+            ]
             environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
             done = subprocess.run(
                 [*map(str, command), "--output_path", str(out), "--log_samples", *options],
@@ -65,15 +74,19 @@ def run(model, tmp_path_factory):
             if "Failed to fetch" in done.stderr or "error sending request" in done.stderr:
                 pytest.skip("the package index cannot be reached")
             assert done.returncode == 0, done.stderr[-3000:]
-            [samples] = out.rglob(f"samples_{task}_*.jsonl")
-            found = [json.loads(line) for line in samples.read_text().splitlines()]
-            return sorted(found, key=lambda sample: sample["doc_id"])
+            return {task: sorted(map(json.loads, _lines(out, task)), key=lambda one: one["doc_id"]) for task in tasks}
 
         yield run
 
 
-def test_log_likelihoods(run, model):
-    samples = run("local-completions", "/v1/completions", "choices")
+def _lines(folder, task):
+    [samples] = folder.rglob(f"samples_{task}_*.jsonl")
+    return samples.read_text().splitlines()
+
+
+def test_completions(run, model):
+    found = run("local-completions", "/v1/completions", "choices", "texts")
+    samples = found["choices"]
     assert len(samples) == len(ITEMS)
     for sample, item in zip(samples, ITEMS, strict=True):
         got = [(float(logprob), greedy in (True, "True")) for [[logprob, greedy]] in sample["resps"]]
@@ -82,6 +95,7 @@ def test_log_likelihoods(run, model):
         assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
         best = max(range(len(CHOICES)), key=lambda i: want[i][0])
         assert sample["acc"] == float(best == item["label"])
+    check_texts(found["texts"], model, lambda question: question)
 
 
 def _likelihood(model, context, continuation):
@@ -91,14 +105,16 @@ def _likelihood(model, context, continuation):
     return float(logprobs[np.arange(len(own)), own].sum()), bool((logprobs.argmax(-1) == own).all())
 
 
-@pytest.mark.parametrize("adapter", ["local-completions", "local-chat-completions"])
-def test_texts(run, model, adapter):
-    is_chat = adapter == "local-chat-completions"
-    path = "/v1/chat/completions" if is_chat else "/v1/completions"
-    samples = run(adapter, path, "texts", *(["--apply_chat_template"] if is_chat else []))
+def test_chat_completions(run, model):
+    found = run("local-chat-completions", "/v1/chat/completions", "texts", options=["--apply_chat_template"])
+
+    def prompt(question):
+        return model.tokenizer.apply_chat_template([{"role": "user", "content": question}])
+
+    check_texts(found["texts"], model, prompt)
+
+
+def check_texts(samples, model, prompt):
     for sample, item in zip(samples, ITEMS, strict=True):
-        prompt = item["question"]
-        if is_chat:
-            prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-        want = model.generate(prompt, SamplingParams(temperature=0, max_tokens=6))[0].outputs[0].text
-        assert sample["resps"] == [[want]]
+        params = SamplingParams(temperature=0, max_tokens=6)
+        assert sample["resps"] == [[model.generate(prompt(item["question"]), params)[0].outputs[0].text]]
