@@ -42,6 +42,33 @@ _ERROR = {
         }
     },
 }
+# Messages are read as they come, and checked by hand: their fields depend on their roles.
+_MESSAGE = {
+    "type": "object",
+    "required": ["role"],
+    "additionalProperties": False,
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["type", "text"],
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                    },
+                },
+            ]
+        },
+        "name": {"type": "string"},
+        "tool_call_id": {"type": "string"},
+        "tool_calls": {"type": "array", "items": {"type": "object"}},
+        "reasoning_content": {"type": "string"},
+    },
+}
 
 
 @functools.cache
@@ -49,6 +76,8 @@ def description() -> dict[str, Any]:
     """The OpenAPI description of the server."""
     kinds = [kind for kind, _ in _POSTS.values()]
     references, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for name in ("ChatRequest", "TokenizeRequest"):
+        components[name]["properties"]["messages"]["items"] = _MESSAGE
     failed = {"description": "An error.", "content": {"application/json": {"schema": _ERROR}}}
     paths: dict[str, Any] = {
         path: {"get": {"summary": text, "responses": {"200": {"description": text}, "default": failed}}}
