@@ -1,5 +1,6 @@
 """`jfa serve`: an HTTP server with OpenAI's protocol."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -135,67 +136,68 @@ def serve(
             raise
         raise ValueError(f'jfa serve needs {error.name}: pip install "jfa[serve]"') from None
 
-    listening = http.bind(host, port)
+    with http.bind(host, port) as listening:
+        from jfa_models.cli import running
+        from jfa_models.engine import Engine
+        from jfa_models.serving.app import Server, Settings
+        from jfa_models.serving.metrics import Metrics
+        from jfa_models.serving.runner import Runner
 
-    from jfa_models.cli import running
-    from jfa_models.engine import Engine
-    from jfa_models.serving.app import Server, Settings
-    from jfa_models.serving.metrics import Metrics
-    from jfa_models.serving.runner import Runner
+        language_model = running.load(
+            model,
+            dtype=dtype,
+            quantization=quantization,
+            adapters=adapters,
+            context_length=max_model_len,
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+        )
+        engine = Engine(
+            language_model,
+            kv_dtype=kv_dtype,
+            num_pages=num_pages,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=not no_prefix_caching,
+            speculative_config=speculation,
+            seed=seed,
+        )
+        settings = Settings(
+            names=names or (model,),
+            keys=keys,
+            hosts=[name.lower() for name in hosts],
+            origins=origins,
+            adapter_root=adapter_root,
+            max_body=max_body,
+            stall_timeout=stall_timeout,
+            max_sequences=max_sequences,
+            ignore_unknown=ignore_unknown_fields,
+            log_prompts=log_prompts,
+            chat_template=None if chat_template is None else running.read_text(chat_template),
+        )
+        metrics = Metrics(settings.names[0])
+        runner = Runner(
+            engine,
+            max_num_seqs=max_num_seqs,
+            max_waiting=max_waiting,
+            timeout=request_timeout,
+            warm_up=_WARM[warm_up],
+            on_end=metrics.count,
+        )
+        metrics.read(runner)
+        http.set_up_logs(as_json=log_json)
+        shown, used = listening.getsockname()[:2]
+        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{used}"
 
-    language_model = running.load(
-        model,
-        dtype=dtype,
-        quantization=quantization,
-        adapters=adapters,
-        context_length=max_model_len,
-        max_adapters=max_adapters,
-        max_rank=max_rank,
-    )
-    engine = Engine(
-        language_model,
-        kv_dtype=kv_dtype,
-        num_pages=num_pages,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        enable_prefix_caching=not no_prefix_caching,
-        speculative_config=speculation,
-        seed=seed,
-    )
-    settings = Settings(
-        names=names or (model,),
-        keys=keys,
-        hosts=[name.lower() for name in hosts],
-        origins=origins,
-        adapter_root=adapter_root,
-        max_body=max_body,
-        stall_timeout=stall_timeout,
-        max_sequences=max_sequences,
-        ignore_unknown=ignore_unknown_fields,
-        log_prompts=log_prompts,
-        chat_template=None if chat_template is None else running.read_text(chat_template),
-    )
-    metrics = Metrics(settings.names[0])
-    runner = Runner(
-        engine,
-        max_num_seqs=max_num_seqs,
-        max_waiting=max_waiting,
-        timeout=request_timeout,
-        warm_up=_WARM[warm_up],
-        on_end=metrics.count,
-    )
-    metrics.read(runner)
-    http.set_up_logs(as_json=log_json)
-    shown, used = listening.getsockname()[:2]
-    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{used}"
+        def tell() -> None:
+            click.echo(f"jfa serves {settings.names[0]} at {address} (ready after {time.monotonic() - start:.0f} s)")
 
-    def tell() -> None:
-        click.echo(f"jfa serves {settings.names[0]} at {address} (ready after {time.monotonic() - start:.0f} s)")
-
-    server = Server(runner, settings, metrics)
-    process = http.Process(server, grace=grace, max_connections=max_connections, on_ready=tell)
-    process.run(sockets=[listening])
+        server = Server(runner, settings, metrics)
+        process = http.Process(server, grace=grace, max_connections=max_connections, on_ready=tell)
+        process.run(sockets=[listening])
+        if runner.is_alive:  # it compiles, or its device hangs: Python would wait for it
+            os._exit(0)
 
 
 _COMMON = (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_p=0.9, top_k=40))

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import traceback
+import urllib.parse
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -439,7 +440,7 @@ class _Front:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         id = given if re.fullmatch(r"[\w.:-]{1,128}", given) else uuid.uuid4().hex
-        record: dict[str, Any] = {"id": id, "method": scope["method"], "path": scope["path"]}
+        record: dict[str, Any] = {"id": id, "method": scope["method"], "path": urllib.parse.quote(scope["path"])}
         scope.setdefault("state", {})["record"] = record
 
         async def send_marked(message: Message) -> None:

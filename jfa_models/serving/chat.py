@@ -13,6 +13,7 @@ from jfa_models.text.tokenizer import Tokenizer
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal"}
+_KINDS = {"name": str, "tool_call_id": str, "reasoning_content": str, "reasoning": str, "refusal": str, "tool_calls": list}
 _WITHOUT_MEANING = {"audio", "function_call", "annotations"}  # of an answer that is sent back, if they are empty
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _OFF = ("none", "minimal")  # efforts of reasoning for which a model does not think
@@ -70,7 +71,7 @@ class ChatReply(Reply):
     def grown(self, place: int, result: RequestOutput) -> Iterator[bytes]:
         for one in result.outputs:
             shown = self.shown(place, one)
-            if shown.is_ended or not one.token_ids:
+            if shown.is_ended or not (one.token_ids or one.finish_reason):
                 continue
             if one.index not in self._choices:
                 self._choices[one.index] = _Choice(self.new_parser())
@@ -278,6 +279,10 @@ def _message(place: int, message: Mapping[str, Any], has_developer: bool) -> dic
     found = {name: value for name, value in found.items() if name not in empty}
     if unknown := sorted(found.keys() - _FIELDS):
         raise ApiError(400, f"{where} has no field {unknown[0]!r}; it has {', '.join(sorted(_FIELDS))}", param=where)
+    for name, kind in _KINDS.items():
+        if not isinstance(found.get(name, kind()), kind):
+            called = "a text" if kind is str else "a list"
+            raise ApiError(400, f"{where}.{name} must be {called}, got {found[name]!r}", param=f"{where}.{name}")
     role = found.get("role")
     if role not in _ROLES:
         raise ApiError(400, f"{where}: role must be one of {', '.join(_ROLES)}, got {role!r}", param=f"{where}.role")

@@ -60,7 +60,7 @@ class CompletionReply(Reply):
             is_new = shown.num_tokens == 0
             echoed = result.prompt_token_ids if self.request.echo and is_new else ()
             has_news = len(one.text) > shown.num_characters or self.request.logprobs is not None or echoed
-            if shown.is_ended or not one.token_ids or not (has_news or one.finish_reason):
+            if shown.is_ended or not ((has_news and one.token_ids) or one.finish_reason):
                 continue
             choice = self._choice(place, result, one, shown.num_tokens, shown.num_characters, echoed)
             shown.num_tokens, shown.num_characters = len(one.token_ids), len(one.text)

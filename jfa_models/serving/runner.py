@@ -24,6 +24,7 @@ from jfa_models.serving.errors import ApiError, unavailable
 from jfa_models.serving.schema import check_field
 
 log = logging.getLogger("jfa.serving")
+_LONGEST_STEP = 3.0  # seconds to wait for at the end
 _LONGEST_WAIT = 60  # seconds to advise: OpenAI's clients do not retry after more than 120
 
 
@@ -151,11 +152,16 @@ class Runner:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the step that runs."""
+        """Ends the thread after the step that runs; a step that takes long is not waited for."""
         self._stopped = True
         self._work.set()
-        self._thread.join()
+        self._thread.join(_LONGEST_STEP)
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs; it may still do after stop, for example while it compiles."""
+        return self._thread.is_alive()
 
     @property
     def is_ready(self) -> bool:
@@ -240,11 +246,13 @@ class Runner:
         self._on_end(ticket)
 
     async def drain(self, grace: float) -> None:
-        """Refuses new requests and those without a token, and lets the others finish for `grace` seconds."""
+        """Refuses new requests and those that wait, and lets the others finish for `grace` seconds."""
         self.is_draining = True
-        for ticket in list(self._tickets.values()):
-            if not ticket.has_begun:
+        room = self.max_num_seqs
+        for ticket in sorted(self._tickets.values(), key=lambda one: (not one.has_begun, one.arrival)):
+            if not ticket.has_begun and room <= 0:
                 ticket.fail(unavailable("the server is shutting down"))
+            room -= ticket.num_sequences
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace)
         for ticket in list(self._tickets.values()):

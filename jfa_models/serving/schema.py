@@ -23,8 +23,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Sampling(Body):
@@ -160,7 +159,7 @@ class ResponsesReasoning(Body):
 
 
 class ResponsesStreamOptions(Body):
-    include_obfuscation: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class ResponsesRequest(Sampling, kw_only=True):

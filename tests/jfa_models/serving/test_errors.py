@@ -95,6 +95,12 @@ def test_completions_that_are_refused(client, fields, words, param):
             "must be the JSON text of an object",
             "messages[0].tool_calls",
         ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "reasoning_content": {}}]},
+            "reasoning_content must be a text",
+            "messages[0].reasoning_content",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": {"a": 1}}]}, "must be a list", "messages[0].tool_calls"),
         ({"functions": []}, "use tools", "functions"),
         ({"audio": {}}, "reads and writes text", "audio"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs: true", "top_logprobs"),
