@@ -108,11 +108,11 @@ def test_a_model_that_drafts_for_itself_is_always_right():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("seed", "count"), [run_of(0, 40, quick=True), run_of(1, 340, quick=False)])
-def test_random_requests(method, seed, count):
+@pytest.mark.parametrize(("seed", "engines", "count"), [run_of(0, 1, 40, quick=True), run_of(1, 3, 50, quick=False)])
+def test_random_requests(method, seed, engines, count):
     """Arrivals, aborts and preemption over shared prefixes, in pools of several sizes, dtypes and windows."""
     rng = random.Random(seed)
-    for _ in range(1 if count < 100 else 4):
+    for _ in range(engines):
         model = language_model(rng.choice([CONFIG, WINDOWS]))
         options = dict(
             max_num_seqs=rng.choice([1, 2, 5, 16]),
@@ -126,7 +126,7 @@ def test_random_requests(method, seed, count):
         engine = Engine(model, speculative_config=speculation(method, adaptive=adaptive), **options)
         prefixes = ["".join(rng.choices("abcd", k=rng.randrange(1, 40))) for _ in range(5)]
         alone, waiting, aborted = {}, {}, set()
-        for number in range(count // (1 if count < 100 else 4)):
+        for number in range(count):
             params = rng.choice([GREEDY, *SAMPLED])
             prompt = rng.choice(prefixes) + str(rng.randrange(20))
             request = engine.add_request(prompt, params, number=number, priority=rng.randrange(2))
