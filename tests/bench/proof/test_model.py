@@ -142,8 +142,7 @@ def test_a_step_of_a_model_runs_as_machine_code(row):
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_of_a_model_runs_as_machine_code_of_every_architecture(step):
     """In one process: what is compiled for this CPU is the same for all, and takes longer than a row itself."""
-    rows = STEPS[step]
-    assert {row.arch for row in rows} == set(names.EXECUTED_ARCHS)
+    rows = [row for row in STEPS[step] if row not in QUICK]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([model.__name__])  # imported once for all steps
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
