@@ -65,6 +65,8 @@ RUNS = [
     for backend in TILES
     for dtype in dtypes_of(i, backend)
     if backend != "triton" or name in ON_TRITON
+    # test_export.py compares the float32 gradients of xla in every case
+    if backend != "xla" or dtype != "float32" or name in QUICK["xla"]
 ]
 
 

@@ -179,10 +179,12 @@ def test_shard_map_over_batch_and_heads():
 
 
 def run_on_eight_devices(program):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = (
+        f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"  # tests/conftest.py says why the first
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)],
-        env={**os.environ, **flags},
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
@@ -218,13 +220,15 @@ EXPLICIT = """
     gradients = jax.grad(lambda *x: jnp.square(attend(*x)).sum(), argnums=range(5))
     want = attend(*arrays), gradients(*arrays)
     head = None, None, "heads"
-    for parts in (
-        [("rows",), ("rows",), ("rows",), (), (), ("rows",), ("rows",)],
+    placements = (
         [("rows", *head[1:]), ("rows", *head[1:]), ("rows", *head[1:]), ("heads",), (None, "heads"), (), ("rows",)],
         [(None, "rows"), (None, "rows"), (None, "rows"), (), (), (), (None, "rows")],  # of the sequence
+        [("rows",), ("rows",), ("rows",), (), (), ("rows",), ("rows",)],
         [("rows",), (), (), (), (), (), ()],
         [(None, None, None, "heads"), (), (), (), (), (), ()],
-    ):
+    )
+    # shardings are handled before an implementation is chosen: one of them meets all, interpreted kernels two
+    for parts in placements if BACKEND == "xla" else placements[:2]:
         placed = [place(x, *part) for x, part in zip(arrays, parts)]
         out = jax.jit(attend)(*placed)
         same(out, want[0])
@@ -246,7 +250,10 @@ EXPLICIT = """
 
     for op in (decode, ragged):
         same(jax.jit(op)(*placed), op(q[:, 0], pages, table, kv_len))
+"""
 
+# what takes no implementation
+EXPLICIT_CACHES = """
     rings = dict(num_layers=1, batch=4, capacity=12, num_kv_heads=2, head_dim=16, dtype="float32")
     paged = dict(num_layers=1, num_pages=17, page_size=4, batch=4, pages_per_seq=4, num_kv_heads=2, head_dim=16)
 
@@ -300,7 +307,8 @@ def test_a_mesh_with_explicit_axes_on_one_device(backend):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", TILES)
 def test_a_mesh_with_explicit_axes_on_eight_devices(backend):
-    run_on_eight_devices(f"BACKEND = {backend!r}\n" + textwrap.dedent(EXPLICIT))
+    program = EXPLICIT + EXPLICIT_CACHES if backend == "xla" else EXPLICIT
+    run_on_eight_devices(f"BACKEND = {backend!r}\n" + textwrap.dedent(program))
 
 
 @st.composite

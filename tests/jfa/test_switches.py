@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,84 +62,102 @@ def options():
     )
 
 
-@pytest.mark.parametrize(("switch", "implementation"), CASES)
-def test_attention_and_its_gradients(switch, implementation):
+@functools.cache
+def without(computed, *args):
+    """computed(*args) under no switch: once for all switches."""
+    return computed(*args)
+
+
+def attention_and_gradients(implementation, default_keys=False):
+    """default_keys: with a dropout key of the implementation in force, not always of the same."""
     q, k, v = random(0, B, T, HQ, D), random(1, B, T, HKV, D), random(2, B, T, HKV, D)
     given = options()
 
-    def computed(dropout_key):
-        def loss(q, k, v, bias, sinks, slopes):
-            traced = given | dict(bias=bias, sinks=sinks, alibi_slopes=slopes)
-            out, lse = jfa.dot_product_attention(
-                q,
-                k,
-                v,
-                implementation=implementation,
-                return_residual=True,
-                dropout_rate=0.1,
-                dropout_key=dropout_key,
-                **traced,
-            )
-            return out.astype(jnp.float32).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+    dropout_key = jax.random.key(1, impl=None if default_keys else "threefry2x32")
 
-        arrays = (q, k, v, given["bias"], given["sinks"], given["alibi_slopes"])
-        return jax.block_until_ready(jax.value_and_grad(loss, argnums=tuple(range(6)))(*arrays))
+    def loss(q, k, v, bias, sinks, slopes):
+        traced = given | dict(bias=bias, sinks=sinks, alibi_slopes=slopes)
+        out, lse = jfa.dot_product_attention(
+            q,
+            k,
+            v,
+            implementation=implementation,
+            return_residual=True,
+            dropout_rate=0.1,
+            dropout_key=dropout_key,
+            **traced,
+        )
+        return out.astype(jnp.float32).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
 
-    want = computed(jax.random.key(1, impl="threefry2x32"))
+    arrays = (q, k, v, given["bias"], given["sinks"], given["alibi_slopes"])
+    return jax.block_until_ready(jax.value_and_grad(loss, argnums=tuple(range(6)))(*arrays))
+
+
+@pytest.mark.parametrize(("switch", "implementation"), CASES)
+def test_attention_and_its_gradients(switch, implementation):
+    want = without(attention_and_gradients, implementation)
     with SWITCHES[switch]():
-        got = computed(jax.random.key(1, impl="threefry2x32"))
-        assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(computed(jax.random.key(1))))
+        got = attention_and_gradients(implementation)
+        if switch == "rbg":  # the keys of the others are the same as above
+            found = jax.tree.leaves(attention_and_gradients(implementation, default_keys=True))
+            assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in found)
     if switch != "highest":
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
             np.testing.assert_allclose(one, other, atol=0.03 * np.abs(other).max())
 
 
+def attention_over_pages(implementation, kind):
+    cache = jfa.PagedKVCache.create(
+        num_layers=1,
+        num_pages=9,
+        page_size=4,
+        batch=2,
+        pages_per_seq=4,
+        num_kv_heads=HKV,
+        head_dim=D,
+        dtype="float32",
+        kv_dtype=kind,
+    )
+    cache = dataclasses.replace(cache, page_tables=(jnp.arange(1, 9, dtype=jnp.int32).reshape(2, 4),))
+    new = random(1, 2, 5, HKV, D, dtype=jnp.float32), random(2, 2, 5, HKV, D, dtype=jnp.float32)
+    cache = cache.write(0, *new).advance(jnp.array([5, 3], jnp.int32))
+    common = dict(kv_len=cache.kv_len, implementation=implementation, logits_soft_cap=4.0, **cache.arguments(0))
+    q = cache.rotated(random(0, 6, HQ, D, dtype=jnp.float32))
+    query_start = jnp.array([0, 4, 6], jnp.int32)
+    out = jfa.paged_decode_attention(q[:2], sinks=random(4, HQ, dtype=jnp.float32), **common)
+    return jax.device_get((out, jfa.ragged_paged_attention(q, query_start=query_start, **common)))
+
+
 @pytest.mark.parametrize(("switch", "implementation"), CASES)
 @pytest.mark.parametrize("kind", [None, "int4"])
 def test_attention_over_pages(switch, implementation, kind):
-    def computed():
-        cache = jfa.PagedKVCache.create(
-            num_layers=1,
-            num_pages=9,
-            page_size=4,
-            batch=2,
-            pages_per_seq=4,
-            num_kv_heads=HKV,
-            head_dim=D,
-            dtype="float32",
-            kv_dtype=kind,
-        )
-        cache = dataclasses.replace(cache, page_tables=(jnp.arange(1, 9, dtype=jnp.int32).reshape(2, 4),))
-        new = random(1, 2, 5, HKV, D, dtype=jnp.float32), random(2, 2, 5, HKV, D, dtype=jnp.float32)
-        cache = cache.write(0, *new).advance(jnp.array([5, 3], jnp.int32))
-        common = dict(kv_len=cache.kv_len, implementation=implementation, logits_soft_cap=4.0, **cache.arguments(0))
-        q = cache.rotated(random(0, 6, HQ, D, dtype=jnp.float32))
-        query_start = jnp.array([0, 4, 6], jnp.int32)
-        out = jfa.paged_decode_attention(q[:2], sinks=random(4, HQ, dtype=jnp.float32), **common)
-        return jax.device_get((out, jfa.ragged_paged_attention(q, query_start=query_start, **common)))
-
-    want = computed()
+    want = without(attention_over_pages, implementation, kind)
     with SWITCHES[switch]():
-        got = computed()
+        got = attention_over_pages(implementation, kind)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=1e-2)
 
 
+@functools.cache
+def tiny():
+    decoder = sharp_decoder(tiny_config(num_layers=1, context_length=64))
+    return LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])))
+
+
+def generation():
+    model = tiny()
+    params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=1, max_tokens=4)
+    llm = LLM(model, page_size=4, num_pages=40, max_num_seqs=2)
+    results = [*model.generate([[70, 71, 72]], params), *llm.generate([[70, 71, 72]], params)]
+    return [result.outputs[0].token_ids for result in results]
+
+
 @pytest.mark.parametrize("switch", [run(switch, quick=switch == "no_promotion") for switch in SWITCHES])
 def test_generation(switch):
-    decoder = sharp_decoder(tiny_config(num_layers=1, context_length=64))
-    model = LanguageModel(decoder=decoder, params=tuple(jax.tree.leaves(nnx.split(decoder)[1])))
-    params = SamplingParams(temperature=0.7, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=1, max_tokens=4)
-
-    def computed():
-        llm = LLM(model, page_size=4, num_pages=40, max_num_seqs=2)
-        results = [*model.generate([[70, 71, 72]], params), *llm.generate([[70, 71, 72]], params)]
-        return [result.outputs[0].token_ids for result in results]
-
-    want = computed()
+    want = without(generation)
     with SWITCHES[switch]():
-        assert computed() == want
+        assert generation() == want
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,6 +1,8 @@
 """Whole programs: what is read from XLA's dumps, and steps of tiny models that are executed as machine code."""
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from compiled import needs_xla
+from proven import proven_together
 from runs import run
 
 from jfa_bench import cli, names
@@ -104,21 +107,20 @@ def test_a_constant_that_was_left_out_is_refused():
         program.literal(program.Instruction(opcode="constant", shape="f32[999]", operands=(), literal="{...}"))
 
 
-QUICK = {
-    ("llama", "decode", "int8 pages", None, "gfx1100"),
-    ("llama", "decode", "paged", "int4", "gfx1100"),
-    ("mixture", "prefill", "contiguous", None, "gfx942"),
+QUICK = (
+    Row(model="llama", step="decode", cache="int8 pages", arch="gfx1100"),
+    Row(model="llama", step="decode", cache="paged", weights="int4", arch="gfx1100"),
+    Row(model="mixture", step="prefill", cache="contiguous", arch="gfx942"),
+)
+STEPS = {  # name: the rows of a step, one for each architecture
+    "-".join(filter(None, (one.model, one.step, one.cache, one.weights))): [
+        dataclasses.replace(one, arch=arch) for arch in names.EXECUTED_ARCHS
+    ]
+    for one in model.rows(names.EXECUTED_ARCHS[:1])
 }
-ROWS = [
-    run(row, quick=(row.model, row.step, row.cache, row.weights, row.arch) in QUICK)
-    for row in model.rows(names.EXECUTED_ARCHS)
-]
 
 
-@needs_xla
-@pytest.mark.parametrize("row", ROWS)
-def test_a_step_of_a_model_runs_as_machine_code(row):
-    [record] = model.prove_all([row])
+def check(row, record):
     assert (record["status"], record["reason"], record["races"]) == ("ok", None, 0)
     assert 0 < record["worst_error_of_limit"] < 1 and record["instructions"] > 10_000
     if row.weights is None:
@@ -126,6 +128,26 @@ def test_a_step_of_a_model_runs_as_machine_code(row):
     else:  # attention, and at least seven products of each of two layers; experts are in a loop
         assert record["launches"]["pallas"] >= 2 + 2 * 7
         assert any("quantized_matmul" in kernel for kernel in record["kernels"])
+
+
+@needs_xla
+@pytest.mark.parametrize("row", QUICK, ids=str)
+def test_a_step_of_a_model_runs_as_machine_code(row):
+    [record] = model.prove_all([row])
+    check(row, record)
+
+
+@needs_xla
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_of_a_model_runs_as_machine_code_of_every_architecture(step):
+    """In one process: what is compiled for this CPU is the same for all, and takes longer than a row itself."""
+    rows = [row for row in STEPS[step] if row not in QUICK]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([model.__name__])  # imported once for all steps
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        for row, record in zip(rows, pool.submit(proven_together, rows).result(), strict=True):
+            check(row, record)
 
 
 BROKEN = {

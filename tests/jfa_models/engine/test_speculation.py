@@ -81,9 +81,12 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("config", [run_of("full", quick=True), run_of("windows", quick=False)])
-def test_every_option_gives_the_tokens_without_speculation(method, config):
+# test_random_requests compares every method with windows as well
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [*(run_of("full", method, quick=True) for method in METHODS), run_of("windows", "self", quick=False)],
+)
+def test_every_option_gives_the_tokens_without_speculation(config, method):
     model = language_model(CONFIG if config == "full" else WINDOWS)
     requests = [(f"{'abc ' * i}and then {i}", one) for i, one in enumerate([GREEDY, *SAMPLED])]
     without = Engine(model, **SMALL)
@@ -108,16 +111,16 @@ def test_a_model_that_drafts_for_itself_is_always_right():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("seed", "count"), [run_of(0, 40, quick=True), run_of(1, 340, quick=False)])
-def test_random_requests(method, seed, count):
+@pytest.mark.parametrize(("seed", "engines", "count"), [run_of(0, 1, 40, quick=True), run_of(1, 3, 50, quick=False)])
+def test_random_requests(method, seed, engines, count):
     """Arrivals, aborts and preemption over shared prefixes, in pools of several sizes, dtypes and windows."""
     rng = random.Random(seed)
-    for _ in range(1 if count < 100 else 4):
-        model = language_model(rng.choice([CONFIG, WINDOWS]))
+    for place in range(engines):
+        model = language_model((CONFIG, WINDOWS, CONFIG)[place])
         options = dict(
             max_num_seqs=rng.choice([1, 2, 5, 16]),
             page_size=rng.choice([2, 4, 16]),
-            kv_dtype=rng.choice([None, None, "int8"]),
+            kv_dtype=(None, None, "int8")[place],
             enable_prefix_caching=rng.random() < 0.7,
             max_num_batched_tokens=32,
         )
@@ -126,7 +129,7 @@ def test_random_requests(method, seed, count):
         engine = Engine(model, speculative_config=speculation(method, adaptive=adaptive), **options)
         prefixes = ["".join(rng.choices("abcd", k=rng.randrange(1, 40))) for _ in range(5)]
         alone, waiting, aborted = {}, {}, set()
-        for number in range(count // (1 if count < 100 else 4)):
+        for number in range(count):
             params = rng.choice([GREEDY, *SAMPLED])
             prompt = rng.choice(prefixes) + str(rng.randrange(20))
             request = engine.add_request(prompt, params, number=number, priority=rng.randrange(2))
