@@ -13,7 +13,8 @@ from jfa_models.text.tokenizer import Tokenizer
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal"}
-_KINDS = {"name": str, "tool_call_id": str, "reasoning_content": str, "reasoning": str, "refusal": str, "tool_calls": list}
+_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "refusal")
+_KINDS = dict.fromkeys(_TEXTS, str) | {"tool_calls": list}
 _WITHOUT_MEANING = {"audio", "function_call", "annotations"}  # of an answer that is sent back, if they are empty
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _OFF = ("none", "minimal")  # efforts of reasoning for which a model does not think

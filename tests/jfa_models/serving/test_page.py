@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("uvicorn", reason='needs a server: pip install "jfa[serve]"')
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the dependency group dev")
 from scripted_chat import PATIENCE, scripted_chat  # noqa: E402
+from servers import new_engine, serving  # noqa: E402
 
 expect = sync_api.expect
 
@@ -700,3 +701,25 @@ def test_a_phone(visit, chat):
     expect(page.get_by_label("System prompt")).to_be_in_viewport(ratio=1)
     expect(page.get_by_role("button", name="Close")).to_be_in_viewport(ratio=1)
     assert page.evaluate("document.querySelector('dialog').scrollWidth <= innerWidth")
+
+
+def test_the_server_itself(browser, model):
+    """No script between: the page as `jfa serve` sends it, and what a model writes."""
+    with serving(new_engine(model), keys=["a-key"]) as served, browser.new_context() as context:
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        page.goto(served.url)
+        page.get_by_label("API key").fill("a-key")
+        page.keyboard.press("Enter")
+        page.get_by_label("Message", exact=True).fill("A?")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Max tokens").fill("12")
+        page.get_by_role("button", name="Close").click()
+        page.get_by_role("button", name="Send").click()
+        expect(last(page)).to_have_attribute("aria-busy", "false")
+        expect(page.locator(".turns, main")).to_contain_text("12 tokens")
+        served.runner.is_draining = True
+        page.get_by_label("Message", exact=True).fill("B?")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("main")).to_contain_text("shutting down")
