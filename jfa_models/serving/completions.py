@@ -37,7 +37,9 @@ class CompletionReply(Reply):
         given = self.request.prompt
         kinds = {type(one) for one in given}
         if len(kinds) > 1:
-            raise ApiError(400, "prompt must be a list of texts, of token ids, or of lists of token ids", param="prompt")
+            raise ApiError(
+                400, "prompt must be a list of texts, of token ids, or of lists of token ids", param="prompt"
+            )
         prompts: list[Any] = [given] if isinstance(given, str) or kinds == {int} else list(given)
         if not prompts or any(len(prompt) == 0 for prompt in prompts):
             raise ApiError(400, "prompt is empty: pass at least one token", param="prompt")
