@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -173,11 +174,13 @@ class Reply:
             if not end:
                 return b""
             first, *lines = head.decode("latin-1").split("\r\n")
+            if not re.match(r"HTTP/1\.\d \d{3}", first):
+                raise ValueError(f"the answer is not HTTP/1.1: {first[:60]!r}")
             fields = {name.lower(): value.strip().lower() for name, _, value in (line.partition(":") for line in lines)}
             self._is_chunked = "chunked" in fields.get("transfer-encoding", "")
             given = fields.get("retry-after", "")
             self.retry_after = float(given) if given.isdecimal() else self.retry_after
-            self.status, self._rest = int(first.split(" ")[1]), rest
+            self.status, self._rest = int(first[9:12]), rest
         body = self._chunks() if self._is_chunked else self._rest
         self._rest = self._rest if self._is_chunked else b""
         self.body += b"" if self.status == 200 else body
@@ -233,7 +236,10 @@ class Stream:
             raise ValueError("the stream has no token")
 
     def _event(self, data: bytes, now: float) -> None:
-        event = json.loads(data)
+        try:
+            event = dict(json.loads(data))
+        except (ValueError, TypeError):
+            raise ValueError(f"the stream has an event that is no JSON object: {data[:60]!r}") from None
         if event.get("error"):
             raise ValueError(f"error in the stream: {_message(data)}")
         answer = self._answer
