@@ -226,7 +226,14 @@ def body_of(asked: Asked, *, endpoint: str, model: str, temperature: float, igno
 
 
 def measure(
-    load: Load, server: client.Client, *, endpoint: str, model: str, retries: bool, case: Mapping[str, Any], metadata
+    load: Load,
+    server: client.Client,
+    *,
+    endpoint: str,
+    model: str,
+    retries: bool,
+    case: Mapping[str, Any],
+    metadata: Mapping[str, str],
 ) -> Iterator[dict]:
     """A record for each rate, of a server.
 
@@ -264,7 +271,12 @@ def engine_alphabet(model: LanguageModel) -> Sequence[int]:
 
 
 def measure_engine(
-    load: Load, model: LanguageModel, engine_options: Mapping[str, Any], *, case: Mapping[str, Any], metadata
+    load: Load,
+    model: LanguageModel,
+    engine_options: Mapping[str, Any],
+    *,
+    case: Mapping[str, Any],
+    metadata: Mapping[str, str],
 ) -> Iterator[dict]:
     """A record for each rate, of an engine; everything is compiled before anything is measured."""
     engine = Engine(model, **engine_options)

@@ -238,26 +238,30 @@ def _throughput(records: Records) -> Any:
 
 def _serve(records: Records) -> Any:
     """Latencies and throughput over the rate of requests, of each implementation."""
+    from matplotlib.ticker import LogLocator
+
     rates = sorted({row["case"]["request_rate"] for row in records}, key=float)
     rows = [{**row, "place": rates.index(row["case"]["request_rate"])} for row in records]
     fig, axes = _panels(1, 3)
-    for ax, (name, title) in zip(
-        axes.flat, (("ttft", "Time to first token"), ("tpot", "Time per later token")), strict=False
-    ):
+    first, second, third = axes.flat
+    for ax, name, title in ((first, "ttft", "Time to first token"), (second, "tpot", "Time per later token")):
         drawn = [
             {**row, "implementation": f"{row['implementation']}, {label}", "ms": row[field]}
             for kind, label in (("median", "median"), ("p99", "P99"))
             for row in rows
             if row.get(field := f"{kind}_{name}_ms") is not None
         ]
-        _lines(ax, drawn, "place", "ms", "requests per second", "ms")
-        ax.set_title(title, fontsize=10)
-    last = axes.flat[-1]
-    _lines(last, rows, "place", "output_throughput", "requests per second", "generated tokens per second")
-    last.set_title(f"Throughput, {records[0]['case']['model']}", fontsize=10)
+        _lines(ax, drawn, "place", "ms", "requests per second", "ms", zero=False)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:,g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.set_title(f"{title}, {records[0]['case']['model']}", fontsize=10)
+    _lines(third, rows, "place", "output_throughput", "requests per second", "generated tokens per second", zero=False)
+    third.set_ylim(bottom=0)
+    third.set_title(f"Throughput, {records[0]['case']['model']}", fontsize=10)
     for ax in axes.flat:
-        ax.set_xscale("linear")
-        ax.set_xticks(range(len(rates)), [str(rate) if rate == "inf" else f"{rate:g}" for rate in rates])
+        ax.set_xticks(range(len(rates)), [rate if rate == "inf" else f"{rate:g}" for rate in rates])
     return fig
 
 
