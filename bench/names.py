@@ -42,6 +42,14 @@ PAGE_KINDS = ("same", "int8", "fp8", "int4")  # dtype of keys and values; same: 
 DATA_SETS = ("ShareGPT", "Alpaca")
 BATCHING = ("static", "engine", "sequential")
 LENGTHS = ("fixed", "sharegpt", "skewed")
+SERVED = ("server", "engine")
+LATENCIES = {  # of answers of a server, with vLLM's names
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
 
 FORMATS = ("md", "csv", "json", "jsonl")
 PROCESSES = 2

@@ -44,6 +44,8 @@ USAGE_ERRORS = [
     ["jfa-bench", "prefill", "--models", "phi-2", "--seq-lens", "4096"],
     ["jfa-bench", "decode", "--models", "phi-2", "--context", "2048"],
     ["jfa-bench", "throughput", "--n", "2", "--beam-width", "2"],
+    ["jfa-bench", "serve", "--request-rate", "0"],
+    ["jfa-bench", "serve", "--max-num-seqs", "4"],
     ["jfa-bench", "card", "--minutes", "0"],
     ["jfa-bench", "card", "--output", __file__],
     ["jfa-bench", "compile", "--arch", "gfx9"],

@@ -7,7 +7,7 @@ import sys
 
 from jfa_models.cli.base import command_group, run
 
-from . import card, measure, proof, records
+from . import card, measure, proof, records, serve
 
 
 def main() -> None:
@@ -20,5 +20,5 @@ def commands() -> None:
     """Benchmark jfa on this machine, and verify its kernels for GPUs that are not present."""
 
 
-for command in (*measure.COMMANDS, *card.COMMANDS, *proof.COMMANDS, *records.COMMANDS):
+for command in (*measure.COMMANDS, serve.serve_command, *card.COMMANDS, *proof.COMMANDS, *records.COMMANDS):
     commands.add_command(command)

@@ -29,18 +29,28 @@ FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_P
 def circumstances(root: Path = Path("/")) -> dict[str, Any]:
     """The fields that all records of a run share. root: folder that contains proc and sys."""
     device = probe()
+    runtime = _one_line(getattr(jax.devices()[0].client, "platform_version", ""))
+    return _circumstances(root, device.platform, device.arch, jax.devices()[0].device_kind, runtime)
+
+
+def client_circumstances(root: Path = Path("/")) -> dict[str, Any]:
+    """The same of the processor, without a look at JAX's devices, whose memory a server may need."""
+    return _circumstances(root, "cpu", "cpu", "cpu", "")
+
+
+def _circumstances(root: Path, platform: str, arch: str, name: str, runtime: str) -> dict[str, Any]:
     return {
         "device": {
-            "platform": device.platform,
-            "arch": device.arch,
-            "name": jax.devices()[0].device_kind,
+            "platform": platform,
+            "arch": arch,
+            "name": name,
             "host": _processor(root),
             "cpus": os.cpu_count(),
             "driver": driver(root),
-            "power": power(device.platform, root),
+            "power": power(platform, root),
         },
         "versions": {name: found for name in PACKAGES if (found := version(name))},
-        "runtime": _one_line(getattr(jax.devices()[0].client, "platform_version", "")),
+        "runtime": runtime,
         "flags": " ".join(f"{name}={os.environ[name]}" for name in FLAGS if os.environ.get(name)),
         "git_commit": _git_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -28,6 +28,7 @@ DASHES = ((), (5, 2), (1, 1.5), (5, 2, 1, 2), (8, 2), (3, 1), (2, 2), (6, 1, 1, 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "---", "**")
 LOOKS: dict[str, int] = {name: place for place, name in enumerate(names.PEERS)}
 LOOKS |= {"jfa": 2, "matrix products": 7, "copy": 7, "contiguous": 3, "engine": 2, "static": 0, "sequential": 6}
+LOOKS |= {"server": 1, "server, median": 1, "server, P99": 6, "engine, median": 2, "engine, P99": 5}
 # Placement of a legend that would not fit into the axes in all cases.
 BELOW: Mapping[str, Any] = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}
 DISPLAY_NAMES = {"reference": "reference (plain formula)", "jax.nn": "jax.nn (xla)", "cudnn": "jax.nn (cudnn)"}
@@ -235,6 +236,35 @@ def _throughput(records: Records) -> Any:
     return fig
 
 
+def _serve(records: Records) -> Any:
+    """Latencies and throughput over the rate of requests, of each implementation."""
+    from matplotlib.ticker import LogLocator
+
+    rates = sorted({row["case"]["request_rate"] for row in records}, key=float)
+    rows = [{**row, "place": rates.index(row["case"]["request_rate"])} for row in records]
+    fig, axes = _panels(1, 3)
+    first, second, third = axes.flat
+    for ax, name, title in ((first, "ttft", "Time to first token"), (second, "tpot", "Time per later token")):
+        drawn = [
+            {**row, "implementation": f"{row['implementation']}, {label}", "ms": row[field]}
+            for kind, label in (("median", "median"), ("p99", "P99"))
+            for row in rows
+            if row.get(field := f"{kind}_{name}_ms") is not None
+        ]
+        _lines(ax, drawn, "place", "ms", "requests per second", "ms", zero=False)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:,g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.set_title(f"{title}, {records[0]['case']['model']}", fontsize=10)
+    _lines(third, rows, "place", "output_throughput", "requests per second", "generated tokens per second", zero=False)
+    third.set_ylim(bottom=0)
+    third.set_title(f"Throughput, {records[0]['case']['model']}", fontsize=10)
+    for ax in axes.flat:
+        ax.set_xticks(range(len(rates)), [rate if rate == "inf" else f"{rate:g}" for rate in rates])
+    return fig
+
+
 # kind: (benchmark, the field that it plots, the function that plots it). A benchmark's first kind is its default.
 KINDS: dict[str, tuple[str, str, Callable[[Records], Any]]] = {
     "attention": ("attention", "tflops", _attention),
@@ -245,6 +275,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Records], Any]]] = {
     "decode": ("decode", "tokens_per_s", _decode),
     "paged": ("paged", "gb_per_s", _paged),
     "throughput": ("throughput", "tokens_per_s", _throughput),
+    "serve": ("serve", "output_throughput", _serve),
 }
 
 

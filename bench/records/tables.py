@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .. import names
 from . import record
 from .record import Record
 
@@ -12,12 +13,13 @@ class View(NamedTuple):
     """The columns of a benchmark: field (with dots for nested fields) to heading.
 
     more: additional columns of csv. above: the text above the table that contains a record; consecutive records with
-    the same text share a table.
+    the same text share a table. details: text about a record before the tables.
     """
 
     columns: Mapping[str, str]
     more: Mapping[str, str] = {}
     above: Callable[[Mapping[str, Any]], str] = lambda one: ""
+    details: Callable[[Mapping[str, Any]], str] = lambda one: ""
 
     @property
     def csv(self) -> dict[str, str]:
@@ -26,7 +28,7 @@ class View(NamedTuple):
 
     def table(self, records: Sequence[Record]) -> str:
         """Markdown tables, followed by the reasons why some rows have no results."""
-        parts = []
+        parts = [self.details(one) for one in records]
         for above, rows in itertools.groupby(records, self.above):
             parts += [above, record.render(list(rows), "md", self.columns)]
         return "\n\n".join(part for part in (*parts, record.refusals(records)) if part)
@@ -69,6 +71,46 @@ def _above_model(one: Mapping[str, Any]) -> str:
 
 def _above_paged(one: Mapping[str, Any]) -> str:
     return f"{one['case']['batch']} x {one['case']['context']:,} tokens, {one['case']['dtype']}, {heads(one['case'])}"
+
+
+# The lines of vLLM's block: field to label.
+_BLOCK = {
+    "completed": "Successful requests:",
+    "failed": "Failed requests:",
+    "rejected": "Rejected requests (429):",
+    "retries": "Retries after 429:",
+    "case.max_concurrency": "Maximum request concurrency:",
+    "case.request_rate": "Request rate configured (RPS):",
+    "duration": "Benchmark duration (s):",
+    "total_input_tokens": "Total input tokens:",
+    "total_output_tokens": "Total generated tokens:",
+    "request_throughput": "Request throughput (req/s):",
+    "request_goodput": "Request goodput (req/s):",
+    "output_throughput": "Output token throughput (tok/s):",
+    "max_output_tokens_per_s": "Peak output token throughput (tok/s):",
+    "max_concurrent_requests": "Peak concurrent requests:",
+    "total_token_throughput": "Total token throughput (tok/s):",
+}
+_NOT_USUAL = ("rejected", "retries")  # left out if 0
+
+
+def serving_block(one: Mapping[str, Any]) -> str:
+    """The figures of a run in the form of `vllm bench serve`, and what must be known about them."""
+    values = {
+        label: record.field(one, path) for path, label in _BLOCK.items() if path not in _NOT_USUAL or one.get(path)
+    }
+    lines = [f"{' Serving Benchmark Result ':=^50}", *_block_lines(values)]
+    for name in one.get("percentile_metrics", ()):
+        ending = f"_{name}_ms"
+        kinds = [key.removesuffix(ending) for key in one if key.endswith(ending) and not key.startswith("std")]
+        labels = {f"{kind.capitalize()} {name.upper()} (ms):": one[kind + ending] for kind in kinds}
+        lines += [f"{names.LATENCIES[name]:-^50}", *_block_lines(labels)]
+    return "\n".join([*lines, "=" * 50, *one.get("notes", ())])
+
+
+def _block_lines(values: Mapping[str, Any]) -> list[str]:
+    shown = {label: f"{value:.2f}" if isinstance(value, float) else value for label, value in values.items()}
+    return [f"{label:<40} {value}" for label, value in shown.items() if value is not None]
 
 
 VIEWS: Mapping[str, View] = {
@@ -140,6 +182,38 @@ VIEWS: Mapping[str, View] = {
             "saved_share": "shared",
         },
         {"seconds": "s", "ttft_ms.p99": "TTFT p99"},
+    ),
+    "serve": View(
+        {
+            "what": "what",
+            "case.request_rate": "rate",
+            "output_throughput": "t/s",
+            "median_ttft_ms": "TTFT",
+            "p99_ttft_ms": "TTFT p99",
+            "median_tpot_ms": "TPOT",
+            "p99_tpot_ms": "TPOT p99",
+            "request_goodput": "good/s",
+        },
+        {
+            "completed": "completed",
+            "failed": "failed",
+            "rejected": "rejected",
+            "duration": "s",
+            "total_input_tokens": "input tokens",
+            "total_output_tokens": "output tokens",
+            "request_throughput": "requests/s",
+            "total_token_throughput": "total t/s",
+            "max_output_tokens_per_s": "peak t/s",
+            "max_concurrent_requests": "peak requests",
+            **{
+                f"{kind}_{name}_ms": f"{name.upper()} {kind}"
+                for name in names.LATENCIES
+                for kind in ("mean", "std", "median", "p99")
+                if name not in ("ttft", "tpot") or kind in ("mean", "std")
+            },
+        },
+        lambda one: f"{one['case']['model']}; milliseconds",
+        serving_block,
     ),
     "speculation": View(
         {

@@ -74,8 +74,21 @@ THROUGHPUT = [
     }
     for name in ("static", "engine")
 ]
+SERVE = [
+    SHARED
+    | {
+        "benchmark": "serve",
+        "case": {"model": "smollm2", "request_rate": rate},
+        "implementation": name,
+        "output_throughput": 10.0,
+    }
+    | {f"{kind}_{what}_ms": float(i) for i, kind in enumerate(("median", "p99"), 1) for what in ("ttft", "tpot")}
+    for rate in (2.0, "inf", 0.5)
+    for name in ("server", "engine")
+]
 ATTENTION = list(attention())
 ALL = {"attention": ATTENTION, "prefill": PREFILL, "decode": DECODE, "paged": PAGED, "throughput": THROUGHPUT}
+ALL |= {"serve": SERVE}
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="the extra plot is not installed"
@@ -134,6 +147,17 @@ def test_bars_are_labelled_and_the_title_has_the_number_of_layers():
     assert [text.get_text() for text in ax.get_xticklabels()] == ["512", "1,024"]
     assert {"512\n0.50 x", "256", "171\n1.50 x"} <= {text.get_text() for text in ax.texts}
     assert len({patch.get_hatch() for patch in ax.patches}) == 3
+
+
+@needs_matplotlib
+def test_a_load_has_panels_of_latencies_and_throughput():
+    first, *_, last = plot.figure(SERVE).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in first.get_lines()}
+    assert lines == {f"{name}, {kind}": [value] * 3 for name in ("server", "engine") for kind, value in KINDS}
+    assert [text.get_text() for text in last.get_xticklabels()] == ["0.5", "2", "inf"]
+
+
+KINDS = (("median", 1.0), ("P99", 2.0))
 
 
 @needs_matplotlib

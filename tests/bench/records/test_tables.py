@@ -16,6 +16,7 @@ CASES = {
     "decode": ((*names.IMPLEMENTATIONS, names.MATRIX_PRODUCTS), MODEL | {"batch": 1024, "context": 131_072}),
     "paged": (("contiguous", "copy"), CALL | {"context": 131_072, "page_size": 1024, "kv_dtype": "int8"}),
     "throughput": (names.BATCHING, {}),
+    "serve": (names.SERVED, {"model": "m", "request_rate": 0.125, "max_concurrency": 8}),
     "speculation": (("none", "ngram 16"), {"kind": "grounded", "task": "edited configuration", "batch": 64}),
     "memory": (("pages",), {"data": "ShareGPT", "page_size": 1024, "sampling": "parallel", "width": 6}),
     "accuracy": (("float", *names.PAGE_KINDS[1:]), {"tokens": 10_000}),
