@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,10 @@ from tiny_model import folder_with_text
 
 from jfa_bench import cli
 from jfa_bench.measure import serve
-from jfa_bench.records import tables
+from jfa_bench.records import record, tables
 from jfa_models import SamplingParams
 
+ROOT = Path(__file__).parents[3]
 RANDOM = dict(num_prompts=50, input_len=20, output_len=10, range_ratio=0.0, alphabet=range(100, 200), seed=3)
 
 
@@ -282,3 +284,11 @@ def test_the_same_trace_in_an_engine(bench, tmp_path):
     [one] = records(bench, "--offline", "--model", folder, "--max-num-seqs", 2, "--request-rate", "50")
     assert one["implementation"] == "engine" and one["notes"] == [] and one["case"]["max_num_seqs"] == 2
     assert (one["completed"], one["total_input_tokens"], one["total_output_tokens"]) == (4, 24, 12)
+
+
+def test_the_block_and_the_table_of_the_guide_are_the_record():
+    rows = record.load(ROOT / "bench/results/serve-cpu-epyc-avx512.json")
+    guide = (ROOT / "docs/benchmarks.md").read_text()
+    [at_two] = [one for one in rows if (one["implementation"], one["case"]["request_rate"]) == ("server", 2)]
+    assert tables.serving_block(at_two) in guide
+    assert record.render(rows, "md", tables.VIEWS["serve"].columns) in guide
