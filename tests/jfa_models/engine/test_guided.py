@@ -116,7 +116,7 @@ def test_samples_of_one_prompt_have_their_own_places():
     assert len({one.text for one in result.outputs}) > 1
 
 
-@pytest.mark.parametrize(("seed", "count"), [run_of(0, 30, quick=True), run_of(1, 150, quick=False)])
+@pytest.mark.parametrize(("seed", "count"), [run_of(0, 30, quick=True), run_of(1, 150, quick=False, soak=True)])
 def test_random_requests(seed, count):
     """Arrivals, aborts and preemption in a small pool; each has the tokens that generate gives it alone."""
     rng, model = random.Random(seed), language_model()
@@ -258,6 +258,7 @@ def schema(rng, depth):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.soak
 def test_a_real_model_answers_schemas():
     """SmolLM2, greedy and sampled: every answer that ended is valid. Its steps take longer to compile than to run."""
     rng, count = random.Random(0), 60

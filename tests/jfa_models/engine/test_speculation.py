@@ -84,7 +84,7 @@ SAMPLED = [
 # test_random_requests compares every method with windows as well
 @pytest.mark.parametrize(
     ("config", "method"),
-    [*(run_of("full", method, quick=True) for method in METHODS), run_of("windows", "self", quick=False)],
+    [*(run_of("full", method, quick=True) for method in METHODS), run_of("windows", "self", quick=False, soak=True)],
 )
 def test_every_option_gives_the_tokens_without_speculation(config, method):
     model = language_model(CONFIG if config == "full" else WINDOWS)
@@ -111,7 +111,9 @@ def test_a_model_that_drafts_for_itself_is_always_right():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("seed", "engines", "count"), [run_of(0, 1, 40, quick=True), run_of(1, 3, 50, quick=False)])
+@pytest.mark.parametrize(
+    ("seed", "engines", "count"), [run_of(0, 1, 40, quick=True), run_of(1, 3, 50, quick=False, soak=True)]
+)
 def test_random_requests(method, seed, engines, count):
     """Arrivals, aborts and preemption over shared prefixes, in pools of several sizes, dtypes and windows."""
     rng = random.Random(seed)
