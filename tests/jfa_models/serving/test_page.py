@@ -709,7 +709,7 @@ def test_the_server_itself(browser, model):
         page = context.new_page()
         page.set_default_timeout(1000 * PATIENCE)
         page.goto(served.url)
-        page.get_by_label("API key").fill("a-key")
+        page.locator("input[name=key]").fill("a-key")
         page.keyboard.press("Enter")
         page.get_by_label("Message", exact=True).fill("A?")
         page.get_by_role("button", name="Settings").click()
