@@ -40,7 +40,7 @@ log = logging.getLogger("jfa.serving")
 PAGE = Path(__file__).parent / "page"
 # what anyone may read: probes of a balancer, and the page, which asks for the key
 _OPEN = re.compile(r"/|/health|/ready|/page/[\w.]+|/favicon\.ico")
-_PAGE_HEADERS = {
+PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
@@ -339,7 +339,7 @@ class Server:
         path = PAGE / request.path_params.get("file", "index.html")
         if path.parent != PAGE or not path.is_file():
             raise HTTPException(404)
-        return FileResponse(path, headers=_PAGE_HEADERS)
+        return FileResponse(path, headers=PAGE_HEADERS)
 
     async def _no_icon(self, request: Request) -> Response:
         return Response(status_code=204)

@@ -75,7 +75,7 @@ class ChatReply(Reply):
             if shown.is_ended or not (one.token_ids or one.finish_reason):
                 continue
             if one.index not in self._choices:
-                self._choices[one.index] = _Choice(self.new_parser())
+                self._choices[one.index] = _Choice(one.index, self.new_parser())
                 yield self._chunk(one.index, {"role": "assistant", "content": ""})
             choice = self._choices[one.index]
             pieces = [*choice.parser.push(one.text[shown.num_characters :])]
@@ -115,7 +115,7 @@ class ChatReply(Reply):
 
     def message(self, one: CompletionOutput) -> tuple[dict[str, Any], int]:
         """The message of a finished choice, and its number of calls."""
-        choice = _Choice(self.new_parser())
+        choice = _Choice(one.index, self.new_parser())
         pieces = [*choice.parser.push(one.text), *choice.parser.finish()]
         texts: dict[str, str] = {}
         calls: list[dict[str, Any]] = []
@@ -167,9 +167,9 @@ class ChatReply(Reply):
     def _delta(self, piece: Piece, choice: "_Choice") -> dict[str, Any]:
         number = choice.num_calls - 1
         if piece.kind == "call":
-            index = int(next(key for key, value in self._choices.items() if value is choice))
             function = {"name": piece.text, "arguments": ""}
-            call = {"index": number, "id": self.call_id(index, number), "type": "function", "function": function}
+            call_id = self.call_id(choice.index, number)
+            call = {"index": number, "id": call_id, "type": "function", "function": function}
             return {"tool_calls": [call]}
         if piece.kind == "arguments":
             return {"tool_calls": [{"index": number, "function": {"arguments": piece.text}}]}
@@ -191,10 +191,10 @@ class ChatReply(Reply):
 
 
 class _Choice:
-    """What a stream knows of one choice."""
+    """How far a choice is read."""
 
-    def __init__(self, parser: "AnswerParser | _ForcedCalls"):
-        self.parser = parser
+    def __init__(self, index: int, parser: "AnswerParser | _ForcedCalls"):
+        self.index, self.parser = index, parser
         self.num_calls = 0
 
 

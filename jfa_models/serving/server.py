@@ -31,6 +31,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen()  # a port that is only bound may be bound twice; who connects now waits for the model
     except (OSError, OverflowError) as error:
         listening.close()
         raise OSError(f"cannot listen on {host}:{port}: {error}; choose another --port or --host") from None

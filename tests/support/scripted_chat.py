@@ -3,24 +3,17 @@
 import asyncio
 import json
 import queue
-import socket
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
-import uvicorn
+from running import running_app
 from starlette.applications import Starlette
 from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-import jfa_models
+from jfa_models.serving.app import PAGE, PAGE_HEADERS
 
-PAGE = Path(jfa_models.__file__).parent / "serving" / "page"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 PATIENCE = 20  # seconds that a test waits for what must come
 
 
@@ -78,8 +71,8 @@ class Reply:
 class Chat:
     """What the server says: the models it has, the key it asks for, and what it refuses the next requests with."""
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self) -> None:
+        self.url = ""
         self.reset()
 
     def reset(self) -> None:
@@ -131,8 +124,8 @@ class Chat:
         async def guarded(scope, receive, send):
             async def send_guarded(message):
                 if message["type"] == "http.response.start":
-                    policy = (b"content-security-policy", POLICY.encode())
-                    message = message | {"headers": [*message["headers"], policy]}
+                    headers = [(name.encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
+                    message = message | {"headers": [*message["headers"], *headers]}
                 await send(message)
 
             await app(scope, receive, send_guarded)
@@ -143,12 +136,7 @@ class Chat:
 @contextmanager
 def scripted_chat():
     """A Chat that is served at its url until the block ends."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        chat = Chat(f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        config = uvicorn.Config(chat.app(), http="h11", ws="none", lifespan="off", log_level="warning")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
+    chat = Chat()
+    with running_app(chat.app()) as url:
+        chat.url = f"{url}/"
         yield chat
-        server.should_exit = True
-        thread.join()

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import socket
-import threading
 
-import uvicorn
+from running import running_app
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -38,8 +36,8 @@ class Scripted:
       headers: of the answers that are no streams.
     """
 
-    def __init__(self, url):
-        self.url = url
+    def __init__(self):
+        self.url = ""
         self.reset()
 
     def reset(self):
@@ -83,14 +81,6 @@ def complete(body):
 @contextlib.contextmanager
 def scripted_server():
     """A Scripted that is served at its url until the block ends."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        scripted = Scripted(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(scripted.app(), http="h11", ws="none", lifespan="off", log_level="warning")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield scripted
-        finally:
-            server.should_exit = True
-            thread.join()
+    scripted = Scripted()
+    with running_app(scripted.app()) as scripted.url:
+        yield scripted

@@ -1,7 +1,10 @@
 """A server in this process, on a port of its own."""
 
+import asyncio
 import contextlib
 import threading
+
+from running import PATIENCE, running
 
 from jfa_models.engine import Engine
 from jfa_models.serving import server as http
@@ -20,34 +23,29 @@ def new_engine(model, **options):
 class Served:
     """A running server: its address, and the objects behind it."""
 
-    def __init__(self, url, server, process):
-        self.url, self.server, self.process = url, server, process
+    def __init__(self, url, server, process, thread):
+        self.url, self.server, self.process, self.thread = url, server, process, thread
         self.runner, self.engine = server.runner, server.runner.engine
+
+    def wait(self, holds):
+        """Returns when holds() is true, which is asked between what the event loop does."""
+
+        async def ask():
+            while not holds():
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(ask(), self.runner._loop).result(PATIENCE)
 
 
 @contextlib.contextmanager
-def serving(engine, *, max_num_seqs=MAX_NUM_SEQS, max_waiting=64, timeout=60.0, warm_up=(), grace=5.0, **settings):
+def serving(engine, *, max_num_seqs=MAX_NUM_SEQS, max_waiting=64, timeout=PATIENCE, grace=PATIENCE, **settings):
     """Serves an engine while the body of a `with` statement runs; settings are those of Settings."""
     metrics = Metrics("tiny")
-    runner = Runner(
-        engine,
-        max_num_seqs=max_num_seqs,
-        max_waiting=max_waiting,
-        timeout=timeout,
-        warm_up=warm_up,
-        on_end=metrics.count,
-    )
+    runner = Runner(engine, max_num_seqs=max_num_seqs, max_waiting=max_waiting, timeout=timeout, on_end=metrics.count)
     metrics.read(runner)
     server = Server(runner, Settings(**({"names": ["tiny"]} | settings)), metrics)
-    listening = http.bind("127.0.0.1", 0)
-    is_ready = threading.Event()
+    listening, is_ready = http.bind("127.0.0.1", 0), threading.Event()
     process = http.Process(server, grace=grace, on_ready=is_ready.set)
-    thread = threading.Thread(target=process.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    assert is_ready.wait(300)
-    try:
-        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", server, process)
-    finally:
-        process.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+    with running(process, listening) as thread:
+        assert is_ready.wait(PATIENCE)
+        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", server, process, thread)

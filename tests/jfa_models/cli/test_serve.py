@@ -2,20 +2,19 @@
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import pytest
 from golden import GOLDEN
+from running import PATIENCE
 from tiny_model import folder_with_text
 
-PATIENCE = 120  # seconds that a test waits for what must come
 OPTIONS = ["--port", 0, "--num-pages", 200, "--max-num-seqs", 4, "--max-num-batched-tokens", 32, "--warm-up", "none"]
 LONG = {"prompt": "hi", "max_tokens": 200, "temperature": 0, "stream": True}
 
@@ -61,23 +60,24 @@ def started(folder, *options):
 @pytest.mark.exhaustive
 @pytest.mark.soak
 def test_the_first_signal_lets_requests_finish(folder):
-    with started(folder, "--log-json") as (process, url), ThreadPoolExecutor(1) as threads:
-        assert httpx.get(f"{url}/ready").status_code == 200
+    with started(folder, "--log-json", "--grace", 600) as (process, url), ThreadPoolExecutor(1) as threads:
+        assert httpx.get(f"{url}/ready", timeout=PATIENCE).status_code == 200
+
+        has_begun = threading.Event()
 
         def ask():
-            with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"n": 256}, timeout=PATIENCE) as answer:
-                lines = list(answer.iter_lines())
-            return [line for line in lines if line]
+            lines = []
+            with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"n": 64}, timeout=PATIENCE) as answer:
+                for line in answer.iter_lines():
+                    has_begun.set()
+                    lines += [line] if line else []
+            return lines
 
         asked = threads.submit(ask)
-        metrics = ""
-        until = time.monotonic() + PATIENCE
-        while not re.search(r"jfa:generation_tokens_total.* [1-9]", metrics):
-            assert time.monotonic() < until
-            metrics = httpx.get(f"{url}/metrics").text
+        assert has_begun.wait(PATIENCE)
         process.send_signal(signal.SIGTERM)
         lines = asked.result()
-        assert lines[-1] == "data: [DONE]" and sum('"finish_reason":"length"' in line for line in lines) == 256
+        assert lines[-1] == "data: [DONE]" and sum('"finish_reason":"length"' in line for line in lines) == 64
         assert process.wait(PATIENCE) == 0
         log = process.stderr.read()
         assert '"path": "/v1/completions"' in log and '"hi"' not in log and "SIGTERM" in log
@@ -87,10 +87,11 @@ def test_the_first_signal_lets_requests_finish(folder):
 @pytest.mark.soak
 def test_the_second_signal_ends_at_once(folder):
     with started(folder, "--grace", 600) as (process, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"n": 256}, timeout=PATIENCE) as answer:
-            next(answer.iter_lines())
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"n": 64}, timeout=PATIENCE) as answer:
+            lines = answer.iter_lines()  # kept: the stream is closed with it
+            assert next(lines)
             process.send_signal(signal.SIGINT)
-            while httpx.get(f"{url}/ready").status_code != 503:
+            while httpx.get(f"{url}/ready", timeout=PATIENCE).status_code != 503:
                 pass
             process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE) == 128 + signal.SIGINT
@@ -108,7 +109,7 @@ def test_a_killed_server_gives_no_short_answers(folder):
                 with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=PATIENCE) as answer:
                     for line in answer.iter_lines():
                         lines.append(line)
-                        if number == 0 and len(lines) == 20:
+                        if number == 0:
                             process.kill()
                 return lines, True
             return lines, False

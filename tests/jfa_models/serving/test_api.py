@@ -13,6 +13,7 @@ import jax
 import openai
 import pydantic
 import pytest
+from running import PATIENCE
 from servers import new_engine, serving
 
 from jfa_models.decoding.params import SamplingParams
@@ -311,7 +312,7 @@ def test_many_at_once_through_the_asynchronous_client(served, model):
 
 
 def test_tokens_there_and_back(served):
-    with httpx.Client(base_url=served.url) as client:
+    with httpx.Client(base_url=served.url, timeout=PATIENCE) as client:
         found = client.post("/tokenize", json={"prompt": "héllo", "return_token_strs": True}).json()
         assert found["count"] == len(found["tokens"]) == 6 and found["max_model_len"] == 1024
         assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "héllo"}
@@ -345,7 +346,7 @@ def test_the_commands_of_the_guide(served):
 
 def test_metrics_and_description(served, client):
     client.completions.create(prompt=PROMPT, max_tokens=3, **GREEDY)
-    with httpx.Client(base_url=served.url) as http:
+    with httpx.Client(base_url=served.url, timeout=PATIENCE) as http:
         lines = http.get("/metrics").text.splitlines()
         values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
         assert values['jfa:num_requests_running{model_name="tiny"}'] == 0

@@ -1,11 +1,11 @@
 """What is refused, and how: the status, the message and the field of each error."""
 
 import json
-import socket
 
 import httpx2 as httpx
 import pytest
 from random_adapters import random_adapter
+from running import PATIENCE
 from servers import new_engine, serving
 
 from jfa_models.checkpoints.peft import save_adapter
@@ -31,7 +31,10 @@ def client(model, root):
         keys=("first-key", "second-key"), hosts=("127.0.0.1",), adapter_root=root, max_body=20_000, max_grammar=2000
     )
     headers = {"authorization": "Bearer second-key"}
-    with serving(new_engine(model), **settings) as served, httpx.Client(base_url=served.url, headers=headers) as client:
+    with (
+        serving(new_engine(model), **settings) as served,
+        httpx.Client(base_url=served.url, headers=headers, timeout=PATIENCE) as client,
+    ):
         yield client
 
 
@@ -158,7 +161,7 @@ def test_paths_and_methods_that_there_are_not(client):
 
 def test_a_key_is_needed_but_for_probes_and_the_page(client):
     for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic second-key"}):
-        anonymous = httpx.Client(base_url=client.base_url, headers=given)
+        anonymous = httpx.Client(base_url=client.base_url, headers=given, timeout=PATIENCE)
         refused(anonymous.get("/v1/models"), 401, "Authorization: Bearer KEY")
         refused(anonymous.get("/metrics"), 401, "Authorization: Bearer KEY")
         assert anonymous.get("/health").status_code == anonymous.get("/").status_code == 200
@@ -191,7 +194,7 @@ def test_adapters_are_loaded_from_under_the_root_only(client):
 
 def test_unknown_fields_are_left_out_if_the_server_says_so(model):
     with serving(new_engine(model), ignore_unknown=True, origins=["https://example.com"]) as served:
-        with httpx.Client(base_url=served.url) as client:
+        with httpx.Client(base_url=served.url, timeout=PATIENCE) as client:
             answer = client.post(
                 "/v1/completions", json=TEXT | {"tempreature": 1}, headers={"origin": "https://example.com"}
             )
@@ -203,9 +206,7 @@ def test_unknown_fields_are_left_out_if_the_server_says_so(model):
 
 
 def test_a_taken_port_is_one_sentence():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}.*choose another --port"):
             bind("127.0.0.1", port)
