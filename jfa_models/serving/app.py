@@ -88,8 +88,14 @@ class Server:
     """The endpoints of one engine."""
 
     def __init__(self, runner: Runner, settings: Settings, metrics: Metrics):
+        """
+        Raises:
+          ValueError: an adapter has the name of the model.
+        """
         self.runner, self.settings, self.metrics = runner, settings, metrics
         self.model = runner.engine.model
+        if taken := [name for name in settings.names if name in self.model.adapters.names]:
+            raise ValueError(f"{taken[0]!r} is the name of the model and of an adapter: give one of them another name")
         self.created = int(time.time())
         self.cut: Callable[[Scope], None] = lambda scope: None  # closes a connection at once
 

@@ -211,7 +211,7 @@ class Runner:
         """Gives prompts to the engine.
 
         Raises:
-          ApiError: the queue is full, the server ends or has failed, or the engine refuses a prompt.
+          ApiError: the queue is full, the server compiles, ends or has failed, or the engine refuses a prompt.
         """
         self._check_room()
         ticket = Ticket(id, len(prompts), len(prompts) * params.n)
@@ -220,7 +220,6 @@ class Runner:
         seconds = self.timeout if timeout is None else min(timeout, self.timeout)
         self._timers[id] = self._loop.call_later(seconds, self._expire, ticket, seconds)
         try:
-            await self._ready.wait()
             await self.prepare(lambda: self._add(ticket, prompts, params, priority, adapter))
         except BaseException as error:  # cancelled, too
             self.cancel(ticket)
@@ -261,6 +260,8 @@ class Runner:
     def _check_room(self) -> None:
         if self.is_draining:
             raise unavailable("the server is shutting down")
+        if not self._ready.is_set():
+            raise unavailable("the server compiles; /ready tells when it is done")
         if self.problem is not None:
             raise unavailable(self.problem)
         waiting = self.num_sequences - self.max_num_seqs

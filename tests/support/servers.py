@@ -38,14 +38,34 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(engine, *, max_num_seqs=MAX_NUM_SEQS, max_waiting=64, timeout=PATIENCE, grace=PATIENCE, **settings):
-    """Serves an engine while the body of a `with` statement runs; settings are those of Settings."""
+def serving(
+    engine,
+    *,
+    max_num_seqs=MAX_NUM_SEQS,
+    max_waiting=64,
+    timeout=PATIENCE,
+    warm_up=(),
+    grace=PATIENCE,
+    waits=True,
+    **settings,
+):
+    """Serves an engine while the body of a `with` statement runs; settings are those of Settings.
+
+    waits: until it is ready.
+    """
     metrics = Metrics("tiny")
-    runner = Runner(engine, max_num_seqs=max_num_seqs, max_waiting=max_waiting, timeout=timeout, on_end=metrics.count)
+    runner = Runner(
+        engine,
+        max_num_seqs=max_num_seqs,
+        max_waiting=max_waiting,
+        timeout=timeout,
+        warm_up=warm_up,
+        on_end=metrics.count,
+    )
     metrics.read(runner)
     server = Server(runner, Settings(**({"names": ["tiny"]} | settings)), metrics)
     listening, is_ready = http.bind("127.0.0.1", 0), threading.Event()
     process = http.Process(server, grace=grace, on_ready=is_ready.set)
     with running(process, listening) as thread:
-        assert is_ready.wait(PATIENCE)
+        assert not waits or is_ready.wait(PATIENCE)
         yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", server, process, thread)

@@ -9,6 +9,9 @@ from running import PATIENCE
 from servers import new_engine, serving
 
 from jfa_models.checkpoints.peft import save_adapter
+from jfa_models.serving.app import Server, Settings
+from jfa_models.serving.metrics import Metrics
+from jfa_models.serving.runner import Runner
 from jfa_models.serving.server import bind
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -215,3 +218,9 @@ def test_a_taken_port_is_one_sentence():
 def test_errors_are_json_that_openai_reads(client):
     body = client.post("/v1/completions", json=TEXT | {"n": 0}).content
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_the_model_and_an_adapter_have_different_names(model):
+    runner = Runner(new_engine(model), max_num_seqs=4, max_waiting=1, timeout=1)
+    with pytest.raises(ValueError, match="'pirate' is the name of the model and of an adapter"):
+        Server(runner, Settings(names=["pirate"]), Metrics("pirate"))

@@ -163,6 +163,19 @@ def test_an_engine_that_cannot_be_reset_is_not_healthy(served, monkeypatch, mode
     assert post(f"{served.url}/v1/completions", json=SHORT).status_code == 200
 
 
+def test_a_server_that_compiles_says_so(model, monkeypatch):
+    compiled = threading.Event()
+    engine = new_engine(model)
+    monkeypatch.setattr(engine, "warm_up", lambda params: compiled.wait(PATIENCE))
+    with serving(engine, warm_up=[SamplingParams()], waits=False) as served:
+        assert get(f"{served.url}/ready").json() == {"status": "compiling"}
+        answer = post(f"{served.url}/v1/completions", json=SHORT)
+        assert answer.status_code == 503 and "compiles" in answer.text and answer.headers["retry-after"]
+        compiled.set()
+        served.wait(lambda: served.runner.is_ready)
+        assert post(f"{served.url}/v1/completions", json=SHORT).status_code == 200
+
+
 def test_a_deadline_ends_a_request(served):
     with served.engine._step_lock:  # no step runs
         answer = post(f"{served.url}/v1/completions", json=SHORT | {"timeout": 0.05})
