@@ -125,7 +125,7 @@ def test_a_plugin_is_found_in_a_folder_with_its_version(monkeypatch, tmp_path):
     library.parent.mkdir(parents=True)
     library.touch()
     (tmp_path / "jax_rocm7_pjrt-0.12.0.dist-info").mkdir()
-    monkeypatch.setenv("JFA_XLA_PLUGINS", f"/nowhere:{tmp_path}")
+    monkeypatch.setenv("JFA_XLA_PLUGINS", f"{tmp_path / 'missing'}:{tmp_path}")
     assert by_xla.plugin("rocm") == (library, "jax-rocm7-pjrt", "0.12.0")
     monkeypatch.setattr(compilers, "chosen", lambda arch, compiler: "xla")
     assert compilers.name("gfx942") == "XLA (jax-rocm7-pjrt 0.12.0)"

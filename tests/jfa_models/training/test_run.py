@@ -302,7 +302,7 @@ def test_the_command_trains_and_says_how_to_use_the_result(jfa, data, tmp_path, 
         (["--eval-data", "DATA", "--eval-fraction", "0.1"], "both choose the evaluation's texts"),
         (["--eval-every", "2"], "--eval-every needs --eval-data or --eval-fraction"),
         (["--plot", "curve.gif"], "--plot must be a .png, .svg or .pdf file"),
-        (["--plot", "/nowhere/curve.png"], "does not exist or is not writable"),
+        (["--plot", "MISSING/curve.png"], "missing does not exist or is not writable"),
         (["--max-length", "1000"], "--max-length 1000 is more than the model's"),
         (["--target", "nothing"], "targets: 'nothing' matches no linear layer"),
     ],
@@ -310,7 +310,8 @@ def test_the_command_trains_and_says_how_to_use_the_result(jfa, data, tmp_path, 
 def test_options_that_do_not_fit_together_are_refused(jfa, data, tmp_path, arguments, message, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
-    arguments = [str(data.path) if one == "DATA" else one for one in arguments]
+    places = {"DATA": data.path, "MISSING/curve.png": tmp_path / "missing" / "curve.png"}
+    arguments = [str(places.get(one, one)) for one in arguments]
     short = () if "--max-length" in arguments else ("--max-length", 48)
     status, _, err = jfa(
         "finetune", "--model", folder, "--data", data.path, "--output", tmp_path / "o", *arguments, *short
