@@ -16,7 +16,7 @@ from . import options, suite
     type=click.FloatRange(min=0),
     default=compare.THRESHOLD,
     show_default=True,
-    help="Ignore changes of less than this fraction of a time.",
+    help="Ignore changes of less than this fraction.",
 )
 @options.format_option
 def compare_command(before, after, threshold, format) -> None:

@@ -1,13 +1,13 @@
 """`jfa-bench compare`: the changes between two files of records that exceed the noise.
 
-A time has changed if the medians differ by more than a threshold and the ranges from p20 to p80 do not overlap. A
-different status is a change too.
+A figure has changed if it differs by more than a threshold and, where the records have them, the ranges from p20 to p80
+do not overlap. A different status is a change too.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -21,6 +21,7 @@ COLUMNS = {
     "benchmark": "benchmark",
     "what": "case",
     "implementation": "what",
+    "figure": "figure",
     "before": "before",
     "after": "after",
     "change": "change",
@@ -30,20 +31,54 @@ COLUMNS = {
 Record = Mapping[str, Any]
 
 
+class Figure(NamedTuple):
+    """A field that is compared. spread: the fields with the range of its samples."""
+
+    field: str
+    name: str
+    unit: str = ""
+    more_is_better: bool = False
+    spread: tuple[str, str] | None = None
+
+
+TIME = Figure("time_ms_p50", "time", " ms", spread=("time_ms_p20", "time_ms_p80"))
+_SPEED = Figure("tokens_per_s", "speed", " tokens/s", more_is_better=True)
+# What is compared of benchmarks without a time of one call.
+FIGURES = {
+    "accuracy": (Figure("perplexity", "perplexity"),),
+    "memory": (Figure("wasted_share", "wasted share"),),
+    "serve": (
+        Figure("output_throughput", "speed", " tokens/s", more_is_better=True),
+        Figure("median_ttft_ms", "TTFT", " ms"),
+        Figure("median_tpot_ms", "TPOT", " ms"),
+    ),
+    "speculation": (_SPEED, Figure("speedup", "speedup", more_is_better=True)),
+    "throughput": (_SPEED,),
+}
+
+
 def moved(before: Sequence[Record], after: Sequence[Record], *, threshold: float = THRESHOLD) -> Iterator[dict]:
-    """A record for each case whose time or status changed; cases that are only in one file are skipped."""
+    """A record for each figure or status that changed; cases that are only in one file are skipped."""
     known = {_key(one): one for one in before}
     for one in after:
-        old = known.get(_key(one))
-        verdict = old and _verdict(old, one, threshold)
-        if old and verdict:
-            yield {
-                **{name: one[name] for name in ("benchmark", "case", "implementation")},
-                "before": _shown(old),
-                "after": _shown(one),
-                "ratio": _ratio(old, one),
-                "verdict": verdict,
-            }
+        if (old := known.get(_key(one))) is None:
+            continue
+        shared = {name: one[name] for name in ("benchmark", "case", "implementation")}
+        if old["status"] != one["status"]:
+            verdict = "fixed" if one["status"] == "ok" else "broken" if old["status"] == "ok" else "other status"
+            states = {"before": old["status"], "after": one["status"]}
+            yield {**shared, "figure": "status", **states, "ratio": None, "verdict": verdict}
+            continue
+        for figure in FIGURES.get(one["benchmark"], (TIME,)):
+            if verdict := _verdict(old, one, figure, threshold):
+                yield {
+                    **shared,
+                    "figure": figure.name,
+                    "before": f"{old[figure.field]:.4g}{figure.unit}",
+                    "after": f"{one[figure.field]:.4g}{figure.unit}",
+                    "ratio": one[figure.field] / old[figure.field],
+                    "verdict": verdict,
+                }
 
 
 def _key(one: Record) -> str:
@@ -55,25 +90,15 @@ def common(before: Sequence[Record], after: Sequence[Record]) -> int:
     return len({_key(one) for one in before} & {_key(one) for one in after})
 
 
-def _verdict(old: Record, new: Record, threshold: float) -> str | None:
-    if old["status"] != new["status"]:
-        return "fixed" if new["status"] == "ok" else "broken" if old["status"] == "ok" else "other status"
-    ratio = _ratio(old, new)
-    if ratio is None or 1 / (1 + threshold) <= ratio <= 1 + threshold:
+def _verdict(old: Record, new: Record, figure: Figure, threshold: float) -> str | None:
+    """How a figure has changed; None if it has not, or one record does not have it."""
+    first, second = old.get(figure.field), new.get(figure.field)
+    if not first or not second or 1 / (1 + threshold) <= second / first <= 1 + threshold:
         return None
-    if ratio > 1:
-        return "slower" if new["time_ms_p20"] > old["time_ms_p80"] else None
-    return "faster" if new["time_ms_p80"] < old["time_ms_p20"] else None
-
-
-def _ratio(old: Record, new: Record) -> float | None:
-    """The ratio of the medians; None if one has no time."""
-    times = old.get("time_ms_p50"), new.get("time_ms_p50")
-    return times[1] / times[0] if times[0] and times[1] else None
-
-
-def _shown(one: Record) -> str:
-    return f"{one['time_ms_p50']:.4g} ms" if one["status"] == "ok" else one["status"]
+    lower, higher = (old, new) if second > first else (new, old)
+    if figure.spread and lower[figure.spread[1]] >= higher[figure.spread[0]]:
+        return None
+    return "better" if (second > first) == figure.more_is_better else "worse"
 
 
 def other_circumstances(before: Sequence[Record], after: Sequence[Record]) -> list[str]:

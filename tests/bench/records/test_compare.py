@@ -2,14 +2,16 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from jfa_bench import cli
 from jfa_bench.measure import timing
-from jfa_bench.records import compare
+from jfa_bench.records import compare, record
 
+RESULTS = Path(__file__).parents[3] / "bench" / "results"
 DEVICE = {"device": {"name": "gfx942", "arch": "gfx942", "host": "x"}, "versions": {"jax": "0.12.0"}, "flags": ""}
 
 
@@ -32,10 +34,10 @@ def test_a_planted_slow_down_is_found_and_noise_is_not(seed):
     before = records(seed)
     assert list(compare.moved(before, records(seed + 100))) == []
     [one] = compare.moved(before, records(seed + 100, slower={1024: 1.1}))
-    assert one["case"]["length"] == 1024 and one["verdict"] == "slower"
+    assert one["case"]["length"] == 1024 and one["verdict"] == "worse"
     assert one["ratio"] == pytest.approx(1.1, rel=0.02)
     [one] = compare.moved(before, records(seed + 100, slower={512: 0.9}))
-    assert (one["case"]["length"], one["verdict"]) == (512, "faster")
+    assert (one["case"]["length"], one["verdict"]) == (512, "better")
 
 
 def test_a_difference_within_the_noise_is_ignored():
@@ -52,9 +54,41 @@ def test_a_changed_status_is_a_change():
     before, after = records(0), records(1)
     after[3] = {key: value for key, value in after[3].items() if "ms" not in key} | {"status": "oom"}
     [one] = compare.moved(before, after)
-    assert (one["before"], one["after"], one["verdict"]) == ("10.24 ms", "oom", "broken") or one["verdict"] == "broken"
+    assert (one["figure"], one["before"], one["after"], one["verdict"]) == ("status", "ok", "oom", "broken")
     [one] = compare.moved(after, before)
     assert one["verdict"] == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "field", "worse", "shown"),
+    [
+        ("serve", "output_throughput", 0.9, ("speed", "100 tokens/s", "90 tokens/s")),
+        ("serve", "median_ttft_ms", 1.1, ("TTFT", "100 ms", "110 ms")),
+        ("serve", "median_tpot_ms", 1.1, ("TPOT", "100 ms", "110 ms")),
+        ("throughput", "tokens_per_s", 0.9, ("speed", "100 tokens/s", "90 tokens/s")),
+        ("speculation", "tokens_per_s", 0.9, ("speed", "100 tokens/s", "90 tokens/s")),
+        ("speculation", "speedup", 0.9, ("speedup", "100", "90")),
+        ("accuracy", "perplexity", 1.1, ("perplexity", "100", "110")),
+        ("memory", "wasted_share", 1.1, ("wasted share", "100", "110")),
+    ],
+)
+def test_benchmarks_without_a_time_are_compared_by_their_own_figures(benchmark, field, worse, shown):
+    before = DEVICE | {"benchmark": benchmark, "case": {"x": 1}, "implementation": "a", "status": "ok", field: 100}
+    after = before | {field: 100 * worse}
+    [one] = compare.moved([before], [after])
+    assert (one["figure"], one["before"], one["after"]) == shown and one["verdict"] == "worse"
+    assert [one["verdict"] for one in compare.moved([after], [before])] == ["better"]
+    assert list(compare.moved([before], [before | {field: 102}])) == []
+    [one] = compare.moved([before], [after | {"status": "failed"}])
+    assert one["verdict"] == "broken"
+
+
+def test_every_measurement_kept_here_has_a_figure_that_is_compared():
+    for path in sorted(RESULTS.glob("*.json")):
+        for one in record.load(path):
+            if "case" in one and "implementation" in one and one["status"] == "ok":
+                figures = compare.FIGURES.get(one["benchmark"], (compare.TIME,))
+                assert any(one.get(figure.field) is not None for figure in figures), (path.name, one["benchmark"])
 
 
 def run(tmp_path, before, after, *arguments):
@@ -69,15 +103,15 @@ def test_the_command_shows_the_differing_fields_and_circumstances(tmp_path):
     done = run(tmp_path, records(0), after)
     assert done.exit_code == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    assert [(row[1], row[2], row[6]) for row in rows] == [
-        ("length 1024", "triton", "slower"),
-        ("length 2048", "triton", "slower"),
+    assert [(row[1], row[2], row[3], row[7]) for row in rows] == [
+        ("length 1024", "triton", "time", "worse"),
+        ("length 2048", "triton", "time", "worse"),
     ]
-    assert all(row[5].startswith("+") and row[5].endswith("%") for row in rows)
+    assert all(row[6].startswith("+") and row[6].endswith("%") for row in rows)
     assert 'note: versions: {"jax": "0.12.0"} -> {"jax": "0.12.1"}' in done.stderr
     assert "note: 20 cases are in both, 20 before and 20 after" in done.stderr
     found = json.loads(run(tmp_path, records(0), after, "-o", "json").stdout.splitlines()[-1])
-    assert [one["verdict"] for one in found] == ["slower", "slower"]
+    assert [one["verdict"] for one in found] == ["worse", "worse"]
 
 
 def test_no_change_is_reported_in_one_sentence(tmp_path):
