@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jfa import arguments, backends, checks
 from jfa.device import probe
 from jfa.meshes import on_any_mesh, spec_of
-from jfa.rules import compiled_alone, with_default_rules
+from jfa.rules import compiled, with_default_rules
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Implementation, Operands
 
 
@@ -198,7 +198,7 @@ class _Plan:
     device: DeviceInfo
 
 
-@compiled_alone
+@compiled
 @with_default_rules
 def _run(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     with jax.named_scope(f"jfa.attention.{plan.backend}"):
@@ -217,7 +217,7 @@ def _forward(plan: _Plan, operands: Operands):
     return (out, lse), (operands, out, lse)
 
 
-@compiled_alone
+@compiled
 @with_default_rules
 def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
     operands, out, lse = saved

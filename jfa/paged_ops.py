@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jfa import arguments, backends, checks, quant
 from jfa.device import probe
 from jfa.meshes import on_any_mesh, spec_of
-from jfa.rules import compiled_alone, with_default_rules
+from jfa.rules import compiled, with_default_rules
 from jfa.types import (
     AttentionSpec,
     BlockConfig,
@@ -276,7 +276,7 @@ class _Plan:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@compiled_alone
+@compiled
 @with_default_rules
 def _computed(plan: _Plan, operands: PagedOperands) -> tuple[Array, Array]:
     with jax.named_scope(f"jfa.paged_attention.{plan.backend}"):

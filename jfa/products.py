@@ -13,7 +13,7 @@ from jfa import backends, checks, quant
 from jfa.device import probe
 from jfa.kernels.xla import products as in_xla
 from jfa.quant import QuantizedArray
-from jfa.rules import compiled_alone, with_default_rules
+from jfa.rules import compiled, with_default_rules
 from jfa.types import DeviceInfo, Implementation, ProductConfig, ProductOperands, ProductSpec
 
 
@@ -85,7 +85,7 @@ class _Plan:
     device: DeviceInfo
 
 
-@compiled_alone
+@compiled
 @with_default_rules
 def _run(plan: _Plan, operands: ProductOperands) -> Float[Array, "n out"]:
     with jax.named_scope(f"jfa.quantized_matmul.{plan.backend}"):
@@ -101,7 +101,7 @@ def _forward(plan: _Plan, operands: ProductOperands):
     return _run(plan, operands), operands
 
 
-@compiled_alone
+@compiled
 @with_default_rules
 def _backward(plan: _Plan, operands: ProductOperands, d_out) -> tuple[ProductOperands]:
     weight = quant.dequantize(quant.weight_of(operands, plan.spec), operands.x.dtype)

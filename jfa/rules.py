@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
-from jax.core import Tracer
 
 
 @contextlib.contextmanager
@@ -26,16 +25,11 @@ def with_default_rules[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def compiled_alone[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """function(plan, *arrays) as one program where the caller compiles nothing; plan is static.
+def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """function(plan, *arrays) as a program; plan is static.
 
-    The infinities of its masks then stay inside it (jax.debug_infs), and it takes a fraction of the time.
+    In a program of the caller it is traced and lowered once for all calls of equal shapes, such as those of a model's
+    layers. So a test that changes a kernel calls jax.clear_caches(). Where the caller compiles nothing, it takes a
+    fraction of the time, and the infinities of its masks stay inside of it (jax.debug_infs).
     """
-    compiled = jax.jit(function, static_argnums=0)
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **options: P.kwargs) -> R:
-        is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(args[1:]))
-        return (function if is_traced else compiled)(*args, **options)
-
-    return wrapper
+    return jax.jit(function, static_argnums=0)

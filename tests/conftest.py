@@ -27,3 +27,17 @@ def few_programs_in_memory():
 
         jax.clear_caches()
     yield
+
+
+@pytest.fixture
+def changing_kernels(monkeypatch):
+    """setattr of kernels; what was traced before the change, and with it, is dropped."""
+    import jax
+
+    class Kernels:
+        def setattr(self, *change):
+            monkeypatch.setattr(*change)
+            jax.clear_caches()
+
+    yield Kernels()
+    jax.clear_caches()

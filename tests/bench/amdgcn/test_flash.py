@@ -79,9 +79,9 @@ BREAKS = (diagonal_one_too_far, diagonal_one_short, window_one_too_far, window_o
 
 @pytest.mark.parametrize("break_it", BREAKS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("arch", [run("gfx942", quick=True), run("gfx1201", quick=False)])
-def test_a_broken_kernel_is_detected(arch, break_it, monkeypatch):
+def test_a_broken_kernel_is_detected(arch, break_it, changing_kernels):
     sound = flash(arch, "float32")
-    break_it(monkeypatch)
+    break_it(changing_kernels)
     broken = compiled(arch, "float32")
     assert broken[0].asm != sound.built.asm, "the kernel is not broken: nothing is tested"
     with pytest.raises(AssertionError, match=r"the allowed|infinities|NaN"):

@@ -95,9 +95,9 @@ def test_a_store_past_the_end_is_caught(truth):
     assert re.search(r"MemoryFault: write of \d+ bytes at offset \d+ of argument \d+ \(\d+ bytes\), `\w+_store_", found)
 
 
-def test_a_wrong_mask_edge_is_caught(truth, monkeypatch):
+def test_a_wrong_mask_edge_is_caught(truth, changing_kernels):
     right = jfa.AttentionSpec.right
-    monkeypatch.setattr(jfa.AttentionSpec, "right", property(lambda spec: right.fget(spec) + 1))
+    changing_kernels.setattr(jfa.AttentionSpec, "right", property(lambda spec: right.fget(spec) + 1))
     assert "the allowed" in proofs.forward(truth, "gfx1100").wrong
 
 
