@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from runs import run
 from tiny_model import sharp_decoder, tiny_config
 
 import jfa
+from jfa import quant
 from jfa_models import LLM, LanguageModel, SamplingParams
 
 B, T, HQ, HKV, D = 2, 12, 4, 2, 16
@@ -174,6 +176,30 @@ def test_the_infinities_of_masked_scores_stay_inside(implementation):
             jax.block_until_ready(jax.grad(lambda q: attend(q).astype(jnp.float32).sum())(q))
         table, kv_len = jnp.array([[1, 2], [3, 4]]), jnp.array([7, 2])
         jfa.paged_decode_attention(q[:, 0], pages, pages, table, kv_len, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_calls_of_equal_shapes_are_lowered_once(implementation):
+    """As in the layers of a model, where tracing each of them takes most of the time of a start."""
+    q, pages = random(0, B, T, HQ, D), random(1, 5, 4, HQ, D)
+    weight = quant.quantize_weight(np.ones((D, D), np.float32), "int8")
+    table, kv_len = jnp.array([[1, 2], [3, 4]]), jnp.array([7, 2])
+
+    def layers(q):
+        for _ in range(3):
+            q = jfa.dot_product_attention(q, q, q, implementation=implementation)
+            q = jfa.quantized_matmul(q, weight, implementation=implementation)
+        return q.astype(jnp.float32).sum()
+
+    def over_pages(q):
+        for _ in range(3):
+            q = jfa.paged_decode_attention(q, pages, pages, table, kv_len, implementation=implementation)
+        return q
+
+    text = jax.jit(jax.value_and_grad(layers)).lower(q).as_text() + jax.jit(over_pages).lower(q[:, 0]).as_text()
+    # attention and product, forward and backward, and attention over pages
+    assert len(re.findall(r"func private @(_run|_backward|_computed)(_\d+)?\(", text)) == 5
+    assert len(re.findall(r"call @(_run|_backward|_computed)(_\d+)?\(", text)) == 15
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
