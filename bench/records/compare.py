@@ -76,7 +76,7 @@ def moved(before: Sequence[Record], after: Sequence[Record], *, threshold: float
                     "figure": figure.name,
                     "before": f"{old[figure.field]:.4g}{figure.unit}",
                     "after": f"{one[figure.field]:.4g}{figure.unit}",
-                    "ratio": one[figure.field] / old[figure.field],
+                    "ratio": one[figure.field] / old[figure.field] if old[figure.field] else None,
                     "verdict": verdict,
                 }
 
@@ -93,7 +93,7 @@ def common(before: Sequence[Record], after: Sequence[Record]) -> int:
 def _verdict(old: Record, new: Record, figure: Figure, threshold: float) -> str | None:
     """How a figure has changed; None if it has not, or one record does not have it."""
     first, second = old.get(figure.field), new.get(figure.field)
-    if not first or not second or 1 / (1 + threshold) <= second / first <= 1 + threshold:
+    if first is None or second is None or max(first, second) <= min(first, second) * (1 + threshold):
         return None
     lower, higher = (old, new) if second > first else (new, old)
     if figure.spread and lower[figure.spread[1]] >= higher[figure.spread[0]]:

@@ -79,6 +79,8 @@ def test_benchmarks_without_a_time_are_compared_by_their_own_figures(benchmark, 
     assert (one["figure"], one["before"], one["after"]) == shown and one["verdict"] == "worse"
     assert [one["verdict"] for one in compare.moved([after], [before])] == ["better"]
     assert list(compare.moved([before], [before | {field: 102}])) == []
+    [one] = compare.moved([before | {field: 0}], [before])
+    assert one["ratio"] is None and one["before"].split()[0] == "0"
     [one] = compare.moved([before], [after | {"status": "failed"}])
     assert one["verdict"] == "broken"
 
