@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jfa import checks
-from jfa.types import Operands, PagedOperands
+from jfa.types import LinearOperands, Operands, PagedOperands
 
 # Upper bound of lengths and offsets: a query index, an offset and a window of _WIDEST can be added without overflowing
 # int32.
@@ -91,6 +91,13 @@ def segments(
     return dict(zip(("q_segments", "kv_segments"), arrays, strict=True))
 
 
+def tokens(name: str, x: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """i32 of this shape, an id for each token."""
+    x = narrowed(x)
+    checks.segments(name, x, shape)
+    return x.astype(jnp.int32)
+
+
 def dropout_seed(rate: float, key: ArrayLike | None) -> Array | None:
     """Two 32-bit words from a random key; None if nothing is dropped."""
     if not 0.0 < rate < 1.0:  # AttentionSpec rejects rates that are out of range
@@ -111,7 +118,7 @@ def window(size: int | tuple[int | None, int | None] | None) -> tuple[int | None
     return left, right
 
 
-def varying_alike[T: (Operands, PagedOperands)](operands: T) -> T:
+def varying_alike[T: (Operands, PagedOperands, LinearOperands)](operands: T) -> T:
     """Inside shard_map, casts every operand to vary over all mesh axes that any operand varies over.
 
     The gradient of an operand that was replicated over an axis is then summed over that axis.

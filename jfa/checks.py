@@ -3,9 +3,10 @@
 import itertools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from jfa import quant
@@ -93,6 +94,71 @@ def quantized_weight(weight: quant.QuantizedArray) -> None:
         raise ValueError(f"rounds_inputs must be 0, 1 or 2, got {weight.rounds_inputs!r}")
     if weight.rounds_inputs and weight.kind == "fp8":
         raise ValueError("rounds_inputs multiplies integers and needs a weight in int8 or int4, got fp8")
+
+
+def linear_shapes(query: Array, key: Array, value: Array, log_decay: Array, beta: Array | None, *, tokens: str) -> None:
+    """Raises ValueError unless the arrays of linear attention are consistent.
+
+    tokens: names of the axes before the heads, separated by commas.
+    """
+    ndim = tokens.count(",") + 3
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must be [{tokens}, heads, head_dim], got shape {x.shape}")
+        if x.dtype.name not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
+    if len({x.dtype for x in (query, key, value)}) > 1:
+        raise ValueError(
+            f"query, key and value must share one dtype, got {query.dtype}, {key.dtype} and {value.dtype}; "
+            "cast them before the call"
+        )
+    if query.shape != key.shape:
+        raise ValueError(f"query and key must have the same shape, got {query.shape} and {key.shape}")
+    if key.shape[:-2] != value.shape[:-2]:
+        raise ValueError(f"key and value must have the same {tokens}, got {key.shape} and {value.shape}")
+    if 0 in (key.shape[-1], value.shape[-1]):
+        raise ValueError(f"head_dim must be at least 1, got {key.shape[-1]} for key, {value.shape[-1]} for value")
+    hk, h = key.shape[-2], value.shape[-2]
+    if hk == 0 or h % hk:
+        raise ValueError(f"the number of value heads must be a multiple of the number of key heads, got {h} and {hk}")
+    heads, columns = value.shape[:-1], (*value.shape[:-1], key.shape[-1])
+    for name, x, shapes in (("log_decay", log_decay, (heads, columns)), ("beta", beta, (heads,))):
+        if x is None:
+            continue
+        if x.dtype.name not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {x.dtype}; cast it before the call")
+        if x.shape not in shapes:
+            raise ValueError(f"{name} must have the shape {' or '.join(map(str, shapes))}, got {x.shape}")
+
+
+def decay(log_decay: Array) -> None:
+    """Raises ValueError if a decay is known to be above 1: a traced one is not."""
+    if isinstance(log_decay, jax.core.Tracer) or log_decay.size == 0:
+        return
+    if not (largest := float(log_decay.max())) <= 0:
+        raise ValueError(
+            f"log_decay must be at most 0, the logarithm of a decay of 1, but its largest number is {largest:g}; "
+            "pass log(decay), for decays from 0 to 1"
+        )
+
+
+def state(name: str, x: Array, shape: Sequence[int], *, dtype: DTypeLike = jnp.float32) -> None:
+    """Raises ValueError unless x is a state of this shape and dtype."""
+    if x.shape != tuple(shape) or x.dtype != dtype:
+        raise ValueError(f"{name} must be {jnp.dtype(dtype).name}{list(shape)}, got {x.dtype.name}{list(x.shape)}")
+
+
+def convolution(x: Array, weight: Array, bias: Array | None) -> None:
+    """Raises ValueError unless x [b, t, channels], weight [channels, width] and bias [channels] are consistent."""
+    for name, array in (("x", x), ("weight", weight), ("bias", bias)):
+        if array is not None and array.dtype.name not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {array.dtype}; cast it before the call")
+    if x.ndim != 3:
+        raise ValueError(f"x must be [batch, length, channels], got shape {x.shape}")
+    if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 2:
+        raise ValueError(f"weight must be [channels, width] = [{x.shape[2]}, at least 2], got shape {weight.shape}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have one number for each of the {x.shape[2]} channels, got shape {bias.shape}")
 
 
 def broadcasts(name: str, x: Array, shape: Sequence[int], *, boolean: bool) -> None:

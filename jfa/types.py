@@ -132,6 +132,47 @@ class ProductOperands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """What linear attention computes: the static parameters that change the result."""
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale}")
+
+
+class LinearOperands(NamedTuple):
+    """The arrays that linear attention reads, or their shapes. Key head h belongs to value heads h * g to h * g + g - 1.
+
+    log_decay may be -inf, which drops the state. beta: with it, a token first removes what the state holds for its key.
+    """
+
+    q: Float[Array, "b t hk dk"]
+    k: Float[Array, "b t hk dk"]
+    v: Float[Array, "b t h dv"]
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h dk"]
+    state: Float[Array, "b h dk dv"]
+    beta: Float[Array, "b t h"] | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Number of value heads per key head."""
+        return self.v.shape[2] // self.k.shape[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """How many tokens of linear attention are computed together. It affects the speed, not the result."""
+
+    chunk_size: int
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be >= 1, got {self.chunk_size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """Tile sizes and options of the `xla` backend. They affect the speed, not the result."""
 

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
 from jfa.device import probe
 from jfa.types import (
     AttentionSpec,
     DeviceInfo,
+    LinearOperands,
+    LinearSpec,
     Operands,
     PagedOperands,
     ProductOperands,
@@ -59,7 +61,12 @@ def product(name: str) -> ProductBackend:
     return importlib.import_module(f"jfa.backends.{name}").PRODUCT
 
 
-Table = Callable[[str], FlashBackend | PagedBackend | ProductBackend]
+def linear(name: str) -> LinearBackend:
+    """The backend with this name, one of NAMES, of linear attention."""
+    return importlib.import_module(f"jfa.backends.{name}").LINEAR
+
+
+Table = Callable[[str], FlashBackend | PagedBackend | ProductBackend | LinearBackend]
 
 
 def select(
@@ -74,8 +81,8 @@ def select(
 
     Args:
       implementation: a backend by name, or None for the platform's first backend that supports the call.
-      operands: Operands, PagedOperands with table=paged, or ProductOperands with table=product.
-      spec: a ProductSpec with table=product, else an AttentionSpec.
+      operands: Operands, or those of the table: PagedOperands, ProductOperands, LinearOperands.
+      spec: an AttentionSpec; with table=product a ProductSpec, with table=linear a LinearSpec.
 
     Raises:
       ValueError: there is no backend with this name.
@@ -139,6 +146,7 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     tuned_product = tuning.product_config(
         "quantized_matmul_few_rows", device.arch, dtype=jnp.dtype(dtype).name, weight="uint8", group_size=128
     )
+    tokens = LinearOperands(row, row, row, *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _LINEAR_SHAPES])
     spec = AttentionSpec(sm_scale=0.125, causal=True)
     return (
         _explained("dot_product_attention", flash, plain, spec, device, tuned is not None),
@@ -154,13 +162,16 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
             tuned_paged("ragged_paged_attention") is not None,
         ),
         _explained("quantized_matmul", product, rows, product_spec, device, tuned_product is not None),
+        _explained("linear_attention", linear, tokens, LinearSpec(scale=0.125), device, False),
     )
 
 
+_LINEAR_SHAPES = ((1, 1024, 8), (1, 8, 64, 64))  # of log_decay and state
 _OF_REFERENCE = {
     flash: "stores all scores in memory; used only if requested",
     paged: "stores all scores in memory; used only if requested",
     product: "dequantizes the whole weight to float32; used only if requested",
+    linear: "computes one token at a time; used only if requested",
 }
 
 

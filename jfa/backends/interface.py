@@ -11,6 +11,9 @@ from jfa.types import (
     BlockConfig,
     DeviceInfo,
     FlashConfig,
+    LinearConfig,
+    LinearOperands,
+    LinearSpec,
     Operands,
     PagedConfig,
     PagedOperands,
@@ -63,3 +66,16 @@ class ProductBackend:
     default_config: Callable[[ProductOperands, ProductSpec, DeviceInfo], ProductConfig | None]
     config_type: type | None
     run: Callable[..., Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearBackend:
+    """An implementation of linear attention. The fields are those of FlashBackend.
+
+    But run returns the output and the state after the last token, and JAX differentiates it.
+    """
+
+    why_not: Callable[[LinearOperands, LinearSpec, DeviceInfo], str | None]
+    default_config: Callable[[LinearOperands, DeviceInfo], LinearConfig | None]
+    config_type: type | None
+    run: Callable[..., tuple]

@@ -1,7 +1,8 @@
 """The plain formula, used only if requested by name. JAX differentiates it."""
 
-from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
 from jfa.reference.attention import attention
+from jfa.reference.linear import linear_attention
 from jfa.reference.paged import paged_attention
 from jfa.reference.products import quantized_matmul
 
@@ -26,6 +27,10 @@ def _run_product(operands, spec, config, device):
     return quantized_matmul(operands, spec=spec)
 
 
+def _run_linear(operands, spec, config, device):
+    return linear_attention(operands, spec=spec)
+
+
 def _differentiates_itself(*args):
     raise AssertionError("JAX differentiates the reference; it has no backward pass of its own")
 
@@ -40,3 +45,4 @@ FLASH = FlashBackend(
 )
 PAGED = PagedBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_paged)
 PRODUCT = ProductBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_product)
+LINEAR = LinearBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_linear)

@@ -6,7 +6,7 @@ On a CPU the kernels are interpreted.
 import dataclasses
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
 from jfa.kernels.triton import casts, flash, flash_bwd, paged, products
 from jfa.types import (
     DeviceInfo,
@@ -93,6 +93,10 @@ def _run_product(operands, spec, config, device):
     )
 
 
+def _no_linear_kernel(*call) -> str:
+    return "there is no kernel for linear attention yet"
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=_default_config,
@@ -109,4 +113,7 @@ PRODUCT = ProductBackend(
     default_config=_default_product_config,
     config_type=ProductConfig,
     run=_run_product,
+)
+LINEAR = LinearBackend(
+    why_not=_no_linear_kernel, default_config=_no_linear_kernel, config_type=None, run=_no_linear_kernel
 )

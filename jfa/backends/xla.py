@@ -1,8 +1,8 @@
 """Blockwise attention in plain XLA, for any platform."""
 
-from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
-from jfa.kernels.xla import flash, paged, products
-from jfa.types import BlockConfig, DeviceInfo, Operands
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
+from jfa.kernels.xla import flash, linear, paged, products
+from jfa.types import BlockConfig, DeviceInfo, LinearConfig, Operands
 
 
 def _run(operands, spec, config, device):
@@ -25,6 +25,10 @@ def _run_product(operands, spec, config, device):
     return products.quantized_matmul(operands, spec=spec, on_cpu=device.platform == "cpu")
 
 
+def _run_linear(operands, spec, config, device):
+    return linear.linear_attention(operands, spec=spec, config=config)
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=flash.default_config,
@@ -38,4 +42,7 @@ PAGED = PagedBackend(
 )
 PRODUCT = ProductBackend(
     why_not=products.why_not, default_config=products.default_config, config_type=None, run=_run_product
+)
+LINEAR = LinearBackend(
+    why_not=linear.why_not, default_config=linear.default_config, config_type=LinearConfig, run=_run_linear
 )

@@ -1,0 +1,249 @@
+"""Linear attention, whose state has a fixed size, and the short convolution that models put before it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jfa import arguments, backends, checks
+from jfa.device import probe
+from jfa.meshes import on_any_mesh, spec_of
+from jfa.rules import compiled, with_default_rules
+from jfa.types import DeviceInfo, Implementation, LinearConfig, LinearOperands, LinearSpec
+
+
+@with_default_rules
+def linear_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    log_decay: ArrayLike,
+    *,
+    beta: ArrayLike | None = None,
+    initial_state: ArrayLike | None = None,
+    scale: float | None = None,
+    seq_lengths: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+    config: LinearConfig | None = None,
+) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
+    """Causal attention without a softmax: each head has one matrix as its state, which every token decays and changes.
+
+    With a_t = exp(log_decay_t), the state S [dk, dv] and the output of a head are
+
+      S_t = a_t S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t
+
+    and with beta, the delta rule: a token replaces a part of what the state holds for its key,
+
+      S_t = a_t S_{t-1} + beta_t k_t (v_t - (a_t S_{t-1})^T k_t)^T.
+
+    This is Mamba-2 (query C, key B, value dt x, log_decay -exp(A_log) dt, scale 1), RetNet (a constant decay per head),
+    GLA (a decay for each column of the key) and Gated DeltaNet (a decay per head, beta, keys of norm 1). Time and
+    memory are linear in t. States and sums are float32. Gradients of all arrays work.
+
+    Args:
+      query, key: [b, t, hk, dk]; float16, bfloat16 or float32.
+      value: [b, t, h, dv], same dtype. h is a multiple of hk: value head h reads key head h // (h / hk).
+      log_decay: [b, t, h], or [b, t, h, dk] for a decay of each row of the state; at most 0. -inf: the state is
+        dropped before the token.
+      beta: [b, t, h], usually 0 to 1; None: no delta rule. The state stays bounded for beta |k|^2 <= 2.
+      initial_state: f32[b, h, dk, dv], that before the first token; None: zeros.
+      scale: factor of the outputs, a Python number; None: 1 / sqrt(dk).
+      seq_lengths: i32[b], number of valid tokens in each row; the rest is padding on the right, is never read, does not
+        change the state, and has zeros as its output. None: all.
+      segment_ids: i32[b, t]; the state is dropped where they change, so that several documents can be packed into one
+        row. initial_state belongs to the first of them.
+      implementation: "reference" or "xla" to require that backend; None to choose automatically.
+      config: a LinearConfig for "xla"; None: the backend's default.
+
+    Returns:
+      [b, t, h, dv] in value's dtype, and the state after the last valid token, f32[b, h, dk, dv].
+
+    Raises:
+      ValueError: invalid shapes, dtypes or numbers, log_decay above 0 (not checked if it is traced); the message names
+        them.
+      UnsupportedError: the call is valid, but the backend does not implement it.
+
+    Sources: arXiv:2405.21060; arXiv:2312.06635; arXiv:2412.06464.
+    """
+    query, key, value, log_decay = (jnp.asarray(x) for x in (query, key, value, log_decay))
+    beta = None if beta is None else jnp.asarray(beta)
+    checks.linear_shapes(query, key, value, log_decay, beta, tokens="batch, length")
+    checks.decay(log_decay)
+    b, t, h, dv = value.shape
+    dk = key.shape[3]
+    state = jnp.zeros((b, h, dk, dv), jnp.float32) if initial_state is None else jnp.asarray(initial_state)
+    checks.state("initial_state", state, (b, h, dk, dv))
+    log_decay = log_decay.astype(jnp.float32)
+    beta = None if beta is None else beta.astype(jnp.float32)
+    lengths = arguments.per_row("seq_lengths", seq_lengths, b)
+    if segment_ids is not None:
+        begins = _changes(arguments.tokens("segment_ids", segment_ids, (b, t)))
+        log_decay = jnp.where(_over(begins, log_decay), -jnp.inf, log_decay)
+    valid = None
+    if lengths is not None:
+        valid = jnp.arange(t) < lengths[:, None]
+        query, key, value, log_decay, beta = (
+            None if x is None else jnp.where(_over(valid, x), x, 0) for x in (query, key, value, log_decay, beta)
+        )
+    operands = LinearOperands(query, key, value, log_decay, state, beta)
+    spec = LinearSpec(scale=dk**-0.5 if scale is None else float(scale))
+    device = probe()
+    name = backends.select(implementation, operands, spec, device, table=backends.linear)
+    backend = backends.linear(name)
+    if config is None:
+        config = backend.default_config(operands, device)
+    else:
+        backends.check_config(name, backend.config_type, config)
+    plan = _Plan(backend=name, spec=spec, config=config, device=device)
+    rows = spec_of(value)
+    operands = arguments.varying_alike(operands)
+    out, state = on_any_mesh(
+        functools.partial(_run, plan), operands, specs=lambda: (rows, PartitionSpec(rows[0], rows[2]))
+    )
+    return out if valid is None else jnp.where(_over(valid, out), out, 0), state
+
+
+@with_default_rules
+def linear_attention_step(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    log_decay: ArrayLike,
+    state: ArrayLike,
+    *,
+    beta: ArrayLike | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "b h dv"], Float[Array, "b h dk dv"]]:
+    """linear_attention of one more token in each row: reads and writes the state once.
+
+    Args:
+      query, key: [b, hk, dk]; float16, bfloat16 or float32.
+      value: [b, h, dv], same dtype.
+      log_decay: [b, h] or [b, h, dk].
+      state: f32[b, h, dk, dv], as linear_attention returns it. Donate it to the jitted function that returns the new
+        one.
+      beta: [b, h]; None: no delta rule.
+      scale: see linear_attention.
+
+    Returns:
+      [b, h, dv] in value's dtype, and the new state, f32[b, h, dk, dv].
+
+    Raises:
+      ValueError: as linear_attention.
+    """
+    query, key, value, log_decay, state = (jnp.asarray(x) for x in (query, key, value, log_decay, state))
+    beta = None if beta is None else jnp.asarray(beta)
+    checks.linear_shapes(query, key, value, log_decay, beta, tokens="batch")
+    checks.decay(log_decay)
+    b, h, dv = value.shape
+    hk, dk = key.shape[1:]
+    checks.state("state", state, (b, h, dk, dv))
+    spec = LinearSpec(scale=dk**-0.5 if scale is None else float(scale))
+    q, k, v, log_decay = (x.astype(jnp.float32) for x in (query, key, value, log_decay))
+    q, k = (jnp.repeat(x, h // hk, axis=1) for x in (q * spec.scale, k))
+    decayed = jnp.exp(log_decay if log_decay.ndim == 3 else log_decay[..., None])[..., None] * state
+    if beta is not None:
+        v = beta.astype(jnp.float32)[..., None] * (v - (decayed * k[..., None]).sum(2))
+    # the state is read for the output before it is changed: its new value does not have to be read again
+    out = (decayed * q[..., None]).sum(2) + (q * k).sum(2, keepdims=True) * v
+    return out.astype(value.dtype), decayed + k[..., None] * v[:, :, None]
+
+
+@with_default_rules
+def causal_conv(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    initial_state: ArrayLike | None = None,
+    seq_lengths: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b _ c"]]:
+    """A causal convolution of each channel by itself: out_t = bias + sum_i weight[:, i] x_{t - width + 1 + i}.
+
+    Sums are float32.
+
+    Args:
+      x: [b, t, channels]; float16, bfloat16 or float32.
+      weight: [channels, width]; width is at least 2. The last column is the factor of the token itself.
+      bias: [channels].
+      initial_state: [b, width - 1, channels], the inputs before the first one; None: zeros.
+      seq_lengths: i32[b], number of valid tokens in each row; the rest is padding on the right, with zeros as its
+        output. None: all.
+      segment_ids: i32[b, t]; tokens of other documents count as zeros. initial_state belongs to the first document.
+
+    Returns:
+      [b, t, channels] in the dtype of x, and the last width - 1 valid inputs, [b, width - 1, channels], also of x's
+      dtype: the initial_state of the next tokens.
+
+    Raises:
+      ValueError: invalid shapes or dtypes; the message names them.
+    """
+    x, weight = jnp.asarray(x), jnp.asarray(weight)
+    bias = None if bias is None else jnp.asarray(bias)
+    checks.convolution(x, weight, bias)
+    b, t, channels = x.shape
+    width = weight.shape[1]
+    if initial_state is None:
+        state = jnp.zeros((b, width - 1, channels), x.dtype)
+    else:
+        state = jnp.asarray(initial_state)
+        checks.state("initial_state", state, (b, width - 1, channels), dtype=x.dtype)
+    lengths = arguments.per_row("seq_lengths", seq_lengths, b)
+    if segment_ids is not None:
+        segment_ids = arguments.tokens("segment_ids", segment_ids, (b, t))
+
+    def run(x, state):
+        valid = None if lengths is None else _over(jnp.arange(t) < lengths[:, None], x)
+        if valid is not None:
+            x = jnp.where(valid, x, 0)
+        extended = jnp.concatenate([state, x], axis=1)
+        ids = None
+        if segment_ids is not None:
+            ids = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), mode="edge") if t else segment_ids
+        out = jnp.zeros((b, t, channels), jnp.float32) if bias is None else bias.astype(jnp.float32)
+        for i in range(width):
+            tap = extended[:, i : i + t].astype(jnp.float32) * weight[:, i].astype(jnp.float32)
+            if ids is not None:
+                tap = jnp.where((ids[:, i : i + t] == segment_ids)[..., None], tap, 0)
+            out = out + tap
+        end = jnp.full(b, t) if lengths is None else jnp.clip(lengths, 0, t)
+        last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width - 1))(extended, end)
+        return (out if valid is None else jnp.where(valid, out, 0)).astype(x.dtype), last
+
+    rows = spec_of(x)
+    return on_any_mesh(run, x, state, specs=lambda: (rows, PartitionSpec(rows[0], None, rows[2])))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The static parameters of one call."""
+
+    backend: str
+    spec: LinearSpec
+    config: LinearConfig | None
+    device: DeviceInfo
+
+
+@compiled
+@with_default_rules
+def _run(plan: _Plan, operands: LinearOperands) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
+    if operands.v.size == 0:
+        return operands.v, operands.state
+    with jax.named_scope(f"jfa.linear_attention.{plan.backend}"):
+        return backends.linear(plan.backend).run(operands, plan.spec, plan.config, plan.device)
+
+
+def _changes(ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
+    """Whether a token's segment is another than that of the token before it."""
+    return jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))[:, : ids.shape[1]]
+
+
+def _over(mask: Bool[Array, "b t"], x: Array) -> Bool[Array, "b t *_"]:
+    """A mask of tokens with the axes of x."""
+    return mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
