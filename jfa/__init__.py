@@ -7,6 +7,8 @@ from jfa.cache.paged import PagedKVCache as PagedKVCache
 from jfa.linear_ops import causal_conv as causal_conv
 from jfa.linear_ops import linear_attention as linear_attention
 from jfa.linear_ops import linear_attention_step as linear_attention_step
+from jfa.linear_ops import ragged_causal_conv as ragged_causal_conv
+from jfa.linear_ops import ragged_linear_attention as ragged_linear_attention
 from jfa.ops import dot_product_attention as dot_product_attention
 from jfa.paged_ops import paged_decode_attention as paged_decode_attention
 from jfa.paged_ops import ragged_paged_attention as ragged_paged_attention

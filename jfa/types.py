@@ -143,7 +143,7 @@ class LinearSpec:
 
 
 class LinearOperands(NamedTuple):
-    """The arrays that linear attention reads, or their shapes. Key head h belongs to value heads h * g to h * g + g - 1.
+    """The arrays that linear attention reads, or their shapes. Value head h reads key head h // g.
 
     log_decay may be -inf, which drops the state. beta: with it, a token first removes what the state holds for its key.
     """
@@ -159,6 +159,14 @@ class LinearOperands(NamedTuple):
     def group_size(self) -> int:
         """Number of value heads per key head."""
         return self.v.shape[2] // self.k.shape[2]
+
+
+class LinearRows(NamedTuple):
+    """How the tokens of LinearOperands with b = 1 are divided into rows, whose states are slots of `state`."""
+
+    slot: Int[Array, " rows"]
+    query_start: Int[Array, " rows+1"]  # index of each row's first token
+    is_new: Bool[Array, " rows"]  # the row starts with a state of zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,10 @@ def _no_linear_kernel(*call) -> str:
     return "there is no kernel for linear attention yet"
 
 
+def _never(*call):
+    raise AssertionError("no call is supported")
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=_default_config,
@@ -115,5 +119,5 @@ PRODUCT = ProductBackend(
     run=_run_product,
 )
 LINEAR = LinearBackend(
-    why_not=_no_linear_kernel, default_config=_no_linear_kernel, config_type=None, run=_no_linear_kernel
+    why_not=_no_linear_kernel, default_config=_never, config_type=None, run=_never, run_ragged=_never
 )
