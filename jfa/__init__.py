@@ -20,6 +20,7 @@ from jfa.types import BlockConfig as BlockConfig
 from jfa.types import DeviceInfo as DeviceInfo
 from jfa.types import FlashConfig as FlashConfig
 from jfa.types import LinearConfig as LinearConfig
+from jfa.types import LinearKernelConfig as LinearKernelConfig
 from jfa.types import PagedConfig as PagedConfig
 from jfa.types import ProductConfig as ProductConfig
 from jfa.types import UnsupportedError as UnsupportedError

@@ -181,6 +181,20 @@ class LinearConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearKernelConfig(LinearConfig):
+    """Tile sizes, warps and pipeline stages of the `triton` kernel of linear attention."""
+
+    block_v: int  # columns of the state that a program holds
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "block_v"):
+            _check_tile(name, getattr(self, name))
+        _check_launch(self.num_warps, self.num_stages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """Tile sizes and options of the `xla` backend. They affect the speed, not the result."""
 
@@ -212,9 +226,8 @@ class FlashConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_kv", "block_d"):
-            rows = getattr(self, name)
-            if rows is not None and (rows < 16 or rows & (rows - 1)):
-                raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {rows}")
+            if (rows := getattr(self, name)) is not None:
+                _check_tile(name, rows)
         _check_launch(self.num_warps, self.num_stages)
 
 
@@ -246,11 +259,14 @@ class ProductConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_rows", "block_out", "block_in"):
-            size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {size}")
+            _check_tile(name, getattr(self, name))
         _check_launch(self.num_warps, self.num_stages)
         _check_splits(self.num_splits)
+
+
+def _check_tile(name: str, size: int) -> None:
+    if size < 16 or size & (size - 1):
+        raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {size}")
 
 
 def _check_launch(num_warps: int, num_stages: int) -> None:
