@@ -187,10 +187,12 @@ class LinearKernelConfig(LinearConfig):
     block_v: int  # columns of the state that a program holds
     num_warps: int
     num_stages: int
+    block_d: int | None = None  # number of key columns that are multiplied at a time; None: all at once
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "block_v"):
-            _check_tile(name, getattr(self, name))
+        for name in ("chunk_size", "block_v", "block_d"):
+            if (size := getattr(self, name)) is not None:
+                _check_tile(name, size)
         _check_launch(self.num_warps, self.num_stages)
 
 

@@ -23,21 +23,44 @@ from jaxtyping import Array, Float
 
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import exp2
-from jfa.kernels.triton.tile import LOG2_E, MAX_HEAD_DIM, kind_of, load_rows, output, padded, product, whole_tiles
+from jfa.kernels.triton.tile import (
+    LOG2_E,
+    MAX_HEAD_DIM,
+    chunks,
+    kind_of,
+    later,
+    load_rows,
+    once,
+    output,
+    padded,
+    product,
+    sum_of_products,
+    whole_tiles,
+)
 from jfa.types import DeviceInfo, LinearKernelConfig, LinearOperands, LinearRows, LinearSpec
 
-_SMALLEST_CHUNK = 16  # rows of a matrix tile
 _FORGETS = -1e4  # 2^-10,000 is 0, and sums of such logarithms are exact
+
+# (chunk_size, block_v, num_warps, block_d), without and with the delta rule, whose substitution is a loop over the
+# tokens of a chunk
+_SAFE: dict[tuple[str, str], tuple[tuple[int, int, int, int | None], tuple[int, int, int, int | None]]] = {
+    ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None)),
+    ("cdna", "float32"): ((32, 32, 4, None), (16, 32, 4, None)),
+    ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 2, 32)),
+    ("rdna", "float32"): ((16, 16, 8, None), (16, 16, 8, None)),
+    ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64)),
+    ("cuda", "float32"): ((16, 32, 4, 64), (16, 32, 4, 64)),
+}
+# key columns on RDNA: wider tiles spill, in float32 for lack of matrix instructions
+_WIDEST_ON_RDNA = {"float32": 64, "delta rule": 128, "16 bits": MAX_HEAD_DIM}
 
 
 def default_config(operands: LinearOperands, device: DeviceInfo) -> LinearKernelConfig:
-    """Chunks and columns without spills on all tested architectures of this kind."""
-    narrow = operands.q.dtype == jnp.float32 or kind_of(device) == "rdna"
-    dk, dv = padded(operands.k.shape[3]), padded(operands.v.shape[3])
-    chunk = _SMALLEST_CHUNK if operands.beta is not None else 32 if narrow or dk > 128 else 64
-    return LinearKernelConfig(
-        chunk_size=chunk, block_v=min(dv, 16 if narrow and dk > 128 else 32), num_warps=4, num_stages=1
-    )
+    """Tile sizes with few or no spills on all tested architectures of this kind."""
+    precision = "float32" if operands.q.dtype == jnp.float32 else "16 bits"
+    chunk, block_v, warps, block_d = _SAFE[kind_of(device), precision][operands.beta is not None]
+    block_v = min(block_v, padded(operands.v.shape[3]))
+    return LinearKernelConfig(chunk_size=chunk, block_v=block_v, num_warps=warps, num_stages=1, block_d=block_d)
 
 
 def why_not(operands: LinearOperands, spec: LinearSpec, device: DeviceInfo) -> str | None:
@@ -46,6 +69,10 @@ def why_not(operands: LinearOperands, spec: LinearSpec, device: DeviceInfo) -> s
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
     if operands.log_decay.ndim == 4:
         return "the kernel has one decay per head, not one for each column of a key"
+    if device.platform == "rocm" and kind_of(device) == "rdna":
+        of = "float32" if operands.q.dtype == jnp.float32 else "16 bits" if operands.beta is None else "delta rule"
+        if operands.k.shape[3] > (widest := _WIDEST_ON_RDNA[of]):
+            return f"{of}: keys of more than {widest} columns do not fit in the registers of {device.arch}"
     if operands.q.dtype == jnp.float16:
         return "states are rounded to the dtype of the inputs for products, and float16 ends at 65,504"
     for name, x in (("key", operands.k), ("value", operands.v)):
@@ -109,7 +136,7 @@ def ragged_linear_attention(
         q=keys, k=keys, v=values, whole=numbers, rest=numbers, beta=numbers, states=states
     )
 
-    def whole_array(shape: tuple[int, ...]) -> pl.BlockSpec:
+    def whole_array(shape: Any) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *grid: (0,) * len(shape))
 
     outs = jax.ShapeDtypeStruct((n, h, dv), operands.v.dtype), operands.state
@@ -143,36 +170,58 @@ def _kernel(
     head, column, row = pl.program_id(0), pl.program_id(1) * block_v, pl.program_id(2)
     key_head = lax.div(head, jnp.int32(ref["v"].shape[1] // ref["k"].shape[1]))
     begin, end = ref["query_start"][row], ref["query_start"][row + 1]
-    keys, columns, token = jnp.arange(padded(dk)), column + jnp.arange(block_v), jnp.arange(size)
-    in_state = (keys < dk)[:, None] & (columns < dv)[None, :]
-    place = ref["slot"][row], head, keys[:, None], columns[None, :]
-    # a row without tokens may have any slot: it neither reads nor writes it
-    used = in_state & (end > begin)
-    state = load(ref["states"].at[place], mask=used & (ref["is_new"][row] == 0), other=0.0)
+    pieces = chunks(dk, config.block_d)
+    columns, token = column + jnp.arange(block_v), jnp.arange(size)
+
+    def place(piece: tuple[int, int]) -> tuple[tuple[Any, ...], Array]:
+        first, width = piece
+        keys = (first + jnp.arange(width))[:, None]
+        # a row without tokens may have any slot: it neither reads nor writes it
+        used = (keys < dk) & (columns < dv)[None, :] & (end > begin)
+        return (ref["slot"][row], head, keys, columns[None, :]), used
+
+    def load_state(piece: tuple[int, int]) -> Float[Array, "piece block_v"]:
+        at, used = place(piece)
+        return load(ref["states"].at[at], mask=used & (ref["is_new"][row] == 0), other=0.0)
 
     def chunk(c, state):
         start = begin + c * size
         inside = start + token < end
         mask = inside[:, None] & (columns < dv)[None, :]
         values = (start + token)[:, None], head, columns[None, :]
-        q, k = (load_rows(ref[x], start, size, (0, padded(dk)), width=dk, inside=inside, head=key_head) for x in "qk")
         v = load(ref["v"].at[values], mask=mask, other=0.0)
+
+        def keys_of(name: str):
+            def piece_of(columns, zero):
+                return load_rows(ref[name], start + zero, size, columns, width=dk, inside=inside, head=key_head)
+
+            return once(piece_of, pieces)
 
         def number(name: str) -> Float[Array, " chunk"]:
             return load(ref[name].at[pl.ds(start, size), head], mask=inside, other=0.0)
 
+        q_of, k_of = keys_of("q"), keys_of("k")
+        at = functools.partial(later, c, pieces)  # of each use of a piece: several are loaded again for each
+
+        def with_keys(x_of, use: int) -> Float[Array, "chunk chunk"]:
+            return sum_of_products((x_of(piece, at(use=use)), k_of(piece, at(use=use))) for piece in pieces)
+
+        def with_state(x_of, use: int) -> Float[Array, "chunk block_v"]:
+            parts = (
+                product(x_of(piece, at(use=use)), part.astype(dtype)) for piece, part in zip(pieces, state, strict=True)
+            )
+            return functools.reduce(jnp.add, parts)
+
         whole, rest = number("whole"), number("rest")
-        upto = token[:, None] >= token[None, :]
-        wholes, rests = (jnp.where(upto, x[None, :], 0.0).sum(1) for x in (whole, rest))  # sums up to each token
+        wholes, rests = jnp.cumsum(whole), jnp.cumsum(rest)
         between = (wholes[:, None] - wholes[None, :]) + (rests[:, None] - rests[None, :])
-        decay = exp2(jnp.where(upto, between, -jnp.inf))
+        decay = exp2(jnp.where(token[:, None] >= token[None, :], between, -jnp.inf))
         since = exp2(wholes + rests)[:, None]
-        held = state.astype(dtype)
         if "beta" in ref:
             beta = number("beta")[:, None]
             before = token[:, None] > token[None, :]
-            added_before = jnp.where(before, product(k, k, trans_b=True) * decay * beta, 0.0)
-            v = beta * (v.astype(jnp.float32) - since * product(k, held))
+            added_before = jnp.where(before, with_keys(k_of, 1) * decay * beta, 0.0)
+            v = beta * (v.astype(jnp.float32) - since * with_state(k_of, 2))
 
             def substitute(i, v):
                 # token i is known: take what it adds out of the later ones
@@ -181,13 +230,20 @@ def _kernel(
                 return v - factor[:, None] * known[None, :]
 
             v = lax.fori_loop(0, size - 1, substitute, v)
-        weights = (product(q, k, trans_b=True) * decay).astype(dtype)
-        out = (product(weights, v.astype(dtype)) + since * product(q, held)) * spec.scale
+        weights = (with_keys(q_of, 3) * decay).astype(dtype)
+        out = (product(weights, v.astype(dtype)) + since * with_state(q_of, 4)) * spec.scale
         store(o_ref.at[values], out.astype(dtype), mask=mask)
         total, total_rest = whole.sum(), rest.sum()
         until_end = exp2((total - wholes) + (total_rest - rests))[:, None]
         decayed = (v.astype(jnp.float32) * until_end).astype(dtype)
-        return state * exp2(jnp.full((1, 1), total + total_rest)) + product(k, decayed, trans_a=True)
+        factor = exp2(jnp.full((1, 1), total + total_rest))
+        return tuple(
+            part * factor + product(k_of(piece, at(use=5)), decayed, trans_a=True)
+            for piece, part in zip(pieces, state, strict=True)
+        )
 
-    state = lax.fori_loop(0, lax.div(end - begin + size - 1, jnp.int32(size)), chunk, state)
-    store(new_states.at[place], state, mask=used)
+    num_chunks = lax.div(end - begin + size - 1, jnp.int32(size))
+    state = lax.fori_loop(0, num_chunks, chunk, tuple(map(load_state, pieces)))
+    for piece, part in zip(pieces, state, strict=True):
+        at, used = place(piece)
+        store(new_states.at[at], part, mask=used)
