@@ -354,7 +354,7 @@ def all_cases() -> dict[str, Case]:
                 linear_num_key_heads=2,
                 linear_num_value_heads=4,
                 linear_key_head_dim=8,
-                linear_value_head_dim=6,
+                linear_value_head_dim=12,
                 num_experts=4,
                 num_experts_per_tok=2,
                 moe_intermediate_size=16,
