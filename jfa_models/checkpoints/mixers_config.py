@@ -80,11 +80,11 @@ def mixers_from_hf(source: Mapping[str, Any], num_layers: int) -> dict[str, Any]
     mixer = _MIXERS.get(source["model_type"])
     if mixer is None:
         return {}
-    kinds = source.get("layer_types") or source.get("layers_block_type")
-    if kinds is None:
+    listed = source.get("layer_types") or source.get("layers_block_type")
+    if listed is None:
         every = source.get("full_attention_interval", num_layers + 1)
-        kinds = [_STATE if (i + 1) % every else _FULL for i in range(num_layers)]
-    kinds = [_KINDS.get(kind, kind) for kind in list_of(kinds, str, "config.json: layer_types")]
+        listed = [_STATE if (i + 1) % every else _FULL for i in range(num_layers)]
+    kinds = [str(_KINDS.get(kind, kind)) for kind in list_of(listed, str, "config.json: layer_types")]
     if len(kinds) != num_layers or set(kinds) - {_STATE, _FULL}:
         raise ValueError(
             f"config.json: layer_types must be {_STATE} or {_FULL} for each of the {num_layers} layers, "

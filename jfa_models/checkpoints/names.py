@@ -18,8 +18,8 @@ ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors
 # Tensors that follow from the configuration, but that older checkpoints contain.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|" + "|".join(map(re.escape, ROPE_DIVISORS)))
 
-# The prefix of a decoder's tensor names, also in a multimodal model; and what is not read: the tensors of a vision tower
-# and of heads for more than one token.
+# The prefix of a decoder's tensor names, also in a multimodal model; and what is not read: the tensors of a vision
+# tower, and of heads for more than one token.
 PREFIX = re.compile(r"(language_model\.)?(model\.|backbone\.)?(language_model\.)?")
 _NOT_READ = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*|mtp\..*")
 

@@ -111,7 +111,7 @@ def _pieces(config: DecoderConfig, params: Mapping[str, Array | QuantizedArray])
                 form = form_of(dict(zip(names, sources, strict=True)))
                 if form is not None and is_stack and ours not in one_by_one:
                     raise ValueError(
-                        f"the experts of a {config.architecture} model, which are one tensor in a file, cannot be saved "
+                        f"the experts of a {config.architecture} model are one tensor in a file, and cannot be saved "
                         "quantized; load the model with quantization='none' to save it"
                     )
                 tensors = _floats(stored, kind, sources, "*" in theirs) if form is None else tensors_of(form, sources)

@@ -317,10 +317,11 @@ class DecoderConfig:
         attention += gate_size * (hidden + self.qkv_bias) + 2 * self.head_dim * self.qk_norm
         head = 0 if self.tie_word_embeddings else vocab * hidden
         total = vocab * hidden + norm + head + self.head_bias * vocab + self.num_layers * norms * norm
+        total += attention * len(self.attention_layers)
+        if self.states is not None:
+            total += self.states.num_params(hidden) * len(self.state_layers)
         ins = 2 if self.gated_mlp else 1
         for layer in range(self.num_layers):
-            is_attention = self.states is None or self.mixer(layer) == "attention"
-            total += attention if is_attention else self.states.num_params(hidden)
             if self.experts is not None and self.has_experts(layer):
                 total += self.experts.num_params(hidden, ins + 1)
             elif self.has_mlp:

@@ -45,6 +45,7 @@ class Block(nnx.Module):
     def __call__(self, x, rotation, rows, cache, scope=UNCHANGED):
         normed = self.attention_norm(x, scope.at("attention_norm"))
         name, mixer = ("mixer", self.mixer) if self.attention is None else ("attention", self.attention)
+        assert mixer is not None
         attended, cache = mixer(normed, rotation, rows, cache, scope.inside(name))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended, scope.at("attention_post_norm"))

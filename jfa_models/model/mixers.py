@@ -5,6 +5,7 @@ The layer of such a mixer in a StateCache is its number among the layers with a 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ def _attended(
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
     """The outputs, and the state after each row's last valid token; a row without one keeps its state."""
     if state is None or value.shape[1] > 1:
-        options = dict(initial_state=state, seq_lengths=rows.lengths, segment_ids=rows.segments)
+        options: dict[str, Any] = dict(initial_state=state, seq_lengths=rows.lengths, segment_ids=rows.segments)
         return jfa.linear_attention(query, key, value, log_decay, beta=beta, scale=scale, **options)
     q, k, v, decay = (x[:, 0] for x in (query, key, value, log_decay))
     out, new = jfa.linear_attention_step(q, k, v, decay, state, beta=None if beta is None else beta[:, 0], scale=scale)
