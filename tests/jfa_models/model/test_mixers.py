@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden import GOLDEN
+from runs import run
 from safetensors.numpy import load_file
 
 import jfa
@@ -71,7 +72,15 @@ def test_chunks_of_any_size_end_in_the_same_states(name):
             np.testing.assert_allclose(x, y, atol=CLOSE * np.abs(x).max(), err_msg=cut)
 
 
-@pytest.mark.parametrize(("name", "cache"), [*((name, "contiguous") for name in NAMES), ("granitemoehybrid", "paged")])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        run("mamba2", "contiguous", quick=True),
+        run("granitemoehybrid", "paged", quick=True),
+        run("granitemoehybrid", "contiguous", quick=False),
+        run("qwen3_next", "contiguous", quick=False),
+    ],
+)
 def test_a_batch_of_prompts_in_chunks_gives_each_its_own_tokens(name, cache, monkeypatch):
     monkeypatch.setattr("jfa_models.decoding.caches.PREFILL_CHUNK", 16)
     model, rows = loaded(name, cache), tokens_of(name).tolist()
@@ -161,13 +170,12 @@ def test_random_weights_generate_and_quantized_ones_stay_close(name):
     kinds = {name.rpartition(".")[2]: type(x) for name, x in zip(rounded.names, rounded.params, strict=True)}
     assert kinds["weight"] is jfa.QuantizedArray and kinds["kernel"] is not jfa.QuantizedArray
     want = np.asarray(exact.logits(tokens))
-    assert np.abs(np.asarray(rounded.logits(tokens)) - want).mean() < 0.1 * want.std()
+    assert np.abs(np.asarray(rounded.logits(tokens)) - want).mean() < 0.15 * want.std()
 
 
-@pytest.mark.parametrize(("name", "with_adapter"), [("granitemoehybrid", True), ("granitemoehybrid", False)])
-@pytest.mark.parametrize("remat", ["none", "all"])
-def test_training_steps_lower_the_loss_of_a_hybrid(name, with_adapter, remat):
-    model = LanguageModel.random(loaded(name).config.with_layers(2), dtype="float32")
+@pytest.mark.parametrize(("with_adapter", "remat"), [(True, "all"), (False, "none")])
+def test_training_steps_lower_the_loss_of_a_hybrid(with_adapter, remat):
+    model = loaded("granitemoehybrid").with_layers(2)
     trainable = Trainable(model, new_adapter(model, rank=4) if with_adapter else None, remat=remat)
     optimizer = make_optimizer(learning_rate=3e-2, num_steps=12)
     state = new_state(trainable.start(model), optimizer)
