@@ -36,6 +36,7 @@ _FULL, _WINDOW = "full_attention", "sliding_attention"
 _OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads", "head_dim")
 _COUNTS = (
     "hidden_size",
+    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "head_dim",
