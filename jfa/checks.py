@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
@@ -133,9 +133,9 @@ def linear_shapes(query: Array, key: Array, value: Array, log_decay: Array, beta
 
 def decay(log_decay: Array) -> None:
     """Raises ValueError if a decay is known to be above 1: a traced one is not."""
-    if isinstance(log_decay, jax.core.Tracer) or log_decay.size == 0:
+    if isinstance(log_decay, Tracer) or log_decay.size == 0:
         return
-    if not (largest := float(log_decay.max())) <= 0:
+    if (largest := float(jnp.nanmax(log_decay))) > 0:
         raise ValueError(
             f"log_decay must be at most 0, the logarithm of a decay of 1, but its largest number is {largest:g}; "
             "pass log(decay), for decays from 0 to 1"
@@ -148,17 +148,21 @@ def state(name: str, x: Array, shape: Sequence[int], *, dtype: DTypeLike = jnp.f
         raise ValueError(f"{name} must be {jnp.dtype(dtype).name}{list(shape)}, got {x.dtype.name}{list(x.shape)}")
 
 
-def convolution(x: Array, weight: Array, bias: Array | None) -> None:
-    """Raises ValueError unless x [b, t, channels], weight [channels, width] and bias [channels] are consistent."""
+def convolution(x: Array, weight: Array, bias: Array | None, *, tokens: str = "batch, length") -> None:
+    """Raises ValueError unless x [tokens, channels], weight [channels, width] and bias [channels] are consistent.
+
+    tokens: as in linear_shapes.
+    """
     for name, array in (("x", x), ("weight", weight), ("bias", bias)):
         if array is not None and array.dtype.name not in FLOAT_DTYPES:
             raise ValueError(f"{name} must be {_one_of(FLOAT_DTYPES)}, got {array.dtype}; cast it before the call")
-    if x.ndim != 3:
-        raise ValueError(f"x must be [batch, length, channels], got shape {x.shape}")
-    if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 2:
-        raise ValueError(f"weight must be [channels, width] = [{x.shape[2]}, at least 2], got shape {weight.shape}")
+    if x.ndim != tokens.count(",") + 2:
+        raise ValueError(f"x must be [{tokens}, channels], got shape {x.shape}")
+    channels = x.shape[-1]
+    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] < 2:
+        raise ValueError(f"weight must be [channels, width] = [{channels}, at least 2], got shape {weight.shape}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have one number for each of the {x.shape[2]} channels, got shape {bias.shape}")
+        raise ValueError(f"bias must have one number for each of the {channels} channels, got shape {bias.shape}")
 
 
 def broadcasts(name: str, x: Array, shape: Sequence[int], *, boolean: bool) -> None:

@@ -143,7 +143,7 @@ class LinearSpec:
 
 
 class LinearOperands(NamedTuple):
-    """The arrays that linear attention reads, or their shapes. Key head h belongs to value heads h * g to h * g + g - 1.
+    """The arrays that linear attention reads, or their shapes. Value head h reads key head h // g.
 
     log_decay may be -inf, which drops the state. beta: with it, a token first removes what the state holds for its key.
     """
@@ -161,6 +161,14 @@ class LinearOperands(NamedTuple):
         return self.v.shape[2] // self.k.shape[2]
 
 
+class LinearRows(NamedTuple):
+    """How the tokens of LinearOperands with b = 1 are divided into rows, whose states are slots of `state`."""
+
+    slot: Int[Array, " rows"]
+    query_start: Int[Array, " rows+1"]  # index of each row's first token
+    is_new: Bool[Array, " rows"]  # the row starts with a state of zeros
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearConfig:
     """How many tokens of linear attention are computed together. It affects the speed, not the result."""
@@ -170,6 +178,20 @@ class LinearConfig:
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be >= 1, got {self.chunk_size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearKernelConfig(LinearConfig):
+    """Tile sizes, warps and pipeline stages of the `triton` kernel of linear attention."""
+
+    block_v: int  # columns of the state that a program holds
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "block_v"):
+            _check_tile(name, getattr(self, name))
+        _check_launch(self.num_warps, self.num_stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,9 +226,8 @@ class FlashConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_kv", "block_d"):
-            rows = getattr(self, name)
-            if rows is not None and (rows < 16 or rows & (rows - 1)):
-                raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {rows}")
+            if (rows := getattr(self, name)) is not None:
+                _check_tile(name, rows)
         _check_launch(self.num_warps, self.num_stages)
 
 
@@ -238,11 +259,14 @@ class ProductConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_rows", "block_out", "block_in"):
-            size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {size}")
+            _check_tile(name, getattr(self, name))
         _check_launch(self.num_warps, self.num_stages)
         _check_splits(self.num_splits)
+
+
+def _check_tile(name: str, size: int) -> None:
+    if size < 16 or size & (size - 1):
+        raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {size}")
 
 
 def _check_launch(num_warps: int, num_stages: int) -> None:

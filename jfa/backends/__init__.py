@@ -146,7 +146,8 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     tuned_product = tuning.product_config(
         "quantized_matmul_few_rows", device.arch, dtype=jnp.dtype(dtype).name, weight="uint8", group_size=128
     )
-    tokens = LinearOperands(row, row, row, *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _LINEAR_SHAPES])
+    decays, state = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 1024, 8), (1, 8, 64, 64)))
+    tokens = LinearOperands(row, row, row, decays, state)  # type: ignore[arg-type]
     spec = AttentionSpec(sm_scale=0.125, causal=True)
     return (
         _explained("dot_product_attention", flash, plain, spec, device, tuned is not None),
@@ -166,7 +167,6 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     )
 
 
-_LINEAR_SHAPES = ((1, 1024, 8), (1, 8, 64, 64))  # of log_decay and state
 _OF_REFERENCE = {
     flash: "stores all scores in memory; used only if requested",
     paged: "stores all scores in memory; used only if requested",

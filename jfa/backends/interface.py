@@ -72,10 +72,12 @@ class ProductBackend:
 class LinearBackend:
     """An implementation of linear attention. The fields are those of FlashBackend.
 
-    But run returns the output and the state after the last token, and JAX differentiates it.
+    But run returns the output and the state after the last token, and JAX differentiates it; run_ragged is run for
+    (operands, rows, ...) and has no gradient.
     """
 
     why_not: Callable[[LinearOperands, LinearSpec, DeviceInfo], str | None]
     default_config: Callable[[LinearOperands, DeviceInfo], LinearConfig | None]
     config_type: type | None
     run: Callable[..., tuple]
+    run_ragged: Callable[..., tuple]

@@ -2,7 +2,7 @@
 
 from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
 from jfa.reference.attention import attention
-from jfa.reference.linear import linear_attention
+from jfa.reference.linear import linear_attention, ragged_linear_attention
 from jfa.reference.paged import paged_attention
 from jfa.reference.products import quantized_matmul
 
@@ -31,6 +31,10 @@ def _run_linear(operands, spec, config, device):
     return linear_attention(operands, spec=spec)
 
 
+def _run_ragged_linear(operands, rows, spec, config, device):
+    return ragged_linear_attention(operands, rows, spec=spec)
+
+
 def _differentiates_itself(*args):
     raise AssertionError("JAX differentiates the reference; it has no backward pass of its own")
 
@@ -45,4 +49,6 @@ FLASH = FlashBackend(
 )
 PAGED = PagedBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_paged)
 PRODUCT = ProductBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_product)
-LINEAR = LinearBackend(why_not=_serves, default_config=_no_config, config_type=None, run=_run_linear)
+LINEAR = LinearBackend(
+    why_not=_serves, default_config=_no_config, config_type=None, run=_run_linear, run_ragged=_run_ragged_linear
+)

@@ -4,13 +4,18 @@ On a CPU the kernels are interpreted.
 """
 
 import dataclasses
+import functools
+
+import jax
 
 from jfa import tuning
 from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
-from jfa.kernels.triton import casts, flash, flash_bwd, paged, products
+from jfa.kernels.triton import casts, flash, flash_bwd, linear, paged, products
+from jfa.kernels.xla import linear as linear_in_xla
 from jfa.types import (
     DeviceInfo,
     FlashConfig,
+    LinearKernelConfig,
     Operands,
     PagedConfig,
     PagedOperands,
@@ -93,8 +98,23 @@ def _run_product(operands, spec, config, device):
     )
 
 
-def _no_linear_kernel(*call) -> str:
-    return "there is no kernel for linear attention yet"
+def _run_linear(operands, spec, config, device):
+    @jax.custom_vjp
+    def run(operands):
+        return linear.linear_attention(operands, spec=spec, config=config, interpret=device.platform == "cpu")
+
+    def backward(operands, cotangents):
+        # XLA's chunks compute what the kernel does
+        in_chunks = functools.partial(linear_in_xla.linear_attention, spec=spec)
+        default = linear_in_xla.default_config(operands, device)
+        return jax.vjp(functools.partial(in_chunks, config=default), operands)[1](cotangents)
+
+    run.defvjp(lambda operands: (run(operands), operands), backward)
+    return run(operands)
+
+
+def _run_ragged_linear(operands, rows, spec, config, device):
+    return linear.ragged_linear_attention(operands, rows, spec=spec, config=config, interpret=device.platform == "cpu")
 
 
 FLASH = FlashBackend(
@@ -115,5 +135,9 @@ PRODUCT = ProductBackend(
     run=_run_product,
 )
 LINEAR = LinearBackend(
-    why_not=_no_linear_kernel, default_config=_no_linear_kernel, config_type=None, run=_no_linear_kernel
+    why_not=linear.why_not,
+    default_config=linear.default_config,
+    config_type=LinearKernelConfig,
+    run=_run_linear,
+    run_ragged=_run_ragged_linear,
 )

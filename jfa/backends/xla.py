@@ -29,6 +29,10 @@ def _run_linear(operands, spec, config, device):
     return linear.linear_attention(operands, spec=spec, config=config)
 
 
+def _run_ragged_linear(operands, rows, spec, config, device):
+    return linear.ragged_linear_attention(operands, rows, spec=spec, config=config)
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=flash.default_config,
@@ -44,5 +48,9 @@ PRODUCT = ProductBackend(
     why_not=products.why_not, default_config=products.default_config, config_type=None, run=_run_product
 )
 LINEAR = LinearBackend(
-    why_not=linear.why_not, default_config=linear.default_config, config_type=LinearConfig, run=_run_linear
+    why_not=linear.why_not,
+    default_config=linear.default_config,
+    config_type=LinearConfig,
+    run=_run_linear,
+    run_ragged=_run_ragged_linear,
 )

@@ -23,6 +23,7 @@ def test_the_source_of_the_tile_sizes(device):
         "paged_decode_attention",
         "ragged_paged_attention",
         "quantized_matmul",
+        "linear_attention",
     ]
     assert {one.backend for one in (told, *others)} == {"xla" if device[0] == "cpu" else "triton"}
     assert all(len(one.refused) == 4 for one in (told, *others))

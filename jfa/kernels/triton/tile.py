@@ -416,9 +416,9 @@ class Tile:
         return load(place, mask=inside, other=other)
 
 
-def product(a: Array, b: Array, *, trans_b: bool = False) -> Array:
+def product(a: Array, b: Array, *, trans_a: bool = False, trans_b: bool = False) -> Array:
     """A matrix product with float32 sums; float32 inputs are not rounded to tf32."""
-    return dot(a, b, trans_b=trans_b, precision="highest" if a.dtype == jnp.float32 else None)
+    return dot(a, b, trans_a=trans_a, trans_b=trans_b, precision="highest" if a.dtype == jnp.float32 else None)
 
 
 def sum_of_products(pairs) -> Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jfa.types import DeviceInfo, LinearConfig, LinearOperands, LinearSpec
+from jfa.types import DeviceInfo, LinearConfig, LinearOperands, LinearRows, LinearSpec
 
 _CHUNK = 64
 _PIECE = 16  # of a chunk, within which decays of columns are not a factor of a matrix product
@@ -43,54 +43,130 @@ def linear_attention(
     operands: LinearOperands, *, spec: LinearSpec, config: LinearConfig
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
     """The output of each token and the state after the last one, as reference.linear_attention defines them."""
-    b, t, h, dv = operands.v.shape
-    by_columns = operands.log_decay.ndim == 4
-    q, k = operands.q, operands.k
-    if by_columns:  # the decays of a value head are factors of its keys
+    (b, t, h, dv), size = operands.v.shape, config.chunk_size
+
+    def in_chunks(x: Float[Array, "b hk t ..."]) -> Float[Array, "n b hk c ..."]:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -t % size), *[(0, 0)] * (x.ndim - 3)))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+
+    tokens = jax.tree.map(in_chunks, _heads_first(operands, spec))
+    state = _grouped(operands.state, tokens[1].shape[2])
+    state, out = lax.scan(jax.checkpoint(_chunk), state, tokens)
+    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(b, -1, h, dv)[:, :t]
+    return out.astype(operands.v.dtype), _ungrouped(state)
+
+
+def ragged_linear_attention(
+    operands: LinearOperands, rows: LinearRows, *, spec: LinearSpec, config: LinearConfig
+) -> tuple[Float[Array, "1 n h dv"], Float[Array, "slots h dk dv"]]:
+    """The output of each token and all states, as reference.ragged_linear_attention defines them.
+
+    Rows of one token are computed together; the chunks of all other rows, of which there are few, one after another.
+    """
+    (_, n, h, dv), size, states = operands.v.shape, config.chunk_size, operands.state
+    num_rows = rows.slot.shape[0]
+    tokens = _heads_first(operands, spec)
+    hk = tokens[1].shape[1]
+    counts = jnp.diff(rows.query_start)
+
+    first = jnp.minimum(rows.query_start[:-1], n - 1)
+    alone = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, first], 2, 0)[:, 0, :, None], tokens)
+    held = jnp.where(rows.is_new[:, None, None, None], 0.0, jnp.take(states, rows.slot, axis=0, mode="clip"))
+    after, out_alone = _chunk(_grouped(held, hk), alone)
+    has_one = counts == 1
+    nowhere = states.shape[0] + jnp.arange(num_rows)
+    states = states.at[jnp.where(has_one, rows.slot, nowhere)].set(_ungrouped(after), mode="drop", unique_indices=True)
+    # one more chunk, so that the last slice stays in bounds
+    out = jnp.zeros((hk, n + size, h // hk, dv), jnp.float32)
+    place = jnp.where(has_one, rows.query_start[:-1], n + size + jnp.arange(num_rows))
+    out = out.at[:, place].set(jnp.moveaxis(out_alone[:, :, 0], 0, 1), mode="drop", unique_indices=True)
+
+    tokens = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, size), *[(0, 0)] * (x.ndim - 3))), tokens)
+    num_chunks = jnp.where(has_one, 0, (counts + size - 1) // size)
+    ends = jnp.cumsum(num_chunks)
+
+    def one_chunk(i, carry):
+        states, out = carry
+        row = jnp.searchsorted(ends, i, side="right", method="compare_all")
+        number = i - (ends[row] - num_chunks[row])  # of the row's chunks
+        start = rows.query_start[row] + number * size
+        valid = jnp.arange(size) < rows.query_start[row + 1] - start
+
+        def of_chunk(x):
+            x = lax.dynamic_slice_in_dim(x, start, size, axis=2)
+            return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 3)), x, 0)  # a token of zeros changes no state
+
+        slot = rows.slot[row]
+        state = lax.dynamic_index_in_dim(states, slot, keepdims=True)
+        state = jnp.where(rows.is_new[row] & (number == 0), 0.0, state)
+        state, new = _chunk(_grouped(state, hk), jax.tree.map(of_chunk, tokens))
+        old = lax.dynamic_slice_in_dim(out, start, size, axis=1)
+        out = lax.dynamic_update_slice_in_dim(out, jnp.where(valid[:, None, None], new[0], old), start, axis=1)
+        return lax.dynamic_update_slice_in_dim(states, _ungrouped(state), slot, axis=0), out
+
+    states, out = lax.fori_loop(0, ends[-1], one_chunk, (states, out))
+    out = jnp.swapaxes(out[:, :n], 0, 1).reshape(1, n, h, dv)
+    return out.astype(operands.v.dtype), states
+
+
+_Tokens = tuple[
+    Float[Array, "b hk c dk"],  # queries
+    Float[Array, "b hk c dk"],  # keys
+    Float[Array, "b hk c g dv"],  # values
+    Float[Array, "b hk c g"] | Float[Array, "b h c 1 dk"],  # log_decay
+    Float[Array, "b hk c g"] | None,  # beta
+]
+
+
+def _heads_first(operands: LinearOperands, spec: LinearSpec) -> _Tokens:
+    """The tokens in float32. With decays of columns, hk = h and g = 1: they are factors of the keys of a value head."""
+    q, k, by_columns = operands.q, operands.k, operands.log_decay.ndim == 4
+    if by_columns:
         q, k = (jnp.repeat(x, operands.group_size, axis=2) for x in (q, k))
-    hk, g = k.shape[2], h // k.shape[2]
-    chunk = config.chunk_size
+    hk, g = k.shape[2], operands.v.shape[2] // k.shape[2]
 
-    def in_chunks(x: Array, *shape: int) -> Float[Array, "n b heads chunk ..."]:
-        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -t % chunk), *[(0, 0)] * (x.ndim - 2)))
-        x = x.reshape(b, -1, chunk, hk, *shape)
-        return jnp.moveaxis(x, (1, 3), (0, 2))
+    def split(x: Array, *shape: int) -> Float[Array, "b hk t ..."]:
+        return jnp.swapaxes(x.astype(jnp.float32).reshape(*x.shape[:2], hk, *shape), 1, 2)
 
-    beta = operands.beta
-    tokens = (
-        in_chunks(q * jnp.asarray(spec.scale, jnp.float32), q.shape[3]),
-        in_chunks(k, k.shape[3]),
-        in_chunks(operands.v, g, dv),
-        in_chunks(operands.log_decay, *(k.shape[3:] if by_columns else (g,))),
-        None if beta is None else in_chunks(beta, g),
+    dk, dv, beta = k.shape[3], operands.v.shape[3], operands.beta
+    return (
+        split(q, dk) * spec.scale,
+        split(k, dk),
+        split(operands.v, g, dv),
+        split(operands.log_decay, *((1, dk) if by_columns else (g,))),
+        None if beta is None else split(beta, g),
     )
 
-    @jax.checkpoint
-    def step(state: Float[Array, "b hk dk g dv"], tokens):
-        q, k, v, log_decay, beta = tokens
-        decays = (_ByColumns if by_columns else _ByHeads).of(log_decay)
-        if beta is not None:
-            added_before = jnp.tril(decays.weights(k, k), -1) * _swapped(beta)[..., None]
-            wanted = beta[..., None] * (v - decays.read(k, state))
-            system = added_before + jnp.eye(chunk, dtype=jnp.float32)
-            v = _swapped(lax.linalg.triangular_solve(system, _swapped(wanted), **_FORWARD))
-        near = _swapped(_matmul(decays.weights(q, k), _swapped(v)))
-        return decays.write(state, k, v), decays.read(q, state) + near
 
-    start = jnp.moveaxis(operands.state.reshape(b, hk, g, k.shape[3], dv), 2, 3)
-    state, out = lax.scan(step, start, tokens)
-    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(b, -1, h, dv)[:, :t]
-    return out.astype(operands.v.dtype), jnp.moveaxis(state, 3, 2).reshape(operands.state.shape)
+def _chunk(
+    state: Float[Array, "b hk dk g dv"], tokens: _Tokens
+) -> tuple[Float[Array, "b hk dk g dv"], Float[Array, "b hk c g dv"]]:
+    """The state after a chunk, and the outputs of its tokens."""
+    q, k, v, log_decay, beta = tokens
+    decays = _ByHeads(_sums(log_decay)) if log_decay.ndim == 4 else _ByColumns(_sums(log_decay[:, :, :, 0]))
+    if beta is not None:
+        added_before = jnp.tril(decays.weights(k, k), -1) * _swapped(beta)[..., None]
+        wanted = beta[..., None] * (v - decays.read(k, state))
+        system = added_before + jnp.eye(k.shape[2], dtype=jnp.float32)
+        v = _swapped(lax.linalg.triangular_solve(system, _swapped(wanted), **_FORWARD))
+    near = _swapped(_matmul(decays.weights(q, k), _swapped(v)))
+    return decays.write(state, k, v), decays.read(q, state) + near
+
+
+def _grouped(state: Float[Array, "b h dk dv"], hk: int) -> Float[Array, "b hk dk g dv"]:
+    b, h, dk, dv = state.shape
+    return jnp.moveaxis(state.reshape(b, hk, h // hk, dk, dv), 2, 3)
+
+
+def _ungrouped(state: Float[Array, "b hk dk g dv"]) -> Float[Array, "b h dk dv"]:
+    b, hk, dk, g, dv = state.shape
+    return jnp.moveaxis(state, 3, 2).reshape(b, hk * g, dk, dv)
 
 
 class _ByHeads(NamedTuple):
     """The decays of a chunk: one number for each token and value head."""
 
     since: Float[Array, "2 b hk c g"]  # _sums
-
-    @classmethod
-    def of(cls, log_decay: Float[Array, "b hk c g"]) -> "_ByHeads":
-        return cls(_sums(log_decay))
 
     def read(self, x: Float[Array, "b hk c dk"], state: Float[Array, "b hk dk g dv"]) -> Float[Array, "b hk c g dv"]:
         """What the state before the chunk holds for queries or keys, when their tokens come."""
@@ -114,10 +190,6 @@ class _ByColumns(NamedTuple):
     """The decays of a chunk: one number for each token, head and column of its key; hk = h, g = 1."""
 
     since: Float[Array, "2 b h c dk"]
-
-    @classmethod
-    def of(cls, log_decay: Float[Array, "b h c dk"]) -> "_ByColumns":
-        return cls(_sums(log_decay))
 
     def read(self, x: Float[Array, "b h c dk"], state: Float[Array, "b h dk 1 dv"]) -> Float[Array, "b h c 1 dv"]:
         return _einsum("bhck,bhkgv->bhcgv", x * jnp.exp(self.since.sum(0)), state)

@@ -1,0 +1,193 @@
+"""Linear attention as a Pallas-Triton kernel, for AMD and NVIDIA GPUs.
+
+One program computes one row and some value columns of one head, chunk after chunk, and keeps the state in registers:
+every token is read once, and a state once per row. Rows of a batch and rows that are concatenated are the same to it:
+each has a first token, a number of tokens and a slot for its state.
+
+Within a chunk, exponents are differences of sums of logarithms, as in kernels/xla/linear.py. With the delta rule, what
+the tokens of a chunk add is found by forward substitution, a token at a time; chunks are then short.
+
+Decayed keys and values, and the state where queries read it, are rounded to the dtype of the inputs before a product,
+as the weights of attention are. The state itself is float32.
+
+Sources: arXiv:2405.21060, section 6; arXiv:2412.06464, section 3. Tested in tests/jfa/test_linear_attention.py.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
+from jfa.kernels.triton._primitives import exp2
+from jfa.kernels.triton.tile import LOG2_E, MAX_HEAD_DIM, kind_of, load_rows, output, padded, product, whole_tiles
+from jfa.types import DeviceInfo, LinearKernelConfig, LinearOperands, LinearRows, LinearSpec
+
+_SMALLEST_CHUNK = 16  # rows of a matrix tile
+_FORGETS = -1e4  # 2^-10,000 is 0, and sums of such logarithms are exact
+
+
+def default_config(operands: LinearOperands, device: DeviceInfo) -> LinearKernelConfig:
+    """Chunks and columns without spills on all tested architectures of this kind."""
+    narrow = operands.q.dtype == jnp.float32 or kind_of(device) == "rdna"
+    dk, dv = padded(operands.k.shape[3]), padded(operands.v.shape[3])
+    chunk = _SMALLEST_CHUNK if operands.beta is not None else 32 if narrow or dk > 128 else 64
+    return LinearKernelConfig(
+        chunk_size=chunk, block_v=min(dv, 16 if narrow and dk > 128 else 32), num_warps=4, num_stages=1
+    )
+
+
+def why_not(operands: LinearOperands, spec: LinearSpec, device: DeviceInfo) -> str | None:
+    """The reason why the kernel does not support this call; None if it does."""
+    if device.platform not in ("rocm", "cuda", "cpu"):
+        return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
+    if operands.log_decay.ndim == 4:
+        return "the kernel has one decay per head, not one for each column of a key"
+    if operands.q.dtype == jnp.float16:
+        return "states are rounded to the dtype of the inputs for products, and float16 ends at 65,504"
+    for name, x in (("key", operands.k), ("value", operands.v)):
+        if not all(isinstance(n, int) for n in x.shape):
+            return f"a kernel's grid has a static size, but {name} has the symbolic shape {x.shape}"
+        if x.shape[3] > MAX_HEAD_DIM:
+            return f"the head_dim of {name} must be at most {MAX_HEAD_DIM}, got {x.shape[3]}"
+    return None
+
+
+def linear_attention(
+    operands: LinearOperands, *, spec: LinearSpec, config: LinearKernelConfig, interpret: bool
+) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
+    """The output of each token and the state after the last one, as reference.linear_attention defines them.
+
+    Not differentiable by itself: the backend pairs it with the backward pass of kernels/xla/linear.py.
+    """
+    b, t = operands.v.shape[:2]
+
+    def one_row(x: Array) -> Array:
+        return x.reshape(1, b * t, *x.shape[2:])
+
+    flat = {name: one_row(x) for name, x in operands._asdict().items() if name != "state" and x is not None}
+    rows = LinearRows(
+        slot=jnp.arange(b, dtype=jnp.int32),
+        query_start=jnp.arange(b + 1, dtype=jnp.int32) * t,
+        is_new=jnp.zeros(b, bool),
+    )
+    flat = operands._replace(**flat)
+    out, state = ragged_linear_attention(flat, rows, spec=spec, config=config, interpret=interpret)
+    return out.reshape(operands.v.shape), state
+
+
+def ragged_linear_attention(
+    operands: LinearOperands, rows: LinearRows, *, spec: LinearSpec, config: LinearKernelConfig, interpret: bool
+) -> tuple[Float[Array, "1 n h dv"], Float[Array, "slots h dk dv"]]:
+    """The output of each token and all states, as reference.ragged_linear_attention defines them."""
+    _, n, h, dv = operands.v.shape
+    chunk, dk = config.chunk_size, operands.k.shape[3]
+    # logarithms to base 2, integers and fractions apart: see _sums
+    log_decay = jnp.maximum(operands.log_decay[0] * LOG2_E, _FORGETS)
+    whole = jnp.round(log_decay)
+    arrays: dict[str, Any] = {
+        "q": operands.q[0],
+        "k": operands.k[0],
+        "v": operands.v[0],
+        "whole": whole,
+        "rest": log_decay - whole,
+        "states": operands.state,
+        "slot": rows.slot,
+        "query_start": rows.query_start,
+        "is_new": rows.is_new.astype(jnp.int32),
+    }
+    if operands.beta is not None:
+        arrays["beta"] = operands.beta[0]
+    # a chunk may start at any token and reach past the last one; loads and stores there are masked
+    tokens, columns = whole_tiles(n, chunk) + chunk, whole_tiles(dv, config.block_v)
+    keys = (tokens, operands.k.shape[2], padded(dk))
+    numbers, values, states = (tokens, h), (tokens, h, columns), (*operands.state.shape[:2], padded(dk), columns)
+    blocks: dict[str, tuple[int, ...]] = dict(
+        q=keys, k=keys, v=values, whole=numbers, rest=numbers, beta=numbers, states=states
+    )
+
+    def whole_array(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *grid: (0,) * len(shape))
+
+    outs = jax.ShapeDtypeStruct((n, h, dv), operands.v.dtype), operands.state
+    call = pl.pallas_call(
+        functools.partial(_kernel, names=tuple(arrays), spec=spec, config=config, sizes=(n, dk, dv)),
+        name="linear_attention",
+        grid=(h, pl.cdiv(dv, config.block_v), rows.slot.shape[0]),
+        in_specs=[whole_array(blocks.get(name, x.shape)) for name, x in arrays.items()],
+        out_specs=[whole_array(values), whole_array(states)],
+        out_shape=[output(x.shape, x.dtype, like=operands.v) for x in outs],
+        input_output_aliases={list(arrays).index("states"): 1},
+        compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+    )
+    with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
+        out, after = call(*arrays.values())
+    is_real = jnp.arange(n) < rows.query_start[-1]  # no program writes tokens that belong to no row
+    return jnp.where(is_real[:, None, None], out, 0)[None], after
+
+
+def _kernel(
+    *refs,  # the arrays by `names`, then outputs: o [n, h, dv], the new states [slots, h, dk, dv]
+    names: tuple[str, ...],
+    spec: LinearSpec,
+    config: LinearKernelConfig,
+    sizes: tuple[int, int, int],
+):
+    *inputs, o_ref, new_states = refs
+    ref = dict(zip(names, inputs, strict=True))
+    (_, dk, dv), size, block_v, dtype = sizes, config.chunk_size, config.block_v, ref["v"].dtype
+    head, column, row = pl.program_id(0), pl.program_id(1) * block_v, pl.program_id(2)
+    key_head = lax.div(head, jnp.int32(ref["v"].shape[1] // ref["k"].shape[1]))
+    begin, end = ref["query_start"][row], ref["query_start"][row + 1]
+    keys, columns, token = jnp.arange(padded(dk)), column + jnp.arange(block_v), jnp.arange(size)
+    in_state = (keys < dk)[:, None] & (columns < dv)[None, :]
+    place = ref["slot"][row], head, keys[:, None], columns[None, :]
+    # a row without tokens may have any slot: it neither reads nor writes it
+    used = in_state & (end > begin)
+    state = load(ref["states"].at[place], mask=used & (ref["is_new"][row] == 0), other=0.0)
+
+    def chunk(c, state):
+        start = begin + c * size
+        inside = start + token < end
+        mask = inside[:, None] & (columns < dv)[None, :]
+        values = (start + token)[:, None], head, columns[None, :]
+        q, k = (load_rows(ref[x], start, size, (0, padded(dk)), width=dk, inside=inside, head=key_head) for x in "qk")
+        v = load(ref["v"].at[values], mask=mask, other=0.0)
+
+        def number(name: str) -> Float[Array, " chunk"]:
+            return load(ref[name].at[pl.ds(start, size), head], mask=inside, other=0.0)
+
+        whole, rest = number("whole"), number("rest")
+        upto = token[:, None] >= token[None, :]
+        wholes, rests = (jnp.where(upto, x[None, :], 0.0).sum(1) for x in (whole, rest))  # sums up to each token
+        between = (wholes[:, None] - wholes[None, :]) + (rests[:, None] - rests[None, :])
+        decay = exp2(jnp.where(upto, between, -jnp.inf))
+        since = exp2(wholes + rests)[:, None]
+        held = state.astype(dtype)
+        if "beta" in ref:
+            beta = number("beta")[:, None]
+            before = token[:, None] > token[None, :]
+            added_before = jnp.where(before, product(k, k, trans_b=True) * decay * beta, 0.0)
+            v = beta * (v.astype(jnp.float32) - since * product(k, held))
+
+            def substitute(i, v):
+                # token i is known: take what it adds out of the later ones
+                factor = jnp.where(token[None, :] == i, added_before, 0.0).sum(1)
+                known = jnp.where(token[:, None] == i, v, 0.0).sum(0)
+                return v - factor[:, None] * known[None, :]
+
+            v = lax.fori_loop(0, size - 1, substitute, v)
+        weights = (product(q, k, trans_b=True) * decay).astype(dtype)
+        out = (product(weights, v.astype(dtype)) + since * product(q, held)) * spec.scale
+        store(o_ref.at[values], out.astype(dtype), mask=mask)
+        total, total_rest = whole.sum(), rest.sum()
+        until_end = exp2((total - wholes) + (total_rest - rests))[:, None]
+        decayed = (v.astype(jnp.float32) * until_end).astype(dtype)
+        return state * exp2(jnp.full((1, 1), total + total_rest)) + product(k, decayed, trans_a=True)
+
+    state = lax.fori_loop(0, lax.div(end - begin + size - 1, jnp.int32(size)), chunk, state)
+    store(new_states.at[place], state, mask=used)
