@@ -71,13 +71,12 @@ def _our_kind(module: str, kind: str) -> str:
 
 def _matrices(tensor: Stored, expert: int | None, parts: Sequence[str]) -> list[tuple[int | None, Stored]]:
     """The numbers and weights of the experts that a file stores together; of other tensors, the one that is given."""
-    if not isinstance(tensor, StoredTensor) or len(tensor.shape) != 3:
+    if not parts or not isinstance(tensor, StoredTensor) or len(tensor.shape) != 3:
         return [(expert, tensor)]
-    if parts and parts[0].endswith(".conv"):  # [channels, 1, width]
-        middle = tensor.shape[1:2] if tensor.shape[1] != 1 else ()
-        return [(None, dataclasses.replace(tensor, shape=(tensor.shape[0], *middle, tensor.shape[2])))]
-    of_one = tensor.shape[1:]
-    return [(i, dataclasses.replace(tensor.rows(i, i + 1), shape=of_one)) for i in range(tensor.shape[0])]
+    count, *rest = tensor.shape
+    if parts[0].endswith(".conv") and rest[0] == 1:  # of a convolution: [channels, 1, width]
+        return [(None, dataclasses.replace(tensor, shape=(count, rest[1])))]
+    return [(i, dataclasses.replace(tensor.rows(i, i + 1), shape=tuple(rest))) for i in range(count)]
 
 
 def _num_rows(module: str, config: DecoderConfig) -> int:

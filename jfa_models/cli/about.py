@@ -79,11 +79,12 @@ def _sizes(model: str, given: str | None, quantization: str | None) -> Iterator[
     yield "", f"{num_bytes / 1e6:,.0f} MB in memory, weights as {weights.describe(dtype)}"
     if ends:
         yield "end tokens", ", ".join(ends)
-    whole = config.cache_elements(config.context_length) * dtype.itemsize
-    context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
-    yield "KV cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
+    if config.attention_layers:
+        whole = config.cache_elements(config.context_length) * dtype.itemsize
+        context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
+        yield "KV cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
     if (states := jax.eval_shape(functools.partial(state_cache, config, batch=1, dtype=dtype))) is not None:
-        yield "states", f"{states.num_bytes / 1e6:,.1f} MB per text, of any length, in {len(states.state)} layers"
+        yield "states", f"{states.num_bytes:,} bytes per text, however long it is, in {len(states.state)} layers"
     windows = [window for i in range(config.num_layers) if (window := config.window(i)) is not None]
     if windows:
         yield "", f"{len(windows)} of {config.num_layers} layers see and store only the last {windows[0]:,} tokens"

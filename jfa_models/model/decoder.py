@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -32,13 +33,14 @@ class Block(nnx.Module):
         self.attention_norm = make_norm(config, hidden, dtype=dtype)
         self.multiplier = config.residual_multiplier
         mixer = {"mamba2": Mamba2, "gated_delta": GatedDelta}.get(config.mixer(layer))
-        attention = functools.partial(Attention, implementation=implementation) if mixer is None else None
-        self.attention = None if attention is None else attention(config, layer, dtype=dtype, rngs=rngs)
-        self.mixer = None if mixer is None else mixer(config, layer, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        self.attention = None if mixer else Attention(config, layer, implementation=implementation, **options)
+        self.mixer = mixer(config, layer, **options) if mixer else None
         self.attention_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
-        mlp = (Experts if config.has_experts(layer) else MLP) if config.has_mlp else None
-        self.mlp_norm = None if mlp is None or config.parallel_block else make_norm(config, hidden, dtype=dtype)
-        self.mlp = None if mlp is None else mlp(config, dtype=dtype, rngs=rngs)
+        has_norm = config.has_mlp and not config.parallel_block
+        self.mlp_norm = make_norm(config, hidden, dtype=dtype) if has_norm else None
+        mlp = Experts if config.has_experts(layer) else MLP
+        self.mlp = mlp(config, **options) if config.has_mlp else None
         self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
 
     @with_default_rules
