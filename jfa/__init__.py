@@ -4,6 +4,7 @@ from jfa.backends import Explanation as Explanation
 from jfa.backends import explain as explain
 from jfa.cache.contiguous import KVCache as KVCache
 from jfa.cache.paged import PagedKVCache as PagedKVCache
+from jfa.cache.state import StateCache as StateCache
 from jfa.linear_ops import causal_conv as causal_conv
 from jfa.linear_ops import linear_attention as linear_attention
 from jfa.linear_ops import linear_attention_step as linear_attention_step

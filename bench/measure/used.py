@@ -31,8 +31,10 @@ def attention(implementation: str | None, q: Any, k: Any, v: Any, *, causal: boo
 def in_model(
     model: LanguageModel, implementation: str | None, *, batch: int, queries: int, keys: int
 ) -> dict[str, Any]:
-    """For the attention layers of a model, with this number of queries and keys per row."""
+    """For the attention layers of a model, with this number of queries and keys per row; {}: it has none."""
     c = model.config
+    if not c.attention_layers:
+        return {}
     q = jax.ShapeDtypeStruct((batch, queries, c.num_q_heads, c.head_dim), model.dtype)
     kv = jax.ShapeDtypeStruct((batch, keys, c.num_kv_heads, c.head_dim), model.dtype)
     return attention(implementation, q, kv, kv, causal=True, backward=False)

@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jfa.cache.state import StateCache, check_no_states
 from jfa.meshes import like_itself, on_any_mesh, spec_of
 from jfa.rules import with_default_rules
 
@@ -25,10 +26,11 @@ class KVCache:
     Once such a ring is full, truncate can drop at most slack tokens.
 
     Attributes:
-      k, v: an array per layer; slot j of a row holds the token at position j.
+      k, v: an array per layer with attention; slot j of a row holds the token at position j.
       kv_len: number of valid tokens of each row.
       capacity: tokens that a row can hold.
       ring_sizes: for each layer, the maximum number of slots that it needs; None: capacity.
+      states: of the layers without attention; None: there are none.
     """
 
     k: tuple[Float[Array, "b slots hkv d"], ...]
@@ -36,6 +38,7 @@ class KVCache:
     kv_len: Int[Array, " b"]
     capacity: int = dataclasses.field(metadata=dict(static=True))
     ring_sizes: tuple[int | None, ...] = dataclasses.field(metadata=dict(static=True))
+    states: StateCache | None = None
 
     @classmethod
     def create(
@@ -73,8 +76,8 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Total size of all slots in bytes."""
-        return sum(x.size * x.dtype.itemsize for x in (*self.k, *self.v))
+        """Total size of all slots and states in bytes."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v, self.states)))
 
     def is_ring(self, layer: int) -> bool:
         """Whether a layer has fewer slots than a row can have tokens."""
@@ -168,7 +171,12 @@ class KVCache:
 
     @with_default_rules
     def truncate(self, kv_len: Int[Array, " b"]) -> "KVCache":
-        """Drops all tokens at positions >= kv_len (at most slack of them in a full ring), without copying."""
+        """Drops all tokens at positions >= kv_len (at most slack of them in a full ring), without copying.
+
+        Raises:
+          ValueError: it has states.
+        """
+        check_no_states(self.states)
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
 

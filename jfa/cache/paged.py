@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jfa import quant
+from jfa.cache.state import StateCache, check_no_states
 from jfa.meshes import like_itself
 from jfa.quant import QuantizedArray
 from jfa.rules import with_default_rules
@@ -32,11 +33,12 @@ class PagedKVCache:
     cache to the jitted function that returns the new one, so that writes happen in place.
 
     Attributes:
-      k, v: the pages of each layer, floats or quantized.
+      k, v: the pages of each layer with attention, floats or quantized.
       page_tables: one page table for each attention pattern of the model, since layers with a window release pages
         that the others still need.
       kv_len: number of valid tokens of each row.
       table_of: for each layer, the index of its page table in page_tables.
+      states: of the layers without attention; None: there are none.
     """
 
     k: tuple[Pages, ...]
@@ -44,6 +46,7 @@ class PagedKVCache:
     page_tables: tuple[Int[Array, "b pages_per_seq"], ...]
     kv_len: Int[Array, " b"]
     table_of: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    states: StateCache | None = None
 
     @classmethod
     def create(
@@ -125,8 +128,8 @@ class PagedKVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Total size of all pages in bytes, including scales."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v)))
+        """Total size of all pages, including scales, and of all states in bytes."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v, self.states)))
 
     def arguments(self, layer: int) -> dict[str, Any]:
         """A layer's keyword arguments for jfa's paged ops, except kv_len, and the query, which must pass rotated()."""
@@ -200,7 +203,12 @@ class PagedKVCache:
 
     @with_default_rules
     def truncate(self, kv_len: Int[Array, " b"]) -> "PagedKVCache":
-        """Drops all tokens at positions >= kv_len (rollback), without copying."""
+        """Drops all tokens at positions >= kv_len (rollback), without copying.
+
+        Raises:
+          ValueError: it has states.
+        """
+        check_no_states(self.states)
         return dataclasses.replace(self, kv_len=jnp.minimum(self.kv_len, kv_len).astype(jnp.int32))
 
     @like_itself

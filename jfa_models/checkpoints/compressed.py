@@ -136,9 +136,9 @@ def _columns(weights: Sequence[QuantizedArray], name: str) -> np.ndarray:
     return rows.reshape(len(rows), -1)
 
 
-def joined(arrays: Sequence[Array]) -> np.ndarray:
+def joined(arrays: Sequence[Array], axis: int = 0) -> np.ndarray:
     """Arrays on the host, concatenated by rows."""
-    return np.asarray(arrays[0]) if len(arrays) == 1 else np.concatenate([np.asarray(x) for x in arrays])
+    return np.asarray(arrays[0]) if len(arrays) == 1 else np.concatenate([np.asarray(x) for x in arrays], axis=axis)
 
 
 def _fields(numbers: np.ndarray) -> np.ndarray:

@@ -4,12 +4,14 @@ A family is a DecoderConfig and a table of names. Two formats are read, config.j
 and the metadata of GGUF files; config.json is also written.
 
 In the tables, `#` is a layer number and `*` an expert number; the tensors of all experts are stacked. A tuple lists the
-parameters that a file stores in one tensor, concatenated by rows. The last part of a name (weight or bias) stays the
-same, except that the weight of a norm is called scale.
+parameters that a file stores in one tensor, concatenated by rows. The last part of a name (weight, bias, A_log, ...)
+stays the same, except that the weight of a norm is called scale, and that of a convolution kernel.
 """
 
 import dataclasses
 from typing import Any, Literal
+
+from jfa_models.model.config import DecoderConfig
 
 Names = dict[str, str | tuple[str, ...]]
 
@@ -43,6 +45,36 @@ _GEMMA2: Names = {
     "layers.#.pre_feedforward_layernorm": "layers.#.mlp_norm",
     "layers.#.post_feedforward_layernorm": "layers.#.mlp_post_norm",
 }
+
+
+def _mixer(theirs: str, *projections: str) -> Names:
+    """The modules of a mixer with a state."""
+    kept = {f"layers.#.{theirs}.{name}": f"layers.#.mixer.{name}" for name in (*projections, "norm", "out_proj")}
+    return {f"layers.#.{theirs}": "layers.#.mixer", f"layers.#.{theirs}.conv1d": "layers.#.mixer.conv", **kept}
+
+
+_GRANITE = _mixer("mamba", "in_proj") | _instead(
+    _LLAMA,
+    {
+        "layers.#.shared_mlp.input_linear": ("layers.#.mlp.gate", "layers.#.mlp.up"),
+        "layers.#.shared_mlp.output_linear": "layers.#.mlp.down",
+    },
+)
+_GRANITE_EXPERTS = _GRANITE | {
+    "layers.#.shared_mlp.input_linear": ("layers.#.mlp.shared.gate", "layers.#.mlp.shared.up"),
+    "layers.#.shared_mlp.output_linear": "layers.#.mlp.shared.down",
+    "layers.#.block_sparse_moe.router.layer": "layers.#.mlp.router",
+    # of all experts
+    "layers.#.block_sparse_moe.input_linear": ("layers.#.mlp.gate", "layers.#.mlp.up"),
+    "layers.#.block_sparse_moe.output_linear": "layers.#.mlp.down",
+}
+_QWEN3_MOE = {
+    **_QWEN3,  # some layers have a dense MLP
+    "layers.#.mlp.gate": "layers.#.mlp.router",
+    "layers.#.mlp.experts.*.gate_proj": "layers.#.mlp.gate",
+    "layers.#.mlp.experts.*.up_proj": "layers.#.mlp.up",
+    "layers.#.mlp.experts.*.down_proj": "layers.#.mlp.down",
+}
 _HUGGING_FACE: dict[str, Names] = {
     "mixtral": _instead(
         _LLAMA,
@@ -54,13 +86,23 @@ _HUGGING_FACE: dict[str, Names] = {
         },
     ),
     "qwen3": _QWEN3,
-    "qwen3_moe": {
-        **_QWEN3,  # some layers have a dense MLP
-        "layers.#.mlp.gate": "layers.#.mlp.router",
-        "layers.#.mlp.experts.*.gate_proj": "layers.#.mlp.gate",
-        "layers.#.mlp.experts.*.up_proj": "layers.#.mlp.up",
-        "layers.#.mlp.experts.*.down_proj": "layers.#.mlp.down",
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3_next": {
+        **_QWEN3_MOE,
+        "layers.#.mlp.shared_expert.gate_proj": "layers.#.mlp.shared.gate",
+        "layers.#.mlp.shared_expert.up_proj": "layers.#.mlp.shared.up",
+        "layers.#.mlp.shared_expert.down_proj": "layers.#.mlp.shared.down",
+        "layers.#.mlp.shared_expert_gate": "layers.#.mlp.shared_gate",
+        **_mixer("linear_attn", "in_proj_qkvz", "in_proj_ba"),
     },
+    "mamba2": {
+        "embeddings": "embed",
+        "layers.#.norm": "layers.#.attention_norm",
+        **_mixer("mixer", "in_proj"),
+        "norm_f": "norm",
+        "lm_head": "lm_head",
+    },
+    "granitemoehybrid": _GRANITE,
     "gemma2": _instead(_LLAMA, _GEMMA2),
     "gemma3_text": _instead(_QWEN3, _GEMMA2),
     "phi": _instead(
@@ -112,7 +154,7 @@ class Family:
     Attributes:
       users: well-known models of the family.
       class_name: its class in transformers.
-      gguf: its general.architecture in GGUF files.
+      gguf: its general.architecture in GGUF files; None: they are not read.
       always: fields of DecoderConfig that are the same in all its models.
       defaults: values of keys that a config.json may omit.
       windows: which layers have a window if config.json has sliding_window but no layer_types: "all"; "late", from
@@ -120,17 +162,19 @@ class Family:
       permuted: whether rows of q and k are interleaved in GGUF files.
       float16: whether its activations fit float16, whose largest number is 65,504.
       chat_template: the template of its chat models, for files without one.
+      prefix: of all names in its safetensors except the output layer's.
     """
 
     users: str
     class_name: str
-    gguf: str
+    gguf: str | None
     always: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     windows: Literal["all", "late", "pattern"] | None = None
     permuted: bool = False
     chat_template: str | None = None
     float16: bool = True
+    prefix: str = "model."
 
 
 # https://ai.google.dev/gemma/docs/core/prompt-structure; the system message is prepended to the first turn
@@ -267,12 +311,69 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         defaults=dict(max_position_embeddings=4096, rms_norm_eps=1e-5),
         windows="all",
     ),
+    "mamba2": Family(
+        users="Mamba-2, Codestral Mamba",
+        class_name="Mamba2ForCausalLM",
+        gguf=None,
+        prefix="backbone.",
+        defaults=dict(
+            num_heads=128,
+            head_dim=64,
+            state_size=128,
+            n_groups=8,
+            layer_norm_epsilon=1e-5,
+            max_position_embeddings=2**20,  # a file states no limit, and there is none
+        ),
+    ),
+    "granitemoehybrid": Family(
+        users="Granite 4.0 H",
+        class_name="GraniteMoeHybridForCausalLM",
+        gguf=None,
+        defaults=_NORM
+        | dict(
+            max_position_embeddings=2048,
+            attention_multiplier=1.0,
+            embedding_multiplier=1.0,
+            residual_multiplier=1.0,
+            logits_scaling=1.0,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            shared_intermediate_size=1024,
+            mamba_n_heads=128,
+            mamba_d_state=256,
+        ),
+    ),
+    "qwen3_next": Family(
+        users="Qwen3-Next",
+        class_name="Qwen3NextForCausalLM",
+        gguf=None,
+        always=dict(norm="rms_plus_one", qk_norm=True, attention_gate=True),
+        defaults=_NORM
+        | dict(
+            head_dim=256,
+            num_key_value_heads=2,
+            max_position_embeddings=32_768,
+            partial_rotary_factor=0.25,
+            full_attention_interval=4,
+            num_experts=512,
+            num_experts_per_tok=10,
+            norm_topk_prob=True,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+            linear_num_key_heads=16,
+            linear_num_value_heads=32,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+        ),
+    ),
 }
 
 
-def hugging_face_names(architecture: str) -> Names:
-    """Maps module names in a family's safetensors, without the prefix `model.`, to ours."""
-    return _HUGGING_FACE.get(architecture, _LLAMA)
+def hugging_face_names(config: DecoderConfig) -> Names:
+    """Maps module names in the safetensors of a decoder, without the prefix of its family, to ours."""
+    if config.architecture == "granitemoehybrid" and config.experts is not None:
+        return _GRANITE_EXPERTS
+    return _HUGGING_FACE.get(config.architecture, _LLAMA)
 
 
 def gguf_names(architecture: str) -> Names:

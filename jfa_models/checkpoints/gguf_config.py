@@ -68,7 +68,8 @@ def config_from_gguf(
     arch = metadata.get("general.architecture")
     architectures: dict[str, str] = {}
     for name, family in FAMILIES.items():
-        architectures.setdefault(family.gguf, name)
+        if family.gguf is not None:
+            architectures.setdefault(family.gguf, name)
     family = family_of(arch, "GGUF metadata: general.architecture", architectures)
     architecture = architectures[str(arch)]
     metadata = {key: _same_for_all_layers(key, value) for key, value in metadata.items()}

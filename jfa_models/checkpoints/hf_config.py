@@ -18,6 +18,7 @@ from jfa_models.checkpoints.fields import (
     longrope_attention,
     require,
 )
+from jfa_models.checkpoints.mixers_config import mamba2_from_hf, mamba2_to_hf, mixers_from_hf, mixers_to_hf
 from jfa_models.model.config import DecoderConfig, ExpertsConfig
 from jfa_models.model.rope import (
     LinearScaling,
@@ -35,6 +36,7 @@ _FULL, _WINDOW = "full_attention", "sliding_attention"
 _OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads", "head_dim")
 _COUNTS = (
     "hidden_size",
+    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "head_dim",
@@ -67,6 +69,8 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
             raise ValueError(f"config.json: {key} is not supported, got {config[key]!r}")
     source = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     source |= {key: None for key in _OFF if key in config and config[key] is None}
+    if architecture == "mamba2":
+        return mamba2_from_hf(source)
     eps = "layer_norm_eps" if family.always.get("norm") == "layer" else "rms_norm_eps"
     require(
         source,
@@ -77,14 +81,17 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         "num_hidden_layers",
         "num_attention_heads",
     )
+    if architecture == "granitemoehybrid" and source["num_local_experts"] == 0:
+        del source["num_local_experts"]  # each layer has an MLP
     check_counts(source, "config.json", *_COUNTS)
     num_q_heads, num_layers = source["num_attention_heads"], source["num_hidden_layers"]
     head_dim = source.get("head_dim") or default_head_dim(source["hidden_size"], num_q_heads)
     rope, local_rope = _ropes_from_hf(source, head_dim)
     windows = _windows_from_hf(source, family, num_layers)
-    scalar = source.get("query_pre_attn_scalar")
+    scalar, query_scale = source.get("query_pre_attn_scalar"), source.get("attention_multiplier")
     if scalar is not None:
         check_positive("config.json", query_pre_attn_scalar=scalar)
+        query_scale = scalar**-0.5
     read: dict[str, Any] = dict(
         vocab_size=source["vocab_size"],
         hidden_size=source["hidden_size"],
@@ -102,12 +109,13 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=source.get("attention_bias", False),
         out_bias=source.get("attention_bias", False),
         mlp_bias=source.get("mlp_bias", False),
-        query_scale=None if scalar is None or scalar == head_dim else scalar**-0.5,
+        query_scale=None if query_scale == head_dim**-0.5 else query_scale,
         attention_soft_cap=source.get("attn_logit_softcapping"),
         logits_soft_cap=source.get("final_logit_softcapping"),
         windows=windows,
-        experts=_experts_from_hf(source, num_layers) if architecture in ("mixtral", "qwen3_moe") else None,
+        experts=_experts_from_hf(source, num_layers) if "num_experts_per_tok" in family.defaults else None,
     )
+    read |= mixers_from_hf(source, num_layers)
     return DecoderConfig(architecture=str(architecture), **(read | family.always))
 
 
@@ -118,7 +126,10 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
       ValueError: config.json cannot represent the decoder; the message names the fields.
     """
     family = family_of(config.architecture, "architecture", {name: name for name in FAMILIES})
-    written = _written_for_hf(config, family)
+    if config.architecture == "mamba2" and config.mamba2 is not None:
+        written = mamba2_to_hf(config, config.mamba2)
+    else:
+        written = _written_for_hf(config, family)
     read = config_from_hf(written)
     lost = [
         field.name for field in dataclasses.fields(config) if getattr(read, field.name) != getattr(config, field.name)
@@ -159,6 +170,7 @@ def _written_for_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
         written["attn_logit_softcapping"] = config.attention_soft_cap
         written["final_logit_softcapping"] = config.logits_soft_cap
     written |= _rope_to_hf(config)
+    written |= mixers_to_hf(config)
     if family.windows is not None:
         window = next(filter(None, config.windows), None)
         written["sliding_window"] = window
@@ -169,7 +181,7 @@ def _written_for_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
     if config.experts is not None:
         experts = config.experts
         written["num_experts_per_tok"] = experts.experts_per_token
-        if config.architecture == "mixtral":
+        if config.architecture in ("mixtral", "granitemoehybrid"):
             written |= {"num_local_experts": experts.num_experts, "intermediate_size": experts.intermediate_size}
         else:
             written |= {
@@ -179,18 +191,26 @@ def _written_for_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
                 "mlp_only_layers": list(experts.dense_layers),
                 "decoder_sparse_step": 1,
             }
+        if config.architecture == "qwen3_next":
+            written["shared_expert_intermediate_size"] = experts.shared_size
     return written
 
 
-def _experts_from_hf(source: Mapping[str, Any], num_layers: int) -> ExpertsConfig:
+def _experts_from_hf(source: Mapping[str, Any], num_layers: int) -> ExpertsConfig | None:
+    """None: the layers have MLPs."""
     count = "num_local_experts" if "num_local_experts" in source else "num_experts"
+    if count not in source:
+        return None
+    shared = {"granitemoehybrid": "shared_intermediate_size", "qwen3_next": "shared_expert_intermediate_size"}
     step = source.get("decoder_sparse_step", 1)
     listed = list_of(source.get("mlp_only_layers", ()), int, "config.json: mlp_only_layers")
     return ExpertsConfig(
         num_experts=source[count],
         experts_per_token=source["num_experts_per_tok"],
         intermediate_size=source.get("moe_intermediate_size", source["intermediate_size"]),
-        normalize=source["model_type"] == "mixtral" or source.get("norm_topk_prob", False),
+        normalize=source["model_type"] in ("mixtral", "granitemoehybrid") or source.get("norm_topk_prob", False),
+        shared_size=source[shared[source["model_type"]]] if source["model_type"] in shared else 0,
+        shared_gate=source["model_type"] == "qwen3_next",
         dense_layers=tuple(i for i in range(num_layers) if i in listed or (i + 1) % step),
     )
 
@@ -308,11 +328,15 @@ def _yarn_from_hf(rope: Mapping[str, Any], longest: int, original: int) -> YarnS
 
 def _rope_to_hf(config: DecoderConfig) -> dict[str, Any]:
     rope = config.rope
+    if rope is None:
+        return {}
     written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": _scaling_to_hf(rope.scaling)}
     if rope.rotary_dim is not None:
         part = rope.rotary_dim / config.head_dim
         # readers truncate the product to an integer
         written["partial_rotary_factor"] = part if int(config.head_dim * part) == rope.rotary_dim else part * (1 + 1e-9)
+    elif "partial_rotary_factor" in FAMILIES[config.architecture].defaults:
+        written["partial_rotary_factor"] = 1.0
     if isinstance(rope.scaling, LongRopeScaling):
         written["original_max_position_embeddings"] = rope.scaling.original_context_length
     if config.architecture == "gemma3_text":

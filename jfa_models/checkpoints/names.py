@@ -1,5 +1,6 @@
 """Maps the tensors of a file to the names of our parameters."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,10 @@ ROPE_DIVISORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors
 # Tensors that follow from the configuration, but that older checkpoints contain.
 _DERIVED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|" + "|".join(map(re.escape, ROPE_DIVISORS)))
 
-# In a multimodal model: the prefix of its decoder's tensor names, and the tensors of its vision tower.
-PREFIX = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?")
-_OTHER_SENSES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+# The prefix of a decoder's tensor names, also in a multimodal model; and what is not read: the tensors of a vision
+# tower, and of heads for more than one token.
+PREFIX = re.compile(r"(language_model\.)?(model\.|backbone\.)?(language_model\.)?")
+_NOT_READ = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*|mtp\..*")
 
 
 def by_our_names(
@@ -32,16 +34,16 @@ def by_our_names(
     for name, tensor in tensors.items():
         module, _, kind = name.removeprefix(PREFIX.match(name)[0]).rpartition(".")  # type: ignore[index]
         parts, expert = our_modules(module, table)
-        pieces = _split(tensor, [_num_rows(part, config) for part in parts]) if len(parts) > 1 else [tensor]
-        if pieces is None or not parts:
-            if not (_DERIVED.fullmatch(name) or _OTHER_SENSES.fullmatch(name)):
-                unknown.append(tensor)
-            continue
-        for part, piece in zip(parts, pieces, strict=True):
-            renamed = "scale" if part.endswith("norm") and kind == "weight" else kind
-            target = f"{part}.{renamed}"
-            if expert is not None:
-                stacks.setdefault(target, {})[expert] = piece
+        found = [
+            (f"{part}.{_our_kind(part, kind)}", number, piece)
+            for number, one in _matrices(tensor, expert, parts)
+            for part, piece in zip(parts, _split(one, parts, config) or (), strict=False)
+        ]
+        if not found and not (_DERIVED.fullmatch(name) or _NOT_READ.fullmatch(name)):
+            unknown.append(tensor)
+        for target, number, piece in found:
+            if number is not None:
+                stacks.setdefault(target, {})[number] = piece
             else:
                 known[target] = piece
     for target, stack in stacks.items():
@@ -60,15 +62,37 @@ def our_modules(module: str, table: Names) -> tuple[tuple[str, ...], int | None]
     return tuple(part.replace("#", numbers[0]) if numbers else part for part in parts), expert
 
 
+def _our_kind(module: str, kind: str) -> str:
+    """The last part of our name."""
+    if kind != "weight":
+        return kind
+    return next((ours for end, ours in (("norm", "scale"), (".conv", "kernel")) if module.endswith(end)), kind)
+
+
+def _matrices(tensor: Stored, expert: int | None, parts: Sequence[str]) -> list[tuple[int | None, Stored]]:
+    """The numbers and weights of the experts that a file stores together; of other tensors, the one that is given."""
+    if not parts or not isinstance(tensor, StoredTensor) or len(tensor.shape) != 3:
+        return [(expert, tensor)]
+    count, *rest = tensor.shape
+    if parts[0].endswith(".conv") and rest[0] == 1:  # of a convolution: [channels, 1, width]
+        return [(None, dataclasses.replace(tensor, shape=(count, rest[1])))]
+    return [(i, dataclasses.replace(tensor.rows(i, i + 1), shape=tuple(rest))) for i in range(count)]
+
+
 def _num_rows(module: str, config: DecoderConfig) -> int:
     """Number of rows of a weight that a file stores together with others in one tensor."""
     q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    inner = config.intermediate_size
+    inner, experts = config.intermediate_size, config.experts
+    if experts is not None:
+        inner = experts.shared_size if ".shared." in module else experts.intermediate_size
     return {"q": q_size, "k": kv_size, "v": kv_size, "gate": inner, "up": inner}[module.rpartition(".")[2]]
 
 
-def _split(tensor: Stored, num_rows: Sequence[int]) -> list[Stored] | None:
-    """Splits a tensor into parts with these numbers of rows; None if they do not add up to its number of rows."""
+def _split(tensor: Stored, parts: Sequence[str], config: DecoderConfig) -> list[Stored] | None:
+    """Splits a tensor into those of our modules; None if their rows do not add up to its number of rows."""
+    if len(parts) < 2:
+        return [tensor]
+    num_rows = [_num_rows(part, config) for part in parts]
     ends = list(itertools.accumulate(num_rows))
     if not tensor.shape or tensor.shape[0] != ends[-1]:
         return None

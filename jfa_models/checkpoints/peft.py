@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jfa_models.checkpoints.families import Names, hugging_face_names
+from jfa_models.checkpoints.families import FAMILIES, Names, hugging_face_names
 from jfa_models.checkpoints.locate import download_adapter
 from jfa_models.checkpoints.lora_config import LoraConfig, lora_config, matches
 from jfa_models.checkpoints.names import PREFIX, our_modules
@@ -90,15 +90,18 @@ def read_adapter(path: str | Path, config: DecoderConfig, shapes: Mapping[str, t
     return adapter
 
 
-def save_adapter(folder: Path, adapter: Adapter) -> None:
-    """Writes a folder that PEFT and read_adapter can load. Tensors are float32, as PEFT writes them."""
+def save_adapter(folder: Path, adapter: Adapter, *, prefix: str = "model.") -> None:
+    """Writes a folder that PEFT and read_adapter can load. Tensors are float32, as PEFT writes them.
+
+    prefix: Family.prefix of the model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, kinds in adapter.tensors.items():
         for kind, x in kinds.items():
-            prefix = "" if module == "lm_head" else "model."
+            before = "" if module == "lm_head" else prefix
             inside = "base_layer." if kind == "bias" and "lora_A" in kinds else ""
-            name = f"base_model.model.{prefix}{module}.{inside}{_WRITTEN.get(kind, kind)}"
+            name = f"base_model.model.{before}{module}.{inside}{_WRITTEN.get(kind, kind)}"
             tensors[name] = np.ascontiguousarray(x, np.float32)
     about = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(adapter.config).items()}
     patterns = ("rank_pattern", "alpha_pattern")  # the others that are empty must be null
@@ -182,8 +185,8 @@ def place_of(
     module: str, kinds: Mapping[str, Any], config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> Place | None:
     """None: the decoder has no such module."""
-    table = hugging_face_names(config.architecture)
-    theirs = module if module == "lm_head" else f"model.{module}"
+    table = hugging_face_names(config)
+    theirs = module if module == "lm_head" else f"{FAMILIES[config.architecture].prefix}{module}"
     if _EXPERTS.fullmatch(module):
         for place in _expert_places(module, shapes):
             # the name does not tell which of the two parameters it is
@@ -395,7 +398,7 @@ def linear_modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]])
 
 def _modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Place]]:
     """The Hugging Face names of the modules, except experts, without "model.", and their places."""
-    table: Names = hugging_face_names(config.architecture)
+    table: Names = hugging_face_names(config)
     for theirs in table:
         for layer in range(config.num_layers) if "#" in theirs else (0,):
             module = theirs.replace("#", str(layer))

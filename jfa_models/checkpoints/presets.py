@@ -116,6 +116,12 @@ PRESETS: Mapping[str, DecoderConfig] = {
         query_pre_attn_scalar=168,
         **_LINEAR,
     ),
+    # mistralai/Mamba-Codestral-7B-v0.1
+    "mamba-codestral-7b": config_from_hf(
+        {"model_type": "mamba2", "vocab_size": 32_768, "hidden_size": 4096, "num_hidden_layers": 64}
+    ),
+    # Qwen/Qwen3-Next-80B-A3B-Instruct
+    "qwen3-next-80b-a3b": _model("qwen3_next", 151_936, 2048, 5120, 48, 16, 2, 262_144, 1e7, eps=1e-6),
 }
 
 

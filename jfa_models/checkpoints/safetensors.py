@@ -32,9 +32,10 @@ def open_safetensors(path: Path, folder: Path, files: list[Path]) -> Checkpoint:
     for file in files:
         stored |= read_header(file)
     joined = join_quantized(stored, config)
-    tensors, unknown = by_our_names(joined, hugging_face_names(decoder.architecture), decoder)
+    tensors, unknown = by_our_names(joined, hugging_face_names(decoder), decoder)
     tensors = without_padding(tensors, decoder)
-    if config.get("attention_bias") and "layers.0.attention.o.bias" not in tensors:
+    attention = next((f"layers.{i}.attention" for i in decoder.attention_layers), None)
+    if config.get("attention_bias") and attention and f"{attention}.o.bias" not in tensors:
         # attention_bias means all four; Qwens that were saved as Llama have those of q, k and v only
         decoder = dataclasses.replace(decoder, out_bias=False)
     quantized = {name: tensor for name, tensor in joined.items() if isinstance(tensor, QuantizedTensor)}

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from jfa import QuantizedArray
 from jfa.quant import dequantize
 from jfa_models.checkpoints.compressed import Form, Written, form_of, joined, quantization_config, tensors_of
-from jfa_models.checkpoints.families import hugging_face_names
+from jfa_models.checkpoints.families import FAMILIES, hugging_face_names
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.hf_config import config_to_hf
 from jfa_models.model.config import DecoderConfig
@@ -27,6 +27,8 @@ from jfa_models.text.tokenizer import Tokenizer
 _SHARD_BYTES = 5 * 10**9
 _OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_KINDS = {name: name for name in ("weight", "bias", "A_log", "D", "dt_bias")}  # the last parts of our names, and files'
+_KINDS |= {"scale": "weight", "kernel": "weight"}
 _WRITTEN_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WRITTEN_DTYPES |= {"int64": "I64", "int32": "I32", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 
@@ -92,33 +94,47 @@ class _Piece:
 def _pieces(config: DecoderConfig, params: Mapping[str, Array | QuantizedArray]) -> tuple[list[_Piece], dict[str, Any]]:
     """The parameters under their Hugging Face names, and what config.json says about the quantized ones."""
     pieces = []
+    table, prefix = hugging_face_names(config), FAMILIES[config.architecture].prefix
+    one_by_one = {ours for theirs, ours in table.items() if "*" in theirs}
     forms: dict[str, Form | None] = {} if "lm_head.weight" in params else {"lm_head": None}
-    for theirs, ours in hugging_face_names(config.architecture).items():
+    for theirs, ours in table.items():
         modules = (ours,) if isinstance(ours, str) else ours
         for layer in range(config.num_layers) if "#" in theirs else [0]:
-            for kind, stored in (("weight", "weight"), ("scale", "weight"), ("bias", "bias")):
+            for kind, stored in _KINDS.items():
                 names = [f"{module.replace('#', str(layer))}.{kind}" for module in modules]
-                if names[0] not in params or (len(params[names[0]].shape) == 3) != ("*" in theirs):
-                    continue  # not in this model, or another name applies because this layer has experts
+                if names[0] not in params:
+                    continue  # not in this model
                 sources = [params[name] for name in names]
+                is_stack = len(sources[0].shape) == 3
+                if is_stack != ("*" in theirs) and (ours in one_by_one or not is_stack):
+                    continue  # another name applies because this layer has experts, or none
                 form = form_of(dict(zip(names, sources, strict=True)))
-                tensors = _floats(stored, sources, "*" in theirs) if form is None else tensors_of(form, sources)
-                prefix = "" if theirs == "lm_head" else "model."
+                if form is not None and is_stack and ours not in one_by_one:
+                    raise ValueError(
+                        f"the experts of a {config.architecture} model are one tensor in a file, and cannot be saved "
+                        "quantized; load the model with quantization='none' to save it"
+                    )
+                tensors = _floats(stored, kind, sources, "*" in theirs) if form is None else tensors_of(form, sources)
                 for expert in range(sources[0].shape[0]) if "*" in theirs else [None]:
-                    module = f"{prefix}{theirs.replace('#', str(layer)).replace('*', str(expert))}"
+                    module = theirs.replace("#", str(layer)).replace("*", str(expert))
+                    module = module if theirs == "lm_head" else f"{prefix}{module}"
                     for part, (shape, dtype, convert) in tensors.items():
                         read = functools.partial(_read, sources, expert, convert)
                         pieces.append(_Piece(name=f"{module}.{part}", shape=shape, dtype=np.dtype(dtype), read=read))
-                    if kind == "weight" and theirs != "embed_tokens":
+                    if kind == "weight" and ours != "embed":
                         forms[module] = form
     return pieces, quantization_config(forms)
 
 
-def _floats(name: str, sources: Sequence[Array | QuantizedArray], stacked: bool) -> dict[str, Written]:
+def _floats(name: str, kind: str, sources: Sequence[Array | QuantizedArray], one_by_one: bool) -> dict[str, Written]:
     """One tensor: the sources, or one expert of each, concatenated by rows."""
-    shapes = [x.shape[stacked:] for x in sources]
-    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    return {name: (shape, jax.tree.leaves(sources[0])[0].dtype, joined)}
+    shapes = [x.shape[one_by_one:] for x in sources]
+    axis = max(0, len(shapes[0]) - 2)  # of the rows, if it has all experts
+    shape = [*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :]]
+    if kind == "kernel":
+        shape.insert(1, 1)
+    dtype = jax.tree.leaves(sources[0])[0].dtype
+    return {name: (tuple(shape), dtype, lambda parts: joined(parts, axis).reshape(shape))}
 
 
 def _read(

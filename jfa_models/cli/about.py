@@ -1,9 +1,11 @@
 """The output of `jfa info`."""
 
+import functools
 import importlib.metadata
 import os
 from collections.abc import Iterator
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +21,7 @@ from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.cli.base import DEFAULT_MODEL
 from jfa_models.decoding.language_model import abstract_decoder, compute_dtype, named_leaves
 from jfa_models.decoding.pretrained import weights_of
+from jfa_models.model.mixers import state_cache
 
 PACKAGES = ("jfa", "jax", "jaxlib", "flax", "jax-rocm7-plugin", "jax-rocm10-plugin", "jax-cuda13-plugin", "libtpu")
 
@@ -76,9 +79,12 @@ def _sizes(model: str, given: str | None, quantization: str | None) -> Iterator[
     yield "", f"{num_bytes / 1e6:,.0f} MB in memory, weights as {weights.describe(dtype)}"
     if ends:
         yield "end tokens", ", ".join(ends)
-    whole = config.cache_elements(config.context_length) * dtype.itemsize
-    context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
-    yield "KV cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
+    if config.attention_layers:
+        whole = config.cache_elements(config.context_length) * dtype.itemsize
+        context = f"{whole / 1e6:,.0f} MB for its context of {config.context_length:,} tokens"
+        yield "KV cache", f"{config.cache_elements_per_token * dtype.itemsize:,} bytes per token, {context}"
+    if (states := jax.eval_shape(functools.partial(state_cache, config, batch=1, dtype=dtype))) is not None:
+        yield "states", f"{states.num_bytes:,} bytes per text, however long it is, in {len(states.state)} layers"
     windows = [window for i in range(config.num_layers) if (window := config.window(i)) is not None]
     if windows:
         yield "", f"{len(windows)} of {config.num_layers} layers see and store only the last {windows[0]:,} tokens"

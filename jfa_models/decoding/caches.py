@@ -10,6 +10,7 @@ import jfa
 from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.attention import Cache, paged_cache
 from jfa_models.model.config import DecoderConfig
+from jfa_models.model.mixers import state_cache
 
 # Prompts are prefilled in chunks of PREFILL_CHUNK tokens, the last one padded to a power of two; cache capacities and
 # batch sizes are powers of two. This keeps the number of shapes, and so of compilations, small.
@@ -20,19 +21,21 @@ SLACK = 128  # tokens that a layer stores in addition to its window: how far a s
 
 
 def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
-    """An empty cache for at least capacity tokens per row."""
+    """An empty cache for at least capacity tokens per row; contiguous if no layer has attention."""
     capacity = max(SMALLEST_CAPACITY, power_of_two(capacity))
-    if options.kind == "contiguous":
-        return jfa.KVCache.create(
-            num_layers=config.num_layers,
+    states = state_cache(config, batch=batch, dtype=dtype)
+    if options.kind == "contiguous" or not config.attention_layers:
+        cache = jfa.KVCache.create(
+            num_layers=len(config.attention_layers),
             batch=batch,
             capacity=capacity,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=dtype,
-            windows=[config.window(i) for i in range(config.num_layers)],
+            windows=[config.window(i) for i in config.attention_layers],
             slack=SLACK,
         )
+        return dataclasses.replace(cache, states=states)
     own = _own_pages(config, batch, capacity, options.page_size)
     cache = paged_cache(
         config,
@@ -43,7 +46,7 @@ def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capac
         dtype=dtype,
         kv_dtype=options.kv_dtype,
     )
-    return dataclasses.replace(cache, page_tables=own)
+    return dataclasses.replace(cache, page_tables=own, states=states)
 
 
 def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int) -> tuple[np.ndarray, ...]:

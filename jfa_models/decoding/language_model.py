@@ -149,8 +149,9 @@ class LanguageModel:
         noise = (0.02 * np.random.default_rng(seed).standard_normal(1_000_003)).astype(dtype)
         params, start = [], 0
         for name, shape in named_leaves(abstract).items():
-            if name.endswith(("scale", "bias")):
-                is_one = name.endswith("scale") and config.norm != "rms_plus_one"
+            if name.endswith(("scale", "bias", ".D")):
+                plus_one = config.norm == "rms_plus_one" and ".mixer." not in name
+                is_one = not name.endswith("bias") and not plus_one
                 params.append(jnp.full(shape.shape, float(is_one), dtype))
             else:
                 weight = np.resize(np.roll(noise, start), shape.shape)
@@ -372,9 +373,9 @@ class LanguageModel:
                             state, emitted = self.steps.decode(self.params, state, adapters=adapters[1])
                     yield request.output()
             finally:
-                # the cache contains every token except the last one, which only a step that ran ahead may have added
-                held = [*prompt_ids, *request.completion.token_ids[:-1]]
                 if request.completion.error is None:  # otherwise the cache may hold NaN: the next call starts over
+                    # a step that ran ahead may have added the last token
+                    held = [*prompt_ids, *request.completion.token_ids][: int(state.cache.kv_len[0])]
                     session.give(state.cache, held)
 
     def _run_batch(self, requests: "Sequence[_Request]") -> None:
@@ -557,7 +558,8 @@ class LanguageModel:
 class Session:
     """The KV cache of a conversation, kept between calls of stream. It supports one call at a time.
 
-    If the beginning of a prompt is already in the cache, only the tokens from the first difference on are computed.
+    If the beginning of a prompt is already in the cache, only the tokens from the first difference on are computed; of
+    a model with states, which cannot go back, only if the cache has nothing else.
     """
 
     def __init__(self) -> None:
@@ -579,16 +581,16 @@ class Session:
         if self._model not in (None, model):
             raise ValueError("this session has the cache of another model; use a separate session for each model")
         self._model = model
-        if self._adapter is not adapter:
-            self._adapter, self._ids = adapter, []
         cache, self._cache = self._cache, None
-        if cache is None:
+        known = 0
+        if self._adapter is adapter:
+            while known < min(len(self._ids), len(prompt_ids) - 1) and self._ids[known] == prompt_ids[known]:
+                known += 1
+        self._adapter = adapter
+        if cache is None or (cache.states is not None and known < len(self._ids)):
             return model.new_cache(batch=1, capacity=capacity), 0
         if cache.capacity < capacity:
             cache = caches.grown(model.config, cache, caches.power_of_two(capacity))
-        known = 0
-        while known < min(len(self._ids), len(prompt_ids) - 1) and self._ids[known] == prompt_ids[known]:
-            known += 1
         windows = [window for window in model.config.patterns if window is not None]
         if windows and len(self._ids) - known > caches.SLACK and len(self._ids) > min(windows):
             known = 0  # keys that the next tokens must see are no longer stored in layers with a window

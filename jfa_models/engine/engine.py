@@ -125,6 +125,7 @@ class Engine:
           ValueError: an argument is out of range; the message names it.
         """
         config = model.config
+        _check_no_states(model)
         if max_num_batched_tokens is None:
             max_num_batched_tokens = max(max_num_seqs, 512 if jax.default_backend() == "cpu" else 2048)
         if max_model_len is not None and not 1 <= max_model_len <= config.context_length:
@@ -143,6 +144,7 @@ class Engine:
         self._draft: LanguageModel | None = None
         if self._speculation is not None and self._speculation.method != "ngram":
             self._draft = draft_model_of(self._speculation, model)
+            _check_no_states(self._draft)
         longest = max_model_len or config.context_length
 
         def new_cache(num_pages: Sequence[int]) -> jfa.PagedKVCache:
@@ -514,6 +516,14 @@ class Stream:
             self._engine.abort(self.request.id)
 
     __del__ = close
+
+
+def _check_no_states(model: LanguageModel) -> None:
+    if model.config.states is not None:
+        raise ValueError(
+            f"the engine does not hold the states of a {model.config.architecture} model yet; "
+            "use LanguageModel.generate"
+        )
 
 
 def _most_pages(most: int, num_bytes: Callable[[int], int]) -> int:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -28,9 +29,9 @@ def paged_cache(
     dtype: DTypeLike,
     kv_dtype: str | None,
 ) -> jfa.PagedKVCache:
-    """An empty cache for a decoder, with a page table and num_pages[i] pages per attention pattern."""
+    """An empty cache for a decoder, with a page table and num_pages[i] pages per attention pattern; without states."""
     return jfa.PagedKVCache.create(
-        num_layers=config.num_layers,
+        num_layers=len(config.attention_layers),
         num_pages=num_pages,
         page_size=page_size,
         batch=batch,
@@ -39,7 +40,7 @@ def paged_cache(
         head_dim=config.head_dim,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        table_of=[config.patterns.index(config.window(i)) for i in range(config.num_layers)],
+        table_of=[config.patterns.index(config.window(i)) for i in config.attention_layers],
     )
 
 
@@ -60,13 +61,17 @@ class Rows(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention (arXiv:2305.13245)."""
+    """Grouped-query self-attention (arXiv:2305.13245); its layer in a cache is its number among those with attention.
+
+    With a gate, each head of q is followed by its gate, which is applied as in arXiv:2505.06708.
+    """
 
     def __init__(
         self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None
     ):
-        self.layer = layer
+        self.layer = config.attention_layers.index(layer)
         self.head_dim = config.head_dim
+        self.has_gate = config.attention_gate
         self.window = config.window(layer)
         self.options: dict[str, Any] = dict(
             implementation=implementation,
@@ -80,7 +85,7 @@ class Attention(nnx.Module):
             config.num_kv_heads * config.head_dim,
         )
         linear = functools.partial(Linear, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.q = linear(hidden, q_size)
+        self.q = linear(hidden, q_size * (1 + config.attention_gate))
         self.k = linear(hidden, kv_size)
         self.v = linear(hidden, kv_size)
         self.o = linear(q_size, hidden, bias=config.out_bias)
@@ -90,21 +95,26 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t hidden"],
-        rotation: "Rotation",
+        rotation: "Rotation | None",
         rows: Rows,
         cache: Cache | None,
         scope: Scope = UNCHANGED,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """Attends over the cache (its valid tokens, then x), or over only x without a cache.
 
+        rotation: None: queries and keys are not rotated.
         scope: what adapters change.
         """
         lengths, query_start, segments, tree_mask = rows
-        projections = {"q": self.q, "k": self.k, "v": self.v}
-        q, k, v = (self._heads(project(x, scope.at(name))) for name, project in projections.items())
+        q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
+        gate = None
+        if self.has_gate:
+            q, gate = jnp.split(q.reshape(*x.shape[:2], -1, 2 * self.head_dim), 2, axis=-1)
+        q, k, v = (self._heads(part) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, scope.at("q_norm")), self.k_norm(k, scope.at("k_norm"))
-        q, k = rotation(q), rotation(k)
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
         if cache is None:
             q_len = lengths if x.shape[1] > 1 else None
             ids: dict[str, Any] = dict(query_segment_ids=segments, key_value_segment_ids=segments)
@@ -118,9 +128,11 @@ class Attention(nnx.Module):
         else:
             cache = cache.write(self.layer, k, v, lengths)
             out = self._over_pages(q, cache, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(*x.shape[:2], -1), scope.at("o")), cache
 
-    def _heads(self, x: Float[Array, "b t size"]) -> Float[Array, "b t h d"]:
+    def _heads(self, x: Float[Array, "b t *size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
     def _over_slots(

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,38 +17,55 @@ from jfa_models.model.attention import Attention, Cache, Rotation, Rows
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
+from jfa_models.model.mixers import GatedDelta, Mamba2
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or both of the same norm(x), in a parallel block (GPT-J)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or both of the same norm(x), in a parallel block (GPT-J).
+
+    Some have a mixer with a state in place of attention, and some no MLP.
+    """
 
     def __init__(
         self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None
     ):
         hidden = config.hidden_size
         self.attention_norm = make_norm(config, hidden, dtype=dtype)
-        self.attention = Attention(config, layer, dtype=dtype, rngs=rngs, implementation=implementation)
+        self.multiplier = config.residual_multiplier
+        mixer = {"mamba2": Mamba2, "gated_delta": GatedDelta}.get(config.mixer(layer))
+        options: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        self.attention = None if mixer else Attention(config, layer, implementation=implementation, **options)
+        self.mixer = mixer(config, layer, **options) if mixer else None
         self.attention_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
-        self.mlp_norm = None if config.parallel_block else make_norm(config, hidden, dtype=dtype)
-        self.mlp = (Experts if config.has_experts(layer) else MLP)(config, dtype=dtype, rngs=rngs)
+        has_norm = config.has_mlp and not config.parallel_block
+        self.mlp_norm = make_norm(config, hidden, dtype=dtype) if has_norm else None
+        mlp = Experts if config.has_experts(layer) else MLP
+        self.mlp = mlp(config, **options) if config.has_mlp else None
         self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
 
     @with_default_rules
     def __call__(self, x, rotation, rows, cache, scope=UNCHANGED):
         normed = self.attention_norm(x, scope.at("attention_norm"))
-        attended, cache = self.attention(normed, rotation, rows, cache, scope.inside("attention"))
+        name, mixer = ("mixer", self.mixer) if self.attention is None else ("attention", self.attention)
+        assert mixer is not None
+        attended, cache = mixer(normed, rotation, rows, cache, scope.inside(name))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended, scope.at("attention_post_norm"))
-        x = x + attended
+        x = x + self._weighed(attended)
+        if self.mlp is None:
+            return x, cache
         normed = normed if self.mlp_norm is None else self.mlp_norm(x, scope.at("mlp_norm"))
         out = self.mlp(normed, scope.inside("mlp"))
         if self.mlp_post_norm is not None:
             out = self.mlp_post_norm(out, scope.at("mlp_post_norm"))
-        return x + out, cache
+        return x + self._weighed(out), cache
+
+    def _weighed(self, x):
+        return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer as a pure function: no hidden state; the cache is an argument and a result.
+    """A decoder-only language model as a pure function: no hidden state; the cache is an argument and a result.
 
     attention_implementation: the implementation of jfa's ops by name; None: the ops choose.
     """
@@ -98,12 +116,17 @@ class Decoder(nnx.Module):
           adapters: changes of the weights.
           slot: which of the adapters each row uses; NO_ADAPTER: none. None: no row uses one.
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
+
+        Raises:
+          ValueError: query_start is given, but a layer has a state.
         """
         t = tokens.shape[1]
         scope = UNCHANGED
         assert tree_mask is None or query_start is not None
         if query_start is not None:
             assert cache is not None and lengths is None
+            if self.config.states is not None:
+                raise ValueError("a decoder with states takes one row of tokens per text, and no query_start")
             new = jnp.diff(query_start)
             row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right", method="compare_all")
             offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens after the last row belong to no row
@@ -121,11 +144,13 @@ class Decoder(nnx.Module):
             if adapters is not None and slot is not None:
                 scope = adapters.scope(jnp.broadcast_to(slot[:, None], tokens.shape))
         config = self.config
-        rotation = Rotation(config, config.rope, positions)
+        rotation = None if config.rope is None else Rotation(config, config.rope, positions)
         local = rotation if config.local_rope is None else Rotation(config, config.local_rope, positions)
         x = self.embed(tokens, scope.at("embed"))
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.hidden_size), x.dtype)
+        if config.embedding_multiplier != 1.0:
+            x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
         for i, block in enumerate(self.layers):
             run = functools.partial(
                 block,
@@ -152,5 +177,7 @@ class Decoder(nnx.Module):
             scope = adapters.scope(jnp.broadcast_to(slot, hidden.shape[:-1]))
         head = self.embed.attend if self.lm_head is None else self.lm_head
         logits = head(hidden, scope.at("lm_head")).astype(jnp.float32)
+        if self.config.logits_divisor != 1.0:
+            logits = logits / self.config.logits_divisor
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -59,18 +59,21 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32, returned in the dtype of x.
 
-    With plus_one, 1 is added to the stored scale, and the product is in float32 too, as in training.
+    With plus_one, 1 is added to the stored scale, and the product is in float32 too, as in training. With num_groups,
+    each of so many equal parts of x has a root mean square of its own.
     Source: arXiv:1910.07467.
     """
 
-    def __init__(self, size: int, *, eps: float, plus_one: bool = False, dtype: DTypeLike):
+    def __init__(self, size: int, *, eps: float, plus_one: bool = False, num_groups: int = 1, dtype: DTypeLike):
         self.eps = eps
         self.plus_one = plus_one
+        self.num_groups = num_groups
         self.scale = nnx.Param(jnp.full(size, 0.0 if plus_one else 1.0, dtype))
 
     def __call__(self, x: Float[Array, "*b size"], change: Applied | None = None) -> Float[Array, "*b size"]:
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], self.num_groups, -1)
         wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        wide = wide.reshape(x.shape)
         scale = self.scale[...] if change is None else change.scale(self.scale[...], x)
         if self.plus_one:
             return (wide * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
@@ -108,13 +111,14 @@ def make_norm(config: DecoderConfig, size: int, *, dtype: DTypeLike) -> RMSNorm 
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
+    size: of the inner vectors; None: config.intermediate_size.
     Source: arXiv:2002.05202.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def __init__(self, config: DecoderConfig, *, size: int | None = None, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, size or config.intermediate_size
         linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.act = _ACTIVATIONS[config.hidden_act]
+        self.act = ACTIVATIONS[config.hidden_act]
         self.gate = linear(hidden, inner) if config.gated_mlp else None
         self.up = linear(hidden, inner)
         self.down = linear(inner, hidden)
@@ -128,21 +132,34 @@ class MLP(nnx.Module):
 class Experts(nnx.Module):
     """A mixture of gated MLPs: every token goes to a few of them, whose outputs are summed with the router's weights.
 
+    One more MLP may process every token, with a gate of its own.
     Source: arXiv:2401.04088, section 2.1.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         assert config.experts is not None
         self.config = config.experts
-        self.act = _ACTIVATIONS[config.hidden_act]
+        self.act = ACTIVATIONS[config.hidden_act]
         hidden, inner = config.hidden_size, config.experts.intermediate_size
         stacked = functools.partial(StackedLinear, config.experts.num_experts, dtype=dtype, rngs=rngs)
         self.router = Linear(hidden, config.experts.num_experts, bias=False, dtype=dtype, rngs=rngs)
         self.gate = stacked(hidden, inner)
         self.up = stacked(hidden, inner)
         self.down = stacked(inner, hidden)
+        size, has_gate = config.experts.shared_size, config.experts.shared_gate
+        self.shared = MLP(config, size=size, dtype=dtype, rngs=rngs) if size else None
+        self.shared_gate = Linear(hidden, 1, bias=False, dtype=dtype, rngs=rngs) if has_gate else None
 
     def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
+        routed = self._routed(x, scope)
+        if self.shared is None:
+            return routed
+        shared = self.shared(x, scope.inside("shared"))
+        if self.shared_gate is not None:
+            shared = shared * jax.nn.sigmoid(self.shared_gate(x, scope.at("shared_gate")))
+        return routed + shared
+
+    def _routed(self, x: Float[Array, "*b hidden"], scope: Scope) -> Float[Array, "*b hidden"]:
         tokens = x.reshape(-1, x.shape[-1])
         scope = scope.flat()
         weights = jax.nn.softmax(self.router(tokens, scope.at("router")).astype(jnp.float32), axis=-1)
@@ -219,7 +236,7 @@ def for_each_expert(
     return out.reshape(num_blocks * rows, -1)[place].reshape(n, k, -1)
 
 
-_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),

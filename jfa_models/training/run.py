@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jfa import QuantizedArray
+from jfa_models.checkpoints.families import FAMILIES
 from jfa_models.checkpoints.peft import Adapter, save_adapter
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.text.files import read_json, write_json
@@ -193,7 +194,8 @@ def finetune(
             last = time.monotonic()
         tensors = jax.device_get(state.tensors)
         if adapter is not None:
-            save_adapter(output, dataclasses.replace(adapter, tensors=tensors))
+            prefix = FAMILIES[model.config.architecture].prefix
+            save_adapter(output, dataclasses.replace(adapter, tensors=tensors), prefix=prefix)
         else:
             held = dict(zip(model.names, model.params, strict=True))
             params = tuple(jnp.asarray(tensors[name], jax.tree.leaves(x)[0].dtype) for name, x in held.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FAMILIES = "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3".split()
+FAMILIES += "mamba2 granitemoehybrid qwen3_next".split()
 OF_TRAINING = {"model_type", "initializer_range", "use_cache", "attention_dropout", "pretraining_tp"}
 OF_TRAINING |= {"resid_pdrop", "embd_pdrop", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits"}
 LEFT_OUT = {*PreTrainedConfig().to_dict(), *OF_TRAINING, "bos_token_id", "eos_token_id", "pad_token_id"}

@@ -63,6 +63,13 @@ SMALL = {
     "eos_token_id": 2,
 }
 
+OF_ATTENTION = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+LAST_NORMS = ("model.norm.weight", "backbone.norm_f.weight")
+GRANITE_MISTAKES = {
+    f"{key} of 1": {key: 1.0}
+    for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -307,7 +314,80 @@ def all_cases() -> dict[str, Case]:
             wrong=gemma3_mistakes(6),
             gguf="gemma3",
         ),
+        "mamba2": Case(
+            config=mamba2(n_groups=2, use_bias=True, time_step_limit=(0.3, 1.2)),
+            wrong={
+                "shortest step": {"time_step_limit": (0.0, 1.2)},
+                "longest step": {"time_step_limit": (0.3, math.inf)},
+                "activation": {"hidden_act": "gelu"},
+            },
+        ),
+        "mamba2_tied": Case(
+            config=mamba2(n_groups=1, use_conv_bias=False, conv_kernel=3, tie_word_embeddings=True),
+            wrong={"activation": {"hidden_act": "gelu"}},
+        ),
+        "granitemoehybrid": Case(config=granite(num_local_experts=0, mamba_n_groups=2), wrong=GRANITE_MISTAKES),
+        "granitemoehybrid_moe": Case(
+            config=granite(
+                **{"intermediate_size": 16, "shared_intermediate_size": 20},
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                mamba_n_groups=1,
+                mamba_proj_bias=True,
+                attention_bias=True,
+                time_step_limit=(0.3, 1.2),
+                position_embedding_type="rope",
+                rope_parameters=plain_rope(1e3),
+                tie_word_embeddings=True,
+            ),
+            wrong=GRANITE_MISTAKES
+            | {
+                "experts per token": {"num_experts_per_tok": 1},
+                "no rope": {"position_embedding_type": None},
+                "shortest step": {"time_step_limit": (0.0, 1.2)},
+            },
+        ),
+        "qwen3_next": Case(
+            config=transformers.Qwen3NextConfig(
+                **SMALL | {"num_hidden_layers": 4},
+                head_dim=16,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                linear_key_head_dim=8,
+                linear_value_head_dim=12,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=16,
+                shared_expert_intermediate_size=20,
+                norm_topk_prob=True,
+                mlp_only_layers=[1],
+                rope_parameters=plain_rope(1e3, partial_rotary_factor=0.5),
+            ),
+            wrong={
+                "normalised weights": {"norm_topk_prob": False},
+                "experts per token": {"num_experts_per_tok": 1},
+                "partial rotary": {"rope_parameters": plain_rope(1e3, partial_rotary_factor=1.0)},
+            },
+        ),
     }
+
+
+def mamba2(**more: Any) -> PreTrainedConfig:
+    """Eight heads of eight; their states are not square."""
+    small = {key: value for key, value in SMALL.items() if key not in OF_ATTENTION}
+    return transformers.Mamba2Config(**small, num_heads=8, head_dim=8, state_size=12, chunk_size=7, **more)
+
+
+def granite(**more: Any) -> PreTrainedConfig:
+    """One layer of attention between two with states."""
+    return transformers.GraniteMoeHybridConfig(
+        **SMALL
+        | {"num_hidden_layers": 3, "shared_intermediate_size": 24}
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 12, "mamba_chunk_size": 7}
+        | {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.5, "logits_scaling": 2.0}
+        | more
+    )
 
 
 def plain_rope(theta: float, **more: float) -> dict[str, Any]:
@@ -397,21 +477,24 @@ def fill(model: PreTrainedModel, generator: torch.Generator) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
+            elif name.endswith("A_log"):
+                parameter.copy_(0.7 * noise - 1.5)  # states that last for some tokens
             elif parameter.ndim == 1:
                 # without mixed signs before tied logits, every token would predict itself
-                mixed_signs = model.config.tie_word_embeddings and name == "model.norm.weight"
+                mixed_signs = model.config.tie_word_embeddings and name in LAST_NORMS
                 factor = noise if mixed_signs else 1 + 0.3 * noise
-                parameter.copy_(factor - 1 + neutral_norm(model.config))
-            elif "embed_tokens" in name:
+                parameter.copy_(factor - 1 + neutral_norm(model.config, name))
+            elif "embed" in name:
                 parameter.copy_(0.4 * noise)
             else:
                 gain = 2.5 if "lm_head" in name else 1.5
                 parameter.copy_(gain / math.sqrt(parameter.shape[-1]) * noise)
 
 
-def neutral_norm(config: PreTrainedConfig) -> float:
-    """The weight of a norm that scales by one: gemma stores what is added to one."""
-    return 0.0 if "gemma" in config.model_type else 1.0
+def neutral_norm(config: PreTrainedConfig, name: str = "") -> float:
+    """The weight of a norm that scales by one: gemma and most norms of qwen3_next store what is added to one."""
+    adds_one = "gemma" in config.model_type or config.model_type == "qwen3_next"
+    return 0.0 if adds_one and not name.endswith("linear_attn.norm.weight") else 1.0
 
 
 def truth(model: PreTrainedModel, generator: torch.Generator) -> dict[str, np.ndarray]:
@@ -421,14 +504,21 @@ def truth(model: PreTrainedModel, generator: torch.Generator) -> dict[str, np.nd
     padded_ids[1, :PADDING] = model.config.pad_token_id
     mask[1, :PADDING] = 0
     greedy, margin = greedy_continuation(model, input_ids)
+    plain = logits(model, input_ids)
+    if any(name.endswith("in_proj.bias") for name, _ in model.named_parameters()):
+        # transformers 5.23 lets this bias of the padding into the convolution of the first real tokens
+        padded = plain.clone()
+        padded[1, PADDING:] = plain[1, :-PADDING]
+    else:
+        padded = logits(model, padded_ids, mask)
     arrays = {
         "input_ids": input_ids,
-        "logits": logits(model, input_ids),
+        "logits": plain,
         "greedy": greedy,
         "greedy_margin": margin,
         "padded_input_ids": padded_ids,
         "padded_mask": mask,
-        "padded_logits": logits(model, padded_ids, mask),
+        "padded_logits": padded,
     }
     return {key: as_stored(value) for key, value in arrays.items()}
 
@@ -487,8 +577,14 @@ def small_tensors(neutral: float) -> dict[str, tuple[Callable[[str], bool], floa
         "biases": (lambda name: name.endswith(".bias"), 0.0),
         "q/k norms": (lambda name: name.endswith(("q_norm.weight", "k_norm.weight")), neutral),
         "layer norms": (lambda name: name.endswith("layernorm.weight"), neutral),
-        "last norm": (lambda name: name.endswith((".norm.weight", "final_layernorm.weight")), neutral),
-        "router": (lambda name: name.endswith("mlp.gate.weight"), 0.0),
+        "last norm": (lambda name: name in LAST_NORMS or name.endswith("final_layernorm.weight"), neutral),
+        "router": (lambda name: name.endswith(("mlp.gate.weight", "router.weight")), 0.0),
+        "gated norms": (lambda name: name.endswith(("mixer.norm.weight", "a.norm.weight", "attn.norm.weight")), 1.0),
+        "norms of mixers": (lambda name: bool(re.search(r"layers\.\d+\.norm\.weight", name)), neutral),
+        "skips": (lambda name: name.endswith(".D"), 0.0),
+        "decays": (lambda name: name.endswith(".A_log"), 0.0),
+        "biases of time steps": (lambda name: name.endswith(".dt_bias"), 0.0),
+        "gate of the shared expert": (lambda name: name.endswith("shared_expert_gate.weight"), 0.0),
     }
 
 

@@ -82,7 +82,7 @@ def test_logits_of_a_family_agree_with_transformers(name):
 
 
 # families whose layers use the cache differently; the others run with -m exhaustive
-QUICK = ("gemma3", "mistral", "mixtral", "phi2", "phi3_long")
+QUICK = ("gemma3", "granitemoehybrid", "mamba2", "mistral", "mixtral", "phi2", "phi3_long", "qwen3_next")
 
 
 @pytest.mark.parametrize("name", [run(name, quick=name in QUICK) for name in CASES])
@@ -147,7 +147,7 @@ def test_a_bias_of_the_output_projection_may_be_left_out(tmp_path):
     np.testing.assert_array_equal(*logits)
 
 
-PAGES = [("mistral", None), ("phi2", None), ("qwen3_moe", None)] + [
+PAGES = [(name, None) for name in ("granitemoehybrid", "mistral", "phi2", "qwen3_moe", "qwen3_next")] + [
     ("gemma3", kind) for kind in (None, "int8", "fp8", "int4")
 ]
 ROUNDED = {None: CLOSE, "int8": 0.01, "fp8": 0.05, "int4": 0.15}  # mean distance, of the spread of the logits

@@ -112,6 +112,14 @@ def test_info_leaves_out_end_tokens_that_no_model_can_write(jfa, folder, tmp_pat
     assert status == 0 and "(1)" in out and str(2**40) not in out
 
 
+@pytest.mark.parametrize(("name", "has_attention"), [("mamba2", False), ("granitemoehybrid", True)])
+def test_info_counts_states_by_text_and_keys_by_token(jfa, name, has_attention):
+    status, out, err = jfa("info", "--model", GOLDEN / name)
+    states = from_pretrained(GOLDEN / name).new_cache(batch=1, capacity=1).states
+    assert (status, err) == (0, "") and ("KV cache" in out) == has_attention
+    assert f"states {states.num_bytes:,} bytes per text, however long it is, in 2 layers" in " ".join(out.split())
+
+
 def test_an_error_of_jax_on_this_machine_is_one_line(jfa, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("Unable to initialize backend 'foo'")

@@ -6,7 +6,7 @@ import pytest
 
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.presets import preset
-from jfa_models.model.config import DecoderConfig, ExpertsConfig
+from jfa_models.model.config import DecoderConfig, ExpertsConfig, GatedDeltaConfig, Mamba2Config
 from jfa_models.model.rope import ListedScaling, RopeConfig
 from jfa_models.text.files import read_json
 
@@ -49,6 +49,41 @@ REFUSED_FIELDS = {  # name: (changed fields, message)
     ),
 }
 
+MAMBA2 = Mamba2Config(num_heads=6, head_dim=8, state_size=4, num_groups=2)
+DELTA = GatedDeltaConfig(num_key_heads=2, num_value_heads=4, key_dim=8, value_dim=6)
+REFUSED_FIELDS |= {
+    "no_attention": ({"head_dim": 0}, "head_dim must be an integer >= 1 in a decoder with attention, got 0"),
+    "multiplier": ({"residual_multiplier": 0.0}, "residual_multiplier must be a finite number > 0, got 0.0"),
+    "mixers": ({"mixers": ("attention",)}, "mixers must have one entry per layer, 3, got 1"),
+    "mixer": ({"mixers": ("rwkv",) * 3}, "a mixer must be one of attention, mamba2, gated_delta, got rwkv"),
+    "mixer_of_nothing": ({"mixers": ("mamba2",) * 3}, "mixers has mamba2, so mamba2 must be its configuration"),
+    "two_states": ({"mamba2": MAMBA2, "gated_delta": DELTA}, "a decoder has layers of mamba2 or of gated_delta, got"),
+}
+REFUSED_STATES = {  # name: (configuration, changed fields, message)
+    "groups": (MAMBA2, {"num_groups": 4}, "num_heads must be a multiple of num_groups, got 6 and 4"),
+    "limit": (MAMBA2, {"time_step_limit": (2.0, 1.0)}, r"must be two numbers, 0 <= low <= high, got \(2.0, 1.0\)"),
+    "width": (MAMBA2, {"conv_width": 1}, "conv_width must be at least 2, got 1"),
+    "width_of_delta": (DELTA, {"conv_width": 1}, "conv_width must be at least 2, got 1"),
+    "key_heads": (DELTA, {"num_key_heads": 3}, "num_value_heads must be a multiple of num_key_heads, got 4 and 3"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_STATES)
+def test_invalid_fields_of_mixers_are_refused(name):
+    config, changed, message = REFUSED_STATES[name]
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changed)
+
+
+def test_layers_with_attention_and_with_states_are_numbered_by_themselves():
+    mixers = ("mamba2", "attention", "mamba2")
+    config = dataclasses.replace(CONFIG, mixers=mixers, mamba2=MAMBA2, windows=(None, 4, None))
+    assert (config.attention_layers, config.state_layers) == ((1,), (0, 2))
+    assert config.patterns == (4,) and config.cache_elements(9) == 2 * 4 * 2 * 16
+    assert config.states == MAMBA2 and CONFIG.states is None
+    first = config.with_layers(1)
+    assert (first.mixers, first.attention_layers, first.patterns) == (("mamba2",), (), ())
+
 
 def test_the_first_layers_of_a_decoder():
     config = dataclasses.replace(CONFIG, windows=(4, None, 4)).with_layers(2)
@@ -78,6 +113,7 @@ PUBLISHED = {
     "gemma-2-9b": 9.242,
     "gemma-3-270m": 0.268,
     "gemma-3-27b": 27.009,
+    "mamba-codestral-7b": 7.285,
 }
 
 

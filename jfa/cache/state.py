@@ -1,0 +1,70 @@
+"""What layers without attention keep of a text: a state of a fixed size for each row, however long the text is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateCache:
+    """The states of all layers of one model that have one. Every method returns a new cache.
+
+    A state is that after a row's last token, and cannot be taken back to an earlier one. Donate the cache to the jitted
+    function that returns the new one.
+
+    Attributes:
+      conv: for each layer, the last inputs of its causal convolution.
+      state: for each layer, the states of its heads.
+    """
+
+    conv: tuple[Float[Array, "rows width-1 channels"], ...]
+    state: tuple[Float[Array, "rows heads dk dv"], ...]
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        rows: int,
+        conv_width: int,
+        channels: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: DTypeLike,
+    ) -> "StateCache":
+        """The states before the first token: zeros.
+
+        Args:
+          num_layers: of the layers that have a state.
+          dtype: of the inputs of the convolutions; the states are float32.
+        """
+        # a separate array for each layer: a buffer that two leaves share cannot be donated
+        layers = range(num_layers)
+        return cls(
+            conv=tuple(jnp.zeros((rows, conv_width - 1, channels), dtype) for _ in layers),
+            state=tuple(jnp.zeros((rows, num_heads, key_dim, value_dim), jnp.float32) for _ in layers),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Total size in bytes."""
+        return sum(x.size * x.dtype.itemsize for x in (*self.conv, *self.state))
+
+    def write(
+        self, layer: int, conv: Float[Array, "rows width-1 channels"], state: Float[Array, "rows heads dk dv"]
+    ) -> "StateCache":
+        """With the new states of one layer."""
+        return StateCache(
+            conv=(*self.conv[:layer], conv, *self.conv[layer + 1 :]),
+            state=(*self.state[:layer], state, *self.state[layer + 1 :]),
+        )
+
+
+def check_no_states(states: StateCache | None) -> None:
+    if states is not None:
+        raise ValueError("a cache with states cannot drop tokens: a state cannot be taken back; start with a new cache")
