@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from jfa.rules import with_default_rules
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +53,11 @@ class StateCache:
         )
 
     @property
+    def num_rows(self) -> int:
+        """Rows that have states."""
+        return self.state[0].shape[0]
+
+    @property
     def num_bytes(self) -> int:
         """Total size in bytes."""
         return sum(x.size * x.dtype.itemsize for x in (*self.conv, *self.state))
@@ -63,6 +70,18 @@ class StateCache:
             conv=(*self.conv[:layer], conv, *self.conv[layer + 1 :]),
             state=(*self.state[:layer], state, *self.state[layer + 1 :]),
         )
+
+    @with_default_rules
+    def copy(self, source: Int[Array, " n"], destination: Int[Array, " n"]) -> "StateCache":
+        """Copies the states of rows source to rows destination, in all layers. All are read before any is written.
+
+        A destination out of range is not written: such pairs serve as padding.
+        """
+
+        def copied(x: Array) -> Array:
+            return x.at[destination].set(jnp.take(x, source, axis=0, mode="clip"), mode="drop")
+
+        return jax.tree.map(copied, self)
 
 
 def check_no_states(states: StateCache | None) -> None:

@@ -127,6 +127,7 @@ class Steps:
     propose(params, cache, batch, rows, num_generated, lengths, confidence) -> (cache, i32[k, b], i32[b]): drafts
     adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: sets a slot's values for a request
     copy_pages(cache, source, destination, table=0) -> cache
+    copy_states(cache, source, destination) -> cache: those of slots
 
     Cache, state, slots and the hidden state of prefill are donated. All that take params also take adapters=, which
     matter to the rows whose `adapter` is a slot: one program if some row of a step has one, and one if none has.
@@ -156,6 +157,7 @@ class Steps:
         self.verify = jax.jit(with_default_rules(_verify), donate_argnums=0)
         self.adjust = jax.jit(with_default_rules(_adjust), donate_argnums=0)
         self.propose = step(_propose, donate=(1,))
+        self.copy_states = jax.jit(_copy_states, donate_argnums=0)
         self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0, static_argnames="table")
 
 
@@ -264,7 +266,8 @@ def _advance(
     known = jnp.take(batch.tokens, first, mode="clip")
     token = jnp.where(known < 0, jnp.take(last_token, batch.slot, mode="clip"), known)
     tokens = batch.tokens.at[first].set(token, mode="drop").reshape(shape)
-    states, filled = decoder(tokens, lengths=lengths, query_start=batch.query_start, cache=cache, slot=batch.adapter)
+    rows = dict(lengths=lengths, query_start=batch.query_start, slot=batch.adapter, state_slot=batch.slot)
+    states, filled = decoder(tokens, cache=cache, **rows)
     assert filled is not None
     states = states.reshape(n, -1)
     slot = batch.adapter  # of each row, then of each token
@@ -419,6 +422,11 @@ def _verify(
         counts = slots.output_counts.at[jnp.where(emitted, slot, none), new].add(1, mode="drop")
         slots = dataclasses.replace(slots, output_counts=counts)
     return slots, sampled
+
+
+def _copy_states(cache: Cache, source: Int[Array, " n"], destination: Int[Array, " n"]) -> Cache:
+    assert cache.states is not None
+    return dataclasses.replace(cache, states=cache.states.copy(source, destination))
 
 
 def _adjust(slots: Slots, slot, prompt_seen, output_counts, logit_bias) -> Slots:

@@ -37,6 +37,7 @@ from jfa_models.engine.results import Results
 from jfa_models.engine.scheduler import Scheduler
 from jfa_models.engine.speculator import LONGEST_FORCED, NgramProposer, Proposer, Speculated, Speculator
 from jfa_models.model.attention import paged_cache
+from jfa_models.model.mixers import state_cache
 
 FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
 HOST_CACHE_BYTES = 2**30  # for pages, if the device does not report its memory
@@ -88,6 +89,9 @@ class Engine:
     """Continuous batching over a paged cache. Any thread may call its methods; one thread at a time runs a step.
 
     A request's tokens do not depend on other requests, unless rounding, which depends on the batch size, breaks a tie.
+
+    A model with states (Mamba-2, for example) has those of each running continuation in the cache, beside the pages. It
+    has no prefix caching and no speculation.
     """
 
     def __init__(
@@ -125,7 +129,6 @@ class Engine:
           ValueError: an argument is out of range; the message names it.
         """
         config = model.config
-        _check_no_states(model)
         if max_num_batched_tokens is None:
             max_num_batched_tokens = max(max_num_seqs, 512 if jax.default_backend() == "cpu" else 2048)
         if max_model_len is not None and not 1 <= max_model_len <= config.context_length:
@@ -144,11 +147,14 @@ class Engine:
         self._draft: LanguageModel | None = None
         if self._speculation is not None and self._speculation.method != "ngram":
             self._draft = draft_model_of(self._speculation, model)
-            _check_no_states(self._draft)
+        if self._speculation is not None:
+            _check_drafts(self._draft, model)
         longest = max_model_len or config.context_length
+        if not config.attention_layers:
+            page_size = longest  # pages without keys and values: one for each sequence
 
         def new_cache(num_pages: Sequence[int]) -> jfa.PagedKVCache:
-            return paged_cache(
+            cache = paged_cache(
                 config,
                 num_pages=num_pages,
                 page_size=page_size,
@@ -157,8 +163,9 @@ class Engine:
                 dtype=model.dtype,
                 kv_dtype=kv_dtype,
             )
+            return dataclasses.replace(cache, states=state_cache(config, batch=max_num_seqs, dtype=model.dtype))
 
-        windows, draft = config.patterns, self._draft
+        windows, draft = config.patterns or (None,), self._draft
 
         def num_bytes(num_pages: Sequence[int]) -> int:
             own = jax.eval_shape(lambda: new_cache(num_pages)).num_bytes
@@ -197,7 +204,8 @@ class Engine:
             new_pools(),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_caching=enable_prefix_caching,
+            # the states after a prefix are not kept
+            enable_prefix_caching=enable_prefix_caching and config.states is None,
         )
         self._clock = clock
         self._numbers = itertools.count()
@@ -518,12 +526,13 @@ class Stream:
     __del__ = close
 
 
-def _check_no_states(model: LanguageModel) -> None:
-    if model.config.states is not None:
-        raise ValueError(
-            f"the engine does not hold the states of a {model.config.architecture} model yet; "
-            "use LanguageModel.generate"
-        )
+def _check_drafts(draft: LanguageModel | None, model: LanguageModel) -> None:
+    for one in (model, draft):
+        if one is not None and one.config.states is not None:
+            raise ValueError(
+                f"speculative_config: a {one.config.architecture} model cannot speculate, since its states cannot go "
+                "back to the last accepted token; leave it out"
+            )
 
 
 def _most_pages(most: int, num_bytes: Callable[[int], int]) -> int:

@@ -127,8 +127,10 @@ class Launcher:
         for b, n in sorted(drafted):
             if n < 2 * b * (1 + longest_draft):
                 compile_step(b, n, draws=True, verifies=True)
-        for n, pool in itertools.product(buckets(SMALLEST_COPY, most), range(len(self._no_tables))):
-            self.copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
+        for n in buckets(SMALLEST_COPY, most):
+            for pool in range(len(self._no_tables)):
+                self.copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
+            self.copy_states([(most, most)] * n)
         if any(one.adjusts_logits for one in params):
             self._adjust(most, GREEDY, (), ())
 
@@ -136,6 +138,8 @@ class Launcher:
         """Starts a step on the device and does not wait for it."""
         most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
         self.copy([copy for chunk in chunks for copy in chunk.copies])
+        self.copy_states(self.scheduler.forked)
+        self.scheduler.forked.clear()
         total = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         rows = [(chunk, one) for chunk in chunks for one in (chunk.of, *chunk.followers)]
         verifies = any(chunk.drafts for chunk in chunks)
@@ -178,6 +182,7 @@ class Launcher:
             adapter,
         )
         logits, prompt_logprobs = self._advance(batch, tables, kv_len, adapters)
+        self.copy_states([(slot_of(one.of), slot_of(child)) for one in chunks for child in one.followers])
         sampled = None
         sampling = [
             (int(start[row]) if verifies else row, one, chunk.drafts)
@@ -288,6 +293,20 @@ class Launcher:
                 self.cache = self.model.steps.copy_pages(self.cache, *pairs, table=i)
                 if self.copies_too is not None:
                     self.copies_too(i, *pairs)
+
+    def copy_states(self, slots: Sequence[tuple[int, int]]) -> None:
+        """Copies the states of a model that has some, each from a slot to another one."""
+        if slots and self.cache.states is not None:
+            n = bucket(len(slots), SMALLEST_COPY, self.scheduler.max_num_seqs)
+            pairs = np.full((2, n), self.scheduler.max_num_seqs, np.int32)
+            pairs[:, : len(slots)] = np.transpose(slots)
+            self.cache = self.model.steps.copy_states(self.cache, *pairs)
+
+
+def slot_of(one: Continuation) -> int:
+    """The slot of a running continuation."""
+    assert one.slot is not None
+    return one.slot
 
 
 def host_batch(tokens, query_start, slot, last, next_tokens, adapter) -> Batch:

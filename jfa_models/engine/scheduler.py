@@ -48,6 +48,7 @@ class Scheduler:
 
     Attributes:
       num_preemptions: how often a continuation was preempted.
+      forked: the slots of parents and children that were forked since the last step, apart from a chunk's followers.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
+        self.forked: list[tuple[int, int]] = []
         self._slots = list(reversed(range(max_num_seqs)))  # a stack of the free ones
         self._running: list[Continuation] = []  # sorted by order
         self._waiting: list[tuple[tuple[int, int, int], Continuation]] = []  # a heap
@@ -99,8 +101,12 @@ class Scheduler:
         if one.slot is not None:
             self._release(one)
 
-    def fork(self, parent: Continuation, child: Continuation) -> bool:
+    def fork(self, parent: Continuation, child: Continuation) -> None:
         """Starts a child with the parent's computed tokens, on the same pages; without pages or a slot it waits."""
+        if self._fork(parent, child) and parent.slot is not None and child.slot is not None:
+            self.forked.append((parent.slot, child.slot))
+
+    def _fork(self, parent: Continuation, child: Continuation) -> bool:
         if parent.slot is None or not self._slots:
             self.add(child)
             return False
@@ -215,7 +221,7 @@ class Scheduler:
             self._commit(one)
         followers = []
         if samples:
-            followers = [child for child in one.followers if not child.finished and self.fork(one, child)]
+            followers = [child for child in one.followers if not child.finished and self._fork(one, child)]
             one.followers = []
             for each in (one, *followers):
                 if each.draws:

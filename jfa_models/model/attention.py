@@ -44,6 +44,14 @@ def paged_cache(
     )
 
 
+class StateRows(NamedTuple):
+    """The rows of a step whose states are in slots of a StateCache, as arguments of jfa's ragged linear attention."""
+
+    slot: Int[Array, " rows"]
+    query_start: Int[Array, " rows+1"]
+    is_new: Bool[Array, " rows"]
+
+
 class Rows(NamedTuple):
     """How the tokens of a step [b, t] are divided.
 
@@ -52,12 +60,14 @@ class Rows(NamedTuple):
       query_start: there is one row; the new tokens of row i of a paged cache start at query_start[i] in it.
       segments: rows have several texts one after another, numbered; a token sees those of its own. Without a cache.
       tree_mask: with query_start, the new tokens of its row that each token sees, as in jfa.ragged_paged_attention.
+      of_states: where the rows' states are. None: row r has the states of row r of the cache.
     """
 
     lengths: Int[Array, " b"] | None = None
     query_start: Int[Array, " rows+1"] | None = None
     segments: Int[Array, "b t"] | None = None
     tree_mask: Bool[Array, "t m"] | None = None
+    of_states: StateRows | None = None
 
 
 class Attention(nnx.Module):
@@ -105,7 +115,7 @@ class Attention(nnx.Module):
         rotation: None: queries and keys are not rotated.
         scope: what adapters change.
         """
-        lengths, query_start, segments, tree_mask = rows
+        lengths, query_start, segments, tree_mask, _ = rows
         q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
         gate = None
         if self.has_gate:

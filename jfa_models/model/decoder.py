@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jfa import trees
 from jfa.rules import with_default_rules
-from jfa_models.model.attention import Attention, Cache, Rotation, Rows
+from jfa_models.model.attention import Attention, Cache, Rotation, Rows, StateRows
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
@@ -98,6 +98,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         adapters: Adapters | None = None,
         slot: Int[Array, " rows"] | None = None,
+        state_slot: Int[Array, " rows"] | None = None,
         remat: Callable[[Callable], Callable] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """The normalized hidden state of every token, and the cache with the tokens added.
@@ -115,18 +116,16 @@ class Decoder(nnx.Module):
             tokens; PagedKVCache.compact keeps a path.
           adapters: changes of the weights.
           slot: which of the adapters each row uses; NO_ADAPTER: none. None: no row uses one.
+          state_slot: with query_start, or one token per row: the row of cache.states that each row has, out of range
+            for rows of padding, which come last. A row without earlier tokens starts with new states. None: its own.
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
-
-        Raises:
-          ValueError: query_start is given, but a layer has a state.
         """
         t = tokens.shape[1]
         scope = UNCHANGED
         assert tree_mask is None or query_start is not None
         if query_start is not None:
             assert cache is not None and lengths is None
-            if self.config.states is not None:
-                raise ValueError("a decoder with states takes one row of tokens per text, and no query_start")
+            assert self.config.states is None or (state_slot is not None and tree_mask is None)
             new = jnp.diff(query_start)
             row = jnp.searchsorted(query_start[1:], jnp.arange(t), side="right", method="compare_all")
             offset = jnp.append(cache.kv_len - query_start[:-1], 0)  # tokens after the last row belong to no row
@@ -143,6 +142,14 @@ class Decoder(nnx.Module):
                 positions = positions - lax.cummax(jnp.where(begins, positions, 0), axis=1)
             if adapters is not None and slot is not None:
                 scope = adapters.scope(jnp.broadcast_to(slot[:, None], tokens.shape))
+        of_states = None
+        if state_slot is not None and cache is not None and cache.states is not None:
+            starts = query_start
+            if starts is None:
+                assert t == 1
+                is_row = state_slot < cache.states.num_rows
+                starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(is_row, dtype=jnp.int32)])
+            of_states = StateRows(state_slot, starts, cache.kv_len == 0)
         config = self.config
         rotation = None if config.rope is None else Rotation(config, config.rope, positions)
         local = rotation if config.local_rope is None else Rotation(config, config.local_rope, positions)
@@ -155,7 +162,7 @@ class Decoder(nnx.Module):
             run = functools.partial(
                 block,
                 rotation=local if config.is_local(i) else rotation,
-                rows=Rows(lengths, query_start, segments, tree_mask),
+                rows=Rows(lengths, query_start, segments, tree_mask, of_states),
                 cache=cache,
                 scope=scope.inside("layers").inside(str(i)),
             )

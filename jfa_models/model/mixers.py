@@ -147,6 +147,11 @@ class CausalConv(nnx.Module):
     ) -> tuple[Float[Array, "b t channels"], Float[Array, "b width-1 channels"]]:
         """past: the last inputs before x, None: zeros; also returns the last ones after it."""
         bias = None if self.bias is None else self.bias[...]
+        if rows.of_states is not None:
+            assert past is not None
+            tokens = x.reshape(-1, x.shape[2])
+            out, past = jfa.ragged_causal_conv(tokens, self.kernel[...], past, bias=bias, **rows.of_states._asdict())
+            return out.reshape(x.shape), past
         options = dict(initial_state=past, seq_lengths=rows.lengths, segment_ids=rows.segments)
         return jfa.causal_conv(x, self.kernel[...], bias, **options)
 
@@ -162,9 +167,20 @@ def _attended(
     *,
     scale: float | None = None,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
-    """The outputs, and the state after each row's last valid token; a row without one keeps its state."""
+    """The outputs, and the state after each row's last valid token; a row without one keeps its state.
+
+    With rows.of_states, `state` is that of all slots.
+    """
+    options: dict[str, Any]
+    if rows.of_states is not None:
+        assert state is not None
+        q, k, v, decay = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value, log_decay))
+        beta = None if beta is None else beta.reshape(-1, beta.shape[2])
+        options = rows.of_states._asdict() | dict(beta=beta, scale=scale)
+        out, state = jfa.ragged_linear_attention(q, k, v, decay, state, **options)
+        return out.reshape(value.shape), state
     if state is None or value.shape[1] > 1:
-        options: dict[str, Any] = dict(initial_state=state, seq_lengths=rows.lengths, segment_ids=rows.segments)
+        options = dict(initial_state=state, seq_lengths=rows.lengths, segment_ids=rows.segments)
         return jfa.linear_attention(query, key, value, log_decay, beta=beta, scale=scale, **options)
     q, k, v, decay = (x[:, 0] for x in (query, key, value, log_decay))
     out, new = jfa.linear_attention_step(q, k, v, decay, state, beta=None if beta is None else beta[:, 0], scale=scale)

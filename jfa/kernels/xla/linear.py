@@ -147,8 +147,10 @@ def _chunk(
     if beta is not None:
         added_before = jnp.tril(decays.weights(k, k), -1) * _swapped(beta)[..., None]
         wanted = beta[..., None] * (v - decays.read(k, state))
-        system = added_before + jnp.eye(k.shape[2], dtype=jnp.float32)
-        v = _swapped(lax.linalg.triangular_solve(system, _swapped(wanted), **_FORWARD))
+        if (size := k.shape[2]) > 1:
+            system = added_before + jnp.eye(size, dtype=jnp.float32)
+            wanted = _swapped(lax.linalg.triangular_solve(system, _swapped(wanted), **_FORWARD))
+        v = wanted
     near = _swapped(_matmul(decays.weights(q, k), _swapped(v)))
     return decays.write(state, k, v), decays.read(q, state) + near
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,9 +12,7 @@ from runs import run
 from safetensors.numpy import load_file
 
 import jfa
-from jfa_models import LLM, Engine, LanguageModel, SamplingParams, from_pretrained
-from jfa_models.checkpoints.gguf_config import config_from_gguf
-from jfa_models.checkpoints.hf_config import config_from_hf
+from jfa_models import Engine, LanguageModel, SamplingParams, from_pretrained
 from jfa_models.checkpoints.peft import read_adapter, save_adapter
 from jfa_models.decoding.language_model import Session
 from jfa_models.training import Batch, Trainable, make_optimizer, make_train_step, new_adapter, new_state
@@ -203,73 +199,17 @@ def test_an_adapter_of_mamba_has_the_names_of_its_checkpoint(tmp_path):
 # What is refused
 
 
-def test_the_engine_refuses_states_with_one_sentence(tmp_path):
-    message = "the engine does not hold the states of a mamba2 model yet; use LanguageModel.generate"
+SPECULATION = {"ngram": {"method": "ngram"}, "self": {"method": "self", "num_layers": 1}}
+
+
+@pytest.mark.parametrize("config", SPECULATION.values(), ids=SPECULATION)
+def test_speculation_is_refused_with_one_sentence(config):
+    message = "speculative_config: a mamba2 model cannot speculate, since its states cannot go back"
     with pytest.raises(ValueError, match=message):
-        Engine(loaded("mamba2"))
-    with pytest.raises(ValueError, match=message):
-        LLM(GOLDEN / "mamba2")
+        Engine(loaded("mamba2"), speculative_config=config | {"num_speculative_tokens": 2})
+
+
+def test_a_draft_model_with_states_is_refused():
     draft = {"method": "draft_model", "model": str(GOLDEN / "mamba2"), "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="a mamba2 model cannot speculate"):
         Engine(from_pretrained(GOLDEN / "llama3_tiny", dtype="float32"), num_pages=9, speculative_config=draft)
-
-
-def test_ragged_rows_are_refused():
-    model = loaded("granitemoehybrid", "paged")
-    cache = model.new_cache(batch=1, capacity=8)
-    graphdef, state = nnx.split(model.decoder)
-    decoder = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), model.params))
-    with pytest.raises(ValueError, match="a decoder with states takes one row of tokens per text, and no query_start"):
-        decoder(jnp.zeros((1, 4), jnp.int32), query_start=jnp.array([0, 4]), cache=cache)
-
-
-@pytest.mark.parametrize("architecture", ["mamba2", "granitehybrid", "qwen3next"])
-def test_gguf_files_of_these_families_are_refused(architecture):
-    with pytest.raises(ValueError, match=f"general.architecture '{architecture}' is not supported; supported arch"):
-        config_from_gguf({"general.architecture": architecture}, ())
-
-
-def config_json(name, **changes):
-    return json.loads((GOLDEN / name / "config.json").read_text()) | changes
-
-
-REFUSED = {  # name: (config.json, message)
-    "layer_type": (
-        config_json("granitemoehybrid", layer_types=["linear_attention", "full_attention", "rwkv"]),
-        "layer_types must be linear_attention or full_attention for each of the 3 layers, got 3 entries: .*rwkv",
-    ),
-    "layers": (config_json("qwen3_next", layer_types=["full_attention"]), "for each of the 4 layers, got 1 entries"),
-    "positions": (
-        config_json("granitemoehybrid", position_embedding_type="alibi"),
-        "position_embedding_type must be nope or rope, got 'alibi'",
-    ),
-    "heads": (config_json("granitemoehybrid", mamba_n_heads=4), r"expand times hidden_size, 2 \* 32, got 4 \* 8"),
-    "heads_of_mamba": (config_json("mamba2", num_heads=4), r"expand times hidden_size, 2 \* 32, got 4 \* 8"),
-    "limit": (config_json("mamba2", time_step_limit=[0.1]), "time_step_limit must be two numbers"),
-    "limit_text": (config_json("mamba2", time_step_limit=["0", "1"]), "time_step_limit must be a list of int or float"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_config_json_that_says_something_else_is_refused(name):
-    config, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        config_from_hf(config)
-
-
-def test_older_names_of_layers_are_read():
-    kinds = ["mamba", "attention", "mamba"]
-    older = config_json("granitemoehybrid", layer_types=kinds)
-    assert config_from_hf(older) == loaded("granitemoehybrid").config
-    del older["layer_types"]
-    assert config_from_hf(older | {"layers_block_type": kinds}) == loaded("granitemoehybrid").config
-    every_third = config_json("qwen3_next", layer_types=None, full_attention_interval=3)
-    assert config_from_hf(every_third).attention_layers == (2,)
-
-
-def test_quantized_experts_of_granite_are_not_saved(tmp_path):
-    model = from_pretrained(GOLDEN / "granitemoehybrid_moe", dtype="float32", quantization="int8")
-    with pytest.raises(
-        ValueError, match="the experts of a granitemoehybrid model are one tensor in a file, and cannot"
-    ):
-        model.save_pretrained(tmp_path / "saved")
