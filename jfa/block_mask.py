@@ -345,6 +345,13 @@ class BlockMask:
         return _sorted(jnp.where(some, jnp.where(whole, 0, 1), 2), other, visits.kinds)
 
 
+class SparseOperands(NamedTuple):
+    """What attention with a BlockMask reads."""
+
+    dense: Operands
+    mask: BlockMask
+
+
 class _Builder(NamedTuple):
     """The tiles of a mask that is being made."""
 

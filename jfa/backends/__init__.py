@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.block_mask import BlockMask, SparseOperands
 from jfa.device import probe
 from jfa.types import (
     AttentionSpec,
@@ -49,6 +50,11 @@ def flash(name: str) -> FlashBackend:
     return importlib.import_module(f"jfa.backends.{name}").FLASH
 
 
+def sparse(name: str) -> SparseBackend:
+    """The backend with this name, one of NAMES, of attention with a BlockMask."""
+    return importlib.import_module(f"jfa.backends.{name}").SPARSE
+
+
 def paged(name: str) -> PagedBackend:
     """The paged attention backend with this name, one of NAMES."""
     return importlib.import_module(f"jfa.backends.{name}").PAGED
@@ -59,7 +65,7 @@ def product(name: str) -> ProductBackend:
     return importlib.import_module(f"jfa.backends.{name}").PRODUCT
 
 
-Table = Callable[[str], FlashBackend | PagedBackend | ProductBackend]
+Table = Callable[[str], FlashBackend | SparseBackend | PagedBackend | ProductBackend]
 
 
 def select(
@@ -74,7 +80,7 @@ def select(
 
     Args:
       implementation: a backend by name, or None for the platform's first backend that supports the call.
-      operands: Operands, PagedOperands with table=paged, or ProductOperands with table=product.
+      operands: Operands, or with another table SparseOperands, PagedOperands or ProductOperands.
       spec: a ProductSpec with table=product, else an AttentionSpec.
 
     Raises:
@@ -127,6 +133,7 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     pages: Any = jax.ShapeDtypeStruct((65, 16, 8, 64), dtype)
     numbers: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     plain = Operands(row, row, row)
+    visited = SparseOperands(plain, BlockMask.sliding_window(1024, 1024, 128))
     decode = PagedOperands(jax.ShapeDtypeStruct((1, 8, 64), dtype), pages, pages, numbers, numbers)  # type: ignore[arg-type]
     tuned = tuning.flash_config(device.arch, dtype=jnp.dtype(dtype).name, head_dim=64)
     tuned_paged = functools.partial(
@@ -153,12 +160,14 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
             device,
             tuned_paged("ragged_paged_attention") is not None,
         ),
+        _explained("block_sparse_attention", sparse, visited, spec, device, tuned is not None),
         _explained("quantized_matmul", product, rows, product_spec, device, tuned_product is not None),
     )
 
 
 _OF_REFERENCE = {
     flash: "stores all scores in memory; used only if requested",
+    sparse: "stores all scores in memory; used only if requested",
     paged: "stores all scores in memory; used only if requested",
     product: "dequantizes the whole weight to float32; used only if requested",
 }

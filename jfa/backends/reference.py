@@ -1,6 +1,6 @@
 """The plain formula, used only if requested by name. JAX differentiates it."""
 
-from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, PagedBackend, ProductBackend, SparseBackend
 from jfa.reference.attention import attention
 from jfa.reference.paged import paged_attention
 from jfa.reference.products import quantized_matmul
@@ -16,6 +16,10 @@ def _no_config(*call) -> None:
 
 def _run(operands, spec, config, device):
     return attention(operands, spec=spec)
+
+
+def _run_sparse(operands, spec, config, device):
+    return attention(operands.dense._replace(mask=operands.mask.to_array()), spec=spec)
 
 
 def _run_paged(operands, spec, config, device):
@@ -35,6 +39,14 @@ FLASH = FlashBackend(
     default_config=_no_config,
     config_type=None,
     run=_run,
+    backward_config=_differentiates_itself,
+    run_backward=_differentiates_itself,
+)
+SPARSE = SparseBackend(
+    why_not=_serves,
+    default_config=_no_config,
+    config_type=None,
+    run=_run_sparse,
     backward_config=_differentiates_itself,
     run_backward=_differentiates_itself,
 )

@@ -346,8 +346,14 @@ def _put(x: Float[Array, "rows+1 m d"], blocks: Float[Array, "n m d"], rows: Int
 
 
 def _add(x: Float[Array, "b hkv d keys"], blocks: Float[Array, "n d bk"], lanes: _Round, tile: _ScoreTile) -> Array:
-    """Adds a block of columns for each lane, one after another: several lanes may visit one tile."""
-    for block, batch, head, j in zip(blocks, lanes.batch, tile.kv_head, tile.j, strict=True):
-        at = (batch, head, 0, j * block.shape[1])
-        x = lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, (1, 1, *block.shape)) + block, at)
-    return x
+    """Adds a block of columns for each lane, one after another: several lanes may visit one tile.
+
+    A loop, since XLA on a CPU would copy the whole array for each of a chain of updates.
+    """
+
+    def one(n, x):
+        block = lax.dynamic_slice_in_dim(blocks, n, 1)[None]
+        at = lanes.batch[n], tile.kv_head[n], 0, tile.j[n] * blocks.shape[2]
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, block.shape) + block, at)
+
+    return lax.fori_loop(0, len(blocks), one, x)
