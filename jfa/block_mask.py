@@ -1,6 +1,6 @@
 """BlockMask: which tiles of keys each tile of queries visits, for jfa.block_sparse_attention.
 
-Source of the format: arXiv:2412.05496, section 3 (FlexAttention's lists of full and partial blocks, in both directions).
+Source of the format: arXiv:2412.05496, section 3 (lists of full and partial blocks, in both directions).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,10 +27,10 @@ _WHOLE = 0
 class Visits(NamedTuple):
     """For each tile of one axis, the tiles of the other axis that it visits: first whole ones, then partial ones."""
 
-    indices: Int[Array, "#b #hq n width"]  # entries from `count` on have no meaning
+    indices: Int[Array, "#b #hq n width"]  # entries from `num_visited` on have no meaning
     kinds: Int[Array, "#b #hq n width"]  # index of the visited tile in BlockMask.tiles
-    full: Int[Array, "#b #hq n"]  # number of visited tiles that are visible whole
-    count: Int[Array, "#b #hq n"]  # number of visited tiles
+    num_whole: Int[Array, "#b #hq n"]  # number of visited tiles that are visible whole
+    num_visited: Int[Array, "#b #hq n"]  # number of visited tiles
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +95,7 @@ class BlockMask:
                 f"mask must be a boolean array [batch, heads, queries, keys], got {whole.dtype} of shape {whole.shape}"
             )
         whole = whole.reshape((1,) * (4 - whole.ndim) + whole.shape)
-        make = _Builder(*whole.shape[2:], block_q, block_kv)
+        make = _Builder(whole.shape[2], whole.shape[3], block_q, block_kv)
 
         def tiles(b: int, h: int, i: int, j: np.ndarray) -> np.ndarray:
             q, k = make.positions(i, j)
@@ -256,7 +257,9 @@ class BlockMask:
             return found[1] > found[0]
 
         visible = crossed(first_k, last_k, vertical) | crossed(first_q - last_k, last_q - first_k, slash)
-        return cls(**make.of_whole_tiles(visible & (first_k <= last_q)))
+        crossing = -(-block_q // block_kv) + 1  # tiles of a row of tiles that one slash line crosses, at most
+        width = min(make.grid[1], vertical.shape[3] + crossing * slash.shape[3])
+        return cls(**make.of_whole_tiles(visible & (first_k <= last_q), width))
 
     @classmethod
     @with_default_rules
@@ -296,12 +299,12 @@ class BlockMask:
         best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
         kinds = jnp.full(scores.shape, _NOT_VISITED)
         kinds = jnp.put_along_axis(kinds, chosen, jnp.where(best > -jnp.inf, _WHOLE, _NOT_VISITED), -1, inplace=False)
-        return cls(**make.of_whole_tiles(kinds == _WHOLE, width=k))
+        return cls(**make.of_whole_tiles(kinds == _WHOLE, k))
 
     @property
     def num_tiles(self) -> Int[Array, ""]:
         """Number of visited tiles, over the mask's own batch rows and heads."""
-        return self.kv.count.sum()
+        return self.kv.num_visited.sum()
 
     @property
     def density(self) -> Float[Array, ""]:
@@ -311,16 +314,19 @@ class BlockMask:
 
     def to_array(self) -> Bool[Array, "#b #hq tq tk"]:
         """The mask with an element per query and key."""
-        b, h, n, width = self.kv.indices.shape
-        visited = jnp.arange(width) < self.kv.count[..., None]
-        place = jnp.where(visited, self.kv.indices, self.q.indices.shape[2])
-        at = *jnp.ogrid[:b, :h, :n], ...
-        batch, head, row = (x[..., None] for x in at[:3])
-        kinds = jnp.full((b, h, n, self.q.indices.shape[2]), len(self.tiles))
-        kinds = kinds.at[batch, head, row, place].set(self.kv.kinds, mode="drop")
-        shapes = jnp.concatenate([self.tiles, jnp.zeros_like(self.tiles[:1])])
-        whole = shapes[kinds].swapaxes(3, 4).reshape(b, h, n * self.block_q, -1)
+        kinds = self.grid()
+        found = self.tiles[jnp.maximum(kinds, 0)] & (kinds >= 0)[..., None, None]
+        b, h, n, m = kinds.shape
+        whole = found.swapaxes(3, 4).reshape(b, h, n * self.block_q, m * self.block_kv)
         return whole[:, :, : self.tq, : self.tk]
+
+    def grid(self) -> Int[Array, "#b #hq n m"]:
+        """The index of each tile in `tiles`, -1 for those that are not visited."""
+        b, h, n, width = self.kv.indices.shape
+        m = self.q.indices.shape[2]
+        place = jnp.where(jnp.arange(width) < self.kv.num_visited[..., None], self.kv.indices, m)
+        kinds = jnp.full((b, h, n, m), _NOT_VISITED)
+        return kinds.at[(*jnp.ogrid[:b, :h, :n, :1][:3], place)].set(self.kv.kinds, mode="drop")
 
     def seen(self, operands: Operands, spec: AttentionSpec, *, transposed: bool = False) -> Visits:
         """The visits that remain under a causal mask and lengths; a tile that these cut is partial.
@@ -334,7 +340,7 @@ class BlockMask:
         i, j = (other, own) if transposed else (own, other)
         first_q, last_q = i * self.block_q, jnp.minimum((i + 1) * self.block_q, self.tq) - 1
         first_k, last_k = j * self.block_kv, jnp.minimum((j + 1) * self.block_kv, self.tk) - 1
-        some = jnp.arange(other.shape[3]) < visits.count[..., None]
+        some = jnp.arange(other.shape[3]) < visits.num_visited[..., None]
         whole = visits.kinds == _WHOLE
         if spec.causal:
             offset = 0 if operands.q_offset is None else _per_row(operands.q_offset)
@@ -422,15 +428,13 @@ class _Builder(NamedTuple):
 
     def _of(self, kinds: Any, tiles: np.ndarray, width: int | None = None) -> dict[str, Any]:
         fields = {name: int(size) for name, size in self._asdict().items()}
-        return fields | dict(
-            kv=_visits(kinds, width), q=_visits(kinds.swapaxes(2, 3), None), tiles=jnp.asarray(tiles)
-        )
+        return fields | dict(kv=_visits(kinds, width), q=_visits(kinds.swapaxes(2, 3), None), tiles=jnp.asarray(tiles))
 
 
 def _visits(kinds: Any, width: int | None) -> Visits:
-    """The visits of a grid of kinds [b, h, n, m]. width: the largest number of a row; None: known from the grid."""
+    """The visits of a grid of kinds [b, h, n, m]. width: the most of a row if the grid is traced; None: any number."""
     rank = jnp.where(kinds == _NOT_VISITED, 2, jnp.minimum(kinds, 1))
-    if isinstance(kinds, np.ndarray) or (width is None and not isinstance(kinds, jax.core.Tracer)):
+    if not isinstance(kinds, Tracer):
         width = int((kinds != _NOT_VISITED).sum(-1).max(initial=1))
     index = jnp.broadcast_to(jnp.arange(kinds.shape[3], dtype=jnp.int32), kinds.shape)
     visits = _sorted(rank, index, jnp.asarray(kinds))
@@ -450,7 +454,7 @@ def _per_row(x: Int[Array, " b"]) -> Int[Array, "b 1 1 1"]:
 
 
 def _concrete(name: str, x: ArrayLike) -> np.ndarray:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise ValueError(f"{name} is traced: make an exact BlockMask outside of jit and pass it as an argument")
     return np.asarray(x)
 

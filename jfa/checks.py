@@ -65,7 +65,7 @@ def block_mask(mask: BlockMask, query: Array, key: Array) -> None:
             f"block_mask has tiles of {mask.block_q} by {mask.block_kv} for {mask.tq} queries and {mask.tk} keys, got "
             f"{tq} and {tk}; make it for these lengths, or pad query, key and value and pass key_value_seq_lengths"
         )
-    got = mask.kv.count.shape[:2]
+    got = mask.kv.num_visited.shape[:2]
     if got[0] not in (1, b) or got[1] not in (1, hq):
         raise ValueError(
             f"block_mask is for {got[0]} batch rows and {got[1]} heads, got {b} rows and {hq} query heads; make it for "

@@ -29,7 +29,7 @@ def _run_sparse_backward(operands, out, lse, d_out, d_lse, spec, config, device)
     )
 
 
-def _no_config(*call) -> None:
+def _nothing(*call) -> None:
     return None
 
 
@@ -50,11 +50,11 @@ FLASH = FlashBackend(
     run_backward=_run_backward,
 )
 SPARSE = SparseBackend(
-    why_not=flash.why_not,
-    default_config=_no_config,
+    why_not=_nothing,
+    default_config=_nothing,
     config_type=None,
     run=_run_sparse,
-    backward_config=_no_config,
+    backward_config=_nothing,
     run_backward=_run_sparse_backward,
 )
 PAGED = PagedBackend(

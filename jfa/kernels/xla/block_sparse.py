@@ -10,7 +10,6 @@ Source: arXiv:2307.08691, algorithms 1 and 2. Tested in tests/jfa/test_block_spa
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -78,7 +77,7 @@ def block_sparse_attention_bwd(
     widen: bool,
 ) -> Operands:
     """The cotangents of q, k, v, bias, sinks and slopes, recomputed tile by tile; None for operands without one."""
-    q, k, v, bias, slopes = operands.q, operands.k, operands.v, operands.bias, operands.alibi_slopes
+    q, bias, slopes = operands.q, operands.bias, operands.alibi_slopes
     d_out, lse, delta, d_sinks = row_terms(operands, out, lse, d_out, d_lse)
     safe_q = jnp.where(jnp.isposinf(lse)[..., None], 0, q)
     work = _Work.of(operands._replace(q=safe_q), mask, spec, widen)
@@ -120,7 +119,7 @@ def block_sparse_attention_bwd(
     dk, dv = (float32(q, (x.shape[0], x.shape[2], x.shape[3], x.shape[1])) for x in work.operands[1:3])
     grads = (work.all_rows(q.shape[3], q.dtype), dk, dv, d_bias, d_slopes)
     dq, dk, dv, d_bias, d_slopes = lax.fori_loop(0, work.num_rounds, one_round, grads)
-    dk, dv = (jnp.moveaxis(x, 3, 1)[:, : mask.tk].astype(k.dtype) for x in (dk, dv))
+    dk, dv = (jnp.moveaxis(x, 3, 1)[:, : mask.tk].astype(q.dtype) for x in (dk, dv))
     if bias is not None and d_bias is not None:
         d_bias = d_bias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
     return Operands(
@@ -144,7 +143,7 @@ class _Round(NamedTuple):
 
     def visit(self, kv_tile, carry):
         """kv_tile over the visits, without a mask as long as all lanes have a tile that is visible whole."""
-        full, count = self.visits.full.min(), self.visits.count.max()
+        full, count = self.visits.num_whole.min(), self.visits.num_visited.max()
         carry = lax.fori_loop(0, full, functools.partial(kv_tile, masked=False), carry)
         return lax.fori_loop(full, count, functools.partial(kv_tile, masked=True), carry)
 
@@ -172,7 +171,7 @@ class _Work(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, mask: BlockMask, spec: AttentionSpec, widen: bool) -> "_Work":
         visits = mask.seen(operands, spec)
-        b, tq, hq, _ = operands.q.shape
+        b, tq = operands.q.shape[:2]
         num_q, width = visits.indices.shape[2:]
         queries, keys = num_q * mask.block_q, visits_of_keys(mask) * mask.block_kv
         padded: Any = {"q": _lengthened(operands.q, {1: queries})}
@@ -222,8 +221,8 @@ class _Work(NamedTuple):
         index = tuple(at if n > 1 else 0 for at, n in zip((batch, head), self.visits.indices.shape, strict=False))
         visits = Visits(*(x[*index, i] for x in self.visits))
         idle = row == self.num_rows
-        full, count = (jnp.where(idle, 0, x) for x in (visits.full, visits.count))
-        return _Round(row, batch, head * self.each, i, visits._replace(full=full, count=count))
+        full, count = (jnp.where(idle, 0, x) for x in (visits.num_whole, visits.num_visited))
+        return _Round(row, batch, head * self.each, i, visits._replace(num_whole=full, num_visited=count))
 
     def all_rows(self, d: int, dtype: Any) -> Float[Array, "rows+1 each*bq d"]:
         """Zeros for each tile of queries, and one tile for lanes without one."""
@@ -232,8 +231,9 @@ class _Work(NamedTuple):
 
     def unfolded(self, x: Float[Array, "rows+1 each*bq d"]) -> Float[Array, "b tq hq d"]:
         b, _, hq, _ = self.operands.q.shape
-        x = x[:-1].reshape(b, self.heads, self.num_q, self.each, self.mask.block_q, -1)
-        return x.transpose(0, 2, 4, 1, 3, 5).reshape(b, -1, hq, x.shape[-1])[:, : self.tq]
+        d, block = x.shape[2], self.mask.block_q
+        x = x[:-1].reshape(b, self.heads, self.num_q, self.each, block, d)
+        return x.transpose(0, 2, 4, 1, 3, 5).reshape(b, self.num_q * block, hq, d)[:, : self.tq]
 
     def queries(self, x: Float[Array, "b queries hq d"], lanes: _Round) -> Float[Array, "n each*bq d"]:
         return self._tiles(x, lanes.batch, lanes.i * self.mask.block_q, lanes.head, self.mask.block_q, self.each)
@@ -252,23 +252,21 @@ class _Work(NamedTuple):
     def tile(self, lanes: _Round, n, q_block: Float[Array, "n rows d"], scale: float, *, masked: bool) -> _ScoreTile:
         """The scores of each lane's n-th visit."""
         operands, spec, block = self.operands, self.spec, self.mask.block_kv
-        turn = jnp.clip(n, 0, jnp.maximum(lanes.visits.count - 1, 0))[:, None]
+        turn = jnp.clip(n, 0, jnp.maximum(lanes.visits.num_visited - 1, 0))[:, None]
         j, kind = (jnp.take_along_axis(x, turn, 1)[:, 0] for x in lanes.visits[:2])
         kv_head = lanes.head // operands.group_size
-        k_block, v_block = (
-            self._tiles(x, lanes.batch, j * block, kv_head, block, 1) for x in (operands.k, operands.v)
-        )
+        k_block, v_block = (self._tiles(x, lanes.batch, j * block, kv_head, block, 1) for x in (operands.k, operands.v))
         scores = dot("nrd,nkd->nrk", q_block, k_block)
         scores = scores if scale == 1.0 else scale * scores
         if operands.bias is not None:
-            scores = scores + self._bias_tile(lanes, j)
+            scores = scores + self._bias_tile(operands.bias, lanes, j)
         if operands.alibi_slopes is not None:
             scores = scores - self.per_head(operands.alibi_slopes, lanes)[..., None] * self.distance(lanes, j)
         if spec.softcap is not None:
             scores = spec.softcap * jnp.tanh(scores / spec.softcap)
         if not masked:
             return _ScoreTile(scores, None, k_block, v_block, j, kv_head)
-        visible = self.mask.tiles[kind] & (n < lanes.visits.count)[:, None, None]
+        visible = self.mask.tiles[kind] & (n < lanes.visits.num_visited)[:, None, None]
         row, key = (
             at[:, None] * size + jnp.arange(size)
             for at, size in ((lanes.i, self.mask.block_q), (j, self.mask.block_kv))
@@ -308,11 +306,10 @@ class _Work(NamedTuple):
         """(start, size) of a tile of a bias; axes of size 1 stay."""
         sizes = 1, self.each, self.mask.block_q, self.mask.block_kv
         starts = batch, head, i * sizes[2], j * sizes[3]
-        at, size = zip(*((s, n) if m > 1 else (0, 1) for s, n, m in zip(starts, sizes, x.shape, strict=True)))
-        return at, size
+        at = tuple(start if n > 1 else 0 for start, n in zip(starts, x.shape, strict=True))
+        return at, tuple(size if n > 1 else 1 for size, n in zip(sizes, x.shape, strict=True))
 
-    def _bias_tile(self, lanes: _Round, j) -> Float[Array, "n each*bq bk"]:
-        bias = self.operands.bias
+    def _bias_tile(self, bias: Array, lanes: _Round, j) -> Float[Array, "n each*bq bk"]:
         places = zip(lanes.batch, lanes.head, lanes.i, j, strict=True)
         tiles = [lax.dynamic_slice(bias, *self._bias_at(bias, *place))[0] for place in places]
         whole = self.each, self.mask.block_q, self.mask.block_kv
@@ -321,12 +318,15 @@ class _Work(NamedTuple):
 
     def add_bias_tile(self, d_bias: Array, ds: Float[Array, "n each*bq bk"], lanes: _Round, j) -> Array:
         """Adds tiles of score gradients, summed over the axes along which the bias was broadcast."""
-        for tile, *place in zip(self.split(ds), lanes.batch, lanes.head, lanes.i, j, strict=True):
-            at, size = self._bias_at(d_bias, *place)
-            axes = [axis for axis in range(4) if size[axis] == 1]
-            tile = tile[None].sum(axes, keepdims=True)
-            d_bias = lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, at, size) + tile, at)
-        return d_bias
+        tiles = self.split(ds)
+
+        def one(n, d_bias):
+            at, size = self._bias_at(d_bias, *(x[n] for x in (lanes.batch, lanes.head, lanes.i, j)))
+            tile = lax.dynamic_slice_in_dim(tiles, n, 1)
+            tile = tile.sum([axis for axis in range(4) if size[axis] == 1], keepdims=True)
+            return lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, at, size) + tile, at)
+
+        return lax.fori_loop(0, len(tiles), one, d_bias)
 
 
 def visits_of_keys(mask: BlockMask) -> int:
