@@ -98,8 +98,7 @@ class BlockMask:
         make = _Builder(whole.shape[2], whole.shape[3], block_q, block_kv)
 
         def tiles(b: int, h: int, i: int, j: np.ndarray) -> np.ndarray:
-            q, k = make.positions(i, j)
-            return whole[b, h, np.minimum(q, make.tq - 1), np.minimum(k, make.tk - 1)]
+            return whole[b, h, *make.positions(i, j)]
 
         return cls(**make.fields(np.full((*whole.shape[:2], *make.grid), True), None, tiles))
 
@@ -167,7 +166,7 @@ class BlockMask:
 
         def tiles(b: int, h: int, i: int, j: np.ndarray) -> np.ndarray:
             q, k = make.positions(i, j)
-            return q_ids[b, np.minimum(q, make.tq - 1)] == kv_ids[b, np.minimum(k, make.tk - 1)]
+            return q_ids[b, q] == kv_ids[b, k]
 
         return cls(**make.fields(some[:, None], None, tiles))
 
@@ -384,9 +383,10 @@ class _Builder(NamedTuple):
         )
 
     def positions(self, i: int, j: np.ndarray) -> tuple[Int[np.ndarray, "1 bq 1"], Int[np.ndarray, "n 1 bk"]]:
-        """The queries of a tile and the keys of several."""
+        """The queries of a tile and the keys of several; the last ones repeat, to fill whole tiles."""
         q = i * self.block_q + np.arange(self.block_q)
-        return q[None, :, None], (j[:, None] * self.block_kv + np.arange(self.block_kv))[:, None]
+        k = j[:, None] * self.block_kv + np.arange(self.block_kv)
+        return np.minimum(q, self.tq - 1)[None, :, None], np.minimum(k, self.tk - 1)[:, None]
 
     def fields(self, some: np.ndarray, whole: np.ndarray | None, tiles: Callable[..., Any]) -> dict[str, Any]:
         """The fields of a BlockMask.
@@ -403,12 +403,9 @@ class _Builder(NamedTuple):
         known = {np.packbits(distinct[0]).tobytes(): _WHOLE}
         for b, h, i in np.argwhere((some & ~whole).any(-1)).tolist():
             js = np.flatnonzero(some[b, h, i] & ~whole[b, h, i])
-            q, k = self.positions(i, js)
-            shape = len(js), self.block_q, self.block_kv
-            # queries past the last one are in no result: of whole tiles they do not make partial ones
-            found = np.broadcast_to(np.asarray(tiles(b, h, i, js)), shape) | (q >= self.tq)
-            found = found & (k < self.tk)
-            seen = (found & (q < self.tq)).any((1, 2))
+            keys = js[:, None, None] * self.block_kv + np.arange(self.block_kv)
+            found = np.broadcast_to(tiles(b, h, i, js), (len(js), self.block_q, self.block_kv)) & (keys < self.tk)
+            seen = found.any((1, 2))
             for j, tile in zip(js[seen], found[seen], strict=True):
                 kind = known.setdefault(np.packbits(tile).tobytes(), len(distinct))
                 if kind == len(distinct):
@@ -433,19 +430,21 @@ class _Builder(NamedTuple):
 
 def _visits(kinds: Any, width: int | None) -> Visits:
     """The visits of a grid of kinds [b, h, n, m]. width: the most of a row if the grid is traced; None: any number."""
-    rank = jnp.where(kinds == _NOT_VISITED, 2, jnp.minimum(kinds, 1))
+    xp = np if isinstance(kinds, np.ndarray) else jnp
+    rank = xp.where(kinds == _NOT_VISITED, 2, xp.minimum(kinds, 1))
     if not isinstance(kinds, Tracer):
         width = int((kinds != _NOT_VISITED).sum(-1).max(initial=1))
-    index = jnp.broadcast_to(jnp.arange(kinds.shape[3], dtype=jnp.int32), kinds.shape)
-    visits = _sorted(rank, index, jnp.asarray(kinds))
-    return visits._replace(indices=visits.indices[..., :width], kinds=jnp.maximum(visits.kinds[..., :width], 0))
+    visits = _sorted(rank, np.arange(kinds.shape[3], dtype=np.int32), xp.maximum(kinds, _WHOLE))
+    visits = visits._replace(indices=visits.indices[..., :width], kinds=visits.kinds[..., :width])
+    return jax.tree.map(jnp.asarray, visits)
 
 
-def _sorted(rank: Int[Array, "#b #hq n m"], indices: Array, kinds: Array) -> Visits:
-    """Visits in the order of their rank: 0 visible whole, 1 partial, 2 not visited."""
-    order = jnp.argsort(rank, axis=-1, stable=True)
-    indices, kinds = (jnp.take_along_axis(jnp.broadcast_to(x, rank.shape), order, -1) for x in (indices, kinds))
-    counts = ((rank < limit).sum(-1, dtype=jnp.int32) for limit in (1, 2))
+def _sorted(rank: Any, indices: Any, kinds: Any) -> Visits:
+    """Visits in the order of their rank [b, h, n, m]: 0 visible whole, 1 partial, 2 not visited."""
+    xp = np if isinstance(rank, np.ndarray) else jnp
+    order = xp.argsort(rank, axis=-1, stable=True)
+    indices, kinds = (xp.take_along_axis(xp.broadcast_to(x, rank.shape), order, -1) for x in (indices, kinds))
+    counts = ((rank < limit).sum(-1, dtype=np.int32) for limit in (1, 2))
     return Visits(indices, kinds, *counts)
 
 

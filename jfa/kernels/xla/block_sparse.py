@@ -267,11 +267,9 @@ class _Work(NamedTuple):
         if not masked:
             return _ScoreTile(scores, None, k_block, v_block, j, kv_head)
         visible = self.mask.tiles[kind] & (n < lanes.visits.num_visited)[:, None, None]
-        row, key = (
-            at[:, None] * size + jnp.arange(size)
-            for at, size in ((lanes.i, self.mask.block_q), (j, self.mask.block_kv))
-        )
-        row, key = row[:, :, None], key[:, None]
+        # queries past the last one see what it sees, so that keys that no query sees are known
+        row = jnp.minimum(lanes.i[:, None] * self.mask.block_q + jnp.arange(self.mask.block_q), self.tq - 1)[..., None]
+        key = (j[:, None] * block + jnp.arange(block))[:, None]
         if spec.causal:
             visible &= key <= row + self._offset(lanes)
         for length, at in ((operands.q_len, row), (operands.kv_len, key)):
