@@ -296,9 +296,9 @@ class BlockMask:
             scores = jnp.where((first_k <= last_q) & (last_k >= first_q), jnp.inf, scores)
             scores = jnp.where(first_k <= last_q, scores, -jnp.inf)
         best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-        kinds = jnp.full(scores.shape, _NOT_VISITED)
-        kinds = jnp.put_along_axis(kinds, chosen, jnp.where(best > -jnp.inf, _WHOLE, _NOT_VISITED), -1, inplace=False)
-        return cls(**make.of_whole_tiles(kinds == _WHOLE, k))
+        visible = jnp.zeros(scores.shape, bool)
+        visible = jnp.put_along_axis(visible, chosen, best > -jnp.inf, -1, inplace=False)
+        return cls(**make.of_whole_tiles(visible, k))
 
     @property
     def num_tiles(self) -> Int[Array, ""]:
@@ -319,12 +319,13 @@ class BlockMask:
         whole = found.swapaxes(3, 4).reshape(b, h, n * self.block_q, m * self.block_kv)
         return whole[:, :, : self.tq, : self.tk]
 
+    @with_default_rules
     def grid(self) -> Int[Array, "#b #hq n m"]:
         """The index of each tile in `tiles`, -1 for those that are not visited."""
         b, h, n, width = self.kv.indices.shape
         m = self.q.indices.shape[2]
         place = jnp.where(jnp.arange(width) < self.kv.num_visited[..., None], self.kv.indices, m)
-        kinds = jnp.full((b, h, n, m), _NOT_VISITED)
+        kinds = jnp.full((b, h, n, m), _NOT_VISITED, jnp.int32)
         return kinds.at[(*jnp.ogrid[:b, :h, :n, :1][:3], place)].set(self.kv.kinds, mode="drop")
 
     def seen(self, operands: Operands, spec: AttentionSpec, *, transposed: bool = False) -> Visits:
@@ -366,6 +367,7 @@ class _Builder(NamedTuple):
     block_kv: int
 
     @property
+    @with_default_rules
     def grid(self) -> tuple[int, int]:
         for name in self._fields:
             size = getattr(self, name)
@@ -441,10 +443,10 @@ def _visits(kinds: Any, width: int | None) -> Visits:
 
 def _sorted(rank: Any, indices: Any, kinds: Any) -> Visits:
     """Visits in the order of their rank [b, h, n, m]: 0 visible whole, 1 partial, 2 not visited."""
-    xp = np if isinstance(rank, np.ndarray) else jnp
+    xp: Any = np if isinstance(rank, np.ndarray) else jnp
     order = xp.argsort(rank, axis=-1, stable=True)
     indices, kinds = (xp.take_along_axis(xp.broadcast_to(x, rank.shape), order, -1) for x in (indices, kinds))
-    counts = ((rank < limit).sum(-1, dtype=np.int32) for limit in (1, 2))
+    counts = (xp.sum(rank < limit, axis=-1, dtype=np.int32) for limit in (1, 2))
     return Visits(indices, kinds, *counts)
 
 

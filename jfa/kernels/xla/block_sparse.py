@@ -177,10 +177,11 @@ class _Work(NamedTuple):
         padded: Any = {"q": _lengthened(operands.q, {1: queries})}
         padded |= {name: _lengthened(getattr(operands, name), {1: keys}) for name in ("k", "v")}
         if operands.bias is not None:
-            padded["bias"] = _lengthened(operands.bias, {2: queries, 3: keys})
+            sizes = {axis: n for axis, n in ((2, queries), (3, keys)) if operands.bias.shape[axis] > 1}
+            padded["bias"] = _lengthened(operands.bias, sizes)
         work = cls(operands._replace(**padded), mask, spec, widen, tq, visits, jnp.zeros(0, jnp.int32))
         full, count = (jnp.broadcast_to(x, (b, work.heads, num_q)).reshape(-1) for x in visits[2:])
-        order = jnp.argsort(-(count * (width + 1) + full), stable=True)
+        order = jnp.argsort(-(count * (width + 1) + full), stable=True).astype(jnp.int32)
         missing = -len(order) % work.lanes
         return work._replace(order=jnp.pad(order, (0, missing), constant_values=len(order)))
 
@@ -240,7 +241,7 @@ class _Work(NamedTuple):
 
     def _tiles(self, x: Array, batch, start, head, size: int, heads: int) -> Array:
         def one(*at):
-            block = lax.dynamic_slice(x, (*at, 0), (1, size, heads, x.shape[3]))[0]
+            block = lax.dynamic_slice(x, _index(*at, 0), (1, size, heads, x.shape[3]))[0]
             return block.swapaxes(0, 1).reshape(size * heads, -1)
 
         tiles = jnp.stack([one(*at) for at in zip(batch, start, head, strict=True)])
@@ -304,7 +305,7 @@ class _Work(NamedTuple):
         """(start, size) of a tile of a bias; axes of size 1 stay."""
         sizes = 1, self.each, self.mask.block_q, self.mask.block_kv
         starts = batch, head, i * sizes[2], j * sizes[3]
-        at = tuple(start if n > 1 else 0 for start, n in zip(starts, x.shape, strict=True))
+        at = _index(*(start if n > 1 else 0 for start, n in zip(starts, x.shape, strict=True)))
         return at, tuple(size if n > 1 else 1 for size, n in zip(sizes, x.shape, strict=True))
 
     def _bias_tile(self, bias: Array, lanes: _Round, j) -> Float[Array, "n each*bq bk"]:
@@ -332,14 +333,19 @@ def visits_of_keys(mask: BlockMask) -> int:
 
 
 def _lengthened(x: Array, sizes: dict[int, int], value: float = 0.0) -> Array:
-    """x with these sizes of axes; an axis of size 1 is broadcast, and stays."""
-    more = [(0, 0 if x.shape[axis] == 1 else sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
+    """x with these sizes of axes."""
+    more = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
     return x if not any(n for _, n in more) else jnp.pad(x, more, constant_values=jnp.asarray(value, x.dtype))
+
+
+def _index(*at: Any) -> tuple[Array, ...]:
+    """Indices of one type, as slices need, even if JAX's default is int64."""
+    return tuple(jnp.asarray(x, jnp.int32) for x in at)
 
 
 def _put(x: Float[Array, "rows+1 m d"], blocks: Float[Array, "n m d"], rows: Int[Array, " n"]) -> Array:
     for block, row in zip(blocks, rows, strict=True):
-        x = lax.dynamic_update_slice(x, block[None], (row, 0, 0))
+        x = lax.dynamic_update_slice(x, block[None], _index(row, 0, 0))
     return x
 
 
@@ -351,7 +357,7 @@ def _add(x: Float[Array, "b hkv d keys"], blocks: Float[Array, "n d bk"], lanes:
 
     def one(n, x):
         block = lax.dynamic_slice_in_dim(blocks, n, 1)[None]
-        at = lanes.batch[n], tile.kv_head[n], 0, tile.j[n] * blocks.shape[2]
+        at = _index(lanes.batch[n], tile.kv_head[n], 0, tile.j[n] * blocks.shape[2])
         return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, block.shape) + block, at)
 
     return lax.fori_loop(0, len(blocks), one, x)
