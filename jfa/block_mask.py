@@ -301,6 +301,11 @@ class BlockMask:
         return cls(**make.of_whole_tiles(visible, k))
 
     @property
+    def num_axis_tiles(self) -> tuple[int, int]:
+        """The numbers of tiles of queries and of keys, visited or not."""
+        return self.kv.indices.shape[2], self.q.indices.shape[2]
+
+    @property
     def num_tiles(self) -> Int[Array, ""]:
         """Number of visited tiles, over the mask's own batch rows and heads."""
         return self.kv.num_visited.sum()
@@ -308,8 +313,7 @@ class BlockMask:
     @property
     def density(self) -> Float[Array, ""]:
         """The fraction of all tiles that is visited, of those above the diagonal too."""
-        b, h, n, _ = self.kv.indices.shape
-        return self.num_tiles / (b * h * n * self.q.indices.shape[2])
+        return self.num_tiles / (self.kv.num_visited.size * self.num_axis_tiles[1])
 
     def to_array(self) -> Bool[Array, "#b #hq tq tk"]:
         """The mask with an element per query and key."""
@@ -323,7 +327,7 @@ class BlockMask:
     def grid(self) -> Int[Array, "#b #hq n m"]:
         """The index of each tile in `tiles`, -1 for those that are not visited."""
         b, h, n, width = self.kv.indices.shape
-        m = self.q.indices.shape[2]
+        m = self.num_axis_tiles[1]
         place = jnp.where(jnp.arange(width) < self.kv.num_visited[..., None], self.kv.indices, m)
         kinds = jnp.full((b, h, n, m), _NOT_VISITED, jnp.int32)
         return kinds.at[(*jnp.ogrid[:b, :h, :n, :1][:3], place)].set(self.kv.kinds, mode="drop")

@@ -159,23 +159,28 @@ class Truth:
 truth = functools.cache(Truth)
 
 
-def attend(arrays, mask, known, backend, **more):
-    """((out, lse), gradients of sum(out * d_out) + sum(lse * d_lse) by name), in one program."""
-    options = known.options | dict(implementation=backend, config=CONFIG.get(backend), return_residual=True) | more
+@functools.cache
+def program(known, backend):
+    """(arrays, mask) -> ((out, lse), gradients of sum(out * d_out) + sum(lse * d_lse) by name)."""
+    options = known.options | dict(implementation=backend, config=CONFIG.get(backend), return_residual=True)
 
     def loss(arrays, mask):
         out, lse = jfa.block_sparse_attention(**arrays, block_mask=mask, **options)
         seen = jnp.where(jnp.isfinite(lse), lse * known.d_lse, 0.0)
         return (out.astype(jnp.float32) * known.d_out.astype(jnp.float32)).sum() + seen.sum(), (out, lse)
 
-    (_, results), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, mask)
-    return results, gradients
+    @jax.jit
+    def call(arrays, mask):
+        (_, results), gradients = jax.value_and_grad(loss, has_aux=True)(arrays, mask)
+        return results, gradients
+
+    return call
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), RUNS)
 def test_agrees_with_the_oracle_forward_and_backward(name, dtype, backend):
     known = truth(name, dtype)
-    (out, lse), gradients = attend(known.arrays, known.mask, known, backend)
+    (out, lse), gradients = program(known, backend)(known.arrays, known.mask)
     assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
     assert_within(out, known.out[0], limit(*known.out, out.dtype))
     assert_within(lse, known.lse[0], limit(*known.lse, lse.dtype))
@@ -202,7 +207,7 @@ def test_what_is_not_visible_may_be_nan(backend):
     for name, poison in (("key", np.nan), ("value", np.inf)):
         dirty[name][:, 10:32] = dirty[name][:, 40:] = dirty[name][:, :32, 1] = poison
     block_mask = BlockMask.from_array(mask, **BLOCKS)
-    clean, got = (attend(arrays, block_mask, known, backend) for arrays in (known.arrays, dirty))
+    clean, got = (program(known, backend)(arrays, block_mask) for arrays in (known.arrays, dirty))
     for want, x in zip(jax.tree.leaves(clean), jax.tree.leaves(got), strict=True):
         np.testing.assert_array_equal(x, want)
 
@@ -211,11 +216,9 @@ def test_what_is_not_visible_may_be_nan(backend):
 def test_tiles_that_others_visit_are_not_loaded(backend):
     """Each query tile visits the key tile of its own number: NaN in one key tile stays in one query tile."""
     known = truth("window_and_sinks", "float32")
-    key = known.arrays["key"].at[:, 16:32].set(jnp.nan)
-    arrays = known.arrays | dict(key=key)
-    (out, _), gradients = attend(
-        arrays, BlockMask.from_tiles(np.eye(3, 4, dtype=bool), TQ, TK, **BLOCKS), known, backend
-    )
+    arrays = known.arrays | dict(key=known.arrays["key"].at[:, 16:32].set(jnp.nan))
+    mask = BlockMask.from_tiles(np.eye(3, 4, dtype=bool), TQ, TK, **BLOCKS)
+    (out, _), gradients = program(known, backend)(arrays, mask)
     for x in (out, gradients["query"], gradients["value"]):
         hit = np.isnan(np.asarray(x)).any((0, 2, 3))
         assert hit[16:32].all() and not hit[:16].any() and not hit[32:].any()

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jfa.block_mask import BlockMask, Visits
-from jfa.kernels.xla.flash import dot, float32, row_terms
+from jfa.kernels.xla.flash import SCORE_TILE_BYTES, dot, float32, row_terms
 from jfa.types import AttentionSpec, Operands
 
 _MOST_LANES = 8  # tiles of queries that are processed at a time
@@ -36,11 +36,13 @@ def block_sparse_attention(
 
     def one_round(r, done):
         lanes = work.round(r)
-        q_block = work.queries(work.operands.q, lanes) * jnp.asarray(spec.sm_scale if widen else 1.0, work.dtype)
+        q_block, scale = work.queries(work.operands.q, lanes), spec.sm_scale
+        if widen:  # scale the float32 queries once instead of all scores
+            q_block, scale = q_block * scale, 1.0
 
         def kv_tile(n, carry, *, masked: bool):
             acc, m, l = carry
-            tile = work.tile(lanes, n, q_block, 1.0 if widen else spec.sm_scale, masked=masked)
+            tile = work.tile(lanes, n, q_block, scale, masked=masked)
             m_next = jnp.maximum(m, tile.scores.max(-1))
             m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
             p = jnp.exp(tile.scores - m_safe[..., None])
@@ -172,8 +174,8 @@ class _Work(NamedTuple):
     def of(cls, operands: Operands, mask: BlockMask, spec: AttentionSpec, widen: bool) -> "_Work":
         visits = mask.seen(operands, spec)
         b, tq = operands.q.shape[:2]
-        num_q, width = visits.indices.shape[2:]
-        queries, keys = num_q * mask.block_q, visits_of_keys(mask) * mask.block_kv
+        num_q, num_kv = mask.num_axis_tiles
+        queries, keys = num_q * mask.block_q, num_kv * mask.block_kv
         padded: Any = {"q": _lengthened(operands.q, {1: queries})}
         padded |= {name: _lengthened(getattr(operands, name), {1: keys}) for name in ("k", "v")}
         if operands.bias is not None:
@@ -181,13 +183,13 @@ class _Work(NamedTuple):
             padded["bias"] = _lengthened(operands.bias, sizes)
         work = cls(operands._replace(**padded), mask, spec, widen, tq, visits, jnp.zeros(0, jnp.int32))
         full, count = (jnp.broadcast_to(x, (b, work.heads, num_q)).reshape(-1) for x in visits[2:])
-        order = jnp.argsort(-(count * (width + 1) + full), stable=True).astype(jnp.int32)
+        order = jnp.argsort(-(count * (num_kv + 1) + full), stable=True).astype(jnp.int32)
         missing = -len(order) % work.lanes
         return work._replace(order=jnp.pad(order, (0, missing), constant_values=len(order)))
 
     @property
     def num_q(self) -> int:
-        return self.visits.indices.shape[2]
+        return self.mask.num_axis_tiles[0]
 
     @property
     def each(self) -> int:
@@ -204,15 +206,12 @@ class _Work(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        return max(1, min(_MOST_LANES, self.num_rows))
+        scores = self.each * self.mask.block_q * self.mask.block_kv
+        return max(1, min(_MOST_LANES, self.num_rows, SCORE_TILE_BYTES // (4 * scores)))
 
     @property
     def num_rounds(self) -> int:
         return self.order.shape[0] // self.lanes
-
-    @property
-    def dtype(self) -> Any:
-        return jnp.float32 if self.widen else self.operands.q.dtype
 
     def round(self, r) -> _Round:
         row = lax.dynamic_slice_in_dim(self.order, r * self.lanes, self.lanes)
@@ -326,10 +325,6 @@ class _Work(NamedTuple):
             return lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, at, size) + tile, at)
 
         return lax.fori_loop(0, len(tiles), one, d_bias)
-
-
-def visits_of_keys(mask: BlockMask) -> int:
-    return mask.q.indices.shape[2]
 
 
 def _lengthened(x: Array, sizes: dict[int, int], value: float = 0.0) -> Array:

@@ -22,7 +22,7 @@ from jfa import dropout
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
 # A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
-_SCORE_TILE_BYTES = 4 << 20
+SCORE_TILE_BYTES = 4 << 20
 
 # For fewer queries than this, a mask costs less than a second loop over keys (bench/LOG.md).
 _LEAST_UNMASKED = 16
@@ -40,7 +40,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
         return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=widen)
     # on a CPU, the query heads of a group are rows of one product, which is then large enough
     block_q = max(1, min(tq, 128 if on_cpu and operands.group_size > 1 else 256))
-    is_wide = 256 * 4 * b * hq * block_q <= _SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
+    is_wide = 256 * 4 * b * hq * block_q <= SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
     return BlockConfig(block_q=block_q, block_kv=256 if is_wide else 128, widen=widen)
 
 
