@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jfa.meshes import on_any_mesh
 from jfa.rules import with_default_rules
 from jfa.types import AttentionSpec, Operands
 
@@ -288,16 +290,20 @@ class BlockMask:
         make = _Builder(tq, tk, block_q, block_kv)
         if not 1 <= k <= make.grid[1]:
             raise ValueError(f"k must be 1 to {make.grid[1]}, the number of tiles of {tk} keys, got {k}")
-        q_means, k_means = _means(query, block_q), _means(key, block_kv)
-        q_means = q_means.reshape(b, -1, hkv, hq // hkv, d)
-        scores = jnp.einsum("bihgd,bjhd->bhgij", q_means, k_means, precision="highest").reshape(b, hq, *make.grid)
-        if is_causal:
-            (first_q, last_q), (first_k, last_k) = make.extremes
-            scores = jnp.where((first_k <= last_q) & (last_k >= first_q), jnp.inf, scores)
-            scores = jnp.where(first_k <= last_q, scores, -jnp.inf)
-        best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-        visible = jnp.zeros(scores.shape, bool)
-        visible = jnp.put_along_axis(visible, chosen, best > -jnp.inf, -1, inplace=False)
+
+        def choose(query: Array, key: Array) -> Bool[Array, "b hq n m"]:
+            q_means, k_means = _means(query, block_q), _means(key, block_kv)
+            q_means = q_means.reshape(b, -1, hkv, hq // hkv, d)
+            scores = jnp.einsum("bihgd,bjhd->bhgij", q_means, k_means, precision="highest")
+            scores = scores.reshape(b, hq, *make.grid)
+            if is_causal:
+                (first_q, last_q), (first_k, last_k) = make.extremes
+                scores = jnp.where((first_k <= last_q) & (last_k >= first_q), jnp.inf, scores)
+                scores = jnp.where(first_k <= last_q, scores, -jnp.inf)
+            best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
+            return jnp.put_along_axis(jnp.zeros(scores.shape, bool), chosen, best > -jnp.inf, -1, inplace=False)
+
+        visible = on_any_mesh(choose, query, key, specs=PartitionSpec)
         return cls(**make.of_whole_tiles(visible, k))
 
     @property

@@ -88,7 +88,7 @@ def block_sparse_attention(
     Args:
       query, key, value: [b, tq, hq, d], [b, tk, hkv, d] and [b, tk, hkv, dv], or all without b.
       block_mask: for tq queries and tk keys, 1 or b batch rows, 1 or hq heads. A pytree: it may be an argument of a
-        jitted function. Programs are compiled anew for masks with another maximum of visits per tile.
+        jitted function, which is compiled anew if the shapes of the mask's lists differ.
       scale, bias, is_causal, query_seq_lengths, key_value_seq_lengths, implementation, return_residual, sinks,
         logits_soft_cap, alibi_slopes, query_offset: as in dot_product_attention. The mask is of the indices of queries
         and keys in the arrays: query_offset does not move it.
