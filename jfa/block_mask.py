@@ -377,8 +377,8 @@ class _Builder(NamedTuple):
     block_kv: int
 
     @property
-    @with_default_rules
     def grid(self) -> tuple[int, int]:
+        """The numbers of tiles of queries and of keys."""
         for name in self._fields:
             size = getattr(self, name)
             if not isinstance(size, int | np.integer) or size < 1:

@@ -3,7 +3,7 @@
 One program computes `block_q` queries of one head and loops over the tiles of keys that any of them may see, with a
 running maximum and sum. Tiles that every query sees completely are processed by a loop without positional masks; the
 tiles at the edges (diagonal, window, lengths) by another one. Query heads of a group read the same keys: no copies are
-made.
+made. With a BlockMask, a program loops over the tiles of its list instead.
 
 Scores are in base-2 units, since the hardware has exp2 but no exp. If scaled products without bias, ALiBi and soft cap
 exceed about 1e7, subtracting the maximum, which is fused with the scaling, loses too much float32 precision, and the
