@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jfa import checks
-from jfa.types import LinearOperands, Operands, PagedOperands
 
 # Upper bound of lengths and offsets: a query index, an offset and a window of _WIDEST can be added without overflowing
 # int32.
@@ -118,14 +117,15 @@ def window(size: int | tuple[int | None, int | None] | None) -> tuple[int | None
     return left, right
 
 
-def varying_alike[T: (Operands, PagedOperands, LinearOperands)](operands: T) -> T:
+def varying_alike[T](operands: T) -> T:
     """Inside shard_map, casts every operand to vary over all mesh axes that any operand varies over.
 
     The gradient of an operand that was replicated over an axis is then summed over that axis.
     """
-    own = {name: jax.typeof(x).manual_axis_type.varying for name, x in operands._asdict().items() if x is not None}
-    axes = frozenset().union(*own.values())
-    lacking = {name: tuple(axes - has) for name, has in own.items() if axes != has}
-    return operands._replace(
-        **{name: lax.pcast(getattr(operands, name), more, to="varying") for name, more in lacking.items()}
-    )
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)))
+
+    def cast(x: Array) -> Array:
+        lacking = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return lax.pcast(x, lacking, to="varying") if lacking else x
+
+    return jax.tree.map(cast, operands)

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
 from jfa import quant
+from jfa.block_mask import BlockMask
 from jfa.types import NULL_PAGE
 
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
@@ -47,6 +48,29 @@ def attention_shapes(query: Array, key: Array, value: Array) -> None:
         raise ValueError(
             f"the number of query heads must be a multiple of the number of key heads, got {query.shape[2]} and "
             f"{key.shape[2]}; repeat or drop key heads before the call"
+        )
+
+
+def block_mask(mask: BlockMask, query: Array, key: Array) -> None:
+    """Raises ValueError unless a BlockMask fits query [b, tq, hq, d] and key [b, tk, hkv, d]."""
+    if not isinstance(mask, BlockMask):
+        raise ValueError(
+            f"block_mask must be a jfa.BlockMask, got a {type(mask).__name__}; make it with BlockMask.from_array or "
+            "another of its class methods"
+        )
+    (b, tq, hq, _), tk = query.shape, key.shape[1]
+    if not all(isinstance(n, int) for n in (b, tq, tk)):
+        raise ValueError(f"block_sparse_attention needs static shapes, got {query.shape}; export each shape separately")
+    if (mask.tq, mask.tk) != (tq, tk):
+        raise ValueError(
+            f"block_mask has tiles of {mask.block_q} by {mask.block_kv} for {mask.tq} queries and {mask.tk} keys, got "
+            f"{tq} and {tk}; make it for these lengths, or pad query, key and value and pass key_value_seq_lengths"
+        )
+    got = mask.kv.num_visited.shape[:2]
+    if got[0] not in (1, b) or got[1] not in (1, hq):
+        raise ValueError(
+            f"block_mask is for {got[0]} batch rows and {got[1]} heads, got {b} rows and {hq} query heads; make it for "
+            "these numbers, or for 1 where it is the same for all"
         )
 
 

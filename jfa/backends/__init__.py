@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.block_mask import BlockMask, SparseOperands
 from jfa.device import probe
 from jfa.types import (
     AttentionSpec,
@@ -51,6 +52,11 @@ def flash(name: str) -> FlashBackend:
     return importlib.import_module(f"jfa.backends.{name}").FLASH
 
 
+def sparse(name: str) -> SparseBackend:
+    """The backend with this name, one of NAMES, of attention with a BlockMask."""
+    return importlib.import_module(f"jfa.backends.{name}").SPARSE
+
+
 def paged(name: str) -> PagedBackend:
     """The paged attention backend with this name, one of NAMES."""
     return importlib.import_module(f"jfa.backends.{name}").PAGED
@@ -66,7 +72,7 @@ def linear(name: str) -> LinearBackend:
     return importlib.import_module(f"jfa.backends.{name}").LINEAR
 
 
-Table = Callable[[str], FlashBackend | PagedBackend | ProductBackend | LinearBackend]
+Table = Callable[[str], FlashBackend | SparseBackend | PagedBackend | ProductBackend | LinearBackend]
 
 
 def select(
@@ -81,7 +87,7 @@ def select(
 
     Args:
       implementation: a backend by name, or None for the platform's first backend that supports the call.
-      operands: Operands, or those of the table: PagedOperands, ProductOperands, LinearOperands.
+      operands: Operands, or those of the table: SparseOperands, PagedOperands, ProductOperands or LinearOperands.
       spec: an AttentionSpec; with table=product a ProductSpec, with table=linear a LinearSpec.
 
     Raises:
@@ -134,6 +140,7 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     pages: Any = jax.ShapeDtypeStruct((65, 16, 8, 64), dtype)
     numbers: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     plain = Operands(row, row, row)
+    visited = SparseOperands(plain, BlockMask.sliding_window(1024, 1024, 128))
     decode = PagedOperands(jax.ShapeDtypeStruct((1, 8, 64), dtype), pages, pages, numbers, numbers)  # type: ignore[arg-type]
     tuned = tuning.flash_config(device.arch, dtype=jnp.dtype(dtype).name, head_dim=64)
     tuned_paged = functools.partial(
@@ -162,6 +169,7 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
             device,
             tuned_paged("ragged_paged_attention") is not None,
         ),
+        _explained("block_sparse_attention", sparse, visited, spec, device, tuned is not None),
         _explained("quantized_matmul", product, rows, product_spec, device, tuned_product is not None),
         _explained("linear_attention", linear, tokens, LinearSpec(scale=0.125), device, False),
     )
@@ -169,6 +177,7 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
 
 _OF_REFERENCE = {
     flash: "stores all scores in memory; used only if requested",
+    sparse: "stores all scores in memory; used only if requested",
     paged: "stores all scores in memory; used only if requested",
     product: "dequantizes the whole weight to float32; used only if requested",
     linear: "computes one token at a time; used only if requested",

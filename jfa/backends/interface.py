@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import Array
 
+from jfa.block_mask import SparseOperands
 from jfa.types import (
     AttentionSpec,
     BlockConfig,
@@ -38,6 +39,18 @@ class FlashBackend:
 
     why_not: Callable[[Operands, AttentionSpec, DeviceInfo], str | None]
     default_config: Callable[[Operands, DeviceInfo], BlockConfig | FlashConfig | None]
+    config_type: type | None
+    run: Callable[..., tuple]
+    backward_config: Callable[..., Any]
+    run_backward: Callable[..., Operands]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseBackend:
+    """An implementation of attention with a BlockMask. The fields are those of FlashBackend."""
+
+    why_not: Callable[[SparseOperands, AttentionSpec, DeviceInfo], str | None]
+    default_config: Callable[[SparseOperands, DeviceInfo], FlashConfig | None]
     config_type: type | None
     run: Callable[..., tuple]
     backward_config: Callable[..., Any]

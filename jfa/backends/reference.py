@@ -1,6 +1,6 @@
 """The plain formula, used only if requested by name. JAX differentiates it."""
 
-from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
 from jfa.reference.attention import attention
 from jfa.reference.linear import linear_attention, ragged_linear_attention
 from jfa.reference.paged import paged_attention
@@ -17,6 +17,10 @@ def _no_config(*call) -> None:
 
 def _run(operands, spec, config, device):
     return attention(operands, spec=spec)
+
+
+def _run_sparse(operands, spec, config, device):
+    return attention(operands.dense._replace(mask=operands.mask.to_array()), spec=spec)
 
 
 def _run_paged(operands, spec, config, device):
@@ -44,6 +48,14 @@ FLASH = FlashBackend(
     default_config=_no_config,
     config_type=None,
     run=_run,
+    backward_config=_differentiates_itself,
+    run_backward=_differentiates_itself,
+)
+SPARSE = SparseBackend(
+    why_not=_serves,
+    default_config=_no_config,
+    config_type=None,
+    run=_run_sparse,
     backward_config=_differentiates_itself,
     run_backward=_differentiates_itself,
 )

@@ -9,10 +9,12 @@ import functools
 import jax
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.block_mask import BlockMask, SparseOperands
 from jfa.kernels.triton import casts, flash, flash_bwd, linear, paged, products
 from jfa.kernels.xla import linear as linear_in_xla
 from jfa.types import (
+    AttentionSpec,
     DeviceInfo,
     FlashConfig,
     LinearKernelConfig,
@@ -50,6 +52,41 @@ def _run_backward(operands, out, lse, d_out, d_lse, spec, config, device):
     interpret = device.platform == "cpu"
     return flash_bwd.flash_attention_bwd(
         operands, out, lse, d_out, d_lse, spec=spec, config=config, interpret=interpret
+    )
+
+
+def _why_not_sparse(operands: SparseOperands, spec: AttentionSpec, device: DeviceInfo) -> str | None:
+    for name in ("block_q", "block_kv"):
+        block = getattr(operands.mask, name)
+        if block < 16 or block & (block - 1):
+            return f"the mask's {name} must be a power of two of at least 16, the smallest matrix tile, got {block}"
+    return flash.why_not(operands.dense, spec, device)
+
+
+def _within(config: FlashConfig, mask: BlockMask) -> FlashConfig:
+    """The configuration, with tiles no larger than the mask's: as powers of two, they divide them."""
+    blocks = {name: min(getattr(config, name), getattr(mask, name)) for name in ("block_q", "block_kv")}
+    return dataclasses.replace(config, **blocks)
+
+
+def _run_sparse(operands, spec, config, device):
+    dense, mask = operands
+    interpret = device.platform == "cpu"
+    return flash.flash_attention(dense, spec=spec, config=_within(config, mask), interpret=interpret, mask=mask)
+
+
+def _run_sparse_backward(operands, out, lse, d_out, d_lse, spec, config, device):
+    dense, mask = operands
+    return flash_bwd.flash_attention_bwd(
+        dense,
+        out,
+        lse,
+        d_out,
+        d_lse,
+        spec=spec,
+        config=flash_bwd.BackwardConfig(dq=_within(config.dq, mask), dkv=_within(config.dkv, mask)),
+        interpret=device.platform == "cpu",
+        mask=mask,
     )
 
 
@@ -124,6 +161,14 @@ FLASH = FlashBackend(
     run=_run,
     backward_config=_backward_config,
     run_backward=_run_backward,
+)
+SPARSE = SparseBackend(
+    why_not=_why_not_sparse,
+    default_config=lambda operands, device: _default_config(operands.dense, device),
+    config_type=FlashConfig,
+    run=_run_sparse,
+    backward_config=lambda operands, config, device: _backward_config(operands.dense, config, device),
+    run_backward=_run_sparse_backward,
 )
 PAGED = PagedBackend(
     why_not=paged.why_not, default_config=_default_paged_config, config_type=PagedConfig, run=_run_paged

@@ -1,7 +1,7 @@
 """Blockwise attention in plain XLA, for any platform."""
 
-from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend
-from jfa.kernels.xla import flash, linear, paged, products
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.kernels.xla import block_sparse, flash, linear, paged, products
 from jfa.types import BlockConfig, DeviceInfo, LinearConfig, Operands
 
 
@@ -15,6 +15,22 @@ def _backward_config(operands: Operands, config: BlockConfig, device: DeviceInfo
 
 def _run_backward(operands, out, lse, d_out, d_lse, spec, config, device):
     return flash.flash_attention_bwd(operands, out, lse, d_out, d_lse, spec=spec, config=config)
+
+
+def _run_sparse(operands, spec, config, device):
+    dense, mask = operands
+    return block_sparse.block_sparse_attention(dense, mask, spec=spec, widen=device.platform == "cpu")
+
+
+def _run_sparse_backward(operands, out, lse, d_out, d_lse, spec, config, device):
+    dense, mask = operands
+    return block_sparse.block_sparse_attention_bwd(
+        dense, mask, out, lse, d_out, d_lse, spec=spec, widen=device.platform == "cpu"
+    )
+
+
+def _nothing(*call) -> None:
+    return None
 
 
 def _run_paged(operands, spec, config, device):
@@ -40,6 +56,14 @@ FLASH = FlashBackend(
     run=_run,
     backward_config=_backward_config,
     run_backward=_run_backward,
+)
+SPARSE = SparseBackend(
+    why_not=_nothing,
+    default_config=_nothing,
+    config_type=None,
+    run=_run_sparse,
+    backward_config=_nothing,
+    run_backward=_run_sparse_backward,
 )
 PAGED = PagedBackend(
     why_not=paged.why_not, default_config=paged.default_config, config_type=BlockConfig, run=_run_paged

@@ -22,6 +22,7 @@ def test_the_source_of_the_tile_sizes(device):
         "dot_product_attention",
         "paged_decode_attention",
         "ragged_paged_attention",
+        "block_sparse_attention",
         "quantized_matmul",
         "linear_attention",
     ]

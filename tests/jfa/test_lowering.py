@@ -135,6 +135,22 @@ def test_probe_sees_the_target(kind):
         assert probe() == describe(*TARGETS[kind])
 
 
+@pytest.mark.parametrize("kind", TARGETS)
+def test_block_sparse_attention_lowers_forward_and_backward(kind):
+    q, kv = (jax.ShapeDtypeStruct((BATCH, t, h, 80), jnp.bfloat16) for t, h in ((Q_LEN, Q_HEADS), (KV_LEN, KV_HEADS)))
+    bias = jax.ShapeDtypeStruct((1, Q_HEADS, Q_LEN, 1), jnp.bfloat16)
+    mask = jfa.BlockMask.sliding_window(Q_LEN, KV_LEN, (100, 0), sinks=4)
+    options = dict(is_causal=True, logits_soft_cap=30.0, sinks=jnp.ones(Q_HEADS), key_value_seq_lengths=LENGTHS)
+
+    def loss(q, k, v, bias, mask):
+        return jfa.block_sparse_attention(q, k, v, mask, bias, **options).astype(jnp.float32).sum()
+
+    with target(kind):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(q, kv, kv, bias, mask)
+        text = traced.lower(lowering_platforms=(ALL_PLATFORMS[kind][0],)).as_text()
+    assert len(re.findall(r"custom_call @__gpu\$xla.gpu.triton", text)) == 4  # forward, dq, dk with dv, bias
+
+
 @pytest.mark.parametrize("kind", ALL_PLATFORMS)
 @pytest.mark.parametrize("backend", ["xla", "triton"])
 def test_the_gradient_lowers(kind, backend):

@@ -109,6 +109,32 @@ def test_attention_and_its_gradients(switch, implementation):
             np.testing.assert_allclose(one, other, atol=0.03 * np.abs(other).max())
 
 
+def block_sparse_attention_and_gradients(implementation):
+    q, k, v = random(0, B, T, HQ, D), random(1, B, T, HKV, D), random(2, B, T, HKV, D)
+    given = {key: x for key, x in options().items() if "window" not in key and "segment" not in key and key != "mask"}
+
+    def loss(q, k, v, bias, sinks, slopes):
+        mask = jfa.BlockMask.top_k(q, k, 1, block_q=16, block_kv=16)
+        traced = given | dict(bias=bias, sinks=sinks, alibi_slopes=slopes)
+        out = jfa.block_sparse_attention(q, k, v, mask, implementation=implementation, **traced)
+        return out.astype(jnp.float32).sum() + mask.to_array().sum(dtype=jnp.float32)
+
+    arrays = (q, k, v, given["bias"], given["sinks"], given["alibi_slopes"])
+    return jax.block_until_ready(jax.value_and_grad(loss, argnums=tuple(range(6)))(*arrays))
+
+
+@pytest.mark.parametrize(
+    ("switch", "implementation"), [run(*case.values, quick=case.values == ("no_promotion", "xla")) for case in CASES]
+)
+def test_block_sparse_attention_and_its_gradients(switch, implementation):
+    want = without(block_sparse_attention_and_gradients, implementation)
+    with SWITCHES[switch]():
+        got = block_sparse_attention_and_gradients(implementation)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, atol=0.03 * np.abs(other).max())
+
+
 def attention_over_pages(implementation, kind):
     cache = jfa.PagedKVCache.create(
         num_layers=1,

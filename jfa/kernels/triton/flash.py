@@ -3,7 +3,7 @@
 One program computes `block_q` queries of one head and loops over the tiles of keys that any of them may see, with a
 running maximum and sum. Tiles that every query sees completely are processed by a loop without positional masks; the
 tiles at the edges (diagonal, window, lengths) by another one. Query heads of a group read the same keys: no copies are
-made.
+made. With a BlockMask, a program loops over the tiles of its list instead.
 
 Scores are in base-2 units, since the hardware has exp2 but no exp. If scaled products without bias, ALiBi and soft cap
 exceed about 1e7, subtracting the maximum, which is fused with the scaling, loses too much float32 precision, and the
@@ -14,12 +14,14 @@ Source: arXiv:2307.08691, algorithm 1. Scores are defined in tile.py. Backward: 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jfa.block_mask import BlockMask, Visits
 from jfa.kernels.triton._pallas import CompilerParams, pl, store
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.tile import (
@@ -77,11 +79,13 @@ def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str 
 
 
 def flash_attention(
-    operands: Operands, *, spec: AttentionSpec, config: FlashConfig, interpret: bool
+    operands: Operands, *, spec: AttentionSpec, config: FlashConfig, interpret: bool, mask: BlockMask | None = None
 ) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     """Attention and the natural log-sum-exp, as reference.attention defines them.
 
     Not differentiable by itself: ops.dot_product_attention pairs it with flash_bwd.flash_attention_bwd.
+
+    mask: visits its tiles only; the tiles of config divide them.
     """
     q, k, v = operands.q, operands.k, operands.v
     shape = Shape.of(operands)
@@ -103,6 +107,9 @@ def flash_attention(
     def lse_tile(h, i, b):
         return b, num_q_tiles - 1 - i, h
 
+    def list_of(h, i, b):
+        return b, h, num_q_tiles - 1 - i
+
     named = {
         "q": (q, pl.BlockSpec((None, config.block_q, None, padded(shape.d)), q_tile)),
         "k": (k, pl.BlockSpec((None, keys, None, padded(shape.d)), all_keys)),
@@ -112,6 +119,8 @@ def flash_attention(
     if operands.q_segments is not None and operands.kv_segments is not None:
         ranges = tiles_in_common(operands.q_segments, operands.kv_segments, config.block_q, config.block_kv)
         named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
+    if mask is not None:
+        named |= visits_of(mask, mask.seen(operands, spec), mask.block_q // config.block_q, 1, list_of)
     call = pl.pallas_call(
         functools.partial(_flash_kernel, names=tuple(named), shape=shape, spec=spec, config=config),
         name="flash_attention",
@@ -145,6 +154,38 @@ def tiles_in_common(
     return jnp.stack([begin, end], axis=2).astype(jnp.int32)
 
 
+def visits_of(mask: BlockMask, visits: Visits, parts: int, heads: int, place) -> dict[str, tuple[Any, Any]]:
+    """The lists of a BlockMask that tile.Listed reads, by name, as (array, BlockSpec), and the mask's tiles.
+
+    Args:
+      visits: those of the mask's tiles of queries, or of keys.
+      parts: number of programs for one of these tiles.
+      heads: query heads of a program.
+      place: (batch row, block of heads, tile) of a program, from its indices in the grid.
+    """
+    b, h, _, width = visits.indices.shape
+    held = heads if h > 1 else 1
+
+    def per_tile(*grid):
+        row, head, tile = place(*grid)
+        return row if b > 1 else 0, head if h > 1 else 0, lax.div(tile, parts)
+
+    numbers = pl.BlockSpec((None, held, None), per_tile)
+    lists = pl.BlockSpec((None, held, None, width), lambda *grid: (*per_tile(*grid), 0))
+    return {
+        "visited": (visits.indices, lists),
+        "kinds": (visits.kinds, lists),
+        "num_whole": (visits.num_whole, numbers),
+        "num_visited": (visits.num_visited, numbers),
+        "mask_tiles": tiles_of(mask),
+    }
+
+
+def tiles_of(mask: BlockMask) -> tuple[Array, Any]:
+    """(array, BlockSpec) of the distinct tiles of a BlockMask; Triton has no boolean arrays in memory."""
+    return mask.tiles.astype(jnp.int8), pl.BlockSpec(mask.tiles.shape, lambda *grid: (0, 0, 0))
+
+
 def _extremes(segments: Int[Array, "b t"], block: int) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
     """The smallest and the largest segment id of each tile."""
     missing = whole_tiles(segments.shape[1], block) - segments.shape[1]
@@ -175,9 +216,9 @@ def _flash_kernel(
 
     q_of = once(load_q, head_chunks)
 
-    span = tile.keys_of(first_row, block_q, block_kv)
+    span = tile.visited_keys(first_row, block_q, block_kv)
 
-    def kv_tile(n, carry, *, edge: bool):
+    def kv_tile(n, carry, *, edge: bool, kind=None):
         acc, m, l = carry
         start = n * block_kv
         keys = start + jnp.arange(block_kv)
@@ -189,7 +230,7 @@ def _flash_kernel(
         )
         rows, columns = q_rows[:, None], keys[None, :]
         scores = tile.raw(scores, rows, columns)
-        visible = tile.visible(rows, columns, edge=edge)
+        visible = tile.visible(rows, columns, edge=edge, kind=kind)
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
         m_next = jnp.maximum(m, tile.maximum(scores))

@@ -24,14 +24,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jfa.block_mask import BlockMask
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import fma
-from jfa.kernels.triton.flash import tiles_in_common
+from jfa.kernels.triton.flash import tiles_in_common, tiles_of, visits_of
 from jfa.kernels.triton.tile import (
     Shape,
     Tile,
     arguments,
     chunks,
+    divided,
     kind_of,
     later,
     load_rows,
@@ -90,16 +92,19 @@ def flash_attention_bwd(
     spec: AttentionSpec,
     config: BackwardConfig,
     interpret: bool,
+    mask: BlockMask | None = None,
 ) -> Operands:
     """The cotangents of q, k, v, bias, sinks and alibi_slopes; None for operands without one.
 
     The gradient of a broadcast bias is summed in the kernel, into an array of the bias's own shape.
+
+    mask: visits its tiles only; the tiles of config divide them.
     """
     q, k, v = operands.q, operands.k, operands.v
     nothing = lse == -jnp.inf  # rows that saw no key have no gradient
     d_out = jnp.where(nothing[..., None], 0, d_out)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    d_sinks = None
+    d_sinks, d_bias = None, None
     if operands.sinks is not None:
         # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent
         # instead, so that no factor exceeds 1, however large the sink
@@ -114,14 +119,16 @@ def flash_attention_bwd(
     )
     if min(q.size, v.size) == 0:
         dq, dk, dv, d_slopes = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
-        d_bias = None if operands.bias is None else jnp.zeros_like(operands.bias)
+        if operands.bias is not None:
+            d_bias = jnp.zeros_like(operands.bias)
         if operands.alibi_slopes is not None:
             d_slopes = jnp.zeros_like(operands.alibi_slopes)
     else:
         with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
-            dq, d_slopes = _dq(operands, rows, spec, config.dq, interpret)
-            dk, dv = _dkv(operands, rows, spec, config.dkv, interpret)
-            d_bias = None if operands.bias is None else _d_bias(operands, rows, spec, config.dq, interpret)
+            dq, d_slopes = _dq(operands, rows, spec, config.dq, interpret, mask)
+            dk, dv = _dkv(operands, rows, spec, config.dkv, interpret, mask)
+            if operands.bias is not None:
+                d_bias = _d_bias(operands, rows, spec, config.dq, interpret, mask)
     return Operands(q=dq, k=dk, v=dv, bias=d_bias, sinks=d_sinks, alibi_slopes=d_slopes)
 
 
@@ -137,7 +144,9 @@ class _Rows:
     delta: Float[Array, "b hq tq"]
 
 
-def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool):
+def _dq(
+    operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool, mask: BlockMask | None
+):
     """The cotangents of q and of the slopes (None if there are none)."""
     shape = Shape.of(operands)
     config = dataclasses.replace(config, block_q=min(config.block_q, max(16, pl.next_power_of_2(shape.tq))))
@@ -167,6 +176,8 @@ def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfi
     if operands.q_segments is not None and operands.kv_segments is not None:
         ranges = tiles_in_common(operands.q_segments, operands.kv_segments, config.block_q, config.block_kv)
         named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
+    if mask is not None:
+        named |= visits_of(mask, mask.seen(operands, spec), mask.block_q // config.block_q, 1, row_tile)
     outputs = [(output(operands.q.shape, operands.q.dtype, like=operands.q), q_spec)]
     if operands.alibi_slopes is not None:
         outputs.append((output(rows.lse.shape, jnp.float32, like=operands.q), row_spec))
@@ -187,7 +198,9 @@ def _dq(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfi
     return dq, d_slopes.astype(operands.alibi_slopes.dtype)
 
 
-def _dkv(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool):
+def _dkv(
+    operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool, mask: BlockMask | None
+):
     """The cotangents of k and v."""
     shape = Shape.of(operands)
     config = dataclasses.replace(config, block_kv=min(config.block_kv, max(16, pl.next_power_of_2(shape.tk))))
@@ -217,6 +230,9 @@ def _dkv(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConf
     if operands.q_segments is not None and operands.kv_segments is not None:
         ranges = tiles_in_common(operands.kv_segments, operands.q_segments, config.block_kv, config.block_q)
         named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, j, b: (b, j, 0))
+    if mask is not None:
+        visits, parts = mask.seen(operands, spec, transposed=True), mask.block_kv // config.block_kv
+        named |= visits_of(mask, visits, parts, shape.g, lambda h, j, b: (b, h, j))
     outputs = [
         (output(operands.k.shape, operands.k.dtype, like=operands.k), k_spec),
         (output(operands.v.shape, operands.v.dtype, like=operands.v), v_spec),
@@ -266,10 +282,10 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
         return load_rows(ref["do"], start, block_q, columns, width=shape.dv, inside=saw)
 
     q_of, do_of = once(load_q, head_chunks), once(load_do, value_chunks)
-    span = tile.keys_of(first_row, block_q, block_kv)
+    span = tile.visited_keys(first_row, block_q, block_kv)
     zero_slope = jnp.zeros(block_q if slope_refs else 16, jnp.float32)
 
-    def kv_tile(n, carry, *, edge: bool):
+    def kv_tile(n, carry, *, edge: bool, kind=None):
         dq, d_slope = carry
         start = n * block_kv
         keys = start + jnp.arange(block_kv)
@@ -282,7 +298,9 @@ def _dq_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec,
         q_at, do_at, again = later(n, head_chunks), later(n, value_chunks), later(n, head_chunks, use=1)
         scores = sum_of_products((q_of(c, q_at), keys_of(ref["k"], c, shape.d)) for c in head_chunks)
         dp = sum_of_products((do_of(c, do_at), keys_of(ref["v"], c, shape.dv)) for c in value_chunks)
-        ds, visible = score_gradient(tile, scores, dp, lse[:, None], delta[:, None], rows, columns, edge=edge)[1:]
+        ds, visible = score_gradient(
+            tile, scores, dp, lse[:, None], delta[:, None], rows, columns, edge=edge, kind=kind
+        )[1:]
         if slope_refs:
             d_slope = d_slope + (ds * tile.distance(rows, columns)).sum(1)
         ds = tile.rounded(ds * tile.early_scale, ref["k"].dtype)
@@ -323,9 +341,9 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
         return load_rows(ref["v"], start, block_kv, columns, width=shape.dv, inside=inside_keys)
 
     k_of, v_of = once(load_k, head_chunks), once(load_v, value_chunks)
-    span = common.queries_of(first_key, block_q, block_kv)
+    span = common.visited_queries(first_key, block_q, block_kv)
 
-    def q_tile(n, carry, *, edge: bool, head):
+    def q_tile(n, carry, *, edge: bool, head, kind=None):
         dk, dv = carry
         start = n * block_q
         q_rows = start + jnp.arange(block_q)
@@ -349,7 +367,7 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
         if tile.q_factor != 1.0:
             scores = scores * tile.q_factor
         dp = sum_of_products((v_of(c, v_at), do_of(c, 0)) for c in value_chunks)
-        p, ds, _ = score_gradient(tile, scores, dp, lse[None, :], delta[None, :], rows, columns, edge=edge)
+        p, ds, _ = score_gradient(tile, scores, dp, lse[None, :], delta[None, :], rows, columns, edge=edge, kind=kind)
         p, ds = tile.rounded(p, ref["do"].dtype), tile.rounded(ds * tile.early_scale, ref["q"].dtype)
         dv = tuple(part + product(p, do_of(c, do_again)) for part, c in zip(dv, value_chunks, strict=True))
         dk = tuple(part + product(ds, q_of(c, q_again)) for part, c in zip(dk, head_chunks, strict=True))
@@ -370,14 +388,14 @@ def _dkv_kernel(*refs, names: tuple[str, ...], shape: Shape, spec: AttentionSpec
             store(out_ref.at[:, pl.ds(start, size)], (part * factor).astype(out_ref.dtype), mask=mask)
 
 
-def score_gradient(tile: Tile, product_qk, dp, lse, delta, rows, keys, *, edge: bool):
+def score_gradient(tile: Tile, product_qk, dp, lse, delta, rows, keys, *, edge: bool, kind=None):
     """(p, ds, visible): the weights that multiply the values, the gradients of the scores before sm_scale, the mask.
 
     dp is do v^T; lse and delta broadcast against the scores. Dropped weights are 0; the others are not yet divided
     by 1 - dropout_rate.
     """
     scores = tile.raw(product_qk, rows, keys)
-    visible = tile.visible(rows, keys, edge=edge)
+    visible = tile.visible(rows, keys, edge=edge, kind=kind)
     p = tile.weights(scores, lse * (1.0 / tile.unit))
     kept = tile.kept(rows, keys)
     if kept is not None:
@@ -392,7 +410,9 @@ def score_gradient(tile: Tile, product_qk, dp, lse, delta, rows, keys, *, edge: 
     return p, ds, visible
 
 
-def _d_bias(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool) -> Array:
+def _d_bias(
+    operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashConfig, interpret: bool, mask: BlockMask | None
+) -> Array:
     """The cotangent of the bias, in its own shape."""
     shape, bias = Shape.of(operands), operands.bias
     assert bias is not None
@@ -415,6 +435,10 @@ def _d_bias(operands: Operands, rows: _Rows, spec: AttentionSpec, config: FlashC
         "delta": (rows.delta, row_spec),
         **arguments(operands, config),
     }
+    if mask is not None:
+        grid_of_kinds = mask.grid()
+        named["grid"] = grid_of_kinds, pl.BlockSpec(grid_of_kinds.shape, everything)
+        named["mask_tiles"] = tiles_of(mask)
     block = (None, None, config.block_q if num_rows > 1 else None, config.block_kv if num_keys > 1 else None)
     # batch and head share an axis of the grid, which has at most three
     grid = (
@@ -451,18 +475,20 @@ def _d_bias_kernel(
     all_keys = pl.cdiv(shape.tk, block_kv) if num_keys == 1 else 1
 
     def step(n, acc):
-        n, key_tile = _divided(n, all_keys)
-        n, row_tile = _divided(n, all_rows)
-        batch, head = _divided(n, all_heads)
+        n, key_tile = divided(n, all_keys)
+        n, row_tile = divided(n, all_rows)
+        batch, head = divided(n, all_heads)
         row = batch if batches == 1 else lax.div(place, jnp.int32(heads))
         head = head if heads == 1 else lax.rem(place, jnp.int32(heads))
         q_start = (row_tile if num_rows == 1 else row_program) * block_q
         k_start = (key_tile if num_keys == 1 else key_program) * block_kv
         tile = Tile.of(ref, shape=shape, spec=spec, config=config, row=row, head=head)
         span = tile.keys_of(q_start, block_q, block_kv)
+        kind = _kind(ref, row, head, q_start, k_start)
+        visited = True if kind is None else kind >= 0
         return lax.cond(
-            (k_start < span.end) & (k_start + block_kv > span.first),
-            lambda: acc + _bias_tile(tile, ref, row, head, q_start, k_start, span),
+            (k_start < span.end) & (k_start + block_kv > span.first) & visited,
+            lambda: acc + _bias_tile(tile, ref, row, head, q_start, k_start, span, kind),
             lambda: acc,
         )
 
@@ -480,7 +506,19 @@ def _d_bias_kernel(
         store(out_ref, acc.astype(out_ref.dtype), mask=mask)
 
 
-def _bias_tile(tile: Tile, ref: dict[str, Any], row, head, q_start, k_start, span) -> Float[Array, "block_q block_kv"]:
+def _kind(ref: dict[str, Any], row, head, q_start, k_start):
+    """The index of a BlockMask's tile, or -1 where it is not visited; None without such a mask."""
+    if "grid" not in ref:
+        return None
+    batches, heads = ref["grid"].shape[:2]
+    _, block_q, block_kv = ref["mask_tiles"].shape
+    tile = lax.div(q_start, jnp.int32(block_q)), lax.div(k_start, jnp.int32(block_kv))
+    return ref["grid"][row if batches > 1 else 0, head if heads > 1 else 0, *tile]
+
+
+def _bias_tile(
+    tile: Tile, ref: dict[str, Any], row, head, q_start, k_start, span, kind
+) -> Float[Array, "block_q block_kv"]:
     """The gradient of one tile of scores."""
     shape, config = tile.shape, tile.config
     block_q, block_kv = config.block_q, config.block_kv
@@ -503,9 +541,4 @@ def _bias_tile(tile: Tile, ref: dict[str, Any], row, head, q_start, k_start, spa
     scores = sum_of_products(pairs("q", "k", shape.d))
     dp = sum_of_products(pairs("do", "v", shape.dv))
     rows, columns = q_rows[:, None], keys[None, :]
-    return score_gradient(tile, scores, dp, lse[:, None], delta[:, None], rows, columns, edge=True)[1]
-
-
-def _divided(n, size: int):
-    """(quotient, remainder), without any operation if size is 1."""
-    return (n, jnp.int32(0)) if size == 1 else (lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size)))
+    return score_gradient(tile, scores, dp, lse[:, None], delta[:, None], rows, columns, edge=True, kind=kind)[1]

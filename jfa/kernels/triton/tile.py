@@ -174,6 +174,42 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Listed:
+    """The tiles that a program visits by the lists of a BlockMask, for walk and walk_heads as of a Span."""
+
+    ref: dict[str, Any]
+    block: int  # rows of a tile; tiles of the lists consist of several
+    listed_block: int
+    end: Any  # length of the axis
+    first: int = 0
+
+    def walk(self, body, carry):
+        """Runs body(n, carry, edge=, kind=) over the tiles n; kind: index of the mask's tile."""
+        return self.walk_heads(lambda n, carry, edge, kind, head: body(n, carry, edge=edge, kind=kind), carry, 1)
+
+    def walk_heads(self, body, carry, heads: int):
+        """Runs body(n, carry, edge=, kind=, head=) over the tiles of all heads."""
+        parts = self.listed_block // self.block
+
+        def one_head(head, carry):
+            # the lists of a mask that is the same for all heads are there once
+            at = head if self.ref["visited"].shape[0] > 1 else 0
+
+            def turn(n, carry, *, edge: bool):
+                place, part = divided(n, parts)
+                tile, kind = self.ref["visited"][at, place], self.ref["kinds"][at, place]
+                return body(tile * parts + part, carry, edge=edge, kind=kind, head=head)
+
+            first, whole, end = 0, self.ref["num_whole"][at] * parts, self.ref["num_visited"][at] * parts
+            carry = lax.fori_loop(first, whole, functools.partial(turn, edge=False), carry)
+            return lax.fori_loop(whole, end, functools.partial(turn, edge=True), carry)
+
+        if heads == 1:
+            return one_head(jnp.int32(0), carry)
+        return lax.fori_loop(0, heads, one_head, carry)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tile:
     """The properties that all tiles of one query head share, inside a kernel.
 
@@ -242,12 +278,24 @@ class Tile:
     @property
     def has_data_mask(self) -> bool:
         """Whether visibility depends on arrays and not only on positions: then any tile may have masked scores."""
-        return "mask" in self.ref or "q_segments" in self.ref
+        return "mask" in self.ref or "q_segments" in self.ref or "mask_tiles" in self.ref
 
     @property
     def may_be_minus_infinity(self) -> bool:
         """Whether a score may be -inf even if no position is masked."""
-        return self.has_data_mask or "bias" in self.ref
+        return "mask" in self.ref or "q_segments" in self.ref or "bias" in self.ref
+
+    def visited_keys(self, first_row, block_q: int, block_kv: int) -> Span | Listed:
+        """The tiles of keys_of; with a BlockMask those in its list."""
+        if "visited" not in self.ref:
+            return self.keys_of(first_row, block_q, block_kv)
+        return Listed(ref=self.ref, block=block_kv, listed_block=self.ref["mask_tiles"].shape[2], end=self.kv_len)
+
+    def visited_queries(self, first_key, block_q: int, block_kv: int) -> Span | Listed:
+        """The tiles of queries_of; with a BlockMask those in its list."""
+        if "visited" not in self.ref:
+            return self.queries_of(first_key, block_q, block_kv)
+        return Listed(ref=self.ref, block=block_q, listed_block=self.ref["mask_tiles"].shape[1], end=self.q_len)
 
     def keys_of(self, first_row, block_q: int, block_kv: int, *, tree=None) -> Span:
         """The tiles of keys that the queries [first_row, first_row + block_q) may see.
@@ -329,10 +377,11 @@ class Tile:
         """The factor of ALiBi's slope: minus the distance of a key from the query's position."""
         return -jnp.abs(rows + self.offset - keys).astype(jnp.float32)
 
-    def visible(self, rows, keys, *, edge: bool, depths=None):
+    def visible(self, rows, keys, *, edge: bool, depths=None, kind=None):
         """The mask of visible scores; None: all are. edge: positions may mask some.
 
         depths: distances of the queries from the position of the first one; None: rows.
+        kind: index of the tile of a BlockMask; it masks edges only.
         """
         conditions = []
         if edge:
@@ -344,6 +393,12 @@ class Tile:
                 conditions.append(keys >= lowest - self.spec.left)
             if self.spec.right is not None:
                 conditions.append(keys <= position + self.spec.right)
+            if kind is not None:
+                tiles = self.ref["mask_tiles"]
+                _, block_q, block_kv = tiles.shape
+                whole = jnp.broadcast_shapes(rows.shape, keys.shape)
+                at = (jnp.broadcast_to(lax.rem(x, jnp.int32(n)), whole) for x, n in ((rows, block_q), (keys, block_kv)))
+                conditions.append(load(tiles.at[kind, *at]) != 0)
         if "mask" in self.ref:
             conditions.append(self._per_score("mask", rows, keys, other=0) != 0)
         if "q_segments" in self.ref:
@@ -459,6 +514,11 @@ def later(n, pieces: Sized, *, use: int = 0):
 def tile_of(index, block: int):
     """The tile that contains an index. Traced indices are never negative where it matters (lax.div rounds to 0)."""
     return lax.div(index, jnp.int32(block)) if not isinstance(index, int) else index // block
+
+
+def divided(n, size: int):
+    """(quotient, remainder), without any operation if size is 1."""
+    return (n, jnp.int32(0)) if size == 1 else (lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size)))
 
 
 def load_rows(

@@ -22,7 +22,7 @@ from jfa import dropout
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
 # A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
-_SCORE_TILE_BYTES = 4 << 20
+SCORE_TILE_BYTES = 4 << 20
 
 # For fewer queries than this, a mask costs less than a second loop over keys (bench/LOG.md).
 _LEAST_UNMASKED = 16
@@ -40,7 +40,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
         return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=widen)
     # on a CPU, the query heads of a group are rows of one product, which is then large enough
     block_q = max(1, min(tq, 128 if on_cpu and operands.group_size > 1 else 256))
-    is_wide = 256 * 4 * b * hq * block_q <= _SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
+    is_wide = 256 * 4 * b * hq * block_q <= SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
     return BlockConfig(block_q=block_q, block_kv=256 if is_wide else 128, widen=widen)
 
 
@@ -143,23 +143,9 @@ def flash_attention_bwd(
         )
     hkv = k.shape[2]
     grid = _Grid.of(operands, config)
-    # rows that saw no key have no gradient; their q and cotangent may contain anything
-    empty = lse == -jnp.inf
-    d_out = jnp.where(empty[..., None], 0, d_out)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    d_sinks = None
-    if operands.sinks is not None:
-        # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent
-        # instead, so that no factor exceeds 1, however large the sink
-        sinks = operands.sinks.astype(jnp.float32)
-        left = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks))
-        d_sinks = -((1.0 - left) * delta).sum((0, 1)).astype(operands.sinks.dtype)
-        d_out, delta = (d_out * left[..., None]).astype(d_out.dtype), delta * left
-    delta = delta - jnp.where(empty, 0.0, d_lse)
-    lse = jnp.where(empty, jnp.inf, lse)  # exp(score - inf) = 0
-
+    d_out, lse, delta, d_sinks = row_terms(operands, out, lse, d_out, d_lse)
+    safe_q = jnp.where(jnp.isposinf(lse)[..., None], 0, q)
     operands = _with_heads_first(operands, config)
-    safe_q = jnp.where(empty[..., None], 0, q)
     queries, d_outs, lses, deltas = (_heads_first(x, hkv) for x in (safe_q, d_out, lse, delta))
 
     def q_tile(i, grads):
@@ -197,8 +183,8 @@ def flash_attention_bwd(
                 change = (ds * _distance(operands, grid, start, grid.k_start(j))).sum((3, 4)).reshape(q.shape[0], -1)
                 d_slopes = d_slopes - (change.sum(0, keepdims=True) if d_slopes.shape[0] == 1 else change)
             ds = (ds * spec.sm_scale).astype(k_block.dtype)
-            dv = _add(dv, _dot("bhdr,bhrk->bhdk", do_columns, _merge_groups(p.astype(v_block.dtype))), grid.k_start(j))
-            dk = _add(dk, _dot("bhdr,bhrk->bhdk", q_columns, _merge_groups(ds)), grid.k_start(j))
+            dv = _add(dv, dot("bhdr,bhrk->bhdk", do_columns, _merge_groups(p.astype(v_block.dtype))), grid.k_start(j))
+            dk = _add(dk, dot("bhdr,bhrk->bhdk", q_columns, _merge_groups(ds)), grid.k_start(j))
             dq_block = dq_block + _rows_dot("bhrk,bhkd->bhrd", ds, k_block)
             return dq_block, dk, dv, d_bias, d_slopes
 
@@ -223,6 +209,26 @@ def flash_attention_bwd(
         sinks=d_sinks,
         alibi_slopes=None if slopes is None or d_slopes is None else d_slopes.astype(slopes.dtype),
     )
+
+
+def row_terms(operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array) -> tuple[Array, ...]:
+    """(d_out, lse, delta, cotangent of the sinks or None) that a backward pass needs of each row.
+
+    Rows that saw no key have no gradient: their d_out is 0 and their lse inf, and their q may contain anything.
+    """
+    empty = lse == -jnp.inf
+    d_out = jnp.where(empty[..., None], 0, d_out)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    d_sinks: Any = None
+    if operands.sinks is not None:
+        # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent
+        # instead, so that no factor exceeds 1, however large the sink
+        sinks = operands.sinks.astype(jnp.float32)
+        left = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks))
+        d_sinks = -((1.0 - left) * delta).sum((0, 1)).astype(operands.sinks.dtype)
+        d_out, delta = (d_out * left[..., None]).astype(d_out.dtype), delta * left
+    delta = delta - jnp.where(empty, 0.0, d_lse)
+    return d_out, jnp.where(empty, jnp.inf, lse), delta, d_sinks  # exp(score - inf) = 0
 
 
 def _padded(operands: Operands, config: BlockConfig) -> Operands:
@@ -444,7 +450,7 @@ def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: Bl
     b, hkv, g, bq, bk = p.shape
 
     def product(v_block):
-        out = _dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
+        out = dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
         return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
 
     if tile.visible is None:
@@ -463,7 +469,7 @@ def _packed_scores(
     """The scores of all heads by one product, whose left side has each query row in the columns of its own key head."""
     b, hkv, _, _, d = q_block.shape
     rows = q_block.reshape(b, hkv, -1, 1, d) * jnp.eye(hkv, dtype=q_block.dtype)[:, None, :, None]
-    scores = _dot("brc,bkc->brk", rows.reshape(b, -1, hkv * d), _merge_heads(k_block))
+    scores = dot("brc,bkc->brk", rows.reshape(b, -1, hkv * d), _merge_heads(k_block))
     # 0 (of another head) times inf or NaN is NaN: in that case, use one product per head
     return lax.cond(
         jnp.isfinite(scores).all(),
@@ -503,7 +509,7 @@ def _kv_tile(x: Any, start, size: int) -> Float[Array, "b hkv size d"]:
     return _slice(x.array, start, size, axis=2) if isinstance(x, _HeadsFirst) else _rows(x, start, size).swapaxes(1, 2)
 
 
-def _dot(equation: str, a: Array, b: Array) -> Array:
+def dot(equation: str, a: Array, b: Array) -> Array:
     """A matrix product with float32 sums; float32 inputs are not rounded to tf32."""
     precision = "highest" if a.dtype == jnp.float32 else None
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -512,8 +518,8 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
 def _rows_dot(
     equation: str, a: Float[Array, "b hkv g bq m"], b: Float[Array, "b hkv _ _"]
 ) -> Float[Array, "b hkv g bq n"]:
-    """_dot of all rows of a key head: XLA on a CPU would make a transposed copy of b for a product with more axes."""
-    return _dot(equation, _merge_groups(a), b).reshape(*a.shape[:4], -1)
+    """dot of all rows of a key head: XLA on a CPU would make a transposed copy of b for a product with more axes."""
+    return dot(equation, _merge_groups(a), b).reshape(*a.shape[:4], -1)
 
 
 def _merge_groups(x: Float[Array, "b hkv g bq n"]) -> Float[Array, "b hkv rows n"]:
