@@ -485,9 +485,9 @@ def _d_bias_kernel(
         tile = Tile.of(ref, shape=shape, spec=spec, config=config, row=row, head=head)
         span = tile.keys_of(q_start, block_q, block_kv)
         kind = _kind(ref, row, head, q_start, k_start)
-        visited = True if kind is None else kind >= 0
+        is_seen = (k_start < span.end) & (k_start + block_kv > span.first)
         return lax.cond(
-            (k_start < span.end) & (k_start + block_kv > span.first) & visited,
+            is_seen if kind is None else is_seen & (kind >= 0),
             lambda: acc + _bias_tile(tile, ref, row, head, q_start, k_start, span, kind),
             lambda: acc,
         )
