@@ -26,11 +26,11 @@ def model(tmp_path):
     return folder_with_text(GOLDEN / "llama3", tmp_path / "model")
 
 
-def test_there_are_five_short_examples():
+def test_there_are_six_short_examples():
     files = sorted(EXAMPLES.glob("*"))
-    names = "batch_with_prefix compare_attention generate_text teach_a_format train_transformer".split()
+    names = "batch_with_prefix compare_attention generate_text teach_a_format train_hybrid train_transformer".split()
     assert [file.stem for file in files] == names
-    assert all(file.read_text().count("\n") <= 60 for file in files)
+    assert all(file.read_text().count("\n") <= 75 for file in files)
 
 
 @pytest.mark.exhaustive
@@ -39,6 +39,12 @@ def test_training_lowers_the_loss_and_saves_a_checkpoint(tmp_path):
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert len(losses) == 3 and losses[-1] < losses[0] / 2
     assert (tmp_path / "kept").is_dir()
+
+
+@pytest.mark.exhaustive
+def test_a_hybrid_learns(tmp_path):
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run("train_hybrid", "--steps", 41, cwd=tmp_path))]
+    assert len(losses) == 3 and losses[-1] < losses[0] / 2
 
 
 @pytest.mark.exhaustive
