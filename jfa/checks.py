@@ -159,7 +159,8 @@ def decay(log_decay: Array) -> None:
     """Raises ValueError if a decay is known to be above 1: a traced one is not."""
     if isinstance(log_decay, Tracer) or log_decay.size == 0:
         return
-    if (largest := float(jnp.nanmax(log_decay))) > 0:
+    # NumPy: in a traced function, jnp would trace this too. NaN may be in padding
+    if (largest := float(np.fmax.reduce(np.asarray(log_decay, np.float32), axis=None))) > 0:
         raise ValueError(
             f"log_decay must be at most 0, the logarithm of a decay of 1, but its largest number is {largest:g}; "
             "pass log(decay), for decays from 0 to 1"

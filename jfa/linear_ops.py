@@ -184,12 +184,16 @@ def linear_attention_step(
     spec = LinearSpec(scale=dk**-0.5 if scale is None else float(scale))
     q, k, v, log_decay = (x.astype(jnp.float32) for x in (query, key, value, log_decay))
     q, k = (jnp.repeat(x, h // hk, axis=1) for x in (q * spec.scale, k))
-    decayed = jnp.exp(log_decay if log_decay.ndim == 3 else log_decay[..., None])[..., None] * state
+    decay = jnp.exp(log_decay if log_decay.ndim == 3 else log_decay[..., None])
     if beta is not None:
-        v = beta.astype(jnp.float32)[..., None] * (v - (decayed * k[..., None]).sum(2))
-    # the state is read for the output before it is changed: its new value does not have to be read again
-    out = (decayed * q[..., None]).sum(2) + (q * k).sum(2, keepdims=True) * v
-    return out.astype(value.dtype), decayed + k[..., None] * v[:, :, None]
+        v = beta.astype(jnp.float32)[..., None] * (v - _times_state(decay * k, state))
+    state = decay[..., None] * state + k[..., None] * v[:, :, None]
+    return _times_state(q, state).astype(value.dtype), state
+
+
+def _times_state(x: Float[Array, "b h dk"], state: Float[Array, "b h dk dv"]) -> Float[Array, "b h dv"]:
+    # a product: a sum over the rows takes XLA on a CPU several times as long (bench/LOG.md)
+    return jnp.einsum("bhk,bhkv->bhv", x, state, precision="highest")
 
 
 @with_default_rules

@@ -172,6 +172,13 @@ def _attended(
     With rows.of_states, `state` is that of all slots.
     """
     options: dict[str, Any]
+    if rows.of_states is not None and value.shape[1] == 1 and rows.query_start is None:
+        assert state is not None
+        slot, _, is_new = rows.of_states
+        held = jnp.where(is_new[:, None, None, None], 0.0, jnp.take(state, slot, axis=0, mode="clip"))
+        own = rows._replace(lengths=None, of_states=None)
+        out, new = _attended(query, key, value, log_decay, beta, own, held, scale=scale)
+        return out, state.at[slot].set(new, mode="drop")
     if rows.of_states is not None:
         assert state is not None
         q, k, v, decay = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value, log_decay))

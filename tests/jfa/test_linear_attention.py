@@ -346,6 +346,15 @@ def test_empty_input(shape):
     np.testing.assert_array_equal(state, more["initial_state"])
 
 
+def test_a_constant_decay_in_a_traced_function():
+    arrays, options, want, plain = truth("mamba", "float32")
+    decays, growth = jnp.asarray(arrays[3]), jnp.asarray(-arrays[3])
+    out, _ = jax.jit(lambda *tokens: jfa.linear_attention(*tokens, decays, **options))(*arrays[:3])
+    assert_within(out, want[0], limit(want[0], plain[0], out.dtype))
+    with pytest.raises(ValueError, match="log_decay must be at most 0"):
+        jax.jit(lambda *tokens: jfa.linear_attention(*tokens, growth, **options))(*arrays[:3])
+
+
 def test_a_mesh_with_explicit_axes():
     mesh = jax.make_mesh((1,), ("rows",))
     arrays, options, want, plain = truth("delta", "float32")
