@@ -1,6 +1,6 @@
 """`jfa-bench tune`: chooses each kernel's configuration for an architecture, in jfa/tuning_tables/<arch>/<kernel>.json.
 
-Offline, the choice is made from compiled code. A kernel's Sweep (ops.OPS) defines what is tried: its starting tiles,
+Offline, the choice is made from compiled code. A kernel's Sweep (ops.TUNED) defines what is tried: its starting tiles,
 enlarged until a kernel spills, loses occupancy or gets slower; then its late axes, one at a time, on the best LATE
 candidates; for a dtype that is like another, only the best ALIKE candidates of the other. Then:
 

@@ -142,7 +142,7 @@ def ragged_linear_attention(
     outs = jax.ShapeDtypeStruct((n, h, dv), operands.v.dtype), operands.state
     call = pl.pallas_call(
         functools.partial(_kernel, names=tuple(arrays), spec=spec, config=config, sizes=(n, dk, dv)),
-        name="linear_attention",
+        name="linear_attention" if operands.beta is None else "delta_attention",
         grid=(h, pl.cdiv(dv, config.block_v), rows.slot.shape[0]),
         in_specs=[whole_array(blocks.get(name, x.shape)) for name, x in arrays.items()],
         out_specs=[whole_array(values), whole_array(states)],
