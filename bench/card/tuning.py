@@ -41,7 +41,8 @@ class Key:
     @property
     def op(self) -> ops.Op:
         """The kernel, with this entry only."""
-        [op] = (op for op in ops.OPS if op.kernel == self.kernel)
+        [op] = (op for op in ops.TUNED if op.kernel == self.kernel)
+        assert op.sweep is not None
         # alike: the configurations of a dtype are taken from another one's, which is not compiled here
         return dataclasses.replace(
             op, dtypes=(self.dtype,), head_dims=(self.head_dim,), sweep=dataclasses.replace(op.sweep, alike={})

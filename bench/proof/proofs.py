@@ -286,7 +286,7 @@ def linear_tile_cases(config: jfa.LinearKernelConfig, head_dim: int, *, delta: b
             options=dict(seq_lengths=np.array([several, 0, 5]), segment_ids=np.stack([segments, segments, segments])),
             **shared,
         ),
-        "padded_head_dim": LinearCase(b=1, t=several, **shared | dict(dk=head_dim * 5 // 8)),
+        "padded_head_dim": dataclasses.replace(LinearCase(b=1, t=several, **shared), dk=head_dim * 5 // 8),
         "rows": LinearCase(rows=(1, several, 0, 3), new=(1,), padding=5, hk=1, h=2, **shared),
     }
 

@@ -66,7 +66,7 @@ class Proof:
     truth: Callable[[Any, Row], Any]  # (case, row)
     sizes: tuple[Size, ...]
     quick: tuple[Size, ...]
-    supports: Callable[["Row"], bool] = lambda row: True  # rows of calls that the kernel refuses are left out
+    supports: Callable[["Row"], bool] = lambda row: True  # a row whose call the kernel refuses is left out
 
 
 # named cases for quick runs
@@ -134,7 +134,8 @@ def _linear_cases(row: Row) -> dict[str, linear_cases.LinearCase]:
     if row.head_dim is None:
         on_gpus = {name: linear_cases.CASES[name] for name in linear_cases.ON_GPUS}
         return _named(row, {name: case for name, case in on_gpus.items() if case.delta == delta})
-    return linear_tile_cases(_config(row, row.head_dim), row.head_dim, delta=delta)
+    found = linear_tile_cases(_config(row, row.head_dim), row.head_dim, delta=delta)
+    return {name: case for name, case in found.items() if not row.quick or name in ("lengths_and_segments", "rows")}
 
 
 def _linear_supports(row: Row) -> bool:
@@ -251,17 +252,14 @@ def rows(
     compiler: str | None = None,
 ) -> list[Row]:
     """The rows to prove, in the table's order; quick: fewer rows and cases."""
-    return [
-        row
+    found = [
+        (proof, Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=size, quick=quick, compiler=compiler))
         for (op, direction), proof in PROOFS.items()
         if op in op_names and direction in directions
         for arch in archs
-        for dtype, head_dim in (proof.quick if quick else proof.sizes)
-        for row in [
-            Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick, compiler=compiler)
-        ]
-        if proof.supports(row)
+        for dtype, size in (proof.quick if quick else proof.sizes)
     ]
+    return [row for proof, row in found if proof.supports(row)]
 
 
 def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:

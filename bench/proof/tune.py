@@ -124,6 +124,7 @@ def _note(best: Mapping[str, Any], passing: int | None) -> str | None:
 def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[str, Any]]]:
     """Compile records of all configurations worth trying, in rounds of many rows that depend on the previous rounds."""
     sweep = op.sweep
+    assert sweep is not None
     grows, sizes = sweep.grows
     lanes = 64 if aot.is_cdna(arch) else 32
     found: dict[Key, list[dict[str, Any]]] = {key: [] for key in itertools.product(op.dtypes, op.head_dims)}
