@@ -16,7 +16,10 @@ KERNELS = {
     "ragged_paged_attention": ("ragged_paged_attention", "forward"),
     "quantized_matmul_few_rows": ("quantized_matmul_few_rows", "forward"),
     "quantized_matmul": ("quantized_matmul", "forward"),
+    "linear_attention": ("linear_attention", "forward"),
+    "delta_attention": ("delta_attention", "forward"),  # linear attention with the delta rule
 }
+TUNED = tuple(name for name in KERNELS if name not in ("linear_attention", "delta_attention"))  # that have tables
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))
 DIRECTIONS = ("forward", "backward")
 FLASH_DTYPES = ("bfloat16", "float16", "float32")
@@ -24,6 +27,7 @@ PAGED_DTYPES = (
     *FLASH_DTYPES,
     *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
 )
+LINEAR_DTYPES = ("bfloat16", "float32")
 PRODUCT_DTYPES = (*(dtype for dtype in PAGED_DTYPES if " on " in dtype), "int8 on int8")  # of x and the weight
 DTYPES = tuple(dict.fromkeys((*PAGED_DTYPES, *PRODUCT_DTYPES)))
 HEAD_DIMS = (64, 128, 256)  # entries of a tuning table; other head_dims use the next larger entry

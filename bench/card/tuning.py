@@ -41,7 +41,8 @@ class Key:
     @property
     def op(self) -> ops.Op:
         """The kernel, with this entry only."""
-        [op] = (op for op in ops.OPS if op.kernel == self.kernel)
+        [op] = (op for op in ops.TUNED if op.kernel == self.kernel)
+        assert op.sweep is not None
         # alike: the configurations of a dtype are taken from another one's, which is not compiled here
         return dataclasses.replace(
             op, dtypes=(self.dtype,), head_dims=(self.head_dim,), sweep=dataclasses.replace(op.sweep, alike={})
@@ -61,11 +62,11 @@ def why_not() -> str | None:
 
 def keys() -> Iterator[list[Key]]:
     """For each dtype and head_dim, most used first, the entries of all kernels that have them."""
-    others = tuple(dict.fromkeys(dtype for op in ops.OPS for dtype in op.dtypes if dtype not in DTYPES))
-    sizes = tuple(dict.fromkeys((*HEAD_DIMS, *(size for op in ops.OPS for size in op.head_dims))))
+    others = tuple(dict.fromkeys(dtype for op in ops.TUNED for dtype in op.dtypes if dtype not in DTYPES))
+    sizes = tuple(dict.fromkeys((*HEAD_DIMS, *(size for op in ops.TUNED for size in op.head_dims))))
     for dtypes in (DTYPES, others):
         for size, dtype in itertools.product(sizes, dtypes):
-            having = [op for op in ops.OPS if dtype in op.dtypes and size in op.head_dims]
+            having = [op for op in ops.TUNED if dtype in op.dtypes and size in op.head_dims]
             if having:
                 yield [Key(kernel=op.kernel, dtype=dtype, head_dim=size) for op in having]
 
@@ -138,7 +139,7 @@ def winners(records: Sequence[Record]) -> list[Record]:
 def write(folder: Path, arch: str, records: Sequence[Record]) -> None:
     """Writes a table of the measured entries of each kernel: folder/<arch>/<kernel>.json."""
     found = winners(records)
-    for op in ops.OPS:
+    for op in ops.TUNED:
         own = [one for one in found if one["case"]["kernel"] == op.kernel]
         if not own:
             continue

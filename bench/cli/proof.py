@@ -10,6 +10,7 @@ from . import options
 ARCHS = options.Names("architecture", names.ARCHS)
 OPS = options.Names("op", names.OPS)
 OPS_AND_KERNELS = options.Names("op", tuple(dict.fromkeys((*names.OPS, *names.KERNELS))))
+TUNED = options.Names("op", tuple(dict.fromkeys((*(names.KERNELS[kernel][0] for kernel in names.TUNED), *names.TUNED))))
 DIRECTIONS = options.Names("direction", names.DIRECTIONS)
 HEAD_DIMS = options.Names("head_dim", tuple(map(str, sorted({*names.HEAD_DIMS, *names.BETWEEN, *names.GROUP_SIZES}))))
 
@@ -144,7 +145,7 @@ def prove_command(context, arch, op, direction, quick, model, compiler, processe
 @click.command("tune")
 @click.option("--offline", is_flag=True, help="Choose by compiled code. Default: measure on this device.")
 @click.option("--arch", type=ARCHS, help=f"With --offline: one or more of {', '.join(names.ARCHS)}, or all.")
-@kernels_option
+@click.option("--op", type=TUNED, default="all", show_default=True, help="Linear attention has no tables.")
 @direction_option
 @click.option("--write", is_flag=True, help="Replace the tables that jfa uses.")
 @click.option("--folder", type=options.FOLDER, help="Write the tables to this folder instead.")
@@ -170,7 +171,7 @@ def tune_command(offline, arch, op, direction, write, folder, compiler, processe
     compile.warn_of_unmet([tuning.table_arch(name) for name in archs], compiler)
     place = tune.resources_folder() if write else folder
     records = []
-    for one in ops.named(op, direction):
+    for one in ops.named(op, direction, table=ops.TUNED):
         for name in archs:
             text, rows = tune.tuned(
                 one, name, processes=processes, samples=None if offline else samples, compiler=compiler

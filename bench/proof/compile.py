@@ -146,7 +146,8 @@ def warn_of_unmet(archs: Sequence[str], compiler: str | None) -> str | None:
     return note
 
 
-BLOCKS = ("block_q", "block_kv", "block_rows", "block_out", "block_in")  # sizes of a tile, of attention or a product
+# sizes of a tile: of attention, of a product, of linear attention
+BLOCKS = ("block_q", "block_kv", "block_rows", "block_out", "block_in", "chunk_size", "block_v")
 
 # Columns of csv: field to heading. TABLE has fewer, to fit into 80 columns.
 COLUMNS = {

@@ -16,6 +16,9 @@ from jfa.types import (
     AttentionSpec,
     DeviceInfo,
     FlashConfig,
+    LinearKernelConfig,
+    LinearOperands,
+    LinearSpec,
     Operands,
     PagedConfig,
     PagedOperands,
@@ -64,7 +67,7 @@ class Op:
     own_results: Callable[[Any], Any] = lambda results: results
     bound: str = "matrix_bound"  # the figure shown in tables; "memory_bound_share" for kernels limited by memory
     variants: tuple[str, ...] = ()  # other calls of the same kernel, which a tuned configuration must also support
-    sweep: Sweep
+    sweep: Sweep | None  # None: the kernel has no tuning tables
     dtypes: tuple[str, ...] = names.FLASH_DTYPES
     head_dims: tuple[int, ...] = names.HEAD_DIMS  # of the tuning table; of products the group sizes
     between: tuple[int, ...] = names.BETWEEN
@@ -279,6 +282,59 @@ def _product_default(rows: int) -> Callable[[DeviceInfo, str, int], ProductConfi
         return found
 
     return config
+
+
+# A layer of a decoder: two value heads for each key head, as in Qwen3-Next.
+_KEY_HEADS, _VALUE_HEADS, _SLOTS = 4, 8, 16
+
+
+def linear_operands(dtype: str, head_dim: int, *, delta: bool) -> LinearOperands:
+    """Shapes of a call of linear attention; keys and values have the same head_dim."""
+    keys, values = (_rows(dtype, head_dim, heads=heads) for heads in (_KEY_HEADS, _VALUE_HEADS))
+    number: Any = jax.ShapeDtypeStruct((1, LENGTH, _VALUE_HEADS), "float32")
+    state: Any = jax.ShapeDtypeStruct((1, _VALUE_HEADS, head_dim, head_dim), "float32")
+    return LinearOperands(keys, keys, values, log_decay=number, state=state, beta=number if delta else None)
+
+
+def _linear(*, delta: bool) -> Callable[[str, int, LinearKernelConfig | None, str], tuple[Callable, tuple]]:
+    def call_of(dtype: str, head_dim: int, config: LinearKernelConfig | None, variant: str) -> tuple[Callable, tuple]:
+        if variant == "padded head_dim":
+            head_dim = head_dim * 5 // 8
+        operands = linear_operands(dtype, head_dim, delta=delta)
+        options: dict[str, Any] = dict(implementation="triton", config=config)
+
+        def call(operands):
+            q, k, v, log_decay, state, beta = operands
+            return jfa.linear_attention(q, k, v, log_decay, initial_state=state, beta=beta, **options)
+
+        def call_of_rows(operands, slot, query_start):
+            (q, k, v, log_decay), beta = (x[0] for x in operands[:4]), operands.beta
+            beta = None if beta is None else beta[0]
+            return jfa.ragged_linear_attention(
+                q, k, v, log_decay, operands.state, slot, query_start, beta=beta, **options
+            )
+
+        if variant != "rows":
+            return call, (operands,)
+        states: Any = jax.ShapeDtypeStruct((_SLOTS, *operands.state.shape[1:]), "float32")
+        slot, start = (jax.ShapeDtypeStruct((n,), "int32") for n in (_SLOTS, _SLOTS + 1))
+        return call_of_rows, (operands._replace(state=states), slot, start)
+
+    return call_of
+
+
+def _linear_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKernelConfig]:
+    def config(device: DeviceInfo, dtype: str, head_dim: int) -> LinearKernelConfig:
+        operands = linear_operands(dtype, head_dim, delta=delta)
+        return backends.linear("triton").default_config(operands, device)  # type: ignore[return-value]
+
+    return config
+
+
+def linear_why_not(device: DeviceInfo, dtype: str, head_dim: int, *, delta: bool) -> str | None:
+    """Why the kernel does not support a call on a device; None if it does."""
+    operands = linear_operands(dtype, head_dim, delta=delta)
+    return backends.linear("triton").why_not(operands, LinearSpec(scale=1.0), device)
 
 
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
@@ -551,8 +607,23 @@ OPS = (
             alike=_PRODUCTS_ALIKE,
         ),
     ),
+    *(
+        Op(
+            name=kernel,
+            direction="forward",
+            kernel=kernel,
+            config_type=LinearKernelConfig,
+            call=_linear(delta=delta),
+            default_config=_linear_default(delta=delta),
+            variants=("rows", "padded head_dim"),
+            dtypes=names.LINEAR_DTYPES,
+            sweep=None,  # RDNA has no tile for some of its entries, and the figures do not see the substitution's loop
+        )
+        for kernel, delta in (("linear_attention", False), ("delta_attention", True))
+    ),
 )
 
+TUNED = tuple(op for op in OPS if op.sweep)
 
 # (architecture, kernel) to tiles that are not used, since `prove` found the code wrong that XLA makes of them
 MISCOMPILED: Mapping[tuple[str, str], tuple[Mapping[str, Any], ...]] = {
@@ -561,6 +632,6 @@ MISCOMPILED: Mapping[tuple[str, str], tuple[Mapping[str, Any], ...]] = {
 }
 
 
-def named(names: Sequence[str], directions: Sequence[str]) -> tuple[Op, ...]:
-    """The entries of OPS with these names (of an op or a kernel) and directions."""
-    return tuple(op for op in OPS if (op.name in names or op.kernel in names) and op.direction in directions)
+def named(names: Sequence[str], directions: Sequence[str], *, table: Sequence[Op] = OPS) -> tuple[Op, ...]:
+    """The entries with these names (of an op or a kernel) and directions."""
+    return tuple(op for op in table if (op.name in names or op.kernel in names) and op.direction in directions)

@@ -6,6 +6,7 @@ Inputs past a row's length, and page slots without a token, are NaN or infinite;
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from .. import amdgcn
 from ..measure import outcome
 from ..truth import cases, numerics
 from ..truth.cases import Case, Truth
+from ..truth.linear_cases import LinearCase, LinearTruth
 from ..truth.paged_cases import PagedCase, PagedTruth
 from ..truth.product_cases import ProductCase, ProductTruth
 from . import aot, emulate
@@ -267,3 +269,52 @@ def product_check(truth: ProductTruth, implementation: Implementation | None) ->
 
     limit = numerics.limit(truth.out, truth.plain_out, truth.x.dtype)
     return Check(call, (truth.x, truth.weight), (truth.out,), (limit,))
+
+
+def linear_tile_cases(config: jfa.LinearKernelConfig, head_dim: int, *, delta: bool) -> dict[str, LinearCase]:
+    """Cases that cover all paths of the kernel: whole chunks, ragged ends, empty rows, columns past the last one."""
+    several = config.chunk_size + config.chunk_size // 2 + 3  # tokens: one whole chunk and part of another
+    shared: dict[str, Any] = dict(dv=config.block_v + config.block_v // 2 + 3, dk=head_dim, delta=delta)
+    segments = np.arange(several) // (config.chunk_size // 2 + 1)
+    return {
+        "groups": LinearCase(b=1, t=several, hk=1, h=2, state=False, **shared),
+        "lengths_and_segments": LinearCase(
+            b=3,
+            t=several,
+            hk=1,
+            h=1,
+            options=dict(seq_lengths=np.array([several, 0, 5]), segment_ids=np.stack([segments, segments, segments])),
+            **shared,
+        ),
+        "padded_head_dim": dataclasses.replace(LinearCase(b=1, t=several, **shared), dk=head_dim * 5 // 8),
+        "rows": LinearCase(rows=(1, several, 0, 3), new=(1,), padding=5, hk=1, h=2, **shared),
+    }
+
+
+def of_chunks(truth: LinearTruth, arch: str, **options: Any) -> Verdict:
+    """Like forward, for linear attention."""
+    return verdict(*linear_check(truth, "triton"), arch=arch, **options)
+
+
+def linear_check(truth: LinearTruth, implementation: Implementation | None) -> Check:
+    """Like forward_check, for linear attention: the output, and the state after the last token of each row."""
+    scale = truth.options.get("scale")
+    given = {name: x for name, x in truth.options.items() if name != "scale"}
+    arrays = tuple(map(np.array, truth.arrays))
+    if (lengths := given.get("seq_lengths")) is not None:
+        of_tokens = [*arrays]
+        if "beta" in given:
+            of_tokens.append(np.array(given["beta"]))
+            given["beta"] = of_tokens[-1]
+        for x, (row, length) in itertools.product(of_tokens, enumerate(lengths)):
+            x[row, length:] = np.nan
+
+    def call(arrays, given):
+        return getattr(jfa, truth.op)(*arrays, scale=scale, implementation=implementation, **given)
+
+    dtype = arrays[2].dtype
+    limits = (  # what is added to the state is rounded to the dtype of the inputs
+        numerics.limit(truth.out, truth.plain_out, dtype),
+        numerics.limit(truth.state, truth.plain_state, dtype),
+    )
+    return Check(call, (arrays, given), (truth.out, truth.state), limits)

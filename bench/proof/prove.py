@@ -18,7 +18,7 @@ from jfa.types import Implementation
 
 from .. import names
 from ..records import record, tables
-from ..truth import cases, paged_cases, product_cases
+from ..truth import cases, linear_cases, paged_cases, product_cases
 from . import aot, compilers, ops, pool
 from .proofs import (
     Check,
@@ -27,6 +27,9 @@ from .proofs import (
     backward_check,
     forward,
     forward_check,
+    linear_check,
+    linear_tile_cases,
+    of_chunks,
     of_weight,
     over_pages,
     paged_check,
@@ -63,6 +66,7 @@ class Proof:
     truth: Callable[[Any, Row], Any]  # (case, row)
     sizes: tuple[Size, ...]
     quick: tuple[Size, ...]
+    supports: Callable[["Row"], bool] = lambda row: True  # a row whose call the kernel refuses is left out
 
 
 # named cases for quick runs
@@ -75,6 +79,8 @@ QUICK_OPTIONS = (
     "tree_beside_chunk_and_token",
     "int4_zeros",
     "many_rows",
+    "mamba",
+    "delta_and_groups",
 )
 
 
@@ -123,6 +129,20 @@ def _product_cases(row: Row) -> dict[str, product_cases.ProductCase]:
     )
 
 
+def _linear_cases(row: Row) -> dict[str, linear_cases.LinearCase]:
+    delta = row.op == "delta_attention"
+    if row.head_dim is None:
+        on_gpus = {name: linear_cases.CASES[name] for name in linear_cases.ON_GPUS}
+        return _named(row, {name: case for name, case in on_gpus.items() if case.delta == delta})
+    found = linear_tile_cases(_config(row, row.head_dim), row.head_dim, delta=delta)
+    return {name: case for name, case in found.items() if not row.quick or name in ("lengths_and_segments", "rows")}
+
+
+def _linear_supports(row: Row) -> bool:
+    delta = row.op == "delta_attention"
+    return not ops.linear_why_not(aot.device(row.arch), row.dtype, row.head_dim or 16, delta=delta)
+
+
 def _flash_truth(case: cases.Case, row: Row) -> cases.Truth:
     return cases.truth_of(case, row.dtype, seed=0)
 
@@ -134,6 +154,10 @@ def _paged_truth(case: paged_cases.PagedCase, row: Row) -> paged_cases.PagedTrut
 def _product_truth(case: product_cases.ProductCase, row: Row) -> product_cases.ProductTruth:
     of_x = row.dtype.partition(" on ")[0]
     return product_cases.truth_of(case, "bfloat16" if of_x == "int8" else of_x, seed=0)
+
+
+def _linear_truth(case: linear_cases.LinearCase, row: Row) -> linear_cases.LinearTruth:
+    return linear_cases.truth_of(case, row.dtype, seed=0)
 
 
 _FLASH_SIZES: tuple[Size, ...] = (
@@ -163,6 +187,19 @@ _PRODUCTS = Proof(
     ),
     quick=(("bfloat16 on uint8", 128), ("bfloat16", None)),
 )
+_LINEAR = Proof(
+    run=of_chunks,
+    check=linear_check,
+    cases=_linear_cases,
+    truth=_linear_truth,
+    sizes=(
+        *(("bfloat16", head_dim) for head_dim in names.HEAD_DIMS),
+        *(("float32", head_dim) for head_dim in (64, 128)),
+        *((dtype, None) for dtype in names.LINEAR_DTYPES),
+    ),
+    quick=(("bfloat16", 128), ("float32", 64), ("bfloat16", None)),
+    supports=_linear_supports,
+)
 PROOFS: dict[tuple[str, str], Proof] = {
     ("flash_attention", direction): Proof(
         run=run, check=check, cases=_flash_cases, truth=_flash_truth, sizes=_FLASH_SIZES, quick=_FLASH_QUICK
@@ -170,6 +207,7 @@ PROOFS: dict[tuple[str, str], Proof] = {
     for direction, run, check in (("forward", forward, forward_check), ("backward", backward, backward_check))
 } | {(op, "forward"): _PAGED for op in ("paged_decode_attention", "ragged_paged_attention")}
 PROOFS |= {(op, "forward"): _PRODUCTS for op in ("quantized_matmul_few_rows", "quantized_matmul")}
+PROOFS |= {(op, "forward"): _LINEAR for op in ("linear_attention", "delta_attention")}
 
 
 def prove_row(row: Row) -> dict[str, Any]:
@@ -214,13 +252,14 @@ def rows(
     compiler: str | None = None,
 ) -> list[Row]:
     """The rows to prove, in the table's order; quick: fewer rows and cases."""
-    return [
-        Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=head_dim, quick=quick, compiler=compiler)
+    found = [
+        (proof, Row(op=op, direction=direction, arch=arch, dtype=dtype, head_dim=size, quick=quick, compiler=compiler))
         for (op, direction), proof in PROOFS.items()
         if op in op_names and direction in directions
         for arch in archs
-        for dtype, head_dim in (proof.quick if quick else proof.sizes)
+        for dtype, size in (proof.quick if quick else proof.sizes)
     ]
+    return [row for proof, row in found if proof.supports(row)]
 
 
 def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:

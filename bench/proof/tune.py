@@ -1,6 +1,6 @@
 """`jfa-bench tune`: chooses each kernel's configuration for an architecture, in jfa/tuning_tables/<arch>/<kernel>.json.
 
-Offline, the choice is made from compiled code. A kernel's Sweep (ops.OPS) defines what is tried: its starting tiles,
+Offline, the choice is made from compiled code. A kernel's Sweep (ops.TUNED) defines what is tried: its starting tiles,
 enlarged until a kernel spills, loses occupancy or gets slower; then its late axes, one at a time, on the best LATE
 candidates; for a dtype that is like another, only the best ALIKE candidates of the other. Then:
 
@@ -124,6 +124,7 @@ def _note(best: Mapping[str, Any], passing: int | None) -> str | None:
 def _swept(op: Op, arch: str, compile_all: CompileAll) -> dict[Key, list[dict[str, Any]]]:
     """Compile records of all configurations worth trying, in rounds of many rows that depend on the previous rounds."""
     sweep = op.sweep
+    assert sweep is not None
     grows, sizes = sweep.grows
     lanes = 64 if aot.is_cdna(arch) else 32
     found: dict[Key, list[dict[str, Any]]] = {key: [] for key in itertools.product(op.dtypes, op.head_dims)}

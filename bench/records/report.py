@@ -37,16 +37,17 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     """A Markdown table: for each kernel and architecture the highest level that all its records reached.
 
     executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
-    of spilled registers is that of the worst configuration.
+    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line.
     """
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     kernels = dict.fromkeys(row["kernel"] for row in compiled)
     lines = [["kernel", *names.ARCHS], ["---"] * (1 + len(names.ARCHS))]
     for kernel in kernels:
+        named: dict[tuple[str, ...], list[str]] = {}
         for name, dtypes in DTYPES.items():
             if not any(row["kernel"] == kernel and row["dtype"] in dtypes for row in compiled):
                 continue
-            cells = [
+            cells = tuple(
                 _cell(
                     [r for r in compiled if (r["kernel"], r["arch"]) == (kernel, arch) and r["dtype"] in dtypes],
                     [
@@ -56,8 +57,9 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
                     ],
                 )
                 for arch in names.ARCHS
-            ]
-            lines.append([f"`{kernel}`, {name}", *cells])
+            )
+            named.setdefault(cells, []).append(name)
+        lines += [[f"`{kernel}`, {' and '.join(of)}", *cells] for cells, of in named.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -12,6 +12,7 @@ from jfa_models.decoding import options
 
 def test_kernels_agree_with_the_table_of_ops():
     assert list(names.KERNELS.items()) == [(op.kernel, (op.name, op.direction)) for op in ops.OPS]
+    assert names.TUNED == tuple(op.kernel for op in ops.TUNED)
     assert {op for op, _ in prove.PROOFS} == set(names.OPS)
     dtypes = dict.fromkeys(dtype for op in ops.OPS for dtype in op.dtypes)
     assert tuple(dtypes) == names.DTYPES and set(names.FLASH_DTYPES) < set(dtypes)

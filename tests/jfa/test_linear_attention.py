@@ -11,47 +11,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import jfa
+from jfa_bench.truth.linear_cases import CASES, SEGMENTS, LinearCase, arrays_of, recurrence, truth
 from jfa_bench.truth.numerics import assert_within, limit
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """Sizes and options. decays: of log_decay, the exponents of its power of ten."""
-
-    b: int = 2
-    t: int = 37
-    hk: int = 2
-    h: int = 2
-    dk: int = 8
-    dv: int = 5
-    by_columns: bool = False
-    delta: bool = False
-    state: bool = True
-    decays: tuple[float, float] = (-3.0, 1.0)
-    options: dict = dataclasses.field(default_factory=dict)
-
-
-SEGMENTS = np.array([[0] * 5 + [1] * 20 + [2] + [3] * 11, [4] * 30 + [4, 4, 0, 0, 0, 4, 4]])
-CASES = {
-    "mamba": Case(hk=1, h=4, dk=16, options=dict(scale=1.0)),
-    "heads": Case(h=6),
-    "columns": Case(by_columns=True),
-    "columns_and_groups": Case(by_columns=True, h=4, t=50),
-    "delta": Case(delta=True),
-    "delta_and_groups": Case(delta=True, h=4, dv=16, t=70),
-    "delta_and_columns": Case(delta=True, by_columns=True, h=4),
-    "one_token": Case(t=1, delta=True),
-    "no_state": Case(state=False),
-    "lengths": Case(options=dict(seq_lengths=np.array([0, 21])), delta=True),
-    "segments": Case(options=dict(segment_ids=SEGMENTS)),
-    "segments_columns_and_lengths": Case(
-        by_columns=True, delta=True, options=dict(segment_ids=SEGMENTS, seq_lengths=np.array([37, 31]))
-    ),
-    "decays_near_1": Case(decays=(-9.0, -6.0), t=90),
-    "decays_near_0": Case(decays=(1.5, 4.0), t=90),
-    "decays_near_0_by_columns": Case(decays=(1.0, 3.0), by_columns=True, delta=True, t=90),
-    "mixed_decays": Case(decays=(-8.0, 4.0), delta=True, t=90),
-}
 BACKENDS = {
     "reference": None,
     "xla": jfa.LinearConfig(chunk_size=16),
@@ -60,60 +22,17 @@ BACKENDS = {
 }
 
 
-def arrays_of(case: Case, dtype="float32", seed=0):
-    rng = np.random.default_rng(seed)
-    keys = (case.b, case.t, case.hk, case.dk)
-    q, k = (rng.standard_normal(keys).astype(dtype) for _ in "qk")
-    k = (k / np.linalg.norm(k.astype(np.float32), axis=-1, keepdims=True)).astype(dtype)
-    v = rng.standard_normal((case.b, case.t, case.h, case.dv)).astype(dtype)
-    log_decay = -(10 ** rng.uniform(*case.decays, (case.b, case.t, case.h, case.dk)).astype(np.float32))
-    if not case.by_columns:
-        log_decay = log_decay[..., 0]
-    more = {}
-    if case.delta:
-        more["beta"] = rng.random((case.b, case.t, case.h), np.float32)
-    if case.state:
-        more["initial_state"] = rng.standard_normal((case.b, case.h, case.dk, case.dv)).astype(np.float32)
-    return (q, k, v, log_decay), more
-
-
-def recurrence(arrays, *, beta=None, initial_state=None, scale=None, seq_lengths=None, segment_ids=None, dtype=float):
-    """The definition, one token after another."""
-    q, k, v, log_decay = (np.asarray(x, dtype) for x in arrays)
-    b, t, h, dv = v.shape
-    dk = k.shape[3]
-    q, k = (np.repeat(x, h // k.shape[2], axis=2) for x in (q, k))
-    log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-    states = np.zeros((b, h, dk, dv), dtype) if initial_state is None else np.array(initial_state, dtype)
-    out = np.zeros((b, t, h, dv), dtype)
-    for row in range(b):
-        for i in range(t if seq_lengths is None else seq_lengths[row]):
-            if segment_ids is not None and i and segment_ids[row, i] != segment_ids[row, i - 1]:
-                states[row] = 0
-            for head in range(h):
-                state = np.exp(log_decay[row, i, head])[:, None] * states[row, head]
-                new = v[row, i, head]
-                if beta is not None:
-                    new = beta[row, i, head] * (new - state.T @ k[row, i, head])
-                states[row, head] = state + np.outer(k[row, i, head], new)
-                out[row, i, head] = states[row, head].T @ q[row, i, head] * (dk**-0.5 if scale is None else scale)
-    return out, states
-
-
-@functools.lru_cache(maxsize=64)
-def truth(name, dtype):
-    case = CASES[name]
-    arrays, more = arrays_of(case, jnp.dtype(dtype))
-    want = recurrence(arrays, **more, **case.options)
-    plain = recurrence(arrays, **more, **case.options, dtype=np.float32)
-    return arrays, more | case.options, want, plain
-
-
-def attend(arrays, options, backend, **more):
+def attend(known, backend, **more):
     implementation, config = ("xla", None) if backend == "one_chunk" else (backend, BACKENDS[backend])
-    options = dict(implementation=implementation, config=config) | options | more
+    options = dict(implementation=implementation, config=config) | known.options | more
     static = {name: options.pop(name) for name in ("implementation", "config", "scale") if name in options}
-    return jax.jit(functools.partial(jfa.linear_attention, **static))(*arrays, **options)
+    return jax.jit(functools.partial(getattr(jfa, known.op), **static))(*known.arrays, **options)
+
+
+def assert_agrees(out, state, known, **options):
+    """options: of the limit."""
+    assert_within(out, known.out, limit(known.out, known.plain_out, known.arrays[0].dtype, **options))
+    assert_within(state, known.state, limit(known.state, known.plain_state, np.float32, **options))
 
 
 RUNS = [
@@ -128,32 +47,30 @@ RUNS = [
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), RUNS)
 def test_agrees_with_the_oracle(name, dtype, backend):
-    arrays, options, want, plain = truth(name, dtype)
-    out, state = attend(arrays, options, backend)
+    known = truth(name, dtype)
+    out, state = attend(known, backend)
     assert out.dtype == jnp.dtype(dtype) and state.dtype == jnp.float32
-    assert_within(out, want[0], limit(want[0], plain[0], out.dtype))
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
     rounded = out.dtype if backend == "triton" else state.dtype  # of what is added to the state
-    assert_within(state, want[1], limit(want[1], plain[1], rounded))
+    assert_within(state, known.state, limit(known.state, known.plain_state, rounded))
 
 
 @pytest.mark.parametrize("name", ["mamba", "delta_and_columns", "mixed_decays"])
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_other_chunks_give_the_same_result(name, size):
-    arrays, options, want, plain = truth(name, "float32")
-    out, state = attend(arrays, options, "xla", config=jfa.LinearConfig(chunk_size=size))
-    assert_within(out, want[0], limit(want[0], plain[0], out.dtype))
-    assert_within(state, want[1], limit(want[1], plain[1], state.dtype))
+    known = truth(name, "float32")
+    assert_agrees(*attend(known, "xla", config=jfa.LinearConfig(chunk_size=size)), known)
 
 
 @pytest.mark.parametrize("name", ["mamba", "columns_and_groups", "delta_and_groups", "delta_and_columns"])
 def test_a_text_in_parts_gives_what_it_gives_in_one_go(name):
-    arrays, options, want, plain = truth(name, "float32")
-    beta = options.get("beta")
-    state, start, outs = options["initial_state"], 0, []
-    scale = options.get("scale")
+    known = truth(name, "float32")
+    beta = known.options.get("beta")
+    state, start, outs = known.options["initial_state"], 0, []
+    scale = known.options.get("scale")
     for size in (9, 1, 20, 1, 100):
         part = slice(start, start + size)
-        tokens = [x[:, part] for x in arrays]
+        tokens = [x[:, part] for x in known.arrays]
         own = {} if beta is None else {"beta": beta[:, part]}
         if size == 1:
             own = {name: x[:, 0] for name, x in own.items()}
@@ -163,14 +80,13 @@ def test_a_text_in_parts_gives_what_it_gives_in_one_go(name):
             out, state = jfa.linear_attention(*tokens, **own, initial_state=state, scale=scale)
         outs.append(out)
         start += size
-    assert_within(np.concatenate(outs, axis=1), want[0], limit(want[0], plain[0], np.float32, products=2))
-    assert_within(state, want[1], limit(want[1], plain[1], np.float32, products=2))
+    assert_agrees(np.concatenate(outs, axis=1), state, known, products=2)
 
 
 def test_decays_that_overflow_a_quotient_of_products():
     # within one chunk the product of all decays is e^-3000: its inverse is infinite in every dtype
-    case = Case(b=1, t=60, by_columns=True, dk=16, decays=(1.7, 1.7), state=False)
-    arrays, _ = arrays_of(case, jnp.bfloat16)
+    case = LinearCase(b=1, t=60, by_columns=True, dk=16, decays=(1.7, 1.7), state=False)
+    arrays, _ = arrays_of(case, "bfloat16")
     arrays = (*arrays[:3], np.where(np.arange(60)[:, None, None] % 3, arrays[3], -1e-3))  # some tokens keep the state
     want, plain = recurrence(arrays), recurrence(arrays, dtype=np.float32)
     out, state = jfa.linear_attention(*arrays)
@@ -205,7 +121,8 @@ def test_the_state_after_a_hundred_thousand_tokens(delta):
 @pytest.mark.parametrize("name", ["mamba", "columns_and_groups", "delta_and_columns", "segments_columns_and_lengths"])
 @pytest.mark.parametrize("size", [5, 64])
 def test_gradients_agree_with_differences_of_the_oracle(name, size):
-    arrays, options, _, _ = truth(name, "float32")
+    known = truth(name, "float32")
+    arrays, options = known.arrays, known.options
     rng = np.random.default_rng(1)
     names = ("initial_state", "beta") if "beta" in options else ("initial_state",)
     others = {key: x for key, x in options.items() if key not in names}
@@ -233,7 +150,7 @@ def test_gradients_agree_with_differences_of_the_oracle(name, size):
 
 def test_memory_of_the_gradient_is_linear_in_the_length():
     def temporary(t):
-        arrays, _ = arrays_of(Case(b=1, t=t, dk=16, dv=16))
+        arrays, _ = arrays_of(LinearCase(b=1, t=t, dk=16, dv=16))
         gradient = jax.jit(jax.grad(lambda *x: jfa.linear_attention(*x)[0].sum()))
         return gradient.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
@@ -246,40 +163,14 @@ SLOT = np.array([3, 9, 0, 7, 2, 5])
 IS_NEW = np.array([False, False, True, True, False, False])
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        *itertools.product(
-            ["mamba", "columns_and_groups", "delta_and_groups", "delta_and_columns"], ["reference", "xla"]
-        ),
-        *itertools.product(["mamba", "delta_and_groups"], ["triton"]),
-    ],
-)
-def test_ragged_rows_give_what_each_gives_alone(name, backend):
-    case = dataclasses.replace(CASES[name], b=1, t=70)
-    arrays, more = arrays_of(case)
-    arrays = [np.array(x[0]) for x in arrays]
-    beta = more["beta"][0] if case.delta else None
-    states = np.random.default_rng(2).standard_normal((9, case.h, case.dk, case.dv)).astype(np.float32)
-    states[7] = np.nan  # of a new row
-    for x in arrays:
-        x[START[-1] :] = np.nan  # padding belongs to no row
-    options = dict(is_new=IS_NEW, scale=0.5, implementation=backend)
-    out, after = jfa.ragged_linear_attention(*arrays, states, SLOT, START, beta=beta, **options)
-    for row, (start, end) in enumerate(itertools.pairwise(START)):
-        if start == end:
-            continue
-        own = {} if beta is None else {"beta": beta[None, start:end]}
-        state = np.zeros_like(states[:1]) if IS_NEW[row] else states[SLOT[row]][None]
-        want, plain = (
-            recurrence([x[None, start:end] for x in arrays], **own, initial_state=state, scale=0.5, dtype=dtype)
-            for dtype in (np.float64, np.float32)
-        )
-        assert_within(out[start:end], want[0][0], limit(want[0], plain[0], np.float32))
-        assert_within(after[SLOT[row]], want[1][0], limit(want[1], plain[1], np.float32))
-    assert not np.asarray(out[START[-1] :]).any()
-    others = [1, 4, 6, 8]
-    np.testing.assert_array_equal(after[np.array(others)], states[others])
+@pytest.mark.parametrize("backend", ["reference", "xla", "triton"])
+def test_padding_after_the_last_row_is_zero_and_other_states_are_unchanged(backend):
+    known = truth("rows_delta", "float32")
+    out, after = attend(known, backend)
+    assert not np.asarray(out[sum(CASES["rows_delta"].rows) :]).any()
+    used = known.options["slot"][np.array(CASES["rows_delta"].rows) > 0]
+    others = np.setdiff1d(np.arange(len(after)), used)
+    np.testing.assert_array_equal(after[others], known.options["states"][others])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -326,7 +217,8 @@ def test_the_ragged_convolution_gives_what_each_row_gives_alone():
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_padding_is_never_read(implementation):
-    arrays, options, _, _ = truth("lengths", "float32")
+    known = truth("lengths", "float32")
+    arrays, options = known.arrays, known.options
     poisoned = [np.array(x) for x in arrays]
     beta = np.array(options["beta"])
     for x in (*poisoned, beta):
@@ -340,7 +232,7 @@ def test_padding_is_never_read(implementation):
 
 @pytest.mark.parametrize("shape", [dict(b=0), dict(t=0), dict(h=0, hk=1)], ids=str)
 def test_empty_input(shape):
-    arrays, more = arrays_of(Case(**shape))
+    arrays, more = arrays_of(LinearCase(**shape))
     out, state = jfa.linear_attention(*arrays, **more)
     assert out.shape == arrays[2].shape
     np.testing.assert_array_equal(state, more["initial_state"])
@@ -357,11 +249,11 @@ def test_a_constant_decay_in_a_traced_function():
 
 def test_a_mesh_with_explicit_axes():
     mesh = jax.make_mesh((1,), ("rows",))
-    arrays, options, want, plain = truth("delta", "float32")
-    placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P("rows"))) for x in arrays]
+    known = truth("delta", "float32")
+    placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P("rows"))) for x in known.arrays]
     with jax.set_mesh(mesh):
-        out, _ = jax.jit(jfa.linear_attention)(*placed, **options)
-    assert_within(out, want[0], limit(want[0], plain[0], out.dtype))
+        found = jax.jit(jfa.linear_attention)(*placed, **known.options)
+    assert_agrees(*found, known)
 
 
 ZEROS = {
@@ -421,22 +313,24 @@ def test_what_the_kernel_does_not_support_is_left_to_xla(changed, message):
 def test_on_a_gpu_a_call_is_one_kernel(kind, delta):
     platform = "cuda" if kind.startswith("NVIDIA") else "rocm"
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
-    arrays, more = arrays_of(Case(dk=64, dv=64, delta=delta), jnp.bfloat16)
+    arrays, more = arrays_of(LinearCase(dk=64, dv=64, delta=delta), "bfloat16")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         traced = jax.jit(jfa.linear_attention).trace(*arrays, **more)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 1
-    assert "linear_attention" in text
+    assert ("delta_attention" if delta else "linear_attention") in text
 
 
 def test_the_gradient_through_the_kernel_is_that_of_its_chunks():
-    arrays, options, _, _ = truth("delta_and_groups", "float32")
+    known = truth("delta_and_groups", "float32")
 
     def loss(backend, *arrays):
-        out, state = attend(arrays, options, backend)
+        out, state = attend(dataclasses.replace(known, arrays=arrays), backend)
         return (out * jnp.cos(out)).sum() + (state * jnp.sin(state)).sum()
 
-    found, want = (jax.grad(functools.partial(loss, name), argnums=(0, 1, 2, 3))(*arrays) for name in ("triton", "xla"))
+    found, want = (
+        jax.grad(functools.partial(loss, name), argnums=(0, 1, 2, 3))(*known.arrays) for name in ("triton", "xla")
+    )
     for got, expected in zip(found, want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 

@@ -49,7 +49,7 @@ _SAFE: dict[tuple[str, str], tuple[tuple[int, int, int, int | None], tuple[int, 
     ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 2, 32)),
     ("rdna", "float32"): ((16, 16, 8, None), (16, 16, 8, None)),
     ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64)),
-    ("cuda", "float32"): ((16, 32, 4, 64), (16, 32, 4, 64)),
+    ("cuda", "float32"): ((16, 16, 8, 32), (16, 16, 8, 64)),
 }
 # key columns on RDNA: wider tiles spill, in float32 for lack of matrix instructions
 _WIDEST_ON_RDNA = {"float32": 64, "delta rule": 128, "16 bits": MAX_HEAD_DIM}
@@ -142,7 +142,7 @@ def ragged_linear_attention(
     outs = jax.ShapeDtypeStruct((n, h, dv), operands.v.dtype), operands.state
     call = pl.pallas_call(
         functools.partial(_kernel, names=tuple(arrays), spec=spec, config=config, sizes=(n, dk, dv)),
-        name="linear_attention",
+        name="linear_attention" if operands.beta is None else "delta_attention",
         grid=(h, pl.cdiv(dv, config.block_v), rows.slot.shape[0]),
         in_specs=[whole_array(blocks.get(name, x.shape)) for name, x in arrays.items()],
         out_specs=[whole_array(values), whole_array(states)],

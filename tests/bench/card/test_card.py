@@ -14,7 +14,7 @@ from jfa_bench.card import correctness, ledger, plan, session, tuning
 from jfa_bench.measure import machine, peers, roofline
 from jfa_bench.proof import prove
 from jfa_bench.records import record, report
-from jfa_bench.truth import cases, paged_cases, product_cases
+from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases
 
 CALL = {
     "device": {"name": "MI300X", "arch": "gfx942", "platform": "rocm", "host": "EPYC", "driver": None, "power": {}},
@@ -304,12 +304,15 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
         named |= {(row.op, row.direction, name) for part in parts for name in part} if row.head_dim is None else set()
     paged = {name: case.queries for name, case in paged_cases.CASES.items()}
     products = {name: product_cases.CASES[name].rows <= 16 for name in product_cases.ON_GPUS}
+    linear = {name: linear_cases.CASES[name].delta for name in linear_cases.ON_GPUS}
     assert named == {
         *(("flash_attention", direction, name) for direction in ("forward", "backward") for name in cases.CASES),
         *(("paged_decode_attention", "forward", name) for name, queries in paged.items() if queries is None),
         *(("ragged_paged_attention", "forward", name) for name, queries in paged.items() if queries is not None),
         *(("quantized_matmul_few_rows", "forward", name) for name, few in products.items() if few),
         *(("quantized_matmul", "forward", name) for name, few in products.items() if not few),
+        *(("linear_attention", "forward", name) for name, delta in linear.items() if not delta),
+        *(("delta_attention", "forward", name) for name, delta in linear.items() if delta),
     }
     assert any(row.head_dim is not None for row in rows) == tiles
 

@@ -92,7 +92,7 @@ def test_both_loops_of_a_causal_kernel_are_read(records):
     ("op", "variant"), [pytest.param(op, v, id=f"{op.kernel}-{v}") for op in ops.OPS for v in ("", *op.variants)]
 )
 def test_every_variant_reaches_the_same_kernel(op, variant):
-    for dtype, head_dim in ((op.dtypes[0], op.head_dims[0]), (op.dtypes[2], op.head_dims[2])):
+    for dtype, head_dim in ((op.dtypes[0], op.head_dims[0]), (op.dtypes[-1], op.head_dims[2])):
         fn, args = op.call(dtype, head_dim, None, variant)
         kernels = [kernel.name for kernel in aot.lower(fn, *args, arch="gfx942")]
         assert set(kernels) == {one.kernel for one in ops.OPS if (one.name, one.direction) == (op.name, op.direction)}
@@ -177,7 +177,8 @@ def test_a_table_fits_80_columns(bench):
 def test_json_is_one_document_with_versions(bench):
     status, out, _ = bench(*"compile --arch gfx942 --dtype float16 --head-dim 64 --processes 0 -o json".split())
     records = json.loads(out.splitlines()[-1])
-    assert status == 0 and [record["kernel"] for record in records] == [op.kernel for op in WITH_HEADS]
+    having = [op.kernel for op in WITH_HEADS if "float16" in op.dtypes]
+    assert status == 0 and [record["kernel"] for record in records] == having
     for record in records:
         assert record["compiler"] == compilers.chosen("gfx942")
         assert record["versions"].items() >= compilers.versions().items() and compilers.versions()

@@ -14,7 +14,7 @@ from runs import run
 import jfa
 from jfa_bench import cli, names
 from jfa_bench.proof import by_triton, by_xla, emulate, proofs, prove
-from jfa_bench.truth import cases, paged_cases, product_cases
+from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases
 
 pytestmark = needs_compiler
 
@@ -68,6 +68,28 @@ PRODUCTS = [
 def test_products_run_as_machine_code(name, arch):
     found = proofs.of_weight(product_cases.truth(name, "bfloat16"), arch)
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 100
+
+
+QUICK_LINEAR = (("rows", "gfx942"), ("rows_delta", "gfx1100"))
+LINEAR = [
+    run(name, arch, quick=(name, arch) in QUICK_LINEAR)
+    for name in ("rows", "rows_delta", "segments", "lengths")
+    for arch in names.EXECUTED_ARCHS
+]
+
+
+@pytest.mark.parametrize(("name", "arch"), LINEAR)
+def test_linear_attention_runs_as_machine_code(name, arch):
+    found = proofs.of_chunks(linear_cases.truth(name, "bfloat16"), arch)
+    assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
+    assert found.kernels == ("delta_attention" if linear_cases.CASES[name].delta else "linear_attention",)
+
+
+def test_rows_that_a_kernel_refuses_are_left_out():
+    rows = prove.rows(["gfx942", "gfx1100"], ["linear_attention", "delta_attention"], ["forward"])
+    for op, dtype, head_dim in (("linear_attention", "float32", 128), ("delta_attention", "bfloat16", 256)):
+        found = [row.arch for row in rows if (row.op, row.dtype, row.head_dim) == (op, dtype, head_dim)]
+        assert found == ["gfx942"]
 
 
 def test_what_xla_once_made_wrong_code_of_holds():
@@ -164,7 +186,7 @@ def test_the_process_ends_with_that_status(monkeypatch):
         (
             ["--op", "paged"],
             "unknown op 'paged'; use one of flash_attention, paged_decode_attention, ragged_paged_attention, "
-            "quantized_matmul_few_rows, quantized_matmul, or all",
+            "quantized_matmul_few_rows, quantized_matmul, linear_attention, delta_attention, or all",
         ),
     ],
 )

@@ -160,7 +160,7 @@ class Paper:
         return row(**shared | figures | limits | known) | dict(config=own)
 
 
-@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.kernel)
+@pytest.mark.parametrize("op", ops.TUNED, ids=lambda op: op.kernel)
 @pytest.mark.parametrize("arch", names.ARCHS)
 def test_a_sweep_finds_an_entry_for_every_dtype_and_head_dim(arch, op):
     choices = tune.offline(op, arch, Paper())
@@ -303,9 +303,9 @@ def bench(monkeypatch, capsys):
 def test_tables_are_written_identically_and_read_back(bench, tmp_path, monkeypatch):
     for folder in ("one", "two"):
         status, out, err = bench("--offline", "--arch", "gfx942,sm_100", "--folder", tmp_path / folder)
-        assert status == 0 and err.count("wrote ") == 2 * len(ops.OPS) and "| gfx942" in out and "| sm_100" in out
+        assert status == 0 and err.count("wrote ") == 2 * len(ops.TUNED) and "| gfx942" in out and "| sm_100" in out
     for arch in ("gfx942", "sm_100"):
-        for op in ops.OPS:
+        for op in ops.TUNED:
             one, two = ((tmp_path / folder / arch / f"{op.kernel}.json").read_text() for folder in ("one", "two"))
             assert one == two
             table = json.loads(one)
@@ -315,7 +315,7 @@ def test_tables_are_written_identically_and_read_back(bench, tmp_path, monkeypat
     monkeypatch.setattr(tuning.resources, "files", lambda package: tmp_path)
     (tmp_path / "one").rename(tmp_path / "tuning_tables")
     tuning._table.cache_clear()
-    for op in (op for op in ops.OPS if op.head_dims == names.HEAD_DIMS):
+    for op in (op for op in ops.TUNED if op.head_dims == names.HEAD_DIMS):
         found = tuning.flash_config("gfx942", dtype="bfloat16", head_dim=128, kernel=op.kernel)
         text = (tmp_path / "tuning_tables" / "gfx942" / f"{op.kernel}.json").read_text()
         assert found == jfa.FlashConfig(**json.loads(text)["configs"]["bfloat16"]["128"]["config"])
@@ -326,7 +326,7 @@ def test_without_write_or_folder_nothing_is_written(bench, monkeypatch):
     monkeypatch.setattr(tune, "resources_folder", lambda: pytest.fail("no write was requested"))
     status, out, err = bench("--offline", "--arch", "gfx1100", "-o", "json")
     records = json.loads(out)
-    assert (status, err, len(records)) == (0, "", sum(len(keys(op)) for op in ops.OPS))
+    assert (status, err, len(records)) == (0, "", sum(len(keys(op)) for op in ops.TUNED))
     assert {record["arch"] for record in records} == {"gfx1100"} and all(record["before"] for record in records)
 
 
@@ -337,6 +337,7 @@ def test_without_write_or_folder_nothing_is_written(bench, monkeypatch):
         (["--arch", "gfx942"], "there is no GPU to measure on"),
         (["--offline"], "--offline needs --arch: one or more of gfx90a, gfx942"),
         (["--offline", "--arch", "gfx9"], "unknown architecture 'gfx9'; use one of gfx90a"),
+        (["--offline", "--arch", "all", "--op", "linear_attention"], "unknown op 'linear_attention'; use one of flash"),
         (["--offline", "--arch", "all", "--op", "conv"], "unknown op 'conv'; use one of flash_attention"),
         (["--offline", "--arch", "all", "--write", "--folder", "x"], "--write and --folder cannot be combined"),
     ],

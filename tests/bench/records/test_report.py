@@ -47,6 +47,17 @@ def test_a_kernel_that_cannot_be_launched_is_only_lowered():
     assert cell([compiled()], [], arch="sm_90") == "lowered"  # no record
 
 
+def test_dtypes_with_the_same_cells_share_a_line():
+    both = [compiled(), compiled(dtype="float32")]
+    table = report.support(both, []).splitlines()
+    assert len(table) == 3 and table[2].startswith("| `flash_attention`, 16 bits and float32 | lowered | compiled |")
+    apart = report.support([both[0], both[1] | dict(status="spills", vgpr_spills=2)], []).splitlines()
+    assert [line.split(" | ")[0] for line in apart[2:]] == [
+        "| `flash_attention`, 16 bits",
+        "| `flash_attention`, float32",
+    ]
+
+
 def measured(benchmark, **case):
     return {
         "benchmark": benchmark,
