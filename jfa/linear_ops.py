@@ -213,11 +213,12 @@ def causal_conv(
       initial_state: [b, width - 1, channels], the inputs before the first one; None: zeros.
       seq_lengths: i32[b], number of valid tokens in each row; the rest is padding on the right, with zeros as its
         output. None: all.
-      segment_ids: i32[b, t]; tokens of other documents count as zeros. initial_state belongs to the first document.
+      segment_ids: i32[b, t]; another document begins where they change, and tokens of other documents count as zeros.
+        initial_state belongs to the first document.
 
     Returns:
       [b, t, channels] in the dtype of x, and the last width - 1 valid inputs, [b, width - 1, channels], also of x's
-      dtype: the initial_state of the next tokens.
+      dtype: the initial_state of the next tokens of the last document.
 
     Raises:
       ValueError: invalid shapes or dtypes; the message names them.
@@ -232,21 +233,24 @@ def causal_conv(
         state = jnp.asarray(initial_state)
         checks.state("initial_state", state, (b, width - 1, channels), dtype=x.dtype)
     lengths = arguments.per_row("seq_lengths", seq_lengths, b)
+    documents = None  # the number of each token's document
     if segment_ids is not None:
-        segment_ids = arguments.tokens("segment_ids", segment_ids, (b, t))
+        documents = jnp.cumsum(_changes(arguments.tokens("segment_ids", segment_ids, (b, t))), axis=1)
 
     def run(x, state):
         valid = None if lengths is None else _over(jnp.arange(t) < lengths[:, None], x)
         if valid is not None:
             x = jnp.where(valid, x, 0)
         extended = jnp.concatenate([state, x], axis=1)
-        seen = None
-        if segment_ids is not None and t:
-            ids = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), mode="edge")
-            seen = lambda i: (ids[:, i : i + t] == segment_ids)[..., None]  # noqa: E731
-        out = _taps(extended, weight, bias, seen)
         end = jnp.full(b, t) if lengths is None else jnp.clip(lengths, 0, t)
-        last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width - 1))(extended, end)
+        slices = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width - 1))
+        last, seen = slices(extended, end), None
+        if documents is not None and t:
+            of = jnp.pad(documents, ((0, 0), (width - 1, 0)))  # the first document is number 0
+            seen = lambda i: (of[:, i : i + t] == documents)[..., None]  # noqa: E731
+            held = slices(of, end)
+            last = jnp.where((held == held[:, -1:])[..., None], last, 0)
+        out = _taps(extended, weight, bias, seen)
         return (out if valid is None else jnp.where(valid, out, 0)).astype(x.dtype), last
 
     rows = spec_of(x)

@@ -283,14 +283,16 @@ def test_ragged_rows_give_what_each_gives_alone(name, backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_convolution_agrees_with_its_definition(dtype):
+@pytest.mark.parametrize("lengths", [(37, 20), (28, 36), (26, 33), (37, 0), (1, 2)])
+def test_the_convolution_agrees_with_its_definition(dtype, lengths):
     rng = np.random.default_rng(0)
     x, weight, bias, state = (
         rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in ((2, 37, 3), (3, 4), (3,), (2, 3, 3))
     )
-    lengths = np.array([37, 20])
+    segments = SEGMENTS.copy()
+    segments[0, 22] = 7  # the same number on both sides, within the convolution's width
     out, after = jfa.causal_conv(
-        x, weight, bias, initial_state=state, segment_ids=SEGMENTS, seq_lengths=jnp.asarray(lengths)
+        x, weight, bias, initial_state=state, segment_ids=segments, seq_lengths=jnp.asarray(lengths)
     )
     want = np.zeros(x.shape)
     for row in range(2):
@@ -298,12 +300,15 @@ def test_the_convolution_agrees_with_its_definition(dtype):
             want[row, i] = bias
             for back in range(4):
                 j = i - back
-                if (SEGMENTS[row, max(j, 0)]) == SEGMENTS[row, i] and (SEGMENTS[row, j:i] == SEGMENTS[row, i]).all():
+                if (segments[row, max(j, 0) : i] == segments[row, i]).all():
                     before = x[row, j] if j >= 0 else state[row, j]
                     want[row, i] += before.astype(float) * weight[:, 3 - back].astype(float)
     assert_within(out, want, limit(want, want, out.dtype))
     held = np.concatenate([state, x], axis=1)
-    np.testing.assert_array_equal(after, [held[row, n : n + 3] for row, n in enumerate(lengths)])
+    for row, n in enumerate(lengths):
+        changes = np.flatnonzero(np.diff(segments[row, :n])) + 1
+        kept = np.arange(n, n + 3) >= 3 + (changes[-1] if len(changes) else -3)  # of the last document
+        np.testing.assert_array_equal(after[row], np.where(kept[:, None], held[row, n : n + 3], 0))
 
 
 def test_the_ragged_convolution_gives_what_each_row_gives_alone():
