@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -159,7 +160,9 @@ def decay(log_decay: Array) -> None:
     """Raises ValueError if a decay is known to be above 1: a traced one is not."""
     if isinstance(log_decay, Tracer) or log_decay.size == 0:
         return
-    if (largest := float(jnp.nanmax(log_decay))) > 0:
+    with jax.ensure_compile_time_eval():  # a constant of a function that is traced has numbers, too
+        largest = float(jnp.nanmax(log_decay))
+    if largest > 0:
         raise ValueError(
             f"log_decay must be at most 0, the logarithm of a decay of 1, but its largest number is {largest:g}; "
             "pass log(decay), for decays from 0 to 1"

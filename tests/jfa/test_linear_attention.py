@@ -437,6 +437,25 @@ def test_the_gradient_through_the_kernel_is_that_of_its_chunks():
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_through_the_kernel_does_not_need_promotion_of_ranks():
+    arrays, options, _, _ = truth("mamba", "float32")
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = jax.grad(lambda v: attend([*arrays[:2], v, arrays[3]], options, "triton")[0].sum())(arrays[2])
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+def test_decays_that_are_constants_of_a_traced_function(transform):
+    query, key, value, log_decay = (jnp.asarray(x) for x in truth("mamba", "float32")[0])
+
+    def run(query, log_decay=log_decay):
+        return jfa.linear_attention(query, key, value, log_decay)[0]
+
+    np.testing.assert_allclose(transform(run)(query), run(query), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="log_decay must be at most 0"):
+        transform(functools.partial(run, log_decay=abs(log_decay)))(query)
+
+
 def test_chunks_have_at_least_one_token():
     with pytest.raises(ValueError, match="chunk_size must be >= 1, got 0"):
         jfa.LinearConfig(chunk_size=0)
