@@ -122,7 +122,7 @@ def ragged_linear_attention(
       log_decay: [n, h] or [n, h, dk].
       states: f32[slots, h, dk, dv]. Donate them to the jitted function that returns the new ones.
       slot: i32[rows], the slot of each row's state: different ones for rows that have tokens.
-      query_start: i32[rows + 1].
+      query_start: i32[rows + 1]; begins with 0, does not decrease, at most n (not checked if it is traced).
       is_new: bool[rows], True: the row starts with a state of zeros, whatever is in its slot. None: none is.
       beta: [n, h]; None: no delta rule.
       scale, implementation, config: see linear_attention.
@@ -136,7 +136,7 @@ def ragged_linear_attention(
     operands, spec = _checked(query, key, value, log_decay, beta, scale, is_ragged=True)
     states = jnp.asarray(states)
     checks.state("states", states, (*states.shape[:1], *operands.state.shape[1:]))
-    rows = _rows(slot, query_start, is_new)
+    rows = _rows(slot, query_start, is_new, num_tokens=operands.v.shape[1])
     operands = operands._replace(state=states)
     is_real = jnp.arange(operands.v.shape[1]) < rows.query_start[-1]
     checks.decay(jnp.where(_over(is_real[None], operands.log_decay), operands.log_decay, 0))
@@ -288,7 +288,7 @@ def ragged_causal_conv(
     checks.convolution(x, weight, bias, tokens="tokens")
     before = weight.shape[1] - 1
     checks.state("states", states, (*states.shape[:1], before, x.shape[1]), dtype=x.dtype)
-    rows = _rows(slot, query_start, is_new)
+    rows = _rows(slot, query_start, is_new, num_tokens=x.shape[0])
 
     def run(x, states, rows):
         # each row's state is put before its tokens
@@ -378,11 +378,12 @@ def _checked(
     return operands, LinearSpec(scale=dk**-0.5 if scale is None else float(scale))
 
 
-def _rows(slot: ArrayLike, query_start: ArrayLike, is_new: ArrayLike | None) -> LinearRows:
+def _rows(slot: ArrayLike, query_start: ArrayLike, is_new: ArrayLike | None, *, num_tokens: int) -> LinearRows:
     slots = arguments.narrowed(slot)
     checks.per_row("slot", slots, slots.size)
     starts = arguments.per_row("query_start", query_start, slots.size + 1)
     assert starts is not None
+    checks.row_starts(starts, num_tokens)
     new = jnp.zeros(slots.shape, bool) if is_new is None else jnp.asarray(is_new)
     if new.shape != slots.shape or new.dtype != jnp.bool_:
         raise ValueError(
