@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -164,6 +165,21 @@ def decay(log_decay: Array) -> None:
         raise ValueError(
             f"log_decay must be at most 0, the logarithm of a decay of 1, but its largest number is {largest:g}; "
             "pass log(decay), for decays from 0 to 1"
+        )
+
+
+def row_starts(query_start: Array, num_tokens: int) -> None:
+    """Raises ValueError if rows are known not to be in order within the tokens: traced ones are not known."""
+    if isinstance(query_start, Tracer) or not isinstance(num_tokens, int):
+        return
+    with jax.ensure_compile_time_eval():
+        ends = jnp.concatenate([query_start, jnp.full(1, num_tokens, query_start.dtype)])
+        is_valid = bool((query_start[0] == 0) & (jnp.diff(ends) >= 0).all())
+        got = None if is_valid else query_start.tolist()
+    if got is not None:
+        raise ValueError(
+            f"query_start must begin with 0, not decrease, and end with at most {num_tokens}, the number of tokens, got "
+            f"{got}; put the rows one after another from the first token on"
         )
 
 

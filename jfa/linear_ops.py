@@ -122,7 +122,7 @@ def ragged_linear_attention(
       log_decay: [n, h] or [n, h, dk].
       states: f32[slots, h, dk, dv]. Donate them to the jitted function that returns the new ones.
       slot: i32[rows], the slot of each row's state: different ones for rows that have tokens.
-      query_start: i32[rows + 1].
+      query_start: i32[rows + 1]; begins with 0, does not decrease, at most n (not checked if it is traced).
       is_new: bool[rows], True: the row starts with a state of zeros, whatever is in its slot. None: none is.
       beta: [n, h]; None: no delta rule.
       scale, implementation, config: see linear_attention.
@@ -136,7 +136,7 @@ def ragged_linear_attention(
     operands, spec = _checked(query, key, value, log_decay, beta, scale, is_ragged=True)
     states = jnp.asarray(states)
     checks.state("states", states, (*states.shape[:1], *operands.state.shape[1:]))
-    rows = _rows(slot, query_start, is_new)
+    rows = _rows(slot, query_start, is_new, num_tokens=operands.v.shape[1])
     operands = operands._replace(state=states)
     is_real = jnp.arange(operands.v.shape[1]) < rows.query_start[-1]
     checks.decay(jnp.where(_over(is_real[None], operands.log_decay), operands.log_decay, 0))
@@ -217,11 +217,12 @@ def causal_conv(
       initial_state: [b, width - 1, channels], the inputs before the first one; None: zeros.
       seq_lengths: i32[b], number of valid tokens in each row; the rest is padding on the right, with zeros as its
         output. None: all.
-      segment_ids: i32[b, t]; tokens of other documents count as zeros. initial_state belongs to the first document.
+      segment_ids: i32[b, t]; another document begins where they change, and tokens of other documents count as zeros.
+        initial_state belongs to the first document.
 
     Returns:
       [b, t, channels] in the dtype of x, and the last width - 1 valid inputs, [b, width - 1, channels], also of x's
-      dtype: the initial_state of the next tokens.
+      dtype: the initial_state of the next tokens of the last document.
 
     Raises:
       ValueError: invalid shapes or dtypes; the message names them.
@@ -236,21 +237,24 @@ def causal_conv(
         state = jnp.asarray(initial_state)
         checks.state("initial_state", state, (b, width - 1, channels), dtype=x.dtype)
     lengths = arguments.per_row("seq_lengths", seq_lengths, b)
+    documents = None  # the number of each token's document
     if segment_ids is not None:
-        segment_ids = arguments.tokens("segment_ids", segment_ids, (b, t))
+        documents = jnp.cumsum(_changes(arguments.tokens("segment_ids", segment_ids, (b, t))), axis=1)
 
     def run(x, state):
         valid = None if lengths is None else _over(jnp.arange(t) < lengths[:, None], x)
         if valid is not None:
             x = jnp.where(valid, x, 0)
         extended = jnp.concatenate([state, x], axis=1)
-        seen = None
-        if segment_ids is not None and t:
-            ids = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), mode="edge")
-            seen = lambda i: (ids[:, i : i + t] == segment_ids)[..., None]  # noqa: E731
-        out = _taps(extended, weight, bias, seen)
         end = jnp.full(b, t) if lengths is None else jnp.clip(lengths, 0, t)
-        last = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width - 1))(extended, end)
+        slices = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width - 1))
+        last, seen = slices(extended, end), None
+        if documents is not None and t:
+            of = jnp.pad(documents, ((0, 0), (width - 1, 0)))  # the first document is number 0
+            seen = lambda i: (of[:, i : i + t] == documents)[..., None]  # noqa: E731
+            held = slices(of, end)
+            last = jnp.where((held == held[:, -1:])[..., None], last, 0)
+        out = _taps(extended, weight, bias, seen)
         return (out if valid is None else jnp.where(valid, out, 0)).astype(x.dtype), last
 
     rows = spec_of(x)
@@ -288,7 +292,7 @@ def ragged_causal_conv(
     checks.convolution(x, weight, bias, tokens="tokens")
     before = weight.shape[1] - 1
     checks.state("states", states, (*states.shape[:1], before, x.shape[1]), dtype=x.dtype)
-    rows = _rows(slot, query_start, is_new)
+    rows = _rows(slot, query_start, is_new, num_tokens=x.shape[0])
 
     def run(x, states, rows):
         # each row's state is put before its tokens
@@ -378,11 +382,12 @@ def _checked(
     return operands, LinearSpec(scale=dk**-0.5 if scale is None else float(scale))
 
 
-def _rows(slot: ArrayLike, query_start: ArrayLike, is_new: ArrayLike | None) -> LinearRows:
+def _rows(slot: ArrayLike, query_start: ArrayLike, is_new: ArrayLike | None, *, num_tokens: int) -> LinearRows:
     slots = arguments.narrowed(slot)
     checks.per_row("slot", slots, slots.size)
     starts = arguments.per_row("query_start", query_start, slots.size + 1)
     assert starts is not None
+    checks.row_starts(starts, num_tokens)
     new = jnp.zeros(slots.shape, bool) if is_new is None else jnp.asarray(is_new)
     if new.shape != slots.shape or new.dtype != jnp.bool_:
         raise ValueError(

@@ -13,6 +13,7 @@ from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, Pr
 from jfa.block_mask import BlockMask, SparseOperands
 from jfa.kernels.triton import casts, flash, flash_bwd, linear, paged, products
 from jfa.kernels.xla import linear as linear_in_xla
+from jfa.rules import with_default_rules
 from jfa.types import (
     AttentionSpec,
     DeviceInfo,
@@ -140,6 +141,7 @@ def _run_linear(operands, spec, config, device):
     def run(operands):
         return linear.linear_attention(operands, spec=spec, config=config, interpret=device.platform == "cpu")
 
+    @with_default_rules  # it is traced when the caller asks for the gradient
     def backward(operands, cotangents):
         # XLA's chunks compute what the kernel does
         in_chunks = functools.partial(linear_in_xla.linear_attention, spec=spec)

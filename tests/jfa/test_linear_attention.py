@@ -174,14 +174,16 @@ def test_padding_after_the_last_row_is_zero_and_other_states_are_unchanged(backe
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_convolution_agrees_with_its_definition(dtype):
+@pytest.mark.parametrize("lengths", [(37, 20), (28, 36), (26, 33), (37, 0), (1, 2)])
+def test_the_convolution_agrees_with_its_definition(dtype, lengths):
     rng = np.random.default_rng(0)
     x, weight, bias, state = (
         rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in ((2, 37, 3), (3, 4), (3,), (2, 3, 3))
     )
-    lengths = np.array([37, 20])
+    segments = SEGMENTS.copy()
+    segments[0, 22] = 7  # the same number on both sides, within the convolution's width
     out, after = jfa.causal_conv(
-        x, weight, bias, initial_state=state, segment_ids=SEGMENTS, seq_lengths=jnp.asarray(lengths)
+        x, weight, bias, initial_state=state, segment_ids=segments, seq_lengths=jnp.asarray(lengths)
     )
     want = np.zeros(x.shape)
     for row in range(2):
@@ -189,12 +191,15 @@ def test_the_convolution_agrees_with_its_definition(dtype):
             want[row, i] = bias
             for back in range(4):
                 j = i - back
-                if (SEGMENTS[row, max(j, 0)]) == SEGMENTS[row, i] and (SEGMENTS[row, j:i] == SEGMENTS[row, i]).all():
+                if (segments[row, max(j, 0) : i] == segments[row, i]).all():
                     before = x[row, j] if j >= 0 else state[row, j]
                     want[row, i] += before.astype(float) * weight[:, 3 - back].astype(float)
     assert_within(out, want, limit(want, want, out.dtype))
     held = np.concatenate([state, x], axis=1)
-    np.testing.assert_array_equal(after, [held[row, n : n + 3] for row, n in enumerate(lengths)])
+    for row, n in enumerate(lengths):
+        changes = np.flatnonzero(np.diff(segments[row, :n])) + 1
+        kept = np.arange(n, n + 3) >= 3 + (changes[-1] if len(changes) else -3)  # of the last document
+        np.testing.assert_array_equal(after[row], np.where(kept[:, None], held[row, n : n + 3], 0))
 
 
 def test_the_ragged_convolution_gives_what_each_row_gives_alone():
@@ -335,6 +340,25 @@ def test_the_gradient_through_the_kernel_is_that_of_its_chunks():
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_through_the_kernel_does_not_need_promotion_of_ranks():
+    arrays, options, _, _ = truth("mamba", "float32")
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = jax.grad(lambda v: attend([*arrays[:2], v, arrays[3]], options, "triton")[0].sum())(arrays[2])
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+def test_decays_that_are_constants_of_a_traced_function(transform):
+    query, key, value, log_decay = (jnp.asarray(x) for x in truth("mamba", "float32")[0])
+
+    def run(query, log_decay=log_decay):
+        return jfa.linear_attention(query, key, value, log_decay)[0]
+
+    np.testing.assert_allclose(transform(run)(query), run(query), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="log_decay must be at most 0"):
+        transform(functools.partial(run, log_decay=abs(log_decay)))(query)
+
+
 def test_chunks_have_at_least_one_token():
     with pytest.raises(ValueError, match="chunk_size must be >= 1, got 0"):
         jfa.LinearConfig(chunk_size=0)
@@ -361,6 +385,12 @@ def test_invalid_convolutions_are_refused(changed, message):
     [
         (dict(states=np.zeros((3, 4, 6, 8), np.float32)), r"states must be float32\[3, 4, 8, 6\], got"),
         (dict(query_start=np.array([0, 5, 5])), "query_start must contain one integer per batch row"),
+        (
+            dict(query_start=np.array([1, 5])),
+            r"query_start must begin with 0, .*, got \[1, 5\]; put the rows one after",
+        ),
+        (dict(slot=np.array([1, 2]), query_start=np.array([0, 4, 3])), r"must .* not decrease, .*, got \[0, 4, 3\]"),
+        (dict(query_start=np.array([0, 6])), r"end with at most 5, the number of tokens, got \[0, 6\]"),
         (dict(is_new=np.zeros(1, int)), "is_new must be boolean, one for each of the 1 rows, got int"),
     ],
 )
