@@ -179,8 +179,8 @@ def row_starts(query_start: Array, num_tokens: int) -> None:
         got = None if is_valid else query_start.tolist()
     if got is not None:
         raise ValueError(
-            f"query_start must begin with 0, not decrease, and end with at most {num_tokens}, the number of tokens, got "
-            f"{got}; put the rows one after another from the first token on"
+            f"query_start must begin with 0, not decrease, and end with at most {num_tokens}, the number of tokens, "
+            f"got {got}; put the rows one after another from the first token on"
         )
 
 

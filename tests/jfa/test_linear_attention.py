@@ -482,7 +482,10 @@ def test_invalid_convolutions_are_refused(changed, message):
     [
         (dict(states=np.zeros((3, 4, 6, 8), np.float32)), r"states must be float32\[3, 4, 8, 6\], got"),
         (dict(query_start=np.array([0, 5, 5])), "query_start must contain one integer per batch row"),
-        (dict(query_start=np.array([1, 5])), r"query_start must begin with 0, .*, got \[1, 5\]; put the rows one after"),
+        (
+            dict(query_start=np.array([1, 5])),
+            r"query_start must begin with 0, .*, got \[1, 5\]; put the rows one after",
+        ),
         (dict(slot=np.array([1, 2]), query_start=np.array([0, 4, 3])), r"must .* not decrease, .*, got \[0, 4, 3\]"),
         (dict(query_start=np.array([0, 6])), r"end with at most 5, the number of tokens, got \[0, 6\]"),
         (dict(is_new=np.zeros(1, int)), "is_new must be boolean, one for each of the 1 rows, got int"),
