@@ -5,6 +5,7 @@ Source of the format: arXiv:2412.05496, section 3 (lists of full and partial blo
 
 import dataclasses
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +123,13 @@ class BlockMask:
             both, None all keys on that side.
           sinks: number of keys at the start that every query sees, also those before it.
         """
-        left, right = window if isinstance(window, tuple | list) else (window, window)
+        sides = tuple(window) if isinstance(window, tuple | list) else (window, window)
+        if len(sides) != 2 or not all(isinstance(x, Integral) for x in (*sides, sinks) if x is not None):
+            raise ValueError(
+                f"window must be an integer or a pair (left, right) of integers or None, and sinks an integer, got "
+                f"{window} and {sinks}"
+            )
+        left, right = sides
         left, right = tq + tk if left is None else left, tq + tk if right is None else right
         if min(left, right, sinks) < 0:
             raise ValueError(f"window and sinks must be >= 0, got {window} and {sinks}")

@@ -43,7 +43,8 @@ def linear_attention(
 
     This is Mamba-2 (query C, key B, value dt x, log_decay -exp(A_log) dt, scale 1), RetNet (a constant decay per head),
     GLA (a decay for each column of the key) and Gated DeltaNet (a decay per head, beta, keys of norm 1). Time and
-    memory are linear in t. States and sums are float32. Gradients of all arrays work.
+    memory are linear in t. States and sums are float32. First-order reverse-mode gradients of all arrays work on every
+    backend. A NaN in a valid token reaches all tokens after it in its row, also where the state is dropped.
 
     Args:
       query, key: [b, t, hk, dk]; float16, bfloat16 or float32.

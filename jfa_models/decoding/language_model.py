@@ -260,6 +260,8 @@ class LanguageModel:
             )
         self._check_ids(tokens)
         t = tokens.shape[1]
+        if len(tokens) == 0:
+            raise ValueError(f"input_ids must have at least one row, got shape {list(tokens.shape)}")
         if not 1 <= t <= self.config.context_length:
             raise ValueError(f"rows must have 1 to {self.config.context_length} tokens, the context length, got {t}")
         if lengths is not None:

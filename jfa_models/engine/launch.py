@@ -138,7 +138,7 @@ class Launcher:
         """Starts a step on the device and does not wait for it."""
         most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
         self.copy([copy for chunk in chunks for copy in chunk.copies])
-        self.copy_states(self.scheduler.forked)
+        self.copy_states([(parent, child) for child, parent in self.scheduler.forked.items()])
         self.scheduler.forked.clear()
         total = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         rows = [(chunk, one) for chunk in chunks for one in (chunk.of, *chunk.followers)]

@@ -48,7 +48,8 @@ class Scheduler:
 
     Attributes:
       num_preemptions: how often a continuation was preempted.
-      forked: the slots of parents and children that were forked since the last step, apart from a chunk's followers.
+      forked: the slot of each child that was forked since the last step, apart from a chunk's followers, and that of
+        its parent.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
-        self.forked: list[tuple[int, int]] = []
+        self.forked: dict[int, int] = {}
         self._slots = list(reversed(range(max_num_seqs)))  # a stack of the free ones
         self._running: list[Continuation] = []  # sorted by order
         self._waiting: list[tuple[tuple[int, int, int], Continuation]] = []  # a heap
@@ -104,7 +105,7 @@ class Scheduler:
     def fork(self, parent: Continuation, child: Continuation) -> None:
         """Starts a child with the parent's computed tokens, on the same pages; without pages or a slot it waits."""
         if self._fork(parent, child) and parent.slot is not None and child.slot is not None:
-            self.forked.append((parent.slot, child.slot))
+            self.forked[child.slot] = parent.slot
 
     def _fork(self, parent: Continuation, child: Continuation) -> bool:
         if parent.slot is None or not self._slots:

@@ -220,9 +220,9 @@ def for_each_expert(
     blocks = -(-count // rows)
     first_block = jnp.cumsum(blocks) - blocks
     order = jnp.argsort(expert, stable=True)
-    rank = jnp.arange(n * k) - (jnp.cumsum(count) - count)[expert[order]]
+    rank = jnp.arange(n * k, dtype=jnp.int32) - (jnp.cumsum(count) - count)[expert[order]]
     place = jnp.zeros(n * k, jnp.int32).at[order].set(first_block[expert[order]] * rows + rank)
-    token_of = jnp.full(num_blocks * rows, n, jnp.int32).at[place].set(jnp.arange(n * k) // k)
+    token_of = jnp.full(num_blocks * rows, n, jnp.int32).at[place].set(jnp.arange(n * k, dtype=jnp.int32) // k)
     expert_of = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(num_blocks), side="right", method="compare_all")
 
     def block(_, which):

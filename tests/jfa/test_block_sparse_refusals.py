@@ -62,6 +62,11 @@ MASKS = {
     ),
     "array_rank": (lambda: BlockMask.from_array(np.ones(7, bool)), r"got bool of shape \(7,\)"),
     "window": (lambda: BlockMask.sliding_window(5, 7, (-1, 0)), r"window and sinks must be >= 0, got \(-1, 0\) and 0"),
+    "window_of_three": (
+        lambda: BlockMask.sliding_window(5, 7, (1, 2, 3)),
+        r"a pair \(left, right\) .*, got \(1, 2, 3\)",
+    ),
+    "window_of_half": (lambda: BlockMask.sliding_window(5, 7, 2.5), "window must be an integer or .*, got 2.5 and 0"),
     "sinks": (lambda: BlockMask.sliding_window(5, 7, 2, sinks=-1), "window and sinks must be >= 0, got 2 and -1"),
     "segments": (
         lambda: BlockMask.from_segments(np.ones((2, 5), int), np.ones((3, 7), int)),

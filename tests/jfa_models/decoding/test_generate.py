@@ -550,6 +550,7 @@ def test_min_tokens_must_fit_into_the_context(model):
         ([[272]], None, "token ids must be 0 to 271, got 272"),
         ([[1, 2]], [1, 2], r"lengths must be 1 integers, one for each row, got \[1, 2\]"),
         ([[1, 2]], [3], r"lengths must be 0 to 2, the length of a row, got \[3\]"),
+        (np.zeros((0, 4), int), None, r"input_ids must have at least one row, got shape \[0, 4\]"),
         (np.zeros((1, 0), int), None, "rows must have 1 to 320 tokens, the context length, got 0"),
         (np.zeros((1, 321), int), None, "rows must have 1 to 320 tokens, the context length, got 321"),
     ],

@@ -29,10 +29,13 @@ CHOSEN = {  # name: (tokens, chosen experts of each)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_a_token_gets_the_outputs_of_its_experts_in_its_order(name):
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_token_gets_the_outputs_of_its_experts_in_its_order(name, x64):
     n, chosen = CHOSEN[name]
-    tokens, chosen = jnp.arange(1.0, 1 + 3 * n).reshape(n, 3), jnp.asarray(chosen, jnp.int32)
-    got = jax.jit(lambda x, c: for_each_expert(scaled, x, c, 4))(tokens, chosen)
+    tokens = jnp.arange(1.0, 1 + 3 * n, dtype=jnp.float32).reshape(n, 3)
+    chosen = jnp.asarray(chosen, jnp.int32)
+    with jax.enable_x64(x64):
+        got = jax.jit(lambda x, c: for_each_expert(scaled, x, c, 4))(tokens, chosen)
     np.testing.assert_array_equal(got, tokens[:, None] * SCALES[chosen][..., None])
 
 
