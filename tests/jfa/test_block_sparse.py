@@ -108,7 +108,13 @@ QUICK = {
     "reference": {"everything": "float32"},
 }
 RUNS = [
-    run(name, dtype, backend, quick=QUICK[backend].get(name) == dtype)
+    run(
+        name,
+        dtype,
+        backend,
+        quick=QUICK[backend].get(name) == dtype,
+        soak=backend == "triton" or dtype != "float32",  # an interpreted kernel takes seconds
+    )
     for name in CASES
     for backend in QUICK
     for dtype in ("float32", "bfloat16", "float16")

@@ -124,7 +124,8 @@ def block_sparse_attention_and_gradients(implementation):
 
 
 @pytest.mark.parametrize(
-    ("switch", "implementation"), [run(*case.values, quick=case.values == ("no_promotion", "xla")) for case in CASES]
+    ("switch", "implementation"),
+    [run(*case.values, quick=case.values == ("no_promotion", "xla"), soak=True) for case in CASES],
 )
 def test_block_sparse_attention_and_its_gradients(switch, implementation):
     want = without(block_sparse_attention_and_gradients, implementation)

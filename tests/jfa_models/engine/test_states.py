@@ -70,8 +70,8 @@ def test_greedy_tokens_are_those_of_generate(name):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *(run(name, 40, quick=name in ("mamba2", "qwen3_next")) for name in NAMES),
-        *(run(name, 200, quick=False) for name in ("granitemoehybrid", "qwen3_next")),
+        *(run(name, 40, quick=name in ("mamba2", "qwen3_next"), soak=True) for name in NAMES),
+        *(run(name, 200, quick=False, soak=True) for name in ("granitemoehybrid", "qwen3_next")),
     ],
 )
 def test_random_arrivals_samples_beams_and_aborts(name, count):
