@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 import jfa
 from jfa_models.decoding.options import CacheOptions
-from jfa_models.model.attention import Cache, paged_cache
+from jfa_models.model.attention import Cache, check_kv_dtype, paged_cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.mixers import state_cache
 
@@ -23,6 +23,7 @@ SLACK = 128  # tokens that a layer stores in addition to its window: how far a s
 def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
     """An empty cache for at least capacity tokens per row; contiguous if no layer has attention."""
     capacity = max(SMALLEST_CAPACITY, power_of_two(capacity))
+    check_kv_dtype(config, options.kv_dtype)
     states = state_cache(config, batch=batch, dtype=dtype)
     if options.kind == "contiguous" or not config.attention_layers:
         cache = jfa.KVCache.create(

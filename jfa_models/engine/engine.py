@@ -114,6 +114,7 @@ class Engine:
 
         Args:
           kv_dtype: dtype of the pages: "int8", "fp8" or "int4"; None: the model's dtype.
+          page_size: tokens per page. A model without attention has one page for each sequence, without content.
           num_pages: pages of page_size tokens; None: as many as fit into most of the device's free memory, or into 1
             GiB of the host's, but no more than max_num_seqs sequences of max_model_len need.
           max_num_seqs: maximum number of continuations that run at the same time.

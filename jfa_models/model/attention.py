@@ -30,6 +30,7 @@ def paged_cache(
     kv_dtype: str | None,
 ) -> jfa.PagedKVCache:
     """An empty cache for a decoder, with a page table and num_pages[i] pages per attention pattern; without states."""
+    check_kv_dtype(config, kv_dtype)
     return jfa.PagedKVCache.create(
         num_layers=len(config.attention_layers),
         num_pages=num_pages,
@@ -42,6 +43,15 @@ def paged_cache(
         kv_dtype=kv_dtype,
         table_of=[config.patterns.index(config.window(i)) for i in config.attention_layers],
     )
+
+
+def check_kv_dtype(config: DecoderConfig, kv_dtype: str | None) -> None:
+    """Raises ValueError if there is nothing to quantize."""
+    if kv_dtype is not None and not config.attention_layers:
+        raise ValueError(
+            f"kv_dtype={kv_dtype!r}: a {config.architecture} model has no keys and values, and its states are float32; "
+            "leave it out"
+        )
 
 
 class StateRows(NamedTuple):

@@ -209,6 +209,14 @@ def test_speculation_is_refused_with_one_sentence(config):
         Engine(loaded("mamba2"), speculative_config=config | {"num_speculative_tokens": 2})
 
 
+def test_pages_of_a_model_without_attention_cannot_be_quantized():
+    message = "kv_dtype='int8': a mamba2 model has no keys and values, .*; leave it out"
+    with pytest.raises(ValueError, match=message):
+        Engine(loaded("mamba2"), kv_dtype="int8")
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(GOLDEN / "mamba2", dtype="float32", cache="paged", kv_dtype="int8").generate([[5]], GREEDY)
+
+
 def test_a_draft_model_with_states_is_refused():
     draft = {"method": "draft_model", "model": str(GOLDEN / "mamba2"), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match="a mamba2 model cannot speculate"):
