@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.typing import DTypeLike
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -48,12 +49,14 @@ class LLM:
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         max_adapters: int | None = None,
         max_rank: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        tensor_parallel: int | None = None,
     ):
         """Loads a model and allocates its pool of pages.
 
         Args:
           model: what from_pretrained takes, or a LanguageModel, which already has a dtype, its weights and adapters.
-          dtype, quantization, adapters, max_adapters, max_rank: see from_pretrained.
+          dtype, quantization, adapters, max_adapters, max_rank, mesh, tensor_parallel: see from_pretrained.
           other arguments: see Engine.
 
         Raises:
@@ -61,6 +64,7 @@ class LLM:
         """
         given = {"dtype": dtype, "quantization": quantization, "adapters": adapters}
         given |= {"max_adapters": max_adapters, "max_rank": max_rank}
+        given |= {"mesh": mesh, "tensor_parallel": tensor_parallel}
         if not isinstance(model, LanguageModel):
             model = from_pretrained(model, **given, context_length=max_model_len)
         elif unused := {name: value for name, value in given.items() if value is not None}:

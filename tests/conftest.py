@@ -11,6 +11,8 @@ os.environ["JFA_CPU_WEIGHTS"] = "float32"
 # Tests spend far more time compiling than computing: disabling LLVM's optimizations saves a quarter of the suite's
 # time. XLA's own passes still run. The flag must be set before JAX starts.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# Eight devices, for tests of meshes. What does not ask for a mesh runs on the first.
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 _MOST_MAPS = 20_000  # of a process; Linux allows 65,530, and XLA on a CPU crashes at the next one
 _MAPS = Path("/proc/self/maps")

@@ -52,6 +52,7 @@ class KVCache:
         dtype: DTypeLike,
         windows: Sequence[int | None] = (),
         slack: int = 0,
+        sharding: jax.sharding.Sharding | None = None,
     ) -> "KVCache":
         """An empty cache of capacity tokens per row.
 
@@ -59,6 +60,7 @@ class KVCache:
           windows: for each layer, the number of tokens that a query sees, including itself; None: all. Empty: all
             tokens in every layer.
           slack: number of tokens that truncate may drop in layers with a window.
+          sharding: of k and v, such as NamedSharding(mesh, P(None, None, "heads")); None: the default device.
 
         Raises:
           ValueError: windows does not have one entry per layer.
@@ -69,7 +71,7 @@ class KVCache:
 
         # a separate array for each layer's k and v: a buffer that two leaves share cannot be donated
         def slots(size: int | None) -> Array:
-            return jnp.zeros((batch, _slots(capacity, size), num_kv_heads, head_dim), dtype)
+            return jnp.zeros((batch, _slots(capacity, size), num_kv_heads, head_dim), dtype, device=sharding)
 
         k, v = (tuple(map(slots, ring_sizes)) for _ in "kv")
         return cls(k=k, v=v, kv_len=jnp.zeros(batch, jnp.int32), capacity=capacity, ring_sizes=ring_sizes)

@@ -62,6 +62,7 @@ class PagedKVCache:
         dtype: DTypeLike,
         kv_dtype: str | None = None,
         table_of: Sequence[int] | None = None,
+        sharding: jax.sharding.Sharding | None = None,
     ) -> "PagedKVCache":
         """An empty cache with empty page tables.
 
@@ -74,6 +75,8 @@ class PagedKVCache:
             On a CPU, prefer int8 to fp8: XLA has no in-place update of 8-bit floats there, so every write copies all
             fp8 pages.
           table_of: for each layer, the index of its page table; None: one page table for all layers.
+          sharding: of pages and their scales, which have no fourth axis, such as NamedSharding(mesh, P(None, None,
+            "heads")); None: the default device.
 
         Raises:
           ValueError: unknown kv_dtype, int4 with an odd head_dim, or no page other than NULL_PAGE.
@@ -100,10 +103,10 @@ class PagedKVCache:
         def pages(table: int) -> Pages:
             shape = (pools[table], page_size, num_kv_heads)
             if kv_dtype is None:
-                return jnp.zeros((*shape, head_dim), dtype)
+                return jnp.zeros((*shape, head_dim), dtype, device=sharding)
             stored, _ = quant.KINDS[kv_dtype]
-            values = jnp.zeros((*shape, quant.stored_size(kv_dtype, head_dim)), stored)
-            return QuantizedArray(values=values, scales=jnp.zeros(shape, jnp.bfloat16))
+            values = jnp.zeros((*shape, quant.stored_size(kv_dtype, head_dim)), stored, device=sharding)
+            return QuantizedArray(values=values, scales=jnp.zeros(shape, jnp.bfloat16, device=sharding))
 
         # a separate array for each layer's k and v and each table: a buffer that two leaves share cannot be donated
         k, v = (tuple(map(pages, table_of)) for _ in "kv")

@@ -14,6 +14,7 @@ from jfa import QuantizedArray
 from jfa.quant import quantize_weight
 from jfa_models.checkpoints.checkpoint import Checkpoint
 from jfa_models.checkpoints.tensors import StackedTensors, Tensor, aligned
+from jfa_models.model.partition import WHOLE, Partition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +56,19 @@ class Weights:
 
 
 def load_params(
-    checkpoint: Checkpoint, expected: Mapping[str, jax.ShapeDtypeStruct], weights: Weights = Weights()
+    checkpoint: Checkpoint,
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    weights: Weights = Weights(),
+    partition: Partition = WHOLE,
 ) -> dict[str, Array | QuantizedArray]:
-    """Loads parameters by name to the default device, each in its expected dtype or as `weights` says.
+    """Loads parameters by name to their devices, each in its expected dtype or as `weights` says.
 
     Tensors are read one at a time: the peak host memory is that of the result (on an accelerator, of one tensor) plus a
     chunk.
 
     Raises:
-      ValueError: tensors are missing, unexpected or have the wrong shape; the message names the first ones.
+      ValueError: tensors are missing, unexpected or have the wrong shape, the message names the first ones; or one
+        cannot be divided.
 
     Warns:
       UserWarning: weights that should stay as they are stored cannot.
@@ -74,7 +79,7 @@ def load_params(
         tensor = checkpoint.tensors[name]
         held = _read_weight(name, tensor, wanted, weights) if is_weight(name) else tensor.read(wanted.dtype)
         # Waiting prevents a growing queue of transfers, each of which keeps its host copy alive.
-        params[name] = jax.block_until_ready(jax.device_put(held))
+        params[name] = jax.block_until_ready(partition.put_parameter(name, held))
         if weights.quantization == "stored" and tensor.is_quantized and not isinstance(held, QuantizedArray):
             widened.append(tensor.name)
     if widened:

@@ -17,6 +17,7 @@ from jfa_models.checkpoints.changes import changes_of
 from jfa_models.checkpoints.peft import Adapter, check_fit
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.lora import NO_ADAPTER, Adapters, Change
+from jfa_models.model.partition import WHOLE, Partition
 
 # Modules that have room for every adapter's low-rank parts if max_adapters is set, so that the first adapter that
 # changes one of them compiles nothing.
@@ -64,6 +65,7 @@ class AdapterBank:
         dtype: DTypeLike,
         max_adapters: int | None,
         max_rank: int | None,
+        partition: Partition = WHOLE,
     ):
         """max_adapters, max_rank: see from_pretrained."""
         for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
@@ -76,6 +78,7 @@ class AdapterBank:
             )
         self._config, self._shapes, self._weight_of, self._dtype = config, shapes, weight_of, dtype
         self._max_adapters, self._max_rank = max_adapters, max_rank
+        self._partition = partition
         self._slots: list[Loaded | None] = [None] * (max_adapters or 0)
         self._numbers = itertools.count()
         self._lock = threading.RLock()
@@ -83,7 +86,7 @@ class AdapterBank:
         if max_adapters is not None:
             self.on_device = self._built([], max_adapters)
             for arrays in (self.on_device, _one_slot(self.on_device)):  # compiles how a slot is filled
-                _placed(arrays, {}, 0)
+                self._placed(arrays, {}, 0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,7 +140,7 @@ class AdapterBank:
             one = Loaded(name, next(self._numbers), slot, adapter, changes)
             # its weights before its name: another thread may launch a step at any time
             if self.on_device is not None and self._has_room(self.on_device, one):
-                self.on_device = _placed(self.on_device, changes, slot)
+                self.on_device = self._placed(self.on_device, changes, slot)
             else:
                 loaded = [*(one for one in self._slots if one is not None), one]
                 self.on_device = self._built(loaded, max(len(self._slots), slot + 1))
@@ -218,14 +221,14 @@ class AdapterBank:
             return [None]
         if self.on_device.num_slots == 1:
             return [None, self.on_device]
-        return [None, self.on_device, _placed(_one_slot(self.on_device), {}, 0)]
+        return [None, self.on_device, self._placed(_one_slot(self.on_device), {}, 0)]
 
     def _alone(self, one: Loaded) -> Adapters:
         """Arrays of one slot with the same fields as those of all, so that all adapters run the same program."""
         with self._lock:
             assert self.on_device is not None
             if one.alone is None:
-                one.alone = _placed(_one_slot(self.on_device, one.slot), one.changes, 0)
+                one.alone = self._placed(_one_slot(self.on_device, one.slot), one.changes, 0)
             return one.alone
 
     @staticmethod
@@ -249,9 +252,16 @@ class AdapterBank:
             room = [name for name in room if name.endswith(_ROOM) and len(self._shapes[f"{name}.weight"]) == 2]
             names = list(dict.fromkeys(names + room))
         arrays = Adapters({name: self._empty(name, loaded, num_slots) for name in names}, num_slots)
+        arrays = self._partition.put(arrays, self._partition.of_adapters(arrays))
         for one in loaded:
-            arrays = _placed(arrays, one.changes, one.slot)
+            arrays = self._placed(arrays, one.changes, one.slot)
         return arrays
+
+    def _placed(self, arrays: Adapters, changes: Changes, slot: int) -> Adapters:
+        """With a slot filled."""
+        parts = {name: _padded(changes.get(name), room) for name, room in arrays.changes.items()}
+        filled = _with_slot(arrays, parts, np.int32(slot))
+        return self._partition.put(filled, self._partition.of_adapters(filled))
 
     def _empty(self, name: str, loaded: Sequence[Loaded], num_slots: int) -> Change:
         """Room for a module's changes by all slots."""
@@ -359,12 +369,6 @@ def _one_slot(arrays: Adapters, slot: int | None = None) -> Adapters:
         return Change(**fields)
 
     return Adapters({name: narrow(change) for name, change in arrays.changes.items()}, 1)
-
-
-def _placed(arrays: Adapters, changes: Changes, slot: int) -> Adapters:
-    """With a slot filled."""
-    parts = {name: _padded(changes.get(name), room) for name, room in arrays.changes.items()}
-    return _with_slot(arrays, parts, np.int32(slot))
 
 
 @jax.jit

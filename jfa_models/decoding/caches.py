@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -20,8 +21,19 @@ SMALLEST_CAPACITY = 256
 SLACK = 128  # tokens that a layer stores in addition to its window: how far a session can go back
 
 
-def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
-    """An empty cache for at least capacity tokens per row; contiguous if no layer has attention."""
+def new_cache(
+    config: DecoderConfig,
+    options: CacheOptions,
+    *,
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Cache:
+    """An empty cache for at least capacity tokens per row; contiguous if no layer has attention.
+
+    sharding: of its keys and values, as in jfa.KVCache.create.
+    """
     capacity = max(SMALLEST_CAPACITY, power_of_two(capacity))
     check_kv_dtype(config, options.kv_dtype)
     states = state_cache(config, batch=batch, dtype=dtype)
@@ -35,6 +47,7 @@ def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capac
             dtype=dtype,
             windows=[config.window(i) for i in config.attention_layers],
             slack=SLACK,
+            sharding=sharding,
         )
         return dataclasses.replace(cache, states=states)
     own = _own_pages(config, batch, capacity, options.page_size)
@@ -46,6 +59,7 @@ def new_cache(config: DecoderConfig, options: CacheOptions, *, batch: int, capac
         pages_per_seq=own[0].shape[1],
         dtype=dtype,
         kv_dtype=options.kv_dtype,
+        sharding=sharding,
     )
     return dataclasses.replace(cache, page_tables=own, states=states)
 

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,21 +37,23 @@ from jfa_models.decoding.params import (
 )
 from jfa_models.decoding.prompts import Prompt, as_prompts, text_of, unpacked
 from jfa_models.decoding.sampling import SamplingRows, sampling_rows
-from jfa_models.decoding.steps import DecodeState, Emitted, Steps
+from jfa_models.decoding.steps import DecodeState, Emitted, Steps, named_leaves
 from jfa_models.model.attention import Cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import Adapters
+from jfa_models.model.partition import WHOLE, Partition, partition_of
 from jfa_models.text.guided import Grammars, Guide
 from jfa_models.text.structured import StructuredOutputsParams
 from jfa_models.text.tokenizer import Tokenizer
 
 
-def abstract_decoder(config: DecoderConfig, dtype: DTypeLike, implementation: str | None = None) -> Decoder:
+def abstract_decoder(
+    config: DecoderConfig, dtype: DTypeLike, implementation: str | None = None, partition: Partition = WHOLE
+) -> Decoder:
     """A decoder with shapes instead of parameters."""
-    return nnx.eval_shape(
-        lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), attention_implementation=implementation)
-    )
+    options: dict[str, Any] = dict(attention_implementation=implementation, partition=partition)
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), **options))
 
 
 def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
@@ -73,6 +76,7 @@ class LanguageModel:
     Attributes:
       config: the decoder's configuration.
       decoder: the decoder with shapes instead of parameters.
+      partition: how it is divided over the devices of a mesh.
       params: the decoder's parameters as a flat tuple, in the form that the steps take; some may be quantized.
       names, shapes: the name of each parameter, and its shape by name.
       dtype: of activations and of a cache that is not quantized.
@@ -96,6 +100,7 @@ class LanguageModel:
     ):
         self.config: DecoderConfig = decoder.config
         self.decoder = decoder
+        self.partition = decoder.partition
         leaves = named_leaves(decoder)
         self.names = tuple(leaves)
         self.params = params
@@ -120,6 +125,7 @@ class LanguageModel:
             dtype=self.dtype,
             max_adapters=max_adapters,
             max_rank=max_rank,
+            partition=self.partition,
         )
 
     @classmethod
@@ -132,19 +138,20 @@ class LanguageModel:
         quantization: str | None = None,
         attention_implementation: str | None = None,
         cache_options: CacheOptions | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> "LanguageModel":
         """A model with normally distributed random weights, without a tokenizer; fast to create.
 
         Args:
           config: a configuration, or the name of a preset such as "llama-3-8b" (presets.PRESETS).
-          dtype, quantization: see from_pretrained; without quantization, weights are floats.
+          dtype, quantization, mesh: see from_pretrained; without quantization, weights are floats.
           attention_implementation: the `implementation` argument of jfa's attention ops.
         """
         dtype = compute_dtype(dtype)
         if quantization == "stored":
             raise ValueError("quantization='stored' keeps a checkpoint's blocks, but random weights have none")
         config = preset(config) if isinstance(config, str) else config
-        abstract = abstract_decoder(config, dtype, attention_implementation)
+        abstract = abstract_decoder(config, dtype, attention_implementation, partition_of(config, mesh))
         # one array of noise is repeated over all weights; its large odd length makes the rows of a weight differ
         noise = (0.02 * np.random.default_rng(seed).standard_normal(1_000_003)).astype(dtype)
         params, start = [], 0
@@ -152,12 +159,12 @@ class LanguageModel:
             if name.endswith(("scale", "bias", ".D")):
                 plus_one = config.norm == "rms_plus_one" and ".mixer." not in name
                 is_one = not name.endswith("bias") and not plus_one
-                params.append(jnp.full(shape.shape, float(is_one), dtype))
+                params.append(abstract.partition.put_parameter(name, jnp.full(shape.shape, float(is_one), dtype)))
             else:
                 weight = np.resize(np.roll(noise, start), shape.shape)
                 if quantization not in (None, "none") and is_weight(name):
                     weight = quantized(name, weight.shape, [(slice(None), weight)], quantization)
-                params.append(jax.device_put(weight))
+                params.append(abstract.partition.put_parameter(name, weight))
                 start += 7919
         return cls(decoder=abstract, params=tuple(params), cache_options=cache_options)
 
@@ -212,10 +219,10 @@ class LanguageModel:
         config, params = merged(self.config, dict(zip(self.names, self.params, strict=True)), one.changes)
         decoder = self.decoder
         if config != self.config:
-            decoder = abstract_decoder(config, self.dtype, self.decoder.implementation)
+            decoder = abstract_decoder(config, self.dtype, self.decoder.implementation, self.partition)
         return LanguageModel(
             decoder=decoder,
-            params=tuple(params[name] for name in named_leaves(decoder)),
+            params=tuple(self.partition.put_parameter(name, params[name]) for name in named_leaves(decoder)),
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             cache_options=self.cache_options,
@@ -227,7 +234,8 @@ class LanguageModel:
         Raises:
           ValueError: num_layers is out of range.
         """
-        decoder = abstract_decoder(self.config.with_layers(num_layers), self.dtype, self.decoder.implementation)
+        config = self.config.with_layers(num_layers)
+        decoder = abstract_decoder(config, self.dtype, self.decoder.implementation, self.partition)
         held = dict(zip(self.names, self.params, strict=True))
         return LanguageModel(
             decoder=decoder,
@@ -452,7 +460,8 @@ class LanguageModel:
 
     def new_cache(self, *, batch: int, capacity: int) -> Cache:
         """An empty cache for at least capacity tokens per row."""
-        return caches.new_cache(self.config, self.cache_options, batch=batch, capacity=capacity, dtype=self.dtype)
+        options: dict[str, Any] = dict(batch=batch, capacity=capacity, dtype=self.dtype)
+        return caches.new_cache(self.config, self.cache_options, **options, sharding=self.partition.of_kv)
 
     def _requests(self, prompts: Sequence[Prompt], sampling_params, seed: int, adapter: Names) -> "list[_Request]":
         seed = integer("seed", seed, 0, None, SEED_ADVICE)
@@ -636,9 +645,3 @@ class _Request:
 
 
 _EMPTY = SamplingParams(temperature=0.0, max_tokens=1)
-
-
-def named_leaves(abstract: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter by its dotted name, in the order of the steps' flat tuple."""
-    state = nnx.to_pure_dict(nnx.split(abstract)[1])
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}

@@ -19,6 +19,7 @@ from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
 from jfa_models.decoding.options import QUANTIZATIONS, CacheOptions
 from jfa_models.model.config import DecoderConfig
+from jfa_models.model.partition import mesh_of, partition_of
 
 
 def from_pretrained(
@@ -33,6 +34,8 @@ def from_pretrained(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    tensor_parallel: int | None = None,
 ) -> "LanguageModel":
     """Loads a model of a supported family (families.FAMILIES).
 
@@ -51,13 +54,17 @@ def from_pretrained(
       adapters: adapters to load, by the names that requests choose them by (LanguageModel.load_adapter).
       max_adapters, max_rank: memory is reserved for this many adapters of up to this rank on the layers of attention
         and MLPs: loading them compiles nothing. None: room is made for each one, and steps compile anew.
+      mesh: the devices that the model is divided over, with the axes "tensor" (heads, inner vectors and vocabulary) and
+        "expert" (whole experts), or one of them: jax.make_mesh((8,), ("tensor",)). None: it is on the default device.
+      tensor_parallel: short for a mesh of the first so many devices with the axis "tensor".
 
     Raises:
       ValueError: the checkpoint does not exist, has no weights or is damaged, or its architecture or dtype is not
-        supported; the message says which.
+        supported; the message says which. Or the model cannot be divided over the mesh.
 
     Warns:
-      UserWarning: a LongRoPE model uses its factors for long texts, or a file has keys that are not known.
+      UserWarning: a LongRoPE model uses its factors for long texts, a file has keys that are not known, or a part of
+        the model cannot be divided, and is on every device of the mesh.
     """
     given, dtype = dtype, compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
@@ -79,9 +86,10 @@ def from_pretrained(
             f"load it with context_length={original} (--max-model-len)",
             stacklevel=2,
         )
-    abstract = abstract_decoder(config, dtype)
+    partition = partition_of(config, mesh_of(mesh, tensor_parallel))
+    abstract = abstract_decoder(config, dtype, partition=partition)
     expected = named_leaves(abstract)
-    params = load_params(checkpoint, expected, weights)
+    params = load_params(checkpoint, expected, weights, partition)
     loaded = LanguageModel(
         decoder=abstract,
         params=tuple(params[name] for name in expected),

@@ -7,22 +7,25 @@ dispatch) and a state that is donated and returned. A step compiles once per sha
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 import jfa
 from jfa.rules import with_default_rules
+from jfa_models.decoding.divided import sample_divided
 from jfa_models.decoding.params import MAX_LOGPROBS
 from jfa_models.decoding.sampling import NO_TOKEN, Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
 from jfa_models.decoding.speculation import MAX_DRAFT
 from jfa_models.model.attention import Cache
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import NO_ADAPTER, Adapters
+from jfa_models.model.partition import Axes, Partition, gathered
 
 # Tokens decoded per call for an offline batch; the host checks for stop strings in between.
 STEPS_PER_CALL = 32
@@ -109,6 +112,11 @@ class Adapted(NamedTuple):
     ) -> Float[Array, "*b vocab"]:
         return self.decoder.unembed(hidden, self.adapters, slot)
 
+    @property
+    def vocab(self) -> Axes:
+        """Over which axes of a mesh the logits are divided."""
+        return self.decoder.partition.vocab
+
 
 class Steps:
     """The compiled steps of one decoder.
@@ -131,34 +139,94 @@ class Steps:
 
     Cache, state, slots and the hidden state of prefill are donated. All that take params also take adapters=, which
     matter to the rows whose `adapter` is a slot: one program if some row of a step has one, and one if none has.
+
+    A decoder that is divided over a mesh computes on every device with its parts (jax.shard_map). Logits are then
+    global arrays, divided along the vocabulary.
     """
 
     def __init__(self, decoder: Decoder):
         graphdef, state = nnx.split(decoder)
         treedef = jax.tree.structure(state)
+        names = list(named_leaves(decoder))
+        partition = decoder.partition
+        vocab = partition.vocab or None
+        token_logits, text_logits = P(None, vocab), P(None, None, vocab)
 
-        def step(function: Callable, *, donate: Sequence[int] = ()) -> Callable:
+        def step(function: Callable, returns: Callable[[Any], Any], *, donate: Sequence[int] = ()) -> Callable:
             @functools.partial(jax.jit, donate_argnums=donate)
             @functools.wraps(function)
             def run(params, *args, adapters=None):
-                decoder = nnx.merge(graphdef, jax.tree.unflatten(treedef, params))
-                return with_default_rules(function)(Adapted(decoder, adapters), *args)
+                def on_device(params, adapters, *args):
+                    decoder = nnx.merge(graphdef, jax.tree.unflatten(treedef, params))
+                    return with_default_rules(function)(Adapted(decoder, adapters), *args)
+
+                if partition.mesh is None:
+                    return on_device(params, adapters, *args)
+                given = tuple(map(partition.of_parameter, names, params))
+                specs = [_specs(partition, x) for x in (adapters, *args)]
+                return partition.on_devices(on_device, (given, *specs), returns(specs[1]))(params, adapters, *args)
 
             return run
 
-        self.logits = step(_logits)
-        self.prefill = step(_prefill, donate=(1, 2))
-        self.score = step(_score, donate=(1,))
-        self.first = step(_first, donate=(1,))
-        self.decode = step(_decode, donate=(1,))
-        self.decode_many = step(_decode_many, donate=(1,))
-        self.advance = step(_advance, donate=(1,))
-        self.draw = jax.jit(with_default_rules(_draw), donate_argnums=0)
-        self.verify = jax.jit(with_default_rules(_verify), donate_argnums=0)
+        def of_logits(function: Callable) -> Callable:
+            function = with_default_rules(functools.partial(function, axes=partition.vocab))
+
+            @functools.partial(jax.jit, donate_argnums=0)
+            def run(*args):
+                if partition.mesh is None:
+                    return function(*args)
+                slots, _, *rest = (_specs(partition, x) for x in args)
+                return partition.on_devices(function, (slots, token_logits, *rest), P())(*args)
+
+            return run
+
+        def of_cache(function: Callable) -> Callable:
+            @functools.partial(jax.jit, donate_argnums=0, static_argnames="table")
+            def run(cache, source, destination, **table):
+                on_device = functools.partial(function, **table)
+                if partition.mesh is None:
+                    return on_device(cache, source, destination)
+                specs = partition.of_cache(cache)
+                return partition.on_devices(on_device, (specs, P(), P()), specs)(cache, source, destination)
+
+            return run
+
+        self.logits = step(_logits, lambda _: text_logits)
+        self.prefill = step(_prefill, lambda cache: (cache, P()), donate=(1, 2))
+        self.score = step(_score, lambda cache: (cache, text_logits), donate=(1,))
+        self.first = step(_first, lambda cache: (_state_specs(cache), P()), donate=(1,))
+        self.decode = step(_decode, lambda state: (state, P()), donate=(1,))
+        self.decode_many = step(_decode_many, lambda state: (state, P(), P()), donate=(1,))
+        self.advance = step(_advance, lambda cache: (cache, token_logits, P()), donate=(1,))
+        self.propose = step(_propose, lambda cache: (cache, P(), P()), donate=(1,))
+        self.draw = of_logits(_draw)
+        self.verify = of_logits(_verify)
         self.adjust = jax.jit(with_default_rules(_adjust), donate_argnums=0)
-        self.propose = step(_propose, donate=(1,))
-        self.copy_states = jax.jit(_copy_states, donate_argnums=0)
-        self.copy_pages = jax.jit(jfa.PagedKVCache.copy_pages, donate_argnums=0, static_argnames="table")
+        self.copy_states = of_cache(_copy_states)
+        self.copy_pages = of_cache(jfa.PagedKVCache.copy_pages)
+
+
+def named_leaves(abstract: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter by its dotted name, in the order of the steps' flat tuple."""
+    state = nnx.to_pure_dict(nnx.split(abstract)[1])
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}
+
+
+def _specs(partition: Partition, x: Any) -> Any:
+    """The PartitionSpecs of an argument of a step, in its structure."""
+    if isinstance(x, jfa.KVCache | jfa.PagedKVCache):
+        return partition.of_cache(x)
+    if isinstance(x, Adapters):
+        return partition.of_adapters(x)
+    if isinstance(x, DecodeState):
+        return _state_specs(partition.of_cache(x.cache))
+    return jax.tree.map(lambda _: P(), x)
+
+
+def _state_specs(cache: Any) -> Any:
+    """The PartitionSpecs of a DecodeState, whose cache has these."""
+    fields: Any = {field.name: P() for field in dataclasses.fields(DecodeState)}
+    return DecodeState(**(fields | {"cache": cache}))
 
 
 def _logits(
@@ -219,7 +287,8 @@ def _decode(decoder: Adapted, state: DecodeState) -> tuple[DecodeState, Emitted]
 
 def _emit(decoder: Adapted, hidden: Float[Array, "b hidden"], state: DecodeState) -> tuple[DecodeState, Emitted]:
     """Samples the token after hidden and counts it."""
-    sampled = sample(decoder.unembed(hidden, state.adapter), state.rows, state.num_generated)
+    logits = decoder.unembed(hidden, state.adapter)
+    sampled = sample_divided(logits, state.rows, state.num_generated, decoder.vocab)
     num_generated = state.num_generated + state.active
     ended = finished_by_id(state.rows, sampled.token) | (num_generated >= state.rows.max_tokens)
     active = state.active & ~ended
@@ -282,7 +351,7 @@ def _advance(
 
     def block(part):
         states, tokens, slot = part
-        raw = decoder.unembed(states, slot).astype(jnp.float32)
+        raw = gathered(decoder.unembed(states, slot).astype(jnp.float32), decoder.vocab)
         return with_logprobs(tokens, raw, min(MAX_LOGPROBS, raw.shape[-1]))
 
     # the logits of a whole chunk could be larger than the model
@@ -308,12 +377,14 @@ def _draw(
     samples: Bool[Array, " b"],
     num_generated: Int[Array, " b"],
     allowed: Int[Array, "b words"] | None = None,
+    *,
+    axes: Axes,
 ) -> tuple[Slots, Sampled]:
     """Stores the token of each row that samples in its slot. With min_tokens, adjusts logits and counts the tokens."""
     adjusts = rows.min_tokens is not None
     if adjusts:
         rows = _with_dense_rows(rows, slots, slot)
-    sampled = sample(logits, dataclasses.replace(rows, allowed=allowed), num_generated)
+    sampled = sample_divided(logits, dataclasses.replace(rows, allowed=allowed), num_generated, axes)
     place = jnp.where(samples, slot, slots.last_token.shape[0])
     token = jnp.maximum(sampled.token, 0)  # of a row without a token, nothing is used
     slots = dataclasses.replace(slots, last_token=slots.last_token.at[place].set(token, mode="drop"))
@@ -342,8 +413,8 @@ def _propose(
     filled, logits, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
 
     def draw(logits, step):
-        raw = logits.astype(jnp.float32)
-        token = sample(logits, rows, num_generated + step).token
+        raw = gathered(logits.astype(jnp.float32), decoder.vocab)
+        token = sample(raw, rows, num_generated + step).token
         chosen = jnp.take_along_axis(raw, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
         is_sure = jnp.exp(chosen - jax.nn.logsumexp(raw, axis=-1)) >= confidence
         return jnp.maximum(token, 0), is_sure & (token != NO_TOKEN) & (step < lengths)
@@ -384,6 +455,8 @@ def _verify(
     samples: Bool[Array, " b"],
     num_generated: Int[Array, " b"],
     allowed: Int[Array, "n words"] | None = None,
+    *,
+    axes: Axes,
 ) -> tuple[Slots, Sampled]:
     """The token that each row samples after each of its tokens, of which all but the first are drafts.
 
@@ -407,10 +480,11 @@ def _verify(
         # the drafts up to a token count as emitted before its successor
         assert of_token.output_counts is not None and slots.output_counts is not None
         before = (row[:, None] == row) & (place[:, None] >= place) & (place > 0) & ~is_padding
-        at = jnp.where(before, batch.tokens, logits.shape[-1])
+        at = jnp.where(before, batch.tokens, of_token.output_counts.shape[-1])
         counts = of_token.output_counts.at[token[:, None], at].add(1, mode="drop")
         of_token = dataclasses.replace(of_token, output_counts=counts)
-    sampled = sample(logits, dataclasses.replace(of_token, allowed=allowed), num_generated[row] + place)
+    of_token = dataclasses.replace(of_token, allowed=allowed)
+    sampled = sample_divided(logits, of_token, num_generated[row] + place, axes)
     refused_at = jnp.full(b, n).at[row].min(jnp.where((sampled.token == follows) & ~is_padding, n, place))
     emitted = (place <= refused_at[row]) & samples[row] & ~is_padding
     new = jnp.maximum(sampled.token, 0)

@@ -196,6 +196,7 @@ def draft_cache(
         pages_per_seq=1,
         dtype=model.dtype,
         kv_dtype=kv_dtype,
+        sharding=model.partition.of_kv,
     )
 
 

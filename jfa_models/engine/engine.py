@@ -163,17 +163,18 @@ class Engine:
                 pages_per_seq=1,
                 dtype=model.dtype,
                 kv_dtype=kv_dtype,
+                sharding=model.partition.of_kv,
             )
             return dataclasses.replace(cache, states=state_cache(config, batch=max_num_seqs, dtype=model.dtype))
 
         windows, draft = config.patterns or (None,), self._draft
 
         def num_bytes(num_pages: Sequence[int]) -> int:
-            own = jax.eval_shape(lambda: new_cache(num_pages)).num_bytes
+            own = model.partition.num_bytes(jax.eval_shape(lambda: new_cache(num_pages)))
             if draft is None:
                 return own
             of_draft = functools.partial(draft_cache, draft, windows, num_pages, page_size=page_size, kv_dtype=kv_dtype)
-            return own + jax.eval_shape(of_draft).num_bytes
+            return own + draft.partition.num_bytes(jax.eval_shape(of_draft))
 
         num_bytes([2] * len(windows))  # raises for options that no cache supports
 

@@ -14,6 +14,7 @@ import jfa
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import Linear, make_norm
 from jfa_models.model.lora import UNCHANGED, Scope
+from jfa_models.model.partition import Axes
 from jfa_models.model.rope import RopeConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
@@ -28,6 +29,7 @@ def paged_cache(
     pages_per_seq: int,
     dtype: DTypeLike,
     kv_dtype: str | None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> jfa.PagedKVCache:
     """An empty cache for a decoder, with a page table and num_pages[i] pages per attention pattern; without states."""
     check_kv_dtype(config, kv_dtype)
@@ -42,6 +44,7 @@ def paged_cache(
         dtype=dtype,
         kv_dtype=kv_dtype,
         table_of=[config.patterns.index(config.window(i)) for i in config.attention_layers],
+        sharding=sharding,
     )
 
 
@@ -84,10 +87,19 @@ class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv:2305.13245); its layer in a cache is its number among those with attention.
 
     With a gate, each head of q is followed by its gate, which is applied as in arXiv:2505.06708.
+
+    sum_over: the axes of a mesh over whose devices the heads are divided.
     """
 
     def __init__(
-        self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None
+        self,
+        config: DecoderConfig,
+        layer: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        implementation: str | None,
+        sum_over: Axes = (),
     ):
         self.layer = config.attention_layers.index(layer)
         self.head_dim = config.head_dim
@@ -108,7 +120,7 @@ class Attention(nnx.Module):
         self.q = linear(hidden, q_size * (1 + config.attention_gate))
         self.k = linear(hidden, kv_size)
         self.v = linear(hidden, kv_size)
-        self.o = linear(q_size, hidden, bias=config.out_bias)
+        self.o = linear(q_size, hidden, bias=config.out_bias, sum_over=sum_over)
         self.q_norm = make_norm(config, config.head_dim, dtype=dtype) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim, dtype=dtype) if config.qk_norm else None
 

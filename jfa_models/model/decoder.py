@@ -18,6 +18,7 @@ from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
 from jfa_models.model.mixers import GatedDelta, Mamba2
+from jfa_models.model.partition import WHOLE, Partition
 
 
 class Block(nnx.Module):
@@ -27,19 +28,29 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs, implementation: str | None
+        self,
+        config: DecoderConfig,
+        layer: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        implementation: str | None,
+        partition: Partition,
     ):
         hidden = config.hidden_size
         self.attention_norm = make_norm(config, hidden, dtype=dtype)
         self.multiplier = config.residual_multiplier
         mixer = {"mamba2": Mamba2, "gated_delta": GatedDelta}.get(config.mixer(layer))
         options: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
-        self.attention = None if mixer else Attention(config, layer, implementation=implementation, **options)
+        attention = functools.partial(Attention, implementation=implementation, sum_over=partition.q_heads)
+        self.attention = None if mixer else attention(config, layer, **options)
         self.mixer = mixer(config, layer, **options) if mixer else None
         self.attention_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
         has_norm = config.has_mlp and not config.parallel_block
         self.mlp_norm = make_norm(config, hidden, dtype=dtype) if has_norm else None
-        mlp = Experts if config.has_experts(layer) else MLP
+        mlp = functools.partial(MLP, sum_over=partition.inner)
+        if config.has_experts(layer):
+            mlp = functools.partial(Experts, partition=partition)
         self.mlp = mlp(config, **options) if config.has_mlp else None
         self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
 
@@ -68,6 +79,8 @@ class Decoder(nnx.Module):
     """A decoder-only language model as a pure function: no hidden state; the cache is an argument and a result.
 
     attention_implementation: the implementation of jfa's ops by name; None: the ops choose.
+    partition: over which axes of a mesh parameters are divided. Calls are then made inside of jax.shard_map, with each
+      device's parts, and logits are those of its part of the vocabulary.
     """
 
     def __init__(
@@ -77,15 +90,18 @@ class Decoder(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         attention_implementation: str | None = None,
+        partition: Partition = WHOLE,
     ):
         self.config = config
         self.implementation = attention_implementation
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        block = functools.partial(Block, dtype=dtype, rngs=rngs, implementation=attention_implementation)
+        self.partition = partition
+        options: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, rows_over=partition.vocab, **options)
+        block = functools.partial(Block, implementation=attention_implementation, partition=partition, **options)
         self.layers = nnx.List([block(config, i) for i in range(config.num_layers)])
         self.norm = make_norm(config, config.hidden_size, dtype=dtype)
         head = functools.partial(Linear, config.hidden_size, config.vocab_size, bias=config.head_bias)
-        self.lm_head = None if config.tie_word_embeddings else head(dtype=dtype, rngs=rngs)
+        self.lm_head = None if config.tie_word_embeddings else head(**options)
 
     def __call__(
         self,
@@ -178,7 +194,7 @@ class Decoder(nnx.Module):
         adapters: Adapters | None = None,
         slot: Int[Array, "*#b"] | None = None,
     ) -> Float[Array, "*b vocab"]:
-        """Logits over the vocabulary, float32. slot: of each token, as in __call__."""
+        """Logits over the vocabulary, float32, or over this device's part. slot: of each token, as in __call__."""
         scope = UNCHANGED
         if adapters is not None and slot is not None:
             scope = adapters.scope(jnp.broadcast_to(slot, hidden.shape[:-1]))

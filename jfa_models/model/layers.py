@@ -20,14 +20,28 @@ from jfa import quant
 from jfa.products import times_rows
 from jfa_models.model.config import Activation, DecoderConfig
 from jfa_models.model.lora import UNCHANGED, Applied, Scope
+from jfa_models.model.partition import WHOLE, Axes, Partition, first_of, summed
 
 _normal = jax.nn.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """x weight^T + bias."""
+    """x weight^T + bias.
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    sum_over: the axes of a mesh over whose devices the columns are divided: their products are summed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        sum_over: Axes = (),
+    ):
+        self.sum_over = sum_over
         self.weight = nnx.Param(_normal(rngs.params(), (out_features, in_features), dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
 
@@ -36,20 +50,30 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         if change is not None:
             y, bias = change.product(x, y), change.bias(bias, y)
+        y = summed(y, self.sum_over)
         return y if bias is None else y + bias
 
 
 class Embedding(nnx.Module):
-    """Token id to vector and, if the head is tied, vector to logits."""
+    """Token id to vector and, if the head is tied, vector to logits.
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    rows_over: the axes of a mesh over whose devices the rows are divided; logits are those of a device's own rows.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs, rows_over: Axes = ()):
         self.dtype = dtype
+        self.rows_over = rows_over
         self.weight = nnx.Param(_normal(rngs.params(), (vocab_size, hidden_size), dtype))
 
     def __call__(self, tokens: Int[Array, "*b"], change: Applied | None = None) -> Float[Array, "*b hidden"]:
-        rows = _at(self.weight.get_value(), tokens)
+        weight = self.weight.get_value()
+        tokens = tokens - first_of(self.rows_over, weight.shape[0])
+        is_own = (tokens >= 0) & (tokens < weight.shape[0])
+        tokens = jnp.where(is_own, tokens, 0) if self.rows_over else tokens
+        rows = _at(weight, tokens)
         x = quant.dequantize(rows, self.dtype) if isinstance(rows, jfa.QuantizedArray) else rows.astype(self.dtype)
-        return x if change is None else change.rows(tokens, x)
+        x = x if change is None else change.rows(tokens, x)
+        return summed(jnp.where(is_own[..., None], x, 0), self.rows_over) if self.rows_over else x
 
     def attend(self, x: Float[Array, "*b hidden"], change: Applied | None = None) -> Float[Array, "*b vocab"]:
         logits = times_rows(x, self.weight.get_value())
@@ -111,17 +135,25 @@ def make_norm(config: DecoderConfig, size: int, *, dtype: DTypeLike) -> RMSNorm 
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
-    size: of the inner vectors; None: config.intermediate_size.
+    size: of the inner vectors; None: config.intermediate_size. sum_over: the axes over which they are divided.
     Source: arXiv:2002.05202.
     """
 
-    def __init__(self, config: DecoderConfig, *, size: int | None = None, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        size: int | None = None,
+        sum_over: Axes = (),
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         hidden, inner = config.hidden_size, size or config.intermediate_size
         linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.act = ACTIVATIONS[config.hidden_act]
         self.gate = linear(hidden, inner) if config.gated_mlp else None
         self.up = linear(hidden, inner)
-        self.down = linear(inner, hidden)
+        self.down = linear(inner, hidden, sum_over=sum_over)
 
     def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
         up = self.up(x, scope.at("up"))
@@ -132,11 +164,12 @@ class MLP(nnx.Module):
 class Experts(nnx.Module):
     """A mixture of gated MLPs: every token goes to a few of them, whose outputs are summed with the router's weights.
 
-    One more MLP may process every token, with a gate of its own.
+    One more MLP may process every token, with a gate of its own. Where experts are divided over devices, every device
+    has all tokens, and skips those that go to other devices' experts: none is dropped, however uneven they are.
     Source: arXiv:2401.04088, section 2.1.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, partition: Partition = WHOLE, dtype: DTypeLike, rngs: nnx.Rngs):
         assert config.experts is not None
         self.config = config.experts
         self.act = ACTIVATIONS[config.hidden_act]
@@ -147,17 +180,24 @@ class Experts(nnx.Module):
         self.up = stacked(hidden, inner)
         self.down = stacked(inner, hidden)
         size, has_gate = config.experts.shared_size, config.experts.shared_gate
-        self.shared = MLP(config, size=size, dtype=dtype, rngs=rngs) if size else None
+        self.divided = partition.experts
+        self.sum_over = (*partition.expert_inner, *partition.experts)
+        # of the same axes, one sum for both
+        self.sums_together = bool(size) and partition.shared_inner == self.sum_over
+        shared_over = () if self.sums_together else partition.shared_inner
+        self.shared = MLP(config, size=size, sum_over=shared_over, dtype=dtype, rngs=rngs) if size else None
         self.shared_gate = Linear(hidden, 1, bias=False, dtype=dtype, rngs=rngs) if has_gate else None
 
     def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
         routed = self._routed(x, scope)
+        if not self.sums_together:
+            routed = summed(routed, self.sum_over)
         if self.shared is None:
             return routed
         shared = self.shared(x, scope.inside("shared"))
         if self.shared_gate is not None:
             shared = shared * jax.nn.sigmoid(self.shared_gate(x, scope.at("shared_gate")))
-        return routed + shared
+        return summed(routed + shared, self.sum_over if self.sums_together else ())
 
     def _routed(self, x: Float[Array, "*b hidden"], scope: Scope) -> Float[Array, "*b hidden"]:
         tokens = x.reshape(-1, x.shape[-1])
@@ -170,7 +210,9 @@ class Experts(nnx.Module):
         def expert(rows, number):
             return self._expert(rows[0], number, scope._replace(gates=rows[1]))
 
-        out = for_each_expert(expert, (tokens, scope.gates), chosen, self.config.num_experts)
+        num_own = jax.tree.leaves(self.gate.weight.get_value())[0].shape[0]
+        chosen = chosen - first_of(self.divided, num_own)
+        out = for_each_expert(expert, (tokens, scope.gates), chosen, self.config.num_experts, num_own)
         return jnp.einsum("nkh,nk->nh", out, weights.astype(x.dtype), precision=_precision(x)).reshape(x.shape)
 
     def _expert(
@@ -200,10 +242,12 @@ def for_each_expert(
     tokens: Any,
     chosen: Int[Array, "n k"],
     num_experts: int,
+    num_own: int | None = None,
 ) -> Float[Array, "n k hidden"]:
     """Applies function(rows, expert) to every token and each expert chosen for it.
 
-    Tokens are an array [n, hidden] or a tree of arrays [n, ...], the first of them [n, hidden].
+    Tokens are an array [n, hidden] or a tree of arrays [n, ...], the first of them [n, hidden]. With num_own, experts
+    outside of 0 to num_own are others', and their outputs zeros.
 
     Tokens are sorted by expert and cut into blocks of one expert each; empty blocks are skipped. So a token costs k
     experts, however many there are: XLA's own ragged_dot costs all of them on CPUs and most GPUs (bench/LOG.md).
@@ -213,10 +257,13 @@ def for_each_expert(
     first = jax.tree.leaves(tokens)[0]
     if n == 0:
         return jnp.zeros((0, k, first.shape[1]), first.dtype)
-    expert = chosen.reshape(-1)
+    expert, own, others = chosen.reshape(-1), num_experts, 0
+    if num_own not in (None, num_experts):
+        expert = jnp.where((expert >= 0) & (expert < num_own), expert, num_own)
+        own, others = num_own, 1  # as if of one more expert, which is skipped
     rows = min(128, max(1, n * k // num_experts))  # per block: on average, half of an expert's last block is empty
-    num_blocks = n * k // rows + min(num_experts, n * k)
-    count = jnp.zeros(num_experts, jnp.int32).at[expert].add(1)
+    num_blocks = n * k // rows + min(own + others, n * k)
+    count = jnp.zeros(own + others, jnp.int32).at[expert].add(1)
     blocks = -(-count // rows)
     first_block = jnp.cumsum(blocks) - blocks
     order = jnp.argsort(expert, stable=True)
@@ -230,7 +277,7 @@ def for_each_expert(
         rows_of = functools.partial(jnp.take, indices=token, axis=0, mode="fill", fill_value=0)
         x = jax.tree.map(rows_of, tokens)
         nothing = jnp.zeros((rows, first.shape[1]), first.dtype)
-        return None, lax.cond(expert < num_experts, lambda: function(x, expert), lambda: nothing)
+        return None, lax.cond(expert < own, lambda: function(x, expert), lambda: nothing)
 
     _, out = lax.scan(block, None, (token_of.reshape(num_blocks, rows), expert_of))
     return out.reshape(num_blocks * rows, -1)[place].reshape(n, k, -1)

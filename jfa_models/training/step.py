@@ -80,6 +80,8 @@ class Trainable:
           ValueError: all parameters are to be trained, and some are quantized; or the adapter's file has a copy of the
             embedding it was trained on, and the model has another one.
         """
+        if model.partition.mesh is not None:
+            raise ValueError("a model that is divided over a mesh cannot be trained: load it without mesh")
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
         self._adapter, self._remat = adapter, REMAT[remat]

@@ -1,0 +1,281 @@
+"""How a decoder is divided over the devices of a mesh: one table of which axis of which parameter, for every family.
+
+Each device computes with its part of the heads, of the inner vectors and of the vocabulary, and what it adds to a
+layer's output is summed over the devices (arXiv:1909.08053, section 3). Everything else is on every device. The steps
+are traced for one device (steps.py), so kernels see arrays of their own, and nothing is communicated but what a module
+asks for by name.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Shaped
+
+import jfa
+from jfa_models.model.config import DecoderConfig
+from jfa_models.model.lora import Adapters, Change
+
+Axes = tuple[str, ...]  # of a mesh; (): not divided
+
+AXES = ("tensor", "expert")  # of a mesh that users give
+# The axis "tensor" as two: key heads are divided over the first, and copied along the second if they are too few.
+TENSOR = ("heads", "group")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Over which axes the parts of a decoder are divided.
+
+    Attributes:
+      mesh: with the axes of TENSOR and "expert"; None: of one device.
+      q_heads, kv_heads: of attention.
+      inner: the inner vectors of MLPs.
+      vocab: rows of the embedding and of the output layer, and so the logits.
+      experts: whole experts.
+      expert_inner, shared_inner: the inner vectors of each expert, and of the one that every token has.
+      expert_layers: the layers with experts.
+    """
+
+    mesh: Mesh | None = None
+    q_heads: Axes = ()
+    kv_heads: Axes = ()
+    inner: Axes = ()
+    vocab: Axes = ()
+    experts: Axes = ()
+    expert_inner: Axes = ()
+    shared_inner: Axes = ()
+    expert_layers: tuple[int, ...] = ()
+
+    def of_module(self, name: str) -> tuple[Axes, Axes, Axes]:
+        """Over which axes a module's weight [experts, out, in] is divided; name: as in Adapters."""
+        path = name.split(".")
+        kind = ".".join(path[-2:])
+        if name in ("embed", "lm_head"):
+            return (), self.vocab, ()
+        if kind == "attention.q":
+            return (), self.q_heads, ()
+        if kind in ("attention.k", "attention.v"):
+            return (), self.kv_heads, ()
+        if kind == "attention.o":
+            return (), (), self.q_heads
+        if path[-2:-1] == ["shared"]:
+            experts, inner = (), self.shared_inner
+        elif kind.startswith("mlp."):
+            has_experts = int(path[1]) in self.expert_layers
+            experts, inner = (self.experts, self.expert_inner) if has_experts else ((), self.inner)
+        else:
+            return (), (), ()
+        if path[-1] in ("gate", "up"):
+            return experts, inner, ()
+        return (experts, (), inner) if path[-1] == "down" else ((), (), ())
+
+    def of_parameter(self, name: str, held: Any) -> Any:
+        """The PartitionSpecs of a parameter, an array or a QuantizedArray, in its structure."""
+        module, _, field = name.rpartition(".")
+        experts, out, columns = self.of_module(module)
+        if field == "bias":
+            return _spec(out)
+        if field != "weight":
+            return _spec()
+        first = (experts,) * (len(held.shape) - 2)
+        whole = _spec(*first, out, columns)
+        if not isinstance(held, jfa.QuantizedArray):
+            return whole
+        return jax.tree.map(lambda x: whole if x.ndim == len(held.shape) else _spec(*first, out), held)
+
+    def of_cache[T](self, cache: T) -> T:
+        """The PartitionSpecs of a KVCache or PagedKVCache, in its structure."""
+        assert isinstance(cache, jfa.KVCache | jfa.PagedKVCache)
+        none = jax.tree.map(lambda _: _spec(), cache)
+        k, v = jax.tree.map(lambda _: _spec((), (), self.kv_heads), (cache.k, cache.v))
+        return dataclasses.replace(none, k=k, v=v)
+
+    def of_adapters(self, adapters: Adapters) -> Adapters:
+        """The PartitionSpecs of adapters, in their structure."""
+
+        def of_change(name: str, change: Change) -> Change:
+            experts, out, columns = self.of_module(name)
+            first = (experts,) if change.a is not None and change.a.ndim == 4 else ()
+            specs: dict[str, Any] = dict(
+                a=_spec(*first, (), (), columns),
+                b=_spec(*first, out, (), ()),
+                factor=_spec((), out),
+                scale=_spec(),
+                bias=_spec((), out),
+                whole=_spec((), out, columns),
+                whole_slot=_spec(),
+            )
+            return Change(**{name: spec for name, spec in specs.items() if getattr(change, name) is not None})
+
+        return Adapters({name: of_change(name, x) for name, x in adapters.changes.items()}, adapters.num_slots)
+
+    def put(self, held: Any, specs: Any) -> Any:
+        """A pytree on the devices of the mesh; without a mesh, on the default device."""
+        if self.mesh is None:
+            return jax.device_put(held)
+        mesh = self.mesh
+        return jax.device_put(held, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+
+    def put_parameter(self, name: str, held: Any) -> Any:
+        """A parameter, an array or a QuantizedArray, on its devices.
+
+        Raises:
+          ValueError: a quantized weight cannot be divided between its groups.
+        """
+        specs = self.of_parameter(name, held)
+        if self.mesh is not None and isinstance(held, jfa.QuantizedArray):
+            count = self.size(self.of_module(name.rpartition(".")[0])[2])
+            width, group = held.shape[-1], held.group_size or 1
+            if count > 1 and (width % group or width // group % count):
+                fits = ", ".join(map(str, _divisors(width // group)))
+                raise ValueError(
+                    f"{name} has {width} columns in groups of {group}, which cannot be divided by {count} devices "
+                    f"without cutting a group; counts that do: {fits}; or use quantization='int8', which has no groups"
+                )
+        return self.put(held, specs)
+
+    @property
+    def of_kv(self) -> NamedSharding | None:
+        """Of the keys and values of a cache, whose third axis are heads; None: they are on one device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, _spec((), (), self.kv_heads))
+
+    def on_devices(self, function: Callable, arguments: Any, results: Any) -> Callable:
+        """The function, run by every device of the mesh with its parts; both others are PartitionSpecs."""
+        assert self.mesh is not None
+        return jax.shard_map(function, mesh=self.mesh, in_specs=arguments, out_specs=results, check_vma=False)
+
+    def num_bytes(self, cache: jfa.KVCache | jfa.PagedKVCache) -> int:
+        """Bytes of a cache, or of its shapes, on one device."""
+        states = 0 if cache.states is None else cache.states.num_bytes
+        return states + (cache.num_bytes - states) // self.size(self.kv_heads)
+
+    def size(self, axes: Axes) -> int:
+        """The number of parts."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in axes)
+
+
+WHOLE = Partition()
+
+
+def mesh_of(mesh: Mesh | None, tensor_parallel: int | None) -> Mesh | None:
+    """The mesh, or that of the first tensor_parallel devices with the axis "tensor"; None if both are.
+
+    Raises:
+      ValueError: both are given, or there are fewer devices.
+    """
+    if tensor_parallel is None:
+        return mesh
+    if mesh is not None:
+        raise ValueError(f"mesh and tensor_parallel={tensor_parallel} both say how the model is divided: give one")
+    devices = jax.devices()
+    if type(tensor_parallel) is not int or not 1 <= tensor_parallel <= len(devices):
+        raise ValueError(
+            f"tensor_parallel must be 1 to {len(devices)}, the number of devices that JAX sees, got {tensor_parallel!r}"
+        )
+    return Mesh(np.asarray(devices[:tensor_parallel]), ("tensor",), axis_types=(AxisType.Auto,))
+
+
+def partition_of(config: DecoderConfig, mesh: Mesh | None) -> Partition:
+    """How a decoder is divided over a mesh with the axes "tensor" and "expert", or one of them.
+
+    What cannot be divided evenly is on every device.
+
+    Raises:
+      ValueError: the mesh has another axis, or nothing of the decoder can be divided over one of its axes.
+
+    Warns:
+      UserWarning: a part of the decoder is on every device.
+    """
+    if mesh is None:
+        return WHOLE
+    if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
+        raise ValueError(
+            f"the mesh has an axis {unknown[0]!r}; a decoder is divided over {' and '.join(map(repr, AXES))}: "
+            'jax.make_mesh((8,), ("tensor",))'
+        )
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
+    n, num_experts = sizes["tensor"], sizes["expert"]
+    kept: list[str] = []  # on every device, in words
+
+    def divided(what: str, size: int) -> Axes:
+        if n == 1 or size == 0:
+            return ()
+        if size % n == 0:
+            return TENSOR
+        kept.append(f"{what} ({size}, which {_words(_divisors(size))} divide)")
+        return ()
+
+    q_heads, kv_heads = config.num_q_heads, config.num_kv_heads
+    can_share = kv_heads > 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+    is_divided = n > 1 and kv_heads > 0 and q_heads % n == 0 and can_share
+    if n > 1 and kv_heads and not is_divided:
+        fits = [size for size in _divisors(q_heads) if kv_heads % size == 0 or size % kv_heads == 0]
+        kept.append(f"attention ({q_heads} query and {kv_heads} key heads, which {_words(fits)} divide)")
+    if n > 1 and config.state_layers:
+        kept.append(f"the {len(config.state_layers)} layers with a state")
+    experts, expert_axes = config.experts, ()
+    if num_experts > 1:
+        if experts is None:
+            raise ValueError(f"the mesh has an axis 'expert' of {num_experts} devices, but the model has no experts")
+        if experts.num_experts % num_experts:
+            raise ValueError(
+                f"{experts.num_experts} experts cannot be divided by the {num_experts} devices of the axis 'expert'; "
+                f"sizes that do: {', '.join(map(str, _divisors(experts.num_experts)))}"
+            )
+        expert_axes = ("expert",)
+    has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
+    heads = kv_heads if is_divided and kv_heads < n else n
+    devices = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names])
+    devices = devices.reshape(heads, n // heads, num_experts)
+    found = Partition(
+        mesh=Mesh(devices, (*TENSOR, "expert"), axis_types=(AxisType.Auto,) * 3),
+        q_heads=TENSOR if is_divided else (),
+        kv_heads=TENSOR[:1] if is_divided else (),
+        inner=divided("MLPs", config.intermediate_size) if has_mlp else (),
+        vocab=divided("the vocabulary", config.vocab_size),
+        experts=expert_axes,
+        expert_inner=() if experts is None else divided("the vectors of experts", experts.intermediate_size),
+        shared_inner=() if experts is None else divided("the shared expert", experts.shared_size),
+        expert_layers=tuple(i for i in range(config.num_layers) if config.has_experts(i)),
+    )
+    whole = (found.q_heads, found.inner, found.vocab, found.expert_inner, found.shared_inner)
+    if n > 1 and not any(whole):
+        raise ValueError(f"nothing of the model can be divided by {n} devices: {'; '.join(kept)}")
+    if kept:
+        warnings.warn(f"over {n} devices, each has all of: {'; '.join(kept)}", stacklevel=4)
+    return found
+
+
+def summed[T: Array](x: T, axes: Axes) -> T:
+    """The sum of the parts that the devices along these axes have of x."""
+    return lax.psum(x, axes) if axes else x
+
+
+def first_of(axes: Axes, size: int) -> Int[Array, ""] | int:
+    """The first of the indices that this device has, of an axis of which each has `size`."""
+    return lax.axis_index(axes) * size if axes else 0
+
+
+def gathered(x: Shaped[Array, "*b n"], axes: Axes) -> Shaped[Array, "*b whole"]:
+    """All of an array whose last axis is divided."""
+    return lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
+
+
+def _spec(*axes: Axes) -> PartitionSpec:
+    return PartitionSpec(*(axis or None for axis in axes))
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, min(n, 64) + 1) if n % i == 0]
+
+
+def _words(numbers: list[int]) -> str:
+    shown = numbers if len(numbers) <= 8 else [*numbers[:7], "..."]
+    return ", ".join(map(str, shown))

@@ -1,0 +1,286 @@
+"""Models that are divided over a mesh of eight virtual devices compute what they compute on one."""
+
+import collections
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from engines import assert_clean
+from golden import GOLDEN
+from runs import run
+
+from jfa_models import Engine, LanguageModel, SamplingParams, from_pretrained
+from jfa_models.decoding.options import CacheOptions
+from jfa_models.model.config import DecoderConfig, ExpertsConfig
+from jfa_models.model.rope import RopeConfig
+
+CLOSE = 1e-4  # of the spread of the logits, as in test_families.py
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+TINY = DecoderConfig(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_q_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    context_length=256,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=1e4),
+)
+CONTEXT = {"phi3_short": 64}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*rotates by its factors for long texts"),
+    pytest.mark.filterwarnings("ignore:over [0-9]+ devices, each has all of"),
+]
+
+
+def mesh_of(tensor, expert=1):
+    shape, names = ((tensor,), ("tensor",)) if expert == 1 else ((tensor, expert), ("tensor", "expert"))
+    return jax.make_mesh(shape, names, devices=jax.devices()[: tensor * expert])
+
+
+@functools.cache
+def tiny(mesh=None, **options):
+    changes = {name: options.pop(name) for name in set(options) & {"num_q_heads", "num_kv_heads", "experts"}}
+    config = TINY if not changes else DecoderConfig(**(vars(TINY) | changes))
+    return LanguageModel.random(config, dtype="float32", mesh=mesh, **options)
+
+
+def prompts(count, longest=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, TINY.vocab_size, rng.integers(1, longest)).tolist() for _ in range(count)]
+
+
+def tokens(results):
+    return [[one.token_ids for one in result.outputs] for result in results]
+
+
+def ran(engine, requests):
+    names = [engine.add_request(prompt, params) for prompt, params in requests]
+    found = {result.request_id: result for result in engine.run()}
+    assert_clean(engine)
+    return tokens(found[name] for name in names)
+
+
+def distance(got, want):
+    return np.abs(np.asarray(got) - want).max() / want.std()
+
+
+FAMILIES = [
+    run("llama3", 4, 1, quick=True),
+    run("gemma3", 2, 1, quick=True),
+    run("qwen3_moe", 2, 4, quick=True),
+    run("mixtral", 1, 2, quick=False),
+    run("mixtral", 4, 2, quick=False, soak=True),
+    run("qwen3_next", 2, 1, quick=False),
+    run("granitemoehybrid", 2, 1, quick=False, soak=True),
+    run("granitemoehybrid_moe", 2, 2, quick=False, soak=True),
+    run("mamba2", 8, 1, quick=False, soak=True),
+    run("gemma2", 2, 1, quick=False, soak=True),
+    run("gemma3_six", 4, 1, quick=False, soak=True),
+    run("gemma", 2, 1, quick=False, soak=True),
+    run("mistral", 4, 1, quick=False, soak=True),
+    run("qwen2", 2, 1, quick=False, soak=True),
+    run("qwen2_window", 4, 1, quick=False, soak=True),
+    run("qwen3", 4, 1, quick=False, soak=True),
+    run("qwen3_moe_sparse", 1, 4, quick=False, soak=True),
+    run("phi2", 4, 1, quick=False),
+    run("phi3", 2, 1, quick=False, soak=True),
+    run("phi3_short", 4, 1, quick=False, soak=True),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "expert"), FAMILIES)
+def test_family(name, tensor, expert):
+    truth = dict(np.load(GOLDEN / f"{name}.npz"))
+    options = dict(dtype="float32", mesh=mesh_of(tensor, expert), context_length=CONTEXT.get(name))
+    model = from_pretrained(GOLDEN / name, **options)
+    assert distance(model.logits(truth["input_ids"]), truth["logits"]) < CLOSE
+    rows = truth["input_ids"].tolist()
+    want = [[tuple(row)] for row in truth["greedy"].tolist()]
+    assert tokens(model.generate(rows, GREEDY)) == want
+    assert ran(Engine(model, page_size=4, max_num_seqs=2), [(row, GREEDY) for row in rows]) == want
+
+
+# heads, key heads, devices: key heads divided, shared by several devices, and attention on every device
+HEADS = [(8, 8, 8), (8, 2, 8), (8, 1, 4), (12, 4, 2), (7, 7, 2), (6, 6, 4), (8, 4, 3)]
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads", "count"), [run(*one, quick=one[2] != 3) for one in HEADS[:-1]])
+def test_heads(q_heads, kv_heads, count):
+    options = dict(num_q_heads=q_heads, num_kv_heads=kv_heads)
+    one, many = tiny(**options), tiny(mesh=mesh_of(count), **options)
+    ids = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 9))
+    np.testing.assert_allclose(many.logits(ids), one.logits(ids), atol=1e-5)
+    cache = many.new_cache(batch=1, capacity=16)
+    divided = q_heads % count == 0 and (kv_heads % count == 0 or count % kv_heads == 0)
+    assert cache.k[0].addressable_shards[0].data.shape[2] == (max(1, kv_heads // count) if divided else kv_heads)
+
+
+KINDS = [
+    run("contiguous", None, quick=True),
+    run("paged", "int8", quick=True),
+    run("paged", None, quick=False, soak=True),
+    run("paged", "int4", quick=False, soak=True),
+    run("paged", "fp8", quick=False, soak=True),
+]
+
+
+@pytest.mark.parametrize(("kind", "kv_dtype"), KINDS)
+def test_caches_and_sampling(kind, kv_dtype):
+    options = dict(cache_options=CacheOptions(kind=kind, kv_dtype=kv_dtype, page_size=4))
+    one, many = tiny(**options), tiny(mesh=mesh_of(4), **options)
+    sampled = SamplingParams(
+        seed=3, temperature=0.9, top_p=0.9, top_k=40, repetition_penalty=1.1, logprobs=3, max_tokens=16, ignore_eos=True
+    )
+    banned = SamplingParams(temperature=0.0, logit_bias={5: -100.0}, min_tokens=8, max_tokens=16)
+    params = [GREEDY, sampled, banned]
+    assert tokens(many.generate(prompts(3), params)) == tokens(one.generate(prompts(3), params))
+    assert tokens(many.generate(prompts(2), GREEDY)) == tokens(one.generate(prompts(2), GREEDY))
+
+
+QUANTIZED = sorted(path.stem for path in (GOLDEN / "quantized").glob("*.npz"))
+
+
+@pytest.mark.parametrize("name", [run(name, quick=name == "ct_int8", soak=True) for name in QUANTIZED])
+def test_quantized(name):
+    folder = GOLDEN / "quantized" / name
+    ids = np.random.default_rng(1).integers(0, 96, (2, 9))
+    options = dict(dtype="float32", quantization="stored")
+    one = from_pretrained(folder, **options)
+    try:
+        many = from_pretrained(folder, mesh=mesh_of(2), **options)
+    except ValueError as error:
+        assert "without cutting a group" in str(error)
+        return
+    assert distance(many.logits(ids), np.asarray(one.logits(ids))) < 5e-3
+
+
+@pytest.mark.parametrize("quantization", [run("int8", quick=True), run("int4", quick=False), run("fp8", quick=False)])
+def test_weights_quantized_at_load(quantization):
+    one, many = (tiny(mesh=mesh, quantization=quantization) for mesh in (None, mesh_of(4)))
+    ids = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 9))
+    assert distance(many.logits(ids), np.asarray(one.logits(ids))) < 5e-3
+
+
+ADAPTERS = ["lora", "dora", "bias_all", "modules_to_save", "tied_embeddings", "trainable_tokens", "all_linear"]
+
+
+@pytest.mark.parametrize("name", [run(name, quick=name == "dora", soak=True) for name in ADAPTERS])
+def test_adapters(name):
+    truth = np.load(GOLDEN / "adapters" / f"{name}.npz")
+    base = base_of(name)
+    one, many = (from_pretrained(GOLDEN / base, dtype="float32", mesh=mesh) for mesh in (None, mesh_of(2)))
+    for model in (one, many):
+        model.load_adapter(name, GOLDEN / "adapters" / name)
+    ids = truth["input_ids"]
+    want = np.asarray(one.logits(ids, adapter=name))
+    assert distance(many.logits(ids, adapter=name), want) < CLOSE
+    assert distance(many.logits(ids), want) > CLOSE
+    assert distance(many.merge_adapter(name).logits(ids), want) < CLOSE
+
+
+@pytest.mark.parametrize("count", [run(25, quick=True), run(300, quick=False, soak=True)])
+def test_engine_with_random_requests(count):
+    rng = np.random.default_rng(count)
+    one, many = tiny(), tiny(mesh=mesh_of(4))
+    requests = []
+    shared = prompts(1, seed=7)[0]
+    for prompt in prompts(count, seed=count):
+        params = SamplingParams(
+            temperature=float(rng.choice([0.0, 1.0])),
+            seed=int(rng.integers(100)),
+            top_p=float(rng.choice([1.0, 0.8])),
+            n=int(rng.choice([1, 1, 2])),
+            max_tokens=int(rng.integers(1, 20)),
+            logprobs=[None, 2][rng.integers(2)],
+            frequency_penalty=float(rng.choice([0.0, 0.5])),
+        )
+        requests.append(((shared if rng.random() < 0.5 else []) + prompt, params))
+    sizes = dict(page_size=4, num_pages=60, max_num_seqs=6, max_num_batched_tokens=32, seed=1)
+    want = ran(Engine(one, **sizes), requests)
+    assert ran(Engine(many, **sizes), requests) == want
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    assert ran(Engine(many, **sizes, speculative_config=drafts), requests) == want
+
+
+def collectives(text):
+    """The collective operations of a compiled program, by kind, with the shapes of their results."""
+    found = re.findall(
+        r"= (\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
+    )
+    return collections.Counter(kind for _, kind in found), found
+
+
+def test_collectives_of_a_decode_step():
+    """Two sums a layer, one for the embedding, and one exchange to sample: nothing else crosses."""
+    model = tiny(mesh=mesh_of(4))
+    state = model.start(prompts(2), GREEDY)
+    text = model.steps.decode.lower(model.params, state).compile().as_text()
+    counts, found = collectives(text)
+    assert counts == {"all-reduce": 2 * TINY.num_layers + 1, "all-gather": 1}, found
+    sizes = [shape for shape, kind in found if kind == "all-reduce"]
+    assert all(re.match(r"f32\[2,(1,)?32\]", shape) for shape in sizes), sizes
+
+
+def test_nothing_of_a_cache_crosses_or_is_copied():
+    model = tiny(mesh=mesh_of(4), cache_options=CacheOptions(kind="paged", page_size=4))
+    state = model.start(prompts(2), GREEDY)
+    compiled = model.steps.decode.lower(model.params, state).compile()
+    shards = [x.addressable_shards[0].data.nbytes for x in (*state.cache.k, *state.cache.v)]
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(shards)
+    assert memory.temp_size_in_bytes < sum(shards)
+
+
+def test_parameters_are_divided():
+    many = tiny(mesh=mesh_of(4))
+    held = dict(zip(many.names, many.params, strict=True))
+    own = sum(x.addressable_shards[0].data.nbytes for x in held.values())
+    whole = sum(x.nbytes for x in held.values())
+    norms = sum(x.nbytes for name, x in held.items() if "norm" in name)
+    assert own == (whole - norms) // 4 + norms
+
+
+def test_saved_model_is_the_whole(tmp_path):
+    many = from_pretrained(GOLDEN / "llama3", dtype="float32", mesh=mesh_of(4))
+    many.save_pretrained(tmp_path)
+    ids = np.load(GOLDEN / "llama3.npz")["input_ids"]
+    saved = from_pretrained(tmp_path, dtype="float32")
+    np.testing.assert_allclose(saved.logits(ids), many.logits(ids), atol=1e-5)
+
+
+EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
+REFUSED = [
+    (dict(mesh=jax.make_mesh((2,), ("model",))), "the mesh has an axis 'model'"),
+    (dict(mesh=mesh_of(1, 2)), "the model has no experts"),
+    (dict(mesh=mesh_of(1, 3), experts=EXPERTS), "4 experts cannot be divided by the 3 devices .* 1, 2, 4"),
+    (dict(mesh=mesh_of(5)), "nothing of the model can be divided by 5 devices: attention .8 query and 4 key heads"),
+    (dict(mesh=mesh_of(8), quantization="int4"), "in groups of .*, which cannot be divided by 8 devices"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_mesh_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
+
+
+@pytest.mark.parametrize("count", [0, 9, 2.0])
+def test_number_of_devices_is_refused(count):
+    with pytest.raises(ValueError, match=f"tensor_parallel must be 1 to 8, .* got {count}"):
+        from_pretrained(GOLDEN / "llama3", tensor_parallel=count)
+
+
+def test_mesh_and_tensor_parallel_together_are_refused():
+    with pytest.raises(ValueError, match="both say how the model is divided"):
+        from_pretrained(GOLDEN / "llama3", tensor_parallel=2, mesh=mesh_of(2))
+
+
+def test_what_every_device_has_is_named():
+    with pytest.warns(UserWarning, match=r"over 3 devices, each has all of: attention \(8 query and 4 key heads"):
+        tiny(mesh=mesh_of(3))
