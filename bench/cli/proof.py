@@ -36,6 +36,8 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @click.option("--cache", type=click.Choice(CACHES), default="contiguous", show_default=True, help="With --model.")
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="With --model and --cache paged.")
 @click.option("--quantization", type=click.Choice(("int8", "int4", "fp8")), help="With --model: its weights.")
+@click.option("--devices", type=options.COUNT, default=1, show_default=True, help="With --model: tensor parallel.")
+@click.option("--hosts", type=options.COUNT, default=1, show_default=True, help="With --model: each with --devices.")
 @compiler_option
 @options.processes_option
 @options.format_option
@@ -54,6 +56,8 @@ def compile_command(
     cache,
     kv_dtype,
     quantization,
+    devices,
+    hosts,
     compiler,
     processes,
     format,
@@ -76,7 +80,7 @@ def compile_command(
 
         from ..proof import compile, steps
 
-        options_ = {"cache": cache, "kv_dtype": kv_dtype}
+        options_ = {"cache": cache, "kv_dtype": kv_dtype, "devices": devices, "hosts": hosts}
         wanted = [
             steps.Row(step=one, arch=name, model=model, batch=batch, context=context, weights=quantization, **options_)
             for name in arch
@@ -96,7 +100,7 @@ def compile_command(
     click.echo(compile.render(records, format))
 
 
-_OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype", "quantization")
+_OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype", "quantization", "devices", "hosts")
 
 
 def _refuse_options(context: click.Context, given: tuple[str, ...], *, with_model: bool) -> None:

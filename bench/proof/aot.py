@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 from jaxlib.mlir import ir
 
 from jfa.device import describe
@@ -96,15 +96,17 @@ def device(arch: str) -> DeviceInfo:
 
 
 @contextlib.contextmanager
-def target(arch: str) -> Iterator[DeviceInfo]:
-    """A context in which JAX and jfa trace for arch: an abstract device replaces the real one.
+def target(arch: str, mesh: Mesh | None = None) -> Iterator[DeviceInfo]:
+    """A context in which JAX and jfa trace for arch: an abstract device replaces the real one, or each of a mesh.
 
     Raises:
       ValueError: not one of names.ARCHS.
     """
     info = device(arch)
     abstract = AbstractDevice(device_kind=_NVIDIA_KIND.get(arch, arch), num_cores=None, platform=info.platform)
-    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+    sizes, axes, kinds = ((), (), ()) if mesh is None else (mesh.axis_sizes, mesh.axis_names, mesh.axis_types)
+    abstract_mesh = AbstractMesh(sizes, axes, axis_types=kinds, abstract_device=abstract)
+    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(abstract_mesh):
         warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
         yield info
 

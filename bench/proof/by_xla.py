@@ -178,18 +178,23 @@ def _for_nvidia() -> dict[str, Any]:
     return {"xla_gpu_cuda_data_dir": str(by_triton.nvidia_tools().parent), "xla_dump_emitter_re": "ptx"}
 
 
-@functools.cache
 def device(arch: str) -> Any:
     """A device to compile for, which cannot run anything."""
+    return devices(arch)[0]
+
+
+@functools.cache
+def devices(arch: str, count: int = 1, hosts: int = 1) -> list[Any]:
+    """Devices to compile for: `count` of them on each of some hosts."""
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     platform = aot.device(arch).platform
     if reason := why_not(platform):
         raise RuntimeError(reason)
     topology = xla_client.make_c_api_device_topology(
-        _loaded(platform), "", target_config=_target(arch), topology="1x1x1"
+        _loaded(platform), "", target_config=_target(arch), topology=f"1x{hosts}x{count}"
     )
-    return topology._make_compile_only_devices()[0]
+    return topology._make_compile_only_devices()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ optimized HLO) and where each value lies (buffer-assignment). Formats: as seen i
 """
 
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,8 +109,11 @@ class Program:
         return self.places[value]
 
 
-def compile_program(step: Any, *args: Any, arch: str) -> Program:
+def compile_program(step: Any, *args: Any, arch: str, mesh: jax.sharding.Mesh | None = None) -> Program:
     """Compiles a jitted function for arch, with XLA's own compiler.
+
+    mesh: of by_xla.devices(arch, ...), over which the arguments are divided as their shapes say. The program, and its
+    bytes, are those of one device.
 
     Raises:
       RuntimeError: the compiler is not installed; the message says how to install it.
@@ -117,8 +121,10 @@ def compile_program(step: Any, *args: Any, arch: str) -> Program:
       ProgramError: XLA's dumps have something that is not understood.
     """
     sharding = jax.sharding.SingleDeviceSharding(by_xla.device(arch))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    with aot.target(arch):
+    shapes = args
+    if mesh is None:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    with aot.target(arch, mesh):
         lowered = step.trace(*shapes).lower()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -297,6 +303,26 @@ def each(launches: Sequence[Launch]) -> Iterator[Launch]:
         yield launch
         for part in launch.parts.values():
             yield from each(part)
+
+
+_COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+
+
+def collectives(program: Program) -> dict[tuple[str, str], int]:
+    """Number of the collective operations of a program by (kind, shape of the result)."""
+    counts: dict[tuple[str, str], int] = {}
+    for found in program.instructions.values():
+        kind = found.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            shape = re.findall(r"\w+\[[\d,]*\]", found.shape)[-1]  # that of a started one has its operands first
+            counts[kind, shape] = counts.get((kind, shape), 0) + 1
+    return counts
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of an array whose shape XLA writes like "bf16[8,1,4096]"."""
+    dtype, _, sizes = shape.rstrip("]").partition("[")
+    return np.dtype(jax.numpy.dtype(_DTYPES[dtype])).itemsize * math.prod(int(n) for n in sizes.split(",") if n)
 
 
 def by_role(program: Program) -> dict[str, int]:

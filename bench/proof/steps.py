@@ -3,23 +3,32 @@
 The program of a step is compiled with two and with three layers: the difference is what a layer adds, so that the
 launches of the whole model follow without compiling all of it. A decode step ends with the logits, before sampling; a
 prefill step with the state of each row's last token.
+
+For several devices (tensor parallel) all layers are compiled, and what crosses between devices and what one of them
+holds is read from the program of the whole model.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jfa_models.checkpoints.load import is_weight, shape_of
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, named_leaves
 from jfa_models.decoding.options import CacheOptions
+from jfa_models.model.config import DecoderConfig
+from jfa_models.model.partition import WHOLE, Partition, partition_of
 
 from .. import configs, names
 from ..records import record
-from . import compilers, pool
-from .program import Program, ProgramError, by_role, compile_program, each
+from . import aot, by_xla, compilers, pool
+from .program import Program, ProgramError, by_role, collectives, compile_program, each, shape_bytes
 
 _LAYERS = 2
 
@@ -28,7 +37,7 @@ _LAYERS = 2
 class Row:
     """One step to compile; plain data, so that it can be sent to another process.
 
-    context: tokens of a row that the cache holds; a prefill step computes all of them.
+    context: tokens of a row that the cache holds; a prefill step computes all of them. devices: of each of the hosts.
     """
 
     model: str
@@ -40,27 +49,56 @@ class Row:
     kv_dtype: str | None = None
     weights: str | None = None  # a quantization of from_pretrained
     dtype: str = "bfloat16"
+    devices: int = 1
+    hosts: int = 1
 
 
 def compiled(row: Row, layers: int) -> Program:
     """The program of a step of the model's first layers."""
     config = configs.config_of(row.model, layers)
     options = CacheOptions(kind=row.cache, kv_dtype=row.kv_dtype)  # type: ignore[arg-type]
-    decoder = abstract_decoder(config, row.dtype)
-    params = tuple(
-        shape_of(name, x.shape, row.weights)
-        if row.weights and is_weight(name)
-        else jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for name, x in named_leaves(decoder).items()
-    )
-    model = LanguageModel(decoder=decoder, params=params, cache_options=options)  # type: ignore[arg-type]
+    partition = _partition(row, config)
+    decoder = abstract_decoder(config, row.dtype, partition=partition)
+
+    def param(name: str, x: jax.ShapeDtypeStruct) -> Any:
+        held = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        if row.weights and is_weight(name):
+            held = shape_of(name, x.shape, row.weights)
+        return _placed(held, partition.of_parameter(name, held), partition)
+
+    params = tuple(param(name, x) for name, x in named_leaves(decoder).items())
+    model = LanguageModel(decoder=decoder, params=params, cache_options=options)
     cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
-    new = 1 if row.step == "decode" else row.context
-    tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((row.batch, new), (row.batch,)))
+    cache = _placed(cache, partition.of_cache(cache), partition)
+
+    def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
+        return _placed(jax.ShapeDtypeStruct(shape, dtype), PartitionSpec(), partition)
+
+    tokens = array(row.batch, 1 if row.step == "decode" else row.context)
+    where: Any = dict(arch=row.arch, mesh=partition.mesh)
     if row.step == "decode":
-        return compile_program(model.steps.score, params, cache, tokens, lengths, arch=row.arch)
-    hidden = jax.ShapeDtypeStruct((row.batch, config.hidden_size), row.dtype)
-    return compile_program(model.steps.prefill, params, cache, hidden, tokens, lengths, arch=row.arch)
+        return compile_program(model.steps.score, params, cache, tokens, array(row.batch), **where)
+    hidden = array(row.batch, config.hidden_size, dtype=row.dtype)
+    return compile_program(model.steps.prefill, params, cache, hidden, tokens, array(row.batch), **where)
+
+
+def _partition(row: Row, config: DecoderConfig) -> Partition:
+    if row.devices * row.hosts == 1:
+        return WHOLE
+    devices = np.asarray(by_xla.devices(row.arch, row.devices, row.hosts))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "over .* devices, each has all of", UserWarning)
+        return partition_of(config, jax.sharding.Mesh(devices, ("tensor",)))
+
+
+def _placed(shapes: Any, specs: Any, partition: Partition) -> Any:
+    if (mesh := partition.mesh) is None:
+        return shapes
+
+    def placed(x: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, shapes, specs)
 
 
 def compile_row(row: Row) -> dict[str, Any]:
@@ -68,7 +106,8 @@ def compile_row(row: Row) -> dict[str, Any]:
     about = {"benchmark": "compile model", "compiler": "xla", **dataclasses.asdict(row)}
     try:
         fewer, more = (compiled(row, _LAYERS + extra) for extra in (0, 1))
-    except ProgramError as error:
+        whole = compiled(row, configs.config_of(row.model).num_layers) if row.devices * row.hosts > 1 else None
+    except (ProgramError, aot.CompileError, ValueError) as error:
         return about | {"status": "failed", "reason": str(error)}
     layer = {role: n - by_role(fewer).get(role, 0) for role, n in by_role(more).items()}
     count = configs.config_of(row.model).num_layers
@@ -84,7 +123,18 @@ def compile_row(row: Row) -> dict[str, Any]:
         "one_layer": _one_layer(more),
         "temporary_bytes": more.bytes["temporaries"],
         "in_place": more.bytes["aliased"] >= _bytes_of_cache(row, _LAYERS + 1),
+        **({} if whole is None else _of_one_device(whole)),
     }
+
+
+def _of_one_device(whole: Program) -> dict[str, Any]:
+    """What one of several devices holds and sends: the operands of collectives, each counted once."""
+    crossing = [
+        {"kind": kind, "shape": shape, "count": count, "bytes": count * shape_bytes(shape)}
+        for (kind, shape), count in collectives(whole).items()
+    ]
+    held = whole.bytes["arguments"] + whole.bytes["temporaries"] + whole.bytes["outputs"] - whole.bytes["aliased"]
+    return {"collectives": crossing, "device_bytes": held, "cache_bytes": whole.bytes["aliased"]}
 
 
 def _bytes_of_cache(row: Row, layers: int) -> int:
@@ -95,7 +145,8 @@ def _bytes_of_cache(row: Row, layers: int) -> int:
         cache_options=CacheOptions(kind=row.cache, kv_dtype=row.kv_dtype),  # type: ignore[arg-type]
     )
     cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim > 2)
+    heads = _partition(row, config).size(_partition(row, config).kv_heads)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim > 2) // heads
 
 
 def _one_layer(program: Program) -> list[str]:
@@ -146,9 +197,17 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
     table = record.render(shown, output, TABLE)
     if output == "csv":
         return table
-    lines = [
-        f"{row['arch']} {row['model']} {row['step']}: "
-        + (", ".join(row["one_layer"]) if row["status"] == "ok" else f"{row['status']}: {row['reason']}")
-        for row in records
-    ]
-    return "\n\n".join([table, *lines])
+    return "\n\n".join([table, *map(_line, records)])
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    title = f"{row['arch']} {row['model']} {row['step']}: "
+    if row["status"] != "ok":
+        return f"{title}{row['status']}: {row['reason']}"
+    found = title + ", ".join(row["one_layer"])
+    if "collectives" not in row:
+        return found
+    count = row["devices"] * row["hosts"]
+    crossing = "; ".join(f"{one['count']} {one['kind']} of {one['shape']}" for one in row["collectives"])
+    held, cache = row["device_bytes"] / 1e9, row["cache_bytes"] / 1e9
+    return f"{found}\n\neach of {count} devices: {held:.2f} GB, of which {cache:.2f} GB cache; {crossing}"

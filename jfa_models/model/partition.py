@@ -149,7 +149,10 @@ class Partition:
     def on_devices(self, function: Callable, arguments: Any, results: Any) -> Callable:
         """The function, run by every device of the mesh with its parts; both others are PartitionSpecs."""
         assert self.mesh is not None
-        return jax.shard_map(function, mesh=self.mesh, in_specs=arguments, out_specs=results, check_vma=False)
+        # that of the context says for which device a program is compiled that is not there
+        is_set = jax.sharding.get_abstract_mesh().axis_names == self.mesh.axis_names
+        mesh = None if is_set else self.mesh
+        return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
 
     def num_bytes(self, cache: jfa.KVCache | jfa.PagedKVCache) -> int:
         """Bytes of a cache, or of its shapes, on one device."""
