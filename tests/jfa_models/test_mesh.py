@@ -12,6 +12,7 @@ from engines import assert_clean
 from golden import GOLDEN
 from runs import run
 
+import jfa
 from jfa_models import Engine, LanguageModel, SamplingParams, from_pretrained
 from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.config import DecoderConfig, ExpertsConfig
@@ -46,7 +47,7 @@ def mesh_of(tensor, expert=1):
 
 @functools.cache
 def tiny(mesh=None, **options):
-    changes = {name: options.pop(name) for name in set(options) & {"num_q_heads", "num_kv_heads", "experts"}}
+    changes = {name: options.pop(name) for name in set(options) & set(vars(TINY))}
     config = TINY if not changes else DecoderConfig(**(vars(TINY) | changes))
     return LanguageModel.random(config, dtype="float32", mesh=mesh, **options)
 
@@ -147,23 +148,27 @@ def test_caches_and_sampling(kind, kv_dtype):
 QUANTIZED = sorted(path.stem for path in (GOLDEN / "quantized").glob("*.npz"))
 
 
+@pytest.mark.filterwarnings("ignore:.*are held as floats")
 @pytest.mark.parametrize("name", [run(name, quick=name == "ct_int8", soak=True) for name in QUANTIZED])
 def test_quantized(name):
     folder = GOLDEN / "quantized" / name
-    ids = np.random.default_rng(1).integers(0, 96, (2, 9))
     options = dict(dtype="float32", quantization="stored")
     one = from_pretrained(folder, **options)
+    ids = np.random.default_rng(1).integers(0, one.config.vocab_size, (2, 9))
     try:
         many = from_pretrained(folder, mesh=mesh_of(2), **options)
     except ValueError as error:
         assert "without cutting a group" in str(error)
         return
-    assert distance(many.logits(ids), np.asarray(one.logits(ids))) < 5e-3
+    # a device rounds its own part of the inputs: as exact, not equal
+    rounds = any(x.rounds_inputs == 1 for x in one.params if isinstance(x, jfa.QuantizedArray))
+    assert distance(many.logits(ids), np.asarray(one.logits(ids))) < (0.03 if rounds else 5e-3)
 
 
 @pytest.mark.parametrize("quantization", [run("int8", quick=True), run("int4", quick=False), run("fp8", quick=False)])
 def test_weights_quantized_at_load(quantization):
-    one, many = (tiny(mesh=mesh, quantization=quantization) for mesh in (None, mesh_of(4)))
+    wide = dict(num_q_heads=16, head_dim=16, intermediate_size=256)  # int4 in groups of 128
+    one, many = (tiny(mesh=mesh, quantization=quantization, **wide) for mesh in (None, mesh_of(2)))
     ids = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 9))
     assert distance(many.logits(ids), np.asarray(one.logits(ids))) < 5e-3
 
