@@ -93,6 +93,39 @@ def dtype_options(command: Callable) -> Callable:
     return dtype(quantization(command))
 
 
+class MeshSizes(click.ParamType):
+    """tensor=4,expert=2, as a dictionary."""
+
+    name = "axis=size,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
+        parts = [part.partition("=") for part in value.split(",")]
+        if not all(axis.strip() and size.strip().isdigit() and int(size) > 0 for axis, _, size in parts):
+            self.fail(f"{value!r} must be sizes of axes, such as tensor=4,expert=2", param, ctx)
+        return {axis.strip(): int(size) for axis, _, size in parts}
+
+
+def mesh_options(command: Callable) -> Callable:
+    """Adds --tensor-parallel, and --mesh as sizes by axis in `mesh_sizes`."""
+    tensor = click.option(
+        "--tensor-parallel", type=click.IntRange(min=1), help="Divide the model over so many devices."
+    )
+    mesh = click.option(
+        "--mesh", "mesh_sizes", type=MeshSizes(), help="Instead: divide it over these axes, such as tensor=4,expert=2."
+    )
+    return tensor(mesh(command))
+
+
+def process_options(command: Callable) -> Callable:
+    """Adds --coordinator, --num-processes and --process-id."""
+    coordinator = click.option(
+        "--coordinator", metavar="HOST:PORT", help="Join other processes; auto: under Slurm, Open MPI or Kubernetes."
+    )
+    number = click.option("--num-processes", type=click.IntRange(min=1), help="Number of processes.")
+    own = click.option("--process-id", type=click.IntRange(min=0), help="Number of this one, from 0.")
+    return coordinator(number(own(command)))
+
+
 class NamedAdapter(click.ParamType):
     """PATH or NAME=PATH, as (name, path); without a name it is the last part of the path."""
 

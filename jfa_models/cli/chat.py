@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import JsonObject, adapter_options, cache_options, model_options
+from jfa_models.cli.base import JsonObject, adapter_options, cache_options, mesh_options, model_options
 from jfa_models.cli.sampling import check_sampling, read_forms, sampling_options
 
 _COMMAND = re.compile(r"/\w+")
@@ -14,6 +14,7 @@ _COMMAND = re.compile(r"/\w+")
 
 @click.command()
 @model_options
+@mesh_options
 @adapter_options
 @cache_options
 @sampling_options
@@ -25,6 +26,8 @@ def chat(
     model: str,
     dtype: str | None,
     quantization: str | None,
+    tensor_parallel: int | None,
+    mesh_sizes: dict[str, int] | None,
     adapters: tuple[tuple[str, str], ...],
     adapter_scale: float,
     cache: str,
@@ -47,6 +50,8 @@ def chat(
         model,
         dtype=dtype,
         quantization=quantization,
+        tensor_parallel=tensor_parallel,
+        mesh_sizes=mesh_sizes,
         adapters=adapters,
         adapter_scale=adapter_scale,
         cache=cache,

@@ -1,12 +1,23 @@
 """`jfa generate`: continues a prompt, or each prompt of a file."""
 
+import functools
+import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from jfa_models.cli.base import JsonObject, adapter_options, cache_options, model_options
+from jfa_models.cli.base import (
+    JsonObject,
+    adapter_options,
+    cache_options,
+    mesh_options,
+    model_options,
+    process_options,
+)
 from jfa_models.cli.sampling import check_sampling, read_forms, sampling_options
 from jfa_models.decoding.speculation import SpeculativeConfig
 
@@ -18,6 +29,8 @@ SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--jso
 @click.argument("text", required=False)
 @click.option("--prompt", help="Prompt, instead of the argument TEXT.")
 @model_options
+@mesh_options
+@process_options
 @adapter_options
 @cache_options
 @sampling_options
@@ -42,6 +55,11 @@ def generate(
     model: str,
     dtype: str | None,
     quantization: str | None,
+    tensor_parallel: int | None,
+    mesh_sizes: dict[str, int] | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
     adapters: tuple[tuple[str, str], ...],
     adapter_scale: float,
     cache: str,
@@ -59,7 +77,8 @@ def generate(
     Each line of a batch file is a JSON object like {"prompt": "The capital of France is", "max_tokens": 20}, with a
     prompt or prompt_token_ids, and optionally an id, the name of an adapter and fields of SamplingParams, which
     override the options.
-    After an interruption, the same command resumes the batch.
+    After an interruption, the same command resumes the batch. With --coordinator, several processes run one batch
+    over all their devices, and the first writes the results.
     """
 
     def is_given(name: str) -> bool:
@@ -72,6 +91,8 @@ def generate(
         model=model,
         dtype=dtype,
         quantization=quantization,
+        tensor_parallel=tensor_parallel,
+        mesh_sizes=mesh_sizes,
         adapters=adapters,
         adapter_scale=adapter_scale,
         context_length=max_model_len,
@@ -82,7 +103,13 @@ def generate(
         for name, option in SINGLE_PROMPT_OPTIONS.items():
             if is_given(name) and context.params[name] != "paged":
                 raise click.UsageError(f"{option} cannot be combined with --batch-file, which uses a paged cache")
-        context.exit(_batch(batch_file, output, max_num_seqs, kv_dtype, speculation, sampling, loading))
+        run = functools.partial(_batch, batch_file, output, max_num_seqs, kv_dtype, speculation, sampling, loading)
+        if coordinator is not None:
+            given = {name: value for name, value in context.params.items() if name not in ("process_id", "output")}
+            context.exit(_together(run, given, coordinator, num_processes, process_id))
+        context.exit(run())
+    if coordinator is not None:
+        raise click.UsageError("--coordinator needs --batch-file: several processes run batches")
     if is_given("max_num_seqs"):
         raise click.UsageError("--max-num-seqs needs --batch-file: it has no effect on a single prompt")
     given = [one for one in (text, prompt) if one is not None]
@@ -121,10 +148,12 @@ def _batch(
 
     from jfa_models import batch
     from jfa_models.cli import running
+    from jfa_models.decoding import processes
     from jfa_models.engine import Engine
 
     lines = batch.read(batch_file)
-    done = batch.done(output, lines)
+    done = processes.of_first(lambda: sorted(batch.done(output, lines)))
+    output = output if processes.is_first() else Path(os.devnull)
     lines = [line for line in lines if line.number not in done]
     if not lines:
         click.echo(f"all {len(done)} results are already in {output}", err=True)
@@ -132,7 +161,7 @@ def _batch(
     language_model = running.load(**loading)
     params = running.sampling_params(language_model, sampling)
     engine = Engine(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype, speculative_config=speculation)
-    console, errors, written = Console(stderr=True), 0, 0
+    console, errors, written = Console(stderr=True, quiet=not processes.is_first()), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -146,5 +175,37 @@ def _batch(
         click.echo(f"\ninterrupted: {where}; run the same command again to continue", err=True)
         return 130
     refused = f", of which {errors} are errors" if errors else ""
-    click.echo(f"{written} results written to {output}{refused}", err=True)
+    if processes.is_first():
+        click.echo(f"{written} results written to {output}{refused}", err=True)
     return 0
+
+
+def _together(
+    run: Callable[[], int],
+    given: dict[str, Any],
+    coordinator: str,
+    num_processes: int | None,
+    process_id: int | None,
+) -> int:
+    """Runs a batch in several processes, which must have been given the same, and returns the exit status."""
+    import importlib.metadata
+
+    from jfa_models.decoding import processes
+
+    if given["speculative_config"] is not None:
+        raise click.UsageError("--speculative-config adapts to times, which differ between processes: leave it out")
+    if given["tensor_parallel"] is None and given["mesh_sizes"] is None:
+        raise click.UsageError("--coordinator needs --tensor-parallel or --mesh: what the processes divide")
+    processes.join(coordinator, num_processes, process_id)
+    try:
+        versions = {name: importlib.metadata.version(name) for name in ("jfa", "jax", "jaxlib")}
+        content = hashlib.sha256(given["batch_file"].read_bytes()).hexdigest()
+        processes.check_equal(versions | given | {"the content of the batch file": content})
+        return run()
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            reason = f"a step failed, since another process ended, or this device did; start all again to go on: {reason}"
+        # leaving as usual would wait for processes that may be gone
+        click.echo(f"jfa: process {processes.index()}: {reason}", err=True)
+        os._exit(2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import time
 import warnings
@@ -25,9 +26,16 @@ from jfa_models.decoding.pretrained import from_pretrained
 
 
 def load(
-    model: str, *, adapters: Sequence[tuple[str, str]] = (), adapter_scale: float = 1.0, **options
+    model: str,
+    *,
+    adapters: Sequence[tuple[str, str]] = (),
+    adapter_scale: float = 1.0,
+    mesh_sizes: Mapping[str, int] | None = None,
+    **options,
 ) -> LanguageModel:
     """Loads a model while a status line is shown; compiled programs are cached for the next start."""
+    if mesh_sizes is not None:
+        options["mesh"] = _mesh(mesh_sizes)
     if adapter_scale != 1.0 and not adapters:
         raise ValueError(f"--adapter-scale {adapter_scale} needs --adapter: there is nothing else that it scales")
     if not jax.config.jax_compilation_cache_dir:
@@ -43,6 +51,15 @@ def load(
     for warning in caught:
         click.echo(f"jfa: {warning.message}", err=True)
     return loaded
+
+
+def _mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
+    """A mesh of the first devices."""
+    devices, needed = jax.devices(), math.prod(sizes.values())
+    if needed > len(devices):
+        shown = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"--mesh {shown} needs {needed} devices, and JAX sees {len(devices)}")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:needed])
 
 
 def read_text(path: Path) -> str:

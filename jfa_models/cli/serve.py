@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import JsonObject, ModelName, NamedAdapter, dtype_options
+from jfa_models.cli.base import JsonObject, ModelName, NamedAdapter, dtype_options, mesh_options
 from jfa_models.decoding.options import KV_DTYPES
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.speculation import SpeculativeConfig
@@ -20,6 +20,7 @@ _COUNT = click.IntRange(min=1)
 @click.command()
 @click.option("--model", type=ModelName(), default="smollm2", show_default=True, help="What jfa generate takes.")
 @dtype_options
+@mesh_options
 @click.option("--served-model-name", "names", multiple=True, help="Name for requests; can be repeated.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: reachable from other machines.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
@@ -88,6 +89,8 @@ def serve(
     model: str,
     dtype: str | None,
     quantization: str | None,
+    tensor_parallel: int | None,
+    mesh_sizes: dict[str, int] | None,
     names: tuple[str, ...],
     host: str,
     port: int,
@@ -147,6 +150,8 @@ def serve(
             model,
             dtype=dtype,
             quantization=quantization,
+            tensor_parallel=tensor_parallel,
+            mesh_sizes=mesh_sizes,
             adapters=adapters,
             context_length=max_model_len,
             max_adapters=max_adapters,

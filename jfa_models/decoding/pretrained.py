@@ -16,6 +16,7 @@ from jfa_models.checkpoints.load import Weights, load_params, with_settled_head
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.decoding import processes
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
 from jfa_models.decoding.options import QUANTIZATIONS, CacheOptions
 from jfa_models.model.config import DecoderConfig
@@ -116,6 +117,8 @@ def weights_of(checkpoint: Checkpoint, quantization: str | None, dtype: DTypeLik
         return Weights(quantization=None if quantization == "none" else quantization)
     if jax.default_backend() != "cpu":
         return Weights(quantization="stored")
+    if processes.count() > 1:  # each would measure which form is the fastest, and might find another
+        return Weights()
     if dtype is not None:
         return Weights()
     if checkpoint.is_quantized:

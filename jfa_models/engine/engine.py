@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 import jfa
+from jfa_models.decoding import processes
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import SEED_ADVICE, BeamSearchParams, SamplingParams, check_kind, integer
@@ -189,7 +190,7 @@ class Engine:
 
         if num_pages is None:
             most = 1 + max_num_seqs * -(-longest // page_size)
-            num_pages = _most_pages(most, lambda n: num_bytes(sizes(n)))
+            num_pages = processes.smallest(_most_pages(most, lambda n: num_bytes(sizes(n))))
         pools = sizes(num_pages)
 
         def new_pools() -> Pools:
