@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jfa import QuantizedArray
 from jfa.quant import quantize_weight
 from jfa_models.checkpoints.checkpoint import Checkpoint
-from jfa_models.checkpoints.tensors import StackedTensors, Tensor, aligned
+from jfa_models.checkpoints.tensors import StackedTensors, Tensor, aligned, part_of
 from jfa_models.model.partition import WHOLE, Partition
 
 
@@ -64,7 +64,8 @@ def load_params(
     """Loads parameters by name to their devices, each in its expected dtype or as `weights` says.
 
     Tensors are read one at a time: the peak host memory is that of the result (on an accelerator, of one tensor) plus a
-    chunk.
+    chunk. Each of several processes reads the parts of its own devices; but whole rows of weights that are quantized
+    while they are loaded, and of those that are stored by GPTQ, AWQ or compressed-tensors.
 
     Raises:
       ValueError: tensors are missing, unexpected or have the wrong shape, the message names the first ones; or one
@@ -77,9 +78,12 @@ def load_params(
     params, widened = {}, []
     for name, wanted in expected.items():
         tensor = checkpoint.tensors[name]
-        held = _read_weight(name, tensor, wanted, weights) if is_weight(name) else tensor.read(wanted.dtype)
+        own = partition.of_process(name, wanted.shape)
+        part, own = _part(tensor, own, whole_rows=weights.quantization not in (None, "stored"))
+        part_wanted = jax.ShapeDtypeStruct(part.shape, wanted.dtype)
+        held = _read_weight(name, part, part_wanted, weights) if is_weight(name) else part.read(wanted.dtype)
         # Waiting prevents a growing queue of transfers, each of which keeps its host copy alive.
-        params[name] = jax.block_until_ready(partition.put_parameter(name, held))
+        params[name] = jax.block_until_ready(partition.put_parameter(name, held, own, wanted.shape))
         if weights.quantization == "stored" and tensor.is_quantized and not isinstance(held, QuantizedArray):
             widened.append(tensor.name)
     if widened:
@@ -89,6 +93,24 @@ def load_params(
             stacklevel=3,
         )
     return params
+
+
+def _part(
+    tensor: Tensor | StackedTensors, own: tuple[slice, ...] | None, *, whole_rows: bool
+) -> tuple[Tensor | StackedTensors, tuple[slice, ...] | None]:
+    """What this process reads of a tensor, and which part that is; None: all.
+
+    whole_rows: all columns are needed, since a row has one scale.
+    """
+    if own is None:
+        return tensor, None
+    if whole_rows and len(own) > 1:
+        own = (*own[:-1], slice(None))
+    for part in (own, (*own[:-1], slice(None))):
+        found = tensor.part(*part) if isinstance(tensor, StackedTensors) else part_of(tensor, *part)
+        if found is not None:
+            return found, part
+    raise AssertionError("any rows can be read")
 
 
 def shape_of(name: str, shape: tuple[int, ...], quantization: str) -> QuantizedArray:

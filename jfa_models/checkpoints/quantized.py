@@ -59,6 +59,9 @@ class QuantizedTensor:
         width = self.shape[1]
         return dataclasses.replace(self, shape=(stop - start, width), first_row=self.first_row + start)
 
+    def columns(self, start: int, stop: int) -> None:
+        """None: its columns are read together."""
+
     def read(self, dtype: Any) -> Shaped[np.ndarray, "out in"]:
         """Reads and dequantizes it: (number - zero point) * scale in float32, rounded once to dtype."""
         out = aligned(self.shape, dtype)

@@ -6,15 +6,16 @@ should need little more memory than its weights.
 
 import dataclasses
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from jaxtyping import Shaped
 
@@ -47,6 +48,7 @@ class Tensor(Protocol):
     @property
     def is_quantized(self) -> bool: ...
     def rows(self, start: int, stop: int) -> "Tensor": ...
+    def columns(self, start: int, stop: int) -> "Tensor | None": ...
     def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]: ...
     def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]: ...
     def read_into(self, out: Shaped[np.ndarray, "..."]) -> None: ...
@@ -65,15 +67,33 @@ class StoredTensor:
     num_bytes: int
     interleaved_heads: int | None = None  # set for q and k of GGUF files: see _row_order
     minus: float = 0.0  # subtracted from each number when it is read: files store some norm scales plus 1
+    row_stride: int | None = None  # bytes from a row to the next in the file; None: they follow one another
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
-        """A range of its rows, as a separate tensor."""
+        """A range of its rows, as a separate tensor; of whole heads, if heads are interleaved."""
         row_bytes = self.num_bytes // self.shape[0]
+        heads = self.interleaved_heads
         return dataclasses.replace(
             self,
             shape=(stop - start, *self.shape[1:]),
-            offset=self.offset + start * row_bytes,
+            offset=self.offset + start * (self.row_stride or row_bytes),
             num_bytes=(stop - start) * row_bytes,
+            interleaved_heads=None if heads is None else heads * (stop - start) // self.shape[0],
+        )
+
+    def columns(self, start: int, stop: int) -> "StoredTensor | None":
+        """A range of its columns, as a separate tensor; None: that would cut blocks of a quantized one."""
+        num_rows, width = self.shape
+        block = 1 if self.encoding in _PLAIN_DTYPES else GGML_QUANT_SIZES[GGMLQuantizationType[self.encoding]][0]
+        if start % block or stop % block:
+            return None
+        row_bytes = self.num_bytes // num_rows
+        return dataclasses.replace(
+            self,
+            shape=(num_rows, stop - start),
+            offset=self.offset + row_bytes * start // width,
+            num_bytes=num_rows * (row_bytes * (stop - start) // width),
+            row_stride=self.row_stride or row_bytes,
         )
 
     def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
@@ -91,8 +111,7 @@ class StoredTensor:
         if self.encoding not in gguf_blocks.LAYOUTS or len(self.shape) != 2:
             return None
         with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            raw = np.fromfile(file, np.uint8, self.num_bytes)
+            raw = self._bytes(file, 0, self.shape[0])
         found = gguf_blocks.read(self.encoding, raw, self.shape[0])
         if (order := self._row_order()) is None:
             return found
@@ -109,12 +128,22 @@ class StoredTensor:
         num_rows = self._num_rows
         step = max(1, _CHUNK_ELEMENTS * num_rows // max(1, math.prod(self.shape)))
         order = self._row_order()
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
+        with open(self.file, "rb", buffering=0) as file:
             for start in range(0, num_rows, step):
                 stop = min(start + step, num_rows)
-                raw = np.fromfile(file, np.uint8, (stop - start) * (self.num_bytes // num_rows))
+                raw = self._bytes(file, start, stop)
                 yield (slice(start, stop) if order is None else order[start:stop]), self._decode(raw, stop - start)
+
+    def _bytes(self, file: IO[bytes], start: int, stop: int) -> np.ndarray:
+        """Those of some rows."""
+        row_bytes = self.num_bytes // self._num_rows
+        if self.row_stride is None:
+            file.seek(self.offset + start * row_bytes)
+            return np.fromfile(file, np.uint8, (stop - start) * row_bytes)
+        raw = np.empty((stop - start, row_bytes), np.uint8)
+        for row, into in enumerate(raw, start):
+            os.preadv(file.fileno(), [into], self.offset + row * self.row_stride)
+        return raw.ravel()
 
     @property
     def is_quantized(self) -> bool:
@@ -176,6 +205,12 @@ class StackedTensors:
             part.read_into(out[i])
         return out
 
+    def part(self, experts: slice, rows: slice, columns: slice) -> "StackedTensors | None":
+        """Some experts, and of each some rows and columns; None: those columns cannot be read by themselves."""
+        found = [part_of(one, rows, columns) for one in self.parts[experts]]
+        kept = tuple(one for one in found if one is not None)
+        return StackedTensors(parts=kept) if len(kept) == len(found) else None
+
     @property
     def num_bytes(self) -> int:
         """Bytes in the file."""
@@ -199,6 +234,12 @@ class StackedTensors:
             for array, whole in zip(jax.tree.leaves(found), jax.tree.leaves(out), strict=True):
                 whole[i] = array
         return out
+
+
+def part_of(tensor: Tensor, rows: slice, columns: slice = slice(None)) -> Tensor | None:
+    """Some rows and columns of a tensor; None: those columns cannot be read by themselves."""
+    found = tensor.rows(*rows.indices(tensor.shape[0])[:2]) if rows != slice(None) else tensor
+    return found if columns == slice(None) else found.columns(*columns.indices(tensor.shape[1])[:2])
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Shaped[np.ndarray, "..."]:

@@ -205,7 +205,7 @@ def _together(
     except (ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, RuntimeError):
-            reason = f"a step failed, since another process ended, or this device did; start all again to go on: {reason}"
+            reason = f"a step failed: another process or a device is gone; start all again to go on ({reason})"
         # leaving as usual would wait for processes that may be gone
         click.echo(f"jfa: process {processes.index()}: {reason}", err=True)
         os._exit(2)

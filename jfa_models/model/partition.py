@@ -7,6 +7,7 @@ asks for by name.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -120,11 +121,33 @@ class Partition:
         """A pytree on the devices of the mesh; without a mesh, on the default device."""
         if self.mesh is None:
             return jax.device_put(held)
-        mesh = self.mesh
-        return jax.device_put(held, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+        shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
+        if not self.mesh.is_multi_process:
+            return jax.device_put(held, shardings)
+        # device_put would compare what the processes have
+        return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), held, shardings)
 
-    def put_parameter(self, name: str, held: Any) -> Any:
+    def of_process(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        """The part of a parameter that the devices of this process have, an index for each axis; None: all."""
+        if self.mesh is None or not self.mesh.is_multi_process:
+            return None
+        spec = self.of_parameter(name, jax.ShapeDtypeStruct(shape, np.float32))
+        parts = NamedSharding(self.mesh, spec).addressable_devices_indices_map(shape).values()
+
+        def own(axis: int, size: int) -> slice:
+            bounds = [index[axis].indices(size)[:2] for index in parts if index is not None]
+            start, stop = min(start for start, _ in bounds), max(stop for _, stop in bounds)
+            return slice(None) if (start, stop) == (0, size) else slice(start, stop)
+
+        found = tuple(own(axis, size) for axis, size in enumerate(shape))
+        return None if all(index == slice(None) for index in found) else found
+
+    def put_parameter(
+        self, name: str, held: Any, own: tuple[slice, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Any:
         """A parameter, an array or a QuantizedArray, on its devices.
+
+        own, shape: held is this part of a parameter of this shape, which contains that of_process.
 
         Raises:
           ValueError: a quantized weight cannot be divided between its groups.
@@ -132,14 +155,30 @@ class Partition:
         specs = self.of_parameter(name, held)
         if self.mesh is not None and isinstance(held, jfa.QuantizedArray):
             count = self.size(self.of_module(name.rpartition(".")[0])[2])
-            width, group = held.shape[-1], held.group_size or 1
+            width, group = (shape or held.shape)[-1], held.group_size or 1
             if count > 1 and (width % group or width // group % count):
                 fits = ", ".join(map(str, _divisors(width // group)))
                 raise ValueError(
                     f"{name} has {width} columns in groups of {group}, which cannot be divided by {count} devices "
                     f"without cutting a group; counts that do: {fits}; or use quantization='int8', which has no groups"
                 )
-        return self.put(held, specs)
+        if own is None:
+            return self.put(held, specs)
+        assert shape is not None and self.mesh is not None
+        mesh, parts = self.mesh, list(zip(own, shape, held.shape, strict=True))
+
+        def placed(x: Any, spec: PartitionSpec) -> Array:
+            # numbers and scales of a QuantizedArray are cut where the weight is
+            sizes = [n * whole // part for n, (_, whole, part) in zip(x.shape, parts, strict=False)]
+            first = [(index.start or 0) * n // whole for n, (index, whole, _) in zip(sizes, parts, strict=False)]
+
+            def of_device(index: Any) -> Any:
+                bounds = [i.indices(n)[:2] for i, n in zip(index, sizes, strict=True)]
+                return x[tuple(slice(a - at, b - at) for (a, b), at in zip(bounds, first, strict=True))]
+
+            return jax.make_array_from_callback(tuple(sizes), NamedSharding(mesh, spec), of_device)
+
+        return jax.tree.map(placed, held, specs)
 
     @property
     def of_kv(self) -> NamedSharding | None:
