@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
@@ -146,7 +147,7 @@ def ring_attention(
     plan = _Plan(backend=backend, spec=spec, device=device, axis_name=axis_name, order=order, mesh=mesh)
     rows = spec_of(query) if mesh is None else PartitionSpec(spec_of(query)[0], axis_name, *spec_of(query)[2:])
     rows = PartitionSpec(*rows[:3])
-    operands, sinks = arguments.varying_alike((operands, sinks))
+    operands, sinks = arguments.varying_alike(_on_explicit_context(operands, sinks))
     out, lse = on_any_mesh(functools.partial(_with_sinks, plan), operands, sinks, specs=lambda: (rows, rows))
     if one_row:
         out, lse = out[0], lse[0]
@@ -200,7 +201,7 @@ def _mesh_to_split_over(axis_name: str, mesh: Mesh | AbstractMesh | None, arrays
             raise ValueError(f"inside a shard_map over {axis_name!r} arrays are already split; call without mesh")
         return None
     shardings = [jax.typeof(x).sharding for x in arrays]
-    shardings += [x.sharding for x in arrays if not isinstance(x, jax.core.Tracer)]
+    shardings += [x.sharding for x in arrays if not isinstance(x, Tracer)]
     known = [mesh, context, *(sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))]
     mesh = next((one for one in known if one is not None and not one.empty), None)
     if mesh is None:
@@ -210,10 +211,18 @@ def _mesh_to_split_over(axis_name: str, mesh: Mesh | AbstractMesh | None, arrays
         )
     if axis_name not in mesh.shape:
         raise ValueError(f"axis_name must be an axis of the mesh, one of {list(mesh.axis_names)}, got {axis_name!r}")
-    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    kinds = tuple(AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types)
     if isinstance(mesh, Mesh):
         return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
     return mesh.update(axis_types=kinds)
+
+
+def _on_explicit_context(*arrays: Any) -> Any:
+    """Arrays that are on no mesh, put on that of jax.set_mesh if its axes are explicit; others as they are."""
+    context = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in context.axis_types:
+        return arrays
+    return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()) if jax.typeof(x).sharding.mesh.empty else x, arrays)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +239,14 @@ class _Plan:
     @property
     def num_devices(self) -> int:
         return lax.axis_size(self.axis_name)
+
+    def num_steps(self, operands: Operands) -> int:
+        """Number of parts that a device visits: all, unless a window ends before the keys that would come last."""
+        is_causal_window = self.spec.right == 0 and self.spec.left is not None
+        length = operands.q.shape[1]
+        if not is_causal_window or self.order == "zigzag" or operands.k.shape[1] != length:
+            return self.num_devices
+        return min(self.num_devices, 1 + -(-self.spec.left // length))  # type: ignore[operator]
 
     @property
     def has_positions(self) -> bool:
@@ -303,10 +320,6 @@ class _KeyPart(NamedTuple):
     v: Float[Array, "b tk hkv dv"]
     segments: Int[Array, "b tk"] | None
 
-    @classmethod
-    def of(cls, operands: Operands) -> "_KeyPart":
-        return cls(operands.k, operands.v, operands.kv_segments)
-
 
 def _attend(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq dv"], Float[Array, "b tq hq"]]:
     """Attention of this device's queries to the keys of all devices."""
@@ -318,13 +331,14 @@ def _attend(plan: _Plan, operands: Operands) -> tuple[Float[Array, "b tq hq dv"]
     def attend_to(pair: "_Pair", found: tuple[Array, Array]) -> tuple[Array, Array]:
         part = pair.operands
         out, lse = backend.run(part, plan.spec, backend.default_config(part, plan.device), plan.device)
-        merged = _merged(*(pair.rows(x) for x in found), out, lse)
-        return tuple(pair.put_rows(x, new) for x, new in zip(found, merged, strict=True))  # type: ignore[return-value]
+        all_out, all_lse = found
+        out, lse = _merged(pair.rows(all_out), pair.rows(all_lse), out, lse)
+        return pair.put_rows(all_out, out), pair.put_rows(all_lse, lse)
 
     def visit(step: Any, keys: _KeyPart, found: tuple[Array, Array]) -> tuple[Array, Array]:
         return _over_pairs(plan, operands, keys, step, attend_to, found)
 
-    out, lse = _around_the_ring(plan, _KeyPart.of(operands), visit, nothing)
+    out, lse = _around_the_ring(plan, operands, visit, nothing)
     return out.astype(q.dtype), lse
 
 
@@ -349,13 +363,13 @@ def _differentiate(plan: _Plan, operands: Operands, out: Array, lse: Array, d_ou
         d_q, *new = _over_pairs(plan, operands, keys, step, add_of, (d_q, jnp.zeros_like(d_k), jnp.zeros_like(d_v)))
         return d_q, jax.tree.map(jnp.add, sums, tuple(new))
 
-    d_q, sums = _around_the_ring(plan, _KeyPart.of(operands), visit, (d_q, (d_k, d_v)))
-    d_k, d_v = _passed_on(plan, sums)  # the last step home
+    d_q, sums = _around_the_ring(plan, operands, visit, (d_q, (d_k, d_v)))
+    d_k, d_v = _passed_on(plan, sums, 1 - plan.num_steps(operands))  # home
     q, k, v = operands.q, operands.k, operands.v
     return Operands(q=d_q.astype(q.dtype), k=d_k.astype(k.dtype), v=d_v.astype(v.dtype))
 
 
-def _around_the_ring[S](plan: _Plan, keys: _KeyPart, visit: Callable[[Any, _KeyPart, S], S], state: S) -> S:
+def _around_the_ring[S](plan: _Plan, operands: Operands, visit: Callable[[Any, _KeyPart, S], S], state: S) -> S:
     """state = visit(step, keys, state) for each device's keys: in step s, those of the device s places before."""
 
     def turn(step: Any, carry: tuple[_KeyPart, S]) -> tuple[_KeyPart, S]:
@@ -363,15 +377,17 @@ def _around_the_ring[S](plan: _Plan, keys: _KeyPart, visit: Callable[[Any, _KeyP
         arriving = _passed_on(plan, keys)  # before the computation, so that XLA may run both at once
         return arriving, visit(step, keys, state)
 
-    keys, state = lax.fori_loop(0, plan.num_devices - 1, turn, (keys, state))
-    return visit(plan.num_devices - 1, keys, state)
+    own = _KeyPart(operands.k, operands.v, operands.kv_segments)
+    last = plan.num_steps(operands) - 1
+    keys, state = lax.fori_loop(0, last, turn, (own, state))
+    return visit(last, keys, state)
 
 
-def _passed_on[T](plan: _Plan, arrays: T) -> T:
-    """What the device before sent, while this one sends its own to the next."""
+def _passed_on[T](plan: _Plan, arrays: T, places: int = 1) -> T:
+    """What the device so many places before sent, while this one sends its own as far."""
     n = plan.num_devices
-    to_next = [(i, (i + 1) % n) for i in range(n)]
-    return jax.tree.map(lambda x: lax.ppermute(x, plan.axis_name, to_next), arrays)
+    moves = [(i, (i + places) % n) for i in range(n)]
+    return jax.tree.map(lambda x: lax.ppermute(x, plan.axis_name, moves), arrays)
 
 
 class _Pair(NamedTuple):
