@@ -193,7 +193,9 @@ def _check_length(name: str, length: int, num_parts: int, order: str, what: str)
     )
 
 
-def _mesh_to_split_over(axis_name: str, mesh: Mesh | AbstractMesh | None, arrays: tuple[Array, ...]):
+def _mesh_to_split_over(
+    axis_name: str, mesh: Mesh | AbstractMesh | None, arrays: tuple[Array, ...]
+) -> Mesh | AbstractMesh | None:
     """The mesh with automatic axes; None inside a shard_map over the axis."""
     context = jax.sharding.get_abstract_mesh()
     if axis_name in context.manual_axes:
