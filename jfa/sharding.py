@@ -352,7 +352,7 @@ def _differentiate(plan: _Plan, operands: Operands, out: Array, lse: Array, d_ou
     backend = backends.flash(plan.backend)
     d_q, d_k, d_v = (_zeros(operands, x.shape) for x in (operands.q, operands.k, operands.v))
 
-    def add_of(pair: "_Pair", sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_to(pair: "_Pair", sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         part, of_rows = pair.operands, [pair.rows(x) for x in (out, lse, d_out, d_lse)]
         config = backend.backward_config(part, backend.default_config(part, plan.device), plan.device)
         new = backend.run_backward(part, *of_rows, plan.spec, config, plan.device)
@@ -362,7 +362,7 @@ def _differentiate(plan: _Plan, operands: Operands, out: Array, lse: Array, d_ou
     def visit(step: Any, keys: _KeyPart, state: tuple[Array, tuple[Array, Array]]):
         d_q, sums = state
         sums = _passed_on(plan, sums)  # does not depend on what is computed here, so that both may overlap
-        d_q, *new = _over_pairs(plan, operands, keys, step, add_of, (d_q, jnp.zeros_like(d_k), jnp.zeros_like(d_v)))
+        d_q, *new = _over_pairs(plan, operands, keys, step, add_to, (d_q, jnp.zeros_like(d_k), jnp.zeros_like(d_v)))
         return d_q, jax.tree.map(jnp.add, sums, tuple(new))
 
     d_q, sums = _around_the_ring(plan, operands, visit, (d_q, (d_k, d_v)))
