@@ -316,10 +316,12 @@ def _on_each_device(plan: _Plan, function: Callable) -> Callable:
 
 
 class _KeyPart(NamedTuple):
-    """A device's part of keys and values, as it travels."""
+    """A device's part of keys and values, as it travels.
 
-    k: Float[Array, "b tk hkv d"]
-    v: Float[Array, "b tk hkv dv"]
+    Side by side in one array: XLA for GPUs overlaps one transfer at a time with a computation.
+    """
+
+    kv: Float[Array, "b tk hkv d+dv"]
     segments: Int[Array, "b tk"] | None
 
 
@@ -350,24 +352,25 @@ def _differentiate(plan: _Plan, operands: Operands, out: Array, lse: Array, d_ou
     Given out and lse of all keys, a kernel returns what the keys that it gets contribute.
     """
     backend = backends.flash(plan.backend)
-    d_q, d_k, d_v = (_zeros(operands, x.shape) for x in (operands.q, operands.k, operands.v))
+    q, k, v = operands.q, operands.k, operands.v
+    d_q, no_d_kv = (_zeros(operands, x.shape) for x in (q, jax.eval_shape(_side_by_side, k, v)))
 
-    def add_to(pair: "_Pair", sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_to(pair: "_Pair", sums: tuple[Array, Array]) -> tuple[Array, Array]:
         part, of_rows = pair.operands, [pair.rows(x) for x in (out, lse, d_out, d_lse)]
         config = backend.backward_config(part, backend.default_config(part, plan.device), plan.device)
         new = backend.run_backward(part, *of_rows, plan.spec, config, plan.device)
-        d_q, d_k, d_v = sums
-        return pair.put_rows(d_q, pair.rows(d_q) + new.q), pair.add_keys(d_k, new.k), pair.add_keys(d_v, new.v)
+        d_q, d_kv = sums
+        d_kv_of_pair = _side_by_side(*(x.astype(jnp.float32) for x in (new.k, new.v)))
+        return pair.put_rows(d_q, pair.rows(d_q) + new.q), pair.add_keys(d_kv, d_kv_of_pair)
 
-    def visit(step: Any, keys: _KeyPart, state: tuple[Array, tuple[Array, Array]]):
-        d_q, sums = state
-        sums = _passed_on(plan, sums)  # does not depend on what is computed here, so that both may overlap
-        d_q, *new = _over_pairs(plan, operands, keys, step, add_to, (d_q, jnp.zeros_like(d_k), jnp.zeros_like(d_v)))
-        return d_q, jax.tree.map(jnp.add, sums, tuple(new))
+    def visit(step: Any, keys: _KeyPart, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        d_q, d_kv = sums
+        arriving = _passed_on(plan, d_kv)  # before the computation, as the keys
+        d_q, new = _over_pairs(plan, operands, keys, step, add_to, (d_q, no_d_kv))
+        return d_q, arriving + new
 
-    d_q, sums = _around_the_ring(plan, operands, visit, (d_q, (d_k, d_v)))
-    d_k, d_v = _passed_on(plan, sums, 1 - plan.num_steps(operands))  # home
-    q, k, v = operands.q, operands.k, operands.v
+    d_q, d_kv = _around_the_ring(plan, operands, visit, (d_q, no_d_kv))
+    d_k, d_v = _apart(_passed_on(plan, d_kv, 1 - plan.num_steps(operands)), operands)  # home
     return Operands(q=d_q.astype(q.dtype), k=d_k.astype(k.dtype), v=d_v.astype(v.dtype))
 
 
@@ -379,7 +382,7 @@ def _around_the_ring[S](plan: _Plan, operands: Operands, visit: Callable[[Any, _
         arriving = _passed_on(plan, keys)  # before the computation, so that XLA may run both at once
         return arriving, visit(step, keys, state)
 
-    own = _KeyPart(operands.k, operands.v, operands.kv_segments)
+    own = _KeyPart(_side_by_side(operands.k, operands.v), operands.kv_segments)
     last = plan.num_steps(operands) - 1
     keys, state = lax.fori_loop(0, last, turn, (own, state))
     return visit(last, keys, state)
@@ -415,7 +418,7 @@ def _over_pairs[S](
 ) -> S:
     """state = visit(pair, state) for each pair of chunks in which a query may see a key."""
     chunks, own = plan.num_chunks, lax.axis_index(plan.axis_name)
-    tq, tk = operands.q.shape[1] // chunks, keys.k.shape[1] // chunks
+    tq, tk = operands.q.shape[1] // chunks, operands.k.shape[1] // chunks
 
     def visit_pair(index: Any, state: S) -> S:
         of_q, of_k = index // chunks, index % chunks
@@ -428,10 +431,11 @@ def _over_pairs[S](
 
         def visible(state: S) -> S:
             offset = jnp.full(operands.q.shape[:1], q_start - k_start, jnp.int32)
+            k, v = _apart(_chunk(keys.kv, of_k, tk), operands)
             part = Operands(
                 q=_chunk(operands.q, of_q, tq),
-                k=_chunk(keys.k, of_k, tk),
-                v=_chunk(keys.v, of_k, tk),
+                k=k,
+                v=v,
                 q_offset=offset if plan.has_positions else None,
                 q_segments=q_segments,
                 kv_segments=kv_segments,
@@ -471,6 +475,15 @@ def _merged(out: Array, lse: Array, new_out: Array, new_lse: Array) -> tuple[Arr
     safe = jnp.where(total == -jnp.inf, 0.0, total)  # (-inf) - (-inf) would be NaN
     weight, new_weight = (jnp.exp(x - safe)[..., None] for x in (lse, new_lse))
     return out * weight + new_out * new_weight, total
+
+
+def _side_by_side(k: Array, v: Array) -> Array:
+    return jnp.concatenate([k, v], axis=3)
+
+
+def _apart(kv: Array, operands: Operands) -> tuple[Array, Array]:
+    head_dim = operands.k.shape[3]
+    return kv[..., :head_dim], kv[..., head_dim:]
 
 
 def _chunk(x: Array, chunk: Any, length: int) -> Array:
