@@ -87,9 +87,10 @@ def ring_attention(
 
     Called outside of shard_map, it takes whole arrays, splits them over the axis if they are not, and returns results
     split alike; other axes of the mesh stay as they are. Called inside a jax.shard_map over the axis, it takes and
-    returns this device's part. The keys of no other device are gathered: memory does not depend on n.
+    returns this device's part. No device gathers the keys of the others: its memory does not depend on n.
 
-    Results and gradients are those of dot_product_attention within its tolerances, including queries that see no key.
+    Results and first-order reverse-mode gradients are those of dot_product_attention within its tolerances, also of
+    queries that see no key.
     A device runs nothing for a part that a causal mask, a window or segments hide entirely. Of a causal mask that is
     half of all work, divided evenly in zigzag order only: in contiguous order the last device has nothing to skip.
 
