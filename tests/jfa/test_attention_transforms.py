@@ -1,14 +1,12 @@
 """jit, vmap, checkpoint and shard_map of the op, and its backends on random shapes and options."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import run_on_eight_devices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import run
@@ -177,19 +175,6 @@ def test_shard_map_over_batch_and_heads():
         assert lowered.count("@__gpu$xla.gpu.triton") == 4 and paged.count("@__gpu$xla.gpu.triton") == 1
     """
     run_on_eight_devices(program)
-
-
-def run_on_eight_devices(program):
-    flags = (
-        f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"  # tests/conftest.py says why the first
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 EXPLICIT = """
