@@ -97,6 +97,9 @@ def generate(
         adapter_scale=adapter_scale,
         context_length=max_model_len,
     )
+    for name in ("num_processes", "process_id"):
+        if coordinator is None and is_given(name):
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --coordinator")
     if batch_file is not None or output is not None:
         if batch_file is None or output is None:
             raise click.UsageError("--batch-file and --output must be given together")
