@@ -10,7 +10,7 @@ from typing import Any
 
 from jfa_models.decoding.outputs import CompletionOutput, Logprob, RequestOutput
 from jfa_models.decoding.params import SamplingParams
-from jfa_models.engine import Engine
+from jfa_models.engine import Engine, Replicas
 
 PROMPTS = ("prompt", "prompt_token_ids")
 OTHERS = ("id", "adapter")
@@ -108,7 +108,7 @@ def done(path: Path, lines: list[Line]) -> set[int]:
 
 
 def run(
-    engine: Engine,
+    engine: Engine | Replicas,
     lines: list[Line],
     output: Path,
     defaults: SamplingParams,

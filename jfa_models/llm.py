@@ -17,7 +17,7 @@ from jfa_models.decoding.params import BeamSearchParams, SamplingParams, one_per
 from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.decoding.prompts import Prompt, as_prompts
 from jfa_models.decoding.speculation import SpeculativeConfig
-from jfa_models.engine import Engine
+from jfa_models.engine import engine_of
 
 Params = SamplingParams | BeamSearchParams
 Message = dict[str, str]
@@ -27,7 +27,7 @@ class LLM:
     """Generates text for lists of prompts with continuous batching, under vLLM's names.
 
     Attributes:
-      engine: runs the requests; use it directly to stream or to mix calls.
+      engine: runs the requests; use it directly to stream or to mix calls. Replicas, if the mesh has an axis "data".
       model: its LanguageModel.
     """
 
@@ -73,7 +73,7 @@ class LLM:
                 f"{name}={value!r} has no effect: the model is already loaded in {model.dtype}; leave it out"
             )
         self.model = model
-        self.engine = Engine(
+        self.engine = engine_of(
             model,
             kv_dtype=kv_dtype,
             page_size=page_size,

@@ -63,6 +63,17 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def devices(compiled: Sequence[Record]) -> str:
+    """A Markdown table of steps compiled for several devices: what each holds, and what crosses between them."""
+    lines = [["model", "devices", "step", "each holds", "cache", "crosses"], ["---"] * 6]
+    for row in compiled:
+        hosts = f"{row['hosts']} x " if row["hosts"] > 1 else ""
+        crossing = ", ".join(f"{one['count']} {one['kind']} {one['shape']}" for one in row["collectives"])
+        held, cache = (f"{row[field] / 1e9:.2f} GB" for field in ("device_bytes", "cache_bytes"))
+        lines.append([row["model"], f"{hosts}{row['devices']} {row['arch']}", row["step"], held, cache, crossing])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _cell(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     if not compiled or any(row["status"] not in ("ok", "spills") for row in compiled):
         return "lowered"

@@ -152,7 +152,7 @@ def _batch(
     from jfa_models import batch
     from jfa_models.cli import running
     from jfa_models.decoding import processes
-    from jfa_models.engine import Engine
+    from jfa_models.engine import engine_of
 
     lines = batch.read(batch_file)
     done = processes.of_first(lambda: sorted(batch.done(output, lines)))
@@ -163,7 +163,7 @@ def _batch(
         return 0
     language_model = running.load(**loading)
     params = running.sampling_params(language_model, sampling)
-    engine = Engine(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype, speculative_config=speculation)
+    engine = engine_of(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype, speculative_config=speculation)
     console, errors, written = Console(stderr=True, quiet=not processes.is_first()), 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:

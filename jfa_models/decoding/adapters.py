@@ -98,6 +98,11 @@ class AdapterBank:
         """The first of the names; None: there are none."""
         return next(iter(self.names), None)
 
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """max_adapters and max_rank."""
+        return {"max_adapters": self._max_adapters, "max_rank": self._max_rank}
+
     def find(self, name: str | None) -> Loaded | None:
         """The adapter of this name; None for no name.
 

@@ -245,6 +245,27 @@ class LanguageModel:
             cache_options=self.cache_options,
         )
 
+    def replicas(self) -> "list[LanguageModel]":
+        """This model, and a copy with the same adapters on the devices of each other replica of its mesh."""
+        return [self, *map(self._on, self.partition.others)]
+
+    def _on(self, mesh: jax.sharding.Mesh) -> "LanguageModel":
+        partition = dataclasses.replace(self.partition, mesh=mesh, others=())
+        held = zip(self.names, self.params, strict=True)
+        copy = LanguageModel(
+            decoder=abstract_decoder(self.config, self.dtype, self.decoder.implementation, partition),
+            params=tuple(partition.put_parameter(name, x) for name, x in held),
+            tokenizer=self.tokenizer,
+            defaults=self.defaults,
+            cache_options=self.cache_options,
+            **self.adapters.limits,
+        )
+        for name in self.adapters.names:
+            loaded = self.adapters.find(name)
+            assert loaded is not None
+            copy.load_adapter(name, loaded.adapter)
+        return copy
+
     def float32(self, name: str) -> Float[np.ndarray, "..."]:
         """A parameter by name, on the host; a quantized one dequantized."""
         held = self.params[self.names.index(name)]

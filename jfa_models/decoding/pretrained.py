@@ -56,7 +56,8 @@ def from_pretrained(
       max_adapters, max_rank: memory is reserved for this many adapters of up to this rank on the layers of attention
         and MLPs: loading them compiles nothing. None: room is made for each one, and steps compile anew.
       mesh: the devices that the model is divided over, with the axes "tensor" (heads, inner vectors and vocabulary) and
-        "expert" (whole experts), or one of them: jax.make_mesh((8,), ("tensor",)). None: it is on the default device.
+        "expert" (whole experts), or one of them: jax.make_mesh((8,), ("tensor",)). With an axis "data", LLM runs an
+        engine on each of as many replicas; this model is the first. None: it is on the default device.
       tensor_parallel: short for a mesh of the first so many devices with the axis "tensor".
 
     Raises:

@@ -25,7 +25,7 @@ from jfa_models.model.lora import Adapters, Change
 
 Axes = tuple[str, ...]  # of a mesh; (): not divided
 
-AXES = ("tensor", "expert")  # of a mesh that users give
+AXES = ("data", "tensor", "expert")  # of a mesh that users give
 # The axis "tensor" as two: key heads are divided over the first, and copied along the second if they are too few.
 TENSOR = ("heads", "group")
 
@@ -42,6 +42,7 @@ class Partition:
       experts: whole experts.
       expert_inner, shared_inner: the inner vectors of each expert, and of the one that every token has.
       expert_layers: the layers with experts.
+      others: the meshes of other replicas of the decoder.
     """
 
     mesh: Mesh | None = None
@@ -53,6 +54,7 @@ class Partition:
     expert_inner: Axes = ()
     shared_inner: Axes = ()
     expert_layers: tuple[int, ...] = ()
+    others: tuple[Mesh, ...] = ()
 
     def of_module(self, name: str) -> tuple[Axes, Axes, Axes]:
         """Over which axes a module's weight [experts, out, in] is divided; name: as in Adapters."""
@@ -227,7 +229,7 @@ def mesh_of(mesh: Mesh | None, tensor_parallel: int | None) -> Mesh | None:
 def partition_of(config: DecoderConfig, mesh: Mesh | None) -> Partition:
     """How a decoder is divided over a mesh with the axes "tensor" and "expert", or one of them.
 
-    What cannot be divided evenly is on every device.
+    What cannot be divided evenly is on every device. For each index of an axis "data" there is a replica.
 
     Raises:
       ValueError: the mesh has another axis, or nothing of the decoder can be divided over one of its axes.
@@ -239,10 +241,15 @@ def partition_of(config: DecoderConfig, mesh: Mesh | None) -> Partition:
         return WHOLE
     if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
         raise ValueError(
-            f"the mesh has an axis {unknown[0]!r}; a decoder is divided over {' and '.join(map(repr, AXES))}: "
+            f"the mesh has an axis {unknown[0]!r}; the axes of a decoder are {', '.join(map(repr, AXES))}: "
             'jax.make_mesh((8,), ("tensor",))'
         )
     sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
+    if sizes["data"] > 1 and mesh.is_multi_process:
+        raise ValueError(
+            f"the {sizes['data']} replicas of an axis 'data' are of one process: start as many groups of processes, "
+            "each with a part of the requests"
+        )
     n, num_experts = sizes["tensor"], sizes["expert"]
     kept: list[str] = []  # on every device, in words
 
@@ -275,9 +282,11 @@ def partition_of(config: DecoderConfig, mesh: Mesh | None) -> Partition:
     has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
     heads = kv_heads if is_divided and kv_heads < n else n
     devices = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names])
-    devices = devices.reshape(heads, n // heads, num_experts)
+    devices = devices.reshape(sizes["data"], heads, n // heads, num_experts)
+    replica, *others = (Mesh(own, (*TENSOR, "expert"), axis_types=(AxisType.Auto,) * 3) for own in devices)
     found = Partition(
-        mesh=Mesh(devices, (*TENSOR, "expert"), axis_types=(AxisType.Auto,) * 3),
+        mesh=replica,
+        others=tuple(others),
         q_heads=TENSOR if is_divided else (),
         kv_heads=TENSOR[:1] if is_divided else (),
         inner=divided("MLPs", config.intermediate_size) if has_mlp else (),

@@ -13,8 +13,9 @@ from golden import GOLDEN
 from runs import run
 
 import jfa
-from jfa_models import Engine, LanguageModel, SamplingParams, from_pretrained
+from jfa_models import LLM, Engine, LanguageModel, SamplingParams, from_pretrained
 from jfa_models.decoding.options import CacheOptions
+from jfa_models.engine import Replicas
 from jfa_models.model.config import DecoderConfig, ExpertsConfig
 from jfa_models.model.rope import RopeConfig
 
@@ -261,7 +262,7 @@ def test_saved_model_is_the_whole(tmp_path):
 
 EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
 REFUSED = [
-    (dict(mesh=jax.make_mesh((2,), ("model",))), "the mesh has an axis 'model'"),
+    (dict(mesh=jax.make_mesh((2,), ("model",))), "the mesh has an axis 'model'; the axes of a decoder are 'data'"),
     (dict(mesh=mesh_of(1, 2)), "the model has no experts"),
     (dict(mesh=mesh_of(1, 3), experts=EXPERTS), "4 experts cannot be divided by the 3 devices .* 1, 2, 4"),
     (dict(mesh=mesh_of(5)), "nothing of the model can be divided by 5 devices: attention .8 query and 4 key heads"),
@@ -289,3 +290,30 @@ def test_mesh_and_tensor_parallel_together_are_refused():
 def test_what_every_device_has_is_named():
     with pytest.warns(UserWarning, match=r"over 3 devices, each has all of: attention \(8 query and 4 key heads"):
         tiny(mesh=mesh_of(3))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.soak
+def test_replicas_share_the_requests():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "expert"))
+    one, many = (LLM(tiny(mesh=given, experts=EXPERTS), page_size=4, max_num_seqs=2) for given in (None, mesh))
+    assert isinstance(many.engine, Replicas)
+    params = [GREEDY, SamplingParams(seed=5, max_tokens=8, n=2)] * 3
+    assert tokens(many.generate(prompts(6), params)) == tokens(one.generate(prompts(6), params))
+    assert [engine.finished_requests for engine in many.engine.metrics()] == [3, 3]
+    first = many.engine.add_request([3, 4], GREEDY, request_id="a")
+    with pytest.raises(ValueError, match="request id 'a' is in use"):
+        many.engine.add_request([3, 4], GREEDY, request_id="a")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        many.engine.add_request([], GREEDY, request_id="b")
+    many.engine.abort(first)
+    assert [result.outputs[0].finish_reason for result in many.engine.run()] == ["abort"]
+    assert not many.engine.has_unfinished
+    devices = [set().union(*(x.sharding.device_set for x in one.params)) for one in many.model.replicas()]
+    assert len(devices[0]) == len(devices[1]) == 4 and not devices[0] & devices[1]
+
+
+def test_replicas_have_the_adapters():
+    model = from_pretrained(GOLDEN / "llama3_tiny", dtype="float32", mesh=jax.make_mesh((2,), ("data",)))
+    model.load_adapter("lora", GOLDEN / "adapters" / "lora")
+    assert [one.adapters.names for one in model.replicas()] == [("lora",), ("lora",)]
