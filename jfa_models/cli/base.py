@@ -111,7 +111,10 @@ def mesh_options(command: Callable) -> Callable:
         "--tensor-parallel", type=click.IntRange(min=1), help="Divide the model over so many devices."
     )
     mesh = click.option(
-        "--mesh", "mesh_sizes", type=MeshSizes(), help="Instead: divide it over these axes, such as tensor=4,expert=2."
+        "--mesh",
+        "mesh_sizes",
+        type=MeshSizes(),
+        help="Instead: sizes of axes, such as data=2,tensor=4.",
     )
     return tensor(mesh(command))
 

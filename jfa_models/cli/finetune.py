@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import ModelName, NamedAdapter
+from jfa_models.cli.base import ModelName, NamedAdapter, mesh_options
 from jfa_models.decoding.options import DTYPES, QUANTIZATIONS
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -26,6 +26,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--rslora", "use_rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
 @click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Of the base, which stays as it is (QLoRA).")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
+@mesh_options
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after this many steps.")
 @click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens of a text.")
@@ -55,6 +56,8 @@ def finetune(
     adapter: tuple[str, str] | None,
     quantization: str | None,
     dtype: str | None,
+    tensor_parallel: int | None,
+    mesh_sizes: dict[str, int] | None,
     max_length: int,
     too_long: Any,
     train_on_prompts: bool,
@@ -105,7 +108,8 @@ def finetune(
     if plot is not None:
         curve.check(plot)
     chosen = Options(row_length=max_length, seed=seed, max_grad_norm=max_grad_norm or None, **options)
-    loaded = running.load(model, dtype=dtype, quantization=quantization or "none")
+    divided: dict[str, Any] = dict(tensor_parallel=tensor_parallel, mesh_sizes=mesh_sizes)
+    loaded = running.load(model, dtype=dtype, quantization=quantization or "none", **divided)
     if loaded.tokenizer is None:
         raise click.UsageError(f"{model} has no tokenizer, so texts cannot be read")
     if max_length > loaded.config.context_length:

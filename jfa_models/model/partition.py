@@ -43,6 +43,7 @@ class Partition:
       expert_inner, shared_inner: the inner vectors of each expert, and of the one that every token has.
       expert_layers: the layers with experts.
       others: the meshes of other replicas of the decoder.
+      rows: of a batch, and of parameters and the optimizer's state at rest, in training (for_training).
     """
 
     mesh: Mesh | None = None
@@ -55,6 +56,7 @@ class Partition:
     shared_inner: Axes = ()
     expert_layers: tuple[int, ...] = ()
     others: tuple[Mesh, ...] = ()
+    rows: Axes = ()
 
     def of_module(self, name: str) -> tuple[Axes, Axes, Axes]:
         """Over which axes a module's weight [experts, out, in] is divided; name: as in Adapters."""
@@ -92,6 +94,24 @@ class Partition:
         if not isinstance(held, jfa.QuantizedArray):
             return whole
         return jax.tree.map(lambda x: whole if x.ndim == len(held.shape) else _spec(*first, out), held)
+
+    def for_training(self) -> "Partition":
+        """All replicas as one mesh with an axis "data", over which rows are divided."""
+        if self.mesh is None:
+            return self
+        devices = np.stack([mesh.devices for mesh in (self.mesh, *self.others)])
+        kinds = (AxisType.Auto,) * devices.ndim
+        mesh = Mesh(devices, ("data", *self.mesh.axis_names), axis_types=kinds)
+        return dataclasses.replace(self, mesh=mesh, others=(), rows=("data",))
+
+    def at_rest(self, spec: PartitionSpec, shape: tuple[int, ...]) -> tuple[PartitionSpec, int | None]:
+        """An array's spec with one more axis divided over the rows' axes, and which; None: none can be."""
+        axes = (*spec, *(None,) * (len(shape) - len(spec)))
+        count = self.size(self.rows)
+        for axis in sorted(range(len(shape)), key=lambda axis: -shape[axis]):
+            if count > 1 and axes[axis] is None and shape[axis] % count == 0:
+                return PartitionSpec(*axes[:axis], self.rows, *axes[axis + 1 :]), axis
+        return spec, None
 
     def of_cache[T](self, cache: T) -> T:
         """The PartitionSpecs of a KVCache or PagedKVCache, in its structure."""
@@ -314,9 +334,18 @@ def first_of(axes: Axes, size: int) -> Int[Array, ""] | int:
     return lax.axis_index(axes) * size if axes else 0
 
 
-def gathered(x: Shaped[Array, "*b n"], axes: Axes) -> Shaped[Array, "*b whole"]:
-    """All of an array whose last axis is divided."""
-    return lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
+def gathered(x: Shaped[Array, "..."], axes: Axes, axis: int = -1) -> Shaped[Array, "..."]:
+    """All of an array of which an axis is divided."""
+    return lax.all_gather(x, axes, axis=axis % x.ndim, tiled=True) if axes else x
+
+
+def part_of(x: Shaped[Array, "..."], spec: PartitionSpec) -> Shaped[Array, "..."]:
+    """This device's part of a whole array."""
+    for axis, axes in enumerate(spec):
+        if axes:
+            size = x.shape[axis] // lax.axis_size(axes)
+            x = lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, axis)
+    return x
 
 
 def _spec(*axes: Axes) -> PartitionSpec:

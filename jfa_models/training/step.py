@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jfa import QuantizedArray
@@ -24,6 +25,7 @@ from jfa_models.checkpoints.peft import Adapter
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import Adapters
+from jfa_models.model.partition import TENSOR, Axes, first_of, gathered, part_of, summed
 
 Tensors = Any  # a tree of float32 arrays
 Remat = Literal["none", "attention", "all"]
@@ -80,18 +82,28 @@ class Trainable:
           ValueError: all parameters are to be trained, and some are quantized; or the adapter's file has a copy of the
             embedding it was trained on, and the model has another one.
         """
-        if model.partition.mesh is not None:
-            raise ValueError("a model that is divided over a mesh cannot be trained: load it without mesh")
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
         self._adapter, self._remat = adapter, REMAT[remat]
+        self.partition = model.partition.for_training()
         self._config, self._names, self._shapes = model.config, model.names, model.shapes
         self._dtype = model.dtype
         self._graphdef, state = nnx.split(model.decoder)
         self._treedef = jax.tree.structure(state)
+        self._specs = {
+            name: self.partition.of_parameter(name, x) for name, x in zip(model.names, model.params, strict=True)
+        }
         self.base: tuple[Any, ...] | None = model.params
+        if self.partition.mesh is not None:
+            held = zip(model.params, self._specs.values(), strict=True)
+            self.base = tuple(self.partition.put(x, spec) for x, spec in held)
         if adapter is not None and any("base" in kinds for kinds in adapter.tensors.values()):
             changes_of(adapter, model.config, model.shapes, model.float32)  # compares the copies with the model's own
+        if adapter is not None and adapter.config.use_dora and self.partition.size(TENSOR) > 1:
+            raise ValueError(
+                "DoRA needs the norms of whole rows of weights, which an axis 'tensor' divides: train it with an axis "
+                "'data' alone, or LoRA"
+            )
         if adapter is None:
             wrong = [name for name, x in zip(model.names, model.params, strict=True) if isinstance(x, QuantizedArray)]
             if wrong:
@@ -102,23 +114,50 @@ class Trainable:
             self.base = None
 
     def start(self, model: LanguageModel) -> Tensors:
-        """The tensors before the first step, float32."""
+        """The tensors before the first step, float32; over a mesh, divided as they are at rest."""
         if self._adapter is not None:  # the copies of an embedding that a file may have are not its own
             tensors = self._adapter.tensors.items()
             own = {name: {kind: x for kind, x in kinds.items() if kind != "base"} for name, kinds in tensors}
-            return jax.tree.map(lambda x: jnp.array(x, jnp.float32), own)
-        return {name: jnp.array(x, jnp.float32) for name, x in zip(self._names, model.params, strict=True)}
+            found = jax.tree.map(lambda x: jnp.array(x, jnp.float32), own)
+        else:
+            found = {name: jnp.array(x, jnp.float32) for name, x in zip(self._names, model.params, strict=True)}
+        return found if self.partition.mesh is None else self.partition.put(found, self._tensor_specs(found))
+
+    def _tensor_specs(self, tensors: Tensors) -> Any:
+        """The PartitionSpecs of tensors at rest."""
+        if self._adapter is not None:  # they are small
+            return jax.tree.map(lambda _: PartitionSpec(), tensors)
+        return {name: self.partition.at_rest(self._specs[name], x.shape)[0] for name, x in tensors.items()}
 
     def _in_compute_dtype(self, x: Array) -> Array:
         x = jnp.asarray(x)
         return x.astype(self._dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def _whole(self, name: str, x: Array) -> Array:
+        """A parameter of which this device has its rows' part at rest."""
+        axis = self.partition.at_rest(self._specs[name], self._shapes[name])[1]
+        return x if axis is None else gathered(x, self.partition.rows, axis)
+
+    def sum_over_mesh(self, loss: Callable, base: Any, tensors: Tensors, *rows: Int[Array, "b t"]) -> Float[Array, ""]:
+        """The sum of loss(base, tensors, *rows) over all rows, of which each replica computes its own."""
+        replicas = self.partition.size(self.partition.rows)
+        if rows[0].shape[0] % replicas:
+            raise ValueError(f"{rows[0].shape[0]} rows cannot be divided by {replicas} replicas: use a multiple")
+
+        def of_part(base, tensors, *rows):
+            return summed(loss(base, tensors, *rows), self.partition.rows)
+
+        of_base = None if base is None else tuple(self._specs.values())
+        of_rows = (PartitionSpec(self.partition.rows),) * len(rows)
+        specs = (of_base, self._tensor_specs(tensors), *of_rows)
+        return self.partition.on_devices(of_part, specs, PartitionSpec())(base, tensors, *rows)
 
     def forward(
         self, base: tuple[Any, ...] | None, tensors: Tensors, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
     ) -> tuple[Float[Array, "b t hidden"], Callable[[Float[Array, "n hidden"]], Float[Array, "n vocab"]]]:
         """The state after each token, and the function from states to logits."""
         if self._adapter is None:
-            params = [tensors[name].astype(self._dtype) for name in self._names]
+            params = [self._whole(name, tensors[name].astype(self._dtype)) for name in self._names]
             adapters = None
         else:
             assert base is not None
@@ -128,6 +167,8 @@ class Trainable:
             weights = functools.partial(_float32, held)
             changes = changes_of(adapter, self._config, self._shapes, weights, constant=lax.stop_gradient)
             adapters = Adapters(jax.tree.map(self._in_compute_dtype, changes), 1)
+            if self.partition.mesh is not None:
+                adapters = jax.tree.map(part_of, adapters, self.partition.of_adapters(adapters))
         decoder: Decoder = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
         slot = None if adapters is None else jnp.zeros(tokens.shape[0], jnp.int32)
         states, _ = decoder(tokens, segments=segments, adapters=adapters, slot=slot, remat=self._remat)
@@ -155,9 +196,17 @@ def loss_fn(
 ) -> Float[Array, ""]:
     """The sum over all targets of their negative log-likelihood in nats.
 
-    Logits are computed for targets alone, LOSS_ROWS at a time, and again in the backward pass.
+    Logits are computed for targets alone, LOSS_ROWS at a time, and again in the backward pass. Over a mesh, each
+    replica computes its share of the rows, whose number must be a multiple.
     """
-    tokens, segments, is_target = (jnp.asarray(x) for x in (tokens, segments, is_target))
+    rows = [jnp.asarray(x) for x in (tokens, segments, is_target)]
+    loss = functools.partial(_loss, trainable)
+    if trainable.partition.mesh is None:
+        return loss(base, tensors, *rows)
+    return trainable.sum_over_mesh(loss, base, tensors, *rows)
+
+
+def _loss(trainable: Trainable, base, tensors, tokens, segments, is_target) -> Float[Array, ""]:
     states, logits = trainable.forward(base, tensors, tokens, segments)
     # the state before each target; targets first, so that blocks without one can be skipped
     states = states[:, :-1].reshape(-1, states.shape[-1])
@@ -169,8 +218,7 @@ def loss_fn(
 
     @jax.checkpoint
     def block(rows: Int[Array, " n"], first: Int[Array, ""]) -> Float[Array, ""]:
-        found = jax.nn.log_softmax(logits(states[rows]), axis=-1)
-        of_target = jnp.take_along_axis(found, target[rows][:, None], axis=-1)[:, 0]
+        of_target = _log_softmax_at(logits(states[rows]), target[rows], trainable.partition.vocab)
         return -jnp.where(first + jnp.arange(n) < count, of_target, 0.0).sum()
 
     def add(total: Float[Array, ""], part: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
@@ -178,6 +226,20 @@ def loss_fn(
         return total + lax.cond(first < count, block, lambda *_: jnp.float32(0.0), rows, first), None
 
     return lax.scan(add, jnp.float32(0.0), (order, jnp.arange(len(order)) * n))[0]
+
+
+def _log_softmax_at(logits: Float[Array, "n part"], target: Int[Array, " n"], axes: Axes) -> Float[Array, " n"]:
+    """The log-probability of each target, of logits whose vocabulary is divided over these axes."""
+    if not axes:
+        found = jax.nn.log_softmax(logits, axis=-1)
+        return jnp.take_along_axis(found, target[:, None], axis=-1)[:, 0]
+    size = logits.shape[-1]
+    largest = lax.pmax(lax.stop_gradient(logits).max(-1), axes)
+    total = summed(jnp.exp(logits - largest[:, None]).sum(-1), axes)
+    own = target - first_of(axes, size)
+    is_own = (own >= 0) & (own < size)
+    chosen = jnp.take_along_axis(logits, jnp.where(is_own, own, 0)[:, None], axis=-1)[:, 0]
+    return summed(jnp.where(is_own, chosen, 0.0), axes) - largest - jnp.log(total)
 
 
 def make_optimizer(
@@ -211,8 +273,13 @@ def make_optimizer(
 
 
 def new_state(tensors: Tensors, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.int32(0), tensors, optimizer.init(tensors))
+    """The state before the first step, on the devices of the tensors."""
+    state = TrainState(jnp.int32(0), tensors, optimizer.init(tensors))
+    sharding = jax.tree.leaves(tensors)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return state
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole), state)
 
 
 def make_train_step(

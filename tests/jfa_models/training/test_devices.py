@@ -1,0 +1,106 @@
+"""Training over a mesh: the steps are those of one device, and what is trained is divided while it rests."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from golden import GOLDEN
+from runs import run
+from tiny_model import folder_with_text, tiny_config
+
+from jfa_models import LanguageModel, from_pretrained
+from jfa_models.training import Options, finetune
+from jfa_models.training.data import read_data
+from jfa_models.training.lora import new_adapter
+from jfa_models.training.step import Batch, Trainable, loss_fn, make_optimizer, make_train_step, new_state
+
+CONFIG = dataclasses.replace(
+    tiny_config(num_layers=2, context_length=64), num_q_heads=8, num_kv_heads=4, vocab_size=128
+)
+
+
+def mesh_of(**sizes):
+    count = int(np.prod(list(sizes.values())))
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[:count])
+
+
+def trained(mesh, *, lora, rows=4, config=CONFIG, **options):
+    """The metrics of two steps, and the state after them."""
+    model = LanguageModel.random(config, dtype="float32", mesh=mesh)
+    adapter = new_adapter(model, rank=4, **options) if lora else None
+    trainable = Trainable(model, adapter, remat="attention")
+    optimizer = make_optimizer(learning_rate=1e-2, num_steps=4)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, rows, 16)).astype(np.int32)
+    is_target = np.ones_like(tokens)
+    is_target[:, 0, :9] = 0  # replicas have different numbers of targets
+    batch = Batch(tokens, np.ones_like(tokens), is_target)
+    step, state, found = make_train_step(trainable, optimizer), new_state(trainable.start(model), optimizer), []
+    for _ in range(2):
+        state, metrics = step(trainable.base, state, batch)
+        found.append({name: float(x) for name, x in metrics.items()})
+    return found, state
+
+
+CASES = [
+    run("full", dict(data=2, tensor=4), quick=True),
+    run("lora", dict(data=2, tensor=2), quick=True),
+    run("full", dict(data=8), quick=False, soak=True),
+    run("full", dict(tensor=8), quick=False, soak=True),
+    run("lora", dict(data=4), quick=False, soak=True),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES)
+def test_steps_are_those_of_one_device(kind, sizes):
+    rows = max(4, sizes.get("data", 1))
+    (want, alone), (got, state) = (trained(mesh, lora=kind == "lora", rows=rows) for mesh in (None, mesh_of(**sizes)))
+    for one, other in zip(want, got, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    for one, other in zip(jax.tree.leaves(alone.tensors), jax.tree.leaves(state.tensors), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3)  # a fifth of a step: Adam divides rounding by itself
+    if kind == "full":
+        whole = sum(x.nbytes for x in jax.tree.leaves((state.tensors, state.optimizer)))
+        own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.tensors, state.optimizer)))
+        assert own < 1.1 * whole / np.prod(list(sizes.values()))
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.exhaustive
+@pytest.mark.soak
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
+    model = from_pretrained(folder, dtype="float32", mesh=mesh_of(data=2, tensor=2))
+    lines = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(32)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = read_data(tmp_path / "data.jsonl", model.tokenizer, max_length=32)
+    options = Options(row_length=32, rows=2, save_every=2, epochs=3)
+
+    def stop(done):
+        if done.step == 3:
+            raise _Interrupted
+
+    finetune(model, None, data, tmp_path / "whole", options)
+    with contextlib.suppress(_Interrupted):
+        finetune(model, None, data, tmp_path / "parts", options, on_step=stop)
+    finetune(model, None, data, tmp_path / "parts", options)
+    whole, parts = (from_pretrained(tmp_path / name, dtype="float32") for name in ("whole", "parts"))
+    for one, other in zip(whole.params, parts.params, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_that_replicas_cannot_share():
+    model = LanguageModel.random(CONFIG, dtype="float32", mesh=mesh_of(data=2))
+    trainable, tokens = Trainable(model, None), np.zeros((3, 8), np.int32)
+    with pytest.raises(ValueError, match="3 rows cannot be divided by 2 replicas: use a multiple"):
+        loss_fn(trainable, trainable.base, trainable.start(model), tokens, tokens, tokens)
+
+
+def test_dora_over_divided_rows_is_refused():
+    with pytest.raises(ValueError, match="DoRA needs the norms of whole rows of weights"):
+        trained(mesh_of(tensor=2), lora=True, use_dora=True)
