@@ -91,6 +91,11 @@ def test_the_accuracy_of_weights_matches_the_records():
         assert f"| {one['perplexity_ratio']:.3f} | {same} |" in text, one["implementation"]
 
 
+def test_the_table_of_devices_matches_the_records():
+    text = (ROOT / "docs" / "devices.md").read_text()
+    assert f"<!-- devices -->\n\n{report.devices(report.load('devices'))}\n\n<!-- end -->" in text
+
+
 def test_the_support_table_matches_the_records():
     [table] = re.findall(r"<!-- jfa-bench report -->\n\n(.*?)\n\n<!-- end -->", README.read_text(), re.DOTALL)
     assert table == report.support(report.load("compile"), report.load("prove"))

@@ -64,7 +64,7 @@ def test_steps_are_those_of_one_device(kind, sizes):
     if kind == "full":
         whole = sum(x.nbytes for x in jax.tree.leaves((state.tensors, state.optimizer)))
         own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.tensors, state.optimizer)))
-        assert own < 1.1 * whole / np.prod(list(sizes.values()))
+        assert own < 1.2 * whole / np.prod(list(sizes.values()))  # pairs of devices have the same key head
 
 
 class _Interrupted(Exception):
