@@ -108,7 +108,7 @@ def finetune(
     if plot is not None:
         curve.check(plot)
     chosen = Options(row_length=max_length, seed=seed, max_grad_norm=max_grad_norm or None, **options)
-    divided: dict[str, Any] = dict(tensor_parallel=tensor_parallel, mesh_sizes=mesh_sizes)
+    divided: dict[str, Any] = dict(tensor_parallel=tensor_parallel, mesh_sizes=mesh_sizes, replicas=True)
     loaded = running.load(model, dtype=dtype, quantization=quantization or "none", **divided)
     if loaded.tokenizer is None:
         raise click.UsageError(f"{model} has no tokenizer, so texts cannot be read")

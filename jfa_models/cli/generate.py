@@ -161,7 +161,7 @@ def _batch(
     if not lines:
         click.echo(f"all {len(done)} results are already in {output}", err=True)
         return 0
-    language_model = running.load(**loading)
+    language_model = running.load(**loading, replicas=True)
     params = running.sampling_params(language_model, sampling)
     engine = engine_of(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype, speculative_config=speculation)
     console, errors, written = Console(stderr=True, quiet=not processes.is_first()), 0, 0

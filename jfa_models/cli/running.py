@@ -31,10 +31,16 @@ def load(
     adapters: Sequence[tuple[str, str]] = (),
     adapter_scale: float = 1.0,
     mesh_sizes: Mapping[str, int] | None = None,
+    replicas: bool = False,
     **options,
 ) -> LanguageModel:
-    """Loads a model while a status line is shown; compiled programs are cached for the next start."""
+    """Loads a model while a status line is shown; compiled programs are cached for the next start.
+
+    replicas: the command uses all replicas of an axis "data".
+    """
     if mesh_sizes is not None:
+        if mesh_sizes.get("data", 1) > 1 and not replicas:
+            raise ValueError(f"data={mesh_sizes['data']}: this command runs one engine, not replicas; leave it out")
         options["mesh"] = _mesh(mesh_sizes)
     if adapter_scale != 1.0 and not adapters:
         raise ValueError(f"--adapter-scale {adapter_scale} needs --adapter: there is nothing else that it scales")

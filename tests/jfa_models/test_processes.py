@@ -130,6 +130,7 @@ USED = [
     ("hello --mesh tensor", "'tensor' must be sizes of axes, such as tensor=4,expert=2"),
     ("hello --mesh tensor=0", "'tensor=0' must be sizes of axes"),
     ("hello --mesh tensor=3,expert=3 --model {model}", "--mesh tensor=3,expert=3 needs 9 devices, and JAX sees 8"),
+    ("hello --mesh data=2 --model {model}", "data=2: this command runs one engine, not replicas; leave it out"),
     ("hello --num-processes 2", "--num-processes needs --coordinator"),
 ]
 
