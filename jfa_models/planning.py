@@ -1,9 +1,9 @@
 """What a decoder needs of devices, and what they could do at best: memory, and time from bytes, FLOP and links.
 
-Sizes are those of the code that loads: the decoder's shapes, the forms of quantized weights, partition.py and the pools
-of an engine. Times are a roofline (Williams et al., doi:10.1145/1498765.1498785): the products of a step take as long as
-reading the weights or as computing, whichever is longer; its attention as reading keys and values, or as computing;
-and its collectives, which nothing overlaps, come on top. Nothing is allocated, and no device is asked.
+Sizes are those of the code that loads: the decoder's shapes, the forms of quantized weights, partition.py and an
+engine's pools. Times are a roofline (doi:10.1145/1498765.1498785): the products of a step take as long as reading the
+weights or as computing, whichever is longer; its attention as reading keys and values, or as computing; and its
+collectives, which nothing overlaps, come on top. Nothing is allocated, and no device is asked.
 """
 
 import bisect
@@ -212,9 +212,7 @@ class _Model:
         # what a page more of each pattern adds to the smallest pools is the size of a page in all its layers
         least = [2] * max(1, len(self.patterns))
         self.smallest = cache(least)
-        self.with_one_more = [
-            cache([n + (i == at) for i, n in enumerate(least)]) for at in range(len(self.patterns))
-        ]
+        self.with_one_more = [cache([n + (i == at) for i, n in enumerate(least)]) for at in range(len(self.patterns))]
         states = jax.eval_shape(functools.partial(state_cache, config, batch=1, dtype=dtype))
         self.state_bytes = 0 if states is None else states.num_bytes  # of a sequence
 
@@ -312,13 +310,14 @@ class _Engine:
 
     def prompt(self, tokens: int) -> tuple[Part, ...]:
         """A prompt alone, in an engine's steps; the bound of each part is that of most of its time."""
-        found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        found: dict[str, dict[str, float]] = {}
         for start in range(0, tokens, STEP_TOKENS):
             end = min(tokens, start + STEP_TOKENS)
             for part in self.step(1, end - start, end):
-                found[part.name][part.bound] += part.seconds  # type: ignore[arg-type]
+                bounds = found.setdefault(part.name, {})
+                bounds[part.bound] = bounds.get(part.bound, 0.0) + part.seconds
         return tuple(
-            Part(name=name, bound=bounds.most_common(1)[0][0], seconds=sum(bounds.values()))
+            Part(name=name, bound=max(bounds, key=bounds.__getitem__), seconds=sum(bounds.values()))
             for name, bounds in found.items()
         )
 
@@ -329,7 +328,7 @@ class _Engine:
             parts.append(self._attention(rows, new, context))
         if self.model.state_bytes:
             parts.append(self._states(rows, new))
-        if self.partition.mesh is not None:
+        if self.all_reduces():
             parts.append(self._links(rows, rows * new))
         return tuple(parts)
 
@@ -452,12 +451,6 @@ def _visible(new: int, context: int, window: int | None) -> int:
     growing = max(0, min(context, reach) - (context - new))  # the first of them see all there is
     first = context - new + 1
     return growing * (2 * first + growing - 1) // 2 + (new - growing) * reach
-
-
-def best(found: list[Split], key: str) -> Split | None:
-    """Of those that fit, the one with the most of an attribute; of equals, the one with more engines."""
-    fitting = [one for one in found if one.fits]
-    return max(fitting, key=lambda one: (getattr(one, key), one.engines), default=None)
 
 
 def _divisors(n: int) -> list[int]:

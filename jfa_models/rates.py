@@ -1,4 +1,4 @@
-"""What cards can do by their data sheets. Nothing here is measured, and nothing imports JAX: help texts show the names."""
+"""What cards can do by their data sheets. Nothing is measured. Help texts show the names: no import of JAX."""
 
 import dataclasses
 
