@@ -296,9 +296,9 @@ class _Engine:
         }
 
     def _temporary_bytes(self, rows: int) -> int:
-        """An estimate: of a step, a layer's hidden and inner vectors, and float32 logits twice, as sampling needs them.
+        """An estimate: of a step, some hidden and inner vectors of each token, and float32 logits twice, to sample.
 
-        The number of hidden vectors is that which XLA's programs of Llama-3-8B and -70B have (docs/plan.md).
+        There are as many vectors as XLA's programs for AMD cards have, or more (docs/plan.md).
         """
         config, size = self.model.config, self.partition.size
         inner = config.intermediate_size // size(self.partition.inner)

@@ -36,10 +36,10 @@ def plan(tensor_parallel: int | None, mesh_sizes: dict[str, int] | None, **optio
     Needs none of the devices. Every number is computed from the rates of data
     sheets, which programs do not reach: none is measured.
     """
-    from jfa_models.cli import planned
-
     if tensor_parallel is not None:
         if mesh_sizes is not None:
             raise click.UsageError("--tensor-parallel and --mesh both say how the model is divided: give one")
         mesh_sizes = {"tensor": tensor_parallel}
+    from jfa_models.cli import planned
+
     planned.show(mesh=mesh_sizes, **options)

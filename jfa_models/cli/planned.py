@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from jfa_models.checkpoints.locate import PACKAGED
-from jfa_models.checkpoints.presets import PRESETS
+from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.model.config import DecoderConfig
 from jfa_models.planning import Load, Split, seconds, splits
@@ -66,8 +66,8 @@ def show(
 
 
 def _config_of(name: str) -> DecoderConfig:
-    preset = None if name.lower() in PACKAGED or os.path.exists(name) else PRESETS.get(name.lower())
-    return preset or open_checkpoint(name).config
+    is_stored = name.lower() in PACKAGED or "/" in name or os.path.exists(name)
+    return open_checkpoint(name).config if is_stored else preset(name)
 
 
 def _fastest(found: Sequence[Split]) -> Split | None:
@@ -101,12 +101,9 @@ def _memory(split: Split, card: Card, load: Load, config: DecoderConfig) -> Iter
     yield f"  {'free' if split.fits else 'MISSING':<32}{abs(split.free_bytes) / 1e9:9.2f}"
     longest = "any length" if split.most_context is None else f"{split.most_context:,}"
     most = f"at most {split.most_sequences:,} of them, or {load.batch:,} of {longest}"
+    any_fits = split.most_context is None or split.most_context > 0
     asked = f"{load.batch:,} sequences of {load.context:,} tokens"
-    yield (
-        f"{asked} fit: {most}"
-        if split.fits
-        else f"{asked} do not fit: {most if split.most_context else 'nothing does'}"
-    )
+    yield f"{asked} fit: {most}" if split.fits else f"{asked} do not fit: {most if any_fits else 'nothing does'}"
     if load.context > config.context_length:
         yield f"note: the model's own context is {config.context_length:,} tokens"
     if split.whole:
