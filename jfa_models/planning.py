@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -181,7 +181,7 @@ def seconds(parts: tuple[Part, ...]) -> float:
     return sum(part.seconds for part in parts)
 
 
-def _most(limit: int, room: float, num_bytes: Any) -> int:
+def _most(limit: int, room: float, num_bytes: Callable[[int], int]) -> int:
     """The largest number up to limit whose bytes fit; 0: none does."""
     return bisect.bisect_right(range(limit + 1), room, key=num_bytes, lo=1) - 1
 
@@ -298,14 +298,15 @@ class _Engine:
     def _temporary_bytes(self, rows: int) -> int:
         """An estimate: of a step, some hidden and inner vectors of each token, and float32 logits twice, to sample.
 
-        There are as many vectors as XLA's programs for AMD cards have, or more (docs/plan.md).
+        There are about as many vectors as XLA's programs for AMD cards have, or more (docs/plan.md).
         """
         config, size = self.model.config, self.partition.size
-        inner = config.intermediate_size // size(self.partition.inner)
-        if config.experts is not None:
-            chosen = config.experts.experts_per_token * config.experts.intermediate_size
+        hidden, inner = 6, config.intermediate_size // size(self.partition.inner)
+        if (experts := config.experts) is not None:
+            hidden += 2 * experts.experts_per_token  # in the order of experts, and what these return
+            chosen = experts.experts_per_token * experts.intermediate_size
             inner = max(inner, chosen // size(self.partition.expert_inner))
-        vectors = max(STEP_TOKENS, rows) * (6 * config.hidden_size + 3 * inner) * self.model.dtype.itemsize
+        vectors = max(STEP_TOKENS, rows) * (hidden * config.hidden_size + 3 * inner) * self.model.dtype.itemsize
         return vectors + 2 * rows * config.vocab_size // size(self.partition.vocab) * 4
 
     def prompt(self, tokens: int) -> tuple[Part, ...]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import mesh_options
+from jfa_models.cli.base import ModelName, mesh_options
 from jfa_models.decoding.options import DTYPES, KV_DTYPES
 from jfa_models.rates import CARDS
 
@@ -13,7 +13,7 @@ _COUNT, _RATE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
-@click.option("--model", required=True, help="A name such as llama-3-70b, or a model as in `jfa info`.")
+@click.option("--model", type=ModelName(), required=True, help="A name such as llama-3-70b; or as for `jfa info`.")
 @click.option("--arch", type=click.Choice(tuple(CARDS)), required=True, help="Architecture of the devices.")
 @click.option("--devices", type=_COUNT, default=1, show_default=True, help="Devices of each host.")
 @click.option("--hosts", type=_COUNT, default=1, show_default=True)
@@ -24,7 +24,7 @@ _COUNT, _RATE = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Of weights.")
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Of the pages of the KV cache.")
-@click.option("--hbm-gb", type=_RATE, help="Memory of a device in 10^9 bytes. This and the next: default by --arch.")
+@click.option("--hbm-gb", type=_RATE, help="Memory of a device. This and the following: instead of the card's.")
 @click.option("--hbm-tb-per-s", type=_RATE, help="Rate of this memory.")
 @click.option("--tflops", type=_RATE, help="Rate of matrix products in 16 bits.")
 @click.option("--link-gb-per-s", type=_RATE, help="From a device to others of its host.")
