@@ -8,6 +8,7 @@ collectives, which nothing overlaps, come on top. Nothing is allocated, and no d
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -118,15 +119,19 @@ def splits(
       ValueError: the model cannot be divided in the way of `mesh`, or the devices cannot.
     """
     model = _Model(config, np.dtype(dtype), quantization, kv_dtype)
+    split = functools.partial(_split, model, card, load, devices, hosts)
     if mesh is None:
-        found = [_split_or_none(model, card, load, devices, hosts, sizes) for sizes in _meshes(config, devices, hosts)]
-        return [one for one in found if one is not None]
+        found = []
+        for sizes in _meshes(config, devices, hosts):
+            with contextlib.suppress(ValueError):  # the model cannot be divided so
+                found.append(split(sizes))
+        return found
     size, total = math.prod(mesh.values()), devices * hosts
     if not _is_even(size, devices, hosts):
         fits = ", ".join(str(n) for n in _divisors(total) if _is_even(n, devices, hosts))
         of_hosts = "" if hosts == 1 else f" in {hosts} hosts"
         raise ValueError(f"{total} devices{of_hosts} cannot be divided in engines of {size}; sizes that do: {fits}")
-    return [_split(model, card, load, devices, hosts, mesh)]
+    return [split(mesh)]
 
 
 def _meshes(config: DecoderConfig, devices: int, hosts: int) -> Iterator[dict[str, int]]:
@@ -140,15 +145,6 @@ def _meshes(config: DecoderConfig, devices: int, hosts: int) -> Iterator[dict[st
 def _is_even(size: int, devices: int, hosts: int) -> bool:
     """Whether engines of this size are of devices of one host, or of whole hosts, and none is left over."""
     return devices * hosts % size == 0 and (devices % size == 0 or size % devices == 0)
-
-
-def _split_or_none(
-    model: "_Model", card: Card, load: Load, devices: int, hosts: int, mesh: Mapping[str, int]
-) -> Split | None:
-    try:
-        return _split(model, card, load, devices, hosts, mesh)
-    except ValueError:  # the model cannot be divided so
-        return None
 
 
 def _split(model: "_Model", card: Card, load: Load, devices: int, hosts: int, mesh: Mapping[str, int]) -> Split:
@@ -201,7 +197,7 @@ class _Model:
     def __init__(self, config: DecoderConfig, dtype: np.dtype, quantization: str | None, kv_dtype: str | None):
         self.config, self.dtype = config, dtype
         self.parameters = tuple(_parameters(config, dtype, quantization))
-        self.patterns = config.patterns
+        self.windows = collections.Counter(config.window(i) for i in config.attention_layers)  # in order of patterns
         create = functools.partial(
             paged_cache, config, page_size=PAGE_SIZE, batch=1, pages_per_seq=1, dtype=dtype, kv_dtype=kv_dtype
         )
@@ -210,9 +206,9 @@ class _Model:
             return jax.eval_shape(lambda: create(num_pages=num_pages))
 
         # what a page more of each pattern adds to the smallest pools is the size of a page in all its layers
-        least = [2] * max(1, len(self.patterns))
+        least = [2] * max(1, len(self.windows))
         self.smallest = cache(least)
-        self.with_one_more = [cache([n + (i == at) for i, n in enumerate(least)]) for at in range(len(self.patterns))]
+        self.with_one_more = [cache([n + (i == at) for i, n in enumerate(least)]) for at in range(len(self.windows))]
         states = jax.eval_shape(functools.partial(state_cache, config, batch=1, dtype=dtype))
         self.state_bytes = 0 if states is None else states.num_bytes  # of a sequence
 
@@ -283,7 +279,7 @@ class _Engine:
         """Of each device, for so many sequences of context tokens."""
         pools = pool_sizes(
             1 + rows * -(-context // PAGE_SIZE),
-            self.model.patterns,
+            tuple(self.model.windows),
             page_size=PAGE_SIZE,
             max_num_seqs=rows,
             max_num_batched_tokens=STEP_TOKENS,
@@ -329,7 +325,7 @@ class _Engine:
             parts.append(self._attention(rows, new, context))
         if self.model.state_bytes:
             parts.append(self._states(rows, new))
-        if self.all_reduces():
+        if self.all_reduces:
             parts.append(self._links(rows, rows * new))
         return tuple(parts)
 
@@ -348,9 +344,9 @@ class _Engine:
         config = self.model.config
         read = sum(
             rows * min(context, (window or context) + new - 1) * size / PAGE_SIZE
-            for window, size in zip(self.model.patterns, self.page_bytes, strict=True)
+            for window, size in zip(self.model.windows, self.page_bytes, strict=True)
         )
-        seen = sum(_visible(new, context, config.window(i)) for i in config.attention_layers)
+        seen = sum(layers * _visible(new, context, window) for window, layers in self.model.windows.items())
         heads = config.num_q_heads // self.partition.size(self.partition.q_heads)
         return self._bounded("attention", "KV pages", read, 4 * rows * seen * heads * config.head_dim)
 
@@ -366,7 +362,7 @@ class _Engine:
 
     def _links(self, rows: int, tokens: int) -> Part:
         sent = waited = 0.0
-        for axes, count in self.all_reduces().items():
+        for axes, count in self.all_reduces.items():
             num_bytes = tokens * self.model.config.hidden_size * self.model.dtype.itemsize
             sent += count * self._all_reduce_seconds(axes, num_bytes)
             waited += count * self._latency(axes)
@@ -378,6 +374,7 @@ class _Engine:
         bound = "links: bytes" if sent >= waited else "links: latency"
         return Part(name="collectives", bound=bound, seconds=sent + waited)
 
+    @functools.cached_property
     def all_reduces(self) -> collections.Counter[Axes]:
         """How many of hidden vectors a step has, by the axes over whose devices they sum."""
         config, partition = self.model.config, self.partition
@@ -455,4 +452,5 @@ def _visible(new: int, context: int, window: int | None) -> int:
 
 
 def _divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})

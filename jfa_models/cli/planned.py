@@ -53,7 +53,9 @@ def show(
     if as_json:
         about = dict(model=model, arch=arch, devices=devices, hosts=hosts, **dataclasses.asdict(load), **kinds)
         rates = dataclasses.asdict(card) | dict(collective_us=COLLECTIVE_US, host_collective_us=HOST_COLLECTIVE_US)
-        click.echo(json.dumps(about | {"rates": rates, "split": _document(chosen), "splits": [*map(_document, found)]}))
+        click.echo(
+            json.dumps(about | {"computed_from": rates, "split": _document(chosen), "splits": [*map(_document, found)]})
+        )
         return
     weights, pages = (kinds[name] or kinds["dtype"] for name in ("quantization", "kv_dtype"))
     where = f"{devices * hosts:,} x {card.name} ({arch})" + (f" in {hosts:,} hosts" if hosts > 1 else "")
@@ -94,11 +96,11 @@ def _mesh(split: Split) -> str:
 
 
 def _memory(split: Split, card: Card, load: Load, config: DecoderConfig) -> Iterator[str]:
-    yield f"{'GB of each device':<34}{card.memory_gb:9.2f}"
+    yield f"{'GB of each device':<34}{card.memory_gb:11.2f}"
     for kind, size in split.num_bytes.items():
         if size:
-            yield f"  {kind + (', estimated' if kind == 'temporaries' else ''):<32}{size / 1e9:9.2f}"
-    yield f"  {'free' if split.fits else 'MISSING':<32}{abs(split.free_bytes) / 1e9:9.2f}"
+            yield f"  {kind + (', estimated' if kind == 'temporaries' else ''):<32}{size / 1e9:11.2f}"
+    yield f"  {'free' if split.fits else 'MISSING':<32}{abs(split.free_bytes) / 1e9:11.2f}"
     longest = "any length" if split.most_context is None else f"{split.most_context:,}"
     most = f"at most {split.most_sequences:,} of them, or {load.batch:,} of {longest}"
     any_fits = split.most_context is None or split.most_context > 0
@@ -112,16 +114,16 @@ def _memory(split: Split, card: Card, load: Load, config: DecoderConfig) -> Iter
 
 def _times(split: Split, load: Load) -> Iterator[str]:
     token, first = seconds(split.decode), seconds(split.first_token)
-    yield f"{'ms of a decode step':<34}{1e3 * token:9.2f}  bound by"
+    yield f"{'ms of a decode step':<34}{1e3 * token:11.2f}  bound by"
     yield from _parts(split, "decode")
     yield f"= {1 / token:,.1f} tokens/s for each sequence, {split.tokens_per_s:,.0f} in all"
-    yield f"\n{f'ms to the first token of {load.prompt:,}':<34}{1e3 * first:9.2f}"
+    yield f"\n{f'ms to the first token of {load.prompt:,}':<34}{1e3 * first:11.2f}"
     yield from _parts(split, "first_token")
 
 
 def _parts(split: Split, step: str) -> Iterator[str]:
     for part in getattr(split, step):
-        yield f"  {part.name:<32}{1e3 * part.seconds:9.2f}  {part.bound}"
+        yield f"  {part.name:<32}{1e3 * part.seconds:11.2f}  {part.bound}"
 
 
 _HEADINGS = ("mesh of an engine", "engines", "free GB", "ms/token", "tokens/s", "most seqs", "tokens/s")

@@ -39,7 +39,7 @@ def test_json_is_one_document_and_has_every_split(jfa):
     assert (status, err) == (0, "")
     assert [one["mesh"] for one in found["splits"]] == [{"tensor": n} for n in (1, 2, 4, 8)]
     assert found["split"] == found["splits"][3] and found["split"]["fits"] and not found["splits"][0]["fits"]
-    assert found["rates"]["memory_gb_per_s"] == 5300 and found["rates"]["collective_us"] == 10
+    assert found["computed_from"]["memory_gb_per_s"] == 5300 and found["computed_from"]["collective_us"] == 10
     assert (found["batch"], found["context"], found["prompt"], found["dtype"]) == (64, 32768, 32768, "bfloat16")
     split = found["split"]
     assert split["token_ms"] == pytest.approx(sum(1e3 * part["seconds"] for part in split["decode"]))
@@ -97,6 +97,10 @@ ERRORS = [
     ((*EIGHT[1:], "--mesh", "tensor=2", "--tensor-parallel", 2), "jfa: --tensor-parallel and --mesh both say how "),
     ((*EIGHT[1:], "--tensor-parallel", 3), "jfa: 8 devices cannot be divided in engines of 3; sizes that do: 1, 2, 4"),
     ((*EIGHT[1:], "--mesh", "data=2"), "jfa: the mesh has an axis 'data'; a decoder is divided over 'tensor' and "),
+    (
+        ("--model", "mamba-codestral-7b", "--arch", "sm_90", "--kv-dtype", "int8"),
+        "jfa: kv_dtype='int8': a mamba2 model ",
+    ),
     ((*EIGHT[1:], "--mesh", "expert=2"), "jfa: the mesh has an axis 'expert' of 2 devices, but the model has no exp"),
 ]
 
