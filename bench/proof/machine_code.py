@@ -36,6 +36,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jfa_models.rates import CARDS
+
 from .aot import Compiled, device, is_amd, is_cdna
 
 
@@ -52,39 +54,40 @@ class Rates:
 
 # Sources: AMD's data sheets of the cards (peak TFLOP/s, TB/s, compute units, boost clock) and white papers CDNA 3
 # (LDS: 128 bytes per cycle and unit), CDNA 4 (256), RDNA 3 (128 for two SIMDs). MI210 represents the gfx90a family.
+# Where CARDS has another card, its memory is as fast.
 RATES = {
     "gfx90a": Rates(
         card="MI210",
         matrix={"16 bits": 256, "8 bits": 256, "f32": 64},
-        bytes_per_cycle=1638 / 104 / 1.7,
+        bytes_per_cycle=CARDS["gfx90a"].memory_gb_per_s / 104 / 1.7,
         lds_bytes_per_cycle=32,
         simds=4,
     ),
     "gfx942": Rates(
         card="MI300X",
         matrix={"16 bits": 512, "8 bits": 1024, "f32": 64, "tf32": 256},
-        bytes_per_cycle=5300 / 304 / 2.1,
+        bytes_per_cycle=CARDS["gfx942"].memory_gb_per_s / 304 / 2.1,
         lds_bytes_per_cycle=32,
         simds=4,
     ),
     "gfx950": Rates(
         card="MI355X",
         matrix={"16 bits": 1024, "8 bits": 2048, "f32": 64},
-        bytes_per_cycle=8000 / 256 / 2.4,
+        bytes_per_cycle=CARDS["gfx950"].memory_gb_per_s / 256 / 2.4,
         lds_bytes_per_cycle=64,
         simds=4,
     ),
     "gfx1100": Rates(
         card="RX 7900 XTX",
         matrix={"16 bits": 256, "8 bits": 256},
-        bytes_per_cycle=960 / 96 / 2.5,
+        bytes_per_cycle=CARDS["gfx1100"].memory_gb_per_s / 96 / 2.5,
         lds_bytes_per_cycle=64,
         simds=2,
     ),
     "gfx1201": Rates(
         card="RX 9070 XT",
         matrix={"16 bits": 512, "8 bits": 1024},
-        bytes_per_cycle=640 / 64 / 2.97,
+        bytes_per_cycle=CARDS["gfx1201"].memory_gb_per_s / 64 / 2.97,
         lds_bytes_per_cycle=64,
         simds=2,
     ),

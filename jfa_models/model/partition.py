@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 import jfa
@@ -46,7 +46,7 @@ class Partition:
       rows: of a batch, and of parameters and the optimizer's state at rest, in training (for_training).
     """
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
     q_heads: Axes = ()
     kv_heads: Axes = ()
     inner: Axes = ()
@@ -97,7 +97,7 @@ class Partition:
 
     def for_training(self) -> "Partition":
         """All replicas as one mesh with an axis "data", over which rows are divided."""
-        if self.mesh is None:
+        if not isinstance(self.mesh, Mesh):
             return self
         devices = np.stack([mesh.devices for mesh in (self.mesh, *self.others)])
         kinds = (AxisType.Auto,) * devices.ndim
@@ -175,15 +175,7 @@ class Partition:
           ValueError: a quantized weight cannot be divided between its groups.
         """
         specs = self.of_parameter(name, held)
-        if self.mesh is not None and isinstance(held, jfa.QuantizedArray):
-            count = self.size(self.of_module(name.rpartition(".")[0])[2])
-            width, group = (shape or held.shape)[-1], held.group_size or 1
-            if count > 1 and (width % group or width // group % count):
-                fits = ", ".join(map(str, _divisors(width // group)))
-                raise ValueError(
-                    f"{name} has {width} columns in groups of {group}, which cannot be divided by {count} devices "
-                    f"without cutting a group; counts that do: {fits}; or use quantization='int8', which has no groups"
-                )
+        self.check_groups(name, held, (shape or held.shape)[-1])
         if own is None:
             return self.put(held, specs)
         assert shape is not None and self.mesh is not None
@@ -201,6 +193,18 @@ class Partition:
             return jax.make_array_from_callback(tuple(sizes), NamedSharding(mesh, spec), of_device)
 
         return jax.tree.map(placed, held, specs)
+
+    def check_groups(self, name: str, held: Any, width: int) -> None:
+        """Raises ValueError if a parameter is quantized, and dividing its columns, of this number, cuts its groups."""
+        if self.mesh is None or not isinstance(held, jfa.QuantizedArray):
+            return
+        count, group = self.size(self.of_module(name.rpartition(".")[0])[2]), held.group_size or 1
+        if count > 1 and (width % group or width // group % count):
+            fits = ", ".join(map(str, _divisors(width // group)))
+            raise ValueError(
+                f"{name} has {width} columns in groups of {group}, which cannot be divided by {count} devices "
+                f"without cutting a group; counts that do: {fits}; or use quantization='int8', which has no groups"
+            )
 
     @property
     def of_kv(self) -> NamedSharding | None:
@@ -246,10 +250,11 @@ def mesh_of(mesh: Mesh | None, tensor_parallel: int | None) -> Mesh | None:
     return Mesh(np.asarray(devices[:tensor_parallel]), ("tensor",), axis_types=(AxisType.Auto,))
 
 
-def partition_of(config: DecoderConfig, mesh: Mesh | None) -> Partition:
+def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Partition:
     """How a decoder is divided over a mesh with the axes "tensor" and "expert", or one of them.
 
-    What cannot be divided evenly is on every device. For each index of an axis "data" there is a replica.
+    What cannot be divided evenly is on every device. For each index of an axis "data" there is a replica. Of an
+    AbstractMesh: on paper; nothing can be put on it.
 
     Raises:
       ValueError: the mesh has another axis, or nothing of the decoder can be divided over one of its axes.
@@ -301,9 +306,7 @@ def partition_of(config: DecoderConfig, mesh: Mesh | None) -> Partition:
         expert_axes = ("expert",)
     has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
     heads = kv_heads if is_divided and kv_heads < n else n
-    devices = np.transpose(mesh.devices, [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names])
-    devices = devices.reshape(sizes["data"], heads, n // heads, num_experts)
-    replica, *others = (Mesh(own, (*TENSOR, "expert"), axis_types=(AxisType.Auto,) * 3) for own in devices)
+    replica, *others = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts))
     found = Partition(
         mesh=replica,
         others=tuple(others),
@@ -322,6 +325,15 @@ def partition_of(config: DecoderConfig, mesh: Mesh | None) -> Partition:
     if kept:
         warnings.warn(f"over {n} devices, each has all of: {'; '.join(kept)}", stacklevel=4)
     return found
+
+
+def _replicas(mesh: Mesh | AbstractMesh, count: int, sizes: tuple[int, ...]) -> list[Any]:
+    """The meshes of so many replicas, each with the axes of a Partition."""
+    axes: dict[str, Any] = dict(axis_names=(*TENSOR, "expert"), axis_types=(AxisType.Auto,) * 3)
+    if isinstance(mesh, AbstractMesh):
+        return [AbstractMesh(sizes, **axes)] * count
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    return [Mesh(own, **axes) for own in np.transpose(mesh.devices, order).reshape(count, *sizes)]
 
 
 def summed[T: Array](x: T, axes: Axes) -> T:
