@@ -174,8 +174,11 @@ class LanguageModel:
         It contains config.json, the weights as safetensors, the tokenizer and its chat template.
 
         Raises:
-          ValueError: config.json cannot represent the model.
+          ValueError: config.json cannot represent the model, or it is divided over several processes.
         """
+        mesh = self.partition.mesh
+        if mesh is not None and mesh.is_multi_process:
+            raise ValueError("a model over several processes has its parts in each: load it in one process to save it")
         named = dict(zip(self.names, self.params, strict=True))
         save_checkpoint(Path(folder), self.config, named, generation=self.defaults, tokenizer=self.tokenizer)
 
