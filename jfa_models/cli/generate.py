@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,12 @@ def generate(
         run = functools.partial(_batch, batch_file, output, max_num_seqs, kv_dtype, speculation, sampling, loading)
         if coordinator is not None:
             given = {name: value for name, value in context.params.items() if name not in ("process_id", "output")}
-            context.exit(_together(run, given, coordinator, num_processes, process_id))
+            from jfa_models.cli import together
+
+            given["the content of the batch file"] = hashlib.sha256(batch_file.read_bytes()).hexdigest()
+            with together.joined(coordinator, num_processes, process_id, given):
+                status = run()
+            context.exit(status)
         context.exit(run())
     if coordinator is not None:
         raise click.UsageError("--coordinator needs --batch-file: several processes run batches")
@@ -181,34 +185,3 @@ def _batch(
     if processes.is_first():
         click.echo(f"{written} results written to {output}{refused}", err=True)
     return 0
-
-
-def _together(
-    run: Callable[[], int],
-    given: dict[str, Any],
-    coordinator: str,
-    num_processes: int | None,
-    process_id: int | None,
-) -> int:
-    """Runs a batch in several processes, which must have been given the same, and returns the exit status."""
-    import importlib.metadata
-
-    from jfa_models.decoding import processes
-
-    if given["speculative_config"] is not None:
-        raise click.UsageError("--speculative-config adapts to times, which differ between processes: leave it out")
-    if given["tensor_parallel"] is None and given["mesh_sizes"] is None:
-        raise click.UsageError("--coordinator needs --tensor-parallel or --mesh: what the processes divide")
-    processes.join(coordinator, num_processes, process_id)
-    try:
-        versions = {name: importlib.metadata.version(name) for name in ("jfa", "jax", "jaxlib")}
-        content = hashlib.sha256(given["batch_file"].read_bytes()).hexdigest()
-        processes.check_equal(versions | given | {"the content of the batch file": content})
-        return run()
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, RuntimeError):
-            reason = f"a step failed: another process or a device is gone; start all again to go on ({reason})"
-        # leaving as usual would wait for processes that may be gone
-        click.echo(f"jfa: process {processes.index()}: {reason}", err=True)
-        os._exit(2)

@@ -1,5 +1,6 @@
 """`jfa serve`: an HTTP server with OpenAI's protocol."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import JsonObject, ModelName, NamedAdapter, dtype_options, mesh_options
+from jfa_models.cli.base import JsonObject, ModelName, NamedAdapter, dtype_options, mesh_options, process_options
 from jfa_models.decoding.options import KV_DTYPES
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.speculation import SpeculativeConfig
@@ -21,6 +22,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--model", type=ModelName(), default="smollm2", show_default=True, help="What jfa generate takes.")
 @dtype_options
 @mesh_options
+@process_options
 @click.option("--served-model-name", "names", multiple=True, help="Name for requests; can be repeated.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: reachable from other machines.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
@@ -91,6 +93,9 @@ def serve(
     quantization: str | None,
     tensor_parallel: int | None,
     mesh_sizes: dict[str, int] | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
     names: tuple[str, ...],
     host: str,
     port: int,
@@ -125,8 +130,13 @@ def serve(
     """Serve a model over HTTP with OpenAI's protocol, and a page to chat with it.
 
     The server listens on this machine only, unless --host says otherwise. The first SIGTERM or Ctrl-C lets running
-    requests finish, the second one ends at once.
+    requests finish, the second one ends at once. With --coordinator, the first of several processes serves, and all
+    compute.
     """
+    if coordinator is None and (num_processes is not None or process_id is not None):
+        raise click.UsageError("--num-processes and --process-id need --coordinator")
+    if coordinator is not None and adapter_root is not None:
+        raise click.UsageError("--adapter-root loads adapters in one process: leave it out with --coordinator")
     start = time.monotonic()
     speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
     keys = () if api_key_file is None else _keys(api_key_file)
@@ -139,35 +149,48 @@ def serve(
             raise
         raise ValueError(f'jfa serve needs {error.name}: pip install "jfa[serve]"') from None
 
-    with http.bind(host, port) as listening:
-        from jfa_models.cli import running
+    loading: dict[str, Any] = dict(
+        model=model,
+        dtype=dtype,
+        quantization=quantization,
+        tensor_parallel=tensor_parallel,
+        mesh_sizes=mesh_sizes,
+        adapters=adapters,
+        context_length=max_model_len,
+        max_adapters=max_adapters,
+        max_rank=max_rank,
+    )
+    options: dict[str, Any] = dict(
+        kv_dtype=kv_dtype,
+        num_pages=num_pages,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        enable_prefix_caching=not no_prefix_caching,
+        speculative_config=speculation,
+        seed=seed,
+    )
+    with contextlib.ExitStack() as stack:
+        from jfa_models.cli import running, together
+        from jfa_models.decoding import processes
         from jfa_models.engine import Engine
+        from jfa_models.engine.relay import Leader, follow
         from jfa_models.serving.app import Server, Settings
         from jfa_models.serving.metrics import Metrics
         from jfa_models.serving.runner import Runner
 
-        language_model = running.load(
-            model,
-            dtype=dtype,
-            quantization=quantization,
-            tensor_parallel=tensor_parallel,
-            mesh_sizes=mesh_sizes,
-            adapters=adapters,
-            context_length=max_model_len,
-            max_adapters=max_adapters,
-            max_rank=max_rank,
-        )
-        engine = Engine(
-            language_model,
-            kv_dtype=kv_dtype,
-            num_pages=num_pages,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            enable_prefix_caching=not no_prefix_caching,
-            speculative_config=speculation,
-            seed=seed,
-        )
+        first = None  # the address of the first process
+        if coordinator is not None:
+            given = loading | options | {"warm_up": warm_up}
+            first = stack.enter_context(together.joined(coordinator, num_processes, process_id, given))
+            if not processes.is_first():
+                follow(Engine(running.load(**loading), **options), first)
+                return
+        listening = stack.enter_context(http.bind(host, port))
+        engine = Engine(running.load(**loading), **options)
+        leader = None if first is None else Leader(engine, first)
+        if leader is not None:
+            leader.warm_up(_WARM[warm_up])
         settings = Settings(
             names=names or (model,),
             keys=keys,
@@ -187,8 +210,9 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
             timeout=request_timeout,
-            warm_up=_WARM[warm_up],
+            warm_up=_WARM[warm_up] if leader is None else (),
             on_end=metrics.count,
+            on_failure=None if leader is None else lambda cause: together.leave(RuntimeError(cause)),
         )
         metrics.read(runner)
         http.set_up_logs(as_json=log_json)
@@ -203,6 +227,8 @@ def serve(
         process.run(sockets=[listening])
         if runner.is_alive:  # it compiles, or its device hangs: Python would wait for it
             os._exit(0)
+        if leader is not None:
+            leader.stop()
 
 
 _COMMON = (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_p=0.9, top_k=40))

@@ -80,8 +80,8 @@ class EngineMetrics:
     time_per_output_token: float | None
 
 
-class _Abort(NamedTuple):
-    """A message that aborts a request."""
+class Abort(NamedTuple):
+    """A message that ends a request."""
 
     request: Request
 
@@ -93,6 +93,9 @@ class Engine:
 
     A model with states (Mamba-2, for example) has those of each running continuation in the cache, beside the pages. It
     has no prefix caching and no speculation.
+
+    Attributes:
+      on_received: called in each step with the requests that are new in it and those that end; None: not called.
     """
 
     def __init__(
@@ -210,6 +213,7 @@ class Engine:
             # the states after a prefix are not kept
             enable_prefix_caching=enable_prefix_caching and config.states is None,
         )
+        self.on_received: Callable[[list[Request | Abort]], None] | None = None
         self._clock = clock
         self._numbers = itertools.count()
         self._step_lock = threading.RLock()
@@ -223,7 +227,7 @@ class Engine:
         self._launcher = Launcher(self.model, self._scheduler, self._new_cache(), pages_per_seq=pages_per_seq)
         self._speculator = Speculator(self._speculation, self._new_proposer(), self._launcher.shapes)
         self._results = Results(self.model, self._scheduler, self._speculator, self._clock)
-        self._inbox: queue.SimpleQueue[Request | _Abort] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Abort] = queue.SimpleQueue()
         self._launched: Launched | None = None
         self._collected: float | None = None  # when the last results were read, unless the engine was idle since
         self._is_broken = False
@@ -252,6 +256,7 @@ class Engine:
         number: int | None = None,
         on_output: OnOutput | None = None,
         adapter: str | None = None,
+        count: int | None = None,
     ) -> str:
         """Queues a prompt and returns the request's id.
 
@@ -261,19 +266,20 @@ class Engine:
           number: a request without a seed gets one from (the engine's seed, number); None: the request count so far.
           on_output: called within step with the result so far, whenever it grew. If it raises, only its request ends.
           adapter: the name of a loaded adapter (LanguageModel.load_adapter); None: none.
+          count: the number of requests before it, in an engine that follows that of another process; None: as counted.
 
         Raises:
           ValueError: the request can never be served; the message says why, with the numbers.
         """
-        return self._submit(prompt, params, request_id, priority, number, adapter, on_output).id
+        return self._submit(prompt, params, request_id, priority, number, adapter, on_output, count=count).id
 
     def _submit(
-        self, prompt, params, request_id, priority, number, adapter, on_output, *, is_streamed=False
+        self, prompt, params, request_id, priority, number, adapter, on_output, *, is_streamed=False, count=None
     ) -> Request:
         self._check_not_broken()
         if not isinstance(priority, int):
             raise ValueError(f"priority must be an integer (smaller values run first), got {priority!r}")
-        count = next(self._numbers)
+        count = next(self._numbers) if count is None else count
         params = self.model.default_params() if params is None else params
         check_kind(params, SamplingParams, BeamSearchParams)
         ids = self.model.prompt_ids(prompt)
@@ -306,7 +312,7 @@ class Engine:
         """Ends a request in any state with finish_reason "abort"; a finished one is unchanged."""
         with self._requests_lock:
             if (request := self._results.requests.get(request_id)) is not None:
-                self._inbox.put(_Abort(request))
+                self._inbox.put(Abort(request))
 
     @property
     def has_unfinished(self) -> bool:
@@ -482,6 +488,11 @@ class Engine:
 
     def _receive(self) -> None:
         """Handles the messages of other threads; an idle engine waits up to max_wait for more requests."""
+        received = list(self._handled())
+        if self.on_received is not None:
+            self.on_received(received)
+
+    def _handled(self) -> Iterator[Request | Abort]:
         until = None
         while True:
             wait = 0.0
@@ -491,7 +502,8 @@ class Engine:
                 message = self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(message, _Abort):
+            yield message
+            if isinstance(message, Abort):
                 if not message.request.finished:
                     self._results.end(message.request, "abort")
                 continue

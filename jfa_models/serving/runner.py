@@ -112,6 +112,7 @@ class Runner:
         warm_up: Sequence[SamplingParams] = (),
         prepare_timeout: float = 10.0,
         on_end: Callable[[Ticket], None] = lambda ticket: None,
+        on_failure: Callable[[str], None] | None = None,
     ):
         """
         Args:
@@ -121,6 +122,7 @@ class Runner:
           warm_up: parameters for which the engine is warmed up before it takes requests.
           prepare_timeout: seconds for a template, a prompt's tokens and a grammar.
           on_end: called on the event loop when a request has ended in any way.
+          on_failure: called with the cause if a step failed; None: the engine is reset, and all requests end.
         """
         self.engine = engine
         self.max_num_seqs, self.max_waiting, self.timeout = max_num_seqs, max_waiting, timeout
@@ -130,7 +132,7 @@ class Runner:
         self.last_failure: str | None = None
         self.is_draining = False
         self._warm_up = warm_up
-        self._on_end = on_end
+        self._on_end, self._on_failure = on_end, on_failure
         self._tickets: dict[str, Ticket] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._idle = asyncio.Event()
@@ -338,6 +340,8 @@ class Runner:
         """Ends all requests and resets the engine, until that succeeds."""
         cause = f"{type(error).__name__}: {error}"
         log.error("a step failed, all requests end: %s", cause, extra={"traceback": traceback.format_exc()})
+        if self._on_failure is not None:
+            self._on_failure(cause)
         failed = ApiError(500, f"a step of the engine failed: {cause}", kind="server_error", code="step_failed")
         while not self._stopped:
             self._grown = {}

@@ -1,5 +1,6 @@
 """Several processes that run one batch, each with some of the devices."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -26,14 +28,14 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(count, folder, *options, own=lambda i: ()):
+def start(count, folder, *options, own=lambda i: (), command="generate"):
     """The commands of all processes, running."""
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     together = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, "generate", *options, *together, "--process-id", str(i), *own(i)],
+            [sys.executable, "-c", PROGRAM, command, *options, *together, "--process-id", str(i), *own(i)],
             **dict(env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
         )
         for i in range(count)
@@ -99,6 +101,37 @@ def test_other_arguments_are_named_in_all_processes(tmp_path):
     options = [*batch(tmp_path, lines=2, max_tokens=4), *FILES, "--tensor-parallel", "2"]
     for _, told, code in ended(start(2, tmp_path, *options, own=lambda i: ("--max-num-seqs", str(4 + i)))):
         assert code == 2 and "process 1 has max_num_seqs=5, and process 0 4: start all processes with" in told
+
+
+@pytest.mark.exhaustive
+@pytest.mark.soak
+def test_a_server_of_several_processes(tmp_path):
+    """The first process serves; all end with it, and it with them."""
+    row = np.load(GOLDEN / "llama3.npz")["input_ids"].tolist()[0]
+    truth = np.load(GOLDEN / "llama3.npz")["greedy"].tolist()[0]
+    port = free_port()
+    options = f"--model {GOLDEN / 'llama3'} --port {port} --tensor-parallel 2 --warm-up none --max-num-seqs 2"
+    for way in (signal.SIGTERM, signal.SIGKILL):
+        running = start(2, tmp_path, *options.split(), command="serve")
+        with running[0].stdout as told:
+            assert "jfa serves" in told.readline()
+            asked = json.dumps(dict(prompt=row, max_tokens=16, temperature=0, logprobs=0, ignore_eos=True)).encode()
+            for _ in range(2):
+                request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", asked)
+                request.add_header("content-type", "application/json")
+                [choice] = json.load(urllib.request.urlopen(request, timeout=120))["choices"]
+                assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in truth]
+            running[0 if way == signal.SIGTERM else 1].send_signal(way)
+            if way == signal.SIGTERM:
+                assert [process.wait(60) for process in running] == [0, 0]
+            else:
+                with contextlib.suppress(OSError):  # a step notices
+                    urllib.request.urlopen(request, timeout=120)
+                assert running[0].wait(60) == 2
+                assert "start all again" in running[0].stderr.read()
+        for process in running:
+            process.stderr.close()
+            process.stdout.close()
 
 
 JOINED = [
