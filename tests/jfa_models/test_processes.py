@@ -114,7 +114,7 @@ def test_a_server_of_several_processes(tmp_path):
     for way in (signal.SIGTERM, signal.SIGKILL):
         running = start(2, tmp_path, *options.split(), command="serve")
         with running[0].stdout as told:
-            assert "jfa serves" in told.readline()
+            assert any("jfa serves" in line for line in told)
             asked = json.dumps(dict(prompt=row, max_tokens=16, temperature=0, logprobs=0, ignore_eos=True)).encode()
             for _ in range(2):
                 request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", asked)
@@ -130,6 +130,7 @@ def test_a_server_of_several_processes(tmp_path):
                 assert running[0].wait(60) == 2
                 assert "start all again" in running[0].stderr.read()
         for process in running:
+            process.wait(60)
             process.stderr.close()
             process.stdout.close()
 
