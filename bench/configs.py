@@ -43,10 +43,12 @@ def config_of(name: str, num_layers: int | None = None) -> DecoderConfig:
     return config if num_layers is None else config.with_layers(num_layers)
 
 
-def load(name: str, dtype: str | None, quantization: str | None = None):
+def load(name: str, dtype: str | None, quantization: str | None = None, tensor_parallel: int | None = None):
     """The LanguageModel of a package, path or Hugging Face repository; of a preset, with random weights."""
     from jfa_models import LanguageModel, from_pretrained  # imports JAX
+    from jfa_models.model.partition import mesh_of
 
+    mesh = mesh_of(None, tensor_parallel)
     if name in PRESETS and name not in PACKAGED and not Path(name).exists():
-        return LanguageModel.random(name, dtype=dtype, quantization=quantization)
-    return from_pretrained(name, dtype=dtype, quantization=quantization)
+        return LanguageModel.random(name, dtype=dtype, quantization=quantization, mesh=mesh)
+    return from_pretrained(name, dtype=dtype, quantization=quantization, mesh=mesh)

@@ -198,6 +198,7 @@ def paged_command(
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--implementation", type=options.Names("implementation", names.BATCHING), default="static,engine")
 @model_options
+@click.option("--tensor-parallel", type=options.COUNT, help="Divide the model over as many devices.")
 @options.output_options
 def throughput_command(
     num_prompts,
@@ -216,6 +217,7 @@ def throughput_command(
     model,
     dtype,
     quantization,
+    tensor_parallel,
     output,
 ) -> None:
     """Benchmark the engine on a trace of requests.
@@ -227,7 +229,7 @@ def throughput_command(
 
     from ..measure import throughput
 
-    language_model = configs.load(model, dtype, quantization)
+    language_model = configs.load(model, dtype, quantization, tensor_parallel)
     arrivals = throughput.trace(
         num_prompts=num_prompts,
         lengths=lengths,
@@ -238,6 +240,7 @@ def throughput_command(
         seed=seed,
     )
     case = {"model": model, "dtype": language_model.dtype.name, "quantization": quantization}
+    case |= {"tensor_parallel": tensor_parallel} if tensor_parallel else {}
     case |= {"num_prompts": num_prompts, "lengths": lengths}
     case |= {"input_len": input_len, "output_len": output_len, "max_num_seqs": max_num_seqs, "seed": seed}
     case |= {"request_rate": request_rate if math.isfinite(request_rate) else None, "kv_dtype": kv_dtype}

@@ -114,7 +114,8 @@ def _batches(model: LanguageModel, arrivals: Sequence[Arrival], size: int) -> di
     batches = [arrivals[first : first + size] for first in range(0, len(arrivals), size)]
     for batch in batches:
         state = model.start([one.prompt for one in batch], [_params(one) for one in batch])
-        model.steps.decode_many(model.params, dataclasses.replace(state, active=np.zeros_like(state.active)))
+        state = dataclasses.replace(state, active=np.zeros_like(state.active))
+        model.steps.decode_many(model.params, state, adapters=None)  # as generate calls it: else it compiles again
     finished = []
     start = time.perf_counter()
     for batch in batches:
