@@ -8,11 +8,11 @@ import sys
 
 import pytest
 from golden import GOLDEN
-from tiny_model import folder_with_text
+from tiny_model import counted_compilations, folder_with_text
 
 from jfa_bench import cli, configs, names
 from jfa_bench.measure import throughput
-from jfa_models import LanguageModel
+from jfa_models import LanguageModel, from_pretrained
 
 ASKED = dict(num_prompts=400, input_len=512, output_len=1024, request_rate=math.inf, vocab_size=99, seed=3)
 
@@ -89,9 +89,18 @@ def test_a_preset_gets_random_weights(monkeypatch):
     made = []
     monkeypatch.setattr(LanguageModel, "random", lambda name, **options: made.append((name, options)))
     configs.load("llama-3-8b", "bfloat16", "int4")
-    assert made == [("llama-3-8b", {"dtype": "bfloat16", "quantization": "int4"})]
+    assert made == [("llama-3-8b", {"dtype": "bfloat16", "quantization": "int4", "mesh": None})]
 
 
 def test_refuses(bench):
     status, _, err = bench("throughput", "--n", 2, "--beam-width", 2)
     assert (status, err) == (2, "jfa-bench: --n and --beam-width cannot be combined\n")
+
+
+def test_static_batches_compile_before_they_are_timed(monkeypatch):
+    model = from_pretrained(GOLDEN / "llama3", dtype="float32")
+    arrivals = [throughput.Arrival(at=0.0, prompt=(3, 4, 5 + i), output_len=4) for i in range(2)]
+    with counted_compilations() as compilations:
+        monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(len(compilations)))
+        figures = throughput._batches(model, arrivals, 2)
+    assert compilations and figures["seconds"] == 0
