@@ -149,6 +149,19 @@ class Partition:
         # device_put would compare what the processes have
         return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), held, shardings)
 
+    def everywhere[T](self, held: T) -> T:
+        """A pytree on every device of the mesh; arrays of a mesh stay as they are. Without a mesh: the same.
+
+        Steps return such arrays. For those of one device they would be compiled once more.
+        """
+        if self.mesh is None:
+            return held
+
+        def put(x: Any) -> Any:
+            return x if isinstance(getattr(x, "sharding", None), NamedSharding) else self.put(x, _spec())
+
+        return jax.tree.map(put, held)
+
     def of_process(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
         """The part of a parameter that the devices of this process have, an index for each axis; None: all."""
         if self.mesh is None or not self.mesh.is_multi_process:
