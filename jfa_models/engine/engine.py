@@ -545,7 +545,7 @@ def _most_pages(model: LanguageModel, most: int, num_bytes: Callable[[int], int]
     return max(2, bisect.bisect_right(range(1 + most), room, key=num_bytes, lo=2) - 1)
 
 
-def _room(device: jax.Device) -> int:
+def _room(device: Any) -> int:
     """Bytes for pages on a device."""
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")

@@ -266,6 +266,7 @@ def test_saved_model_is_the_whole(tmp_path):
 EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
 REFUSED = [
     (dict(mesh=jax.make_mesh((2,), ("model",))), "the mesh has an axis 'model'; the axes of a decoder are 'data'"),
+    (dict(mesh=(4,)), r"mesh must be a jax.sharding.Mesh, such as .*, got \(4,\)"),
     (dict(mesh=mesh_of(1, 2)), "the model has no experts"),
     (dict(mesh=mesh_of(1, 3), experts=EXPERTS), "4 experts cannot be divided by the 3 devices .* 1, 2, 4"),
     (dict(mesh=mesh_of(5)), "nothing of the model can be divided by 5 devices: attention .8 query and 4 key heads"),
@@ -358,3 +359,12 @@ def test_pools_are_sized_by_the_memory_of_their_own_devices(monkeypatch):
         engine.num_slots for engine in Replicas(tiny(mesh=jax.make_mesh((2, 2), ("data", "tensor"))), **sizes)._engines
     ]
     assert {device.id for device in asked} == {0, 1, 2, 3} and pools[0] > pools[1]
+
+
+def test_callers_may_have_set_their_mesh():
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    model, ids = tiny(mesh=mesh, num_layers=1), np.arange(6)[None]
+    want = np.asarray(model.logits(ids))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(model.logits(ids), want)
+        assert ran(Engine(model, page_size=4, max_num_seqs=1), [([3, 4], GREEDY)])
