@@ -163,7 +163,8 @@ def _batch(
     output = output if processes.is_first() else Path(os.devnull)
     lines = [line for line in lines if line.number not in done]
     if not lines:
-        click.echo(f"all {len(done)} results are already in {output}", err=True)
+        if processes.is_first():
+            click.echo(f"all {len(done)} results are already in {output}", err=True)
         return 0
     language_model = running.load(**loading, replicas=True)
     params = running.sampling_params(language_model, sampling)

@@ -117,6 +117,7 @@ class LanguageModel:
         self.dtype = next(iter(leaves.values())).dtype
         self.steps = Steps(decoder)
         self._grammars: Grammars | None = None
+        self._copies: list[LanguageModel] = []  # on the devices of other replicas
         self.shapes = {name: tuple(x.shape) for name, x in leaves.items()}
         self.adapters = AdapterBank(
             self.config,
@@ -194,7 +195,8 @@ class LanguageModel:
           ValueError: there is no such adapter, it does not fit this model, the name is taken, or there is no room.
         """
         adapter = adapter if isinstance(adapter, Adapter) else self.read_adapter(adapter)
-        self.adapters.load(name, adapter, scale)
+        for one in (self, *self._copies):
+            one.adapters.load(name, adapter, scale)
 
     def read_adapter(self, path: str | os.PathLike[str]) -> Adapter:
         """Reads an adapter for this model without loading it. Arguments and errors: see load_adapter."""
@@ -206,7 +208,8 @@ class LanguageModel:
         Raises:
           ValueError: there is none of this name.
         """
-        self.adapters.unload(name)
+        for one in (self, *self._copies):
+            one.adapters.unload(name)
 
     def merge_adapter(self, name: str) -> "LanguageModel":
         """A model whose weights include an adapter, and which has no adapters; this one stays as it is.
@@ -249,8 +252,10 @@ class LanguageModel:
         )
 
     def replicas(self) -> "list[LanguageModel]":
-        """This model, and a copy with the same adapters on the devices of each other replica of its mesh."""
-        return [self, *map(self._on, self.partition.others)]
+        """This model, and a copy on the devices of each other replica of its mesh, which always has its adapters."""
+        if not self._copies:
+            self._copies = [*map(self._on, self.partition.others)]
+        return [self, *self._copies]
 
     def _on(self, mesh: jax.sharding.Mesh) -> "LanguageModel":
         partition = dataclasses.replace(self.partition, mesh=mesh, others=())
@@ -476,7 +481,7 @@ class LanguageModel:
             request_ids=[*(request.index for request in requests), *range(len(empty))],
         )
         rows = self._rows_masked(rows, requests)
-        hidden = jnp.zeros((size, self.config.hidden_size), self.dtype)
+        hidden = self.partition.everywhere(jnp.zeros((size, self.config.hidden_size), self.dtype))
         for tokens, lengths in caches.prefill_chunks(prompts, size):
             cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
         active = np.arange(size) < len(requests)
@@ -485,7 +490,8 @@ class LanguageModel:
     def new_cache(self, *, batch: int, capacity: int) -> Cache:
         """An empty cache for at least capacity tokens per row."""
         options: dict[str, Any] = dict(batch=batch, capacity=capacity, dtype=self.dtype)
-        return caches.new_cache(self.config, self.cache_options, **options, sharding=self.partition.of_kv)
+        cache = caches.new_cache(self.config, self.cache_options, **options, sharding=self.partition.of_kv)
+        return self.partition.everywhere(cache)
 
     def _requests(self, prompts: Sequence[Prompt], sampling_params, seed: int, adapter: Names) -> "list[_Request]":
         seed = integer("seed", seed, 0, None, SEED_ADVICE)

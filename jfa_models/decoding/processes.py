@@ -34,7 +34,7 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, *,
     )
     if coordinator != AUTO:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal() or int(port) >= 1 << 16:
             raise ValueError(f"the coordinator must be HOST:PORT of the first process, or {AUTO}, got {coordinator!r}")
         if num_processes is None or process_id is None:
             raise ValueError(

@@ -193,7 +193,7 @@ class Engine:
 
         if num_pages is None:
             most = 1 + max_num_seqs * -(-longest // page_size)
-            num_pages = processes.smallest(_most_pages(most, lambda n: num_bytes(sizes(n))))
+            num_pages = processes.smallest(_most_pages(model, most, lambda n: num_bytes(sizes(n))))
         pools = sizes(num_pages)
 
         def new_pools() -> Pools:
@@ -550,9 +550,15 @@ def _check_drafts(draft: LanguageModel | None, model: LanguageModel) -> None:
             )
 
 
-def _most_pages(most: int, num_bytes: Callable[[int], int]) -> int:
-    """The number of pages that fit into most of the device's free memory, at most `most`."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    room = HOST_CACHE_BYTES if limit is None else int(FREE_MEMORY * (limit - stats.get("bytes_in_use", 0)))
+def _most_pages(model: LanguageModel, most: int, num_bytes: Callable[[int], int]) -> int:
+    """The number of pages that fit into most of the free memory of each of the model's devices, at most `most`."""
+    devices = jax.tree.leaves(model.params)[0].sharding.addressable_devices
+    room = min(map(_room, devices))
     return max(2, bisect.bisect_right(range(1 + most), room, key=num_bytes, lo=2) - 1)
+
+
+def _room(device: Any) -> int:
+    """Bytes for pages on a device."""
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return HOST_CACHE_BYTES if limit is None else int(FREE_MEMORY * (limit - stats.get("bytes_in_use", 0)))

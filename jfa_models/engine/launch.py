@@ -53,8 +53,9 @@ class Launcher:
         slots, pools = scheduler.max_num_seqs, scheduler.pools.pools
         self.pages_per_seq = pages_per_seq
         self._no_tables = tuple(np.zeros((1, 1), np.int32) for _ in pools)
+        cache = model.partition.everywhere(cache)
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
-        self._slots = Slots(last_token=jnp.zeros(slots, jnp.int32))
+        self._slots = model.partition.everywhere(Slots(last_token=jnp.zeros(slots, jnp.int32)))
         # for each pool: the page table of each slot, and how many entries are set
         self._tables = np.full((len(pools), slots, pages_per_seq), NULL_PAGE, np.int32)
         self._num_pages = np.zeros((len(pools), slots), np.int64)
@@ -251,12 +252,13 @@ class Launcher:
     def _make_counts(self) -> None:
         if self._slots.output_counts is None:
             shape = (self.scheduler.max_num_seqs, self.model.config.vocab_size)
-            self._slots = Slots(
+            slots = Slots(
                 last_token=self._slots.last_token,
                 prompt_seen=jnp.zeros(shape, bool),
                 output_counts=jnp.zeros(shape, jnp.int32),
                 logit_bias=jnp.zeros(shape, jnp.float32),
             )
+            self._slots = self.model.partition.everywhere(slots)
 
     def _adjust(self, slot: int, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> None:
         """Sets the values that adjust the logits of a slot."""

@@ -28,7 +28,8 @@ _normal = jax.nn.initializers.normal(0.02)
 class Linear(nnx.Module):
     """x weight^T + bias.
 
-    sum_over: the axes of a mesh over whose devices the columns are divided: their products are summed.
+    sum_over: the axes of a mesh over whose devices the columns are divided: their products are summed. Or its caller
+      sums what it returns, later; the bias is then in the part of the first device.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         sum_over: Axes = (),
+        sums_later: bool = False,
     ):
         self.sum_over = sum_over
+        self.sums_later = sums_later
         self.weight = nnx.Param(_normal(rngs.params(), (out_features, in_features), dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
 
@@ -50,7 +53,9 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         if change is not None:
             y, bias = change.product(x, y), change.bias(bias, y)
-        y = summed(y, self.sum_over)
+        if bias is not None and self.sums_later:
+            bias = jnp.where(first_of(self.sum_over, 1) == 0, bias, 0)
+        y = y if self.sums_later else summed(y, self.sum_over)
         return y if bias is None else y + bias
 
 
@@ -135,7 +140,7 @@ def make_norm(config: DecoderConfig, size: int, *, dtype: DTypeLike) -> RMSNorm 
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
-    size: of the inner vectors; None: config.intermediate_size. sum_over: the axes over which they are divided.
+    size: of the inner vectors; None: config.intermediate_size. sum_over, sums_later: of down, see Linear.
     Source: arXiv:2002.05202.
     """
 
@@ -145,6 +150,7 @@ class MLP(nnx.Module):
         *,
         size: int | None = None,
         sum_over: Axes = (),
+        sums_later: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -153,7 +159,7 @@ class MLP(nnx.Module):
         self.act = ACTIVATIONS[config.hidden_act]
         self.gate = linear(hidden, inner) if config.gated_mlp else None
         self.up = linear(hidden, inner)
-        self.down = linear(inner, hidden, sum_over=sum_over)
+        self.down = linear(inner, hidden, sum_over=sum_over, sums_later=sums_later)
 
     def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
         up = self.up(x, scope.at("up"))
@@ -184,8 +190,8 @@ class Experts(nnx.Module):
         self.sum_over = (*partition.expert_inner, *partition.experts)
         # of the same axes, one sum for both
         self.sums_together = bool(size) and partition.shared_inner == self.sum_over
-        shared_over = () if self.sums_together else partition.shared_inner
-        self.shared = MLP(config, size=size, sum_over=shared_over, dtype=dtype, rngs=rngs) if size else None
+        sums: dict[str, Any] = dict(sum_over=partition.shared_inner, sums_later=self.sums_together)
+        self.shared = MLP(config, size=size, **sums, dtype=dtype, rngs=rngs) if size else None
         self.shared_gate = Linear(hidden, 1, bias=False, dtype=dtype, rngs=rngs) if has_gate else None
 
     def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:

@@ -149,6 +149,19 @@ class Partition:
         # device_put would compare what the processes have
         return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), held, shardings)
 
+    def everywhere[T](self, held: T) -> T:
+        """A pytree on every device of the mesh; arrays of a mesh stay as they are. Without a mesh: the same.
+
+        Steps return such arrays. For those of one device they would be compiled once more.
+        """
+        if self.mesh is None:
+            return held
+
+        def put(x: Any) -> Any:
+            return x if isinstance(getattr(x, "sharding", None), NamedSharding) else self.put(x, _spec())
+
+        return jax.tree.map(put, held)
+
     def of_process(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
         """The part of a parameter that the devices of this process have, an index for each axis; None: all."""
         if self.mesh is None or not self.mesh.is_multi_process:
@@ -214,10 +227,17 @@ class Partition:
     def on_devices(self, function: Callable, arguments: Any, results: Any) -> Callable:
         """The function, run by every device of the mesh with its parts; both others are PartitionSpecs."""
         assert self.mesh is not None
+        mesh, specs = self.mesh, dict(in_specs=arguments, out_specs=results, check_vma=False)
         # that of the context says for which device a program is compiled that is not there
-        is_set = jax.sharding.get_abstract_mesh().axis_names == self.mesh.axis_names
-        mesh = None if is_set else self.mesh
-        return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+        if jax.sharding.get_abstract_mesh().axis_names == mesh.axis_names:
+            return jax.shard_map(function, **specs)
+
+        def run(*args: Any) -> Any:
+            abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+            with jax.sharding.use_abstract_mesh(abstract):  # callers may have set theirs: jax.set_mesh
+                return jax.shard_map(function, mesh=mesh, **specs)(*args)
+
+        return run
 
     def num_bytes(self, cache: jfa.KVCache | jfa.PagedKVCache) -> int:
         """Bytes of a cache, or of its shapes, on one device."""
@@ -257,13 +277,15 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
     AbstractMesh: on paper; nothing can be put on it.
 
     Raises:
-      ValueError: the mesh has another axis, or nothing of the decoder can be divided over one of its axes.
+      ValueError: it is not a mesh, it has another axis, or nothing of the decoder can be divided over one of its axes.
 
     Warns:
       UserWarning: a part of the decoder is on every device.
     """
     if mesh is None:
         return WHOLE
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f'mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ("tensor",)), got {mesh!r}')
     if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
         raise ValueError(
             f"the mesh has an axis {unknown[0]!r}; the axes of a decoder are {', '.join(map(repr, AXES))}: "

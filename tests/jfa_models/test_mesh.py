@@ -1,6 +1,7 @@
 """Models that are divided over a mesh of eight virtual devices compute what they compute on one."""
 
 import collections
+import dataclasses
 import functools
 import json
 import re
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from engines import assert_clean
 from golden import GOLDEN
+from jax.sharding import PartitionSpec
 from runs import run
+from tiny_model import counted_compilations
 
 import jfa
 from jfa_models import LLM, Engine, LanguageModel, SamplingParams, from_pretrained
@@ -263,6 +266,7 @@ def test_saved_model_is_the_whole(tmp_path):
 EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
 REFUSED = [
     (dict(mesh=jax.make_mesh((2,), ("model",))), "the mesh has an axis 'model'; the axes of a decoder are 'data'"),
+    (dict(mesh=(4,)), r"mesh must be a jax.sharding.Mesh, such as .*, got \(4,\)"),
     (dict(mesh=mesh_of(1, 2)), "the model has no experts"),
     (dict(mesh=mesh_of(1, 3), experts=EXPERTS), "4 experts cannot be divided by the 3 devices .* 1, 2, 4"),
     (dict(mesh=mesh_of(5)), "nothing of the model can be divided by 5 devices: attention .8 query and 4 key heads"),
@@ -316,4 +320,51 @@ def test_replicas_share_the_requests():
 def test_replicas_have_the_adapters():
     model = from_pretrained(GOLDEN / "llama3_tiny", dtype="float32", mesh=jax.make_mesh((2,), ("data",)))
     model.load_adapter("lora", GOLDEN / "adapters" / "lora")
-    assert [one.adapters.names for one in model.replicas()] == [("lora",), ("lora",)]
+    both = model.replicas()
+    assert [one.adapters.names for one in both] == [("lora",), ("lora",)]
+    model.load_adapter("later", GOLDEN / "adapters" / "lora")
+    model.unload_adapter("lora")
+    assert [one.adapters.names for one in both] == [("later",), ("later",)]
+
+
+def test_bias_of_a_shared_expert_is_added_once():
+    experts = dataclasses.replace(EXPERTS, shared_size=24)
+    one, many = (tiny(mesh=mesh, experts=experts, mlp_bias=True, num_layers=1) for mesh in (None, mesh_of(2)))
+    place = one.names.index("layers.0.mlp.shared.down.bias")
+    bias = np.arange(32, dtype=np.float32)
+    ids = np.random.default_rng(1).integers(0, TINY.vocab_size, (1, 5))
+    got, want = (
+        LanguageModel(decoder=model.decoder, params=(*model.params[:place], given, *model.params[place + 1 :]))
+        for model, given in ((many, many.partition.put(bias, PartitionSpec())), (one, jax.numpy.asarray(bias)))
+    )
+    assert distance(got.logits(ids), np.asarray(want.logits(ids))) < CLOSE
+
+
+def test_nothing_compiles_after_warm_up_and_reset():
+    params = [GREEDY, SamplingParams(temperature=0.0, logit_bias={5: 1.0}, max_tokens=2)]
+    engine = Engine(tiny(mesh=mesh_of(2), num_layers=1), page_size=4, max_num_seqs=1, max_num_batched_tokens=16)
+    engine.warm_up(params)
+    with counted_compilations() as count:
+        for _ in range(2):
+            ran(engine, [(prompt, one) for one in params for prompt in prompts(2)])
+            engine.reset()
+    assert not count
+
+
+def test_pools_are_sized_by_the_memory_of_their_own_devices(monkeypatch):
+    asked = []
+    monkeypatch.setattr("jfa_models.engine.engine._room", lambda device: asked.append(device) or 1 << (20 - device.id))
+    sizes = dict(max_model_len=64, max_num_seqs=64, page_size=4)
+    pools = [
+        engine.num_slots for engine in Replicas(tiny(mesh=jax.make_mesh((2, 2), ("data", "tensor"))), **sizes)._engines
+    ]
+    assert {device.id for device in asked} == {0, 1, 2, 3} and pools[0] > pools[1]
+
+
+def test_callers_may_have_set_their_mesh():
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    model, ids = tiny(mesh=mesh, num_layers=1), np.arange(6)[None]
+    want = np.asarray(model.logits(ids))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(model.logits(ids), want)
+        assert ran(Engine(model, page_size=4, max_num_seqs=1), [([3, 4], GREEDY)])

@@ -137,6 +137,7 @@ def test_a_server_of_several_processes(tmp_path):
 
 JOINED = [
     (("nowhere", 2, 0), "the coordinator must be HOST:PORT of the first process, or auto, got 'nowhere'"),
+    (("127.0.0.1:65536", 2, 1), "the coordinator must be HOST:PORT .* got '127.0.0.1:65536'"),
     (("127.0.0.1:99", None, None), "each process needs the number of processes and its own"),
     (("127.0.0.1:99", 2, 2), "the number of a process must be 0 to 1, got 2"),
     (("auto", 2, None), "the coordinator auto finds out how many processes there are"),
@@ -162,6 +163,7 @@ USED = [
         "--speculative-config adapts to times, which differ between processes: leave it out",
     ),
     ("hello --mesh tensor", "'tensor' must be sizes of axes, such as tensor=4,expert=2"),
+    ("hello --mesh tensor=²", "'tensor=²' must be sizes of axes"),
     ("hello --mesh tensor=0", "'tensor=0' must be sizes of axes"),
     ("hello --mesh tensor=3,expert=3 --model {model}", "--mesh tensor=3,expert=3 needs 9 devices, and JAX sees 8"),
     ("hello --mesh data=2 --model {model}", "data=2: this command runs one engine, not replicas; leave it out"),
