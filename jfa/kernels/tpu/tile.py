@@ -13,12 +13,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jfa.kernels.tpu._pallas import pl
+from jfa.kernels.tpu._pallas import pl, pltpu
 from jfa.types import AttentionSpec, DeviceInfo
 
 LOG2_E = math.log2(math.e)
 LANES = 128
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+
+
+def interpretation(device: DeviceInfo) -> Any:
+    """The argument `interpret` of pallas_call: on a CPU, JAX's interpreter of TPU kernels."""
+    return pltpu.InterpretParams() if device.platform == "cpu" else False
 
 
 def why_not_device(device: DeviceInfo) -> str | None:
