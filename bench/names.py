@@ -3,6 +3,8 @@
 # Architectures that kernels are compiled for, and those whose machine code the emulator in amdgcn/ executes.
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90", "sm_100")
 EXECUTED_ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
+TPU_ARCHS = ("v5e", "v6e", "v7x")  # that libtpu compiles for
+INTERPRETED = "tpu"  # the machine of JAX's interpreter of TPU kernels
 
 MODEL_STEPS = ("decode", "prefill")  # whole steps that compile --model knows
 COMPILERS = ("xla", "triton")  # which turn a kernel into machine code, see proof.compilers
@@ -20,6 +22,7 @@ KERNELS = {
     "delta_attention": ("delta_attention", "forward"),  # linear attention with the delta rule
 }
 TUNED = tuple(name for name in KERNELS if name not in ("linear_attention", "delta_attention"))  # that have tables
+TPU_KERNELS = ("flash_attention", "paged_decode_attention", "ragged_paged_attention")  # that TPUs have too
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))
 DIRECTIONS = ("forward", "backward")
 FLASH_DTYPES = ("bfloat16", "float16", "float32")

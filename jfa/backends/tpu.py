@@ -61,9 +61,7 @@ SPARSE = SparseBackend(
     backward_config=_never,
     run_backward=_never,
 )
-PAGED = PagedBackend(
-    why_not=paged.why_not, default_config=paged.default_config, config_type=TpuConfig, run=_run_paged
-)
+PAGED = PagedBackend(why_not=paged.why_not, default_config=paged.default_config, config_type=TpuConfig, run=_run_paged)
 PRODUCT = ProductBackend(
     why_not=_not_for("products with quantized weights"), default_config=_never, config_type=None, run=_never
 )

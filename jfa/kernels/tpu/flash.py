@@ -107,9 +107,7 @@ def vmem_bytes(operands: Operands, config: TpuConfig) -> int:
         + stored((columns, 1, block_q), jnp.float32)
     )
     scratch = shape.heads * (
-        stored((rows, shape.d), dtype)
-        + stored((rows, shape.dv), jnp.float32)
-        + 2 * stored((rows, LANES), jnp.float32)
+        stored((rows, shape.d), dtype) + stored((rows, shape.dv), jnp.float32) + 2 * stored((rows, LANES), jnp.float32)
     )
     return 2 * blocks + scratch + 3 * stored((rows, config.block_kv), jnp.float32)
 

@@ -231,7 +231,7 @@ def _in_tiles(operands: PagedOperands, tiles: _Tiles, shape: Shape) -> Float[Arr
     if operands.query_start is None:
         found = q[:, None]
     else:
-        first = (tiles.position - (jnp.minimum(operands.kv_len, operands.capacity))[tiles.row])  # from the row's end
+        first = tiles.position - jnp.minimum(operands.kv_len, operands.capacity)[tiles.row]  # from the row's end
         index = (operands.query_start[tiles.row + 1] + first)[:, None] + jnp.arange(shape.tokens)
         found = jnp.take(q, index, axis=0, mode="clip").reshape(shape.tiles, shape.tokens, shape.groups, -1, shape.d)
         found = found.swapaxes(1, 2).reshape(shape.tiles, shape.groups, -1, shape.d)
@@ -416,7 +416,7 @@ def _paged_kernel(
 
     def numbers(name: str, place, group: int):
         """[heads * block, d] of the keys or values of a product."""
-        pages = vmem[name]
+        pages: Any = vmem[name]
         if shape.groups == 1:
             found = pages[place]
         else:
@@ -468,9 +468,7 @@ def _paged_kernel(
                 if edge:
                     v_scales = jnp.where((key >= first) & (key < end), v_scales, 0.0)
                 weigh = functools.partial(jnp.multiply, v_scales)
-            tile.add_to_softmax(
-                m_ref.at[group], l_ref.at[group], acc_ref.at[group], raw, values, scores.factor, weigh
-            )
+            tile.add_to_softmax(m_ref.at[group], l_ref.at[group], acc_ref.at[group], raw, values, scores.factor, weigh)
 
     def one_block(block, place):
         other = 1 - place
