@@ -82,7 +82,7 @@ def probe() -> DeviceInfo:
 
 
 def _architecture(kind: str) -> tuple[str, str] | None:
-    """(platform, arch) if a device kind names an architecture: 'gfx942', 'sm_90', an NVIDIA data center GPU or a TPU."""
+    """(platform, arch) if a device kind names an architecture: 'gfx942', 'sm_90', a data center GPU, a TPU."""
     if re.fullmatch(r"gfx[0-9a-f]+", kind):
         return "rocm", kind
     if re.fullmatch(r"sm_\d+", kind):
@@ -102,7 +102,8 @@ _CPU_INFO = Path("/proc/cpuinfo")  # Linux
 def _real() -> DeviceInfo:
     device = jax.devices()[0]
     if device.platform not in ("gpu", "cuda", "rocm"):
-        found = describe(device.platform, _TPU_ARCH.get(device.device_kind, device.device_kind))
+        kind = str(device.device_kind)
+        found = describe(device.platform, _TPU_ARCH.get(kind, kind))
         return dataclasses.replace(found, multiplies_bfloat16=device.platform == "cpu" and _multiplies_bfloat16())
     # ROCm returns 'gfx942' (older plugins 'gfx942:sramecc+:xnack-') here, CUDA '9.0'
     capability = str(device.compute_capability).split(":")[0]

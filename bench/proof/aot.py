@@ -29,8 +29,6 @@ TENSOR_MEMORY_COLUMNS = 512
 _KINDS = {"sm_80": "NVIDIA A100", "sm_90": "NVIDIA H100", "sm_100": "NVIDIA B200"}
 _KINDS |= {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v7x": "TPU7x"}
 
-_NUM_CORES = {"tpu": 1}  # Mosaic asks for it
-
 
 class CompileError(RuntimeError):
     """The compiler produced no machine code for a kernel; the message has the reason."""
@@ -109,9 +107,8 @@ def target(arch: str) -> Iterator[DeviceInfo]:
       ValueError: unknown architecture.
     """
     info = device(arch)
-    abstract = AbstractDevice(
-        device_kind=_KINDS.get(arch, arch), num_cores=_NUM_CORES.get(info.platform), platform=info.platform
-    )
+    num_cores = 1 if info.platform == "tpu" else None  # Mosaic asks for it
+    abstract = AbstractDevice(device_kind=_KINDS.get(arch, arch), num_cores=num_cores, platform=info.platform)
     with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
         warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
         yield info

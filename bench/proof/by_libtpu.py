@@ -1,7 +1,7 @@
 """Compiles a call for a TPU with libtpu, which needs no TPU, and reads what the compiler says about it.
 
-libtpu compiles whole programs: the figures of a call include what XLA adds around the kernel, such as copies of operands
-to the layout that the kernel reads.
+libtpu compiles whole programs: the figures of a call include what XLA adds around the kernel, such as copies of
+operands to the layout that the kernel reads.
 """
 
 import functools
@@ -22,8 +22,8 @@ from .aot import CompileError
 
 _TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v7x": "tpu7x:1x1x1"}
 
-# Fields of a record of a TPU. vmem_limit: what a kernel may use of the chip's VMEM. hbm_bytes and flops are those of the
-# program, with what the kernel states for itself; roofline_ms is XLA's estimate from these.
+# Fields of a record of a TPU. vmem_limit: what a kernel may use of the chip's VMEM. hbm_bytes and flops are those of
+# the program, with what the kernel states for itself; roofline_ms is XLA's estimate from these.
 FIELDS = ("vmem_bytes", "vmem_limit", "hbm_bytes", "flops", "roofline_ms", "copies", "copied_bytes", "code_bytes")
 
 
@@ -59,7 +59,8 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
         except jax.errors.JaxRuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise CompileError(f"libtpu produced no code for {arch}: {reason}") from error
-    text, cost, memory = compiled.as_text(), compiled.cost_analysis() or {}, compiled.memory_analysis()
+    text, cost, memory = compiled.as_text() or "", compiled.cost_analysis() or {}, compiled.memory_analysis()
+    assert memory is not None
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line and kernel in line]
     if not calls:
         raise CompileError(f"the program has no kernel named {kernel}")

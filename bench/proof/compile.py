@@ -180,8 +180,8 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
     parts = []
     for op in OPS:
         rows = [row for row in records if row["kernel"] == op.kernel]
-        of_gpus = [row | _shown(row, op) for row in rows if row["arch"] in names.ARCHS]
-        of_tpus = [row | _shown_of_tpu(row) for row in rows if row["arch"] in names.TPU_ARCHS]
+        of_gpus = [{**row, **_shown(row, op)} for row in rows if row["arch"] in names.ARCHS]
+        of_tpus = [{**row, **_shown_of_tpu(row)} for row in rows if row["arch"] in names.TPU_ARCHS]
         for shown, columns in ((of_gpus, TABLE), (of_tpus, TPU_TABLE)):
             if shown:
                 parts.append(f"{op.kernel}, {op.direction}\n\n" + record.render(shown, "md", columns))
@@ -209,10 +209,8 @@ def _shown_of_tpu(row: Mapping[str, Any]) -> dict[str, Any]:
 
     shown = {"dtype": tables.short_dtype(row["dtype"]), "tile": tile(row["config"])}
     shown |= {"vmem_mib": mib("vmem_bytes"), "limit_mib": mib("vmem_limit"), "hbm_mib": mib("hbm_bytes")}
-    return shown | {
-        "copied_mib": mib("copied_bytes"),
-        "bound": row["roofline_ms"] if row["status"] == "ok" else row["status"],
-    }
+    bound = row["roofline_ms"] if row["status"] == "ok" else row["status"]
+    return shown | {"copied_mib": mib("copied_bytes"), "bound": bound}
 
 
 def tile(config: Mapping[str, Any]) -> str:

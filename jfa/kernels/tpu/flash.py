@@ -5,8 +5,8 @@ queries may see, with a running maximum and sum in VMEM. All query heads of a ke
 keys are read once for all of them. Steps without keys for a tile do nothing and fetch nothing: their index is that of
 the step before.
 
-Arrays are read as [b, t, heads * head_dim], which is how a projection writes them: nothing is transposed. A block has as
-many key heads as fill whole rows of 128 lanes, two of head_dim 64, or all of them.
+Arrays are read as [b, t, heads * head_dim], which is how a projection writes them: nothing is transposed. A block has
+as many key heads as fill whole rows of 128 lanes, two of head_dim 64, or all of them.
 
 Source: arXiv:2307.08691, algorithm 1. Scores are defined in tile.py. Tested in tests/jfa/test_tpu.py.
 """

@@ -4,8 +4,8 @@ Pages stay in HBM. A program computes a tile of one row's queries and loops over
 copies to VMEM through the page table, a block ahead: while a block is computed, the next one, or the first one of the
 next tile, is on its way.
 
-  paged_decode_attention   one query per row: the tile is all query heads. One product with the keys of all heads has the
-                           scores, of which each head uses its own. A step waits for memory, so the others cost no time
+  paged_decode_attention   one query per row: the tile is all query heads. One product with the keys of all heads has
+                           the scores, of which each head uses its own: a step waits for memory, not for products
   ragged_paged_attention   any number of queries per row. XLA gathers them into tiles of one row each; a tile has a
                            product for each key head, with all its query heads
 
@@ -132,8 +132,8 @@ def _why_copied(operands: PagedOperands) -> str | None:
         together = page_size if _heads_first(operands) else hkv
         if together & (together - 1) or page_size * hkv % tile.sublanes(pages.dtype):
             return (
-                f"{name} of {page_size} tokens and {hkv} heads are stored with padding, which XLA would remove by a copy "
-                "of all pages before each call; use a page_size that is a power of two of at least 16"
+                f"{name} of {page_size} tokens and {hkv} heads are stored with padding, which XLA would remove by a "
+                "copy of all pages before each call; use a page_size that is a power of two of at least 16"
             )
     return None
 
