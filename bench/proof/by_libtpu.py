@@ -4,12 +4,16 @@ libtpu compiles whole programs: the figures of a call include what XLA adds arou
 operands to the layout that the kernel reads.
 """
 
+import atexit
 import functools
 import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +28,10 @@ _TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v7x": "tpu7x:1x1x1"}
 
 # Fields of a record of a TPU. vmem_limit: what a kernel may use of the chip's VMEM. hbm_bytes and flops are those of
 # the program, with what the kernel states for itself; roofline_ms is XLA's estimate from these.
+# loop_bundles: instruction words, one a cycle, of the longest part of the kernel's loop without a branch, with
+# loop_products matrix products; waits for memory are not part of it.
 FIELDS = ("vmem_bytes", "vmem_limit", "hbm_bytes", "flops", "roofline_ms", "copies", "copied_bytes", "code_bytes")
+FIELDS += ("loop_bundles", "loop_products")
 
 
 def why_not() -> str | None:
@@ -75,6 +82,7 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
         "copies": len(copied),
         "copied_bytes": sum(copied),
         "code_bytes": memory.generated_code_size_in_bytes,
+        **dict(zip(("loop_bundles", "loop_products"), _loop(kernel), strict=True)),
     }
 
 
@@ -82,6 +90,41 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 _COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\]\{[^}]*\}[^=]* (?:copy|copy-start|transpose)\(")
 _BITS = re.compile(r"\d+")
+
+
+def _loop(kernel: str) -> tuple[int | None, int | None]:
+    """(bundles, matrix products) of the part of a kernel with the most products, from the compiler's dump of it.
+
+    If several have as many, it is the shortest: the one without masks.
+    """
+    parts: list[list[int]] = []
+    for file in _dumps().glob(f"*-{kernel}*-final_bundles.txt"):
+        for line in file.read_text().splitlines():
+            if not (bundle := _BUNDLE.match(line)):
+                continue
+            if bundle[1] or not parts:
+                parts.append([0, 0])
+            parts[-1][0] += 1
+            parts[-1][1] += line.count("vmatmul")
+    for file in _dumps().iterdir():
+        file.unlink()
+    if not any(products for _, products in parts):
+        return None, None
+    bundles, products = min(parts, key=lambda part: (-part[1], part[0]))
+    return bundles, products
+
+
+_BUNDLE = re.compile(r" *(?:0x[0-9a-f]+|0) +(LB|PB|PF|LH|LE)?: ")
+
+
+@functools.cache
+def _dumps() -> Path:
+    """The folder that libtpu writes the code of kernels to, in a process that did not load it before."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    asked = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = f"{asked} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true".strip()
+    return folder
 
 
 def _bytes(dtype: str, shape: str) -> int:
@@ -104,4 +147,5 @@ def _device(arch: str) -> Any:
     # other processes compile at the same time, and there is no server to ask about this machine's TPUs
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    _dumps()
     return topologies.get_topology_desc(_TOPOLOGIES[arch], platform="tpu").devices[0]

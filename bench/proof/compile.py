@@ -68,7 +68,8 @@ def compile_case(case: Case) -> dict[str, Any]:
     start = time.perf_counter()
     op = case.op
     info = aot.device(case.arch)
-    asked = None if case.config is None else op.config_type(**dict(case.config))
+    config_type = jfa.TpuConfig if info.platform == "tpu" else op.config_type
+    asked = None if case.config is None else config_type(**dict(case.config))
     config = asked or op.default_config(info, case.dtype, case.head_dim)
     row = {
         "benchmark": "compile",
@@ -78,7 +79,7 @@ def compile_case(case: Case) -> dict[str, Any]:
             "head_dim": case.head_dim,
             "arch": case.arch,
             "compiler": compilers.chosen(case.arch, case.compiler),
-            "config": given(type(config), dataclasses.asdict(config)),
+            "config": given(config_type, dataclasses.asdict(config)),
         },
     }
     try:
@@ -169,7 +170,7 @@ TABLE = {
 }
 TPU_TABLE = {
     **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vmem_mib": "VMEM MiB", "limit_mib": "of"},
-    **{"hbm_mib": "HBM MiB", "copied_mib": "copied", "bound": "bound ms"},
+    **{"hbm_mib": "HBM MiB", "copied_mib": "copied", "loop_bundles": "cycles", "bound": "bound ms"},
 }
 
 

@@ -232,7 +232,7 @@ def prove_row(row: Row) -> dict[str, Any]:
             continue
         truth.options.setdefault("config", TpuConfig(block_q=128, block_kv=128))
         try:
-            verdicts[name] = interpreted(proof.check(truth, "tpu"))
+            verdicts[name] = dataclasses.replace(interpreted(proof.check(truth, "tpu")), kernels=(row.op,))
         except UnsupportedError:
             refused.append(name)
     wrong = [f"{name}: {found.wrong}" for name, found in verdicts.items() if found.wrong]

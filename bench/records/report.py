@@ -37,11 +37,20 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     """A Markdown table: for each kernel and architecture the highest level that all its records reached.
 
     executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
-    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line.
+    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line. If
+    there are records of TPUs, a second table has them.
     """
+    of_gpus = [row for row in compiled if row["arch"] in names.ARCHS]
+    of_tpus = [row for row in compiled if row["arch"] in names.TPU_ARCHS]
+    tables = [_support(of_gpus, proven, names.ARCHS)] if of_gpus else []
+    tables += [_support(of_tpus, proven, names.TPU_ARCHS)] if of_tpus else []
+    return "\n\n".join(tables)
+
+
+def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequence[str]) -> str:
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     kernels = dict.fromkeys(row["kernel"] for row in compiled)
-    lines = [["kernel", *names.ARCHS], ["---"] * (1 + len(names.ARCHS))]
+    lines = [["kernel", *archs], ["---"] * (1 + len(archs))]
     for kernel in kernels:
         named: dict[tuple[str, ...], list[str]] = {}
         for name, dtypes in DTYPES.items():
@@ -53,20 +62,27 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
                     [
                         r
                         for r in proven
-                        if r["arch"] == arch and r["dtype"] in dtypes and kernel in r.get("kernels", ())
+                        if r["arch"] == _proven_on(arch) and r["dtype"] in dtypes and kernel in r.get("kernels", ())
                     ],
                 )
-                for arch in names.ARCHS
+                for arch in archs
             )
             named.setdefault(cells, []).append(name)
         lines += [[f"`{kernel}`, {' and '.join(of)}", *cells] for cells, of in named.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _proven_on(arch: str) -> str:
+    return names.INTERPRETED if arch in names.TPU_ARCHS else arch
+
+
 def _cell(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     if not compiled or any(row["status"] not in ("ok", "spills") for row in compiled):
         return "lowered"
-    rung = "executed" if proven and all(row["status"] == "ok" for row in proven) else "compiled"
+    passed = bool(proven) and all(row["status"] == "ok" for row in proven)
+    if compiled[0]["arch"] in names.TPU_ARCHS:
+        return "compiled, interpreted" if passed else "compiled"
+    rung = "executed" if passed else "compiled"
     spills = max(row["vgpr_spills"] for row in compiled)
     return f"{rung}, {spills} spilled" if spills else rung
 

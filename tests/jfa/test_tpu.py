@@ -274,6 +274,15 @@ def test_tiles_consist_of_whole_rows_of_lanes(field, size):
         jfa.TpuConfig(**dict(block_q=128, block_kv=128) | {field: size})
 
 
+def test_tiles_that_do_not_fit_are_refused_with_the_numbers():
+    x = jnp.ones((1, 2048, 4, 16))
+    tiles = jfa.TpuConfig(block_q=8192, block_kv=4096)
+    with pytest.raises(
+        ValueError, match=r"block_q=8192 and block_kv=4096 need [0-9,]+ bytes of VMEM, and a kernel gets"
+    ):
+        jfa.dot_product_attention(x, x[:, :, :1], x[:, :, :1], implementation="tpu", config=tiles)
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 4, 16])
 @pytest.mark.parametrize("arch", ["v4", "v5e", "v5p", "v6e", "v7x"])

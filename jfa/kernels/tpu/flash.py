@@ -122,7 +122,11 @@ def flash_attention(
     Args:
       vmem_limit_bytes: VMEM that the compiler may use.
       interpret: of pallas_call: False, or pltpu.InterpretParams.
+
+    Raises:
+      ValueError: the tiles do not fit into that.
     """
+    tile.check_config(config, vmem_bytes(operands, config), vmem_limit_bytes)
     q, k, v = operands.q, operands.k, operands.v
     shape = Shape.of(operands)
     if min(q.size, k.size, v.size) == 0:

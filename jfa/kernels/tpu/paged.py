@@ -215,7 +215,11 @@ def paged_attention(
 
     Args:
       vmem_limit_bytes, interpret: as in flash.flash_attention.
+
+    Raises:
+      ValueError: as flash.flash_attention.
     """
+    tile.check_config(config, vmem_bytes(operands, config), vmem_limit_bytes)
     shape = Shape.of(operands, config)
     # ragged tiles of int32 numbers, regardless of JAX's default
     with jax.enable_x64(False):

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfa.kernels.tpu._pallas import pl, pltpu
-from jfa.types import AttentionSpec, DeviceInfo
+from jfa.types import AttentionSpec, DeviceInfo, TpuConfig
 
 LOG2_E = math.log2(math.e)
 LANES = 128
@@ -58,6 +58,15 @@ def why_not_vmem(needed: int, device: DeviceInfo, smallest: str) -> str | None:
     if needed > limit:
         return f"{smallest} need {needed:,} bytes of VMEM, and a kernel gets {limit:,} of it on {device.arch}"
     return None
+
+
+def check_config(config: TpuConfig, needed: int, limit: int) -> None:
+    """Raises ValueError if tiles of this size need more VMEM than there is."""
+    if needed > limit:
+        raise ValueError(
+            f"tiles of block_q={config.block_q} and block_kv={config.block_kv} need {needed:,} bytes of VMEM, and a "
+            f"kernel gets {limit:,}; leave config None for tiles that fit"
+        )
 
 
 def budget(device: DeviceInfo) -> int:
@@ -177,6 +186,11 @@ def spread(x: Array, columns: int) -> Array:
 
 def product(a: Array, b: Array, *, transposed: bool = False) -> Array:
     """a b, or a b^T, with float32 sums; float32 inputs are not rounded to bfloat16."""
+    if a.dtype == jnp.float32 and transposed and a.shape[1] > LANES:
+        # two short sums are more precise than a long one; the matrix unit adds 128 products at a time anyway
+        parts = (slice(LANES), slice(LANES, None))
+        first, second = (product(a[:, part], b[:, part], transposed=True) for part in parts)
+        return first + second
     dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
