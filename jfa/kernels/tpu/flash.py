@@ -26,8 +26,9 @@ from jfa.kernels.tpu._pallas import pl, pltpu
 from jfa.kernels.tpu.tile import LANES, Scores
 from jfa.types import AttentionSpec, DeviceInfo, Operands, TpuConfig
 
-# Tiles, best first: the first that fits is used. Each has at most _MOST_ROWS rows, or 128 queries.
-_TILES = ((1024, 1024), (512, 1024), (512, 512), (256, 512), (128, 512), (128, 256), (128, 128))
+# Tiles, best first by the instructions of libtpu's code: the first that fits is used. Each has at most _MOST_ROWS rows,
+# or 128 queries. Taller ones take minutes to compile and gain nothing.
+_TILES = ((512, 1024), (512, 512), (256, 512), (128, 512), (128, 256), (128, 128))
 _MOST_ROWS = 1024
 
 
@@ -153,6 +154,10 @@ def flash_attention(
     for name in ("sinks", "alibi_slopes"):
         if (x := getattr(operands, name)) is not None:
             scalars[name] = x.astype(jnp.float32)
+    ragged = operands.kv_len is not None or shape.tk % block_kv != 0
+    # every key is seen by a query of its row, so that none may be NaN
+    all_seen = not ragged and spec.window is None and operands.q_len is operands.q_offset is None
+    all_seen &= not spec.causal or shape.tk <= shape.tq
     visible_pairs = shape.b * shape.hq * shape.tq * shape.tk // (2 if spec.causal and shape.tq == shape.tk else 1)
     call = pl.pallas_call(
         functools.partial(
@@ -162,6 +167,8 @@ def flash_attention(
             spec=spec,
             block_q=block_q,
             block_kv=block_kv,
+            ragged=ragged,
+            all_seen=all_seen,
         ),
         name="flash_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -234,6 +241,7 @@ class Span(NamedTuple):
     """The keys [first, end) that a tile of queries may see, the tiles that have them, and those seen by all queries."""
 
     q_len: Any
+    kv_len: Any
     offset: Any
     first: Any
     end: Any
@@ -261,6 +269,7 @@ class Span(NamedTuple):
         end = jnp.where(first_row < q_len, jnp.int32(end), 0)
         return cls(
             q_len=q_len,
+            kv_len=kv_len,
             offset=offset,
             first=first,
             end=end,
@@ -284,6 +293,8 @@ def _flash_kernel(
     spec: AttentionSpec,
     block_q: int,
     block_kv: int,
+    ragged: bool,  # some tiles have fewer keys
+    all_seen: bool,  # no key may contain anything
 ):
     ref = dict(zip(names, refs, strict=False))
     q_ref, k_ref, v_ref, o_ref, lse_ref, rows_ref, m_ref, l_ref, acc_ref = refs[len(names) :]
@@ -325,12 +336,14 @@ def _flash_kernel(
                 bias = of_rows * -jnp.abs(position - key).astype(jnp.float32)
             raw = scores.raw(tile.product(rows_ref[h], keys, transposed=True), bias)
             if edge:
-                visible = (key < span.end) & (row < span.q_len)
+                # rows past the last query may see anything: nothing of theirs is used
+                conditions = [key < span.kv_len] if ragged else []
                 if spec.left is not None:
-                    visible &= key >= position - spec.left
+                    conditions.append(key >= position - spec.left)
                 if spec.right is not None:
-                    visible &= key <= position + spec.right
-                raw = jnp.where(visible, raw, -jnp.inf)
+                    conditions.append(key <= position + spec.right)
+                raw = functools.reduce(lambda raw, seen: jnp.where(seen, raw, -jnp.inf), conditions, raw)
+            if edge and not all_seen:
                 # keys that the tile does not see may contain anything, and 0 * NaN is NaN
                 at = n * block_kv + lax.broadcasted_iota(jnp.int32, values.shape, 0)
                 values = jnp.where((at >= span.first) & (at < span.end), values, 0)
