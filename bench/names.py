@@ -38,9 +38,9 @@ BETWEEN = (80,)  # head_dims between these entries that are tested as well
 GROUP_SIZES = (32, 128, 4096)  # what the products have instead of head_dims; 4096: a whole row
 
 # Implementations of attention, jfa's and others' (measure.peers); measured directions; implementations in a model.
-PEERS = ("reference", "xla", "triton", "jax.nn", "cudnn", "pallas", "tokamax", "jax-aiter", "torch")
+PEERS = ("reference", "xla", "triton", "jax.nn", "cudnn", "pallas", "tokamax", "jax-aiter", "torch", "tpu")
 MEASURED = ("forward", "backward", "both")  # backward: only the gradients; both: output and gradients
-IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton")  # jfa: its automatic choice
+IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton", "tpu")  # jfa: its automatic choice
 MATRIX_PRODUCTS = "matrix products"  # a model's matrix products only: the speed limit that it is compared with
 
 WARM_UP_CALLS = 10  # maximum number of calls before timing starts

@@ -37,14 +37,14 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     """A Markdown table: for each kernel and architecture the highest level that all its records reached.
 
     executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
-    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line. If
-    there are records of TPUs, a second table has them.
+    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line.
     """
-    of_gpus = [row for row in compiled if row["arch"] in names.ARCHS]
-    of_tpus = [row for row in compiled if row["arch"] in names.TPU_ARCHS]
-    tables = [_support(of_gpus, proven, names.ARCHS)] if of_gpus else []
-    tables += [_support(of_tpus, proven, names.TPU_ARCHS)] if of_tpus else []
-    return "\n\n".join(tables)
+    return _support([row for row in compiled if row["arch"] in names.ARCHS], proven, names.ARCHS)
+
+
+def support_on_tpus(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
+    """The same table for TPUs. interpreted: every proof passed in JAX's interpreter, which is the same for all of them."""
+    return _support([row for row in compiled if row["arch"] in names.TPU_ARCHS], proven, names.TPU_ARCHS)
 
 
 def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequence[str]) -> str:
