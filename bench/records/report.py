@@ -43,7 +43,7 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
 
 
 def support_on_tpus(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
-    """The same table for TPUs. interpreted: every proof passed in JAX's interpreter, which is the same for all of them."""
+    """The same table for TPUs. interpreted: every proof passed in JAX's interpreter, the same one for all of them."""
     return _support([row for row in compiled if row["arch"] in names.TPU_ARCHS], proven, names.TPU_ARCHS)
 
 
