@@ -358,21 +358,21 @@ class _Copies(NamedTuple):
     vmem: dict[str, Any]
     semaphores: Any
 
-    def blocks(self, tile) -> tuple[Any, Any]:
+    def blocks(self, of_tile) -> tuple[Any, Any]:
         """The range of blocks that a tile reads."""
         of = _Tiles(*range(6))
-        first, end = self.tiles[of.first, tile], self.tiles[of.end, tile]
+        first, end = self.tiles[of.first, of_tile], self.tiles[of.end, of_tile]
         return lax.div(first, self.shape.block), lax.div(end + self.shape.block - 1, self.shape.block)
 
-    def start(self, tile, block, place) -> None:
-        self._each(tile, block, place, lambda copy: copy.start())
+    def start(self, of_tile, block, place) -> None:
+        self._each(of_tile, block, place, lambda copy: copy.start())
 
-    def wait(self, tile, block, place) -> None:
-        self._each(tile, block, place, lambda copy: copy.wait())
+    def wait(self, of_tile, block, place) -> None:
+        self._each(of_tile, block, place, lambda copy: copy.wait())
 
-    def _each(self, tile, block, place, act) -> None:
+    def _each(self, of_tile, block, place, act) -> None:
         of, shape = _Tiles(*range(6)), self.shape
-        row, end = self.tiles[of.row, tile], self.tiles[of.end, tile]
+        row, end = self.tiles[of.row, of_tile], self.tiles[of.end, of_tile]
         first_page = block * shape.pages
         last_page = lax.div(end + shape.page_size - 1, shape.page_size)
 
