@@ -64,6 +64,7 @@ def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequen
                         for r in proven
                         if r["arch"] == _proven_on(arch) and r["dtype"] in dtypes and kernel in r.get("kernels", ())
                     ],
+                    arch,
                 )
                 for arch in archs
             )
@@ -76,12 +77,13 @@ def _proven_on(arch: str) -> str:
     return names.INTERPRETED if arch in names.TPU_ARCHS else arch
 
 
-def _cell(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
-    if not compiled or any(row["status"] not in ("ok", "spills") for row in compiled):
-        return "lowered"
+def _cell(compiled: Sequence[Record], proven: Sequence[Record], arch: str) -> str:
+    has_code = bool(compiled) and all(row["status"] in ("ok", "spills") for row in compiled)
     passed = bool(proven) and all(row["status"] == "ok" for row in proven)
-    if compiled[0]["arch"] in names.TPU_ARCHS:
-        return "compiled, interpreted" if passed else "compiled"
+    if arch in names.TPU_ARCHS:
+        return ", ".join(name for name, reached in (("compiled", has_code), ("interpreted", passed)) if reached)
+    if not has_code:
+        return "lowered"
     rung = "executed" if passed else "compiled"
     spills = max(row["vgpr_spills"] for row in compiled)
     return f"{rung}, {spills} spilled" if spills else rung
