@@ -3,6 +3,8 @@
 # Architectures that kernels are compiled for, and those whose machine code the emulator in amdgcn/ executes.
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201", "sm_80", "sm_90", "sm_100")
 EXECUTED_ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
+TPU_ARCHS = ("v5e", "v6e", "v7x")  # that libtpu compiles for
+INTERPRETED = "tpu"  # the machine of JAX's interpreter of TPU kernels
 
 MODEL_STEPS = ("decode", "prefill")  # whole steps that compile --model knows
 COMPILERS = ("xla", "triton")  # which turn a kernel into machine code, see proof.compilers
@@ -20,6 +22,7 @@ KERNELS = {
     "delta_attention": ("delta_attention", "forward"),  # linear attention with the delta rule
 }
 TUNED = tuple(name for name in KERNELS if name not in ("linear_attention", "delta_attention"))  # that have tables
+TPU_KERNELS = ("flash_attention", "paged_decode_attention", "ragged_paged_attention")  # that TPUs have too
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))
 DIRECTIONS = ("forward", "backward")
 FLASH_DTYPES = ("bfloat16", "float16", "float32")
@@ -35,9 +38,9 @@ BETWEEN = (80,)  # head_dims between these entries that are tested as well
 GROUP_SIZES = (32, 128, 4096)  # what the products have instead of head_dims; 4096: a whole row
 
 # Implementations of attention, jfa's and others' (measure.peers); measured directions; implementations in a model.
-PEERS = ("reference", "xla", "triton", "jax.nn", "cudnn", "pallas", "tokamax", "jax-aiter", "torch")
+PEERS = ("reference", "xla", "triton", "jax.nn", "cudnn", "pallas", "tokamax", "jax-aiter", "torch", "tpu")
 MEASURED = ("forward", "backward", "both")  # backward: only the gradients; both: output and gradients
-IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton")  # jfa: its automatic choice
+IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton", "tpu")  # jfa: its automatic choice
 MATRIX_PRODUCTS = "matrix products"  # a model's matrix products only: the speed limit that it is compared with
 
 WARM_UP_CALLS = 10  # maximum number of calls before timing starts

@@ -24,6 +24,24 @@ _NVIDIA_ARCH = {
     "GB200": "sm_100",
 }
 
+# JAX's names of TPUs, and those that people use. Names that are not listed are used as they are.
+_TPU_ARCH = {
+    "TPU v2": "v2",
+    "TPU v3": "v3",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}
+
+# Bytes of VMEM of one core, as libtpu 0.0.52 reports them when a kernel needs more.
+_VMEM_BYTES = {"v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "v7x": 64 << 20, "cpu": 128 << 20}
+_VMEM_BYTES_OTHERWISE = {"tpu": 16 << 20}
+
 # Compute units of an architecture's most common card, for compiling without the device.
 _COMPUTE_UNITS = {
     "gfx90a": 104,
@@ -44,6 +62,7 @@ def describe(platform: str, arch: str, compute_units: int | None = None) -> Devi
         arch=arch,
         compute_units=compute_units or _COMPUTE_UNITS.get(arch, 1),
         lds_bytes=_LDS_BYTES.get(arch, _LDS_BYTES_OTHERWISE.get(platform, 0)),
+        vmem_bytes=_VMEM_BYTES.get(arch, _VMEM_BYTES_OTHERWISE.get(platform, 0)),
     )
 
 
@@ -63,11 +82,13 @@ def probe() -> DeviceInfo:
 
 
 def _architecture(kind: str) -> tuple[str, str] | None:
-    """(platform, arch) if a device kind names an architecture: 'gfx942', 'sm_90' or an NVIDIA data center GPU."""
+    """(platform, arch) if a device kind names an architecture: 'gfx942', 'sm_90', a data center GPU, a TPU."""
     if re.fullmatch(r"gfx[0-9a-f]+", kind):
         return "rocm", kind
     if re.fullmatch(r"sm_\d+", kind):
         return "cuda", kind
+    if kind in _TPU_ARCH:
+        return "tpu", _TPU_ARCH[kind]
     if match := re.search(r"NVIDIA (\w+)", kind):
         arch = _NVIDIA_ARCH.get(match[1])
         return ("cuda", arch) if arch else None
@@ -81,7 +102,8 @@ _CPU_INFO = Path("/proc/cpuinfo")  # Linux
 def _real() -> DeviceInfo:
     device = jax.devices()[0]
     if device.platform not in ("gpu", "cuda", "rocm"):
-        found = describe(device.platform, device.device_kind)
+        kind = str(device.device_kind)
+        found = describe(device.platform, _TPU_ARCH.get(kind, kind))
         return dataclasses.replace(found, multiplies_bfloat16=device.platform == "cpu" and _multiplies_bfloat16())
     # ROCm returns 'gfx942' (older plugins 'gfx942:sramecc+:xnack-') here, CUDA '9.0'
     capability = str(device.compute_capability).split(":")[0]

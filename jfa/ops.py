@@ -15,7 +15,7 @@ from jfa import arguments, backends, checks
 from jfa.device import probe
 from jfa.meshes import on_any_mesh, spec_of
 from jfa.rules import compiled, with_default_rules
-from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Implementation, Operands
+from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, FlashConfig, Implementation, Operands, TpuConfig
 
 
 class _Options(TypedDict, total=False):
@@ -36,7 +36,7 @@ class _Options(TypedDict, total=False):
     dropout_rate: float
     dropout_key: ArrayLike | None
     broadcast_dropout: bool
-    config: BlockConfig | FlashConfig | None
+    config: BlockConfig | FlashConfig | TpuConfig | None
 
 
 @overload
@@ -89,7 +89,7 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_key: ArrayLike | None = None,
     broadcast_dropout: bool = False,
-    config: BlockConfig | FlashConfig | None = None,
+    config: BlockConfig | FlashConfig | TpuConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """softmax(scale * query key^T + bias) value, without storing the scores in memory.
 
@@ -118,7 +118,7 @@ def dot_product_attention(
         read.
       local_window_size: (left, right), the number of keys that a query sees before and after its own position, None:
         all of them; an int sets both.
-      implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
+      implementation: "reference", "xla", "triton" or "tpu" to require that backend; None to choose automatically.
       return_residual: also return the (natural) log-sum-exp of the scores.
       logits_soft_cap: scores become cap * tanh(score / cap).
       sinks: [hq], one attention sink logit per head: exp(sink) is added to the softmax's denominator. It has no value
@@ -135,7 +135,8 @@ def dot_product_attention(
         on this key and on the indices (row, head, query, key) of the weight in this call's arrays. Under shard_map,
         fold the device's index into the key.
       broadcast_dropout: drop the same weights in all rows and heads.
-      config: tile sizes, a FlashConfig for "triton" (forward) or a BlockConfig for "xla"; None: the backend's default.
+      config: tile sizes, a FlashConfig for "triton" (forward), a TpuConfig for "tpu" (forward) or a BlockConfig for
+        "xla"; None: the backend's default.
 
     Returns:
       [b, tq, hq, dv] in query's dtype; with return_residual also the residual, f32[b, tq, hq]. Without the batch axis
@@ -194,7 +195,7 @@ class _Plan:
 
     backend: str
     spec: AttentionSpec
-    config: BlockConfig | FlashConfig | None
+    config: BlockConfig | FlashConfig | TpuConfig | None
     device: DeviceInfo
 
 
@@ -230,7 +231,9 @@ def _backward(plan: _Plan, saved, cotangents) -> tuple[Operands]:
 _differentiable.defvjp(_forward, _backward)
 
 
-def _config(backend: str, operands: Operands, device: DeviceInfo, given) -> BlockConfig | FlashConfig | None:
+def _config(
+    backend: str, operands: Operands, device: DeviceInfo, given
+) -> BlockConfig | FlashConfig | TpuConfig | None:
     chosen = backends.flash(backend)
     if given is None:
         return chosen.default_config(operands, device)

@@ -21,6 +21,7 @@ from jfa.types import (
     Implementation,
     PagedConfig,
     PagedOperands,
+    TpuConfig,
     UnsupportedError,
 )
 
@@ -35,7 +36,7 @@ class _Options(TypedDict, total=False):
     key_scales: ArrayLike | None
     value_scales: ArrayLike | None
     implementation: Implementation | None
-    config: BlockConfig | PagedConfig | None
+    config: BlockConfig | PagedConfig | TpuConfig | None
 
 
 @overload
@@ -80,7 +81,7 @@ def paged_decode_attention(
     value_scales: ArrayLike | None = None,
     return_residual: bool = False,
     implementation: Implementation | None = None,
-    config: BlockConfig | PagedConfig | None = None,
+    config: BlockConfig | PagedConfig | TpuConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """Decode attention over a paged KV cache: one new token of each row attends to the row's keys and values.
 
@@ -106,8 +107,9 @@ def paged_decode_attention(
       sinks: [hq], one attention sink logit per head: exp(sink) is added to the softmax's denominator.
       key_scales, value_scales: [num_pages, page_size, hkv], if and only if those pages are quantized.
       return_residual: also return the (natural) log-sum-exp of the scores, without the sink.
-      implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
-      config: a PagedConfig for "triton" or a BlockConfig for "xla"; None: the backend's default.
+      implementation: "reference", "xla", "triton" or "tpu" to require that backend; None to choose automatically.
+      config: a PagedConfig for "triton", a TpuConfig for "tpu" or a BlockConfig for "xla"; None: the backend's
+        default.
 
     Returns:
       [b, hq, dv] in query's dtype; with return_residual also the residual, f32[b, hq].
@@ -176,7 +178,7 @@ def ragged_paged_attention(
     value_scales: ArrayLike | None = None,
     return_residual: bool = False,
     implementation: Implementation | None = None,
-    config: BlockConfig | PagedConfig | None = None,
+    config: BlockConfig | PagedConfig | TpuConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """Causal attention over a paged KV cache for any number of new tokens per row: mixed prefill and decode.
 
@@ -271,7 +273,7 @@ class _Plan:
 
     backend: str
     spec: AttentionSpec
-    config: BlockConfig | PagedConfig | None
+    config: BlockConfig | PagedConfig | TpuConfig | None
     device: DeviceInfo
 
 

@@ -234,6 +234,19 @@ class FlashConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuConfig:
+    """Tile sizes of a `tpu` attention kernel. They affect the speed, not the result."""
+
+    block_q: int  # tokens; a tile has a row for each of them and each query head of a key head
+    block_kv: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_kv"):
+            if (size := getattr(self, name)) < 128 or size % 128:
+                raise ValueError(f"{name} must be a multiple of 128, the lanes of a register, got {size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedConfig(FlashConfig):
     """Like FlashConfig, for a `triton` paged attention kernel. A tile of queries contains all heads of a group.
 
@@ -288,7 +301,8 @@ class DeviceInfo:
     """The properties of a device that kernels depend on."""
 
     platform: str  # "rocm", "cuda", "tpu" or "cpu"
-    arch: str  # "gfx942", "sm_90", "TPU v5e", "cpu": a name, never a number
+    arch: str  # "gfx942", "sm_90", "v5e", "cpu": a name, never a number
     compute_units: int = 1
     lds_bytes: int = 0  # maximum LDS or shared memory of one workgroup
+    vmem_bytes: int = 0  # VMEM of a TPU's core; on a CPU, of the one that is interpreted
     multiplies_bfloat16: bool = False  # a CPU with instructions for bfloat16 products

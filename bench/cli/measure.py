@@ -147,7 +147,9 @@ def memory_command(data, page_size, steps, output) -> None:
 @click.option("--kv-heads", type=options.COUNT, default=2, show_default=True)
 @click.option("--head-dim", type=options.COUNT, default=64, show_default=True)
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
-@click.option("--implementation", type=click.Choice(("xla", "triton", "reference")), help="Default: chosen by jfa.")
+@click.option(
+    "--implementation", type=click.Choice(("xla", "triton", "tpu", "reference")), help="Default: chosen by jfa."
+)
 @options.measurement_options
 def paged_command(
     batch, context, page_size, kv_dtype, heads, kv_heads, head_dim, dtype, implementation, samples, output

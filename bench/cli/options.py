@@ -41,12 +41,12 @@ class Counts(click.ParamType):
 
 
 class Names(click.ParamType):
-    """Known names, separated by commas, or "all"."""
+    """Known names, separated by commas, or "all". more: names that "all" leaves out."""
 
     name = "NAME,..."
 
-    def __init__(self, what: str, known: Sequence[str]):
-        self.what, self.known = what, tuple(known)
+    def __init__(self, what: str, known: Sequence[str], more: Sequence[str] = ()):
+        self.what, self.known, self.more = what, tuple(known), tuple(more)
 
     def convert(self, value, param, ctx) -> tuple[str, ...]:
         if isinstance(value, tuple):
@@ -55,8 +55,9 @@ class Names(click.ParamType):
         if given == ("all",):
             return self.known
         for name in given:
-            if name not in self.known:
-                self.fail(f"unknown {self.what} {name!r}; use one of {', '.join(self.known)}, or all", param, ctx)
+            if name not in (*self.known, *self.more):
+                known = ", ".join((*self.known, *self.more))
+                self.fail(f"unknown {self.what} {name!r}; use one of {known}, or all", param, ctx)
         return given
 
 

@@ -8,6 +8,8 @@ from .. import names
 from . import options
 
 ARCHS = options.Names("architecture", names.ARCHS)
+WITH_TPUS = options.Names("architecture", names.ARCHS, more=names.TPU_ARCHS)
+PROVEN = options.Names("architecture", names.EXECUTED_ARCHS, more=(names.INTERPRETED,))
 OPS = options.Names("op", names.OPS)
 OPS_AND_KERNELS = options.Names("op", tuple(dict.fromkeys((*names.OPS, *names.KERNELS))))
 TUNED = options.Names("op", tuple(dict.fromkeys((*(names.KERNELS[kernel][0] for kernel in names.TUNED), *names.TUNED))))
@@ -24,7 +26,13 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 
 
 @click.command("compile")
-@click.option("--arch", type=ARCHS, default="all", show_default=True, help=f"One or more of {', '.join(names.ARCHS)}.")
+@click.option(
+    "--arch",
+    type=WITH_TPUS,
+    default="all",
+    show_default=True,
+    help=f"One or more of {', '.join(names.ARCHS)}, which are all, and of {', '.join(names.TPU_ARCHS)}.",
+)
 @kernels_option
 @direction_option
 @click.option("--dtype", type=options.Names("dtype", names.DTYPES), default="all", show_default=True)
@@ -64,8 +72,8 @@ def compile_command(
 ) -> None:
     """Compile kernels for an architecture.
 
-    Reports registers, spills, LDS and the theoretical bound of each kernel; with --model what a whole step
-    launches. Needs no GPU.
+    Reports registers, spills, LDS and the theoretical bound of each kernel, or the VMEM of a TPU; with --model what
+    a whole step launches. Needs no GPU and no TPU.
     """
     _refuse_options(context_, ("op", "direction", "dtype", "head_dim") if model else _OF_MODELS, with_model=bool(model))
     if model:
@@ -73,6 +81,7 @@ def compile_command(
 
         if reason := configs.unknown([model]):
             raise click.UsageError(reason)
+        _refuse_tpus(arch)
         if compiler == "triton":
             raise click.UsageError("--model needs --compiler xla: a whole program is compiled by XLA")
         if kv_dtype and cache != "paged":
@@ -100,6 +109,12 @@ def compile_command(
     click.echo(compile.render(records, format))
 
 
+def _refuse_tpus(archs: tuple[str, ...]) -> None:
+    for name in archs:
+        if name in (*names.TPU_ARCHS, names.INTERPRETED):
+            raise click.UsageError(f"--model knows no TPUs yet, got {name}")
+
+
 _OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype", "quantization", "devices", "hosts")
 
 
@@ -114,7 +129,13 @@ def _refuse_options(context: click.Context, given: tuple[str, ...], *, with_mode
 
 
 @click.command("prove")
-@click.option("--arch", type=options.Names("architecture", names.EXECUTED_ARCHS), default="all", show_default=True)
+@click.option(
+    "--arch",
+    type=PROVEN,
+    default="all",
+    show_default=True,
+    help=f"One or more of {', '.join(names.EXECUTED_ARCHS)}, which are all, or tpu: JAX's interpreter of TPU kernels.",
+)
 @click.option("--op", type=OPS, default="all", show_default=True)
 @direction_option
 @click.option("--quick", is_flag=True, help="Fewer rows and cases, for CI.")
@@ -124,7 +145,7 @@ def _refuse_options(context: click.Context, given: tuple[str, ...], *, with_mode
 @options.format_option
 @click.pass_context
 def prove_command(context, arch, op, direction, quick, model, compiler, processes, format) -> None:
-    """Verify the AMD machine code of kernels.
+    """Verify the AMD machine code of kernels, or the TPU kernels in JAX's interpreter.
 
     Executes it on this CPU and checks the results against an oracle; exit status 1 if one is wrong.
     """
@@ -133,6 +154,7 @@ def prove_command(context, arch, op, direction, quick, model, compiler, processe
 
     if model:
         _refuse_options(context, ("op", "direction"), with_model=True)
+        _refuse_tpus(arch)
         if compiler == "triton":
             raise click.UsageError("--model needs --compiler xla: a whole program is compiled by XLA")
         circumstances = compile.circumstances(arch, "xla")

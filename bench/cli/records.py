@@ -61,7 +61,8 @@ def report_command(folder) -> None:
     Without FOLDER, prints the support table, from the records in bench/results.
     """
     if folder is None:
-        click.echo(report.support(report.load("compile"), report.load("prove")))
+        for table in (report.support, report.support_on_tpus):
+            click.echo(table(report.load("compile"), report.load("prove")) + "\n" * (table is report.support))
         return
     report.write(folder)
 

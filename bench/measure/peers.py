@@ -112,7 +112,8 @@ def _memory_bytes(compiled) -> int:
 
 
 def _jfa(implementation: Any) -> Peer:
-    platforms = ("rocm", "cuda") if implementation == "triton" else Peer.platforms  # the interpreter is not measured
+    kernels = {"triton": ("rocm", "cuda"), "tpu": ("tpu",)}  # interpreters are not measured
+    platforms = kernels.get(implementation, Peer.platforms)
     return Peer(
         program=of_jax(
             lambda causal: functools.partial(jfa.dot_product_attention, is_causal=causal, implementation=implementation)
@@ -227,6 +228,7 @@ PEERS: dict[str, Peer] = {
     "tokamax": Peer(program=of_jax(_tokamax), module="tokamax"),
     "jax-aiter": Peer(program=of_jax(_jax_aiter), module="jax_aiter", platforms=("rocm",)),
     "torch": Peer(program=_torch, module="torch"),
+    "tpu": _jfa("tpu"),
 }
 
 

@@ -25,8 +25,9 @@ CUSTOM_CALL = "__gpu$xla.gpu.triton"  # XLA's name for a Triton kernel
 # Columns of tensor memory of one multiprocessor: PTX ISA, "Tensor Memory"; only sm_100 has it.
 TENSOR_MEMORY_COLUMNS = 512
 
-# JAX identifies NVIDIA targets by marketing name; jfa.device converts these names back.
-_NVIDIA_KIND = {"sm_80": "NVIDIA A100", "sm_90": "NVIDIA H100", "sm_100": "NVIDIA B200"}
+# JAX identifies NVIDIA GPUs and TPUs by other names; jfa.device converts these names back.
+_KINDS = {"sm_80": "NVIDIA A100", "sm_90": "NVIDIA H100", "sm_100": "NVIDIA B200"}
+_KINDS |= {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v7x": "TPU7x"}
 
 
 class CompileError(RuntimeError):
@@ -88,10 +89,13 @@ def device(arch: str) -> DeviceInfo:
     """The DeviceInfo of an architecture's most common card.
 
     Raises:
-      ValueError: not one of names.ARCHS.
+      ValueError: not one of names.ARCHS and names.TPU_ARCHS.
     """
-    if arch not in names.ARCHS:
-        raise ValueError(f"arch must be one of {', '.join(names.ARCHS)}, got {arch!r}")
+    known = (*names.ARCHS, *names.TPU_ARCHS)
+    if arch not in known:
+        raise ValueError(f"arch must be one of {', '.join(known)}, got {arch!r}")
+    if arch in names.TPU_ARCHS:
+        return describe("tpu", arch)
     return describe("rocm" if is_amd(arch) else "cuda", arch)
 
 
@@ -100,10 +104,11 @@ def target(arch: str, mesh: Mesh | None = None) -> Iterator[DeviceInfo]:
     """A context in which JAX and jfa trace for arch: an abstract device replaces the real one, or each of a mesh.
 
     Raises:
-      ValueError: not one of names.ARCHS.
+      ValueError: unknown architecture.
     """
     info = device(arch)
-    abstract = AbstractDevice(device_kind=_NVIDIA_KIND.get(arch, arch), num_cores=None, platform=info.platform)
+    num_cores = 1 if info.platform == "tpu" else None  # Mosaic asks for it
+    abstract = AbstractDevice(device_kind=_KINDS.get(arch, arch), num_cores=num_cores, platform=info.platform)
     sizes, axes, kinds = ((), (), ()) if mesh is None else (mesh.axis_sizes, mesh.axis_names, mesh.axis_types)
     abstract_mesh = AbstractMesh(sizes, axes, axis_types=kinds, abstract_device=abstract)
     with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(abstract_mesh):

@@ -1,4 +1,4 @@
-"""`jfa-bench compile`: compiles every kernel of the library for an architecture, whether or not the GPU is present.
+"""`jfa-bench compile`: compiles every kernel of the library for an architecture, whether or not the device is present.
 
 One row per kernel (ops.OPS), dtype, head_dim and architecture, with the configuration that a plain call uses there.
 Rows are compiled in worker processes: a compiler that crashes its process only loses that row.
@@ -17,7 +17,7 @@ import jfa
 from .. import names
 from ..measure import machine
 from ..records import record, tables
-from . import aot, compilers, machine_code, pool
+from . import aot, by_libtpu, compilers, machine_code, pool
 from .ops import OPS, Op
 
 
@@ -52,6 +52,7 @@ def cases(
         Case(kernel=op.kernel, dtype=dtype, head_dim=head_dim, arch=arch, compiler=compiler)
         for op in ops
         for arch in archs
+        if arch in names.ARCHS or op.kernel in names.TPU_KERNELS
         for dtype in op.dtypes
         for head_dim in sorted((*op.head_dims, *op.between))
         if (dtypes is None or dtype in dtypes) and (head_dims is None or head_dim in head_dims)
@@ -59,7 +60,7 @@ def cases(
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """The `compile` record of one row: the case, status, reason, seconds, and machine_code.FIELDS.
+    """The `compile` record of one row: the case, status, reason, seconds, and machine_code.FIELDS or by_libtpu.FIELDS.
 
     status: "ok"; "spills": registers are spilled to memory; "over_lds": a GPU could not launch it; "failed": no code;
     "unsupported": the kernel does not support the call there. All except "ok" have a reason.
@@ -67,7 +68,8 @@ def compile_case(case: Case) -> dict[str, Any]:
     start = time.perf_counter()
     op = case.op
     info = aot.device(case.arch)
-    asked = None if case.config is None else op.config_type(**dict(case.config))
+    config_type = jfa.TpuConfig if info.platform == "tpu" else op.config_type
+    asked = None if case.config is None else config_type(**dict(case.config))
     config = asked or op.default_config(info, case.dtype, case.head_dim)
     row = {
         "benchmark": "compile",
@@ -77,15 +79,19 @@ def compile_case(case: Case) -> dict[str, Any]:
             "head_dim": case.head_dim,
             "arch": case.arch,
             "compiler": compilers.chosen(case.arch, case.compiler),
-            "config": given(op, dataclasses.asdict(config)),
+            "config": given(config_type, dataclasses.asdict(config)),
         },
     }
     try:
+        if case.arch in names.TPU_ARCHS:
+            fn, args = op.call(case.dtype, case.head_dim, asked, case.variant)
+            figures = by_libtpu.compile_call(fn, args, kernel=op.kernel, arch=case.arch)
+            return row | {"status": "ok", "reason": None, "seconds": round(time.perf_counter() - start, 2)} | figures
         compiled = compilers.compile_kernel(_kernel(case, asked), arch=case.arch, compiler=row["compiler"])
     except jfa.UnsupportedError as error:
-        return row | _without_code(str(error)) | {"status": "unsupported", "seconds": None}
+        return row | _without_code(str(error), case.arch) | {"status": "unsupported", "seconds": None}
     except aot.CompileError as error:
-        return row | _without_code(str(error)) | {"seconds": round(time.perf_counter() - start, 2)}
+        return row | _without_code(str(error), case.arch) | {"seconds": round(time.perf_counter() - start, 2)}
     figures = machine_code.read(compiled)
     status, reason = "ok", compiled.why_not_launched()
     if reason:
@@ -106,8 +112,9 @@ def _kernel(case: Case, config: Any) -> aot.Kernel:
     return wanted[0]
 
 
-def _without_code(reason: str) -> dict[str, Any]:
-    return {"status": "failed", "reason": reason} | dict.fromkeys(machine_code.FIELDS)
+def _without_code(reason: str, arch: str) -> dict[str, Any]:
+    fields = by_libtpu.FIELDS if arch in names.TPU_ARCHS else machine_code.FIELDS
+    return {"status": "failed", "reason": reason} | dict.fromkeys(fields)
 
 
 def compile_all(cases: Sequence[Case], *, processes: int = names.PROCESSES) -> list[dict[str, Any]]:
@@ -119,7 +126,7 @@ def _crashed(case: Case) -> dict[str, Any]:
     about = {"kernel": case.kernel, "op": case.op.name, "direction": case.op.direction, "variant": case.variant}
     what = {"dtype": case.dtype, "head_dim": case.head_dim, "arch": case.arch, "config": dict(case.config or ())}
     what["compiler"] = compilers.chosen(case.arch, case.compiler)
-    failed = _without_code("the compiler crashed its process")
+    failed = _without_code("the compiler crashed its process", case.arch)
     return {"benchmark": "compile", **about, **what, **failed, "seconds": None}
 
 
@@ -140,7 +147,7 @@ def versions() -> dict[str, str]:
 
 def warn_of_unmet(archs: Sequence[str], compiler: str | None) -> str | None:
     """Prints a note to stderr, and returns it, if the compiler for one of archs is a release that was not checked."""
-    note = compilers.unmet({compilers.chosen(arch, compiler) for arch in archs})
+    note = compilers.unmet({compilers.chosen(arch, compiler) for arch in archs if arch != names.INTERPRETED})
     if note:
         click.echo(f"note: {note}", err=True)
     return note
@@ -155,10 +162,15 @@ COLUMNS = {
     **{f"config.{name}": name for name in (*BLOCKS, "num_warps", "num_stages")},
     **{name: name for name in machine_code.FIELDS if not name.endswith("loop_cycles")},
     **{"seconds": "seconds", "compiler": "compiler"},
+    **{name: name for name in by_libtpu.FIELDS},
 }
 TABLE = {
     **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vgpr": "vgpr", "vgpr_spills": "spill"},
     **{"lds_kib": "KiB", "waves_per_simd": "occ", "bound": "bound"},
+}
+TPU_TABLE = {
+    **{"arch": "arch", "dtype": "dtype", "head_dim": "d", "tile": "tile", "vmem_mib": "VMEM MiB", "limit_mib": "of"},
+    **{"hbm_mib": "HBM MiB", "copied_mib": "copied", "loop_bundles": "cycles", "bound": "bound ms"},
 }
 
 
@@ -169,9 +181,11 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
     parts = []
     for op in OPS:
         rows = [row for row in records if row["kernel"] == op.kernel]
-        if rows:
-            shown = [{**row, **_shown(row, op)} for row in rows]
-            parts.append(f"{op.kernel}, {op.direction}\n\n" + record.render(shown, "md", TABLE))
+        of_gpus = [{**row, **_shown(row, op)} for row in rows if row["arch"] in names.ARCHS]
+        of_tpus = [{**row, **_shown_of_tpu(row)} for row in rows if row["arch"] in names.TPU_ARCHS]
+        for shown, columns in ((of_gpus, TABLE), (of_tpus, TPU_TABLE)):
+            if shown:
+                parts.append(f"{op.kernel}, {op.direction}\n\n" + record.render(shown, "md", columns))
         parts += [
             f"{row['arch']} {row['dtype']} {row['head_dim']}: {row['status']}: {row['reason']}"
             for row in rows
@@ -190,6 +204,16 @@ def _shown(row: Mapping[str, Any], op: Op) -> dict[str, Any]:
     }
 
 
+def _shown_of_tpu(row: Mapping[str, Any]) -> dict[str, Any]:
+    def mib(name: str) -> str | None:
+        return None if row[name] is None else f"{row[name] / 2**20:.1f}"
+
+    shown = {"dtype": tables.short_dtype(row["dtype"]), "tile": tile(row["config"])}
+    shown |= {"vmem_mib": mib("vmem_bytes"), "limit_mib": mib("vmem_limit"), "hbm_mib": mib("hbm_bytes")}
+    bound = row["roofline_ms"] if row["status"] == "ok" else row["status"]
+    return shown | {"copied_mib": mib("copied_bytes"), "bound": bound}
+
+
 def tile(config: Mapping[str, Any]) -> str:
     """The short form of a configuration: 128x64 4w 2s (of a product 16x64x128 1w 1s), and the switches that are set.
 
@@ -206,9 +230,9 @@ def tile(config: Mapping[str, Any]) -> str:
 _LETTERS = {"block_d": "d", "round_half_up": "r", "fp8_by_bits": "b"}
 
 
-def given(op: Op, config: Mapping[str, Any]) -> dict[str, Any]:
+def given(config_type: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without fields that have their default value, in the order of the type's fields."""
-    fields = dataclasses.fields(op.config_type)
+    fields = dataclasses.fields(config_type)
     return {
         field.name: config[field.name]
         for field in fields

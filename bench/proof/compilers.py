@@ -2,6 +2,7 @@
 
 xla      XLA's own, from JAX's plugin for the platform (by_xla.py): the code that a card would run
 triton   the package (by_triton.py), which is close to it
+libtpu   XLA's for TPUs (by_libtpu.py), the only one
 """
 
 import functools
@@ -9,7 +10,7 @@ import importlib.metadata
 from collections.abc import Collection
 
 from .. import names
-from . import aot, by_triton, by_xla
+from . import aot, by_libtpu, by_triton, by_xla
 from .aot import Compiled, Kernel
 
 
@@ -21,6 +22,12 @@ def chosen(arch: str, compiler: str | None = None) -> str:
       RuntimeError: what it needs is not installed; the message says how to install it.
     """
     platform = aot.device(arch).platform
+    if platform == "tpu":
+        if compiler == "triton":
+            raise ValueError(f"compiler must be xla or None for {arch}, got 'triton'")
+        if missing := by_libtpu.why_not():
+            raise RuntimeError(missing)
+        return "libtpu"
     if compiler not in (None, *names.COMPILERS):
         raise ValueError(f"compiler must be one of {', '.join(names.COMPILERS)}, got {compiler!r}")
     missing = by_xla.why_not(platform)
@@ -71,6 +78,8 @@ def versions() -> dict[str, str]:
     for platform in ("rocm", "cuda"):
         if plugin := by_xla.plugin(platform):
             found[plugin.package] = plugin.version
+    if version := by_libtpu.version():
+        found["libtpu"] = version
     try:
         found["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -30,6 +30,12 @@ from jfa.types import (
 from .. import names
 from . import aot
 
+
+def _kernels(device: DeviceInfo | None = None) -> Any:
+    """The backend that has kernels for a device; None: for the one that is traced for."""
+    return "tpu" if (device or probe()).platform == "tpu" else "triton"
+
+
 LENGTH = 4096  # of all representative calls: longer than any tile
 
 
@@ -94,14 +100,14 @@ def _flash_forward(dtype: str, head_dim: int, config: FlashConfig | None, varian
         head_dim = head_dim * 5 // 8
 
     def call(q, k, v):
-        return jfa.dot_product_attention(q, k, v, is_causal=True, implementation="triton", config=config, **options)
+        return jfa.dot_product_attention(q, k, v, is_causal=True, implementation=_kernels(), config=config, **options)
 
     kv = _rows(dtype, head_dim, batch, 2)
     return call, (_rows(dtype, head_dim, batch), kv, kv)
 
 
 def _flash_default(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
-    return backends.flash("triton").default_config(_operands(dtype, head_dim), device)  # type: ignore[return-value]
+    return backends.flash(_kernels(device)).default_config(_operands(dtype, head_dim), device)  # type: ignore[return-value]
 
 
 def _flash_backward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
@@ -206,7 +212,7 @@ def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[C
                 *(q, k_pages, v_pages, *rows),
                 key_scales=k_scales,
                 value_scales=v_scales,
-                implementation="triton",
+                implementation=_kernels(),
                 config=config,
                 **options,
             )
@@ -219,7 +225,7 @@ def _paged(kernel: str) -> Callable[[str, int, PagedConfig | None, str], tuple[C
 def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]:
     def config(device: DeviceInfo, dtype: str, head_dim: int) -> PagedConfig:
         operands = _paged_operands(dtype, head_dim, ragged=kernel == "ragged_paged_attention")
-        return backends.paged("triton").default_config(operands, device)  # type: ignore[return-value]
+        return backends.paged(_kernels(device)).default_config(operands, device)  # type: ignore[return-value]
 
     return config
 

@@ -1,6 +1,7 @@
 """Proves a case: a kernel, run as machine code, returns the oracle's result and accesses nothing out of bounds.
 
-A Check is a call of the public op with what it must return; `verdict` runs it emulated, `on_device` on this device.
+A Check is a call of the public op with what it must return; `verdict` runs it emulated, `on_device` on this device, and
+`interpreted` in JAX's interpreter of TPU kernels.
 
 Inputs past a row's length, and page slots without a token, are NaN or infinite; outputs are initialized to NaN.
 """
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
+from jfa.kernels.tpu._pallas import pltpu
 from jfa.types import Implementation
 
 from .. import amdgcn
@@ -177,6 +179,33 @@ def on_device(check: Check) -> Verdict:
     return Verdict(share=share, wrong=wrong, kernels=kernels)
 
 
+def interpreted(check: Check) -> Verdict:
+    """Runs a check in JAX's interpreter of TPU kernels, on this CPU.
+
+    Memory is NaN until it is written, a copy arrives when its semaphore is waited for, programs of parallel axes run in
+    random order, and reads out of bounds and races are errors.
+
+    Raises:
+      UnsupportedError: the kernel does not support the call.
+    """
+    args = jax.tree.map(jnp.asarray, check.args)
+    params = pltpu.InterpretParams(detect_races=True, random_seed=0)
+    try:
+        with pltpu.force_tpu_interpret_mode(params):
+            lowered = jax.jit(check.fn).lower(*args)
+            outputs = jax.block_until_ready(lowered.compile()(*args))
+    except (jfa.UnsupportedError, ValueError):
+        raise
+    except Exception as error:  # the interpreter passes any error of a callback on as an error of XLA's
+        lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+        told = next((line for line in reversed(lines) if "Error" in line or "race" in line.lower()), lines[0])
+        return Verdict(wrong=f"{type(error).__name__}: {told.strip()}", races=int("race" in str(error).lower()))
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+    share, wrong = _compared(outputs, check.wanted, check.limits)
+    return Verdict(share=share, wrong=wrong)
+
+
 def _compared(
     outputs: Sequence[Any], wanted: Sequence[Any], limits: Sequence[float]
 ) -> tuple[float | None, str | None]:
@@ -191,7 +220,7 @@ def _compared(
 
 
 def paged_tile_cases(
-    config: jfa.PagedConfig, head_dim: int, pages: str | None, *, ragged: bool
+    config: jfa.PagedConfig | jfa.TpuConfig, head_dim: int, pages: str | None, *, ragged: bool
 ) -> dict[str, PagedCase]:
     """Cases that cover all paths of a paged kernel's tile: whole tiles, ragged ends, empty rows, split-KV."""
     heads, block_kv = (8, 2), config.block_kv
@@ -199,6 +228,7 @@ def paged_tile_cases(
     longer = 2 * block_kv + tokens + 3
     lengths = (longer, 0, 1, block_kv, tokens + 7)
     queries = (tokens + 2, 0, 1, 1, tokens) if ragged else None
+    shared_out = dataclasses.replace(config, num_splits=3) if isinstance(config, jfa.PagedConfig) else config
     return {
         "tiles": PagedCase(
             kv_len=lengths,
@@ -217,7 +247,7 @@ def paged_tile_cases(
             page_size=7,
             pages=pages,
             sinks=True,
-            options={"local_window_size": 3 * block_kv + 1, "config": dataclasses.replace(config, num_splits=3)},
+            options={"local_window_size": 3 * block_kv + 1, "config": shared_out},
         ),
     }
 

@@ -4,6 +4,8 @@ A row is a proof for an architecture, dtype and head_dim. Its cases are small od
 the tiles of that configuration, or one case for each option (CASES). The proof passes if every case is within the
 numerics contract (numerics.limit), no access is outside of its operand, and no two waves race in the LDS. Inputs past a
 row's length are NaN or infinite, and outputs are initialized to NaN. Rows run in worker processes.
+
+With the architecture "tpu" the same cases run in JAX's interpreter of TPU kernels (proofs.interpreted).
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ from typing import Any
 
 from jfa import quant
 from jfa.kernels.triton import products
-from jfa.types import Implementation
+from jfa.types import Implementation, TpuConfig, UnsupportedError
 
 from .. import names
 from ..records import record, tables
@@ -27,6 +29,7 @@ from .proofs import (
     backward_check,
     forward,
     forward_check,
+    interpreted,
     linear_check,
     linear_tile_cases,
     of_chunks,
@@ -84,12 +87,19 @@ QUICK_OPTIONS = (
 )
 
 
+QUICK_ON_TPUS = ("gqa", "cached_chunk", "sinks_and_window", "int8_odd", "window", "chunks_and_tokens")
+
+
 def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: case for name, case in known.items() if not row.quick or name in QUICK_OPTIONS}
+    quick = QUICK_ON_TPUS if row.arch == names.INTERPRETED else QUICK_OPTIONS
+    return {name: case for name, case in known.items() if not row.quick or name in quick}
 
 
 def _config(row: Row, head_dim: int) -> Any:
     op = next(op for op in ops.OPS if op.kernel == row.op)
+    # the tiles of a v5e are too large to interpret many of them
+    if row.arch == names.INTERPRETED:
+        return TpuConfig(block_q=128, block_kv=128)
     return op.default_config(aot.device(row.arch), row.dtype, head_dim)
 
 
@@ -214,15 +224,24 @@ def prove_row(row: Row) -> dict[str, Any]:
     """The record of a row: status "ok" or "wrong" and the reason, worst error / limit, instructions, seconds."""
     start = time.perf_counter()
     proof = PROOFS[row.op, row.direction]
-    compiler = compilers.chosen(row.arch, row.compiler)
-    verdicts = {
-        name: proof.run(proof.truth(case, row), row.arch, compiler=compiler) for name, case in proof.cases(row).items()
-    }
+    verdicts, refused = {}, []
+    for name, case in proof.cases(row).items():
+        truth = proof.truth(case, row)
+        if row.arch != names.INTERPRETED:
+            verdicts[name] = proof.run(truth, row.arch, compiler=compilers.chosen(row.arch, row.compiler))
+            continue
+        truth.options.setdefault("config", TpuConfig(block_q=128, block_kv=128))
+        try:
+            verdicts[name] = dataclasses.replace(interpreted(proof.check(truth, "tpu")), kernels=(row.op,))
+        except UnsupportedError:
+            refused.append(name)
     wrong = [f"{name}: {found.wrong}" for name, found in verdicts.items() if found.wrong]
+    wrong += [] if verdicts else ["the kernel refused every case"]
     shares = {name: found.share for name, found in verdicts.items() if found.share is not None}
     return _about(row) | {
         "kernels": list(dict.fromkeys(kernel for found in verdicts.values() for kernel in found.kernels)),
         "cases": list(verdicts),
+        **({"refused": refused} if row.arch == names.INTERPRETED else {}),
         "status": "wrong" if wrong else "ok",
         "reason": "; ".join(wrong) or None,
         "worst_error_of_limit": round(max(shares.values()), 3) if shares else None,
@@ -235,7 +254,7 @@ def prove_row(row: Row) -> dict[str, Any]:
 
 def _about(row: Row) -> dict[str, Any]:
     what = {"benchmark": "prove", "op": row.op, "direction": row.direction, "arch": row.arch}
-    what["compiler"] = compilers.chosen(row.arch, row.compiler)
+    what["compiler"] = "interpreter" if row.arch == names.INTERPRETED else compilers.chosen(row.arch, row.compiler)
     return what | {"dtype": row.dtype, "head_dim": "options" if row.head_dim is None else row.head_dim}
 
 
@@ -259,7 +278,15 @@ def rows(
         for arch in archs
         for dtype, size in (proof.quick if quick else proof.sizes)
     ]
-    return [row for proof, row in found if proof.supports(row)]
+    return [row for proof, row in found if (_on_tpus(row) if row.arch == names.INTERPRETED else proof.supports(row))]
+
+
+def _on_tpus(row: Row) -> bool:
+    """Whether TPUs have the kernel, for these dtypes; its gradients are XLA's."""
+    of_queries, _, of_pages = row.dtype.partition(" on ")
+    return (
+        row.op in names.TPU_KERNELS and row.direction == "forward" and of_queries != "float16" and of_pages != "uint8"
+    )
 
 
 def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:

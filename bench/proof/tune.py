@@ -412,7 +412,7 @@ def entry(op: Op, one: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     figures = ["vgpr", "vgpr_spills", "lds_bytes"]
     if aot.is_amd(one["arch"]):
         figures += ["waves_per_simd", op.bound, "flop_per_cycle"]
-    config = given(op, one["config"])
+    config = given(op.config_type, one["config"])
     return {
         "config": config,
         **{name: one[name] for name in figures},
@@ -487,7 +487,7 @@ def measured_source(arch: str, compiler: str, *, tried: str = f"the {MEASURED}")
 
 def _before(op: Op, arch: str, dtype: str, head_dim: int) -> dict[str, Any]:
     platform = aot.device(tuning.table_arch(arch)).platform
-    return given(op, dataclasses.asdict(op.default_config(describe(platform, arch), dtype, head_dim)))
+    return given(op.config_type, dataclasses.asdict(op.default_config(describe(platform, arch), dtype, head_dim)))
 
 
 COLUMNS = {

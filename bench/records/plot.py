@@ -27,7 +27,16 @@ MARKERS = "os^Dv<>PX"
 DASHES = ((), (5, 2), (1, 1.5), (5, 2, 1, 2), (8, 2), (3, 1), (2, 2), (6, 1, 1, 1), (1, 3))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "---", "**")
 LOOKS: dict[str, int] = {name: place for place, name in enumerate(names.PEERS)}
-LOOKS |= {"jfa": 2, "matrix products": 7, "copy": 7, "contiguous": 3, "engine": 2, "static": 0, "sequential": 6}
+LOOKS |= {
+    "jfa": 2,
+    "tpu": 2,
+    "matrix products": 7,
+    "copy": 7,
+    "contiguous": 3,
+    "engine": 2,
+    "static": 0,
+    "sequential": 6,
+}
 LOOKS |= {"server": 1, "server, median": 1, "server, P99": 6, "engine, median": 2, "engine, P99": 5}
 # Placement of a legend that would not fit into the axes in all cases.
 BELOW: Mapping[str, Any] = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}

@@ -39,9 +39,18 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
     of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line.
     """
+    return _support([row for row in compiled if row["arch"] in names.ARCHS], proven, names.ARCHS)
+
+
+def support_on_tpus(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
+    """The same table for TPUs. interpreted: every proof passed in JAX's interpreter, the same one for all of them."""
+    return _support([row for row in compiled if row["arch"] in names.TPU_ARCHS], proven, names.TPU_ARCHS)
+
+
+def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequence[str]) -> str:
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     kernels = dict.fromkeys(row["kernel"] for row in compiled)
-    lines = [["kernel", *names.ARCHS], ["---"] * (1 + len(names.ARCHS))]
+    lines = [["kernel", *archs], ["---"] * (1 + len(archs))]
     for kernel in kernels:
         named: dict[tuple[str, ...], list[str]] = {}
         for name, dtypes in DTYPES.items():
@@ -53,10 +62,11 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
                     [
                         r
                         for r in proven
-                        if r["arch"] == arch and r["dtype"] in dtypes and kernel in r.get("kernels", ())
+                        if r["arch"] == _proven_on(arch) and r["dtype"] in dtypes and kernel in r.get("kernels", ())
                     ],
+                    arch,
                 )
-                for arch in names.ARCHS
+                for arch in archs
             )
             named.setdefault(cells, []).append(name)
         lines += [[f"`{kernel}`, {' and '.join(of)}", *cells] for cells, of in named.items()]
@@ -74,10 +84,18 @@ def devices(compiled: Sequence[Record]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
-    if not compiled or any(row["status"] not in ("ok", "spills") for row in compiled):
+def _proven_on(arch: str) -> str:
+    return names.INTERPRETED if arch in names.TPU_ARCHS else arch
+
+
+def _cell(compiled: Sequence[Record], proven: Sequence[Record], arch: str) -> str:
+    has_code = bool(compiled) and all(row["status"] in ("ok", "spills") for row in compiled)
+    passed = bool(proven) and all(row["status"] == "ok" for row in proven)
+    if arch in names.TPU_ARCHS:
+        return ", ".join(name for name, reached in (("compiled", has_code), ("interpreted", passed)) if reached)
+    if not has_code:
         return "lowered"
-    rung = "executed" if proven and all(row["status"] == "ok" for row in proven) else "compiled"
+    rung = "executed" if passed else "compiled"
     spills = max(row["vgpr_spills"] for row in compiled)
     return f"{rung}, {spills} spilled" if spills else rung
 

@@ -29,20 +29,19 @@ from jfa.types import (
     UnsupportedError,
 )
 
-NAMES = ("reference", "xla", "triton")
+NAMES = ("reference", "xla", "triton", "tpu")
 
 # platform: backends, best first. The reference is used only if requested by name.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "rocm": ("triton", "xla"),
     "cuda": ("triton", "xla"),
-    "tpu": ("xla",),
+    "tpu": ("tpu", "xla"),
     "cpu": ("xla",),
 }
 
 
 # Planned backends: public name, and the reason given to a call that requests it.
 NOT_BUILT = {
-    "tpu": "the Pallas kernel for TPU is not implemented yet",
     "mosaic_gpu": "the Mosaic GPU kernel is not implemented yet",
 }
 
@@ -193,7 +192,7 @@ def _explained(op: str, table: Table, operands: Any, spec: Any, device: DeviceIn
         reason = table(name).why_not(operands, spec, device)
         if reason is None and name == "reference":
             reason = _OF_REFERENCE[table]
-        elif reason is None and name == "triton" and device.platform == "cpu":
+        elif reason is None and name in ("triton", "tpu") and device.platform == "cpu":
             reason = "interpreted on a CPU, which is slow; used only if requested"
         refused.append((name, reason or f"{chosen} is preferred on {device.platform}; used only if requested"))
     tiles = "defaults"

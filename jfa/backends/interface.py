@@ -21,6 +21,7 @@ from jfa.types import (
     ProductConfig,
     ProductOperands,
     ProductSpec,
+    TpuConfig,
 )
 
 
@@ -38,7 +39,7 @@ class FlashBackend:
     """
 
     why_not: Callable[[Operands, AttentionSpec, DeviceInfo], str | None]
-    default_config: Callable[[Operands, DeviceInfo], BlockConfig | FlashConfig | None]
+    default_config: Callable[[Operands, DeviceInfo], BlockConfig | FlashConfig | TpuConfig | None]
     config_type: type | None
     run: Callable[..., tuple]
     backward_config: Callable[..., Any]
@@ -62,7 +63,7 @@ class PagedBackend:
     """An implementation of paged attention. The fields are those of FlashBackend; there are no gradients."""
 
     why_not: Callable[[PagedOperands, AttentionSpec, DeviceInfo], str | None]
-    default_config: Callable[[PagedOperands, DeviceInfo], BlockConfig | PagedConfig | None]
+    default_config: Callable[[PagedOperands, DeviceInfo], BlockConfig | PagedConfig | TpuConfig | None]
     config_type: type | None
     run: Callable[..., tuple]
 

@@ -75,7 +75,10 @@ WRONG = {
 
 
 UNSERVED = {
-    "tpu": (dict(implementation="tpu"), "implementation='tpu': the Pallas kernel for TPU is not implemented yet"),
+    "tpu": (
+        dict(implementation="tpu", bias=jnp.ones((5, 7))),
+        "implementation='tpu': the TPU kernel has no bias yet; leave it None to let jfa choose",
+    ),
     "mosaic": (dict(implementation="mosaic_gpu"), "the Mosaic GPU kernel is not implemented yet"),
 }
 

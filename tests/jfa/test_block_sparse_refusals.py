@@ -51,7 +51,7 @@ UNSERVED = {
         "the mask's block_q must be a power of two of at least 16, the smallest matrix tile, got 24; leave it None",
     ),
     "head_dim": (dict(query=Q[..., :8], key=KV[..., :8]) | TRITON, "head_dim must be 16 to 256, got 8"),
-    "tpu": (dict(implementation="tpu"), "the Pallas kernel for TPU is not implemented yet"),
+    "tpu": (dict(implementation="tpu"), "there is no TPU kernel for block-sparse attention yet"),
 }
 MASKS = {
     "no_queries": (lambda: BlockMask.sliding_window(0, 7, 2), "tq must be an integer >= 1, got 0"),

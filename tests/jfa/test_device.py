@@ -95,6 +95,10 @@ def test_a_device_without_a_core_count_gets_the_usual_number(machine):
         ("NVIDIA H100 80GB HBM3", "cuda", "sm_90"),
         ("NVIDIA H200", "cuda", "sm_90"),
         ("NVIDIA B200", "cuda", "sm_100"),
+        ("TPU v5 lite", "tpu", "v5e"),
+        ("TPU v5", "tpu", "v5p"),
+        ("TPU v6 lite", "tpu", "v6e"),
+        ("TPU7x", "tpu", "v7x"),
     ],
 )
 def test_an_abstract_architecture_takes_precedence_over_the_real_one(machine, kind, platform, arch):
@@ -104,7 +108,7 @@ def test_an_abstract_architecture_takes_precedence_over_the_real_one(machine, ki
 
 
 @pytest.mark.parametrize(
-    "kind", ["AMD Instinct MI300X", "AMD Radeon RX 7900 XTX", "NVIDIA GeForce RTX 4090", "TPU v5 lite", "cpu"]
+    "kind", ["AMD Instinct MI300X", "AMD Radeon RX 7900 XTX", "NVIDIA GeForce RTX 4090", "TPU v8", "cpu"]
 )
 def test_other_device_kinds_do_not_change_the_target(machine, kind):
     machine(platform="cpu", device_kind="cpu")

@@ -168,8 +168,8 @@ def test_ragged_refuses_an_invalid_tree_mask(tree_mask, message):
     ("given", "message"),
     [
         (
-            dict(implementation="tpu"),
-            "implementation='tpu': the Pallas kernel for TPU is not implemented yet; leave it None",
+            dict(implementation="tpu", query=Q[..., :4], key_pages=PAGES[..., :4]),
+            "implementation='tpu': head_dim must be 8 to 256, got 4; leave it None to let jfa choose",
         ),
         (
             dict(implementation="mosaic_gpu"),

@@ -179,7 +179,7 @@ class _Ticking:
         (
             ["--implementation", "cuda"],
             "unknown implementation 'cuda'; use one of reference, xla, triton, jax.nn, cudnn, pallas, tokamax, "
-            "jax-aiter, torch, or all",
+            "jax-aiter, torch, tpu, or all",
         ),
         (["--dtype", "float8"], "unknown dtype 'float8'; use one of float16, bfloat16, float32, or all"),
         (["--direction", "sideways"], "unknown direction 'sideways'; use one of forward, backward, both, or all"),

@@ -61,7 +61,10 @@ def test_lowering_twice_gives_the_same_kernel():
 
 @pytest.mark.parametrize("arch", ["gfx9", "gfx908", "sm_77", "", "MI300X"])
 def test_the_error_for_an_unknown_architecture_lists_the_known_ones(arch):
-    with pytest.raises(ValueError, match=r"arch must be one of gfx90a, .*, sm_100, got"), aot.target(arch):
+    with (
+        pytest.raises(ValueError, match=r"arch must be one of gfx90a, .*, sm_100, v5e, v6e, v7x, got"),
+        aot.target(arch),
+    ):
         pass
     with pytest.raises(ValueError, match="arch must be one of"):
         aot.lower(attention(), *SHAPES, arch=arch)

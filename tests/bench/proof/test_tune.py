@@ -237,7 +237,7 @@ def test_a_similar_dtype_tries_the_best_of_the_other_without_unused_switches():
     paper = Paper()
     choices = tune.offline(OP, "gfx942", paper)
     for head_dim in OP.head_dims:
-        known = (tune.given(OP, one["config"]) for one in choices["bfloat16", head_dim].candidates)
+        known = (tune.given(OP.config_type, one["config"]) for one in choices["bfloat16", head_dim].candidates)
         best = []
         for config in known:
             config.pop("round_half_up", None)

@@ -113,7 +113,14 @@ def test_the_error_for_a_folder_without_records_says_how_to_create_some(tmp_path
 
 
 def test_without_a_folder_the_support_table_is_printed():
-    assert run().stdout == report.support(report.load("compile"), report.load("prove")) + "\n"
+    records = report.load("compile"), report.load("prove")
+    assert run().stdout == f"{report.support(*records)}\n\n{report.support_on_tpus(*records)}\n"
+
+
+def test_a_kernel_for_tpus_is_interpreted_if_every_proof_passed():
+    on_tpu = compiled(arch="v5e")
+    for proofs, cell in (([], "compiled"), ([proven(arch="tpu")], "compiled, interpreted")):
+        assert report.support_on_tpus([on_tpu], proofs).splitlines()[2].split(" | ")[1] == cell
 
 
 def test_records_of_an_earlier_version_are_skipped_with_a_message(tmp_path, capsys):

@@ -1,0 +1,70 @@
+"""Mosaic kernels for TPUs. On a CPU they run in JAX's TPU interpreter.
+
+What they do not support is left to XLA, and so are the gradients.
+"""
+
+from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.kernels.tpu import flash, paged, tile
+from jfa.kernels.xla import flash as flash_in_xla
+from jfa.types import BlockConfig, DeviceInfo, Operands, TpuConfig
+
+
+def _run(operands, spec, config, device):
+    return flash.flash_attention(
+        operands,
+        spec=spec,
+        config=config,
+        vmem_limit_bytes=tile.budget(device),
+        interpret=tile.interpretation(device),
+    )
+
+
+def _backward_config(operands: Operands, config: TpuConfig, device: DeviceInfo) -> BlockConfig:
+    return flash_in_xla.default_config(operands, device)
+
+
+def _run_backward(operands, out, lse, d_out, d_lse, spec, config, device):
+    return flash_in_xla.flash_attention_bwd(operands, out, lse, d_out, d_lse, spec=spec, config=config)
+
+
+def _run_paged(operands, spec, config, device):
+    return paged.paged_attention(
+        operands,
+        spec=spec,
+        config=config,
+        vmem_limit_bytes=tile.budget(device),
+        interpret=tile.interpretation(device),
+    )
+
+
+def _not_for(op: str):
+    return lambda operands, spec, device: f"there is no TPU kernel for {op} yet"
+
+
+def _never(*call):
+    raise AssertionError("why_not has refused the call")
+
+
+FLASH = FlashBackend(
+    why_not=flash.why_not,
+    default_config=flash.default_config,
+    config_type=TpuConfig,
+    run=_run,
+    backward_config=_backward_config,
+    run_backward=_run_backward,
+)
+SPARSE = SparseBackend(
+    why_not=_not_for("block-sparse attention"),
+    default_config=_never,
+    config_type=None,
+    run=_never,
+    backward_config=_never,
+    run_backward=_never,
+)
+PAGED = PagedBackend(why_not=paged.why_not, default_config=paged.default_config, config_type=TpuConfig, run=_run_paged)
+PRODUCT = ProductBackend(
+    why_not=_not_for("products with quantized weights"), default_config=_never, config_type=None, run=_never
+)
+LINEAR = LinearBackend(
+    why_not=_not_for("linear attention"), default_config=_never, config_type=None, run=_never, run_ragged=_never
+)

@@ -1,0 +1,296 @@
+"""The TPU kernels, in JAX's TPU interpreter: NaN in scratch memory, copies that arrive late, and races reported."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import run
+
+import jfa
+from jfa import backends
+from jfa.device import describe
+from jfa.kernels.tpu import flash, tile
+from jfa.kernels.tpu._pallas import pltpu
+from jfa.types import AttentionSpec, BlockConfig, Operands, PagedOperands
+from jfa_bench.proof.proofs import poisoned, tile_cases
+from jfa_bench.truth import cases, paged_cases
+from jfa_bench.truth.numerics import assert_within, limit
+
+TILES = jfa.TpuConfig(block_q=128, block_kv=128)
+SPEC = AttentionSpec(sm_scale=0.125, causal=True)
+V5E, V4, CPU = describe("tpu", "v5e"), describe("tpu", "v4"), describe("cpu", "cpu")
+
+
+@contextlib.contextmanager
+def interpreter(**changed):
+    """A context in which races are errors; an error leaves the interpreter unusable, unless it is reset."""
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, **changed)):
+            yield
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def agrees(known, call, *arrays):
+    with interpreter():
+        out, lse = jax.block_until_ready(jax.jit(call)(*arrays))
+    assert out.dtype == arrays[0].dtype and lse.dtype == jnp.float32
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
+    assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
+
+
+# Attention
+
+SERVED = [name for name, case in cases.CASES.items() if not (case.bias or case.mask or case.segments)]
+SERVED = [name for name in SERVED if not cases.CASES[name].dropout_rate]
+# between them, they have all options
+QUICK = {
+    "gqa": "bfloat16",
+    "head_dim_80": "bfloat16",
+    "offset_and_window": "float32",
+    "lengths_with_empty_rows": "float32",
+    "wide_values": "bfloat16",
+    "sinks_and_window": "bfloat16",
+    "alibi_both_ways_with_soft_cap": "float32",
+    "alibi_per_row": "bfloat16",
+    "negative_scale": "bfloat16",
+}
+RUNS = [
+    run(name, dtype, quick=QUICK.get(name) == dtype, soak=True) for name in SERVED for dtype in ("bfloat16", "float32")
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), RUNS)
+def test_attention_agrees_with_the_oracle(name, dtype):
+    known = cases.truth(name, dtype)
+    options = known.options | dict(implementation="tpu", config=TILES, return_residual=True)
+    agrees(known, functools.partial(jfa.dot_product_attention, **options), *poisoned(known))
+
+
+OF_TILES = {head_dim: tile_cases(128, 128, head_dim, quick=False) for head_dim in (64, 128)}
+QUICK_TILES = {("causal", 64), ("windows_and_lengths", 128)}
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        run(name, head_dim, quick=(name, head_dim) in QUICK_TILES, soak=True)
+        for head_dim, found in OF_TILES.items()
+        for name in found
+    ],
+)
+def test_several_tiles_agree_with_the_oracle(name, head_dim):
+    known = cases.truth_of(OF_TILES[head_dim][name], "bfloat16", seed=0)
+    options = known.options | dict(implementation="tpu", config=TILES, return_residual=True)
+    agrees(known, functools.partial(jfa.dot_product_attention, **options), *poisoned(known))
+
+
+def test_programs_may_run_in_any_order():
+    known = cases.truth_of(OF_TILES[64]["causal"], "bfloat16", seed=0)
+    call = jax.jit(functools.partial(jfa.dot_product_attention, implementation="tpu", config=TILES, **known.options))
+    outs = []
+    for seed in (1, 2):
+        with interpreter(random_seed=seed):
+            outs.append(np.asarray(call(*known.arrays)))
+    np.testing.assert_array_equal(*outs)
+
+
+def test_gradients_are_those_of_xla():
+    known = cases.truth("cached_chunk", "float32")
+
+    def gradients(implementation, config):
+        def loss(*arrays):
+            options = known.options | dict(implementation=implementation, config=config)
+            return jnp.square(jfa.dot_product_attention(*arrays, **options)).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*known.arrays)
+
+    with interpreter():
+        found = jax.block_until_ready(gradients("tpu", TILES))
+    for got, want in zip(found, gradients("xla", BlockConfig(block_q=16, block_kv=16)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_keys_seen_only_by_the_padding_of_a_tile_may_be_nan():
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((1, n, 2, 16)), jnp.float32) for n in (3, 20, 20))
+    call = functools.partial(jfa.dot_product_attention, is_causal=True, query_offset=4, implementation="tpu")
+    with interpreter():
+        dirty = np.asarray(call(q, k.at[:, 7:].set(jnp.nan), v.at[:, 7:].set(jnp.inf)))
+    np.testing.assert_allclose(dirty, call(q, k, v), atol=1e-6)
+
+
+# Pages
+
+QUICK_PAGES = {
+    "ragged": "bfloat16",
+    "odd_pages": "float32",
+    "window": "bfloat16",
+    "int8_odd": "bfloat16",
+    "chunks_and_tokens": "bfloat16",
+    "chunk_with_window": "float32",
+    "chunk_with_sinks": "bfloat16",
+    "chunk_fp8": "bfloat16",
+}
+
+
+def serves(case: paged_cases.PagedCase) -> bool:
+    kinds = {case.pages, case.value_pages or case.pages}
+    return case.trees is None and "int4" not in kinds and "float16" not in kinds and len(kinds) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        run(name, dtype, quick=QUICK_PAGES.get(name) == dtype, soak=True)
+        for name, case in paged_cases.CASES.items()
+        for dtype in ("bfloat16", "float32")
+        if serves(case)
+    ],
+)
+def test_paged_attention_agrees_with_the_oracle_despite_nan_in_unused_slots(name, dtype):
+    known = paged_cases.truth(name, dtype)
+    options = known.options | dict(implementation="tpu", config=TILES, return_residual=True)
+    agrees(known, functools.partial(getattr(jfa, known.op), **options), *known.arrays)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["decode", "ragged"])
+def test_several_blocks_of_pages_agree_with_the_oracle(ragged):
+    case = paged_cases.PagedCase(
+        kv_len=(300, 0, 129, 17),
+        queries=(140, 0, 1, 17) if ragged else None,
+        padding=3 if ragged else 0,
+        heads=(4, 2),
+        head_dim=64,
+        page_size=16,
+        sinks=True,
+        options={"local_window_size": 170},
+    )
+    known = paged_cases.truth_of(case, "bfloat16", seed=0)
+    options = known.options | dict(implementation="tpu", config=TILES, return_residual=True)
+    agrees(known, functools.partial(getattr(jfa, known.op), **options), *known.arrays)
+
+
+# Refusals
+
+
+def shapes(*, dtype="bfloat16", head_dim=128, value_head_dim=None, heads=(8, 2), tq=256, tk=256, **options):
+    q, k, v = (
+        jax.ShapeDtypeStruct((1, t, h, d), jnp.dtype(dtype))
+        for t, h, d in ((tq, heads[0], head_dim), (tk, heads[1], head_dim), (tk, heads[1], value_head_dim or head_dim))
+    )
+    return Operands(q, k, v, **options)
+
+
+ANY = jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)
+UNSERVED = {
+    "gpu": (shapes(), describe("rocm", "gfx942"), "Mosaic TPU kernels run on TPUs .* not on rocm"),
+    "float16": (shapes(dtype="float16"), V5E, "no TPU loads float16 .*; use bfloat16"),
+    "head_dim": (shapes(head_dim=300), V5E, "head_dim must be 8 to 256, got 300"),
+    "value_head_dim": (shapes(value_head_dim=4), V5E, "the head_dim of value must be 8 to 256, got 4"),
+    "bias": (shapes(bias=ANY), V5E, "the TPU kernel has no bias yet"),
+    "mask": (shapes(mask=ANY), V5E, "the TPU kernel has no mask yet"),
+    "segments": (shapes(q_segments=ANY, kv_segments=ANY), V5E, "the TPU kernel has no query_segment_ids yet"),
+    "dropout": (shapes(dropout_seed=ANY), V5E, "the TPU kernel has no dropout_rate yet"),
+    "vmem": (
+        shapes(heads=(2046, 31), head_dim=136),
+        V4,
+        "128 queries of 66 heads and 128 keys need [0-9,]+ bytes of VMEM, and a kernel gets 14,680,064 of it on v4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_what_the_kernel_does_not_do_is_refused_with_the_reason(name):
+    operands, device, message = UNSERVED[name]
+    with pytest.raises(jfa.UnsupportedError, match=message):
+        backends.select("tpu", operands, SPEC, device)
+    if device.platform == "tpu":
+        assert backends.select(None, operands, SPEC, device) == "xla"
+
+
+def paged_shapes(
+    *, dtype="bfloat16", pages=None, head_dim=128, heads=(8, 2), page_size=16, b=4, pages_per_seq=8, **more
+):
+    pool = jax.ShapeDtypeStruct((64, page_size, heads[1], head_dim), jnp.dtype(pages or dtype))
+    scales = jax.ShapeDtypeStruct(pool.shape[:3], jnp.bfloat16) if pool.dtype.itemsize == 1 else None
+    return PagedOperands(
+        q=jax.ShapeDtypeStruct((b, heads[0], head_dim), jnp.dtype(dtype)),
+        k_pages=pool,
+        v_pages=pool,
+        page_table=jax.ShapeDtypeStruct((b, pages_per_seq), jnp.int32),
+        kv_len=jax.ShapeDtypeStruct((b,), jnp.int32),
+        k_scales=scales,
+        v_scales=scales,
+    )._replace(**more)
+
+
+UNSERVED_PAGES = {
+    "gpu": (paged_shapes(), describe("cuda", "sm_90"), "Mosaic TPU kernels run on TPUs .* not on cuda"),
+    "float16": (paged_shapes(dtype="float16"), V5E, "no TPU loads float16"),
+    "int4": (paged_shapes(pages="uint8"), V5E, "does not read packed 4-bit pages yet"),
+    "tree": (paged_shapes(tree_mask=ANY), V5E, "the TPU kernel has no tree_mask yet"),
+    "one_quantized": (paged_shapes(v_pages=paged_shapes(pages="int8").v_pages), V5E, "both quantized, or none of them"),
+    "head_dim": (paged_shapes(head_dim=64), V5E, "a head_dim of 64 .* XLA would copy all pages before each call"),
+    "page_size": (paged_shapes(page_size=4), V5E, "4 tokens and 2 heads are stored with padding"),
+    "heads": (paged_shapes(heads=(6, 6)), V5E, "16 tokens and 6 heads are stored with padding"),
+    "smem": (
+        paged_shapes(b=256, pages_per_seq=1024),
+        V5E,
+        r"a page_table \[256, 1024\] needs 1,056,768 bytes of scalar memory, of 786,432",
+    ),
+    "vmem": (
+        paged_shapes(heads=(64, 64), head_dim=256, page_size=256),
+        V4,
+        "blocks of 256 tokens with 64 key heads need [0-9,]+ bytes of VMEM",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED_PAGES)
+def test_what_the_paged_kernel_does_not_do_is_refused_with_the_reason(name):
+    operands, device, message = UNSERVED_PAGES[name]
+    with pytest.raises(jfa.UnsupportedError, match=message):
+        backends.select("tpu", operands, SPEC, device, table=backends.paged)
+    if device.platform == "tpu":
+        assert backends.select(None, operands, SPEC, device, table=backends.paged) == "xla"
+
+
+def test_a_tpu_uses_the_kernels_and_xla_what_they_lack():
+    told = {one.op: one for one in jfa.explain(V5E)}
+    assert told["dot_product_attention"].backend == "tpu"
+    for op in ("block_sparse_attention", "quantized_matmul", "linear_attention"):
+        assert told[op].backend == "xla"
+        assert dict(told[op].refused)["tpu"].startswith("there is no TPU kernel for")
+
+
+@pytest.mark.parametrize("field", ["block_q", "block_kv"])
+@pytest.mark.parametrize("size", [64, 200])
+def test_tiles_consist_of_whole_rows_of_lanes(field, size):
+    with pytest.raises(ValueError, match=f"{field} must be a multiple of 128, the lanes of a register, got {size}"):
+        jfa.TpuConfig(**dict(block_q=128, block_kv=128) | {field: size})
+
+
+def test_tiles_that_do_not_fit_are_refused_with_the_numbers():
+    x = jnp.ones((1, 2048, 4, 16))
+    tiles = jfa.TpuConfig(block_q=8192, block_kv=4096)
+    with pytest.raises(
+        ValueError, match=r"block_q=8192 and block_kv=4096 need [0-9,]+ bytes of VMEM, and a kernel gets"
+    ):
+        jfa.dot_product_attention(x, x[:, :, :1], x[:, :, :1], implementation="tpu", config=tiles)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize("arch", ["v4", "v5e", "v5p", "v6e", "v7x"])
+def test_default_tiles_fit_into_the_vmem_of_each_chip(arch, group, head_dim):
+    device = describe("tpu", arch)
+    for dtype in ("bfloat16", "float32"):
+        operands = shapes(dtype=dtype, head_dim=head_dim, heads=(8 * group, 8), tq=8192, tk=8192)
+        if reason := flash.why_not(operands, SPEC, device):
+            assert arch == "v4" or ((group, head_dim) == (16, 80) and "bytes of VMEM" in reason)
+        else:
+            assert flash.vmem_bytes(operands, flash.default_config(operands, device)) <= tile.budget(device)
