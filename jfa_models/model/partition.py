@@ -304,7 +304,7 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
         if n == 1 or size == 0:
             return ()
         if size % n == 0:
-            return TENSOR
+            return over
         kept.append(f"{what} ({size}, which {_words(_divisors(size))} divide)")
         return ()
 
@@ -326,14 +326,16 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
                 f"sizes that do: {', '.join(map(str, _divisors(experts.num_experts)))}"
             )
         expert_axes = ("expert",)
-    has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
     heads = kv_heads if is_divided and kv_heads < n else n
+    # without axes of one device, as XLA names the results of a step: other names would compile it again
+    over = tuple(axis for axis, size in zip(TENSOR, (heads, n // heads), strict=True) if size > 1)
+    has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
     replica, *others = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts))
     found = Partition(
         mesh=replica,
         others=tuple(others),
-        q_heads=TENSOR if is_divided else (),
-        kv_heads=TENSOR[:1] if is_divided else (),
+        q_heads=over if is_divided else (),
+        kv_heads=TENSOR[:1] if is_divided and heads > 1 else (),
         inner=divided("MLPs", config.intermediate_size) if has_mlp else (),
         vocab=divided("the vocabulary", config.vocab_size),
         experts=expert_axes,

@@ -41,6 +41,7 @@ def trained(mesh, *, lora, rows=4, config=CONFIG, **options):
     for _ in range(2):
         state, metrics = step(trainable.base, state, batch)
         found.append({name: float(x) for name, x in metrics.items()})
+    assert step._cache_size() == 1
     return found, state
 
 
