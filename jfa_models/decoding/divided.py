@@ -8,7 +8,7 @@ and a row's token is that of one device (sampling.py).
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from jfa_models.decoding.sampling import MAX_LOGIT, NO_TOKEN, Sampled, SamplingRows, sample
 from jfa_models.model.partition import Axes, first_of
@@ -33,11 +33,12 @@ def _best(logits: Float[Array, "b part"], axes: Axes) -> Int[Array, " b"]:
     x = jnp.where(jnp.isnan(x), -jnp.inf, jnp.minimum(x, MAX_LOGIT))
     own = jnp.max(x, axis=-1)
     index = jnp.min(jnp.where(x == own[:, None], jnp.arange(size, dtype=jnp.int32), size), axis=-1)
-    token = lax.bitcast_convert_type(index + first_of(axes, size), jnp.float32)
-    candidates: Float32[Array, "devices b 2"] = lax.all_gather(jnp.stack([own, token], axis=-1), axes)
-    best = jnp.max(candidates[..., 0], axis=0)
-    tokens = lax.bitcast_convert_type(candidates[..., 1], jnp.int32)
-    first = jnp.min(jnp.where(candidates[..., 0] == best, tokens, jnp.iinfo(jnp.int32).max), axis=0)
+    # as integers: a small token would be a denormal float, which a device may flush to zero
+    candidate = jnp.stack([lax.bitcast_convert_type(own, jnp.int32), index + first_of(axes, size)], axis=-1)
+    candidates: Int32[Array, "devices b 2"] = lax.all_gather(candidate, axes)
+    logit, tokens = lax.bitcast_convert_type(candidates[..., 0], jnp.float32), candidates[..., 1]
+    best = jnp.max(logit, axis=0)
+    first = jnp.min(jnp.where(logit == best, tokens, jnp.iinfo(jnp.int32).max), axis=0)
     return jnp.where(best > -jnp.inf, first, NO_TOKEN)
 
 

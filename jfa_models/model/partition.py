@@ -305,7 +305,7 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
             return ()
         if size % n == 0:
             return over
-        kept.append(f"{what} ({size}, which {_words(_divisors(size))} divide)")
+        kept.append(f"{what} ({size}, divisible by {_words(_divisors(size))})")
         return ()
 
     q_heads, kv_heads = config.num_q_heads, config.num_kv_heads
@@ -313,7 +313,7 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
     is_divided = n > 1 and kv_heads > 0 and q_heads % n == 0 and can_share
     if n > 1 and kv_heads and not is_divided:
         fits = [size for size in _divisors(q_heads) if kv_heads % size == 0 or size % kv_heads == 0]
-        kept.append(f"attention ({q_heads} query and {kv_heads} key heads, which {_words(fits)} divide)")
+        kept.append(f"attention ({q_heads} query and {kv_heads} key heads, divisible by {_words(fits)})")
     if n > 1 and config.state_layers:
         kept.append(f"the {len(config.state_layers)} layers with a state")
     experts, expert_axes = config.experts, ()
