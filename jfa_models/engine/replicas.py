@@ -26,6 +26,7 @@ class Replicas:
         self._engines = [Engine(one, **options) for one in model.replicas()]
         self._numbers = itertools.count()
         self._places: dict[str, Engine] = {}  # of unfinished requests
+        self._ended: list[RequestOutput] = []
 
     def add_request(
         self,
@@ -67,20 +68,24 @@ class Replicas:
         return any(engine.has_unfinished for engine in self._engines)
 
     def step(self) -> list[RequestOutput]:
-        """A step of each engine that has something to do; returns the requests that finished."""
-        ended = [result for engine in self._engines if engine.has_unfinished for result in engine.step()]
+        """A step of each engine that has something to do; returns the requests that finished since the last call."""
+        for engine in self._engines:
+            if engine.has_unfinished:
+                self._ended += engine.step()  # kept, should the step of another engine fail
+        ended, self._ended = self._ended, []
         for result in ended:
             self._places.pop(result.request_id or "", None)
         return ended
 
     def run(self) -> Iterator[RequestOutput]:
         """Steps until all requests have finished; yields each one when it finishes."""
-        while self.has_unfinished:
+        while self.has_unfinished or self._ended:
             yield from self.step()
 
     def reset(self) -> None:
         """Drops all requests and empties the caches. Call this after an interrupted step."""
         self._places.clear()
+        self._ended.clear()
         for engine in self._engines:
             engine.reset()
 

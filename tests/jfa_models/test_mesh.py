@@ -370,3 +370,21 @@ def test_callers_may_have_set_their_mesh():
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(model.logits(ids), want)
         assert ran(Engine(model, page_size=4, max_num_seqs=1), [([3, 4], GREEDY)])
+
+
+def test_results_of_one_replica_survive_the_failure_of_another(monkeypatch):
+    engine = Replicas(tiny(mesh=jax.make_mesh((2,), ("data",))), page_size=4, num_pages=9, max_num_seqs=1)
+    first, second = engine._engines
+    engine.add_request([3], SamplingParams(max_tokens=1), request_id="a")
+    engine.add_request([4], SamplingParams(max_tokens=1), request_id="b")
+    monkeypatch.setattr(first, "step", lambda: ["done"])
+
+    def fail():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(second, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step()
+    assert engine._ended == ["done"]
+    engine.reset()
+    assert not engine._ended and not engine.has_unfinished
