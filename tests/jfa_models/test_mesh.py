@@ -80,9 +80,9 @@ FAMILIES = [
     run("llama3", 4, 1, quick=True),
     run("gemma3", 2, 1, quick=True),
     run("qwen3_moe", 2, 4, quick=True),
-    run("mixtral", 1, 2, quick=False),
+    run("mixtral", 1, 2, quick=False, soak=True),
     run("mixtral", 4, 2, quick=False, soak=True),
-    run("qwen3_next", 2, 1, quick=False),
+    run("qwen3_next", 2, 1, quick=False, soak=True),
     run("granitemoehybrid", 2, 1, quick=False, soak=True),
     run("granitemoehybrid_moe", 2, 2, quick=False, soak=True),
     run("mamba2", 8, 1, quick=False, soak=True),
@@ -94,7 +94,7 @@ FAMILIES = [
     run("qwen2_window", 4, 1, quick=False, soak=True),
     run("qwen3", 4, 1, quick=False, soak=True),
     run("qwen3_moe_sparse", 1, 4, quick=False, soak=True),
-    run("phi2", 4, 1, quick=False),
+    run("phi2", 4, 1, quick=False, soak=True),
     run("phi3", 2, 1, quick=False, soak=True),
     run("phi3_short", 4, 1, quick=False, soak=True),
 ]
@@ -129,7 +129,7 @@ def test_heads(q_heads, kv_heads, count):
 
 KINDS = [
     run("contiguous", None, quick=True),
-    run("paged", "int8", quick=True),
+    run("paged", "int8", quick=False, soak=True),
     run("paged", None, quick=False, soak=True),
     run("paged", "int4", quick=False, soak=True),
     run("paged", "fp8", quick=False, soak=True),
