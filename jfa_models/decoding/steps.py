@@ -378,7 +378,7 @@ def _draw(
     num_generated: Int[Array, " b"],
     allowed: Int[Array, "b words"] | None = None,
     *,
-    axes: Axes,
+    axes: Axes = (),
 ) -> tuple[Slots, Sampled]:
     """Stores the token of each row that samples in its slot. With min_tokens, adjusts logits and counts the tokens."""
     adjusts = rows.min_tokens is not None
@@ -456,7 +456,7 @@ def _verify(
     num_generated: Int[Array, " b"],
     allowed: Int[Array, "n words"] | None = None,
     *,
-    axes: Axes,
+    axes: Axes = (),
 ) -> tuple[Slots, Sampled]:
     """The token that each row samples after each of its tokens, of which all but the first are drafts.
 
