@@ -331,7 +331,7 @@ def drawn_cases(draw) -> Case:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)])
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=drawn_cases())
 def test_random_shapes_and_options_agree_with_the_oracle(dtype, case):

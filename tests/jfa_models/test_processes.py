@@ -67,7 +67,8 @@ def alone(folder, options):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("count", [2, 4])
 def test_a_batch_of_several_processes(tmp_path, count):
     options = batch(tmp_path, lines=5, max_tokens=4)
     divided = [*FILES, "--tensor-parallel", str(count)]

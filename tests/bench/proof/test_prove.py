@@ -182,7 +182,10 @@ def test_the_process_ends_with_that_status(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "gfx900"], "unknown architecture 'gfx900'; use one of gfx942, gfx950, gfx1100, gfx1201, tpu, or all"),
+        (
+            ["--arch", "gfx900"],
+            "unknown architecture 'gfx900'; use one of gfx942, gfx950, gfx1100, gfx1201, tpu, or all",
+        ),
         (
             ["--op", "paged"],
             "unknown op 'paged'; use one of flash_attention, paged_decode_attention, ragged_paged_attention, "

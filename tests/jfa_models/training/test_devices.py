@@ -47,7 +47,7 @@ def trained(mesh, *, lora, rows=4, config=CONFIG, **options):
 
 CASES = [
     run("full", dict(data=2, tensor=4), quick=True),
-    run("lora", dict(data=2, tensor=2), quick=True),
+    run("lora", dict(data=2, tensor=2), quick=False, soak=True),
     run("full", dict(data=8), quick=False, soak=True),
     run("full", dict(tensor=8), quick=False, soak=True),
     run("lora", dict(data=4), quick=False, soak=True),
