@@ -290,7 +290,7 @@ def test_a_mesh_with_explicit_axes_on_one_device(backend):
         np.testing.assert_allclose(got, jax.jit(function)(q), atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [run(name, quick=False, soak=name != "xla") for name in TILES])
+@pytest.mark.parametrize("backend", [run(name, quick=False, soak=True) for name in TILES])
 def test_a_mesh_with_explicit_axes_on_eight_devices(backend):
     program = EXPLICIT + EXPLICIT_CACHES if backend == "xla" else EXPLICIT
     run_on_eight_devices(f"BACKEND = {backend!r}\n" + textwrap.dedent(program))

@@ -118,7 +118,7 @@ def test_greedy_tokens_are_those_of_generate(model, caching):
         run_of(None, None, 5, 120, TIE, quick=True),
         # The engine does not see what pages and weights hold: one kind with a number in a byte, and one with two. The
         # rounding of another batch size may change a number in a page by one quantization step.
-        run_of("int8", "int8", 6, 200, 0.05, quick=False),
+        run_of("int8", "int8", 6, 200, 0.05, quick=False, soak=True),
         run_of("int4", "int4", 7, 200, 0.5, quick=False, soak=True),
         run_of(None, "int8-dynamic", 8, 60, TIE, quick=True),
     ],
@@ -287,7 +287,10 @@ KINDS = [
 
 @pytest.mark.parametrize(
     "kinds",
-    [pytest.param(KINDS[:3], id="few"), pytest.param(KINDS, id="all", marks=pytest.mark.exhaustive)],
+    [
+        pytest.param(KINDS[:3], id="few"),
+        pytest.param(KINDS, id="all", marks=(pytest.mark.exhaustive, pytest.mark.soak)),
+    ],
 )
 def test_nothing_compiles_after_warm_up(model, kinds):
     rng = random.Random(7)

@@ -87,7 +87,9 @@ def mixed():
     return requests
 
 
-@pytest.mark.parametrize("method", [run_of(None, quick=True), run_of("ngram", quick=True), run_of("self", quick=False)])
+@pytest.mark.parametrize(
+    "method", [run_of(None, quick=True), run_of("ngram", quick=True), run_of("self", quick=False, soak=True)]
+)
 def test_every_form_and_option(method):
     """The engine, with and without speculation, generate, and stream give the same tokens."""
     model, requests = language_model(), mixed()
