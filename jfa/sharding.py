@@ -34,7 +34,7 @@ Order = Literal["contiguous", "zigzag"]
 class _Options(TypedDict, total=False):
     """Options that both overloads of ring_attention share, for type checkers."""
 
-    axis_name: str
+    axis_name: str | tuple[str, ...]
     mesh: Mesh | AbstractMesh | None
     order: Order
     is_causal: bool
@@ -70,7 +70,7 @@ def ring_attention(
     key: ArrayLike,
     value: ArrayLike,
     *,
-    axis_name: str = "context",
+    axis_name: str | tuple[str, ...] = "context",
     mesh: Mesh | AbstractMesh | None = None,
     order: Order = "contiguous",
     is_causal: bool = False,
@@ -97,7 +97,7 @@ def ring_attention(
     Args:
       query, key, value: [b, tq, hq, d], [b, tk, hkv, d] and [b, tk, hkv, dv], or all without b; float16, bfloat16 or
         float32. Lengths are multiples of n, in zigzag order of 2 n.
-      axis_name: the axis of the mesh that the sequence is split over.
+      axis_name: the axis of the mesh that the sequence is split over; inside a jax.shard_map also several.
       mesh: None: the mesh of jax.set_mesh, or that of the arrays. Under jit, arrays of a mesh with automatic axes do
         not have it: pass it.
       order: of the tokens in all arrays and results. "contiguous": as they are; "zigzag": as zigzag returns them.
@@ -195,11 +195,12 @@ def _check_length(name: str, length: int, num_parts: int, order: str, what: str)
 
 
 def _mesh_to_split_over(
-    axis_name: str, mesh: Mesh | AbstractMesh | None, arrays: tuple[Array, ...]
+    axis_name: str | tuple[str, ...], mesh: Mesh | AbstractMesh | None, arrays: tuple[Array, ...]
 ) -> Mesh | AbstractMesh | None:
     """The mesh with automatic axes; None inside a shard_map over the axis."""
     context = jax.sharding.get_abstract_mesh()
-    if axis_name in context.manual_axes:
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if set(names) <= set(context.manual_axes):
         if mesh is not None:
             raise ValueError(f"inside a shard_map over {axis_name!r} arrays are already split; call without mesh")
         return None
@@ -235,7 +236,7 @@ class _Plan:
     backend: str
     spec: AttentionSpec
     device: DeviceInfo
-    axis_name: str
+    axis_name: str | tuple[str, ...]
     order: Order
     mesh: Mesh | AbstractMesh | None  # to split whole arrays over; None: they are a device's part
 

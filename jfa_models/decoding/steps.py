@@ -104,7 +104,7 @@ class Adapted(NamedTuple):
     decoder: Decoder
     adapters: Adapters | None
 
-    def __call__(self, tokens: Int[Array, "b t"], **given) -> tuple[Float[Array, "b t hidden"], Cache | None]:
+    def __call__(self, tokens: Int[Array, "b t"], **given) -> tuple[Float[Array, "*n hidden"], Cache | None]:
         return self.decoder(tokens, adapters=self.adapters, **given)
 
     def unembed(
@@ -248,9 +248,10 @@ def _prefill(
     adapter: Int[Array, " b"] | None = None,
 ) -> tuple[Cache, Float[Array, "b hidden"]]:
     """hidden: the state of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
-    states, filled = decoder(tokens, lengths=lengths, cache=cache, slot=adapter)
+    b, t = tokens.shape
+    wanted = jnp.arange(b) * t + jnp.maximum(lengths - 1, 0)
+    last, filled = decoder(tokens, lengths=lengths, cache=cache, slot=adapter, wanted=wanted)
     assert filled is not None
-    last = states[jnp.arange(tokens.shape[0]), jnp.maximum(lengths - 1, 0)]
     return filled, jnp.where((lengths > 0)[:, None], last, hidden)
 
 
@@ -336,16 +337,18 @@ def _advance(
     token = jnp.where(known < 0, jnp.take(last_token, batch.slot, mode="clip"), known)
     tokens = batch.tokens.at[first].set(token, mode="drop").reshape(shape)
     rows = dict(lengths=lengths, query_start=batch.query_start, slot=batch.adapter, state_slot=batch.slot)
-    states, filled = decoder(tokens, cache=cache, **rows)
+    needs_all = batch.last is None or batch.next_tokens is not None
+    last = None if batch.last is None else jnp.minimum(batch.last, n - 1)
+    states, filled = decoder(tokens, cache=cache, **rows, wanted=None if needs_all else last)
     assert filled is not None
-    states = states.reshape(n, -1)
+    states = states.reshape(-1, states.shape[-1])
     slot = batch.adapter  # of each row, then of each token
     if slot is not None and batch.query_start is not None:
         slot = jnp.append(slot, NO_ADAPTER)[_row_of_token(batch.query_start, n)]
     if batch.last is None:
         logits = decoder.unembed(states, slot)
     else:
-        logits = decoder.unembed(jnp.take(states, batch.last, axis=0, mode="clip"), batch.adapter)
+        logits = decoder.unembed(states[last] if needs_all else states, batch.adapter)
     if batch.next_tokens is None:
         return filled, logits, None
 

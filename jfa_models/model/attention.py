@@ -1,5 +1,6 @@
 """Self-attention of a decoder: projections, rotary position embedding, and jfa's attention ops over a cache."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import jfa
+import jfa.sharding
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import Linear, make_norm
 from jfa_models.model.lora import UNCHANGED, Scope
-from jfa_models.model.partition import Axes
+from jfa_models.model.partition import Axes, Share
 from jfa_models.model.rope import RopeConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
@@ -74,6 +76,7 @@ class Rows(NamedTuple):
       segments: rows have several texts one after another, numbered; a token sees those of its own. Without a cache.
       tree_mask: with query_start, the new tokens of its row that each token sees, as in jfa.ragged_paged_attention.
       of_states: where the rows' states are. None: row r has the states of row r of the cache.
+      share: layers get this device's part of the tokens. None: they get all.
     """
 
     lengths: Int[Array, " b"] | None = None
@@ -81,6 +84,7 @@ class Rows(NamedTuple):
     segments: Int[Array, "b t"] | None = None
     tree_mask: Bool[Array, "t m"] | None = None
     of_states: StateRows | None = None
+    share: Share | None = None
 
 
 class Attention(nnx.Module):
@@ -137,18 +141,21 @@ class Attention(nnx.Module):
         rotation: None: queries and keys are not rotated.
         scope: what adapters change.
         """
-        lengths, query_start, segments, tree_mask, _ = rows
+        lengths, query_start, segments, tree_mask, _, share = rows
+        b, t = x.shape[:2]
         q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
         gate = None
         if self.has_gate:
-            q, gate = jnp.split(q.reshape(*x.shape[:2], -1, 2 * self.head_dim), 2, axis=-1)
+            q, gate = jnp.split(q.reshape(b, t, -1, 2 * self.head_dim), 2, axis=-1)
         q, k, v = (self._heads(part) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, scope.at("q_norm")), self.k_norm(k, scope.at("k_norm"))
         if rotation is not None:
             q, k = rotation(q), rotation(k)
-        if cache is None:
-            q_len = lengths if x.shape[1] > 1 else None
+        if share is not None:
+            out, cache = self._of_own_tokens(q, k, v, rows, cache)
+        elif cache is None:
+            q_len = lengths if t > 1 else None
             ids: dict[str, Any] = dict(query_segment_ids=segments, key_value_segment_ids=segments)
             out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len, **ids, **self.options)
         elif isinstance(cache, jfa.KVCache):
@@ -159,23 +166,65 @@ class Attention(nnx.Module):
             out = self._ragged(q[0], cache, kv_len, query_start, tree_mask)[None]
         else:
             cache = cache.write(self.layer, k, v, lengths)
-            out = self._over_pages(q, cache, jnp.full(x.shape[0], x.shape[1]) if lengths is None else lengths)
+            out = self._over_pages(q, cache, jnp.full(b, t) if lengths is None else lengths)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o(out.reshape(*x.shape[:2], -1), scope.at("o")), cache
+        return self.o(out.reshape(b, t, -1), scope.at("o")), cache
 
     def _heads(self, x: Float[Array, "b t *size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
+    def _of_own_tokens(
+        self,
+        q: Float[Array, "b own hq d"],
+        k: Float[Array, "b own hkv d"],
+        v: Float[Array, "b own hkv d"],
+        rows: Rows,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "b own hq d"], Cache | None]:
+        """Attention of this device's tokens, two chunks of each row, to those of all devices."""
+        share = rows.share
+        assert share is not None
+        if cache is None:
+            segments = None if rows.segments is None else share.own(rows.segments)
+            ring: dict[str, Any] = dict(axis_name=share.axes, order="zigzag", is_causal=True, **self.options)
+            ids = dict(query_segment_ids=segments, key_value_segment_ids=segments)
+            return jfa.sharding.ring_attention(q, k, v, **ring, **ids), None
+        k, v = share.whole(k), share.whole(v)
+        (b, t), size = k.shape[:2], q.shape[1] // 2
+        start = share.starts(size)[:, None]
+        if isinstance(cache, jfa.KVCache):
+            return self._over_slots(q, k, v, rows.lengths, cache, start[:, 0])
+        # each chunk as one more row with the same pages
+        tables = tuple(jnp.concatenate([table, table]) for table in cache.page_tables)
+        if rows.query_start is None:
+            new = jnp.full(b, t) if rows.lengths is None else rows.lengths
+            cache = cache.write(self.layer, k, v, rows.lengths)
+        else:
+            new, start = jnp.diff(rows.query_start), start - rows.query_start[:-1]
+            cache = cache.write_ragged(self.layer, k[0], v[0], rows.query_start)
+        # of each row, what comes before a chunk, and what is in it
+        before, own = jnp.clip(start, 0, new), jnp.clip(start + size, 0, new) - jnp.clip(start, 0, new)
+        twice = dataclasses.replace(cache, page_tables=tables, kv_len=(cache.kv_len + before).reshape(-1))
+        own = own.reshape(-1)
+        if rows.query_start is None:
+            chunks = q.reshape(b, 2, size, *q.shape[2:]).swapaxes(0, 1).reshape(2 * b, size, *q.shape[2:])
+            out = self._over_pages(chunks, twice, own)
+            return out.reshape(2, b, size, *q.shape[2:]).swapaxes(0, 1).reshape(q.shape), cache
+        query_start = jnp.concatenate([jnp.zeros(1, own.dtype), jnp.cumsum(own)])
+        return self._ragged(q[0], twice, twice.kv_len + own, query_start)[None], cache
+
     def _over_slots(
         self,
-        q: Float[Array, "b t hq d"],
+        q: Float[Array, "b own hq d"],
         k: Float[Array, "b t hkv d"],
         v: Float[Array, "b t hkv d"],
         lengths: Int[Array, " b"] | None,
         cache: jfa.KVCache,
-    ) -> tuple[Float[Array, "b t hq d"], jfa.KVCache]:
-        layer, t = self.layer, q.shape[1]
+        starts: Int[Array, " chunks"] | None = None,
+    ) -> tuple[Float[Array, "b own hq d"], jfa.KVCache]:
+        """starts: q has chunks of the new tokens, which begin there; None: it has all."""
+        layer, t = self.layer, k.shape[1]
         written = cache.write(layer, k, v, lengths)
         keys, values, offset = written.k[layer], written.v[layer], cache.kv_len
         if cache.is_ring(layer) and t == 1:
@@ -188,7 +237,15 @@ class Attention(nnx.Module):
                 keys, values, offset = cache.followed_by(layer, k, v)
             see = dict(is_causal=True, query_offset=offset, key_value_seq_lengths=offset + t)
             see["query_seq_lengths"] = lengths if t > 1 else None
-        return jfa.dot_product_attention(q, keys, values, **(self.options | see)), written
+        if starts is None:
+            return jfa.dot_product_attention(q, keys, values, **(self.options | see)), written
+        out = []
+        for chunk, start in zip(jnp.split(q, len(starts), axis=1), starts, strict=True):
+            see["query_offset"] = offset + start
+            if lengths is not None:
+                see["query_seq_lengths"] = jnp.clip(lengths - start, 0, chunk.shape[1])
+            out.append(jfa.dot_product_attention(chunk, keys, values, **(self.options | see)))
+        return jnp.concatenate(out, axis=1), written
 
     def _over_pages(
         self, q: Float[Array, "b t hq d"], cache: jfa.PagedKVCache, lengths: Int[Array, " b"]

@@ -57,16 +57,23 @@ class Block(nnx.Module):
     @with_default_rules
     def __call__(self, x, rotation, rows, cache, scope=UNCHANGED):
         normed = self.attention_norm(x, scope.at("attention_norm"))
-        name, mixer = ("mixer", self.mixer) if self.attention is None else ("attention", self.attention)
-        assert mixer is not None
-        attended, cache = mixer(normed, rotation, rows, cache, scope.inside(name))
+        if self.attention is not None:
+            attended, cache = self.attention(normed, rotation, rows, cache, scope.inside("attention"))
+        else:
+            assert self.mixer is not None
+            share, scope_inside = rows.share, scope.inside("mixer")
+            if share is not None:  # a state has all tokens before in it
+                normed, scope_inside = share.whole(normed), scope_inside.map(share.whole)
+            attended, cache = self.mixer(normed, rotation, rows, cache, scope_inside)
+            attended = attended if share is None else share.own(attended)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended, scope.at("attention_post_norm"))
         x = x + self._weighed(attended)
         if self.mlp is None:
             return x, cache
         normed = normed if self.mlp_norm is None else self.mlp_norm(x, scope.at("mlp_norm"))
-        out = self.mlp(normed, scope.inside("mlp"))
+        mlp = functools.partial(self.mlp, share=rows.share) if isinstance(self.mlp, Experts) else self.mlp
+        out = mlp(normed, scope.inside("mlp"))
         if self.mlp_post_norm is not None:
             out = self.mlp_post_norm(out, scope.at("mlp_post_norm"))
         return x + self._weighed(out), cache
@@ -116,8 +123,9 @@ class Decoder(nnx.Module):
         slot: Int[Array, " rows"] | None = None,
         state_slot: Int[Array, " rows"] | None = None,
         remat: Callable[[Callable], Callable] | None = None,
-    ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
-        """The normalized hidden state of every token, and the cache with the tokens added.
+        wanted: Int[Array, " n"] | None = None,
+    ) -> tuple[Float[Array, "*n hidden"], Cache | None]:
+        """The normalized hidden state of every token [b, t, hidden], and the cache with the tokens added.
 
         Args:
           tokens: the next tokens of each row, at positions kv_len, kv_len + 1, ... of the cache (0, 1, ... without).
@@ -135,9 +143,11 @@ class Decoder(nnx.Module):
           state_slot: with query_start, or one token per row: the row of cache.states that each row has, out of range
             for rows of padding, which come last. A row without earlier tokens starts with new states. None: its own.
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
+          wanted: only the states of these tokens are returned, [n, hidden]: their indices in tokens.reshape(-1).
         """
         t = tokens.shape[1]
         scope = UNCHANGED
+        share = self.partition.share(t) if tree_mask is None else None
         assert tree_mask is None or query_start is not None
         if query_start is not None:
             assert cache is not None and lengths is None
@@ -166,6 +176,11 @@ class Decoder(nnx.Module):
                 is_row = state_slot < cache.states.num_rows
                 starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(is_row, dtype=jnp.int32)])
             of_states = StateRows(state_slot, starts, cache.kv_len == 0)
+        of_all = scope
+        rows = Rows(lengths, query_start, segments, tree_mask, of_states, share)
+        if share is not None:
+            tokens, positions = share.own(tokens), share.own(jnp.broadcast_to(positions, tokens.shape))
+            scope = scope.map(share.own)
         config = self.config
         rotation = None if config.rope is None else Rotation(config, config.rope, positions)
         local = rotation if config.local_rope is None else Rotation(config, config.local_rope, positions)
@@ -178,14 +193,19 @@ class Decoder(nnx.Module):
             run = functools.partial(
                 block,
                 rotation=local if config.is_local(i) else rotation,
-                rows=Rows(lengths, query_start, segments, tree_mask, of_states),
+                rows=rows,
                 cache=cache,
                 scope=scope.inside("layers").inside(str(i)),
             )
             x, cache = run(x) if remat is None else remat(run)(x)
         if cache is not None:
             cache = cache.advance(new)
-        return self.norm(x, scope.at("norm")), cache
+        if wanted is None:
+            x = self.norm(x, scope.at("norm"))
+            return x if share is None else share.whole(x), cache
+        at = jnp.divmod(wanted, t)
+        x = x[at] if share is None else share.at(x, *at)
+        return self.norm(x, of_all.map(lambda gates: gates[at]).at("norm")), cache
 
     @with_default_rules
     def unembed(

@@ -5,6 +5,7 @@ change a module, it gets their change as its last argument.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 import jfa
 from jfa import quant
 from jfa.products import times_rows
 from jfa_models.model.config import Activation, DecoderConfig
 from jfa_models.model.lora import UNCHANGED, Applied, Scope
-from jfa_models.model.partition import WHOLE, Axes, Partition, first_of, summed
+from jfa_models.model.partition import WHOLE, Axes, Partition, Share, first_of, summed
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -170,9 +171,9 @@ class MLP(nnx.Module):
 class Experts(nnx.Module):
     """A mixture of gated MLPs: every token goes to a few of them, whose outputs are summed with the router's weights.
 
-    One more MLP may process every token, with a gate of its own. Where experts are divided over devices, every device
-    has all tokens, and skips those that go to other devices' experts: none is dropped, however uneven they are.
-    Source: arXiv:2401.04088, section 2.1.
+    One more MLP may process every token, with a gate of its own. Where experts are divided over devices, and each has
+    its own tokens, these are sent to where their experts are. If all devices have the same few, each skips those that
+    go to others' experts. None is dropped, however uneven they are. Source: arXiv:2401.04088, section 2.1.
     """
 
     def __init__(self, config: DecoderConfig, *, partition: Partition = WHOLE, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -186,18 +187,22 @@ class Experts(nnx.Module):
         self.up = stacked(hidden, inner)
         self.down = stacked(inner, hidden)
         size, has_gate = config.experts.shared_size, config.experts.shared_gate
-        self.divided = partition.experts
-        self.sum_over = (*partition.expert_inner, *partition.experts)
+        self.experts_over, self.inner_over = partition.experts, partition.expert_inner
+        self.sum_over = (*self.inner_over, *self.experts_over)
         # of the same axes, one sum for both
         self.sums_together = bool(size) and partition.shared_inner == self.sum_over
         sums: dict[str, Any] = dict(sum_over=partition.shared_inner, sums_later=self.sums_together)
         self.shared = MLP(config, size=size, **sums, dtype=dtype, rngs=rngs) if size else None
         self.shared_gate = Linear(hidden, 1, bias=False, dtype=dtype, rngs=rngs) if has_gate else None
 
-    def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
-        routed = self._routed(x, scope)
+    def __call__(
+        self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED, share: Share | None = None
+    ) -> Float[Array, "*b hidden"]:
+        """share: devices have different tokens. None: all have x."""
+        is_exchanged = share is not None and bool(self.experts_over)
+        routed = self._routed(x, scope, is_exchanged)
         if not self.sums_together:
-            routed = summed(routed, self.sum_over)
+            routed = summed(routed, self.inner_over if is_exchanged else self.sum_over)
         if self.shared is None:
             return routed
         shared = self.shared(x, scope.inside("shared"))
@@ -205,7 +210,8 @@ class Experts(nnx.Module):
             shared = shared * jax.nn.sigmoid(self.shared_gate(x, scope.at("shared_gate")))
         return summed(routed + shared, self.sum_over if self.sums_together else ())
 
-    def _routed(self, x: Float[Array, "*b hidden"], scope: Scope) -> Float[Array, "*b hidden"]:
+    def _routed(self, x: Float[Array, "*b hidden"], scope: Scope, is_exchanged: bool) -> Float[Array, "*b hidden"]:
+        """The part of this device's experts; if tokens are exchanged, that of all."""
         tokens = x.reshape(-1, x.shape[-1])
         scope = scope.flat()
         weights = jax.nn.softmax(self.router(tokens, scope.at("router")).astype(jnp.float32), axis=-1)
@@ -217,9 +223,16 @@ class Experts(nnx.Module):
             return self._expert(rows[0], number, scope._replace(gates=rows[1]))
 
         num_own = jax.tree.leaves(self.gate.weight.get_value())[0].shape[0]
-        chosen = chosen - first_of(self.divided, num_own)
-        out = for_each_expert(expert, (tokens, scope.gates), chosen, self.config.num_experts, num_own)
-        return jnp.einsum("nkh,nk->nh", out, weights.astype(x.dtype), precision=_precision(x)).reshape(x.shape)
+
+        def of_own_experts(rows, chosen, weights):
+            chosen = chosen - first_of(self.experts_over, num_own)
+            out = for_each_expert(expert, rows, chosen, self.config.num_experts, num_own)
+            return jnp.einsum("nkh,nk->nh", out, weights.astype(x.dtype), precision=_precision(x))
+
+        run = of_own_experts
+        if is_exchanged:
+            run = functools.partial(where_experts_are, of_own_experts, num_own=num_own, axes=self.experts_over)
+        return run((tokens, scope.gates), chosen, weights).reshape(x.shape)
 
     def _expert(
         self, x: Float[Array, "rows hidden"], expert: Int[Array, ""], scope: Scope
@@ -287,6 +300,53 @@ def for_each_expert(
 
     _, out = lax.scan(block, None, (token_of.reshape(num_blocks, rows), expert_of))
     return out.reshape(num_blocks * rows, -1)[place].reshape(n, k, -1)
+
+
+def where_experts_are(
+    function: Callable[[Any, Int[Array, "m k"], Float[Array, "m k"]], Float[Array, "m hidden"]],
+    tokens: Any,
+    chosen: Int[Array, "n k"],
+    weights: Float[Array, "n k"],
+    *,
+    num_own: int,
+    axes: Axes,
+) -> Float[Array, "n hidden"]:
+    """function(tokens, chosen, weights), where a device sums the outputs of its num_own experts, over all devices.
+
+    Tokens are a tree of arrays [n, ...], other ones on each device. A device sends each token once to every other that
+    has an expert of it, and gets one sum back. Shapes are static, so each pair of devices exchanges a fixed number of
+    tokens at a time, a little more than an even spread needs, as often as the most uneven pair must.
+    Source: arXiv:2006.16668, section 3.2, whose capacity drops tokens.
+    """
+    n, k = chosen.shape
+    count = lax.axis_size(axes)
+    goes_to = (chosen[:, None, :] // num_own == jnp.arange(count)[:, None]).any(-1)  # [n, count]
+    expected = n * (1 - (1 - 1 / count) ** k)
+    size = min(n, 8 * math.ceil(1.25 * expected / 8))  # of a round
+    rounds = -(-n // size)
+    rank = jnp.where(goes_to, jnp.cumsum(goes_to, axis=0) - 1, rounds * size)  # none
+    order = jnp.full((count, rounds * size), n, jnp.int32)  # the tokens for each device, then n
+    order = order.at[jnp.arange(count), rank].set(jnp.arange(n, dtype=jnp.int32)[:, None], mode="drop")
+
+    def exchanged(x: Shaped[Array, "count size ..."]) -> Shaped[Array, "count size ..."]:
+        return lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True)
+
+    def one_round(number: Any, out: Float[Array, "n hidden"]) -> Float[Array, "n hidden"]:
+        token = lax.dynamic_slice_in_dim(order, number * size, size, axis=1)
+
+        def sent(x: Array, nothing: int) -> Array:
+            there = exchanged(jnp.take(x, token, axis=0, mode="fill", fill_value=nothing))
+            return there.reshape(count * size, *x.shape[1:])
+
+        rows = jax.tree.map(functools.partial(sent, nothing=0), (tokens, weights))
+        found = function(rows[0], sent(chosen, count * num_own), rows[1])  # no device has this expert
+        return out.at[token].add(exchanged(found.reshape(count, size, -1)), mode="drop")
+
+    out = jnp.zeros_like(jax.tree.leaves(tokens)[0])
+    if rounds == 1:
+        return one_round(0, out)
+    most = lax.pmax(goes_to.sum(0).max(), axes)
+    return lax.fori_loop(0, -(-most // size), one_round, out)
 
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {

@@ -7,7 +7,7 @@ Sources: arXiv:2106.09685 (LoRA); arXiv:2402.09353 (DoRA).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -133,9 +133,13 @@ class Scope(NamedTuple):
         """The scope of a module in this one."""
         return self._replace(path=f"{self.path}{name}.") if self.changes else self
 
+    def map(self, function: Callable[[Array], Array]) -> "Scope":
+        """The same for other tokens: the function is applied to what each has."""
+        return self if self.gates is None else self._replace(gates=function(self.gates))
+
     def flat(self) -> "Scope":
         """The same for tokens in one axis."""
-        return self if self.gates is None else self._replace(gates=self.gates.reshape(-1, self.gates.shape[-1]))
+        return self.map(lambda gates: gates.reshape(-1, gates.shape[-1]))
 
     def at_expert(self, name: str, expert: Int[Array, ""]) -> Applied | None:
         """The change of one of the experts whose weights are stacked in this module."""

@@ -11,23 +11,62 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 import jfa
+from jfa.sharding import unzigzag, zigzag
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.lora import Adapters, Change
 
 Axes = tuple[str, ...]  # of a mesh; (): not divided
+LEAST_CHUNK = 8  # tokens
 
-AXES = ("data", "tensor", "expert")  # of a mesh that users give
+AXES = ("data", "tensor", "expert", "context")  # of a mesh that users give
 # The axis "tensor" as two: key heads are divided over the first, and copied along the second if they are too few.
 TENSOR = ("heads", "group")
+
+
+class Share(NamedTuple):
+    """The part of a step's tokens that this device computes: two chunks, so that all have as much to attend to.
+
+    Every device gets the keys and values of all tokens, since each has a whole cache. Source: arXiv:2407.21783, section
+    3.3.2.
+    """
+
+    axes: Axes  # of a mesh, over whose devices the tokens are divided
+    count: int  # of these devices
+
+    def own(self, x: Shaped[Array, "b t *size"]) -> Shaped[Array, "b t/count *size"]:
+        """This device's part of an array with all tokens."""
+        return part_of(zigzag(x, self.count), PartitionSpec(None, self.axes))
+
+    def whole(self, x: Shaped[Array, "b t/count *size"]) -> Shaped[Array, "b t *size"]:
+        """The parts of all devices as one array."""
+        return unzigzag(gathered(x, self.axes, axis=1), self.count)
+
+    def at(
+        self, x: Shaped[Array, "b t/count *size"], row: Int[Array, " n"], token: Int[Array, " n"]
+    ) -> Shaped[Array, "n *size"]:
+        """Some tokens, by their index in all of their row, from the devices that have them."""
+        size = x.shape[1] // 2
+        chunk = token // size
+        last = 2 * self.count - 1
+        owner = jnp.minimum(chunk, last - chunk)
+        found = x[row, token % size + jnp.where(chunk == owner, 0, size)]
+        is_own = owner == lax.axis_index(self.axes)
+        return summed(jnp.where(is_own.reshape(-1, *(1,) * (found.ndim - 1)), found, 0), self.axes)
+
+    def starts(self, size: int) -> Int[Array, " 2"]:
+        """Where this device's chunks, of this size, begin among all tokens."""
+        first = lax.axis_index(self.axes)
+        return jnp.stack([first, 2 * self.count - 1 - first]) * size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +74,14 @@ class Partition:
     """Over which axes the parts of a decoder are divided.
 
     Attributes:
-      mesh: with the axes of TENSOR and "expert"; None: of one device.
+      mesh: with the axes of TENSOR, "expert" and "context"; None: of one device.
       q_heads, kv_heads: of attention.
       inner: the inner vectors of MLPs.
       vocab: rows of the embedding and of the output layer, and so the logits.
       experts: whole experts.
       expert_inner, shared_inner: the inner vectors of each expert, and of the one that every token has.
       expert_layers: the layers with experts.
+      tokens: the tokens of a step that has many (Share).
       others: the meshes of other replicas of the decoder.
       rows: of a batch, and of parameters and the optimizer's state at rest, in training (for_training).
     """
@@ -55,6 +95,7 @@ class Partition:
     expert_inner: Axes = ()
     shared_inner: Axes = ()
     expert_layers: tuple[int, ...] = ()
+    tokens: Axes = ()
     others: tuple[Mesh, ...] = ()
     rows: Axes = ()
 
@@ -102,7 +143,9 @@ class Partition:
         devices = np.stack([mesh.devices for mesh in (self.mesh, *self.others)])
         kinds = (AxisType.Auto,) * devices.ndim
         mesh = Mesh(devices, ("data", *self.mesh.axis_names), axis_types=kinds)
-        return dataclasses.replace(self, mesh=mesh, others=(), rows=("data",))
+        # experts' tokens are exchanged in a loop, which has no gradient
+        tokens = tuple(axis for axis in self.tokens if axis not in self.experts)
+        return dataclasses.replace(self, mesh=mesh, others=(), rows=("data",), tokens=tokens)
 
     def at_rest(self, spec: PartitionSpec, shape: tuple[int, ...]) -> tuple[PartitionSpec, int | None]:
         """An array's spec with one more axis divided over the rows' axes, and which; None: none can be."""
@@ -219,6 +262,13 @@ class Partition:
                 f"without cutting a group; counts that do: {fits}; or use quantization='int8', which has no groups"
             )
 
+    def share(self, num_tokens: int) -> Share | None:
+        """How the tokens of each row of a step are divided; None: every device has all, since they are too few."""
+        count = self.size(self.tokens)
+        if count == 1 or num_tokens % (2 * count) or num_tokens < 2 * count * LEAST_CHUNK:
+            return None
+        return Share(self.tokens, count)
+
     @property
     def of_kv(self) -> NamedSharding | None:
         """Of the keys and values of a cache, whose third axis are heads; None: they are on one device."""
@@ -271,7 +321,7 @@ def mesh_of(mesh: Mesh | None, tensor_parallel: int | None) -> Mesh | None:
 
 
 def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Partition:
-    """How a decoder is divided over a mesh with the axes "tensor" and "expert", or one of them.
+    """How a decoder is divided over a mesh with the axes "tensor", "expert" and "context", or some of them.
 
     What cannot be divided evenly is on every device. For each index of an axis "data" there is a replica. Of an
     AbstractMesh: on paper; nothing can be put on it.
@@ -330,7 +380,7 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
     # without axes of one device, as XLA names the results of a step: other names would compile it again
     over = tuple(axis for axis, size in zip(TENSOR, (heads, n // heads), strict=True) if size > 1)
     has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
-    replica, *others = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts))
+    replica, *others = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts, sizes["context"]))
     found = Partition(
         mesh=replica,
         others=tuple(others),
@@ -342,6 +392,7 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
         expert_inner=() if experts is None else divided("the vectors of experts", experts.intermediate_size),
         shared_inner=() if experts is None else divided("the shared expert", experts.shared_size),
         expert_layers=tuple(i for i in range(config.num_layers) if config.has_experts(i)),
+        tokens=tuple(axis for axis in ("expert", "context") if sizes[axis] > 1),
     )
     whole = (found.q_heads, found.inner, found.vocab, found.expert_inner, found.shared_inner)
     if n > 1 and not any(whole):
@@ -353,7 +404,8 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
 
 def _replicas(mesh: Mesh | AbstractMesh, count: int, sizes: tuple[int, ...]) -> list[Any]:
     """The meshes of so many replicas, each with the axes of a Partition."""
-    axes: dict[str, Any] = dict(axis_names=(*TENSOR, "expert"), axis_types=(AxisType.Auto,) * 3)
+    names = (*TENSOR, "expert", "context")
+    axes: dict[str, Any] = dict(axis_names=names, axis_types=(AxisType.Auto,) * len(names))
     if isinstance(mesh, AbstractMesh):
         return [AbstractMesh(sizes, **axes)] * count
     order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
