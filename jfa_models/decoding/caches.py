@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -12,9 +11,10 @@ from jfa_models.decoding.options import CacheOptions
 from jfa_models.model.attention import Cache, check_kv_dtype, paged_cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.mixers import state_cache
+from jfa_models.model.partition import WHOLE, Partition
 
-# Prompts are prefilled in chunks of PREFILL_CHUNK tokens, the last one padded to a power of two; cache capacities and
-# batch sizes are powers of two. This keeps the number of shapes, and so of compilations, small.
+# Prompts are prefilled in chunks of PREFILL_CHUNK tokens for each device, the last one padded to a power of two; cache
+# capacities and batch sizes are powers of two. This keeps the number of shapes, and so of compilations, small.
 PREFILL_CHUNK = 512
 SMALLEST_CHUNK = 16
 SMALLEST_CAPACITY = 256
@@ -28,12 +28,9 @@ def new_cache(
     batch: int,
     capacity: int,
     dtype: DTypeLike,
-    sharding: jax.sharding.Sharding | None = None,
+    partition: Partition = WHOLE,
 ) -> Cache:
-    """An empty cache for at least capacity tokens per row; contiguous if no layer has attention.
-
-    sharding: of its keys and values, as in jfa.KVCache.create.
-    """
+    """An empty cache for at least capacity tokens per row; contiguous if no layer has attention."""
     capacity = max(SMALLEST_CAPACITY, power_of_two(capacity))
     check_kv_dtype(config, options.kv_dtype)
     states = state_cache(config, batch=batch, dtype=dtype)
@@ -47,10 +44,10 @@ def new_cache(
             dtype=dtype,
             windows=[config.window(i) for i in config.attention_layers],
             slack=SLACK,
-            sharding=sharding,
+            sharding=partition.of_kv,
         )
         return dataclasses.replace(cache, states=states)
-    own = _own_pages(config, batch, capacity, options.page_size)
+    own = _own_pages(config, batch, capacity, options.page_size, prefill_chunk(partition))
     cache = paged_cache(
         config,
         num_pages=[1 + int(table.max(initial=0)) for table in own],
@@ -59,12 +56,12 @@ def new_cache(
         pages_per_seq=own[0].shape[1],
         dtype=dtype,
         kv_dtype=options.kv_dtype,
-        sharding=sharding,
+        sharding=partition.of_kv,
     )
     return dataclasses.replace(cache, page_tables=own, states=states)
 
 
-def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int) -> tuple[np.ndarray, ...]:
+def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int, chunk: int) -> tuple[np.ndarray, ...]:
     """Page tables in which every row has its own pages from the start: nothing is shared.
 
     The pages of a window are reused cyclically: pages that slid out of the window store the next tokens.
@@ -73,16 +70,16 @@ def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int)
     tables = []
     for window in config.patterns:
         # a whole chunk is written before its first token attends to the cache
-        kept = columns if window is None else min(columns, 1 + -(-(window + PREFILL_CHUNK + SLACK) // page_size))
+        kept = columns if window is None else min(columns, 1 + -(-(window + chunk + SLACK) // page_size))
         tables.append(1 + kept * np.arange(batch)[:, None] + np.arange(columns) % kept)
     return tuple(table.astype(np.int32) for table in tables)
 
 
-def grown(config: DecoderConfig, cache: Cache, capacity: int) -> Cache:
+def grown(config: DecoderConfig, cache: Cache, capacity: int, partition: Partition = WHOLE) -> Cache:
     """The cache of one row, extended to capacity tokens."""
     if isinstance(cache, jfa.KVCache):
         return cache.grow(capacity)
-    own = _own_pages(config, 1, capacity, cache.page_size)
+    own = _own_pages(config, 1, capacity, cache.page_size, prefill_chunk(partition))
     return dataclasses.replace(cache.grow([1 + int(table.max()) for table in own]), page_tables=own)
 
 
@@ -91,12 +88,19 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def prefill_chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def prefill_chunk(partition: Partition) -> int:
+    """The most tokens of each prompt that a step prefills."""
+    return PREFILL_CHUNK * partition.size(partition.tokens)
+
+
+def prefill_chunks(
+    prompts: Sequence[Sequence[int]], size: int, partition: Partition
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (tokens i32[size, t], lengths i32[size]) for each chunk; a finished or padding row has length 0."""
     longest = max(len(prompt) for prompt in prompts)
     start = 0
     while start < longest:
-        t = min(PREFILL_CHUNK, max(SMALLEST_CHUNK, power_of_two(longest - start)))
+        t = min(prefill_chunk(partition), max(SMALLEST_CHUNK, power_of_two(longest - start)))
         tokens, lengths = np.zeros((size, t), np.int32), np.zeros(size, np.int32)
         for row, prompt in enumerate(prompts):
             part = prompt[start : start + t]

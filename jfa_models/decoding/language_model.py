@@ -482,7 +482,7 @@ class LanguageModel:
         )
         rows = self._rows_masked(rows, requests)
         hidden = self.partition.everywhere(jnp.zeros((size, self.config.hidden_size), self.dtype))
-        for tokens, lengths in caches.prefill_chunks(prompts, size):
+        for tokens, lengths in caches.prefill_chunks(prompts, size, self.partition):
             cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
         active = np.arange(size) < len(requests)
         return self.steps.first(self.params, cache, hidden, rows, active, slots, adapters=adapters)
@@ -490,7 +490,7 @@ class LanguageModel:
     def new_cache(self, *, batch: int, capacity: int) -> Cache:
         """An empty cache for at least capacity tokens per row."""
         options: dict[str, Any] = dict(batch=batch, capacity=capacity, dtype=self.dtype)
-        cache = caches.new_cache(self.config, self.cache_options, **options, sharding=self.partition.of_kv)
+        cache = caches.new_cache(self.config, self.cache_options, **options, partition=self.partition)
         return self.partition.everywhere(cache)
 
     def _requests(self, prompts: Sequence[Prompt], sampling_params, seed: int, adapter: Names) -> "list[_Request]":
@@ -631,7 +631,7 @@ class Session:
         if cache is None or (cache.states is not None and known < len(self._ids)):
             return model.new_cache(batch=1, capacity=capacity), 0
         if cache.capacity < capacity:
-            cache = caches.grown(model.config, cache, caches.power_of_two(capacity))
+            cache = caches.grown(model.config, cache, caches.power_of_two(capacity), model.partition)
         windows = [window for window in model.config.patterns if window is not None]
         if windows and len(self._ids) - known > caches.SLACK and len(self._ids) > min(windows):
             known = 0  # keys that the next tokens must see are no longer stored in layers with a window

@@ -122,7 +122,8 @@ class Engine:
           num_pages: pages of page_size tokens; None: as many as fit into most of the device's free memory, or into 1
             GiB of the host's, but no more than max_num_seqs sequences of max_model_len need.
           max_num_seqs: maximum number of continuations that run at the same time.
-          max_num_batched_tokens: maximum tokens per step; None: 512 on a CPU, 2048 elsewhere.
+          max_num_batched_tokens: maximum tokens per step; None: 512 on a CPU, 2048 elsewhere, times the devices that
+            tokens are divided over.
           max_model_len: maximum tokens of a prompt and its continuation; None: the model's context, or less if the pool
             is smaller.
           max_wait_ms: how long an idle engine waits for more requests after the first one (dynamic batching).
@@ -135,7 +136,8 @@ class Engine:
         """
         config = model.config
         if max_num_batched_tokens is None:
-            max_num_batched_tokens = max(max_num_seqs, 512 if jax.default_backend() == "cpu" else 2048)
+            per_device = 512 if jax.default_backend() == "cpu" else 2048
+            max_num_batched_tokens = max(max_num_seqs, per_device * model.partition.size(model.partition.tokens))
         if max_model_len is not None and not 1 <= max_model_len <= config.context_length:
             raise ValueError(
                 f"max_model_len must be from 1 to {config.context_length}, the model's context, got {max_model_len}"

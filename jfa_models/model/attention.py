@@ -188,8 +188,8 @@ class Attention(nnx.Module):
         if cache is None:
             segments = None if rows.segments is None else share.own(rows.segments)
             ring: dict[str, Any] = dict(axis_name=share.axes, order="zigzag", is_causal=True, **self.options)
-            ids = dict(query_segment_ids=segments, key_value_segment_ids=segments)
-            return jfa.sharding.ring_attention(q, k, v, **ring, **ids), None
+            ring |= dict(query_segment_ids=segments, key_value_segment_ids=segments)
+            return jfa.sharding.ring_attention(q, k, v, **ring), None
         k, v = share.whole(k), share.whole(v)
         (b, t), size = k.shape[:2], q.shape[1] // 2
         start = share.starts(size)[:, None]

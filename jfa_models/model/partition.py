@@ -41,23 +41,23 @@ class Share(NamedTuple):
     """
 
     axes: Axes  # of a mesh, over whose devices the tokens are divided
-    count: int  # of these devices
+    parts: int  # of these devices
 
-    def own(self, x: Shaped[Array, "b t *size"]) -> Shaped[Array, "b t/count *size"]:
+    def own(self, x: Shaped[Array, "b t *size"]) -> Shaped[Array, "b t/parts *size"]:
         """This device's part of an array with all tokens."""
-        return part_of(zigzag(x, self.count), PartitionSpec(None, self.axes))
+        return part_of(zigzag(x, self.parts), PartitionSpec(None, self.axes))
 
-    def whole(self, x: Shaped[Array, "b t/count *size"]) -> Shaped[Array, "b t *size"]:
+    def whole(self, x: Shaped[Array, "b t/parts *size"]) -> Shaped[Array, "b t *size"]:
         """The parts of all devices as one array."""
-        return unzigzag(gathered(x, self.axes, axis=1), self.count)
+        return unzigzag(gathered(x, self.axes, axis=1), self.parts)
 
     def at(
-        self, x: Shaped[Array, "b t/count *size"], row: Int[Array, " n"], token: Int[Array, " n"]
+        self, x: Shaped[Array, "b t/parts *size"], row: Int[Array, " n"], token: Int[Array, " n"]
     ) -> Shaped[Array, "n *size"]:
         """Some tokens, by their index in all of their row, from the devices that have them."""
         size = x.shape[1] // 2
         chunk = token // size
-        last = 2 * self.count - 1
+        last = 2 * self.parts - 1
         owner = jnp.minimum(chunk, last - chunk)
         found = x[row, token % size + jnp.where(chunk == owner, 0, size)]
         is_own = owner == lax.axis_index(self.axes)
@@ -66,7 +66,7 @@ class Share(NamedTuple):
     def starts(self, size: int) -> Int[Array, " 2"]:
         """Where this device's chunks, of this size, begin among all tokens."""
         first = lax.axis_index(self.axes)
-        return jnp.stack([first, 2 * self.count - 1 - first]) * size
+        return jnp.stack([first, 2 * self.parts - 1 - first]) * size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

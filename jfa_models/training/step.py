@@ -25,7 +25,7 @@ from jfa_models.checkpoints.peft import Adapter
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import Adapters
-from jfa_models.model.partition import TENSOR, Axes, first_of, gathered, part_of, summed
+from jfa_models.model.partition import LEAST_CHUNK, TENSOR, Axes, first_of, gathered, part_of, summed
 
 Tensors = Any  # a tree of float32 arrays
 Remat = Literal["none", "attention", "all"]
@@ -139,13 +139,23 @@ class Trainable:
         return x if axis is None else gathered(x, self.partition.rows, axis)
 
     def sum_over_mesh(self, loss: Callable, base: Any, tensors: Tensors, *rows: Int[Array, "b t"]) -> Float[Array, ""]:
-        """The sum of loss(base, tensors, *rows) over all rows, of which each replica computes its own."""
-        replicas = self.partition.size(self.partition.rows)
-        if rows[0].shape[0] % replicas:
-            raise ValueError(f"{rows[0].shape[0]} rows cannot be divided by {replicas} replicas: use a multiple")
+        """The sum of loss(base, tensors, *rows) over all rows, of which each replica computes its own.
+
+        The devices of an axis "context" have the same rows, and each returns a part of their sum.
+        """
+        partition = self.partition
+        replicas, parts = partition.size(partition.rows), partition.size(partition.tokens)
+        num_rows, length = rows[0].shape
+        if num_rows % replicas:
+            raise ValueError(f"{num_rows} rows cannot be divided by {replicas} replicas: use a multiple")
+        if parts > 1 and partition.share(length) is None:
+            raise ValueError(
+                f"rows of {length} tokens cannot be divided by the {parts} devices of the axis 'context': their length "
+                f"must be a multiple of {2 * parts}, at least {2 * parts * LEAST_CHUNK}"
+            )
 
         def of_part(base, tensors, *rows):
-            return summed(loss(base, tensors, *rows), self.partition.rows)
+            return summed(loss(base, tensors, *rows), (*partition.rows, *partition.tokens))
 
         of_base = None if base is None else tuple(self._specs.values())
         of_rows = (PartitionSpec(self.partition.rows),) * len(rows)
@@ -212,8 +222,13 @@ def _loss(trainable: Trainable, base, tensors, tokens, segments, is_target) -> F
     states = states[:, :-1].reshape(-1, states.shape[-1])
     target, wanted = tokens[:, 1:].reshape(-1), is_target[:, 1:].reshape(-1)
     order = jnp.argsort(1 - wanted, stable=True)
+    # blocks in turn to the devices that have the same rows
+    axes = trainable.partition.tokens
+    parts = trainable.partition.size(axes)
     n = min(LOSS_ROWS, len(order))
-    order = jnp.pad(order, (0, -len(order) % n)).reshape(-1, n)
+    order = jnp.pad(order, (0, -len(order) % (n * parts))).reshape(-1, parts, n)
+    first = jnp.arange(0, order.size, n).reshape(-1, parts)
+    order, first = (x[:, first_of(axes, 1)] for x in (order, first))
     count = wanted.sum()
 
     @jax.checkpoint
@@ -225,7 +240,7 @@ def _loss(trainable: Trainable, base, tensors, tokens, segments, is_target) -> F
         rows, first = part
         return total + lax.cond(first < count, block, lambda *_: jnp.float32(0.0), rows, first), None
 
-    return lax.scan(add, jnp.float32(0.0), (order, jnp.arange(len(order)) * n))[0]
+    return lax.scan(add, jnp.float32(0.0), (order, first))[0]
 
 
 def _log_softmax_at(logits: Float[Array, "n part"], target: Int[Array, " n"], axes: Axes) -> Float[Array, " n"]:
