@@ -27,11 +27,13 @@ from jfa_models.decoding.language_model import abstract_decoder, named_leaves
 from jfa_models.engine.pools import pool_sizes
 from jfa_models.model.attention import paged_cache
 from jfa_models.model.config import DecoderConfig
+from jfa_models.model.layers import tokens_of_round
 from jfa_models.model.mixers import state_cache
 from jfa_models.model.partition import WHOLE, Axes, Partition, partition_of
 from jfa_models.rates import COLLECTIVE_US, HOST_COLLECTIVE_US, Card
 
-STEP_TOKENS = 2048  # of an engine's step on a GPU
+STEP_TOKENS = 2048  # of an engine's step on a GPU, for each device
+ROLES = ("layers", "mixers", "experts", "head", "embedding", "others")
 PAGE_SIZE = 16
 CANDIDATE_BYTES = 8  # a row's best logit and its token, from each device: decoding/divided.py
 MOST_TOKENS, MOST_SEQUENCES = 2**24, 2**20  # where searches end
@@ -241,8 +243,8 @@ class _Weights:
 class _Engine:
     """A model divided over the devices of one engine.
 
-    weights: by role: "layers", "experts" (that tokens choose), "head", "embedding" (of which rows are looked up),
-      "others" (norms and biases).
+    weights: by role: "layers", "mixers" (of layers with a state), "experts" (that tokens choose), "head", "embedding"
+      (of which rows are looked up), "others" (norms and biases).
     page_bytes: of one page on one device, in all layers of each pattern.
     local: devices of an engine in one host.
     """
@@ -282,7 +284,7 @@ class _Engine:
             tuple(self.model.windows),
             page_size=PAGE_SIZE,
             max_num_seqs=rows,
-            max_num_batched_tokens=STEP_TOKENS,
+            max_num_batched_tokens=self._step_tokens,
         )
         return {
             "weights": sum(one.num_bytes for one in self.weights.values()),
@@ -299,17 +301,21 @@ class _Engine:
         config, size = self.model.config, self.partition.size
         hidden, inner = 6, config.intermediate_size // size(self.partition.inner)
         if (experts := config.experts) is not None:
-            hidden += 2 * experts.experts_per_token  # in the order of experts, and what these return
-            chosen = experts.experts_per_token * experts.intermediate_size
-            inner = max(inner, chosen // size(self.partition.expert_inner))
+            count, k = size(self.partition.experts), experts.experts_per_token
+            inner = max(inner, k * experts.intermediate_size // size(self.partition.expert_inner))
+            if count > 1:  # a device has room for all experts of the tokens that it gets
+                k *= count * tokens_of_round(STEP_TOKENS, k, count) / STEP_TOKENS
+            hidden += 2 * k  # in the order of experts, and what these return
+        if self.partition.tokens:
+            hidden += 2 * self._key_width * size(self.partition.tokens) / config.hidden_size
         vectors = max(STEP_TOKENS, rows) * (hidden * config.hidden_size + 3 * inner) * self.model.dtype.itemsize
-        return vectors + 2 * rows * config.vocab_size // size(self.partition.vocab) * 4
+        return int(vectors) + 2 * rows * config.vocab_size // size(self.partition.vocab) * 4
 
     def prompt(self, tokens: int) -> tuple[Part, ...]:
         """A prompt alone, in an engine's steps; the bound of each part is that of most of its time."""
         found: dict[str, dict[str, float]] = {}
-        for start in range(0, tokens, STEP_TOKENS):
-            end = min(tokens, start + STEP_TOKENS)
+        for start in range(0, tokens, self._step_tokens):
+            end = min(tokens, start + self._step_tokens)
             for part in self.step(1, end - start, end):
                 bounds = found.setdefault(part.name, {})
                 bounds[part.bound] = bounds.get(part.bound, 0.0) + part.seconds
@@ -320,27 +326,32 @@ class _Engine:
 
     def step(self, rows: int, new: int, context: int) -> tuple[Part, ...]:
         """So many sequences, each with new tokens, the last of context tokens."""
-        parts = [self._products(rows, rows * new)]
+        # a device's share of the tokens
+        share = self.partition.size(self.partition.tokens) if new > 1 else 1
+        parts = [self._products(rows, rows * new, share)]
         if self.model.config.attention_layers:
-            parts.append(self._attention(rows, new, context))
+            parts.append(self._attention(rows, new, context, share))
         if self.model.state_bytes:
             parts.append(self._states(rows, new))
-        if self.all_reduces:
-            parts.append(self._links(rows, rows * new))
+        if collectives := list(self._collectives(rows, rows * new, share)):
+            sent, waited = (sum(x) for x in zip(*collectives, strict=True))
+            bound = "links: bytes" if sent >= waited else "links: latency"
+            parts.append(Part(name="collectives", bound=bound, seconds=sent + waited))
         return tuple(parts)
 
-    def _products(self, rows: int, tokens: int) -> Part:
-        experts, share = self.model.config.experts, 0.0
-        read = sum(self.weights[role].num_bytes for role in ("layers", "head", "others"))
+    def _products(self, rows: int, tokens: int, share: int) -> Part:
+        experts, chosen = self.model.config.experts, 0.0
+        of_experts = tokens / share * (self.partition.size(self.partition.experts) if share > 1 else 1)
+        read = sum(self.weights[role].num_bytes for role in ("layers", "mixers", "head", "others"))
         if experts is not None:
-            share = experts.experts_per_token / experts.num_experts
+            chosen = experts.experts_per_token / experts.num_experts
             # the experts that some token chooses, if all are equally likely
-            read += self.weights["experts"].num_bytes * (1 - (1 - share) ** tokens)
-        products = self.weights["layers"].elements + share * self.weights["experts"].elements
-        flop = 2 * (tokens * products + rows * self.weights["head"].elements)
+            read += self.weights["experts"].num_bytes * (1 - (1 - chosen) ** of_experts)
+        counts = {"layers": tokens / share, "mixers": tokens, "experts": chosen * of_experts, "head": rows}
+        flop = 2 * sum(count * self.weights[role].elements for role, count in counts.items())
         return self._bounded("products", "weights", read, flop)
 
-    def _attention(self, rows: int, new: int, context: int) -> Part:
+    def _attention(self, rows: int, new: int, context: int, share: int) -> Part:
         config = self.model.config
         read = sum(
             rows * min(context, (window or context) + new - 1) * size / PAGE_SIZE
@@ -348,7 +359,7 @@ class _Engine:
         )
         seen = sum(layers * _visible(new, context, window) for window, layers in self.model.windows.items())
         heads = config.num_q_heads // self.partition.size(self.partition.q_heads)
-        return self._bounded("attention", "KV pages", read, 4 * rows * seen * heads * config.head_dim)
+        return self._bounded("attention", "KV pages", read, 4 * rows * seen * heads * config.head_dim / share)
 
     def _states(self, rows: int, new: int) -> Part:
         held = rows * self.model.state_bytes
@@ -360,37 +371,68 @@ class _Engine:
         bound = f"memory: {read_what}" if reading >= computing else "FLOP"
         return Part(name=name, bound=bound, seconds=max(reading, computing))
 
-    def _links(self, rows: int, tokens: int) -> Part:
-        sent = waited = 0.0
-        for axes, count in self.all_reduces.items():
-            num_bytes = tokens * self.model.config.hidden_size * self.model.dtype.itemsize
-            sent += count * self._all_reduce_seconds(axes, num_bytes)
-            waited += count * self._latency(axes)
-        if axes := self.partition.vocab:
-            local, hosts = self._span(axes)
-            rate = self.card.link_gb_per_s if hosts == 1 else self.card.host_link_gb_per_s
-            sent += (local * hosts - 1) * rows * CANDIDATE_BYTES / rate / 1e9
-            waited += self._latency(axes)
-        bound = "links: bytes" if sent >= waited else "links: latency"
-        return Part(name="collectives", bound=bound, seconds=sent + waited)
-
-    @functools.cached_property
-    def all_reduces(self) -> collections.Counter[Axes]:
-        """How many of hidden vectors a step has, by the axes over whose devices they sum."""
+    def _collectives(self, rows: int, tokens: int, share: int) -> Iterator[tuple[float, float]]:
+        """Of each collective of a step, the seconds that its bytes take, and those of its latency."""
         config, partition = self.model.config, self.partition
-        found: collections.Counter[Axes] = collections.Counter()
-        found[partition.vocab] += 1
-        found[partition.q_heads] += len(config.attention_layers)
+        itemsize, over = self.model.dtype.itemsize, partition.tokens
+        hidden = config.hidden_size * itemsize
+
+        def all_reduce(axes: Axes, num_bytes: float) -> tuple[float, float]:
+            return self._all_reduce_seconds(axes, num_bytes), self._latency(axes)
+
+        def all_gather(axes: Axes, num_bytes: float) -> tuple[float, float]:
+            return self._all_reduce_seconds(axes, num_bytes) / 2, self._latency(axes)
+
+        for axes in self._sums(share > 1):
+            yield all_reduce(axes, tokens / share * hidden)
+        if axes := partition.vocab:
+            yield self._exchange_seconds(axes, rows * CANDIDATE_BYTES), self._latency(axes)
+        if share == 1:
+            return
+        for _ in config.attention_layers:
+            yield from [all_gather(over, tokens * self._key_width * itemsize)] * 2
+        for _ in config.state_layers:
+            yield all_gather(over, tokens * hidden)
+        yield all_reduce(over, rows * hidden)
+        if axes := partition.experts:
+            assert config.experts is not None
+            k = config.experts.experts_per_token
+            sent = tokens_of_round(-(-tokens // share), k, self.partition.size(axes))
+            for _ in filter(config.has_experts, range(config.num_layers)):
+                yield all_reduce(axes, 4)  # the number of rounds
+                for width in (hidden, 4 * k, 4 * k, hidden):  # tokens, their experts and weights; what experts return
+                    yield self._exchange_seconds(axes, sent * width), self._latency(axes)
+
+    def _sums(self, is_divided: bool) -> Iterator[Axes]:
+        """The axes over which hidden vectors of all tokens are summed, for each sum of a step."""
+        config, partition = self.model.config, self.partition
+        sums = [partition.vocab, *[partition.q_heads for _ in config.attention_layers]]
         for layer in range(config.num_layers if config.has_mlp else 0):
             if not config.has_experts(layer):
-                found[partition.inner] += 1
+                sums.append(partition.inner)
                 continue
-            routed = (*partition.expert_inner, *partition.experts)
-            found[routed] += 1
-            if partition.shared_inner != routed:
-                found[partition.shared_inner] += 1
-        del found[()]
-        return found
+            routed = partition.expert_inner if is_divided else (*partition.expert_inner, *partition.experts)
+            sums.append(routed)
+            if partition.experts or partition.shared_inner != routed:
+                sums.append(partition.shared_inner)
+        return filter(None, sums)
+
+    @property
+    def _step_tokens(self) -> int:
+        """Most of a step."""
+        return STEP_TOKENS * self.partition.size(self.partition.tokens)
+
+    @property
+    def _key_width(self) -> int:
+        """Numbers of a token's key, or value, in one layer of one device."""
+        config = self.model.config
+        return config.num_kv_heads * config.head_dim // self.partition.size(self.partition.kv_heads)
+
+    def _exchange_seconds(self, axes: Axes, num_bytes: float) -> float:
+        """Each device sends so much to each other."""
+        local, hosts = self._span(axes)
+        between = local * (hosts - 1) * num_bytes / self.card.host_link_gb_per_s
+        return ((local - 1) * num_bytes / self.card.link_gb_per_s + between) / 1e9
 
     def _all_reduce_seconds(self, axes: Axes, num_bytes: float) -> float:
         """Each device sends 2 (n - 1) / n of the array: in its host, and of its host's part to the other hosts."""
@@ -405,14 +447,16 @@ class _Engine:
     def _span(self, axes: Axes) -> tuple[int, int]:
         """Of the devices along these axes, how many are in a host, and in how many hosts they are."""
         size = self.partition.size(axes)
-        # neighbours along "tensor" are as far from each other as "expert" is long
-        stride = 1 if "expert" in axes else self.partition.size(("expert",))
+        # neighbours along an axis are as far from each other as the later axes of the mesh are long
+        names = () if self.partition.mesh is None else self.partition.mesh.axis_names
+        last = max((names.index(axis) for axis in axes), default=0)
+        stride = self.partition.size(names[last + 1 :])
         local = min(size, max(1, self.local // stride))
         return local, size // local
 
 
 def _weights(model: _Model, partition: Partition) -> dict[str, _Weights]:
-    found: dict[str, _Weights] = {role: _Weights() for role in ("layers", "experts", "head", "embedding", "others")}
+    found: dict[str, _Weights] = {role: _Weights() for role in ROLES}
     for one in model.parameters:
         partition.check_groups(one.name, one.held, one.held.shape[-1])
         into = found[_role(one, model.config)]
@@ -430,6 +474,8 @@ def _role(parameter: _Parameter, config: DecoderConfig) -> str:
         return "head"
     if not name.endswith(".weight"):
         return "others"
+    if ".mixer." in name:
+        return "mixers"
     return "experts" if len(shape) == 3 else "layers"
 
 

@@ -321,8 +321,7 @@ def where_experts_are(
     n, k = chosen.shape
     count = lax.axis_size(axes)
     goes_to = (chosen[:, None, :] // num_own == jnp.arange(count)[:, None]).any(-1)  # [n, count]
-    expected = n * (1 - (1 - 1 / count) ** k)
-    size = min(n, 8 * math.ceil(1.25 * expected / 8))  # of a round
+    size = tokens_of_round(n, k, count)
     rounds = -(-n // size)
     rank = jnp.where(goes_to, jnp.cumsum(goes_to, axis=0) - 1, rounds * size)  # none
     order = jnp.full((count, rounds * size), n, jnp.int32)  # the tokens for each device, then n
@@ -347,6 +346,12 @@ def where_experts_are(
         return one_round(0, out)
     most = lax.pmax(goes_to.sum(0).max(), axes)
     return lax.fori_loop(0, -(-most // size), one_round, out)
+
+
+def tokens_of_round(n: int, k: int, count: int) -> int:
+    """How many of a device's n tokens, of k experts each, it sends to each of so many devices at a time."""
+    expected = n * (1 - (1 - 1 / count) ** k)
+    return min(n, 8 * math.ceil(1.25 * expected / 8))
 
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {

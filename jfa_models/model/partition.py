@@ -347,6 +347,11 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
             f"the {sizes['data']} replicas of an axis 'data' are of one process: start as many groups of processes, "
             "each with a part of the requests"
         )
+    if sizes["context"] > 1 and not config.attention_layers:
+        raise ValueError(
+            f"an axis 'context' of {sizes['context']} devices divides the tokens of attention, which no layer of a "
+            f"{config.architecture} model has"
+        )
     n, num_experts = sizes["tensor"], sizes["expert"]
     kept: list[str] = []  # on every device, in words
 

@@ -44,9 +44,10 @@ pytestmark = [
 ]
 
 
-def mesh_of(tensor, expert=1):
-    shape, names = ((tensor,), ("tensor",)) if expert == 1 else ((tensor, expert), ("tensor", "expert"))
-    return jax.make_mesh(shape, names, devices=jax.devices()[: tensor * expert])
+def mesh_of(tensor, expert=1, context=1):
+    sizes = {"tensor": tensor, "expert": expert, "context": context}
+    sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"tensor": 1}
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=jax.devices()[: tensor * expert * context])
 
 
 @functools.cache
@@ -77,33 +78,39 @@ def distance(got, want):
 
 
 FAMILIES = [
-    run("llama3", 4, 1, quick=True),
-    run("gemma3", 2, 1, quick=True),
-    run("qwen3_moe", 2, 4, quick=True),
-    run("mixtral", 1, 2, quick=False, soak=True),
-    run("mixtral", 4, 2, quick=False, soak=True),
-    run("qwen3_next", 2, 1, quick=False, soak=True),
-    run("granitemoehybrid", 2, 1, quick=False, soak=True),
-    run("granitemoehybrid_moe", 2, 2, quick=False, soak=True),
-    run("mamba2", 8, 1, quick=False, soak=True),
-    run("gemma2", 2, 1, quick=False, soak=True),
-    run("gemma3_six", 4, 1, quick=False, soak=True),
-    run("gemma", 2, 1, quick=False, soak=True),
-    run("mistral", 4, 1, quick=False, soak=True),
-    run("qwen2", 2, 1, quick=False, soak=True),
-    run("qwen2_window", 4, 1, quick=False, soak=True),
-    run("qwen3", 4, 1, quick=False, soak=True),
-    run("qwen3_moe_sparse", 1, 4, quick=False, soak=True),
-    run("phi2", 4, 1, quick=False, soak=True),
-    run("phi3", 2, 1, quick=False, soak=True),
-    run("phi3_short", 4, 1, quick=False, soak=True),
+    run("llama3", 4, 1, 1, quick=True),
+    run("gemma3", 2, 1, 2, quick=True),
+    run("qwen3_moe", 2, 4, 1, quick=True),
+    run("mixtral", 1, 2, 2, quick=False, soak=True),
+    run("mixtral", 4, 2, 1, quick=False, soak=True),
+    run("qwen3_next", 2, 1, 2, quick=False, soak=True),
+    run("granitemoehybrid", 2, 1, 2, quick=False, soak=True),
+    run("granitemoehybrid_moe", 2, 2, 2, quick=False, soak=True),
+    run("mamba2", 8, 1, 1, quick=False, soak=True),
+    run("gemma2", 2, 1, 2, quick=False, soak=True),
+    run("gemma3_six", 4, 1, 2, quick=False, soak=True),
+    run("gemma", 2, 1, 2, quick=False, soak=True),
+    run("mistral", 4, 1, 2, quick=False, soak=True),
+    run("qwen2", 2, 1, 2, quick=False, soak=True),
+    run("qwen2_window", 4, 1, 2, quick=False, soak=True),
+    run("qwen3", 4, 1, 2, quick=False, soak=True),
+    run("qwen3_moe_sparse", 1, 4, 2, quick=False, soak=True),
+    run("phi2", 4, 1, 2, quick=False, soak=True),
+    run("phi3", 2, 1, 2, quick=False, soak=True),
+    run("phi3_short", 4, 1, 2, quick=False, soak=True),
 ]
 
 
-@pytest.mark.parametrize(("name", "tensor", "expert"), FAMILIES)
-def test_family(name, tensor, expert):
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Tokens are divided however few they are."""
+    monkeypatch.setattr("jfa_models.model.partition.LEAST_CHUNK", 1)
+
+
+@pytest.mark.parametrize(("name", "tensor", "expert", "context"), FAMILIES)
+def test_family(short_chunks, name, tensor, expert, context):
     truth = dict(np.load(GOLDEN / f"{name}.npz"))
-    options = dict(dtype="float32", mesh=mesh_of(tensor, expert), context_length=CONTEXT.get(name))
+    options = dict(dtype="float32", mesh=mesh_of(tensor, expert, context), context_length=CONTEXT.get(name))
     model = from_pretrained(GOLDEN / name, **options)
     assert distance(model.logits(truth["input_ids"]), truth["logits"]) < CLOSE
     rows = truth["input_ids"].tolist()
@@ -137,9 +144,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("kind", "kv_dtype"), KINDS)
-def test_caches_and_sampling(kind, kv_dtype):
+def test_caches_and_sampling(short_chunks, kind, kv_dtype):
     options = dict(cache_options=CacheOptions(kind=kind, kv_dtype=kv_dtype, page_size=4))
-    one, many = tiny(**options), tiny(mesh=mesh_of(4), **options)
+    one, many = tiny(**options), tiny(mesh=mesh_of(2, context=2), **options)
     sampled = SamplingParams(
         seed=3, temperature=0.9, top_p=0.9, top_k=40, repetition_penalty=1.1, logprobs=3, max_tokens=16, ignore_eos=True
     )
@@ -181,11 +188,11 @@ ADAPTERS = ["lora", "dora", "bias_all", "modules_to_save", "tied_embeddings", "t
 
 
 @pytest.mark.parametrize("name", [run(name, quick=name == "dora", soak=True) for name in ADAPTERS])
-def test_adapters(name):
+def test_adapters(short_chunks, name):
     folder = GOLDEN / "adapters" / name
     truth = np.load(f"{folder}.npz")
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = from_pretrained(GOLDEN / base, dtype="float32", mesh=mesh_of(2))
+    model = from_pretrained(GOLDEN / base, dtype="float32", mesh=mesh_of(2, 2 if "moe" in name else 1, 2))
     model.load_adapter(name, folder)
     ids, want = truth["input_ids"], truth["logits"]
     assert distance(model.logits(ids, adapter=name), want) < CLOSE
@@ -194,9 +201,10 @@ def test_adapters(name):
 
 
 @pytest.mark.parametrize("count", [run(12, quick=True), run(300, quick=False, soak=True)])
-def test_engine_with_random_requests(count):
+def test_engine_with_random_requests(short_chunks, count):
     rng = np.random.default_rng(count)
-    one, many = tiny(), tiny(mesh=mesh_of(4))
+    layers = 1 if count == 12 else 2
+    one, many = (tiny(mesh=mesh, num_layers=layers) for mesh in (None, mesh_of(2, context=2)))
     requests = []
     shared = prompts(1, seed=7)[0]
     for prompt in prompts(count, seed=count):
@@ -207,6 +215,7 @@ def test_engine_with_random_requests(count):
             n=int(rng.choice([1, 1, 2])),
             max_tokens=int(rng.integers(1, 20)),
             logprobs=[None, 2][rng.integers(2)],
+            prompt_logprobs=[None, 1][rng.integers(2)] if count > 12 else None,
             frequency_penalty=float(rng.choice([0.0, 0.5])),
         )
         requests.append(((shared if rng.random() < 0.5 else []) + prompt, params))
@@ -236,6 +245,19 @@ def test_collectives_of_a_decode_step():
     assert counts == {"all-reduce": 2 * TINY.num_layers + 1, "all-gather": 1}, found
     sizes = [shape for shape, kind in found if kind == "all-reduce"]
     assert all(re.match(r"f32\[2,(1,)?32\]", shape) for shape in sizes), sizes
+
+
+def test_collectives_of_a_prefill_step():
+    """Two sums a layer, of a device's own tokens, and the keys and values of all; two sums for the embedding and the
+    last tokens."""
+    model = tiny(mesh=mesh_of(2, context=2))
+    cache, hidden = model.new_cache(batch=2, capacity=256), model.partition.everywhere(np.zeros((2, 32), np.float32))
+    given = (np.zeros((2, 128), np.int32), np.full(2, 128, np.int32), None)
+    text = model.steps.prefill.lower(model.params, cache, hidden, *given).compile().as_text()
+    counts, found = collectives(text)
+    assert counts == {"all-reduce": 2 * TINY.num_layers + 2, "all-gather": 2 * TINY.num_layers}, found
+    shapes = collections.Counter(re.sub("{.*", "", shape) for shape, _ in found)
+    assert shapes == {"f32[2,64,32]": 2 * TINY.num_layers + 1, "f32[2,128,2,8]": 2 * TINY.num_layers, "f32[2,32]": 1}
 
 
 def test_nothing_of_a_cache_crosses_or_is_copied():
@@ -280,6 +302,11 @@ REFUSED = [
 def test_mesh_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+def test_tokens_of_layers_with_states_are_not_divided():
+    with pytest.raises(ValueError, match="an axis 'context' of 2 devices divides the tokens of attention, which no"):
+        from_pretrained(GOLDEN / "mamba2", mesh=mesh_of(1, context=2))
 
 
 @pytest.mark.parametrize("count", [0, 9, 2.0])

@@ -1,6 +1,7 @@
 """Plans agree with what is loaded, with what is compiled, and with rooflines written out by hand."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -39,7 +40,7 @@ def mesh_of(sizes):
 
 
 def planned(config, sizes, card=MI300X, load=ONE_STEP, **options):
-    devices = options.pop("devices", sizes["tensor"] * sizes.get("expert", 1))
+    devices = options.pop("devices", math.prod(sizes.values()))
     [split] = splits(config, card, load, devices=devices, mesh=sizes, **options)
     return split
 
@@ -150,7 +151,37 @@ def test_bytes_over_links_within_a_host_and_between_hosts():
     card = dataclasses.replace(ENDLESS, host_link_gb_per_s=1.0)
     latency = (count + 1) * (COLLECTIVE_US + HOST_COLLECTIVE_US) * 1e-6
     sent = planned(config, {"tensor": 16}, card, load, devices=8, hosts=2).decode[-1].seconds - latency
-    assert sent == pytest.approx((count * 2 * 1 / 2 * array / 8 + 15 * 64 * 8) / 1e9)
+    assert sent == pytest.approx((count * 2 * 1 / 2 * array / 8 + 8 * 64 * 8) / 1e9)
+
+
+def test_devices_share_the_tokens_of_a_prompt_and_exchange_keys_and_values():
+    config, n = preset("llama-3-8b"), 32768
+    load = Load(batch=1, context=n, prompt=n)
+    card = dataclasses.replace(ENDLESS, tflops=1.0)
+    alone, shared = (planned(config, sizes, card, load, devices=8) for sizes in ({"tensor": 1}, {"context": 8}))
+    for one, other in zip(alone.first_token, shared.first_token, strict=False):
+        assert one.seconds == pytest.approx(8 * other.seconds, rel=1e-2)  # the last token's logits are not shared
+    assert alone.decode[0].seconds == shared.decode[0].seconds
+    assert alone.num_bytes["KV pages"] == shared.num_bytes["KV pages"]
+    card = dataclasses.replace(ENDLESS, link_gb_per_s=1.0)
+    *_, links = planned(config, {"context": 8}, card, load, devices=8).first_token
+    keys_and_values, last = n * config.num_layers * 2 * 8 * 128 * 2, 2 * 2 * config.hidden_size * 2
+    steps = n / (8 * planning.STEP_TOKENS)
+    waited = steps * (2 * config.num_layers + 1) * COLLECTIVE_US * 1e-6
+    assert links.seconds - waited == pytest.approx(7 / 8 * (keys_and_values + last) / 1e9)
+
+
+def test_experts_get_the_tokens_of_all_devices():
+    config, load = preset("mixtral-8x7b"), Load(batch=1, context=16384, prompt=16384)
+    card = dataclasses.replace(ENDLESS, tflops=1.0)
+    alone, shared = (planned(config, sizes, card, load, devices=8) for sizes in ({"tensor": 1}, {"expert": 8}))
+    for one, other in zip(alone.first_token, shared.first_token, strict=False):
+        assert one.seconds == pytest.approx(8 * other.seconds, rel=1e-2)
+    card = dataclasses.replace(ENDLESS, link_gb_per_s=1.0)
+    *_, links = planned(config, {"expert": 8}, card, load, devices=8).first_token
+    sent = 1.25 * 2048 * (1 - (7 / 8) ** 2) * 7 * 2 * 2 * config.hidden_size * config.num_layers  # there and back
+    gathered = 7 / 8 * 16384 * config.num_layers * 2 * 8 * 128 * 2
+    assert links.seconds == pytest.approx((sent + gathered) / 1e9, rel=1e-2)
 
 
 @pytest.mark.parametrize(("new", "context", "window"), [(1, 9, None), (4, 9, None), (4, 9, 3), (4, 9, 7), (9, 9, 4)])

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from tiny_model import tiny_config
 
 from jfa_models.model.config import ExpertsConfig
-from jfa_models.model.layers import Experts, for_each_expert
+from jfa_models.model.layers import Experts, for_each_expert, where_experts_are
 
 SCALES = jnp.array([1.0, 10.0, 100.0, 1000.0])
 
@@ -37,6 +38,36 @@ def test_a_token_gets_the_outputs_of_its_experts_in_its_order(name, x64):
     with jax.enable_x64(x64):
         got = jax.jit(lambda x, c: for_each_expert(scaled, x, c, 4))(tokens, chosen)
     np.testing.assert_array_equal(got, tokens[:, None] * SCALES[chosen][..., None])
+
+
+ROUTES = {  # device and token -> experts, two on each of four devices
+    "evenly": lambda device, token: [(2 * token + device) % 8, (2 * token + device + 3) % 8],
+    "all_to_one": lambda device, token: [6, 7],
+    "from_one_to_one": lambda device, token: [0, 1] if device == 2 else [2 * device, 2 * device + 1],
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_tokens_of_several_devices_reach_their_experts(name):
+    """In as many rounds as it takes: however uneven they are, none is dropped."""
+    n, scales = 40, 10.0 ** np.arange(8)
+    chosen = np.array([[ROUTES[name](device, token) for token in range(n)] for device in range(4)]).reshape(-1, 2)
+    rng = np.random.default_rng(0)
+    tokens, weights = (rng.integers(1, 9, (4 * n, size)).astype(np.float32) for size in (3, 2))
+
+    def of_own_experts(tokens, chosen, weights):
+        own = chosen - 2 * jax.lax.axis_index("x")
+        scale = jnp.asarray(scales)[jnp.clip(chosen, 0, 7)] * weights
+        return tokens * jnp.where((own >= 0) & (own < 2), scale, 0).sum(-1, keepdims=True)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("x",))
+
+    @jax.shard_map(mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    def run(*rows):
+        return where_experts_are(of_own_experts, *rows, num_own=2, axes=("x",))
+
+    want = tokens * (scales[chosen] * weights).sum(-1, keepdims=True)
+    np.testing.assert_allclose(jax.jit(run)(tokens, jnp.asarray(chosen, jnp.int32), weights), want, rtol=1e-6)
 
 
 def test_gradients_flow_only_through_the_chosen_experts():

@@ -109,7 +109,7 @@ def test_rows_that_replicas_cannot_share():
 def test_rows_that_devices_cannot_share():
     model = LanguageModel.random(CONFIG, dtype="float32", mesh=mesh_of(context=2))
     trainable, tokens = Trainable(model, None), np.zeros((1, 34), np.int32)
-    with pytest.raises(ValueError, match="rows of 34 tokens cannot be divided by the 2 devices .* of 4, at least 32"):
+    with pytest.raises(ValueError, match=r"rows of 34 tokens cannot be divided by the 2 devices .* of 4, at least 32"):
         loss_fn(trainable, trainable.base, trainable.start(model), tokens, tokens, tokens)
 
 
