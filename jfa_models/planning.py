@@ -29,7 +29,7 @@ from jfa_models.model.attention import paged_cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import tokens_of_round
 from jfa_models.model.mixers import state_cache
-from jfa_models.model.partition import WHOLE, Axes, Partition, partition_of
+from jfa_models.model.partition import TENSOR, WHOLE, Axes, Partition, partition_of
 from jfa_models.rates import COLLECTIVE_US, HOST_COLLECTIVE_US, Card
 
 STEP_TOKENS = 2048  # of an engine's step on a GPU, for each device
@@ -247,12 +247,14 @@ class _Engine:
       (of which rows are looked up), "others" (norms and biases).
     page_bytes: of one page on one device, in all layers of each pattern.
     local: devices of an engine in one host.
+    order: the axes of the partition's mesh; devices along the last are neighbours.
     """
 
     model: _Model
     partition: Partition
     card: Card
     local: int
+    order: Axes
     weights: Mapping[str, _Weights]
     page_bytes: tuple[int, ...]
     whole: str | None
@@ -272,6 +274,7 @@ class _Engine:
             partition=partition,
             card=card,
             local=min(size, devices),
+            order=sum((TENSOR if axis == "tensor" else (axis,) for axis in mesh), start=()),
             weights=_weights(model, partition),
             page_bytes=tuple(partition.num_bytes(cache) - smallest for cache in model.with_one_more),
             whole=whole,
@@ -446,13 +449,14 @@ class _Engine:
 
     def _span(self, axes: Axes) -> tuple[int, int]:
         """Of the devices along these axes, how many are in a host, and in how many hosts they are."""
-        size = self.partition.size(axes)
-        # neighbours along an axis are as far from each other as the later axes of the mesh are long
-        names = () if self.partition.mesh is None else self.partition.mesh.axis_names
-        last = max((names.index(axis) for axis in axes), default=0)
-        stride = self.partition.size(names[last + 1 :])
-        local = min(size, max(1, self.local // stride))
-        return local, size // local
+        offsets, stride = np.zeros(1, int), 1
+        for axis in reversed(self.order):
+            size = self.partition.size((axis,))
+            if axis in axes:
+                offsets = np.add.outer(offsets, stride * np.arange(size)).reshape(-1)
+            stride *= size
+        hosts = len(set(offsets // self.local))
+        return len(offsets) // hosts, hosts
 
 
 def _weights(model: _Model, partition: Partition) -> dict[str, _Weights]:
