@@ -153,9 +153,8 @@ def _batch(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from jfa_models import batch
+    from jfa_models import batch, processes
     from jfa_models.cli import running
-    from jfa_models.decoding import processes
     from jfa_models.engine import engine_of
 
     lines = batch.read(batch_file)

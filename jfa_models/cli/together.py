@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from jfa_models.decoding import processes
+from jfa_models import processes
 
 
 @contextlib.contextmanager

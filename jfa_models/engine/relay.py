@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from jfa_models.decoding import processes
+from jfa_models import processes
 from jfa_models.decoding.params import BeamSearchParams, SamplingParams
 from jfa_models.engine.engine import Abort, Engine
 from jfa_models.engine.request import Request

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 from golden import GOLDEN
 
+from jfa_models import processes
 from jfa_models.cli import commands
-from jfa_models.decoding import processes
 
 PROGRAM = "from jfa_models.cli import main; main()"
 FILES = ["--batch-file", "in.jsonl", "--output", "out.jsonl"]
