@@ -229,6 +229,13 @@ class Partition:
         return self.num_groups > 1 or (isinstance(self.mesh, Mesh) and self.mesh.is_multi_process)
 
     @property
+    def is_first_of_group(self) -> bool:
+        """Whether this process has the lowest number of its group."""
+        return not isinstance(self.mesh, Mesh) or jax.process_index() == min(
+            device.process_index for device in self.mesh.devices.flat
+        )
+
+    @property
     def of_kv(self) -> NamedSharding | None:
         """Of the keys and values of a cache, whose third axis are heads; None: they are on one device."""
         return None if self.mesh is None else NamedSharding(self.mesh, _spec((), (), self.kv_heads))

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 COMMAND = "from jfa_models.cli import main; main()"
-_JOIN = "import sys; from jfa_models import processes; processes.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))\n"
+_JOIN = (
+    "import sys; from jfa_models import processes; processes.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))\n"
+)
 
 
 def free_port():
