@@ -70,7 +70,7 @@ def compiled(row: Row, layers: int) -> Program:
 
     params = tuple(param(name, x) for name, x in named_leaves(decoder).items())
     model = LanguageModel(decoder=decoder, params=params, cache_options=options)
-    cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
+    cache = _cache(row, config)
     cache = _placed(cache, partition.of_cache(cache), partition)
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
@@ -142,14 +142,19 @@ def _of_one_device(whole: Program) -> dict[str, Any]:
 
 def _bytes_of_cache(row: Row, layers: int) -> int:
     config = configs.config_of(row.model, layers)
+    partition = _partition(row, config)
+    arrays = [x for x in jax.tree.leaves(_cache(row, config)) if x.ndim > 2]
+    return sum(x.size * x.dtype.itemsize for x in arrays) // partition.size(partition.kv_heads)
+
+
+def _cache(row: Row, config: DecoderConfig) -> Any:
+    """The shapes of a cache; of one device, since those of other hosts can be given nothing."""
     model = LanguageModel(
         decoder=abstract_decoder(config, row.dtype),
         params=(jax.ShapeDtypeStruct((1,), row.dtype),),  # type: ignore[arg-type]
         cache_options=CacheOptions(kind=row.cache, kv_dtype=row.kv_dtype),  # type: ignore[arg-type]
     )
-    cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
-    heads = _partition(row, config).size(_partition(row, config).kv_heads)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim > 2) // heads
+    return jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
 
 
 def _one_layer(program: Program) -> list[str]:

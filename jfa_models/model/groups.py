@@ -31,7 +31,7 @@ def own_group(places: Sequence[frozenset[int]], process: int) -> tuple[list[int]
         if (count := places.count(one)) != (first := places.count(places[0])):
             raise ValueError(
                 f"process {_words(places[0])} has {first} of the {len(places)} replicas of the axis 'data', and "
-                f"{_words(one)} has {count}: give all processes as many"
+                f"{_words(one)} has {count}: give all as many"
             )
     own = next(i for i, group in enumerate(groups) if process in group)
     return [i for i, place in enumerate(places) if place == groups[own]], own, len(groups)

@@ -85,9 +85,7 @@ class Trainable:
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
         if model.partition.is_shared:
-            raise ValueError(
-                "training is of one process: give it a mesh of this process's devices, jax.local_devices()"
-            )
+            raise ValueError("training is of one process: use a mesh of its own devices, jax.local_devices()")
         self._adapter, self._remat = adapter, REMAT[remat]
         self.partition = model.partition.for_training()
         self._config, self._names, self._shapes = model.config, model.names, model.shapes
