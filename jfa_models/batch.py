@@ -4,13 +4,16 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jfa_models import processes
 from jfa_models.decoding.outputs import CompletionOutput, Logprob, RequestOutput
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.engine import Engine, Replicas
+from jfa_models.engine.shares import Shares
 
 PROMPTS = ("prompt", "prompt_token_ids")
 OTHERS = ("id", "adapter")
@@ -113,24 +116,43 @@ def run(
     output: Path,
     defaults: SamplingParams,
     default_adapter: str | None = None,
+    shares: Shares | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Appends the result of each line to the output as soon as it is available, and yields it.
 
     Fields of a line replace those of defaults, and its adapter the default one; null is no adapter.
 
     The result of an invalid line has an "error" field.
+
+    If several processes have the model, all call this with the same lines, and the first one writes. If they have
+    several replicas, each group of processes runs every so many-th line, and the first process yields all results.
+
+    shares: if they have several replicas.
+
+    Raises:
+      ValueError: shares is missing.
     """
+    partition = engine.model.partition
+    if partition.num_groups > 1 and shares is None:
+        raise ValueError(
+            f"{partition.num_groups} groups of processes have replicas of the model: their results need "
+            "shares=Shares(HOST), with the address of the first process"
+        )
+    if partition.is_shared and not processes.is_first():
+        output = Path(os.devnull)
+    to_first = shares if partition.is_first_of_group else None  # one process of a group sends
     waiting: dict[str, Line] = {}
     with output.open("a", encoding="utf-8") as file:
 
         def write(result: dict[str, Any]) -> dict[str, Any]:
-            file.write(
-                json.dumps(result, allow_nan=False) + "\n"
-            )  # ASCII: lone surrogates and line separators are escaped
+            text = json.dumps(result, allow_nan=False)  # ASCII: lone surrogates and line separators are escaped
+            file.write(text + "\n")
             file.flush()
+            if to_first is not None:
+                to_first.send(result)
             return result
 
-        for line in lines:
+        for line in lines[partition.group :: partition.num_groups]:
             error = line.error
             if error is None:
                 try:
@@ -142,9 +164,14 @@ def run(
                     error = str(refused)
             if error is not None:
                 yield write(_about(line) | {"error": error})
-        for result in engine.run():
-            assert result.request_id is not None
-            yield write(_about(waiting[result.request_id]) | _result(result))
+        while engine.has_unfinished:
+            for result in engine.step():
+                assert result.request_id is not None
+                yield write(_about(waiting[result.request_id]) | _result(result))
+            if shares is not None:
+                yield from map(write, shares.arrived())
+        if shares is not None:
+            yield from map(write, shares.rest())
 
 
 def _prompt_name(line: Line) -> str:

@@ -72,6 +72,11 @@ class LLM:
             raise ValueError(
                 f"{name}={value!r} has no effect: the model is already loaded in {model.dtype}; leave it out"
             )
+        if (groups := model.partition.num_groups) > 1:
+            raise ValueError(
+                f"{groups} groups of processes have replicas of the model, and each would run all prompts: use a mesh "
+                "without the axis 'data' here, or run a file of prompts (jfa generate --batch-file, jfa_models.batch)"
+            )
         self.model = model
         self.engine = engine_of(
             model,

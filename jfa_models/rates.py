@@ -29,7 +29,7 @@ class Card:
 
 
 # The most common card of each architecture. Sources: the vendors' data sheets of the cards; those of their servers
-# (AMD Instinct platforms, DGX A100, H100 and B200, Frontier's nodes) for network ports, where cards of workstations are
+# (AMD Instinct platforms, DGX A100 and H100, Frontier's nodes) for network ports, where cards of workstations are
 # taken to share nothing but one port of 100 Gb/s each.
 CARDS = {
     # one of its two dies; a link of 50 GB/s is the narrowest of a ring of dies
@@ -68,7 +68,8 @@ CARDS = {
         link_gb_per_s=31.5,
         host_link_gb_per_s=12.5,
     ),
-    # PCIe 5.0 x16
+    # PCIe 5.0 x16. AMD states 191 TFLOPS and 640 GB/s on the card's product page, seen only as quoted by others; it is
+    # 64 compute units of 1,024 operations a cycle at 2.92 GHz
     "gfx1201": Card(
         name="AI PRO R9700",
         memory_gb=32,
@@ -93,6 +94,10 @@ CARDS = {
         link_gb_per_s=450,
         host_link_gb_per_s=50,
     ),
+    # Not seen: NVIDIA's data sheet. Memory, links (18 of NVLink 5, 14.4 TB/s for eight cards in both directions) and
+    # ports (eight of 400 Gb/s) are those of B200 systems in mlcommons/inference_results_v6.0; bandwidth: "NVIDIA HGX
+    # B200 Hardware Overview" at docs.vultr.com/inference-cookbook; TFLOPS without sparsity, of a card with 1,000 W:
+    # glennklockwood.com/garden/processors/B200
     "sm_100": Card(
         name="B200",
         memory_gb=180,

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,7 +315,7 @@ def collectives(program: Program) -> dict[tuple[str, str], int]:
     for found in program.instructions.values():
         kind = found.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
-            shape = re.findall(r"\w+\[[\d,]*\]", found.shape)[-1]  # that of a started one has its operands first
+            shape = _shapes(found.shape)[-1]  # that of a started one has its operands first
             counts[kind, shape] = counts.get((kind, shape), 0) + 1
     return counts
 
@@ -327,11 +328,35 @@ def shape_bytes(shape: str) -> int:
 
 def by_role(program: Program) -> dict[str, int]:
     """Number of launches by what they are: "pallas", "products" (XLA's Triton fusions), "fusions", and others."""
-    counts: dict[str, int] = {}
-    for launch in each(program.launches):
-        role = launch.kind
-        if launch.kind == "kernel":
-            opcode = program.instructions[launch.instruction].opcode if launch.instruction else ""
-            role = "pallas" if opcode == "custom-call" else "products" if "gemm" in launch.name else "fusions"
-        counts[role] = counts.get(role, 0) + 1
-    return counts
+    return dict(Counter(_role(program, launch) for launch in each(program.launches)))
+
+
+def _role(program: Program, launch: Launch) -> str:
+    if launch.kind != "kernel":
+        return launch.kind
+    opcode = program.instructions[launch.instruction].opcode if launch.instruction else ""
+    return "pallas" if opcode == "custom-call" else "products" if "gemm" in launch.name else "fusions"
+
+
+def kernels(program: Program) -> list[dict[str, Any]]:
+    """The kernels of jfa and XLA's products with the shapes of their operands and results, and how often each runs."""
+
+    def described(launch: Launch) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        found = program.instructions[launch.instruction]
+        # XLA numbers its kernels, also those that differ in their tiles alone
+        name = launch.name if found.opcode == "custom-call" else re.sub(r"(_\d+)+$", "", launch.name)
+        return name, tuple(_shape(program, one) for one in found.operands), tuple(_shapes(found.shape))
+
+    wanted = [one for one in each(program.launches) if _role(program, one) in ("pallas", "products")]
+    counts = Counter(described(one) for one in wanted if one.instruction)
+    return [dict(name=name, operands=xs, results=ys, count=n) for (name, xs, ys), n in counts.items()]
+
+
+def _shapes(shape: str) -> list[str]:
+    """Of an array or of a tuple's elements, without layouts."""
+    return re.findall(r"\w+\[[\d,]*\]", shape)
+
+
+def _shape(program: Program, value: str) -> str:
+    name, _, element = value.partition("#")
+    return _shapes(program.instructions[name].shape)[int(element or 0)]

@@ -4,11 +4,13 @@ The program of a step is compiled with two and with three layers: the difference
 launches of the whole model follow without compiling all of it. A decode step ends with the logits, before sampling; a
 prefill step with the state of each row's last token.
 
-For several devices (tensor parallel) all layers are compiled, and what crosses between devices and what one of them
-holds is read from the program of the whole model.
+For several devices (tensor parallel) all layers are compiled, and what crosses between devices, what one of them holds
+and which kernels it runs on which shapes are read from the program of the whole model.
 """
 
 import dataclasses
+import itertools
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +30,7 @@ from jfa_models.model.partition import WHOLE, Partition, partition_of
 from .. import configs, names
 from ..records import record
 from . import aot, by_xla, compilers, pool
-from .program import Program, ProgramError, by_role, collectives, compile_program, each, shape_bytes
+from .program import Program, ProgramError, by_role, collectives, compile_program, each, kernels, shape_bytes
 
 _LAYERS = 2
 
@@ -68,7 +70,7 @@ def compiled(row: Row, layers: int) -> Program:
 
     params = tuple(param(name, x) for name, x in named_leaves(decoder).items())
     model = LanguageModel(decoder=decoder, params=params, cache_options=options)
-    cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
+    cache = _cache(row, config)
     cache = _placed(cache, partition.of_cache(cache), partition)
 
     def array(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
@@ -128,25 +130,31 @@ def compile_row(row: Row) -> dict[str, Any]:
 
 
 def _of_one_device(whole: Program) -> dict[str, Any]:
-    """What one of several devices holds and sends: the operands of collectives, each counted once."""
+    """What one of several devices holds, runs and sends: the operands of collectives, each counted once."""
     crossing = [
         {"kind": kind, "shape": shape, "count": count, "bytes": count * shape_bytes(shape)}
         for (kind, shape), count in collectives(whole).items()
     ]
     held = whole.bytes["arguments"] + whole.bytes["temporaries"] + whole.bytes["outputs"] - whole.bytes["aliased"]
-    return {"collectives": crossing, "device_bytes": held, "cache_bytes": whole.bytes["aliased"]}
+    about = {"collectives": crossing, "device_bytes": held, "cache_bytes": whole.bytes["aliased"]}
+    return about | {"kernels": kernels(whole)}
 
 
 def _bytes_of_cache(row: Row, layers: int) -> int:
     config = configs.config_of(row.model, layers)
+    partition = _partition(row, config)
+    arrays = [x for x in jax.tree.leaves(_cache(row, config)) if x.ndim > 2]
+    return sum(x.size * x.dtype.itemsize for x in arrays) // partition.size(partition.kv_heads)
+
+
+def _cache(row: Row, config: DecoderConfig) -> Any:
+    """The shapes of a cache; of one device, since those of other hosts can be given nothing."""
     model = LanguageModel(
         decoder=abstract_decoder(config, row.dtype),
         params=(jax.ShapeDtypeStruct((1,), row.dtype),),  # type: ignore[arg-type]
         cache_options=CacheOptions(kind=row.cache, kv_dtype=row.kv_dtype),  # type: ignore[arg-type]
     )
-    cache = jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
-    heads = _partition(row, config).size(_partition(row, config).kv_heads)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim > 2) // heads
+    return jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
 
 
 def _one_layer(program: Program) -> list[str]:
@@ -210,4 +218,16 @@ def _line(row: Mapping[str, Any]) -> str:
     count = row["devices"] * row["hosts"]
     crossing = "; ".join(f"{one['count']} {one['kind']} of {one['shape']}" for one in row["collectives"])
     held, cache = row["device_bytes"] / 1e9, row["cache_bytes"] / 1e9
-    return f"{found}\n\neach of {count} devices: {held:.2f} GB, of which {cache:.2f} GB cache; {crossing}"
+    each_one = f"each of {count} devices: {held:.2f} GB, of which {cache:.2f} GB cache; {crossing}"
+    return "\n".join([found, "", each_one, "", *map(_kernel, row["kernels"])])
+
+
+def _kernel(one: Mapping[str, Any]) -> str:
+    """A kernel's operands and results, equal ones that follow one another counted."""
+
+    def shown(shapes: Sequence[str]) -> str:
+        runs = [(shape, len(list(group))) for shape, group in itertools.groupby(shapes)]
+        return ", ".join(shape if n == 1 else f"{n} {shape}" for shape, n in runs)
+
+    text = f"{one['count']} {one['name']}: {shown(one['operands'])} -> {shown(one['results'])}"
+    return textwrap.fill(text, 80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpy.typing import DTypeLike
@@ -68,7 +69,7 @@ def _form_of(name: str, weight: QuantizedArray) -> Form:
     return Form(
         kind=weight.kind,
         group_size=None if four_bits and group == width else group,  # rows of 4-bit numbers are read as one group
-        symmetric=weight.zeros is None or (four_bits and bool((np.asarray(weight.zeros) == 8).all())),
+        symmetric=weight.zeros is None or (four_bits and bool(jnp.all(weight.zeros == 8))),
         rounds_inputs=rounds,
     )
 

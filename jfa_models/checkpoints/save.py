@@ -1,5 +1,6 @@
 """Writes a checkpoint that transformers can load: config.json, safetensors, the tokenizer and its chat template."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -16,15 +17,18 @@ from jaxtyping import Array
 
 from jfa import QuantizedArray
 from jfa.quant import dequantize
+from jfa_models import processes
 from jfa_models.checkpoints.compressed import Form, Written, form_of, joined, quantization_config, tensors_of
 from jfa_models.checkpoints.families import FAMILIES, hugging_face_names
 from jfa_models.checkpoints.generation import GenerationDefaults
 from jfa_models.checkpoints.hf_config import config_to_hf
 from jfa_models.model.config import DecoderConfig
+from jfa_models.model.partition import WHOLE, Partition
 from jfa_models.text.files import write_json
 from jfa_models.text.tokenizer import Tokenizer
 
 _SHARD_BYTES = 5 * 10**9
+_INDEX = "model.safetensors.index.json"
 _OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _KINDS = {name: name for name in ("weight", "bias", "A_log", "D", "dt_bias")}  # the last parts of our names, and files'
@@ -40,18 +44,25 @@ def save_checkpoint(
     *,
     generation: GenerationDefaults,
     tokenizer: Tokenizer | None,
+    partition: Partition = WHOLE,
 ) -> None:
     """Writes a folder that transformers and open_checkpoint can load; copies one tensor at a time to the host.
 
     Replaces the files of a model and tokenizer that were saved there before. Quantized weights are written as
     compressed-tensors stores them, except for a quantized embedding, which becomes floats in the dtype of the rest.
 
+    If several processes have the model, all call this, and return when all is written. The first one writes, so that
+    the others need not see its disk: each tensor, when it is its turn, is put together on the devices of its replica.
+
     Raises:
       ValueError: config.json cannot represent the model, compressed-tensors cannot represent a quantized weight, or the
         folder is a file.
+      RuntimeError: another process had an error; the message has it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; pass a folder to save into")
+    turns = _Turns(partition)
+    with turns.in_all():
+        if turns.writes and folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; pass a folder to save into")
     dtype = next(x.dtype for x in params.values() if not isinstance(x, QuantizedArray))
     embedding = params["embed.weight"]
     if isinstance(embedding, QuantizedArray):
@@ -67,14 +78,29 @@ def save_checkpoint(
     # written even if there are no such tokens: the defaults of transformers may be outside the vocabulary
     written |= {"eos_token_id": recommended.get("eos_token_id"), "pad_token_id": None}
     written["bos_token_id"] = None if tokenizer is None else tokenizer.bos_token_id
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", written)
-    write_json(folder / "generation_config.json", recommended)
-    for name in _OF_A_TOKENIZER:
-        (folder / name).unlink(missing_ok=True)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    _save_tensors(folder, pieces)
+    with turns.in_all():
+        if turns.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", written)
+            write_json(folder / "generation_config.json", recommended)
+            for name in _OF_A_TOKENIZER:
+                (folder / name).unlink(missing_ok=True)
+            if tokenizer is not None:
+                tokenizer.save(folder)
+    _save_tensors(folder, pieces, turns)
+
+
+class _Turns:
+    """What this process does of a save. reads: it has parts of what is written, writes: it writes them."""
+
+    def __init__(self, partition: Partition):
+        self._is_shared = partition.is_shared
+        self.reads = partition.group == 0
+        self.writes = not self._is_shared or processes.is_first()
+
+    def in_all(self) -> contextlib.AbstractContextManager:
+        """A context of which all processes that have the model leave with an error if one has an error in it."""
+        return processes.in_all() if self._is_shared else contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +110,7 @@ class _Piece:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray | None]  # None: the first process writes it
 
     @property
     def num_bytes(self) -> int:
@@ -139,11 +165,16 @@ def _floats(name: str, kind: str, sources: Sequence[Array | QuantizedArray], one
 
 def _read(
     sources: Sequence[Array | QuantizedArray], expert: int | None, convert: Callable[[Sequence[Any]], np.ndarray]
-) -> np.ndarray:
-    return convert([x if expert is None else jax.tree.map(lambda leaf: leaf[expert], x) for x in sources])
+) -> np.ndarray | None:
+    parts = [x if expert is None else jax.tree.map(lambda leaf: leaf[expert], x) for x in sources]
+    leaves, structure = jax.tree.flatten(parts)
+    if all(x.is_fully_addressable for x in leaves):
+        return convert(parts)
+    found = [*map(processes.whole, leaves)]
+    return convert(jax.tree.unflatten(structure, found)) if processes.is_first() else None
 
 
-def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
+def _save_tensors(folder: Path, pieces: Sequence[_Piece], turns: _Turns) -> None:
     shards: list[list[_Piece]] = [[]]
     room = _SHARD_BYTES
     for piece in pieces:
@@ -156,19 +187,20 @@ def _save_tensors(folder: Path, pieces: Sequence[_Piece]) -> None:
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
-        total = sum(piece.num_bytes for piece in pieces)
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": sum(piece.num_bytes for piece in pieces)}, "weight_map": weight_map}
+        with turns.in_all():
+            if turns.writes:
+                write_json(folder / _INDEX, index)
     for name, shard in zip(names, shards, strict=True):
-        _write_safetensors(folder / name, shard)
-    index = () if len(names) == 1 else ("model.safetensors.index.json",)
-    for file in folder.iterdir():
-        if _OF_A_MODEL.fullmatch(file.name) and file.name not in (*names, *index):
-            file.unlink()  # left over from an earlier save, and would be loaded
+        _write_safetensors(folder / name, shard, turns)
+    kept = (*names, *[_INDEX] * (len(names) > 1))
+    with turns.in_all():
+        for file in folder.iterdir() if turns.writes else ():
+            if _OF_A_MODEL.fullmatch(file.name) and file.name not in kept:
+                file.unlink()  # left over from an earlier save, and would be loaded
 
 
-def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
+def _write_safetensors(file: Path, pieces: Sequence[_Piece], turns: _Turns) -> None:
     """Writes one file; not with the safetensors library, which needs all tensors in memory at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -182,8 +214,18 @@ def _write_safetensors(file: Path, pieces: Sequence[_Piece]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     part = file.with_name(file.name + ".part")  # so that no reader finds an incomplete file
-    with open(part, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+    with contextlib.ExitStack() as stack:
+        stream = None
+        with turns.in_all():
+            if turns.writes:
+                stream = stack.enter_context(open(part, "wb"))
+                stream.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            stream.write(np.ascontiguousarray(piece.read()).view(np.uint8).data)
-    os.replace(part, file)
+            with turns.in_all():
+                data = piece.read() if turns.reads else None
+                if stream is not None:
+                    assert data is not None
+                    stream.write(np.ascontiguousarray(data).view(np.uint8).data)
+    with turns.in_all():
+        if turns.writes:
+            os.replace(part, file)

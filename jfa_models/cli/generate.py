@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def generate(
     prompt or prompt_token_ids, and optionally an id, the name of an adapter and fields of SamplingParams, which
     override the options.
     After an interruption, the same command resumes the batch. With --coordinator, several processes run one batch
-    over all their devices, and the first writes the results.
+    over all their devices, each replica (--mesh data=...) its share, and the first writes the results.
     """
 
     def is_given(name: str) -> bool:
@@ -111,8 +110,8 @@ def generate(
             from jfa_models.cli import together
 
             given["the content of the batch file"] = hashlib.sha256(batch_file.read_bytes()).hexdigest()
-            with together.joined(coordinator, num_processes, process_id, given):
-                status = run()
+            with together.joined(coordinator, num_processes, process_id, given) as first:
+                status = run(first)
             context.exit(status)
         context.exit(run())
     if coordinator is not None:
@@ -148,24 +147,29 @@ def _batch(
     speculation: SpeculativeConfig | None,
     sampling: dict[str, Any],
     loading: dict[str, Any],
+    first: str | None = None,
 ) -> int:
-    """Runs a batch file and returns the exit status. loading: the arguments of running.load."""
+    """Runs a batch file and returns the exit status.
+
+    loading: the arguments of running.load. first: the address of the first process, if there are several.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from jfa_models import batch
-    from jfa_models.cli import running
-    from jfa_models.decoding import processes
+    from jfa_models import batch, processes
+    from jfa_models.cli import running, together
     from jfa_models.engine import engine_of
+    from jfa_models.engine.shares import Shares
 
     lines = batch.read(batch_file)
     done = processes.of_first(lambda: sorted(batch.done(output, lines)))
-    output = output if processes.is_first() else Path(os.devnull)
     lines = [line for line in lines if line.number not in done]
     if not lines:
         if processes.is_first():
             click.echo(f"all {len(done)} results are already in {output}", err=True)
         return 0
+    has_replicas = (loading["mesh_sizes"] or {}).get("data", 1) > 1
+    shares = Shares(first, together.leave) if first is not None and has_replicas else None
     language_model = running.load(**loading, replicas=True)
     params = running.sampling_params(language_model, sampling)
     engine = engine_of(language_model, max_num_seqs=max_num_seqs, kv_dtype=kv_dtype, speculative_config=speculation)
@@ -174,7 +178,7 @@ def _batch(
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("generating", total=len(lines) + len(done), completed=len(done))
-            for result in batch.run(engine, lines, output, params, language_model.adapters.first):
+            for result in batch.run(engine, lines, output, params, language_model.adapters.first, shares):
                 written += 1
                 errors += "error" in result
                 bar.advance(task)

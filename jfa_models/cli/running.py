@@ -40,7 +40,10 @@ def load(
     """
     if mesh_sizes is not None:
         if mesh_sizes.get("data", 1) > 1 and not replicas:
-            raise ValueError(f"data={mesh_sizes['data']}: this command runs one engine, not replicas; leave it out")
+            raise ValueError(
+                f"data={mesh_sizes['data']}: this command runs one engine, not replicas; leave it out, or start the "
+                "command once for each"
+            )
         options["mesh"] = _mesh(mesh_sizes)
     if adapter_scale != 1.0 and not adapters:
         raise ValueError(f"--adapter-scale {adapter_scale} needs --adapter: there is nothing else that it scales")

@@ -171,8 +171,8 @@ def serve(
         seed=seed,
     )
     with contextlib.ExitStack() as stack:
+        from jfa_models import processes
         from jfa_models.cli import running, together
-        from jfa_models.decoding import processes
         from jfa_models.engine import Engine
         from jfa_models.engine.relay import Leader, follow
         from jfa_models.serving.app import Server, Settings

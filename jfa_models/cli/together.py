@@ -4,12 +4,14 @@ import contextlib
 import importlib.metadata
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
-from jfa_models.decoding import processes
+from jfa_models import processes
 
 
 @contextlib.contextmanager
@@ -35,10 +37,16 @@ def joined(
         leave(error)
 
 
+_LEAVING = threading.Lock()
+
+
 def leave(error: Exception) -> None:
-    """Ends this process at once."""
+    """Ends this process at once, with one line, however many threads have a reason."""
+    _LEAVING.acquire()
     reason = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "start all again" not in reason:
         reason = f"a step failed: another process or a device is gone; start all again to go on ({reason})"
     click.echo(f"jfa: process {processes.index()}: {reason}", err=True)
+    if processes.is_first():
+        time.sleep(1.0)  # those that it leaves alone print a page of JAX's: let them leave first
     os._exit(2)

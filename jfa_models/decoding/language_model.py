@@ -172,16 +172,16 @@ class LanguageModel:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that from_pretrained and transformers can load.
 
-        It contains config.json, the weights as safetensors, the tokenizer and its chat template.
+        It contains config.json, the weights as safetensors, the tokenizer and its chat template. Of several processes
+        that have the model, all must call this; the first one writes, and all return when it has.
 
         Raises:
-          ValueError: config.json cannot represent the model, or it is divided over several processes.
+          ValueError: config.json cannot represent the model.
+          RuntimeError: another process had an error; the message has it.
         """
-        mesh = self.partition.mesh
-        if mesh is not None and mesh.is_multi_process:
-            raise ValueError("a model over several processes has its parts in each: load it in one process to save it")
         named = dict(zip(self.names, self.params, strict=True))
-        save_checkpoint(Path(folder), self.config, named, generation=self.defaults, tokenizer=self.tokenizer)
+        rest: dict[str, Any] = dict(generation=self.defaults, tokenizer=self.tokenizer, partition=self.partition)
+        save_checkpoint(Path(folder), self.config, named, **rest)
 
     def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter, *, scale: float = 1.0) -> None:
         """Loads an adapter, which requests then choose by its name; also while requests run.

@@ -10,13 +10,13 @@ import jax
 from jax.typing import DTypeLike
 
 from jfa import cpu
+from jfa_models import processes
 from jfa_models.checkpoints.checkpoint import Checkpoint
 from jfa_models.checkpoints.families import FAMILIES
 from jfa_models.checkpoints.load import Weights, load_params, with_settled_head
 from jfa_models.checkpoints.locate import PACKAGED
 from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
-from jfa_models.decoding import processes
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
 from jfa_models.decoding.options import QUANTIZATIONS, CacheOptions
 from jfa_models.model.config import DecoderConfig

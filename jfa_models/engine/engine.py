@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 import jfa
-from jfa_models.decoding import processes
+from jfa_models import processes
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import SEED_ADVICE, BeamSearchParams, SamplingParams, check_kind, integer

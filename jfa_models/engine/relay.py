@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from jfa_models.decoding import processes
+from jfa_models import processes
 from jfa_models.decoding.params import BeamSearchParams, SamplingParams
 from jfa_models.engine.engine import Abort, Engine
 from jfa_models.engine.request import Request
@@ -30,11 +30,7 @@ class Leader:
     def __init__(self, engine: Engine, host: str):
         """host: the name or address of this machine that the others reach. All processes must call this or follow."""
         self.engine, self.num_bytes = engine, 0
-        token = secrets.token_hex(16)
-        with socket.create_server((host, 0)) as listening:
-            processes.of_first(lambda: [listening.getsockname()[1], token])
-            listening.settimeout(PATIENCE)
-            self._others = [_accepted(listening, token) for _ in range(processes.count() - 1)]
+        self._others = others(host)
         engine.on_received = lambda received: self._tell("step", [_described(one) for one in received])
 
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
@@ -64,11 +60,8 @@ def follow(engine: Engine, host: str) -> None:
     Raises:
       RuntimeError: the first process ended without a word.
     """
-    port, token = processes.of_first(list)
-    with socket.create_connection((host, port), timeout=PATIENCE) as first:
-        first.sendall(token.encode())
-        first.settimeout(None)
-        for line in first.makefile("rb"):
+    with first(host) as connection:
+        for line in connection.makefile("rb"):
             what, value = json.loads(line)
             if what == "stop":
                 return
@@ -82,6 +75,27 @@ def follow(engine: Engine, host: str) -> None:
                     engine.add_request(one["prompt"], _params(one["params"]), **one["options"])
             engine.step()
     raise RuntimeError("the first process has ended: start all again")
+
+
+def others(host: str) -> list[socket.socket]:
+    """In the first process: its connections with the others, which call `first` meanwhile.
+
+    host: the name or address of this machine that the others reach.
+    """
+    token = secrets.token_hex(16)
+    with socket.create_server((host, 0)) as listening:
+        processes.of_first(lambda: [listening.getsockname()[1], token])
+        listening.settimeout(PATIENCE)
+        return [_accepted(listening, token) for _ in range(processes.count() - 1)]
+
+
+def first(host: str) -> socket.socket:
+    """In another process: its connection with the first, whose host this is."""
+    port, token = processes.of_first(list)
+    found = socket.create_connection((host, port), timeout=PATIENCE)
+    found.sendall(token.encode())
+    found.settimeout(None)
+    return found
 
 
 def _accepted(listening: socket.socket, token: str) -> socket.socket:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Int, Shaped
 import jfa
 from jfa.sharding import unzigzag, zigzag
 from jfa_models.model.config import DecoderConfig
+from jfa_models.model.groups import own_group
 from jfa_models.model.lora import Adapters, Change
 
 Axes = tuple[str, ...]  # of a mesh; (): not divided
@@ -83,6 +84,7 @@ class Partition:
       expert_layers: the layers with experts.
       tokens: the tokens of a step that has many (Share).
       others: the meshes of other replicas of the decoder.
+      group, num_groups: which group of processes this one is in, of how many that have replicas (groups.py).
       rows: of a batch, and of parameters and the optimizer's state at rest, in training (for_training).
     """
 
@@ -97,6 +99,8 @@ class Partition:
     expert_layers: tuple[int, ...] = ()
     tokens: Axes = ()
     others: tuple[Mesh, ...] = ()
+    group: int = 0
+    num_groups: int = 1
     rows: Axes = ()
 
     def of_module(self, name: str) -> tuple[Axes, Axes, Axes]:
@@ -270,6 +274,18 @@ class Partition:
         return Share(self.tokens, count)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several processes have parts or replicas of the decoder."""
+        return self.num_groups > 1 or (isinstance(self.mesh, Mesh) and self.mesh.is_multi_process)
+
+    @property
+    def is_first_of_group(self) -> bool:
+        """Whether this process has the lowest number of its group."""
+        return not isinstance(self.mesh, Mesh) or jax.process_index() == min(
+            device.process_index for device in self.mesh.devices.flat
+        )
+
+    @property
     def of_kv(self) -> NamedSharding | None:
         """Of the keys and values of a cache, whose third axis are heads; None: they are on one device."""
         return None if self.mesh is None else NamedSharding(self.mesh, _spec((), (), self.kv_heads))
@@ -342,11 +358,6 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
             'jax.make_mesh((8,), ("tensor",))'
         )
     sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
-    if sizes["data"] > 1 and mesh.is_multi_process:
-        raise ValueError(
-            f"the {sizes['data']} replicas of an axis 'data' are of one process: start as many groups of processes, "
-            "each with a part of the requests"
-        )
     if sizes["context"] > 1 and not config.attention_layers:
         raise ValueError(
             f"an axis 'context' of {sizes['context']} devices divides the tokens of attention, which no layer of a "
@@ -385,10 +396,16 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
     # without axes of one device, as XLA names the results of a step: other names would compile it again
     over = tuple(axis for axis, size in zip(TENSOR, (heads, n // heads), strict=True) if size > 1)
     has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
-    replica, *others = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts, sizes["context"]))
+    replicas, group, num_groups = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts, sizes["context"])), 0, 1
+    if isinstance(mesh, Mesh) and jax.process_count() > 1:
+        places = [frozenset(device.process_index for device in one.devices.flat) for one in replicas]
+        own, group, num_groups = own_group(places, jax.process_index())
+        replicas = [replicas[i] for i in own]
     found = Partition(
-        mesh=replica,
-        others=tuple(others),
+        mesh=replicas[0],
+        others=tuple(replicas[1:]),
+        group=group,
+        num_groups=num_groups,
         q_heads=over if is_divided else (),
         kv_heads=TENSOR[:1] if is_divided and heads > 1 else (),
         inner=divided("MLPs", config.intermediate_size) if has_mlp else (),

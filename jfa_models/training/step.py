@@ -79,11 +79,13 @@ class Trainable:
         """adapter: what its tensors are trained for; None: all parameters of the model are trained.
 
         Raises:
-          ValueError: all parameters are to be trained, and some are quantized; or the adapter's file has a copy of the
-            embedding it was trained on, and the model has another one.
+          ValueError: all parameters are to be trained, and some are quantized; the adapter's file has a copy of the
+            embedding it was trained on, and the model has another one; or several processes have the model.
         """
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+        if model.partition.is_shared:
+            raise ValueError("training is of one process: use a mesh of its own devices, jax.local_devices()")
         self._adapter, self._remat = adapter, REMAT[remat]
         self.partition = model.partition.for_training()
         self._config, self._names, self._shapes = model.config, model.names, model.shapes

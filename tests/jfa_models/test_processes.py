@@ -2,11 +2,7 @@
 
 import contextlib
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 
@@ -14,36 +10,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from golden import GOLDEN
+from together import COMMAND, ended, free_port, started
 
+from jfa_models import processes
 from jfa_models.cli import commands
-from jfa_models.decoding import processes
 
-PROGRAM = "from jfa_models.cli import main; main()"
 FILES = ["--batch-file", "in.jsonl", "--output", "out.jsonl"]
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start(count, folder, *options, own=lambda i: (), command="generate"):
+def start(count, folder, *options, own=lambda i: (), command="generate", devices=1):
     """The commands of all processes, running."""
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    together = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, command, *options, *together, "--process-id", str(i), *own(i)],
-            **dict(env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
-        )
-        for i in range(count)
-    ]
-
-
-def ended(running):
-    return [(*process.communicate(timeout=300), process.returncode) for process in running]
+    joined = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", count]
+    arguments = [[command, *options, *joined, "--process-id", i, *own(i)] for i in range(count)]
+    return started(COMMAND, folder, arguments, devices)
 
 
 def batch(folder, lines, max_tokens):
@@ -94,6 +73,48 @@ def test_a_batch_goes_on_after_a_process_was_killed(tmp_path):
     assert 0 < len(output.read_text().splitlines()) < 60
     assert [code for *_, code in ended(start(2, tmp_path, *options, *divided))] == [0, 0]
     assert results(tmp_path, "out.jsonl") == alone(tmp_path, options)
+
+
+MESHES = [(2, 2, "data=2,tensor=2"), (2, 2, "data=4"), (4, 1, "data=2,tensor=2")]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.soak
+@pytest.mark.parametrize(("count", "devices", "mesh"), MESHES)
+def test_replicas_of_several_processes_share_a_batch(tmp_path, count, devices, mesh):
+    options = batch(tmp_path, lines=9, max_tokens=4)
+    done = ended(start(count, tmp_path, *options, *FILES, "--mesh", mesh, devices=devices))
+    assert [code for *_, code in done] == [0] * count, done
+    assert "9 results written to out.jsonl" in done[0][1] and not any(told for _, told, _ in done[1:])
+    assert results(tmp_path, "out.jsonl") == alone(tmp_path, options)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", [1, 3])
+def test_a_batch_of_replicas_goes_on_after_a_process_was_killed(tmp_path, victim):
+    """All end with one line, also those whose replica has lost no process."""
+    options = [*batch(tmp_path, lines=90, max_tokens=30), *FILES, "--mesh", "data=2,tensor=2"]
+    running = start(4, tmp_path, *options)
+    output = tmp_path / "out.jsonl"
+    while not (output.exists() and output.stat().st_size):
+        assert running[0].poll() is None
+        time.sleep(0.05)
+    running[victim].send_signal(signal.SIGKILL)
+    for i, (_, told, code) in enumerate(ended(running)):
+        lines = told.splitlines()
+        assert i == victim or (code == 2 and len(lines) == 1 and "start all again" in lines[0]), told
+    assert 0 < len(output.read_text().splitlines()) < 90
+    assert [code for *_, code in ended(start(4, tmp_path, *options))] == [0] * 4
+    assert results(tmp_path, "out.jsonl") == alone(tmp_path, options[: -len(FILES) - 2])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.soak
+def test_a_mesh_that_cuts_replicas_is_refused(tmp_path):
+    options = [*batch(tmp_path, lines=2, max_tokens=4), *FILES, "--mesh", "tensor=2,data=2"]
+    for _, told, code in ended(start(2, tmp_path, *options, devices=2)):
+        assert code == 2 and "replica 0 of the axis 'data' is on processes 0, 1, and replica 1 on 0, 1" in told
 
 
 @pytest.mark.exhaustive
@@ -167,7 +188,7 @@ USED = [
     ("hello --mesh tensor=²", "'tensor=²' must be sizes of axes"),
     ("hello --mesh tensor=0", "'tensor=0' must be sizes of axes"),
     ("hello --mesh tensor=3,expert=3 --model {model}", "--mesh tensor=3,expert=3 needs 9 devices, and JAX sees 8"),
-    ("hello --mesh data=2 --model {model}", "data=2: this command runs one engine, not replicas; leave it out"),
+    ("hello --mesh data=2 --model {model}", "data=2: this command runs one engine, not replicas; leave it out, or"),
     ("hello --num-processes 2", "--num-processes needs --coordinator"),
 ]
 

@@ -8,8 +8,7 @@ import threading
 import pytest
 from engines import assert_clean
 
-from jfa_models import BeamSearchParams, Engine, LanguageModel, SamplingParams, StructuredOutputsParams
-from jfa_models.decoding import processes
+from jfa_models import BeamSearchParams, Engine, LanguageModel, SamplingParams, StructuredOutputsParams, processes
 from jfa_models.engine import relay
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.rope import RopeConfig

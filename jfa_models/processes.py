@@ -4,18 +4,20 @@ Every process makes the same decisions from the same input, so nothing is commun
 exchange. What could differ is compared before the first step, or taken from the first process.
 """
 
+import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 AUTO = "auto"  # the coordinator that JAX finds in the environment: Slurm, Open MPI, Kubernetes, Cloud TPU
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead
-_MOST_BYTES = 1 << 16  # of what is compared
+_LEAST_BYTES = 1 << 10  # that are exchanged: few sizes, of which each is a program of its own
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None, *, timeout: float = 60.0) -> None:
@@ -126,15 +128,58 @@ def of_first[T](value: Callable[[], T]) -> T:
 
 def smallest(value: int) -> int:
     """The smallest of the values of all processes."""
-    return value if count() == 1 else min(map(int, _gathered(str(value).encode())))
+    return value if count() == 1 else min(map(int, _gathered(str(value).encode())))  # it may be more than 32 bits
+
+
+@contextlib.contextmanager
+def in_all() -> Iterator[None]:
+    """An error inside, in one process, is raised in all of them; all must come here.
+
+    Raises:
+      RuntimeError: another process had an error; the message has it.
+    """
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    if count() > 1 and (is_wrong := _values(error is not None)).any():
+        told = _gathered(str(error or "").encode())
+        if error is None:
+            process = int(is_wrong.argmax())
+            raise RuntimeError(f"process {process}: {told[process].decode()}")
+    if error is not None:
+        raise error
+
+
+def whole(x: Any) -> np.ndarray | None:
+    """An array on the host of the first process; None in others. All that have parts of it must call this.
+
+    The devices of all of them get the whole array.
+    """
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x) if is_first() else None
+    if not x.is_fully_replicated:
+        assert isinstance(x.sharding, NamedSharding)
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=everywhere)(x)
+    jax.block_until_ready(x)  # or the next ones would wait in memory
+    return np.asarray(x) if is_first() else None
+
+
+def _values(value: int) -> np.ndarray:
+    """The number of each process."""
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(np.int32(value)))
 
 
 def _gathered(text: bytes) -> list[bytes]:
     """What each process has. All run the same program, whatever they have, so that none waits for another."""
     from jax.experimental import multihost_utils
 
-    if len(text) > _MOST_BYTES:
-        raise ValueError(f"processes compare at most {_MOST_BYTES} bytes, got {len(text)}")
-    padded = np.full(_MOST_BYTES, ord(" "), np.uint8)
+    sizes = _values(len(text))
+    padded = np.zeros(max(_LEAST_BYTES, 1 << int(sizes.max() - 1).bit_length()), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
-    return [bytes(row).rstrip() for row in np.asarray(multihost_utils.process_allgather(padded))]
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
