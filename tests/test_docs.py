@@ -94,6 +94,7 @@ def test_the_accuracy_of_weights_matches_the_records():
 def test_the_table_of_devices_matches_the_records():
     text = (ROOT / "docs" / "devices.md").read_text()
     assert f"<!-- devices -->\n\n{report.devices(report.load('devices'))}\n\n<!-- end -->" in text
+    assert f"<!-- shards -->\n\n{report.shards(report.load('devices'))}\n\n<!-- end -->" in text
 
 
 def test_the_support_table_matches_the_records():

@@ -77,11 +77,26 @@ def devices(compiled: Sequence[Record]) -> str:
     """A Markdown table of steps compiled for several devices: what each holds, and what crosses between them."""
     lines = [["model", "devices", "step", "each holds", "cache", "crosses"], ["---"] * 6]
     for row in compiled:
-        hosts = f"{row['hosts']} x " if row["hosts"] > 1 else ""
         crossing = ", ".join(f"{one['count']} {one['kind']} {one['shape']}" for one in row["collectives"])
         held, cache = (f"{row[field] / 1e9:.2f} GB" for field in ("device_bytes", "cache_bytes"))
-        lines.append([row["model"], f"{hosts}{row['devices']} {row['arch']}", row["step"], held, cache, crossing])
+        lines.append([row["model"], _devices(row), row["step"], held, cache, crossing])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shards(compiled: Sequence[Record]) -> str:
+    """A Markdown table of the attention kernels that one of several devices runs, and of their operands."""
+    lines = [["model", "devices", "step", "kernel", "operands"], ["---"] * 5]
+    for row in compiled:
+        for one in row["kernels"]:
+            if "attention" in one["name"]:
+                kernel = f"{one['count']} `{one['name']}`"
+                lines.append([row["model"], _devices(row), row["step"], kernel, ", ".join(one["operands"])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _devices(row: Record) -> str:
+    hosts = f"{row['hosts']} x " if row["hosts"] > 1 else ""
+    return f"{hosts}{row['devices']} {row['arch']}"
 
 
 def _proven_on(arch: str) -> str:

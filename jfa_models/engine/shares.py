@@ -25,8 +25,8 @@ class Shares:
         on_failure: called on a thread as soon as another process has ended without a word; None: the next call here
         raises the error.
         """
-        self._on_failure = on_failure
-        self._sockets = relay.others(host) if processes.is_first() else [relay.first(host)]
+        self._on_failure, self._is_first = on_failure, processes.is_first()
+        self._sockets = relay.others(host) if self._is_first else [relay.first(host)]
         self._arrived: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._running = len(self._sockets)  # of the others that have not come to their end
         for one in self._sockets:
@@ -34,7 +34,7 @@ class Shares:
 
     def send(self, result: dict[str, Any]) -> None:
         """Sends a result to the first process; from there, nowhere."""
-        if not processes.is_first():
+        if not self._is_first:
             self._tell("result", result)
 
     def arrived(self) -> Iterator[dict[str, Any]]:
@@ -44,11 +44,11 @@ class Shares:
 
     def rest(self) -> Iterator[dict[str, Any]]:
         """The results that are still to come. Ends when all processes are here."""
-        if not processes.is_first():
+        if not self._is_first:
             self._tell("end", None)
         while self._running:
             yield from self._next()
-        if processes.is_first():
+        if self._is_first:
             self._tell("end", None)
         for one in self._sockets:
             one.close()
@@ -66,7 +66,7 @@ class Shares:
             for one in self._sockets:
                 one.sendall(json.dumps([what, value]).encode() + b"\n")
         except OSError as error:
-            raise _ended(f" ({error})") from error
+            raise self._ended(f" ({error})") from error
 
     def _read(self, connection: socket.socket) -> None:
         reason = ""
@@ -80,15 +80,14 @@ class Shares:
                     return
         except OSError as error:
             reason = f" ({error})"
-        failure = _ended(reason)
+        failure = self._ended(reason)
         self._arrived.put(("error", failure))
-        for one in self._sockets if processes.is_first() else ():  # so that all others notice
+        for one in self._sockets if self._is_first else ():  # so that all others notice
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
         if self._on_failure is not None:
             self._on_failure(failure)
 
-
-def _ended(reason: str) -> RuntimeError:
-    who = "another process" if processes.is_first() else "the first process"
-    return RuntimeError(f"{who} has ended{reason}: start all again")
+    def _ended(self, reason: str) -> RuntimeError:
+        who = "another process" if self._is_first else "the first process"
+        return RuntimeError(f"{who} has ended{reason}: start all again")

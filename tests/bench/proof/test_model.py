@@ -13,10 +13,11 @@ from compiled import needs_xla
 from proven import proven_together
 from runs import run
 
-from jfa_bench import cli, names
+from jfa_bench import cli, configs, names
 from jfa_bench.proof import by_xla, execute, model, program, steps
 from jfa_bench.proof.model import Row
 from jfa_bench.proof.program import Launch, Place
+from jfa_bench.records import report
 
 THUNKS = """
 001: kCustomKernel [source       | next=002 (1)] wrapped_iota grid: [4, 1, 1] threads: [2, 1, 1]  shared_memory: 0 bytes
@@ -209,6 +210,38 @@ def test_the_launches_of_a_model_are_counted(arch):
     assert record["one_layer"][-1] == "flash_attention"
     table = steps.render([record], "md").split("\n\n")[0]
     assert f"| {arch}" in table and max(map(len, table.splitlines())) <= 86
+
+
+@needs_xla
+@pytest.mark.exhaustive
+def test_the_kernels_of_a_shard_have_its_share_of_the_heads():
+    """9 query and 3 key heads over three hosts of one device."""
+    row = steps.Row(model="smollm2-135m", step="decode", arch="gfx942", batch=2, context=256, cache="paged")
+    [record] = steps.compile_all([dataclasses.replace(row, devices=1, hosts=3)])
+    assert record["status"] == "ok", record["reason"]
+    [one] = [kernel for kernel in record["kernels"] if kernel["name"] == "paged_decode_attention"]
+    assert one["count"] == 30 and list(one["operands"][:2]) == ["bf16[2,3,64]", "bf16[528,1,64]"]
+
+
+def test_the_recorded_kernels_are_those_of_one_device():
+    for row in report.load("devices"):
+        config, count = configs.config_of(row["model"]), row["devices"] * row["hosts"]
+        [one] = [kernel for kernel in row["kernels"] if "attention" in kernel["name"]]
+        q, k, v, *_ = one["operands"]
+        assert one["count"] == row["by_role"]["pallas"] == config.num_layers
+        assert f",{config.num_q_heads // count},{config.head_dim}]" in q
+        assert k == v and f",{max(1, config.num_kv_heads // count)},{config.head_dim}]" in k
+
+
+def test_kernels_are_shown_with_their_shapes_in_80_columns():
+    row = report.load("devices")[0]
+    told = steps.render([row], "md")
+    first = "32 paged_decode_attention: bf16[8,4,128], 2 bf16[8208,1,128], s32[8,64], s32[8]"
+    [at] = [i for i, line in enumerate(told.splitlines()) if line == first]
+    lines = told.splitlines()
+    assert lines[at + 1] == "    -> f32[4,8,4,128], f32[4,8,4]"
+    start = next(i for i, line in enumerate(lines) if line.startswith("each of 8 devices"))
+    assert max(map(len, lines[start + 2 :])) <= 80
 
 
 @pytest.mark.parametrize(
