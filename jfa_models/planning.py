@@ -329,32 +329,32 @@ class _Engine:
 
     def step(self, rows: int, new: int, context: int) -> tuple[Part, ...]:
         """So many sequences, each with new tokens, the last of context tokens."""
-        # a device's share of the tokens
-        share = self.partition.size(self.partition.tokens) if new > 1 else 1
-        parts = [self._products(rows, rows * new, share)]
+        # devices that share the tokens
+        sharing = self.partition.size(self.partition.tokens) if new > 1 else 1
+        parts = [self._products(rows, rows * new, sharing)]
         if self.model.config.attention_layers:
-            parts.append(self._attention(rows, new, context, share))
+            parts.append(self._attention(rows, new, context, sharing))
         if self.model.state_bytes:
             parts.append(self._states(rows, new))
-        if collectives := list(self._collectives(rows, rows * new, share)):
+        if collectives := list(self._collectives(rows, rows * new, sharing)):
             sent, waited = (sum(x) for x in zip(*collectives, strict=True))
             bound = "links: bytes" if sent >= waited else "links: latency"
             parts.append(Part(name="collectives", bound=bound, seconds=sent + waited))
         return tuple(parts)
 
-    def _products(self, rows: int, tokens: int, share: int) -> Part:
+    def _products(self, rows: int, tokens: int, sharing: int) -> Part:
         experts, chosen = self.model.config.experts, 0.0
-        of_experts = tokens / share * (self.partition.size(self.partition.experts) if share > 1 else 1)
+        of_experts = tokens / sharing * (self.partition.size(self.partition.experts) if sharing > 1 else 1)
         read = sum(self.weights[role].num_bytes for role in ("layers", "mixers", "head", "others"))
         if experts is not None:
             chosen = experts.experts_per_token / experts.num_experts
             # the experts that some token chooses, if all are equally likely
             read += self.weights["experts"].num_bytes * (1 - (1 - chosen) ** of_experts)
-        counts = {"layers": tokens / share, "mixers": tokens, "experts": chosen * of_experts, "head": rows}
+        counts = {"layers": tokens / sharing, "mixers": tokens, "experts": chosen * of_experts, "head": rows}
         flop = 2 * sum(count * self.weights[role].elements for role, count in counts.items())
         return self._bounded("products", "weights", read, flop)
 
-    def _attention(self, rows: int, new: int, context: int, share: int) -> Part:
+    def _attention(self, rows: int, new: int, context: int, sharing: int) -> Part:
         config = self.model.config
         read = sum(
             rows * min(context, (window or context) + new - 1) * size / PAGE_SIZE
@@ -362,7 +362,7 @@ class _Engine:
         )
         seen = sum(layers * _visible(new, context, window) for window, layers in self.model.windows.items())
         heads = config.num_q_heads // self.partition.size(self.partition.q_heads)
-        return self._bounded("attention", "KV pages", read, 4 * rows * seen * heads * config.head_dim / share)
+        return self._bounded("attention", "KV pages", read, 4 * rows * seen * heads * config.head_dim / sharing)
 
     def _states(self, rows: int, new: int) -> Part:
         held = rows * self.model.state_bytes
@@ -374,7 +374,7 @@ class _Engine:
         bound = f"memory: {read_what}" if reading >= computing else "FLOP"
         return Part(name=name, bound=bound, seconds=max(reading, computing))
 
-    def _collectives(self, rows: int, tokens: int, share: int) -> Iterator[tuple[float, float]]:
+    def _collectives(self, rows: int, tokens: int, sharing: int) -> Iterator[tuple[float, float]]:
         """Of each collective of a step, the seconds that its bytes take, and those of its latency."""
         config, partition = self.model.config, self.partition
         itemsize, over = self.model.dtype.itemsize, partition.tokens
@@ -386,11 +386,11 @@ class _Engine:
         def all_gather(axes: Axes, num_bytes: float) -> tuple[float, float]:
             return self._all_reduce_seconds(axes, num_bytes) / 2, self._latency(axes)
 
-        for axes in self._sums(share > 1):
-            yield all_reduce(axes, tokens / share * hidden)
+        for axes in self._sums(sharing > 1):
+            yield all_reduce(axes, tokens / sharing * hidden)
         if axes := partition.vocab:
             yield self._exchange_seconds(axes, rows * CANDIDATE_BYTES), self._latency(axes)
-        if share == 1:
+        if sharing == 1:
             return
         for _ in config.attention_layers:
             yield from [all_gather(over, tokens * self._key_width * itemsize)] * 2
@@ -400,7 +400,7 @@ class _Engine:
         if axes := partition.experts:
             assert config.experts is not None
             k = config.experts.experts_per_token
-            sent = tokens_of_round(-(-tokens // share), k, self.partition.size(axes))
+            sent = tokens_of_round(-(-tokens // sharing), k, self.partition.size(axes))
             for _ in filter(config.has_experts, range(config.num_layers)):
                 yield all_reduce(axes, 4)  # the number of rounds
                 for width in (hidden, 4 * k, 4 * k, hidden):  # tokens, their experts and weights; what experts return

@@ -1,7 +1,10 @@
 """The commands that compile, verify and tune kernels, also for GPUs that are not present."""
 
+import math
+
 import click
 
+from jfa_models.cli.base import MeshSizes
 from jfa_models.decoding.options import CACHES, KV_DTYPES
 
 from .. import names
@@ -44,8 +47,9 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @click.option("--cache", type=click.Choice(CACHES), default="contiguous", show_default=True, help="With --model.")
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="With --model and --cache paged.")
 @click.option("--quantization", type=click.Choice(("int8", "int4", "fp8")), help="With --model: its weights.")
-@click.option("--devices", type=options.COUNT, default=1, show_default=True, help="With --model: tensor parallel.")
+@click.option("--devices", type=options.COUNT, default=1, show_default=True, help="With --model: that divide it.")
 @click.option("--hosts", type=options.COUNT, default=1, show_default=True, help="With --model: each with --devices.")
+@click.option("--mesh", type=MeshSizes(), help="With --model: how they divide it. Default: by tensor alone.")
 @compiler_option
 @options.processes_option
 @options.format_option
@@ -66,6 +70,7 @@ def compile_command(
     quantization,
     devices,
     hosts,
+    mesh,
     compiler,
     processes,
     format,
@@ -87,9 +92,13 @@ def compile_command(
         if kv_dtype and cache != "paged":
             raise click.UsageError(f"--kv-dtype {kv_dtype} needs --cache paged: a contiguous cache is not quantized")
 
+        if mesh and math.prod(mesh.values()) != devices * hosts:
+            shown = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+            raise click.UsageError(f"--mesh {shown} is not of {devices * hosts} devices: see --devices and --hosts")
+
         from ..proof import compile, steps
 
-        options_ = {"cache": cache, "kv_dtype": kv_dtype, "devices": devices, "hosts": hosts}
+        options_ = {"cache": cache, "kv_dtype": kv_dtype, "devices": devices, "hosts": hosts, "mesh": mesh}
         wanted = [
             steps.Row(step=one, arch=name, model=model, batch=batch, context=context, weights=quantization, **options_)
             for name in arch
@@ -115,7 +124,7 @@ def _refuse_tpus(archs: tuple[str, ...]) -> None:
             raise click.UsageError(f"--model knows no TPUs yet, got {name}")
 
 
-_OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype", "quantization", "devices", "hosts")
+_OF_MODELS = ("step", "batch", "context", "cache", "kv_dtype", "quantization", "devices", "hosts", "mesh")
 
 
 def _refuse_options(context: click.Context, given: tuple[str, ...], *, with_model: bool) -> None:

@@ -4,7 +4,7 @@ The program of a step is compiled with two and with three layers: the difference
 launches of the whole model follow without compiling all of it. A decode step ends with the logits, before sampling; a
 prefill step with the state of each row's last token.
 
-For several devices (tensor parallel) all layers are compiled, and what crosses between devices, what one of them holds
+For several devices all layers are compiled, and what crosses between devices, what one of them holds
 and which kernels it runs on which shapes are read from the program of the whole model.
 """
 
@@ -53,6 +53,7 @@ class Row:
     dtype: str = "bfloat16"
     devices: int = 1
     hosts: int = 1
+    mesh: Mapping[str, int] | None = None  # None: all of them along "tensor"
 
 
 def compiled(row: Row, layers: int) -> Program:
@@ -90,7 +91,8 @@ def _partition(row: Row, config: DecoderConfig) -> Partition:
     devices = np.asarray(by_xla.devices(row.arch, row.devices, row.hosts))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "over .* devices, each has all of", UserWarning)
-        return partition_of(config, jax.sharding.Mesh(devices, ("tensor",)))
+        mesh = row.mesh or {"tensor": len(devices)}
+        return partition_of(config, jax.sharding.Mesh(devices.reshape(*mesh.values()), tuple(mesh)))
 
 
 def _placed(shapes: Any, specs: Any, partition: Partition) -> Any:

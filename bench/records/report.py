@@ -96,7 +96,8 @@ def shards(compiled: Sequence[Record]) -> str:
 
 def _devices(row: Record) -> str:
     hosts = f"{row['hosts']} x " if row["hosts"] > 1 else ""
-    return f"{hosts}{row['devices']} {row['arch']}"
+    mesh = "".join(f", {axis}={size}" for axis, size in (row.get("mesh") or {}).items())
+    return f"{hosts}{row['devices']} {row['arch']}{mesh}"
 
 
 def _proven_on(arch: str) -> str:

@@ -16,7 +16,7 @@ import jfa.sharding
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import Linear, make_norm
 from jfa_models.model.lora import UNCHANGED, Scope
-from jfa_models.model.partition import Axes, Share
+from jfa_models.model.partition import Axes, Portion
 from jfa_models.model.rope import RopeConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
       segments: rows have several texts one after another, numbered; a token sees those of its own. Without a cache.
       tree_mask: with query_start, the new tokens of its row that each token sees, as in jfa.ragged_paged_attention.
       of_states: where the rows' states are. None: row r has the states of row r of the cache.
-      share: layers get this device's part of the tokens. None: they get all.
+      portion: layers get this device's part of the tokens. None: they get all.
     """
 
     lengths: Int[Array, " b"] | None = None
@@ -84,7 +84,7 @@ class Rows(NamedTuple):
     segments: Int[Array, "b t"] | None = None
     tree_mask: Bool[Array, "t m"] | None = None
     of_states: StateRows | None = None
-    share: Share | None = None
+    portion: Portion | None = None
 
 
 class Attention(nnx.Module):
@@ -141,7 +141,7 @@ class Attention(nnx.Module):
         rotation: None: queries and keys are not rotated.
         scope: what adapters change.
         """
-        lengths, query_start, segments, tree_mask, _, share = rows
+        lengths, query_start, segments, tree_mask, _, portion = rows
         b, t = x.shape[:2]
         q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
         gate = None
@@ -152,7 +152,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q, scope.at("q_norm")), self.k_norm(k, scope.at("k_norm"))
         if rotation is not None:
             q, k = rotation(q), rotation(k)
-        if share is not None:
+        if portion is not None:
             out, cache = self._of_own_tokens(q, k, v, rows, cache)
         elif cache is None:
             q_len = lengths if t > 1 else None
@@ -183,16 +183,16 @@ class Attention(nnx.Module):
         cache: Cache | None,
     ) -> tuple[Float[Array, "b own hq d"], Cache | None]:
         """Attention of this device's tokens, two chunks of each row, to those of all devices."""
-        share = rows.share
-        assert share is not None
+        portion = rows.portion
+        assert portion is not None
         if cache is None:
-            segments = None if rows.segments is None else share.own(rows.segments)
-            ring: dict[str, Any] = dict(axis_name=share.axes, order="zigzag", is_causal=True, **self.options)
+            segments = None if rows.segments is None else portion.own(rows.segments)
+            ring: dict[str, Any] = dict(axis_name=portion.axes, order="zigzag", is_causal=True, **self.options)
             ring |= dict(query_segment_ids=segments, key_value_segment_ids=segments)
             return jfa.sharding.ring_attention(q, k, v, **ring), None
-        k, v = share.whole(k), share.whole(v)
+        k, v = portion.whole(k), portion.whole(v)
         (b, t), size = k.shape[:2], q.shape[1] // 2
-        start = share.starts(size)[:, None]
+        start = portion.starts(size)[:, None]
         if isinstance(cache, jfa.KVCache):
             return self._over_slots(q, k, v, rows.lengths, cache, start[:, 0])
         # each chunk as one more row with the same pages

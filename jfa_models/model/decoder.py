@@ -61,18 +61,18 @@ class Block(nnx.Module):
             attended, cache = self.attention(normed, rotation, rows, cache, scope.inside("attention"))
         else:
             assert self.mixer is not None
-            share, scope_inside = rows.share, scope.inside("mixer")
-            if share is not None:  # a state has all tokens before in it
-                normed, scope_inside = share.whole(normed), scope_inside.map(share.whole)
+            portion, scope_inside = rows.portion, scope.inside("mixer")
+            if portion is not None:  # a state has all tokens before in it
+                normed, scope_inside = portion.whole(normed), scope_inside.map(portion.whole)
             attended, cache = self.mixer(normed, rotation, rows, cache, scope_inside)
-            attended = attended if share is None else share.own(attended)
+            attended = attended if portion is None else portion.own(attended)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended, scope.at("attention_post_norm"))
         x = x + self._weighed(attended)
         if self.mlp is None:
             return x, cache
         normed = normed if self.mlp_norm is None else self.mlp_norm(x, scope.at("mlp_norm"))
-        mlp = functools.partial(self.mlp, share=rows.share) if isinstance(self.mlp, Experts) else self.mlp
+        mlp = functools.partial(self.mlp, portion=rows.portion) if isinstance(self.mlp, Experts) else self.mlp
         out = mlp(normed, scope.inside("mlp"))
         if self.mlp_post_norm is not None:
             out = self.mlp_post_norm(out, scope.at("mlp_post_norm"))
@@ -147,7 +147,7 @@ class Decoder(nnx.Module):
         """
         t = tokens.shape[1]
         scope = UNCHANGED
-        share = self.partition.share(t) if tree_mask is None else None
+        portion = self.partition.portion(t) if tree_mask is None else None
         assert tree_mask is None or query_start is not None
         if query_start is not None:
             assert cache is not None and lengths is None
@@ -177,10 +177,10 @@ class Decoder(nnx.Module):
                 starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(is_row, dtype=jnp.int32)])
             of_states = StateRows(state_slot, starts, cache.kv_len == 0)
         of_all = scope
-        rows = Rows(lengths, query_start, segments, tree_mask, of_states, share)
-        if share is not None:
-            tokens, positions = share.own(tokens), share.own(jnp.broadcast_to(positions, tokens.shape))
-            scope = scope.map(share.own)
+        rows = Rows(lengths, query_start, segments, tree_mask, of_states, portion)
+        if portion is not None:
+            tokens, positions = portion.own(tokens), portion.own(jnp.broadcast_to(positions, tokens.shape))
+            scope = scope.map(portion.own)
         config = self.config
         rotation = None if config.rope is None else Rotation(config, config.rope, positions)
         local = rotation if config.local_rope is None else Rotation(config, config.local_rope, positions)
@@ -202,9 +202,9 @@ class Decoder(nnx.Module):
             cache = cache.advance(new)
         if wanted is None:
             x = self.norm(x, scope.at("norm"))
-            return x if share is None else share.whole(x), cache
+            return x if portion is None else portion.whole(x), cache
         at = jnp.divmod(wanted, t)
-        x = x[at] if share is None else share.at(x, *at)
+        x = x[at] if portion is None else portion.at(x, *at)
         return self.norm(x, of_all.map(lambda gates: gates[at]).at("norm")), cache
 
     @with_default_rules

@@ -21,7 +21,7 @@ from jfa import quant
 from jfa.products import times_rows
 from jfa_models.model.config import Activation, DecoderConfig
 from jfa_models.model.lora import UNCHANGED, Applied, Scope
-from jfa_models.model.partition import WHOLE, Axes, Partition, Share, first_of, summed
+from jfa_models.model.partition import WHOLE, Axes, Partition, Portion, first_of, summed
 
 _normal = jax.nn.initializers.normal(0.02)
 
@@ -196,10 +196,10 @@ class Experts(nnx.Module):
         self.shared_gate = Linear(hidden, 1, bias=False, dtype=dtype, rngs=rngs) if has_gate else None
 
     def __call__(
-        self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED, share: Share | None = None
+        self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED, portion: Portion | None = None
     ) -> Float[Array, "*b hidden"]:
-        """share: devices have different tokens. None: all have x."""
-        is_exchanged = share is not None and bool(self.experts_over)
+        """portion: devices have different tokens. None: all have x."""
+        is_exchanged = portion is not None and bool(self.experts_over)
         routed = self._routed(x, scope, is_exchanged)
         if not self.sums_together:
             routed = summed(routed, self.inner_over if is_exchanged else self.sum_over)

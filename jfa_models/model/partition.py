@@ -34,7 +34,7 @@ AXES = ("data", "tensor", "expert", "context")  # of a mesh that users give
 TENSOR = ("heads", "group")
 
 
-class Share(NamedTuple):
+class Portion(NamedTuple):
     """The part of a step's tokens that this device computes: two chunks, so that all have as much to attend to.
 
     Every device gets the keys and values of all tokens, since each has a whole cache. Source: arXiv:2407.21783, section
@@ -82,7 +82,7 @@ class Partition:
       experts: whole experts.
       expert_inner, shared_inner: the inner vectors of each expert, and of the one that every token has.
       expert_layers: the layers with experts.
-      tokens: the tokens of a step that has many (Share).
+      tokens: the tokens of a step that has many (Portion).
       others: the meshes of other replicas of the decoder.
       group, num_groups: which group of processes this one is in, of how many that have replicas (groups.py).
       rows: of a batch, and of parameters and the optimizer's state at rest, in training (for_training).
@@ -266,12 +266,12 @@ class Partition:
                 f"without cutting a group; counts that do: {fits}; or use quantization='int8', which has no groups"
             )
 
-    def share(self, num_tokens: int) -> Share | None:
+    def portion(self, num_tokens: int) -> Portion | None:
         """How the tokens of each row of a step are divided; None: every device has all, since they are too few."""
         count = self.size(self.tokens)
         if count == 1 or num_tokens % (2 * count) or num_tokens < 2 * count * LEAST_CHUNK:
             return None
-        return Share(self.tokens, count)
+        return Portion(self.tokens, count)
 
     @property
     def is_shared(self) -> bool:
@@ -396,7 +396,8 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
     # without axes of one device, as XLA names the results of a step: other names would compile it again
     over = tuple(axis for axis, size in zip(TENSOR, (heads, n // heads), strict=True) if size > 1)
     has_mlp = any(config.has_mlp and not config.has_experts(i) for i in range(config.num_layers))
-    replicas, group, num_groups = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts, sizes["context"])), 0, 1
+    replicas = _replicas(mesh, sizes["data"], (heads, n // heads, num_experts, sizes["context"]))
+    group, num_groups = 0, 1
     if isinstance(mesh, Mesh) and jax.process_count() > 1:
         places = [frozenset(device.process_index for device in one.devices.flat) for one in replicas]
         own, group, num_groups = own_group(places, jax.process_index())

@@ -150,7 +150,7 @@ class Trainable:
         num_rows, length = rows[0].shape
         if num_rows % replicas:
             raise ValueError(f"{num_rows} rows cannot be divided by {replicas} replicas: use a multiple")
-        if parts > 1 and partition.share(length) is None:
+        if parts > 1 and partition.portion(length) is None:
             raise ValueError(
                 f"rows of {length} tokens cannot be divided by the {parts} devices of the axis 'context': their length "
                 f"must be a multiple of {2 * parts}, at least {2 * parts * LEAST_CHUNK}"
