@@ -214,6 +214,7 @@ def test_the_launches_of_a_model_are_counted(arch):
 
 @needs_xla
 @pytest.mark.exhaustive
+@pytest.mark.soak
 def test_the_kernels_of_a_shard_have_its_share_of_the_heads():
     """9 query and 3 key heads over three hosts of one device."""
     row = steps.Row(model="smollm2-135m", step="decode", arch="gfx942", batch=2, context=256, cache="paged")
