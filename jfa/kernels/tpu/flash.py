@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jfa.kernels.common import Shape, output
 from jfa.kernels.tpu import tile
 from jfa.kernels.tpu._pallas import pl, pltpu
 from jfa.kernels.tpu.tile import LANES, Scores
@@ -32,33 +33,10 @@ _TILES = ((512, 1024), (512, 512), (256, 512), (128, 512), (128, 256), (128, 128
 _MOST_ROWS = 1024
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The sizes of a call, in elements, and the number of key heads of a block."""
-
-    b: int
-    tq: int
-    tk: int
-    hq: int
-    hkv: int
-    d: int
-    dv: int
-
-    @classmethod
-    def of(cls, operands: Operands) -> "Shape":
-        b, tq, hq, d = operands.q.shape
-        return cls(b=b, tq=tq, tk=operands.k.shape[1], hq=hq, hkv=operands.k.shape[2], d=d, dv=operands.v.shape[3])
-
-    @property
-    def g(self) -> int:
-        """Query heads per key head."""
-        return self.hq // self.hkv
-
-    @property
-    def heads(self) -> int:
-        """Key heads of a block: the fewest whose columns fill whole rows of lanes, otherwise all."""
-        fitting = math.lcm(LANES // math.gcd(self.d, LANES), LANES // math.gcd(self.dv, LANES))
-        return fitting if self.hkv % fitting == 0 else self.hkv
+def heads_of_block(shape: Shape) -> int:
+    """Key heads of a block: the fewest whose columns fill whole rows of lanes, otherwise all."""
+    fitting = math.lcm(LANES // math.gcd(shape.d, LANES), LANES // math.gcd(shape.dv, LANES))
+    return fitting if shape.hkv % fitting == 0 else shape.hkv
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> TpuConfig:
@@ -98,16 +76,17 @@ def vmem_bytes(operands: Operands, config: TpuConfig) -> int:
     """Bytes of VMEM that the kernel needs, at most: blocks twice, scratch arrays, and three tiles of scores."""
     shape, dtype = Shape.of(operands), operands.q.dtype
     block_q = _block_q(shape, config, dtype)
-    rows, columns = shape.g * block_q, shape.heads * shape.g
+    heads = heads_of_block(shape)
+    rows, columns = shape.g * block_q, heads * shape.g
     stored = tile.stored_bytes
     blocks = (
         stored((block_q, columns * shape.d), dtype)
-        + stored((config.block_kv, shape.heads * shape.d), dtype)
-        + stored((config.block_kv, shape.heads * shape.dv), dtype)
+        + stored((config.block_kv, heads * shape.d), dtype)
+        + stored((config.block_kv, heads * shape.dv), dtype)
         + stored((block_q, columns * shape.dv), dtype)
         + stored((columns, 1, block_q), jnp.float32)
     )
-    scratch = shape.heads * (
+    scratch = heads * (
         stored((rows, shape.d), dtype) + stored((rows, shape.dv), jnp.float32) + 2 * stored((rows, LANES), jnp.float32)
     )
     return 2 * blocks + scratch + 3 * stored((rows, config.block_kv), jnp.float32)
@@ -134,7 +113,7 @@ def flash_attention(
         empty = jnp.full((shape.b, shape.tq, shape.hq), -jnp.inf, jnp.float32)
         return jnp.zeros((*empty.shape, shape.dv), q.dtype), empty
     config = dataclasses.replace(config, block_kv=min(config.block_kv, tile.rounded(shape.tk, LANES)))
-    block_q, block_kv, heads = _block_q(shape, config, q.dtype), config.block_kv, shape.heads
+    block_q, block_kv, heads = _block_q(shape, config, q.dtype), config.block_kv, heads_of_block(shape)
     rows, num_q_tiles = shape.g * block_q, pl.cdiv(shape.tq, block_q)
     span = functools.partial(Span.of, shape=shape, spec=spec, block_q=block_q, block_kv=block_kv)
 
@@ -164,6 +143,7 @@ def flash_attention(
             _flash_kernel,
             names=tuple(scalars),
             shape=shape,
+            heads=heads,
             spec=spec,
             block_q=block_q,
             block_kv=block_kv,
@@ -191,8 +171,8 @@ def flash_attention(
             ],
         ),
         out_shape=[
-            tile.output((shape.b, shape.tq, shape.hq * shape.dv), q.dtype, like=q),
-            tile.output((shape.b, shape.hq, 1, num_q_tiles * block_q), jnp.float32, like=q),
+            output((shape.b, shape.tq, shape.hq * shape.dv), q.dtype, like=q),
+            output((shape.b, shape.hq, 1, num_q_tiles * block_q), jnp.float32, like=q),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
@@ -290,6 +270,7 @@ def _flash_kernel(
     # acc [heads, g*block_q, dv]
     names: tuple[str, ...],
     shape: Shape,
+    heads: int,
     spec: AttentionSpec,
     block_q: int,
     block_kv: int,
@@ -303,11 +284,11 @@ def _flash_kernel(
     span = Span.of(ref["rows"], b, i, shape=shape, spec=spec, block_q=block_q, block_kv=block_kv)
     scores = Scores(spec=spec, has_bias="alibi_slopes" in ref)
     first_row, n = i * block_q, span.tile_first + step
-    first_head = block * shape.heads * g
+    first_head = block * heads * g
 
     def each_query_head():
         """(key head, query head, rows) of the block."""
-        for h in range(shape.heads):
+        for h in range(heads):
             for j in range(g):
                 yield h, h * g + j, pl.ds(j * block_q, block_q)
 
@@ -326,7 +307,7 @@ def _flash_kernel(
         key = n * block_kv + lax.broadcasted_iota(jnp.int32, (1, block_kv), 1)
         row = first_row + lax.rem(lax.broadcasted_iota(jnp.int32, (g * block_q, 1), 0), jnp.int32(block_q))
         position = row + span.offset
-        for h in range(shape.heads):
+        for h in range(heads):
             keys, values = k_ref[:, h * d : (h + 1) * d], v_ref[:, h * dv : (h + 1) * dv]
             bias = None
             if "alibi_slopes" in ref:

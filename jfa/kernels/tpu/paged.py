@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jfa.kernels.common import output
 from jfa.kernels.tpu import tile
 from jfa.kernels.tpu._pallas import pl, pltpu
 from jfa.kernels.tpu.tile import LANES, Scores
@@ -306,7 +307,7 @@ def _call(
             ],
         ),
         out_shape=[
-            tile.output(one, dtype, like=operands.q)
+            output(one, dtype, like=operands.q)
             for one, dtype in zip(outs, (operands.q.dtype, jnp.float32), strict=True)
         ],
         # in order: a tile starts the copies of the next one

@@ -8,7 +8,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -88,11 +87,6 @@ def stored_bytes(shape: tuple[int, ...], dtype: Any) -> int:
 def rounded(n: int, multiple: int) -> int:
     """n rounded up to a multiple."""
     return pl.cdiv(n, multiple) * multiple
-
-
-def output(shape: tuple[int, ...], dtype: Any, *, like: Array) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a kernel's output; inside shard_map it varies over the same mesh axes as `like`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
