@@ -456,7 +456,7 @@ def _paged_kernel(
             own = head == lax.div(row, jnp.int32(shape.g))
             visible = own if visible is None else visible & own
         for group in range(shape.groups):
-            raw = tile.product(_signed(ref["q"][group], scores), numbers("k", place, group), transposed=True)
+            raw = tile.product(_signed(ref["q"][group], scores), numbers("k", place, group), trans_b=True)
             if "k_scales" in vmem:
                 raw = raw * vmem["k_scales"][place, pl.ds(group, 1)]
             raw = scores.raw(raw)
