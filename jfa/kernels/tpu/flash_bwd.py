@@ -38,16 +38,15 @@ _TILES = ((512, 512), (256, 512), (128, 512), (128, 256), (128, 128))
 _MOST_ROWS = 1024
 
 
-def default_config(operands: Operands, device: DeviceInfo) -> TpuConfig:
-    """The first of _TILES that fits into the device's VMEM."""
-    shape = Shape.of(operands)
-    fitting = [
-        TpuConfig(block_q=block_q, block_kv=block_kv)
+def default_config(operands: Operands, forward: TpuConfig, device: DeviceInfo) -> TpuConfig | None:
+    """The first of _TILES, cut to those of the forward pass, that fits into the device's VMEM; None: none does."""
+    g, limit = Shape.of(operands).g, tile.budget(device)
+    fitting = (
+        TpuConfig(block_q=min(block_q, forward.block_q), block_kv=min(block_kv, forward.block_kv))
         for block_q, block_kv in _TILES
-        if shape.g * block_q <= _MOST_ROWS or block_q == LANES
-    ]
-    limit = tile.budget(device)
-    return next((one for one in fitting if vmem_bytes(operands, one, tiles=1) <= limit), fitting[-1])
+        if g * block_q <= _MOST_ROWS or block_q == LANES
+    )
+    return next((one for one in fitting if vmem_bytes(operands, one, tiles=1) <= limit), None)
 
 
 def vmem_bytes(operands: Operands, config: TpuConfig, *, tiles: int) -> int:
