@@ -320,8 +320,8 @@ class Grid:
     def visible(self, span: "Span", query, key, *, edge: bool, segments=None) -> list[Array]:
         """The conditions for a score to be visible; query, key: indices, one a column and the other a row.
 
-        Rows past the last query may see anything: nothing of theirs is used. edge: positions may mask some keys.
-        segments: of the queries and the keys, arrays like those; None: there are none.
+        edge: positions may mask some keys. segments: of the queries and the keys, arrays like those; None: there are
+        none. Without them, rows past the last query may see anything: nothing of theirs is used.
         """
         conditions = []
         if edge and self.ragged:
@@ -331,7 +331,8 @@ class Grid:
         if edge and self.spec.right is not None:
             conditions.append(key <= query + (span.offset + self.spec.right))
         if segments is not None:
-            conditions.append(segments[0] == segments[1])
+            # keys that only such rows see may contain anything
+            conditions += [query < span.q_len, segments[0] == segments[1]]
         return conditions
 
 

@@ -305,7 +305,7 @@ def _flash_bwd_kernel(
     def _():
         def clear(j, _):
             for name in ("dk_sum", "dv_sum"):
-                ref[name][:, of_tile(j)] = jnp.zeros((heads, block_kv, ref[name].shape[2]), jnp.float32)
+                _clear(ref[name].at[:, of_tile(j)])
 
         lax.fori_loop(0, parts.tiles, clear, None)
 
@@ -313,7 +313,7 @@ def _flash_bwd_kernel(
     def _():
         for name in ("dq_sum", "slope_sum"):
             if name in ref:
-                ref[name][...] = jnp.zeros_like(ref[name])
+                _clear(ref[name])
         for h, head, rows in each_query_head():
             # rows that saw no key may contain anything
             saw = tile.column(ref["lse"][head]) != jnp.inf
@@ -332,8 +332,8 @@ def _flash_bwd_kernel(
         for h in range(heads):
             keys, values = ref["k"][:, h * d : (h + 1) * d], ref["v"][:, h * dv : (h + 1) * dv]
             if segments is not None:
-                any_row = functools.reduce(jnp.logical_and, conditions).astype(jnp.float32).max(1, keepdims=True) > 0.0
-                keys, values = jnp.where(any_row, keys, 0), jnp.where(any_row, values, 0)
+                seen = functools.reduce(jnp.logical_and, conditions).astype(jnp.float32).max(1, keepdims=True) > 0.0
+                keys, values = jnp.where(seen, keys, 0), jnp.where(seen, values, 0)
             elif edge and not grid.all_seen:
                 # keys that the tile does not see may contain anything, and 0 * NaN is NaN
                 inside = (key >= span.first) & (key < span.end)
@@ -381,3 +381,7 @@ def _flash_bwd_kernel(
                     ref[name][at, h * width : (h + 1) * width] = summed.astype(ref[name].dtype)
 
         lax.fori_loop(0, parts.tiles, store, None)
+
+
+def _clear(ref) -> None:
+    ref[...] = jnp.zeros(ref.shape, ref.dtype)
