@@ -14,6 +14,7 @@ KERNELS = {
     "flash_attention": ("flash_attention", "forward"),
     "flash_attention_dq": ("flash_attention", "backward"),
     "flash_attention_dkv": ("flash_attention", "backward"),
+    "flash_attention_bwd": ("flash_attention", "backward"),  # both in one, on TPUs
     "paged_decode_attention": ("paged_decode_attention", "forward"),
     "ragged_paged_attention": ("ragged_paged_attention", "forward"),
     "quantized_matmul_few_rows": ("quantized_matmul_few_rows", "forward"),
@@ -21,8 +22,10 @@ KERNELS = {
     "linear_attention": ("linear_attention", "forward"),
     "delta_attention": ("delta_attention", "forward"),  # linear attention with the delta rule
 }
-TUNED = tuple(name for name in KERNELS if name not in ("linear_attention", "delta_attention"))  # that have tables
-TPU_KERNELS = ("flash_attention", "paged_decode_attention", "ragged_paged_attention")  # that TPUs have too
+# that have tables
+TUNED = tuple(name for name in KERNELS if name not in ("flash_attention_bwd", "linear_attention", "delta_attention"))
+TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
+GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))
 DIRECTIONS = ("forward", "backward")
 FLASH_DTYPES = ("bfloat16", "float16", "float32")

@@ -135,8 +135,8 @@ def dot_product_attention(
         on this key and on the indices (row, head, query, key) of the weight in this call's arrays. Under shard_map,
         fold the device's index into the key.
       broadcast_dropout: drop the same weights in all rows and heads.
-      config: tile sizes, a FlashConfig for "triton" (forward), a TpuConfig for "tpu" (forward) or a BlockConfig for
-        "xla"; None: the backend's default.
+      config: tile sizes, a FlashConfig for "triton" (forward), a TpuConfig for "tpu" (the backward pass has no larger
+        ones) or a BlockConfig for "xla"; None: the backend's default.
 
     Returns:
       [b, tq, hq, dv] in query's dtype; with return_residual also the residual, f32[b, tq, hq]. Without the batch axis

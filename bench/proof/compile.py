@@ -52,7 +52,7 @@ def cases(
         Case(kernel=op.kernel, dtype=dtype, head_dim=head_dim, arch=arch, compiler=compiler)
         for op in ops
         for arch in archs
-        if arch in names.ARCHS or op.kernel in names.TPU_KERNELS
+        if op.kernel in (names.GPU_KERNELS if arch in names.ARCHS else names.TPU_KERNELS)
         for dtype in op.dtypes
         for head_dim in sorted((*op.head_dims, *op.between))
         if (dtypes is None or dtype in dtypes) and (head_dims is None or head_dim in head_dims)
@@ -119,14 +119,14 @@ def _without_code(reason: str, arch: str) -> dict[str, Any]:
 
 def compile_all(cases: Sequence[Case], *, processes: int = names.PROCESSES) -> list[dict[str, Any]]:
     """compile_case for each case, in order, in this number of worker processes; 0: in this process."""
-    return pool.each(compile_case, cases, crashed=_crashed, doing="compiling", processes=processes)
+    return pool.each(compile_case, cases, lost=_lost, doing="compiling", processes=processes)
 
 
-def _crashed(case: Case) -> dict[str, Any]:
+def _lost(case: Case, why: str) -> dict[str, Any]:
     about = {"kernel": case.kernel, "op": case.op.name, "direction": case.op.direction, "variant": case.variant}
     what = {"dtype": case.dtype, "head_dim": case.head_dim, "arch": case.arch, "config": dict(case.config or ())}
     what["compiler"] = compilers.chosen(case.arch, case.compiler)
-    failed = _without_code("the compiler crashed its process", case.arch)
+    failed = _without_code(f"the compiler {why}", case.arch)
     return {"benchmark": "compile", **about, **what, **failed, "seconds": None}
 
 

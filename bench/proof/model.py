@@ -212,8 +212,8 @@ def _about(row: Row) -> dict[str, Any]:
     return {"benchmark": "prove model", "compiler": "xla", **dataclasses.asdict(row)}
 
 
-def _crashed(row: Row) -> dict[str, Any]:
-    return _about(row) | {"status": "wrong", "reason": "the process crashed", "seconds": None}
+def _lost(row: Row, why: str) -> dict[str, Any]:
+    return _about(row) | {"status": "wrong", "reason": f"the row {why}", "seconds": None}
 
 
 def prove_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[dict[str, Any]]:
@@ -224,9 +224,7 @@ def prove_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[dic
     """
     for arch in {row.arch for row in rows}:
         compilers.chosen(arch, "xla")
-    return pool.each(
-        prove_row, rows, crashed=_crashed, doing="proving", processes=max(1, processes), rows_per_process=1
-    )
+    return pool.each(prove_row, rows, lost=_lost, doing="proving", processes=max(1, processes), rows_per_process=1)
 
 
 TABLE = {

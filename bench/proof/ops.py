@@ -25,6 +25,7 @@ from jfa.types import (
     ProductConfig,
     ProductOperands,
     ProductSpec,
+    TpuConfig,
 )
 
 from .. import names
@@ -118,22 +119,26 @@ def _flash_backward(dtype: str, head_dim: int, config: FlashConfig | None, varia
     residual = jax.ShapeDtypeStruct(q.shape[:3], "float32")
 
     def call(q, k, v, out, lse, d_out):
-        given = None if config is None else flash_bwd.BackwardConfig(dq=config, dkv=config)
-        chosen = given or backends.flash("triton").backward_config(Operands(q, k, v), None, probe())
-        spec = AttentionSpec(sm_scale=head_dim**-0.5, causal=True)
-        return flash_bwd.flash_attention_bwd(
-            Operands(q, k, v), out, lse, d_out, jnp.zeros_like(lse), spec=spec, config=chosen, interpret=False
-        )
+        device, operands = probe(), Operands(q, k, v)
+        backend, spec = backends.flash(_kernels()), AttentionSpec(sm_scale=head_dim**-0.5, causal=True)
+        if reason := backend.why_not(operands, spec, device):
+            raise jfa.UnsupportedError(reason)
+        chosen = _backward_default(device, dtype, head_dim)
+        if config is not None:
+            chosen = config if device.platform == "tpu" else flash_bwd.BackwardConfig(dq=config, dkv=config)
+        return backend.run_backward(operands, out, lse, d_out, jnp.zeros_like(lse), spec, chosen, device)
 
     return call, (q, kv, kv, q, residual, q)
 
 
-def _backward_default(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConfig]:
-    def config(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
-        chosen = backends.flash("triton").backward_config(_operands(dtype, head_dim), None, device)
-        return getattr(chosen, kernel)
+def _backward_default(device: DeviceInfo, dtype: str, head_dim: int) -> Any:
+    """The configuration of a call's backward pass."""
+    backend, operands = backends.flash(_kernels(device)), _operands(dtype, head_dim)
+    return backend.backward_config(operands, backend.default_config(operands, device), device)
 
-    return config
+
+def _backward_part(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConfig]:
+    return lambda device, dtype, head_dim: getattr(_backward_default(device, dtype, head_dim), kernel)
 
 
 # A decode batch, and the same rows with a prompt chunk each: 64 rows of up to 8192 tokens, 32 query heads over 8.
@@ -495,7 +500,7 @@ OPS = (
         kernel="flash_attention_dq",
         config_type=FlashConfig,
         call=_flash_backward,
-        default_config=_backward_default("dq"),
+        default_config=_backward_part("dq"),
         own_results=lambda gradients: gradients.q,
         variants=("padded head_dim",),
         sweep=Sweep(
@@ -517,7 +522,7 @@ OPS = (
         kernel="flash_attention_dkv",
         config_type=FlashConfig,
         call=_flash_backward,
-        default_config=_backward_default("dkv"),
+        default_config=_backward_part("dkv"),
         own_results=lambda gradients: (gradients.k, gradients.v),
         variants=("padded head_dim",),
         sweep=Sweep(
@@ -532,6 +537,15 @@ OPS = (
             ),
             alike={"float16": "bfloat16"},
         ),
+    ),
+    Op(
+        name="flash_attention",
+        direction="backward",
+        kernel="flash_attention_bwd",
+        config_type=TpuConfig,
+        call=_flash_backward,
+        default_config=_backward_default,
+        sweep=None,
     ),
     Op(
         name="paged_decode_attention",

@@ -87,6 +87,7 @@ QUICK_OPTIONS = (
 )
 
 
+INTERPRETED_S = 900.0  # that a row may take in the interpreter, several times what the slowest takes
 QUICK_ON_TPUS = ("gqa", "cached_chunk", "sinks_and_window", "int8_odd", "window", "chunks_and_tokens")
 
 
@@ -232,7 +233,7 @@ def prove_row(row: Row) -> dict[str, Any]:
             continue
         truth.options.setdefault("config", TpuConfig(block_q=128, block_kv=128))
         try:
-            verdicts[name] = dataclasses.replace(interpreted(proof.check(truth, "tpu")), kernels=(row.op,))
+            verdicts[name] = dataclasses.replace(interpreted(proof.check(truth, "tpu")), kernels=_kernels_on_tpus(row))
         except UnsupportedError:
             refused.append(name)
     wrong = [f"{name}: {found.wrong}" for name, found in verdicts.items() if found.wrong]
@@ -252,14 +253,19 @@ def prove_row(row: Row) -> dict[str, Any]:
     }
 
 
+def _kernels_on_tpus(row: Row) -> tuple[str, ...]:
+    backward = [name for name in names.TPU_KERNELS if names.KERNELS[name] == (row.op, "backward")]
+    return row.op, *(backward if row.direction == "backward" else ())
+
+
 def _about(row: Row) -> dict[str, Any]:
     what = {"benchmark": "prove", "op": row.op, "direction": row.direction, "arch": row.arch}
     what["compiler"] = "interpreter" if row.arch == names.INTERPRETED else compilers.chosen(row.arch, row.compiler)
     return what | {"dtype": row.dtype, "head_dim": "options" if row.head_dim is None else row.head_dim}
 
 
-def _crashed(row: Row) -> dict[str, Any]:
-    return _about(row) | {"status": "wrong", "reason": "the process crashed", "cases": [], "seconds": None}
+def _lost(row: Row, why: str) -> dict[str, Any]:
+    return _about(row) | {"status": "wrong", "reason": f"the row {why}", "cases": [], "seconds": None}
 
 
 def rows(
@@ -282,16 +288,24 @@ def rows(
 
 
 def _on_tpus(row: Row) -> bool:
-    """Whether TPUs have the kernel, for these dtypes; its gradients are XLA's."""
+    """Whether TPUs have the kernel, for these dtypes."""
     of_queries, _, of_pages = row.dtype.partition(" on ")
-    return (
-        row.op in names.TPU_KERNELS and row.direction == "forward" and of_queries != "float16" and of_pages != "uint8"
-    )
+    return row.op in names.TPU_KERNELS and of_queries != "float16" and of_pages != "uint8"
 
 
 def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:
-    """prove_row for each row, in order, in this number of worker processes; 0: in this process."""
-    return pool.each(prove_row, rows, crashed=_crashed, doing="proving", processes=processes)
+    """prove_row for each row, in order, in this number of worker processes; 0: in this process.
+
+    A wait for a semaphore that nobody signals hangs the interpreter: a row of it that takes too long is wrong.
+    """
+    return pool.each(
+        prove_row,
+        rows,
+        lost=_lost,
+        doing="proving",
+        processes=processes,
+        limit_s=lambda row: INTERPRETED_S if row.arch == names.INTERPRETED else None,
+    )
 
 
 TABLE = {

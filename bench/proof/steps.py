@@ -175,13 +175,11 @@ def compile_all(rows: Sequence[Row], processes: int = names.PROCESSES) -> list[d
     for arch in {row.arch for row in rows}:
         compilers.chosen(arch, "xla")
 
-    def crashed(row: Row) -> dict[str, Any]:
+    def lost(row: Row, why: str) -> dict[str, Any]:
         about = {"benchmark": "compile model", "compiler": "xla", **dataclasses.asdict(row)}
-        return about | {"status": "failed", "reason": "the compiler crashed its process"}
+        return about | {"status": "failed", "reason": f"the compiler {why}"}
 
-    return pool.each(
-        compile_row, rows, crashed=crashed, doing="compiling", processes=max(1, processes), rows_per_process=1
-    )
+    return pool.each(compile_row, rows, lost=lost, doing="compiling", processes=max(1, processes), rows_per_process=1)
 
 
 TABLE = {

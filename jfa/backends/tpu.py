@@ -1,10 +1,10 @@
 """Mosaic kernels for TPUs. On a CPU they run in JAX's TPU interpreter.
 
-What they do not support is left to XLA, and so are the gradients.
+What they do not support is left to XLA.
 """
 
 from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
-from jfa.kernels.tpu import flash, paged, tile
+from jfa.kernels.tpu import flash, flash_bwd, paged, tile
 from jfa.kernels.xla import flash as flash_in_xla
 from jfa.types import BlockConfig, DeviceInfo, Operands, TpuConfig
 
@@ -19,12 +19,25 @@ def _run(operands, spec, config, device):
     )
 
 
-def _backward_config(operands: Operands, config: TpuConfig, device: DeviceInfo) -> BlockConfig:
-    return flash_in_xla.default_config(operands, device)
+def _backward_config(operands: Operands, config: TpuConfig, device: DeviceInfo) -> TpuConfig | BlockConfig:
+    """XLA computes the gradients if not even the smallest tiles of the kernel fit into VMEM."""
+    return flash_bwd.default_config(operands, config, device) or flash_in_xla.default_config(operands, device)
 
 
 def _run_backward(operands, out, lse, d_out, d_lse, spec, config, device):
-    return flash_in_xla.flash_attention_bwd(operands, out, lse, d_out, d_lse, spec=spec, config=config)
+    if isinstance(config, BlockConfig):
+        return flash_in_xla.flash_attention_bwd(operands, out, lse, d_out, d_lse, spec=spec, config=config)
+    return flash_bwd.flash_attention_bwd(
+        operands,
+        out,
+        lse,
+        d_out,
+        d_lse,
+        spec=spec,
+        config=config,
+        vmem_limit_bytes=tile.budget(device),
+        interpret=tile.interpretation(device),
+    )
 
 
 def _run_paged(operands, spec, config, device):

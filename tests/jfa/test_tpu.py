@@ -1,6 +1,7 @@
 """The TPU kernels, in JAX's TPU interpreter: NaN in scratch memory, copies that arrive late, and races reported."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -12,10 +13,10 @@ from runs import run
 import jfa
 from jfa import backends
 from jfa.device import describe
-from jfa.kernels.tpu import flash, tile
+from jfa.kernels.tpu import flash, flash_bwd, tile
 from jfa.kernels.tpu._pallas import pltpu
 from jfa.types import AttentionSpec, BlockConfig, Operands, PagedOperands
-from jfa_bench.proof.proofs import poisoned, tile_cases
+from jfa_bench.proof.proofs import backward_check, poisoned, tile_cases
 from jfa_bench.truth import cases, paged_cases
 from jfa_bench.truth.numerics import assert_within, limit
 
@@ -44,7 +45,7 @@ def agrees(known, call, *arrays):
 
 # Attention
 
-SERVED = [name for name, case in cases.CASES.items() if not (case.bias or case.mask or case.segments)]
+SERVED = [name for name, case in cases.CASES.items() if not (case.bias or case.mask)]
 SERVED = [name for name in SERVED if not cases.CASES[name].dropout_rate]
 # between them, they have all options
 QUICK = {
@@ -57,6 +58,7 @@ QUICK = {
     "alibi_both_ways_with_soft_cap": "float32",
     "alibi_per_row": "bfloat16",
     "negative_scale": "bfloat16",
+    "segments_window_and_lengths": "bfloat16",
 }
 RUNS = [
     run(name, dtype, quick=QUICK.get(name) == dtype, soak=True) for name in SERVED for dtype in ("bfloat16", "float32")
@@ -98,20 +100,78 @@ def test_programs_may_run_in_any_order():
     np.testing.assert_array_equal(*outs)
 
 
-def test_gradients_are_those_of_xla():
-    known = cases.truth("cached_chunk", "float32")
+def gradients_agree(known):
+    known = dataclasses.replace(known, options=known.options | {"config": TILES})
+    fn, args, wanted, limits = backward_check(known, "tpu")
+    with interpreter():
+        found = jax.block_until_ready(jax.jit(fn)(*args))
+    for got, want, allowed in zip(found, wanted, limits, strict=True):
+        assert_within(got, want, allowed)
 
-    def gradients(implementation, config):
+
+# between them, they have all options
+QUICK_GRADIENTS = {
+    "offset_and_window": "float32",
+    "segments_window_and_lengths": "bfloat16",
+    "alibi_both_ways_with_soft_cap": "float32",
+    "sinks_and_window": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        run(name, dtype, quick=QUICK_GRADIENTS.get(name) == dtype, soak=True)
+        for name in SERVED
+        for dtype in ("bfloat16", "float32")
+    ],
+)
+def test_gradients_agree_with_the_oracle(name, dtype):
+    gradients_agree(cases.truth(name, dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        run(name, head_dim, quick=(name, head_dim) == ("causal", 64), soak=True)
+        for head_dim, found in OF_TILES.items()
+        for name in found
+    ],
+)
+def test_gradients_of_several_tiles_agree_with_the_oracle(name, head_dim):
+    gradients_agree(cases.truth_of(OF_TILES[head_dim][name], "bfloat16", seed=0))
+
+
+def test_gradients_agree_if_the_sums_of_only_one_tile_of_keys_fit(monkeypatch):
+    case = cases.Case(shape=(1, 140, 200, 2, 1, 16), alibi=True, options=dict(is_causal=True, query_offset=[60]))
+    monkeypatch.setattr(flash_bwd, "vmem_bytes", lambda operands, config, *, tiles: 0 if tiles == 1 else 1 << 40)
+    gradients_agree(cases.truth_of(case, "bfloat16", seed=0))
+
+
+def test_keys_of_segments_that_no_query_sees_may_be_nan():
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.standard_normal((1, 20, 2, 16)), jnp.float32) for _ in range(3))
+    # the last tile of queries is padded with the id 0
+    ids = dict(query_segment_ids=np.full((1, 20), 1), key_value_segment_ids=np.repeat([[0, 1]], 10, axis=1))
+
+    @jax.jit
+    def gradients(k, v):
         def loss(*arrays):
-            options = known.options | dict(implementation=implementation, config=config)
-            return jnp.square(jfa.dot_product_attention(*arrays, **options)).sum()
+            return jfa.dot_product_attention(*arrays, implementation="tpu", config=TILES, **ids).sum()
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*known.arrays)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
 
     with interpreter():
-        found = jax.block_until_ready(gradients("tpu", TILES))
-    for got, want in zip(found, gradients("xla", BlockConfig(block_q=16, block_kv=16)), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+        dirty = gradients(k.at[:, :10].set(jnp.nan), v.at[:, :10].set(jnp.inf))
+        clean = gradients(k, v)
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+
+
+def test_gradients_are_those_of_xla_where_the_kernel_does_not_fit():
+    operands = shapes(heads=(128, 8), head_dim=256)
+    forward = flash.default_config(operands, V4)
+    assert flash.why_not(operands, SPEC, V4) is None
+    assert isinstance(backends.flash("tpu").backward_config(operands, forward, V4), BlockConfig)
 
 
 def test_keys_seen_only_by_the_padding_of_a_tile_may_be_nan():
@@ -193,7 +253,6 @@ UNSERVED = {
     "value_head_dim": (shapes(value_head_dim=4), V5E, "the head_dim of value must be 8 to 256, got 4"),
     "bias": (shapes(bias=ANY), V5E, "the TPU kernel has no bias yet"),
     "mask": (shapes(mask=ANY), V5E, "the TPU kernel has no mask yet"),
-    "segments": (shapes(q_segments=ANY, kv_segments=ANY), V5E, "the TPU kernel has no query_segment_ids yet"),
     "dropout": (shapes(dropout_seed=ANY), V5E, "the TPU kernel has no dropout_rate yet"),
     "vmem": (
         shapes(heads=(2046, 31), head_dim=136),
@@ -293,4 +352,7 @@ def test_default_tiles_fit_into_the_vmem_of_each_chip(arch, group, head_dim):
         if reason := flash.why_not(operands, SPEC, device):
             assert arch == "v4" or ((group, head_dim) == (16, 80) and "bytes of VMEM" in reason)
         else:
-            assert flash.vmem_bytes(operands, flash.default_config(operands, device)) <= tile.budget(device)
+            forward = flash.default_config(operands, device)
+            assert flash.vmem_bytes(operands, forward) <= tile.budget(device)
+            backward = flash_bwd.default_config(operands, forward, device)
+            assert backward or (arch == "v4" and group == 16)

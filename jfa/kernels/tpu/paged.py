@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jfa.kernels.common import output
 from jfa.kernels.tpu import tile
 from jfa.kernels.tpu._pallas import pl, pltpu
 from jfa.kernels.tpu.tile import LANES, Scores
@@ -306,7 +307,7 @@ def _call(
             ],
         ),
         out_shape=[
-            tile.output(one, dtype, like=operands.q)
+            output(one, dtype, like=operands.q)
             for one, dtype in zip(outs, (operands.q.dtype, jnp.float32), strict=True)
         ],
         # in order: a tile starts the copies of the next one
@@ -455,7 +456,7 @@ def _paged_kernel(
             own = head == lax.div(row, jnp.int32(shape.g))
             visible = own if visible is None else visible & own
         for group in range(shape.groups):
-            raw = tile.product(_signed(ref["q"][group], scores), numbers("k", place, group), transposed=True)
+            raw = tile.product(_signed(ref["q"][group], scores), numbers("k", place, group), trans_b=True)
             if "k_scales" in vmem:
                 raw = raw * vmem["k_scales"][place, pl.ds(group, 1)]
             raw = scores.raw(raw)

@@ -8,7 +8,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -88,11 +87,6 @@ def stored_bytes(shape: tuple[int, ...], dtype: Any) -> int:
 def rounded(n: int, multiple: int) -> int:
     """n rounded up to a multiple."""
     return pl.cdiv(n, multiple) * multiple
-
-
-def output(shape: tuple[int, ...], dtype: Any, *, like: Array) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a kernel's output; inside shard_map it varies over the same mesh axes as `like`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,13 +178,18 @@ def spread(x: Array, columns: int) -> Array:
     return jnp.broadcast_to(x[:, :1], (x.shape[0], columns))
 
 
-def product(a: Array, b: Array, *, transposed: bool = False) -> Array:
-    """a b, or a b^T, with float32 sums; float32 inputs are not rounded to bfloat16."""
-    if a.dtype == jnp.float32 and transposed and a.shape[1] > LANES:
+def column(row: Array) -> Array:
+    """[n, LANES] of a row [1, n]: its numbers, the same in all lanes."""
+    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
+
+
+def product(a: Array, b: Array, *, trans_a: bool = False, trans_b: bool = False) -> Array:
+    """A matrix product with float32 sums; float32 inputs are not rounded to bfloat16."""
+    if a.dtype == jnp.float32 and trans_b and a.shape[1] > LANES:
         # two short sums are more precise than a long one; the matrix unit adds 128 products at a time anyway
         parts = (slice(LANES), slice(LANES, None))
-        first, second = (product(a[:, part], b[:, part], transposed=True) for part in parts)
+        first, second = (product(a[:, part], b[:, part], trans_b=True) for part in parts)
         return first + second
-    dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+    dimensions = (((0 if trans_a else 1,), (1 if trans_b else 0,)), ((), ()))
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

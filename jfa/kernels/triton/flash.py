@@ -19,16 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jfa.block_mask import BlockMask, Visits
+from jfa.kernels.common import Shape, output, tiles_in_common
 from jfa.kernels.triton._pallas import CompilerParams, pl, store
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.tile import (
     LOG2_E,
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
-    Shape,
     Tile,
     arguments,
     chunks,
@@ -36,7 +36,6 @@ from jfa.kernels.triton.tile import (
     later,
     load_rows,
     once,
-    output,
     padded,
     product,
     safe_config,
@@ -141,19 +140,6 @@ def flash_attention(
         return call(*(array for array, _ in named.values()))
 
 
-def tiles_in_common(
-    first: Int[Array, "b t"], second: Int[Array, "b u"], block: int, other_block: int
-) -> Int[Array, "b n 2"]:
-    """For each tile of `first`, the range [from, to) of tiles of `second` that may contain one of its segments."""
-    low, high = _extremes(first, block)
-    other_low, other_high = _extremes(second, other_block)
-    meets = (other_low[:, None] <= high[:, :, None]) & (other_high[:, None] >= low[:, :, None])
-    num = meets.shape[2]
-    begin = jnp.where(meets.any(2), meets.argmax(2), 0)
-    end = jnp.where(meets.any(2), num - jnp.flip(meets, 2).argmax(2), 0)
-    return jnp.stack([begin, end], axis=2).astype(jnp.int32)
-
-
 def visits_of(mask: BlockMask, visits: Visits, parts: int, heads: int, place) -> dict[str, tuple[Any, Any]]:
     """The lists of a BlockMask that tile.Listed reads, by name, as (array, BlockSpec), and the mask's tiles.
 
@@ -184,13 +170,6 @@ def visits_of(mask: BlockMask, visits: Visits, parts: int, heads: int, place) ->
 def tiles_of(mask: BlockMask) -> tuple[Array, Any]:
     """(array, BlockSpec) of the distinct tiles of a BlockMask; Triton has no boolean arrays in memory."""
     return mask.tiles.astype(jnp.int8), pl.BlockSpec(mask.tiles.shape, lambda *grid: (0, 0, 0))
-
-
-def _extremes(segments: Int[Array, "b t"], block: int) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
-    """The smallest and the largest segment id of each tile."""
-    missing = whole_tiles(segments.shape[1], block) - segments.shape[1]
-    tiles = jnp.pad(segments, ((0, 0), (0, missing)), mode="edge").reshape(segments.shape[0], -1, block)
-    return tiles.min(2), tiles.max(2)
 
 
 def _flash_kernel(

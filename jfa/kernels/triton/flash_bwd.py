@@ -25,11 +25,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfa.block_mask import BlockMask
+from jfa.kernels.common import Shape, output, row_terms, tiles_in_common
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import fma
-from jfa.kernels.triton.flash import tiles_in_common, tiles_of, visits_of
+from jfa.kernels.triton.flash import tiles_of, visits_of
 from jfa.kernels.triton.tile import (
-    Shape,
     Tile,
     arguments,
     chunks,
@@ -38,7 +38,6 @@ from jfa.kernels.triton.tile import (
     later,
     load_rows,
     once,
-    output,
     padded,
     product,
     safe_config,
@@ -101,22 +100,9 @@ def flash_attention_bwd(
     mask: visits its tiles only; the tiles of config divide them.
     """
     q, k, v = operands.q, operands.k, operands.v
-    nothing = lse == -jnp.inf  # rows that saw no key have no gradient
-    d_out = jnp.where(nothing[..., None], 0, d_out)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    d_sinks, d_bias = None, None
-    if operands.sinks is not None:
-        # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent
-        # instead, so that no factor exceeds 1, however large the sink
-        sinks = operands.sinks.astype(jnp.float32)
-        left = jnp.where(nothing, 0.0, jax.nn.sigmoid(jnp.where(nothing, 0.0, lse) - sinks))
-        d_sinks = -((1.0 - left) * jnp.where(nothing, 0.0, delta)).sum((0, 1)).astype(operands.sinks.dtype)
-        d_out, delta = (d_out * left[..., None]).astype(d_out.dtype), delta * left
-    rows = _Rows(
-        d_out=d_out,
-        lse=jnp.where(nothing, jnp.inf, lse).swapaxes(1, 2),  # e^(score - inf) = 0
-        delta=(delta - jnp.where(nothing, 0.0, d_lse)).swapaxes(1, 2),
-    )
+    d_out, lse, delta, d_sinks = row_terms(operands, out, lse, d_out, d_lse)
+    rows = _Rows(d_out=d_out, lse=lse.swapaxes(1, 2), delta=delta.swapaxes(1, 2))
+    d_bias = None
     if min(q.size, v.size) == 0:
         dq, dk, dv, d_slopes = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), None
         if operands.bias is not None:

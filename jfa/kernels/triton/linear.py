@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jfa.kernels.common import output
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import exp2
 from jfa.kernels.triton.tile import (
@@ -31,7 +32,6 @@ from jfa.kernels.triton.tile import (
     later,
     load_rows,
     once,
-    output,
     padded,
     product,
     sum_of_products,

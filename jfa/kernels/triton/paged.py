@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jfa import quant, trees
+from jfa.kernels.common import Shape, output
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.casts import bias, unit, widened
@@ -32,12 +33,10 @@ from jfa.kernels.triton.tile import (
     LOG2_E,
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
-    Shape,
     Tile,
     chunks,
     kind_of,
     later,
-    output,
     product,
     safe_config,
     sum_of_products,

@@ -28,10 +28,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jfa import quant
+from jfa.kernels.common import output
 from jfa.kernels.triton._pallas import CompilerParams, dot, load, pl, store
 from jfa.kernels.triton._primitives import fma
 from jfa.kernels.triton.casts import INT4_ZERO, bias, unit, widened
-from jfa.kernels.triton.tile import kind_of, output
+from jfa.kernels.triton.tile import kind_of
 from jfa.types import DeviceInfo, ProductConfig, ProductOperands, ProductSpec
 
 FEW_ROWS = 16  # up to one tile of the smallest matrix instruction: the time is that of reading the weight

@@ -13,12 +13,12 @@ import math
 from collections.abc import Mapping, Sized
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from jfa import dropout
+from jfa.kernels.common import Shape
 from jfa.kernels.triton._pallas import dot, load, pl
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
@@ -43,29 +43,6 @@ def safe_config(
     block_q, block_kv, num_warps = next(tile for limit, tile in tiles.items() if widest <= limit)
     stages = 2 if kind == "cuda" else 1  # pipelining on AMD uses registers that the tile needs
     return FlashConfig(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages, block_d=block_d)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The sizes of a call, in elements."""
-
-    b: int
-    tq: int
-    tk: int
-    hq: int
-    hkv: int
-    d: int
-    dv: int
-
-    @classmethod
-    def of(cls, operands: Operands) -> "Shape":
-        b, tq, hq, d = operands.q.shape
-        return cls(b=b, tq=tq, tk=operands.k.shape[1], hq=hq, hkv=operands.k.shape[2], d=d, dv=operands.v.shape[3])
-
-    @property
-    def g(self) -> int:
-        """Query heads per key head."""
-        return self.hq // self.hkv
 
 
 def padded(head_dim: int) -> int:
@@ -108,11 +85,6 @@ def arguments(operands: Operands, config: FlashConfig) -> dict[str, tuple[Any, A
             block = (x.shape[0], rows if name == "q_segments" else keys)
         found[name] = x, pl.BlockSpec(block, functools.partial(_at_the_start, x.ndim))
     return found
-
-
-def output(shape: tuple[int, ...], dtype: Any, *, like: Array) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a kernel's output; inside shard_map it varies over the same mesh axes as `like`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 OPTIONAL = tuple(name for name in Operands._fields if name not in ("q", "k", "v"))

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jfa.block_mask import BlockMask, Visits
-from jfa.kernels.xla.flash import SCORE_TILE_BYTES, dot, float32, row_terms
+from jfa.kernels.common import row_terms
+from jfa.kernels.xla.flash import SCORE_TILE_BYTES, dot, float32
 from jfa.types import AttentionSpec, Operands
 
 _MOST_LANES = 8  # tiles of queries that are processed at a time

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jfa import dropout
+from jfa.kernels.common import row_terms
 from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 
 # A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
@@ -209,26 +210,6 @@ def flash_attention_bwd(
         sinks=d_sinks,
         alibi_slopes=None if slopes is None or d_slopes is None else d_slopes.astype(slopes.dtype),
     )
-
-
-def row_terms(operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: Array) -> tuple[Array, ...]:
-    """(d_out, lse, delta, cotangent of the sinks or None) that a backward pass needs of each row.
-
-    Rows that saw no key have no gradient: their d_out is 0 and their lse inf, and their q may contain anything.
-    """
-    empty = lse == -jnp.inf
-    d_out = jnp.where(empty[..., None], 0, d_out)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    d_sinks: Any = None
-    if operands.sinks is not None:
-        # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent
-        # instead, so that no factor exceeds 1, however large the sink
-        sinks = operands.sinks.astype(jnp.float32)
-        left = jnp.where(empty, 0.0, jax.nn.sigmoid(jnp.where(empty, 0.0, lse) - sinks))
-        d_sinks = -((1.0 - left) * delta).sum((0, 1)).astype(operands.sinks.dtype)
-        d_out, delta = (d_out * left[..., None]).astype(d_out.dtype), delta * left
-    delta = delta - jnp.where(empty, 0.0, d_lse)
-    return d_out, jnp.where(empty, jnp.inf, lse), delta, d_sinks  # exp(score - inf) = 0
 
 
 def _padded(operands: Operands, config: BlockConfig) -> Operands:

@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner
+from runs import run
 
 import jfa
-from jfa.kernels.tpu import paged, tile
+from jfa.kernels.tpu import flash, flash_bwd, paged, tile
 from jfa.kernels.tpu._pallas import pltpu
 from jfa_bench import cli, names
-from jfa_bench.proof import by_libtpu, compile, compilers, proofs, prove
+from jfa_bench.proof import by_libtpu, compile, compilers, pool, proofs, prove
 from jfa_bench.truth import cases, paged_cases
 
 needs_libtpu = pytest.mark.skipif(by_libtpu.why_not() is not None, reason=by_libtpu.why_not() or "")
@@ -110,8 +112,7 @@ def test_a_row_has_the_cases_that_were_proven_and_those_that_were_refused():
 
 def test_only_what_tpus_have_is_proven():
     rows = prove.rows(["tpu"], names.OPS, names.DIRECTIONS)
-    assert {row.op for row in rows} == set(names.TPU_KERNELS)
-    assert {row.direction for row in rows} == {"forward"}
+    assert {(row.op, row.direction) for row in rows} == {names.KERNELS[name] for name in names.TPU_KERNELS}
     assert not any("float16" in row.dtype.replace("bfloat16", "") or "uint8" in row.dtype for row in rows)
 
 
@@ -138,6 +139,62 @@ def test_a_bfloat16_accumulator_is_noticed(broken):
     truth = cases.truth_of(case, "float32", seed=0)
     truth.options["config"] = TILES
     assert proofs.interpreted(proofs.forward_check(truth, "tpu")).wrong
+
+
+def gradients_proven():
+    """The verdict on gradients of two tiles of queries and of keys."""
+    case = cases.Case(shape=(1, 140, 140, 1, 1, 16), options=dict(is_causal=True))
+    truth = cases.truth_of(case, "float32", seed=0)
+    truth.options["config"] = TILES
+    return proofs.interpreted(proofs.backward_check(truth, "tpu"))
+
+
+def in_bfloat16(*call, **options):
+    return _product(*call, **options).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def next_tile(grid, span, step):
+    return jax.lax.rem(_fetched(grid, span, step) + 1, grid.num_kv_tiles)
+
+
+def without_delta(*call):
+    d_out, lse, delta, d_sinks = _row_terms(*call)
+    return d_out, lse, jnp.zeros_like(delta), d_sinks
+
+
+_product, _fetched, _row_terms = tile.product, flash.Grid.fetched, flash_bwd.row_terms
+BACKWARD_MUTANTS = {
+    "sums_in_bfloat16": (tile, "product", in_bfloat16),
+    "no_mask": (flash.Grid, "visible", lambda *call, **options: []),
+    "wrong_tile": (flash.Grid, "fetched", next_tile),
+    "no_delta": (flash_bwd, "row_terms", without_delta),
+    "sums_start_with_anything": (flash_bwd, "_clear", lambda *call: None),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [run(name, quick=name in ("no_mask", "sums_start_with_anything"), soak=True) for name in BACKWARD_MUTANTS]
+)
+def test_a_broken_backward_pass_is_noticed(broken, name):
+    broken(*BACKWARD_MUTANTS[name])
+    assert gradients_proven().wrong
+
+
+@pytest.mark.soak
+@pytest.mark.exhaustive
+def test_the_whole_backward_pass_is_not_refused():
+    assert gradients_proven().wrong is None
+
+
+def wait_for_ever(row):
+    threading.Event().wait()
+
+
+def test_a_row_that_never_ends_is_told():
+    row = prove.rows(["tpu"], ["flash_attention"], ["backward"])[0]
+    [record] = pool.each(wait_for_ever, [row], lost=prove._lost, doing="", processes=1, limit_s=lambda row: 0.1)
+    assert (record["status"], record["reason"]) == ("wrong", "the row took more than 0.1 s")
+    assert (record["op"], record["direction"], record["dtype"]) == ("flash_attention", "backward", "bfloat16")
 
 
 def test_the_interpreter_works_after_an_error(broken):
