@@ -82,6 +82,10 @@ class Block(nnx.Module):
         return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)
 
 
+def _run(block: Block | Callable[[], Block], x, **given):
+    return (block if isinstance(block, Block) else block())(x, **given)
+
+
 class Decoder(nnx.Module):
     """A decoder-only language model as a pure function: no hidden state; the cache is an argument and a result.
 
@@ -123,6 +127,7 @@ class Decoder(nnx.Module):
         slot: Int[Array, " rows"] | None = None,
         state_slot: Int[Array, " rows"] | None = None,
         remat: Callable[[Callable], Callable] | None = None,
+        whole: Callable[[int, Block], Block] | None = None,
         wanted: Int[Array, " n"] | None = None,
     ) -> tuple[Float[Array, "*n hidden"], Cache | None]:
         """The normalized hidden state of every token [b, t, hidden], and the cache with the tokens added.
@@ -143,6 +148,8 @@ class Decoder(nnx.Module):
           state_slot: with query_start, or one token per row: the row of cache.states that each row has, out of range
             for rows of padding, which come last. A row without earlier tokens starts with new states. None: its own.
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
+          whole: for parameters of which this device has parts: called inside of remat with the number of each block,
+            and the block; returns one with all of them.
           wanted: only the states of these tokens are returned, [n, hidden]: their indices in tokens.reshape(-1).
         """
         t = tokens.shape[1]
@@ -191,7 +198,8 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(config.embedding_multiplier, x.dtype)
         for i, block in enumerate(self.layers):
             run = functools.partial(
-                block,
+                _run,
+                block if whole is None else functools.partial(whole, i, block),
                 rotation=local if config.is_local(i) else rotation,
                 rows=rows,
                 cache=cache,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -23,7 +24,7 @@ from jfa.rules import with_default_rules
 from jfa_models.checkpoints.changes import changes_of
 from jfa_models.checkpoints.peft import Adapter
 from jfa_models.decoding.language_model import LanguageModel
-from jfa_models.model.decoder import Decoder
+from jfa_models.model.decoder import Block, Decoder
 from jfa_models.model.lora import Adapters
 from jfa_models.model.partition import LEAST_CHUNK, TENSOR, Axes, first_of, gathered, part_of, summed
 
@@ -40,6 +41,9 @@ REMAT: Mapping[str, Callable[[Callable], Callable] | None] = {
     ),
     "all": jax.checkpoint,
 }
+_WHOLE = "jfa_whole"
+# everything but parameters that were gathered for a block
+_KEEP_ALL = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(_WHOLE))
 
 
 @jax.tree_util.register_dataclass
@@ -95,10 +99,11 @@ class Trainable:
         self._specs = {
             name: self.partition.of_parameter(name, x) for name, x in zip(model.names, model.params, strict=True)
         }
-        self.base: tuple[Any, ...] | None = model.params
-        if self.partition.mesh is not None:
+        self.base: tuple[Any, ...] | None = None
+        if adapter is not None:
             held = zip(model.params, self._specs.values(), strict=True)
-            self.base = tuple(self.partition.put(x, spec) for x, spec in held)
+            in_place = self.partition.mesh is None
+            self.base = model.params if in_place else tuple(self.partition.put(x, spec) for x, spec in held)
         if adapter is not None and any("base" in kinds for kinds in adapter.tensors.values()):
             changes_of(adapter, model.config, model.shapes, model.float32)  # compares the copies with the model's own
         if adapter is not None and adapter.config.use_dora and self.partition.size(TENSOR) > 1:
@@ -113,17 +118,20 @@ class Trainable:
                     f"quantized weights such as {wrong[0]} cannot be trained: train an adapter, or load the model with "
                     "quantization='none'"
                 )
-            self.base = None
 
     def start(self, model: LanguageModel) -> Tensors:
         """The tensors before the first step, float32; over a mesh, divided as they are at rest."""
         if self._adapter is not None:  # the copies of an embedding that a file may have are not its own
             tensors = self._adapter.tensors.items()
-            own = {name: {kind: x for kind, x in kinds.items() if kind != "base"} for name, kinds in tensors}
-            found = jax.tree.map(lambda x: jnp.array(x, jnp.float32), own)
+            held: Any = {name: {kind: x for kind, x in kinds.items() if kind != "base"} for name, kinds in tensors}
         else:
-            found = {name: jnp.array(x, jnp.float32) for name, x in zip(self._names, model.params, strict=True)}
-        return found if self.partition.mesh is None else self.partition.put(found, self._tensor_specs(found))
+            held = dict(zip(self._names, model.params, strict=True))
+
+        def started(x: Any, spec: Any) -> Array:  # one at a time, before the next one is whole in float32
+            x = jnp.array(x, jnp.float32)
+            return x if self.partition.mesh is None else jax.block_until_ready(self.partition.put(x, spec))
+
+        return jax.tree.map(started, held, self._tensor_specs(held))
 
     def _tensor_specs(self, tensors: Tensors) -> Any:
         """The PartitionSpecs of tensors at rest."""
@@ -138,7 +146,18 @@ class Trainable:
     def _whole(self, name: str, x: Array) -> Array:
         """A parameter of which this device has its rows' part at rest."""
         axis = self.partition.at_rest(self._specs[name], self._shapes[name])[1]
-        return x if axis is None else gathered(x, self.partition.rows, axis)
+        return x if axis is None else checkpoint_name(gathered(x, self.partition.rows, axis), _WHOLE)
+
+    def _whole_block(self, number: int, block: Block) -> Block:
+        """So a device has all of one block at a time, and gathers it again in the backward pass."""
+        graphdef, state = nnx.split(block)
+        held = nnx.to_pure_dict(state)
+
+        def whole(path: Any, x: Array) -> Array:
+            return self._whole(f"layers.{number}.{jax.tree_util.keystr(path, simple=True, separator='.')}", x)
+
+        nnx.replace_by_pure_dict(state, jax.tree.map_with_path(whole, held))
+        return nnx.merge(graphdef, state)
 
     def sum_over_mesh(self, loss: Callable, base: Any, tensors: Tensors, *rows: Int[Array, "b t"]) -> Float[Array, ""]:
         """The sum of loss(base, tensors, *rows) over all rows, of which each replica computes its own.
@@ -168,9 +187,16 @@ class Trainable:
         self, base: tuple[Any, ...] | None, tensors: Tensors, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
     ) -> tuple[Float[Array, "b t hidden"], Callable[[Float[Array, "n hidden"]], Float[Array, "n vocab"]]]:
         """The state after each token, and the function from states to logits."""
+        adapters, whole = None, None
         if self._adapter is None:
-            params = [self._whole(name, tensors[name].astype(self._dtype)) for name in self._names]
-            adapters = None
+            params = [tensors[name].astype(self._dtype) for name in self._names]
+            if self.partition.size(self.partition.rows) > 1:
+                whole = self._whole_block
+                # those of blocks: one block at a time
+                params = [
+                    x if name.startswith("layers.") else self._whole(name, x)
+                    for name, x in zip(self._names, params, strict=True)
+                ]
         else:
             assert base is not None
             params = list(base)
@@ -183,7 +209,10 @@ class Trainable:
                 adapters = jax.tree.map(part_of, adapters, self.partition.of_adapters(adapters))
         decoder: Decoder = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
         slot = None if adapters is None else jnp.zeros(tokens.shape[0], jnp.int32)
-        states, _ = decoder(tokens, segments=segments, adapters=adapters, slot=slot, remat=self._remat)
+        rows: dict[str, Any] = dict(segments=segments, adapters=adapters, slot=slot)
+        states, _ = decoder(
+            tokens, **rows, remat=self._remat if whole is None else self._remat or _KEEP_ALL, whole=whole
+        )
 
         def logits(states: Float[Array, "n hidden"]) -> Float[Array, "n vocab"]:
             own = None if slot is None else jnp.zeros(states.shape[0], jnp.int32)

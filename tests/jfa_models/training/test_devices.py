@@ -8,14 +8,27 @@ import jax
 import numpy as np
 import pytest
 from golden import GOLDEN
+from jax.sharding import NamedSharding, PartitionSpec
 from runs import run
 from tiny_model import counted_compilations, folder_with_text, tiny_config
 
+from jfa_bench.proof import aot, by_xla
 from jfa_models import LanguageModel, from_pretrained
+from jfa_models.checkpoints.presets import preset
+from jfa_models.decoding.language_model import abstract_decoder, named_leaves
+from jfa_models.model.partition import partition_of
 from jfa_models.training import Options, finetune
 from jfa_models.training.data import read_data
 from jfa_models.training.lora import new_adapter
-from jfa_models.training.step import Batch, Trainable, loss_fn, make_optimizer, make_train_step, new_state
+from jfa_models.training.step import (
+    Batch,
+    Trainable,
+    TrainState,
+    loss_fn,
+    make_optimizer,
+    make_train_step,
+    new_state,
+)
 
 CONFIG = dataclasses.replace(
     tiny_config(num_layers=2, context_length=64), num_q_heads=8, num_kv_heads=4, vocab_size=128
@@ -70,6 +83,40 @@ def test_steps_are_those_of_one_device(kind, sizes):
         own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state.tensors, state.optimizer)))
         parts = sizes.get("data", 1) * sizes.get("tensor", 1)
         assert own < 1.2 * whole / parts  # pairs of devices may have the same key head
+
+
+@pytest.mark.exhaustive
+@pytest.mark.soak
+def test_a_card_has_all_of_one_block_at_a_time(tmp_path):
+    """By the program for eight cards. Where products take no longer than gathers, XLA starts many of these early."""
+    if reason := by_xla.why_not("rocm"):
+        pytest.skip(reason)
+
+    def temporary_bytes(layers):
+        config = preset("llama-3-8b").with_layers(layers)
+        mesh = jax.sharding.Mesh(np.asarray(by_xla.devices("gfx942", 8)), ("data",))
+        decoder = abstract_decoder(config, "bfloat16", partition=partition_of(config, mesh))
+        params = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in named_leaves(decoder).values())
+        trainable = Trainable(LanguageModel(decoder=decoder, params=params), None, remat="all")
+        mesh, optimizer = trainable.partition.mesh, make_optimizer(learning_rate=1e-2, num_steps=4)
+
+        def placed(path, x):
+            name = next((key.key for key in path if getattr(key, "key", None) in trainable._specs), None)
+            spec = PartitionSpec() if name is None else trainable.partition.at_rest(trainable._specs[name], x.shape)[0]
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        names = list(named_leaves(decoder))
+        tensors = {name: jax.ShapeDtypeStruct(x.shape, np.float32) for name, x in zip(names, params, strict=True)}
+        state = TrainState(jax.ShapeDtypeStruct((), np.int32), tensors, jax.eval_shape(optimizer.init, tensors))
+        rows = jax.ShapeDtypeStruct((1, 8, 2048), np.int32)
+        given = jax.tree.map_with_path(placed, (state, Batch(rows, rows, rows)))
+        with aot.target("gfx942", mesh):
+            lowered = make_train_step(trainable, optimizer).trace(None, *given).lower()
+        compiled = by_xla.compile_lowered(lowered, tmp_path, arch="gfx942")
+        return compiled.memory_analysis().temp_size_in_bytes, sum(2 * x.size for x in params)
+
+    (few, of_few), (many, of_many) = map(temporary_bytes, (2, 4))
+    assert many - few < 0.4 * (of_many - of_few)  # an eighth of the gradients, in 16 bits and in 32
 
 
 class _Interrupted(Exception):
