@@ -330,7 +330,8 @@ class _Engine:
     def step(self, rows: int, new: int, context: int) -> tuple[Part, ...]:
         """So many sequences, each with new tokens, the last of context tokens."""
         # devices that share the tokens
-        sharing = self.partition.size(self.partition.tokens) if new > 1 else 1
+        portion = self.partition.portion(rows * new) if new > 1 else None
+        sharing = 1 if portion is None else portion.parts
         parts = [self._products(rows, rows * new, sharing)]
         if self.model.config.attention_layers:
             parts.append(self._attention(rows, new, context, sharing))

@@ -144,7 +144,7 @@ def in_all() -> Iterator[None]:
     except Exception as found:
         error = found
     if count() > 1 and (is_wrong := _values(error is not None)).any():
-        told = _gathered(str(error or "").encode())
+        told = _gathered((str(error) or type(error).__name__).encode())
         if error is None:
             process = int(is_wrong.argmax())
             raise RuntimeError(f"process {process}: {told[process].decode()}")

@@ -310,13 +310,13 @@ _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "col
 
 
 def collectives(program: Program) -> dict[tuple[str, str], int]:
-    """Number of the collective operations of a program by (kind, shape of the result)."""
+    """Number of the arrays that collective operations return, by (kind, shape): an operation may return several."""
     counts: dict[tuple[str, str], int] = {}
     for found in program.instructions.values():
         kind = found.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
-            shape = _shapes(found.shape)[-1]  # that of a started one has its operands first
-            counts[kind, shape] = counts.get((kind, shape), 0) + 1
+            for shape in _shapes(found.shape)[-len(found.operands) :]:  # of a started one: after its operands
+                counts[kind, shape] = counts.get((kind, shape), 0) + 1
     return counts
 
 

@@ -101,7 +101,7 @@ class MeshSizes(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, int]:
         parts = [part.partition("=") for part in value.split(",")]
         if not all(axis.strip() and size.strip().isdecimal() and int(size) > 0 for axis, _, size in parts):
-            self.fail(f"{value!r} must be sizes of axes, such as tensor=4,expert=2", param, ctx)
+            self.fail(f"{value!r} must be sizes of axes, integers above 0, such as tensor=4,expert=2", param, ctx)
         return {axis.strip(): int(size) for axis, _, size in parts}
 
 

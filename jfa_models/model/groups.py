@@ -14,7 +14,7 @@ def own_group(places: Sequence[frozenset[int]], process: int) -> tuple[list[int]
       ValueError: a process has parts of several replicas, processes differ in how many replicas they have, or this one
         has none.
     """
-    groups = list(dict.fromkeys(places))
+    groups = sorted(set(places), key=min)  # the first has the first process, which writes
     if not any(process in group for group in groups):
         raise ValueError(
             f"process {process} has no device of the mesh, which has those of processes "

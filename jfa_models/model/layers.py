@@ -199,7 +199,7 @@ class Experts(nnx.Module):
         self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED, portion: Portion | None = None
     ) -> Float[Array, "*b hidden"]:
         """portion: devices have different tokens. None: all have x."""
-        is_exchanged = portion is not None and bool(self.experts_over)
+        is_exchanged = portion is not None and bool(set(self.experts_over) & set(portion.axes))
         routed = self._routed(x, scope, is_exchanged)
         if not self.sums_together:
             routed = summed(routed, self.inner_over if is_exchanged else self.sum_over)

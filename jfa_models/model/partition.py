@@ -43,14 +43,17 @@ class Portion(NamedTuple):
 
     axes: Axes  # of a mesh, over whose devices the tokens are divided
     parts: int  # of these devices
+    num_tokens: int  # of all devices; they are padded to a multiple of the chunks
 
     def own(self, x: Shaped[Array, "b t *size"]) -> Shaped[Array, "b t/parts *size"]:
         """This device's part of an array with all tokens."""
-        return part_of(zigzag(x, self.parts), PartitionSpec(None, self.axes))
+        missing = -self.num_tokens % (2 * self.parts)
+        padded = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+        return part_of(zigzag(padded, self.parts), PartitionSpec(None, self.axes))
 
     def whole(self, x: Shaped[Array, "b t/parts *size"]) -> Shaped[Array, "b t *size"]:
         """The parts of all devices as one array."""
-        return unzigzag(gathered(x, self.axes, axis=1), self.parts)
+        return unzigzag(gathered(x, self.axes, axis=1), self.parts)[:, : self.num_tokens]
 
     def at(
         self, x: Shaped[Array, "b t/parts *size"], row: Int[Array, " n"], token: Int[Array, " n"]
@@ -269,9 +272,8 @@ class Partition:
     def portion(self, num_tokens: int) -> Portion | None:
         """How the tokens of each row of a step are divided; None: every device has all, since they are too few."""
         count = self.size(self.tokens)
-        if count == 1 or num_tokens % (2 * count) or num_tokens < 2 * count * LEAST_CHUNK:
-            return None
-        return Portion(self.tokens, count)
+        is_divided = count > 1 and num_tokens >= 2 * count * LEAST_CHUNK
+        return Portion(self.tokens, count, num_tokens) if is_divided else None
 
     @property
     def is_shared(self) -> bool:
@@ -354,8 +356,8 @@ def partition_of(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> Par
         raise ValueError(f'mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ("tensor",)), got {mesh!r}')
     if unknown := [axis for axis in mesh.axis_names if axis not in AXES]:
         raise ValueError(
-            f"the mesh has an axis {unknown[0]!r}; the axes of a decoder are {', '.join(map(repr, AXES))}: "
-            'jax.make_mesh((8,), ("tensor",))'
+            f"the mesh has an axis {unknown[0]!r}; the axes of a decoder are {', '.join(map(repr, AXES))}, as in "
+            'jax.make_mesh((8,), ("tensor",)) or --mesh tensor=8'
         )
     sizes = {axis: mesh.shape.get(axis, 1) for axis in AXES}
     if sizes["context"] > 1 and not config.attention_layers:

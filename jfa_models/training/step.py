@@ -26,7 +26,7 @@ from jfa_models.checkpoints.peft import Adapter
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.model.decoder import Block, Decoder
 from jfa_models.model.lora import Adapters
-from jfa_models.model.partition import LEAST_CHUNK, TENSOR, Axes, first_of, gathered, part_of, summed
+from jfa_models.model.partition import TENSOR, Axes, first_of, gathered, part_of, summed
 
 Tensors = Any  # a tree of float32 arrays
 Remat = Literal["none", "attention", "all"]
@@ -165,15 +165,9 @@ class Trainable:
         The devices of an axis "context" have the same rows, and each returns a part of their sum.
         """
         partition = self.partition
-        replicas, parts = partition.size(partition.rows), partition.size(partition.tokens)
-        num_rows, length = rows[0].shape
-        if num_rows % replicas:
-            raise ValueError(f"{num_rows} rows cannot be divided by {replicas} replicas: use a multiple")
-        if parts > 1 and partition.portion(length) is None:
-            raise ValueError(
-                f"rows of {length} tokens cannot be divided by the {parts} devices of the axis 'context': their length "
-                f"must be a multiple of {2 * parts}, at least {2 * parts * LEAST_CHUNK}"
-            )
+        replicas = partition.size(partition.rows)
+        if rows[0].shape[0] % replicas:
+            raise ValueError(f"{rows[0].shape[0]} rows cannot be divided by {replicas} replicas: use a multiple")
 
         def of_part(base, tensors, *rows):
             return summed(loss(base, tensors, *rows), (*partition.rows, *partition.tokens))
@@ -208,6 +202,7 @@ class Trainable:
             if self.partition.mesh is not None:
                 adapters = jax.tree.map(part_of, adapters, self.partition.of_adapters(adapters))
         decoder: Decoder = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
+        decoder.partition = self.partition
         slot = None if adapters is None else jnp.zeros(tokens.shape[0], jnp.int32)
         rows: dict[str, Any] = dict(segments=segments, adapters=adapters, slot=slot)
         states, _ = decoder(

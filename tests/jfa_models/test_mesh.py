@@ -134,6 +134,20 @@ def test_heads(q_heads, kv_heads, count):
     assert cache.k[0].addressable_shards[0].data.shape[2] == (max(1, kv_heads // count) if divided else kv_heads)
 
 
+@pytest.mark.parametrize(
+    "context", [run(3, quick=False), run(8, quick=False, soak=True), run(5, quick=False, soak=True)]
+)
+def test_any_number_of_devices_shares_any_number_of_tokens(short_chunks, context):
+    one, many = tiny(), tiny(mesh=mesh_of(1, context=context))
+    ids = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 37))
+    np.testing.assert_allclose(many.logits(ids), one.logits(ids), atol=1e-5)
+    if context == 3:
+        counts, _ = collectives(many.steps.logits.lower(many.params, ids, None).compile().as_text())
+        assert counts["collective-permute"] and counts["all-gather"] == 1
+    wanted = [tokens(model.generate(prompts(3), GREEDY)) for model in (one, many)]
+    assert wanted[0] == wanted[1]
+
+
 KINDS = [
     run("contiguous", None, quick=True),
     run("paged", "int8", quick=False, soak=True),
@@ -289,7 +303,10 @@ def test_saved_model_is_the_whole(tmp_path):
 
 EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
 REFUSED = [
-    (dict(mesh=jax.make_mesh((2,), ("model",))), "the mesh has an axis 'model'; the axes of a decoder are 'data'"),
+    (
+        dict(mesh=jax.make_mesh((2,), ("model",))),
+        "the mesh has an axis 'model'; the axes of a decoder are .* or --mesh",
+    ),
     (dict(mesh=(4,)), r"mesh must be a jax.sharding.Mesh, such as .*, got \(4,\)"),
     (dict(mesh=mesh_of(1, 2)), "the model has no experts"),
     (dict(mesh=mesh_of(1, 3), experts=EXPERTS), "4 experts cannot be divided by the 3 devices .* 1, 2, 4"),
