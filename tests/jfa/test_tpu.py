@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from runs import run
 
 import jfa
@@ -146,6 +148,26 @@ def test_gradients_agree_if_the_sums_of_only_one_tile_of_keys_fit(monkeypatch):
     case = cases.Case(shape=(1, 140, 200, 2, 1, 16), alibi=True, options=dict(is_causal=True, query_offset=[60]))
     monkeypatch.setattr(flash_bwd, "vmem_bytes", lambda operands, config, *, tiles: 0 if tiles == 1 else 1 << 40)
     gradients_agree(cases.truth_of(case, "bfloat16", seed=0))
+
+
+@pytest.mark.parametrize("spec", [P("part"), P(None, None, "part")], ids=["batch", "heads"])
+def test_output_and_gradients_of_two_devices_are_those_of_one(spec):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, d_out = (jax.random.normal(key, (2, 20, 4, 16)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, 20, 2, 16)) for key in keys[2:])
+
+    def both_passes(implementation, q, k, v, d_out):
+        call = functools.partial(jfa.dot_product_attention, is_causal=True, implementation=implementation)
+        out, transposed = jax.vjp(call, q, k, v)
+        return out, *transposed(d_out)
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("part",))
+    kernels = functools.partial(both_passes, "tpu")
+    divided = jax.shard_map(kernels, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 4)
+    with interpreter():
+        found = jax.block_until_ready(jax.jit(divided)(q, k, v, d_out))
+    for got, want in zip(found, both_passes("xla", q, k, v, d_out), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_keys_of_segments_that_no_query_sees_may_be_nan():

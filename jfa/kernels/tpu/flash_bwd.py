@@ -10,7 +10,8 @@ Scores are computed transposed, [keys, queries]: the log-sum-exp and delta of th
 they are stored, and the products for dk and dv need no transpose.
 
 If p are the weights, do is the cotangent of the output, and delta = sum(do * output) for each row, then
-ds = p (do v^T - delta). The cotangent of the residual is subtracted from delta.
+ds = p (do v^T - delta). The cotangent of the residual is subtracted from delta. The kernel computes delta too: for rows
+of sums, XLA would transpose the output and do. With sinks, which change both, XLA does.
 
 Source: arXiv:2307.08691, algorithm 2 and section 3.1.2. Scores are defined in tile.py. Forward: flash.py. Tested in
 tests/jfa/test_tpu.py.
@@ -62,7 +63,7 @@ def vmem_bytes(operands: Operands, config: TpuConfig, *, tiles: int) -> int:
     keys = heads * (shape.d + shape.dv)
     blocks = (
         2 * stored((block_q, columns * shape.d), jnp.float32)  # q, and dq, which may be float32
-        + stored((block_q, columns * shape.dv), dtype)
+        + 2 * stored((block_q, columns * shape.dv), dtype)
         + stored((block_kv, keys), dtype)
         + stored((tiles * block_kv, keys), dtype)
         + 3 * stored((columns, 1, block_q), jnp.float32)
@@ -71,6 +72,7 @@ def vmem_bytes(operands: Operands, config: TpuConfig, *, tiles: int) -> int:
         stored((rows, shape.d), dtype)
         + stored((rows, shape.dv), dtype)
         + stored((shape.d, rows), jnp.float32)
+        + stored((1, rows), jnp.float32)
         + stored((tiles * block_kv, shape.d), jnp.float32)
         + stored((tiles * block_kv, shape.dv), jnp.float32)
     )
@@ -101,7 +103,12 @@ def flash_attention_bwd(
     tile.check_config(config, vmem_bytes(operands, config, tiles=1), vmem_limit_bytes)
     q, k, v = operands.q, operands.k, operands.v
     slopes = operands.alibi_slopes
-    d_out, lse, delta, d_sinks = row_terms(operands, out, lse, d_out, d_lse)
+    d_sinks, whole_delta = None, operands.sinks is not None
+    if whole_delta:
+        d_out, lse, delta, d_sinks = row_terms(operands, out, lse, d_out, d_lse)
+    else:
+        empty = lse == -jnp.inf
+        lse, delta = jnp.where(empty, jnp.inf, lse), jnp.where(empty, 0.0, -d_lse)
     if min(q.size, v.size) == 0:
         nothing = None if slopes is None else jnp.zeros_like(slopes)
         return Operands(*map(jnp.zeros_like, (q, k, v)), sinks=d_sinks, alibi_slopes=nothing)
@@ -109,6 +116,7 @@ def flash_attention_bwd(
     parts = _Parts.of(grid, operands, config, vmem_limit_bytes)
     dq, dk, dv, *d_slopes = _call(
         operands._replace(sinks=None),
+        None if whole_delta else out,
         d_out,
         lse,
         delta,
@@ -151,6 +159,7 @@ class _Parts:
 
 def _call(
     operands: Operands,
+    out: Array | None,
     d_out: Array,
     lse: Array,
     delta: Array,
@@ -160,7 +169,10 @@ def _call(
     vmem_limit_bytes,
     interpret,
 ) -> list[Array]:
-    """dq of each part, dk, dv, and with slopes the sums of their gradients for each part and query."""
+    """dq of each part, dk, dv, and with slopes the sums of their gradients for each part and query.
+
+    out: the kernel adds sum(d_out * out) to delta; None: delta has it.
+    """
     q, k, v = operands.q, operands.k, operands.v
     shape, heads, block_q, block_kv = grid.shape, grid.heads, grid.block_q, grid.block_kv
     scalars = grid.scalars(operands)
@@ -190,12 +202,14 @@ def _call(
         return jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=otherwise).swapaxes(1, 2)[:, :, None]
 
     q_spec = pl.BlockSpec((None, block_q, heads * shape.g * shape.d), q_tile)
+    do_spec = pl.BlockSpec((None, block_q, heads * shape.g * shape.dv), q_tile)
     row_spec = pl.BlockSpec((None, heads * shape.g, 1, block_q), row_tile)
     arrays = {
         "q": (in_columns(q), q_spec),
         "k": (in_columns(k), pl.BlockSpec((None, block_kv, heads * shape.d), kv_tile)),
         "v": (in_columns(v), pl.BlockSpec((None, block_kv, heads * shape.dv), kv_tile)),
-        "do": (in_columns(d_out), pl.BlockSpec((None, block_q, heads * shape.g * shape.dv), q_tile)),
+        "do": (in_columns(d_out), do_spec),
+        **({} if out is None else {"out": (in_columns(out), do_spec)}),
         # as a raw score
         "lse": (along_lanes(lse * (LOG2_E / scores.factor), jnp.inf), row_spec),
         "delta": (along_lanes(delta, 0.0), row_spec),
@@ -220,6 +234,7 @@ def _call(
     scratch = {
         "q_rows": pltpu.VMEM((heads, rows, shape.d), q.dtype),
         "do_rows": pltpu.VMEM((heads, rows, shape.dv), q.dtype),
+        "delta_sum": pltpu.VMEM((heads, 1, rows), jnp.float32),
         "dq_sum": pltpu.VMEM((heads, rows, shape.d), jnp.float32),
         "dk_sum": pltpu.VMEM((heads, of_part, shape.d), jnp.float32),
         "dv_sum": pltpu.VMEM((heads, of_part, shape.dv), jnp.float32),
@@ -256,7 +271,7 @@ def _call(
         cost_estimate=pl.CostEstimate(
             flops=2 * grid.visible_pairs * (3 * shape.d + 2 * shape.dv),
             transcendentals=grid.visible_pairs,
-            bytes_accessed=2 * (q.size + k.size + v.size + d_out.size) * q.dtype.itemsize,
+            bytes_accessed=(2 * (q.size + k.size + v.size) + (1 if out is None else 2) * d_out.size) * q.dtype.itemsize,
         ),
         interpret=interpret,
     )
@@ -270,10 +285,10 @@ def _scores(spec: AttentionSpec, scalars) -> Scores:
 
 def _flash_bwd_kernel(
     *refs,  # by `names`: scalars, q [block_q, heads*g*d], k [block_kv, heads*d], v [block_kv, heads*dv],
-    # do [block_q, heads*g*dv], lse and delta [heads*g, 1, block_q], segments [1, block_q] and [1, block_kv];
+    # do and out [block_q, heads*g*dv], lse and delta [heads*g, 1, block_q], segments [1, block_q] and [1, block_kv];
     # dq [block_q, heads*g*d], dk [part, heads*d], dv [part, heads*dv], d_slopes [heads*g, 1, block_q];
-    # q_rows [heads, rows, d], do_rows [heads, rows, dv], dq_sum [heads, rows, d], dk_sum [heads, part, d],
-    # dv_sum [heads, part, dv], slope_sum [heads, 1, rows]
+    # q_rows [heads, rows, d], do_rows [heads, rows, dv], delta_sum [heads, 1, rows], dq_sum [heads, rows, d],
+    # dk_sum [heads, part, d], dv_sum [heads, part, dv], slope_sum [heads, 1, rows]
     names: tuple[str, ...],
     grid: Grid,
     parts: _Parts,
@@ -293,9 +308,9 @@ def _flash_bwd_kernel(
             for j in range(g):
                 yield h, h * g + j, pl.ds(j * block_q, block_q)
 
-    def of_group(h: int, name: str):
-        """f32[1, rows], the numbers of a key head's rows."""
-        return jnp.concatenate([ref[name][h * g + j] for j in range(g)], axis=1)
+    def lse_of_group(h: int):
+        """f32[1, rows], of a key head's rows."""
+        return jnp.concatenate([ref["lse"][h * g + j] for j in range(g)], axis=1)
 
     def of_tile(j):
         """The rows of a tile in the sums of the part."""
@@ -320,6 +335,13 @@ def _flash_bwd_kernel(
             for name, width in (("q", d), ("do", dv)):
                 x = ref[name][:, head * width : (head + 1) * width]
                 ref[f"{name}_rows"][h, rows] = jnp.where(tile.spread(saw.astype(jnp.int32), width) != 0, x, 0)
+            delta = ref["delta"][head]
+            if "out" in ref:
+                out = ref["out"][:, head * dv : (head + 1) * dv].astype(jnp.float32)
+                added = (ref["do_rows"][h, rows].astype(jnp.float32) * out).sum(1, keepdims=True)
+                added = jnp.where(saw, added, 0.0)  # rows past the last one have any output
+                delta = delta + jnp.transpose(added)[:1]
+            ref["delta_sum"][h, :, rows] = delta
 
     def add_tile(*, edge: bool):
         key = n * block_kv + lax.broadcasted_iota(jnp.int32, (block_kv, 1), 0)
@@ -348,9 +370,9 @@ def _flash_bwd_kernel(
                 bias = jnp.concatenate(of_rows, axis=1) * distance
             products = tile.product(keys, q, trans_b=True)
             raw = scores.raw(products if scores.sign == 1.0 else products * scores.sign, bias)
-            p = jnp.exp2((raw - of_group(h, "lse")) * scores.factor)
+            p = jnp.exp2((raw - lse_of_group(h)) * scores.factor)
             p = functools.reduce(lambda p, seen: jnp.where(seen, p, 0.0), conditions, p)
-            ds = p * (tile.product(values, do, trans_b=True) - of_group(h, "delta"))
+            ds = p * (tile.product(values, do, trans_b=True) - ref["delta_sum"][h])
             if spec.softcap is not None:
                 ds = ds * (1.0 - raw * raw)
             if distance is not None:
