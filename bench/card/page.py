@@ -10,7 +10,7 @@ from jfa import quant, tuning
 
 from ..proof import tune
 from ..proof.compile import tile
-from ..proof.ops import OPS, Op
+from ..proof.ops import ON_GPUS, Op
 from ..records import record, report, tables
 from ..records.record import Record
 from . import correctness, plan
@@ -105,7 +105,7 @@ def _correctness(ledger: Ledger, units: Sequence[plan.Unit]) -> list[str]:
 
 def _bounds(arch: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     """A row for each kernel, dtype and head_dim that was measured or tuned."""
-    for op in OPS:
+    for op in ON_GPUS:
         entries = _entries(op, arch)
         for (dtype, head_dim), one in _measured(op, records).items():
             listed = min((int(d) for d in entries.get(dtype, {}) if int(d) >= head_dim), default=None)

@@ -642,6 +642,7 @@ OPS = (
         for kernel, delta in (("linear_attention", False), ("delta_attention", True))
     ),
 )
+ON_GPUS = tuple(op for op in OPS if op.kernel in names.GPU_KERNELS)
 
 TUNED = tuple(op for op in OPS if op.sweep)
 

@@ -168,7 +168,7 @@ def _read(
 ) -> np.ndarray | None:
     parts = [x if expert is None else jax.tree.map(lambda leaf: leaf[expert], x) for x in sources]
     leaves, structure = jax.tree.flatten(parts)
-    if all(x.is_fully_addressable for x in leaves):
+    if all(not isinstance(x, jax.Array) or x.is_fully_addressable for x in leaves):
         return convert(parts)
     found = [*map(processes.whole, leaves)]
     return convert(jax.tree.unflatten(structure, found)) if processes.is_first() else None

