@@ -108,6 +108,7 @@ def _accepted(listening: socket.socket, token: str) -> socket.socket:
         found.settimeout(PATIENCE)
         if secrets.compare_digest(found.recv(len(token), socket.MSG_WAITALL), token.encode()):
             found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            found.settimeout(None)  # between two lines there may be any time
             return found
         found.close()
 
