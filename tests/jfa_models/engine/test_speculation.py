@@ -157,7 +157,7 @@ def test_random_requests(method, seed, engines, count):
                 assert_same(waiting[name], result)
 
 
-@pytest.mark.parametrize("method", [run_of(name, quick=name == "self", soak=True) for name in METHODS])
+@pytest.mark.parametrize("method", [run_of(name, quick=name == "ngram", soak=True) for name in METHODS])
 def test_nothing_compiles_after_warm_up(method):
     model = language_model()
     engine = Engine(model, speculative_config=speculation(method), **SMALL | dict(max_num_seqs=2))
