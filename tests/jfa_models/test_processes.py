@@ -184,7 +184,7 @@ USED = [
         '{batch} --coordinator a:1 --tensor-parallel 2 --speculative-config {{"method":"ngram"}}',
         "--speculative-config adapts to times, which differ between processes: leave it out",
     ),
-    ("hello --mesh tensor", "'tensor' must be sizes of axes, such as tensor=4,expert=2"),
+    ("hello --mesh tensor", "'tensor' must be sizes of axes, integers above 0, such as tensor=4,expert=2"),
     ("hello --mesh tensor=²", "'tensor=²' must be sizes of axes"),
     ("hello --mesh tensor=0", "'tensor=0' must be sizes of axes"),
     ("hello --mesh tensor=3,expert=3 --model {model}", "--mesh tensor=3,expert=3 needs 9 devices, and JAX sees 8"),
