@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.decoding.outputs import CompletionOutput, FinishReason, Logprob
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import NO_TOKEN, Sampled
@@ -164,7 +165,7 @@ class Completion:
 
 
 def allowed_tokens(
-    rows: Sequence[tuple[int, Completion | None, Sequence[int]]], num_rows: int, vocab_size: int
+    rows: Sequence[tuple[int, Completion | None, DraftTree | None]], num_rows: int, vocab_size: int
 ) -> Int32[np.ndarray, "rows words"] | None:
     """The masks of a step's rows; those of no completion with a guide allow everything. None: none has a guide.
 
@@ -181,7 +182,7 @@ def allowed_tokens(
     for row, one, guide, drafts in guided:
         if drafts:
             try:
-                guide.allowed_after(drafts, masks[row : row + 1 + len(drafts)])
+                guide.allowed_after(drafts.tokens, masks[row : row + 1 + len(drafts)], drafts.parents)
             except GrammarError as error:
                 one.fail(str(error))
     single = [(row, one, guide) for row, one, guide, drafts in guided if not drafts]

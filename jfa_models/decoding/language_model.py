@@ -438,7 +438,7 @@ class LanguageModel:
         return dataclasses.replace(state, rows=self._rows_masked(state.rows, requests))
 
     def _rows_masked(self, rows: SamplingRows, requests: "Sequence[_Request]") -> SamplingRows:
-        asked = [(row, request.completion, ()) for row, request in enumerate(requests)]
+        asked = [(row, request.completion, None) for row, request in enumerate(requests)]
         allowed = allowed_tokens(asked, rows.temperature.shape[0], self.config.vocab_size)
         return dataclasses.replace(rows, allowed=allowed)
 

@@ -33,6 +33,9 @@ STEPS_PER_CALL = 32
 # Prompt tokens whose logits are in memory at the same time.
 LOGPROB_ROWS = 64
 
+# The likeliest tokens of each place that a draft model reports, if the draft may be a tree.
+OTHERS = 4
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class Batch:
       slot: the slot of each row; out of range for padding rows.
       last: the index in tokens of the token whose successor a row samples; one past the end for none. None: every
         token's successor is sampled, since all but the first of each row are drafts.
+      tree_mask: the drafts of a row may be trees: which new tokens of its row each token sees, itself included, as in
+        Decoder. None: they are sequences.
       next_tokens: the token after each one, if the log-probabilities of a prompt are requested.
       adapter: the slot of each row's adapter; None: no row has one.
     """
@@ -83,6 +88,7 @@ class Batch:
     query_start: Int[Array, " b+1"] | None
     slot: Int[Array, " b"]
     last: Int[Array, " b"] | None
+    tree_mask: Bool[Array, "n m"] | None = None
     next_tokens: Int[Array, " n"] | None = None
     adapter: Int[Array, " b"] | None = None
 
@@ -96,6 +102,20 @@ class Slots:
     prompt_seen: Bool[Array, "slots vocab"] | None = None
     output_counts: Int[Array, "slots vocab"] | None = None
     logit_bias: Float[Array, "slots vocab"] | None = None
+
+
+class Proposed(NamedTuple):
+    """The tokens that a draft model drew for each row, one after another.
+
+    Attributes:
+      odds: the probability that it gives to each; None unless asked for, as the rest.
+      others: the likeliest tokens of each place. other_odds: their probabilities.
+    """
+
+    token: Int[Array, "k b"]
+    odds: Float[Array, "k b"] | None = None
+    others: Int[Array, "k b other"] | None = None
+    other_odds: Float[Array, "k b other"] | None = None
 
 
 class Adapted(NamedTuple):
@@ -132,7 +152,8 @@ class Steps:
     advance(params, cache, last_token, batch) -> (cache, f32[b or n, vocab], Sampled | None)
     draw(slots, logits, rows, slot, samples, num_generated, allowed) -> (slots, Sampled): of each row that samples
     verify(slots, logits, rows, batch, samples, num_generated, allowed) -> (slots, Sampled): after each of its tokens
-    propose(params, cache, batch, rows, num_generated, lengths, confidence) -> (cache, i32[k, b], i32[b]): drafts
+    keep(cache, batch, token) -> cache: of drafts that are trees, with the path that verify sampled
+    propose(params, cache, batch, rows, num_generated, lengths, confidence, guess) -> (cache, Proposed, i32[b])
     adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: sets a slot's values for a request
     copy_pages(cache, source, destination, table=0) -> cache
     copy_states(cache, source, destination) -> cache: those of slots
@@ -182,12 +203,12 @@ class Steps:
 
         def of_cache(function: Callable) -> Callable:
             @functools.partial(jax.jit, donate_argnums=0, static_argnames="table")
-            def run(cache, source, destination, **table):
-                on_device = functools.partial(function, **table)
+            def run(cache, *args, **table):
+                on_device = with_default_rules(functools.partial(function, **table))
                 if partition.mesh is None:
-                    return on_device(cache, source, destination)
+                    return on_device(cache, *args)
                 specs = partition.of_cache(cache)
-                return partition.on_devices(on_device, (specs, P(), P()), specs)(cache, source, destination)
+                return partition.on_devices(on_device, (specs, *(P() for _ in args)), specs)(cache, *args)
 
             return run
 
@@ -201,6 +222,7 @@ class Steps:
         self.propose = step(_propose, lambda cache: (cache, P(), P()), donate=(1,))
         self.draw = of_logits(_draw)
         self.verify = of_logits(_verify)
+        self.keep = of_cache(_keep)
         self.adjust = jax.jit(with_default_rules(_adjust), donate_argnums=0)
         self.copy_states = of_cache(_copy_states)
         self.copy_pages = of_cache(jfa.PagedKVCache.copy_pages)
@@ -236,7 +258,7 @@ def _logits(
     adapter: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b t vocab"]:
     hidden, _ = decoder(tokens, lengths=lengths, slot=adapter)
-    return decoder.unembed(hidden, None if adapter is None else adapter[:, None])
+    return decoder.unembed(hidden, _of_tokens(adapter))
 
 
 def _prefill(
@@ -264,7 +286,7 @@ def _score(
 ) -> tuple[Cache, Float[Array, "b t vocab"]]:
     states, filled = decoder(tokens, lengths=lengths, cache=cache, slot=adapter)
     assert filled is not None
-    return filled, decoder.unembed(states, None if adapter is None else adapter[:, None])
+    return filled, decoder.unembed(states, _of_tokens(adapter))
 
 
 def _first(
@@ -337,6 +359,7 @@ def _advance(
     token = jnp.where(known < 0, jnp.take(last_token, batch.slot, mode="clip"), known)
     tokens = batch.tokens.at[first].set(token, mode="drop").reshape(shape)
     rows = dict(lengths=lengths, query_start=batch.query_start, slot=batch.adapter, state_slot=batch.slot)
+    rows["tree_mask"] = batch.tree_mask
     needs_all = batch.last is None or batch.next_tokens is not None
     last = None if batch.last is None else jnp.minimum(batch.last, n - 1)
     states, filled = decoder(tokens, cache=cache, **rows, wanted=None if needs_all else last)
@@ -406,40 +429,77 @@ def _propose(
     num_generated: Int[Array, " b"],
     lengths: Int[Array, " b"],
     confidence: Float[Array, ""],
-) -> tuple[Cache, Int[Array, "k b"], Int[Array, " b"]]:
+    guess: Int[Array, "b g"] | None = None,
+) -> tuple[Cache, Proposed, Int[Array, " b"]]:
     """The tokens that a draft model continues each row with, and how many: up to lengths, none of low probability.
 
     A row that samples uses the random numbers of each token's place, as the verifying model does: the more alike the
     two distributions are, the more often both draw the same token (arXiv:2408.07978).
-    """
-    b = batch.slot.shape[0]
-    filled, logits, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
 
-    def draw(logits, step):
+    Args:
+      guess: the last tokens of each row in the batch, which has no `last`, are guesses, computed at once and kept as
+        long as they are what the draft model draws; then NO_TOKEN. With it, the result has odds and other tokens too.
+    """
+    b, n = batch.slot.shape[0], batch.tokens.shape[0]
+    row, places = jnp.arange(b), jnp.arange(1 if guess is None else 1 + guess.shape[1])
+    filled, logits, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
+    assert filled is not None and batch.query_start is not None
+    num_guessed = jnp.zeros(b, jnp.int32)
+    if guess is None:
+        logits = logits[:, None]
+    else:
+        num_guessed = (guess != NO_TOKEN).sum(1, dtype=jnp.int32)
+        last = batch.query_start[1:] - 1 - num_guessed
+        logits = logits[jnp.clip(last[:, None] + places, 0, n - 1)]
+
+    def draw(logits: Float[Array, "b p vocab"], place: Int[Array, "b p"]) -> tuple[Proposed, Bool[Array, "b p"]]:
         raw = gathered(logits.astype(jnp.float32), decoder.vocab)
-        token = sample(raw, rows, num_generated + step).token
-        chosen = jnp.take_along_axis(raw, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
-        is_sure = jnp.exp(chosen - jax.nn.logsumexp(raw, axis=-1)) >= confidence
-        return jnp.maximum(token, 0), is_sure & (token != NO_TOKEN) & (step < lengths)
+        raw = raw.reshape(-1, raw.shape[-1])
+        of_token = jax.tree.map(lambda x: jnp.repeat(x, place.shape[1], axis=0), rows)
+        drawn = sample(raw, of_token, (num_generated[:, None] + place).reshape(-1)).token
+        token, total = jnp.maximum(drawn, 0), jax.nn.logsumexp(raw, axis=-1)
+        odds = jnp.exp(jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0] - total)
+        is_sure = (odds >= confidence) & (drawn != NO_TOKEN)
+        found = Proposed(token=token)
+        if guess is not None:
+            best, others = lax.top_k(raw, min(OTHERS, raw.shape[-1]))
+            found = Proposed(token, odds, others, jnp.exp(best - total[:, None]))
+        return jax.tree.map(lambda x: x.reshape(*place.shape, *x.shape[1:]), (found, is_sure))
+
+    def entered(found: Proposed, new: Proposed, place: Int[Array, "b p"]) -> Proposed:
+        return jax.tree.map(lambda x, y: x.at[place, row[:, None]].set(y, mode="drop"), found, new)
+
+    drawn, is_sure = draw(logits, jnp.broadcast_to(places, (b, len(places))))
+    num_right = jnp.zeros(b, jnp.int32)
+    if guess is not None:
+        is_right = (guess == drawn.token[:, :-1]) & is_sure[:, :-1]
+        num_right = jnp.sum(jnp.cumprod(is_right, axis=1, dtype=jnp.int32), axis=1)
+        filled = filled.truncate(cache.kv_len + jnp.diff(batch.query_start) - num_guessed + num_right)
+    token, active = (jnp.take_along_axis(x, num_right[:, None], axis=1)[:, 0] for x in (drawn.token, is_sure))
+    count = jnp.minimum(num_right + active, lengths)
+    room = jax.tree.map(lambda x: jnp.zeros((MAX_DRAFT, b, *x.shape[2:]), x.dtype), drawn)
+    found = entered(room, drawn, jnp.where(places < count[:, None], places, MAX_DRAFT))
 
     def goes_on(carry):
-        _, _, active, _, _, step = carry
-        return jnp.any(active & (step < lengths))
+        _, _, active, _, count = carry
+        return jnp.any(active & (count < lengths))
 
     def decode_once(carry):
-        cache, token, active, tokens, count, step = carry
-        active &= step < lengths
+        cache, token, active, found, count = carry
+        active &= count < lengths
         states, cache = decoder(token[:, None], lengths=active.astype(jnp.int32), cache=cache, slot=batch.adapter)
-        token, is_sure = draw(decoder.unembed(states[:, 0], batch.adapter), step)
-        active &= is_sure
-        return cache, token, active, tokens.at[step].set(token), count + active, step + 1
+        drawn, is_sure = draw(decoder.unembed(states, _of_tokens(batch.adapter)), count[:, None])
+        active &= is_sure[:, 0]
+        found = entered(found, drawn, jnp.where(active, count, MAX_DRAFT)[:, None])
+        return cache, drawn.token[:, 0], active, found, count + active
 
-    token, active = draw(logits, 0)
-    tokens = jnp.zeros((MAX_DRAFT, b), jnp.int32).at[0].set(token)
-    start = filled, token, active, tokens, active.astype(jnp.int32), jnp.int32(1)
-    filled, _, _, tokens, count, _ = lax.while_loop(goes_on, decode_once, start)
+    filled, _, _, found, count = lax.while_loop(goes_on, decode_once, (filled, token, active, found, count))
     assert filled is not None
-    return filled, tokens, count
+    return filled, found, count
+
+
+def _of_tokens(slot: Int[Array, " b"] | None) -> Int[Array, "b 1"] | None:
+    return None if slot is None else slot[:, None]
 
 
 def _with_dense_rows(rows: SamplingRows, slots: Slots, slot: Int[Array, " b"]) -> SamplingRows:
@@ -463,18 +523,16 @@ def _verify(
 ) -> tuple[Slots, Sampled]:
     """The token that each row samples after each of its tokens, of which all but the first are drafts.
 
-    A draft is accepted if it is the token sampled there, and then the next one is looked at. So a row's tokens are
-    those that it gets without drafts: each is drawn from the model's own distribution after the accepted ones, with
+    A draft is accepted if it is the token sampled after the one before it, and that one is accepted. So a row's tokens
+    are those that it gets without drafts: each is drawn from the model's own distribution after the accepted ones, with
     the random numbers of its place. A draft that does not depend on these is accepted with the model's probability of
     it, which is what rejection sampling (arXiv:2211.17192) gives for a draft proposed with certainty.
     """
     assert batch.query_start is not None
     n, b = batch.tokens.shape[0], batch.slot.shape[0]
-    token = jnp.arange(n)
-    row = _row_of_token(batch.query_start, n)
-    is_padding, row = row == b, jnp.minimum(row, b - 1)
-    place = token - batch.query_start[row]  # in its row
-    follows = jnp.where(token + 1 < batch.query_start[row + 1], jnp.roll(batch.tokens, -1), NO_TOKEN)  # its draft
+    row, is_padding = _rows_of_tokens(batch)
+    seen = _seen(batch)
+    depth = (seen < n).sum(1, dtype=jnp.int32) - 1
     slot = batch.slot[row]
     of_token = jax.tree.map(lambda x: x[row], rows)
     adjusts = rows.min_tokens is not None
@@ -482,23 +540,72 @@ def _verify(
         of_token = _with_dense_rows(of_token, slots, slot)
         # the drafts up to a token count as emitted before its successor
         assert of_token.output_counts is not None and slots.output_counts is not None
-        before = (row[:, None] == row) & (place[:, None] >= place) & (place > 0) & ~is_padding
-        at = jnp.where(before, batch.tokens, of_token.output_counts.shape[-1])
-        counts = of_token.output_counts.at[token[:, None], at].add(1, mode="drop")
+        vocab = of_token.output_counts.shape[-1]
+        is_draft = (seen < n) & (seen > batch.query_start[row][:, None])
+        at = jnp.where(is_draft, jnp.take(batch.tokens, seen, mode="clip"), vocab)
+        counts = of_token.output_counts.at[jnp.arange(n)[:, None], at].add(1, mode="drop")
         of_token = dataclasses.replace(of_token, output_counts=counts)
     of_token = dataclasses.replace(of_token, allowed=allowed)
-    sampled = sample_divided(logits, of_token, num_generated[row] + place, axes)
-    refused_at = jnp.full(b, n).at[row].min(jnp.where((sampled.token == follows) & ~is_padding, n, place))
-    emitted = (place <= refused_at[row]) & samples[row] & ~is_padding
+    sampled = sample_divided(logits, of_token, num_generated[row] + jnp.maximum(depth, 0), axes)
+    emitted = _accepted(batch, sampled.token) & samples[row] & ~is_padding
+    furthest = jnp.zeros(b, jnp.int32).at[row].max(jnp.where(emitted, depth, 0))
     new = jnp.maximum(sampled.token, 0)
     none = slots.last_token.shape[0]
-    at = jnp.where(emitted & (place == refused_at[row]), slot, none)
+    at = jnp.where(emitted & (depth == furthest[row]), slot, none)
     slots = dataclasses.replace(slots, last_token=slots.last_token.at[at].set(new, mode="drop"))
     if adjusts:
         assert slots.output_counts is not None
         counts = slots.output_counts.at[jnp.where(emitted, slot, none), new].add(1, mode="drop")
         slots = dataclasses.replace(slots, output_counts=counts)
     return slots, sampled
+
+
+def _keep(cache: jfa.PagedKVCache, batch: Batch, sampled: Int[Array, " n"]) -> jfa.PagedKVCache:
+    """Moves the accepted tokens of each row's tree behind its last known one; kv_len is that of before the step.
+
+    sampled: the token after each one, as verify returns them.
+    """
+    assert batch.query_start is not None and batch.tree_mask is not None
+    b, m = batch.slot.shape[0], batch.tree_mask.shape[1]
+    row, is_padding = _rows_of_tokens(batch)
+    depth = batch.tree_mask.sum(1, dtype=jnp.int32) - 1
+    accepted = _accepted(batch, sampled) & ~is_padding
+    place = jnp.arange(batch.tokens.shape[0]) - batch.query_start[row]
+    kept = jnp.zeros((b, m), jnp.int32).at[jnp.where(accepted, row, b), depth].set(place, mode="drop")
+    count = jnp.zeros(b, jnp.int32).at[row].add(accepted)
+    return cache.compact(kept, count)
+
+
+def _rows_of_tokens(batch: Batch) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:
+    """The row of each token of a step, and which tokens are padding."""
+    assert batch.query_start is not None
+    b = batch.slot.shape[0]
+    row = _row_of_token(batch.query_start, batch.tokens.shape[0])
+    return jnp.minimum(row, b - 1), row == b
+
+
+def _seen(batch: Batch) -> Int[Array, "n m"]:
+    """The tokens of a step that each one follows, in order, with itself; n for none. Meaningless for padding."""
+    assert batch.query_start is not None
+    n = batch.tokens.shape[0]
+    row, is_padding = _rows_of_tokens(batch)
+    token, start = jnp.arange(n), batch.query_start[row][:, None]
+    if batch.tree_mask is not None:
+        return jnp.where(batch.tree_mask, start + jnp.arange(batch.tree_mask.shape[1]), n)
+    return jnp.where((token >= start) & (token <= token[:, None]) & ~is_padding[:, None], token, n)
+
+
+def _accepted(batch: Batch, sampled: Int[Array, " n"]) -> Bool[Array, " n"]:
+    """Which tokens are those that were sampled after the one before them, as are all that they follow.
+
+    The first token of a row, which is no draft, always is.
+    """
+    assert batch.query_start is not None
+    n = batch.tokens.shape[0]
+    seen = _seen(batch)
+    before = jnp.max(jnp.where(seen < jnp.arange(n)[:, None], seen, -1), axis=1)
+    is_wrong = (before >= 0) & (batch.tokens != jnp.take(sampled, before, mode="clip"))
+    return ~jnp.any((seen < n) & jnp.take(is_wrong, seen, mode="clip"), axis=1)
 
 
 def _copy_states(cache: Cache, source: Int[Array, " n"], destination: Int[Array, " n"]) -> Cache:

@@ -1,6 +1,8 @@
 """Drafts by a second, smaller model: its keys and values lie in pages of the same numbers as the model's own."""
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,20 +12,25 @@ import numpy as np
 
 import jfa
 from jfa.types import NULL_PAGE
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
-from jfa_models.decoding.sampling import SamplingRows
+from jfa_models.decoding.sampling import NO_TOKEN, SamplingRows
 from jfa_models.decoding.speculation import SpeculativeConfig
-from jfa_models.decoding.steps import Batch
+from jfa_models.decoding.steps import Batch, Proposed
 from jfa_models.engine.drafts import Acceptance
 from jfa_models.engine.launch import SMALLEST_STEP, Launcher, bucket, buckets, host_batch
 from jfa_models.engine.request import NO_SEED, Continuation
+from jfa_models.engine.speculator import NgramProposer, permitted
 from jfa_models.model.attention import paged_cache
 from jfa_models.model.lora import Adapters
+from jfa_models.text.guided import Guide
 
 # Tokens that a row lacks at most when it drafts: after a whole draft was accepted, its last token and the next one.
 _FEW = 2
+
+MOST_GUESSED = 8  # tokens that prompt lookup drafts for the draft model
 
 
 class DraftModel:
@@ -46,13 +53,16 @@ class DraftModel:
         """model: the one that drafts. reserve: gives a continuation pages for so many drafted tokens, if there are."""
         self._model = model
         self._confidence = np.float32(config.confidence_threshold)
-        self._length = config.num_speculative_tokens
+        self._length = config.length
         # the layers of the model itself have its adapters
-        self._adapters = launcher.model.adapters if config.method == "self" else None
+        self._adapters = launcher.model.adapters if config.num_layers is not None else None
+        self._guesses = NgramProposer(config) if config.method == "staged" else None
         self._launcher = launcher
         self._reserve = reserve
         self._acceptance = Acceptance()
-        self._ahead: WeakKeyDictionary[Continuation, int] = WeakKeyDictionary()  # computed tokens of the last draft
+        self._ahead: WeakKeyDictionary[Continuation, list[int]] = (
+            WeakKeyDictionary()
+        )  # computed tokens of the last draft
         windows = [window for _, window in launcher.scheduler.pools.pools]
         self._pool_of = pools_of(model, windows)
         page_size = launcher.scheduler.pools.page_size
@@ -60,17 +70,27 @@ class DraftModel:
         self._cache: jfa.PagedKVCache = self._without_tables(cache)
         launcher.copies_too = self._copy
 
-    def odds(self, one: Continuation) -> Sequence[float]:
+    def gains(self, one: Continuation) -> Sequence[float]:
         """See Proposer."""
-        self._acceptance.forget(0)
-        return [self._acceptance.odds(0)] * self._length
+        if self._guesses is None:
+            self._acceptance.forget(0)
+            return list(itertools.accumulate([self._acceptance.odds(0)] * self._length, operator.mul))
+        for place in range(self._length):
+            self._acceptance.forget(place)
+        # tokens of a tree come in the order of their odds
+        return list(itertools.accumulate(map(self._acceptance.odds, range(self._length)), min))
 
-    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
+    def judge(self, one: Continuation, draft: DraftTree, path: Sequence[int], sampled: Sequence[int]) -> None:
         """See Proposer."""
-        self._acceptance.add(0, num_right, missed=num_right < num_drafted)
-        one.num_drafted += min(num_right, self._ahead[one])
+        if self._guesses is None:
+            self._acceptance.add(0, len(path), missed=len(path) < len(draft))
+        else:
+            for place in range(len(draft)):
+                self._acceptance.add(place, int(place in path), missed=place not in path)
+        same = zip((draft.tokens[node] for node in path), self._ahead[one], strict=False)
+        one.num_drafted += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
 
-    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, Sequence[int]]:
+    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, DraftTree]:
         """See Proposer. Waits for the draft model."""
         rows = [one for one, length in lengths.items() if self._reserve(one, length)]
         if not rows:
@@ -81,15 +101,22 @@ class DraftModel:
         most[: len(rows)] = [lengths[one] for one in rows]
         generated[: len(rows)] = [one.num_tokens - one.num_prompt for one in rows]
         sampling = self._sampling([(one.params, one.seed) for one in rows], b)
-        tokens, count = self._propose(rows, b, sampling, generated, most)
+        guesses = [self._guessed(one, lengths[one]) for one in rows] if self._guesses is not None else None
+        found, count = self._propose(rows, b, sampling, generated, most, guesses)
         drafts = {}
         for row, (one, n) in enumerate(zip(rows, count.tolist(), strict=False)):
             if n == 0:  # too unsure from the first token on: there is nothing to verify
                 self._acceptance.add(0, 0, missed=True)
             one.num_drafted = one.num_tokens
-            self._ahead[one] = n - (n == lengths[one])  # the last token of a whole draft is not computed
-            drafts[one] = tokens[:n, row].tolist()
+            tokens = found.token[:n, row].tolist()
+            self._ahead[one] = tokens[: n - (n == lengths[one])]  # the last token of a whole draft is not computed
+            of_row = jax.tree.map(lambda x, row=row, n=n: x[:n, row], found)
+            drafts[one] = permitted(one, tokens) if guesses is None else tree_of(of_row, lengths[one], one.guide)
         return drafts
+
+    def _guessed(self, one: Continuation, length: int) -> list[int]:
+        assert self._guesses is not None
+        return self._guesses.lookup(one).tokens[: min(length, MOST_GUESSED)]
 
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
         """Compiles all that drafts for requests with these params need."""
@@ -99,7 +126,9 @@ class DraftModel:
         for b in buckets(1, scheduler.max_num_seqs, factor=4):
             for is_greedy in {one.is_greedy for one in params}:
                 like, nothing = SamplingParams(temperature=0.0 if is_greedy else 1.0), np.zeros(b, np.int32)
-                self._propose([], b, self._sampling([(like, NO_SEED)], b), nothing, nothing)
+                sampling = self._sampling([(like, NO_SEED)], b)
+                for guesses in [None] if self._guesses is None else [[], [[0]]]:
+                    self._propose([], b, sampling, nothing, nothing, guesses)
 
     def _catch_up(self, rows: Sequence[Continuation]) -> None:
         """Computes the tokens of rows that lack more than a few, up to the last one."""
@@ -129,19 +158,37 @@ class DraftModel:
         sampling: SamplingRows,
         generated: np.ndarray,
         most: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        batch, cache, adapters = self._batch(rows, [one.num_tokens for one in rows], b, _FEW * b)
-        cache, tokens, count = self._model.steps.propose(
-            self._model.params, cache, batch, sampling, generated, most, self._confidence, adapters=adapters
+        guesses: Sequence[Sequence[int]] | None,
+    ) -> tuple[Proposed, np.ndarray]:
+        """guesses: what may follow each row; None: only the tokens drawn are wanted, and not their odds."""
+        guess, n = None, _FEW * b
+        if guesses is not None:
+            guess = np.full((b, MOST_GUESSED * any(guesses)), NO_TOKEN, np.int32)
+            for row, tokens in enumerate(guesses):
+                guess[row, : len(tokens)] = tokens
+            n += guess.size
+        batch, cache, adapters = self._batch(rows, [one.num_tokens for one in rows], b, n, guesses)
+        cache, found, count = self._model.steps.propose(
+            self._model.params, cache, batch, sampling, generated, most, self._confidence, guess, adapters=adapters
         )
         self._cache = self._without_tables(cache)
-        return jax.device_get((tokens, count))
+        return jax.device_get((found, count))
 
     def _batch(
-        self, rows: Sequence[Continuation], ends: Sequence[int], b: int, n: int
+        self,
+        rows: Sequence[Continuation],
+        ends: Sequence[int],
+        b: int,
+        n: int,
+        guesses: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Batch, jfa.PagedKVCache, Adapters | None]:
-        """The tokens of each row that the cache lacks, up to its end, in a step of b rows and n tokens."""
+        """The tokens of each row that the cache lacks, up to its end, in a step of b rows and n tokens.
+
+        guesses: tokens behind the end of each row; then the logits after each token of the step are wanted.
+        """
         tokens = [one.tokens[one.num_drafted : end] for one, end in zip(rows, ends, strict=True)]
+        if guesses is not None:
+            tokens = [[*known, *more] for known, more in zip(tokens, guesses, strict=False)]
         total = sum(map(len, tokens))
         start, kv_len = np.full(b + 1, total, np.int32), np.zeros(b, np.int32)
         tables = np.full((len(self._pool_of), b, self._launcher.pages_per_seq), NULL_PAGE, np.int32)
@@ -153,7 +200,8 @@ class DraftModel:
         slots, adapters = None, None
         if self._adapters is not None:
             slots, adapters = self._adapters.for_rows([one.request.adapter for one in rows], b)
-        batch = host_batch(padded, start, np.zeros(b, np.int32), np.maximum(start[1:] - 1, 0), None, slots)
+        last = np.maximum(start[1:] - 1, 0) if guesses is None else None
+        batch = host_batch(padded, start, np.zeros(b, np.int32), last, None, None, slots)
         return batch, dataclasses.replace(self._cache, page_tables=tuple(tables), kv_len=kv_len), adapters
 
     def _without_tables(self, cache: jfa.PagedKVCache) -> jfa.PagedKVCache:
@@ -171,6 +219,35 @@ class DraftModel:
         for table, number in enumerate(self._pool_of):
             if number == pool:
                 self._cache = self._model.steps.copy_pages(self._cache, source, destination, table=table)
+
+
+def tree_of(found: Proposed, length: int, guide: Guide | None) -> DraftTree:
+    """The likeliest tokens of a row's draft [k] and of the others that the draft model had in mind at each place.
+
+    Each token comes behind the one before it. Behind one that the guide forbids there are none.
+    """
+    assert found.odds is not None and found.others is not None and found.other_odds is not None
+    trunk = found.token.tolist()
+    if guide is not None:
+        trunk = trunk[: guide.permitted(trunk)]
+    ends = [1.0, *itertools.accumulate(found.odds.tolist(), operator.mul)]
+    nodes = [(-ends[place + 1], place, token) for place, token in enumerate(trunk)]
+    for place, token in enumerate(trunk):
+        others = zip(found.others[place].tolist(), found.other_odds[place].tolist(), strict=True)
+        nodes += [(-ends[place] * odds, len(trunk) + place, other) for other, odds in others if other != token]
+    if guide is not None:
+        nodes = [
+            x
+            for x in nodes
+            if x[1] < len(trunk) or guide.permitted([*trunk[: x[1] - len(trunk)], x[2]]) > x[1] - len(trunk)
+        ]
+    tree, of_trunk = DraftTree(), [-1]
+    for _, place, token in sorted(nodes)[:length]:
+        if place < len(trunk):
+            of_trunk.append(tree.append(token, of_trunk[place]))
+        else:
+            tree.append(token, of_trunk[place - len(trunk)])
+    return tree
 
 
 def pools_of(model: LanguageModel, windows: Sequence[int | None]) -> list[int]:
@@ -206,8 +283,7 @@ def draft_model_of(config: SpeculativeConfig, model: LanguageModel) -> LanguageM
     Raises:
       ValueError: it has another vocabulary, whose first difference the message names; or it cannot be loaded.
     """
-    if config.method == "self":
-        assert config.num_layers is not None
+    if config.num_layers is not None:
         if config.num_layers >= model.config.num_layers:
             raise ValueError(
                 f"num_layers must be less than {model.config.num_layers}, the layers of the model, "

@@ -6,6 +6,7 @@ Source: https://github.com/apoorvumang/prompt-lookup-decoding; vLLM calls it "ng
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+GUESS = 0.5  # probability that a drafted token is right, before any was tested
 PRIOR = 4.0  # tokens that a request's own acceptance must outweigh
 FADING = 0.97  # weight of a tested token after each later one
 
@@ -23,7 +24,7 @@ NO_DRAFT = Draft([], [])
 class Acceptance:
     """How many of the tested tokens were right, the latest counting most, for each kind of draft."""
 
-    def __init__(self, prior: "Acceptance | float" = 0.5):
+    def __init__(self, prior: "Acceptance | float" = GUESS):
         self._prior = prior
         self._counts: dict[Hashable, tuple[float, float]] = {}  # right, tested
 

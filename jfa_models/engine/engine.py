@@ -28,10 +28,11 @@ from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import SEED_ADVICE, BeamSearchParams, SamplingParams, check_kind, integer
 from jfa_models.decoding.prompts import Prompt, text_of
 from jfa_models.decoding.sampling import seed_sequence
-from jfa_models.decoding.speculation import SpeculativeConfig
+from jfa_models.decoding.speculation import TREES, SpeculativeConfig
 from jfa_models.engine.beams import BeamSearch
 from jfa_models.engine.draft_model import DraftModel, draft_cache, draft_model_of
 from jfa_models.engine.launch import Launched, Launcher
+from jfa_models.engine.lookahead import LookaheadProposer
 from jfa_models.engine.pools import Pools, make_pools, pool_sizes
 from jfa_models.engine.request import CANDIDATES, GREEDY, Continuation, OnOutput, Request
 from jfa_models.engine.results import Results
@@ -152,7 +153,7 @@ class Engine:
             raise ValueError(f"max_wait_ms must be at least 0, got {max_wait_ms}")
         self._speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         self._draft: LanguageModel | None = None
-        if self._speculation is not None and self._speculation.method != "ngram":
+        if self._speculation is not None and self._speculation.method not in ("ngram", "lookahead"):
             self._draft = draft_model_of(self._speculation, model)
         if self._speculation is not None:
             _check_drafts(self._draft, model)
@@ -226,8 +227,15 @@ class Engine:
         """Sets the initial state: no requests, an empty cache, all counters zero."""
         self._scheduler = self._new_scheduler()
         pages_per_seq = -(-self.max_model_len // self._scheduler.pools.page_size)
-        self._launcher = Launcher(self.model, self._scheduler, self._new_cache(), pages_per_seq=pages_per_seq)
-        self._speculator = Speculator(self._speculation, self._new_proposer(), self._launcher.shapes)
+        largest_tree = None
+        if self._speculation is not None and self._speculation.method in TREES:
+            largest_tree = max(self._speculation.length, LONGEST_FORCED)
+        self._launcher = Launcher(
+            self.model, self._scheduler, self._new_cache(), pages_per_seq=pages_per_seq, largest_tree=largest_tree
+        )
+        self._speculator = Speculator(
+            self._speculation, self._new_proposer(), self._launcher.shapes, longest=self.max_model_len
+        )
         self._results = Results(self.model, self._scheduler, self._speculator, self._clock)
         self._inbox: queue.SimpleQueue[Request | Abort] = queue.SimpleQueue()
         self._launched: Launched | None = None
@@ -239,7 +247,8 @@ class Engine:
         if self._speculation is None:
             return None
         if self._draft is None:
-            return NgramProposer(self._speculation)
+            of_text = {"ngram": NgramProposer, "lookahead": LookaheadProposer}
+            return of_text[self._speculation.method](self._speculation)
 
         def reserve(one: Continuation, num_drafted: int) -> bool:
             copies = self._scheduler.reserve(one, num_drafted)
@@ -421,7 +430,7 @@ class Engine:
                 raise RuntimeError("warm_up needs an idle engine: call it before or after all requests")
             sampling = [CANDIDATES if isinstance(one, BeamSearchParams) else one for one in params]
             guided = any(one.structured_outputs is not None for one in sampling)
-            drafted = 0 if self._speculation is None else self._speculation.num_speculative_tokens
+            drafted = 0 if self._speculation is None else self._speculation.length
             self._launcher.warm_up(sampling, longest_draft=max(drafted, LONGEST_FORCED * guided), guided=guided)
             self._speculator.warm_up(sampling)
 

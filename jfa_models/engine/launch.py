@@ -14,6 +14,7 @@ import jfa
 from jfa.pages import Copy
 from jfa.types import NULL_PAGE
 from jfa_models.decoding.completion import allowed_tokens, everything_allowed
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seen, slot_rows
@@ -30,7 +31,7 @@ _NO_LENGTHS = np.zeros(1, np.int32)
 class Launched(NamedTuple):
     """A step on the device, and what its results mean."""
 
-    chunks: Sequence[tuple[int, Continuation, Sequence[int]]]  # those that sample: their first row of sampled, drafts
+    chunks: Sequence[tuple[int, Continuation, DraftTree]]  # those that sample: their first row of sampled, drafts
     sampled: Sampled | None
     prompts: Sequence[tuple[Request, int, int, int]]  # first position in the prompt, first token in the step, count
     prompt_logprobs: Sampled | None
@@ -47,8 +48,18 @@ class Launcher:
     A step's arrays are on the host until the step transfers them to the device, all at once.
     """
 
-    def __init__(self, model: LanguageModel, scheduler: Scheduler, cache: jfa.PagedKVCache, *, pages_per_seq: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        scheduler: Scheduler,
+        cache: jfa.PagedKVCache,
+        *,
+        pages_per_seq: int,
+        largest_tree: int | None,
+    ):
+        """largest_tree: how many tokens the drafts of a row have at most; None: drafts are sequences."""
         self.model = model
+        self.largest_tree = largest_tree
         self.scheduler = scheduler
         slots, pools = scheduler.max_num_seqs, scheduler.pools.pools
         self.pages_per_seq = pages_per_seq
@@ -100,6 +111,7 @@ class Launcher:
                 None if n is None else np.zeros(b + 1, np.int32),
                 np.full(b, most, np.int32),
                 None if verifies else np.full(b, n or b, np.int32),
+                self._no_mask(n or b) if verifies else None,
                 np.zeros(n, np.int32) if with_prompt and n else None,
                 None,
             )
@@ -118,7 +130,8 @@ class Launcher:
                 )
                 rows = self.sampling_rows([(like, NO_SEED)], b)
                 allowed = everything_allowed(len(logits), self.model.config.vocab_size) if masked else None
-                self._draw(logits, rows, batch, nothing.astype(bool), nothing, allowed)
+                sampled = self._draw(logits, rows, batch, nothing.astype(bool), nothing, allowed)
+                self._keep(batch, tables, nothing, sampled)
 
         for b in buckets(1, most):
             compile_step(b, None, draws=True)
@@ -155,6 +168,7 @@ class Launcher:
         tables = np.full((len(self._no_tables), b, self.pages_per_seq), NULL_PAGE, np.int32)
         kv_len, generated = np.zeros(b, np.int32), np.zeros(b, np.int32)
         start, slot, last = np.full(b + 1, total, np.int32), np.full(b, most, np.int32), np.full(b, n, np.int32)
+        tree_mask = self._no_mask(n) if verifies else None
         samples = np.zeros(b, bool)
         end, prompts = 0, []
         for row, (chunk, one) in enumerate(rows):
@@ -163,8 +177,10 @@ class Launcher:
                 self._enter(one)
             slot[row], start[row] = one.slot, end
             if one is chunk.of:
-                known = [*(one.tokens[chunk.start : chunk.start + chunk.num_tokens] or [-1]), *chunk.drafts]
+                known = [*(one.tokens[chunk.start : chunk.start + chunk.num_tokens] or [-1]), *chunk.drafts.tokens]
                 tokens[end : end + len(known)] = known
+                if tree_mask is not None:
+                    tree_mask[end : end + len(known)] = chunk.drafts.seen(tree_mask.shape[1])
                 if _wants_prompt(chunk):
                     follow = one.tokens[chunk.start + 1 : min(chunk.start + chunk.num_tokens + 1, one.num_prompt)]
                     next_tokens[end : end + len(follow)] = follow
@@ -179,6 +195,7 @@ class Launcher:
             None if one_each else start,
             slot,
             None if verifies else last,
+            tree_mask,
             next_tokens if prompts else None,
             adapter,
         )
@@ -196,6 +213,8 @@ class Launcher:
             asked = [(row, one.completion, drafts) for row, one, drafts in sampling]
             allowed = allowed_tokens(asked, len(logits), self.model.config.vocab_size)
             sampled = self._draw(logits, sampling_rows, batch, samples, generated, allowed)
+            if any(not chunk.drafts.is_chain for chunk in chunks):
+                self._keep(batch, tables, kv_len, sampled)
         for x in jax.tree.leaves((sampled, prompt_logprobs)):
             x.copy_to_host_async()
         shape = (b, n) if one_each or verifies else None
@@ -211,6 +230,16 @@ class Launcher:
         # between steps the tables are on the host; these have a fixed shape, which does not depend on the step
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
         return logits, prompt_logprobs
+
+    def _no_mask(self, n: int) -> np.ndarray | None:
+        return None if self.largest_tree is None else np.zeros((n, 1 + self.largest_tree), bool)
+
+    def _keep(self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, sampled: Sampled) -> None:
+        """Moves the accepted tokens of trees to where the next step expects them."""
+        if batch.tree_mask is not None:
+            cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
+            cache = self.model.steps.keep(cache, batch, sampled.token)
+            self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
 
     def _draw(self, logits, rows: SamplingRows, batch: Batch, samples, generated, allowed) -> Sampled:
         adjusting = rows.min_tokens is not None
@@ -311,9 +340,10 @@ def slot_of(one: Continuation) -> int:
     return one.slot
 
 
-def host_batch(tokens, query_start, slot, last, next_tokens, adapter) -> Batch:
+def host_batch(tokens, query_start, slot, last, tree_mask, next_tokens, adapter) -> Batch:
     """A Batch of host arrays: a step transfers them to the device at once."""
-    return Batch(tokens=tokens, query_start=query_start, slot=slot, last=last, next_tokens=next_tokens, adapter=adapter)
+    rows = dict(query_start=query_start, slot=slot, last=last, tree_mask=tree_mask)
+    return Batch(tokens=tokens, **rows, next_tokens=next_tokens, adapter=adapter)
 
 
 def _wants_prompt(chunk: Chunk) -> bool:

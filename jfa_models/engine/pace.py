@@ -51,43 +51,40 @@ class Pace:
         self._steps_without += 1
         return not self._adaptive or self._steps_without <= LOOK_EVERY or self._steps_without % LOOK_EVERY == 0
 
-    def lengths(self, odds: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> list[int]:
+    def lengths(self, gains: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> list[int]:
         """How many tokens of each draft to verify.
 
         Args:
-          odds: for each row, the probability of each drafted token if those before it are right.
+          gains: for each row, the probability that each drafted token is accepted, the likeliest first.
           shapes: the shapes that a step of these rows can have: the first without drafts.
         """
-        chosen = self._best(odds, shapes) if self._adaptive else [len(one) for one in odds]
+        chosen = self._best(gains, shapes) if self._adaptive else [len(one) for one in gains]
         if any(chosen):
             self._steps_without = 0
             self._steps_with += 1
         return chosen
 
-    def _best(self, odds: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> list[int]:
-        # the likeliest tokens first; a token is never likelier than the one before it
-        gains: list[tuple[float, int]] = []
-        best, lengths = [0] * len(odds), [0] * len(odds)
-        for row, one in enumerate(odds):
-            if one:
-                heapq.heappush(gains, (-one[0], row))
+    def _best(self, gains: Sequence[Sequence[float]], shapes: Sequence[tuple[int, int]]) -> list[int]:
+        best, lengths = [0] * len(gains), [0] * len(gains)
+        next_of_rows = [(-one[0], row) for row, one in enumerate(gains) if one]
+        heapq.heapify(next_of_rows)
         plain = self._seconds.get(shapes[0])
         if self._steps_with >= PLAIN_EVERY:
             self._steps_with = 0
             plain = None
-        if plain is None or not gains or self._stake <= 0:
+        if plain is None or not next_of_rows or self._stake <= 0:
             return best
-        expected, num_tokens = float(len(odds)), len(odds)
+        expected, num_tokens = float(len(gains)), len(gains)
         best_rate = MARGIN * expected / plain
         for rows, size in shapes[1:]:
-            while gains and num_tokens < size:
-                gain, row = heapq.heappop(gains)
+            while next_of_rows and num_tokens < size:
+                gain, row = heapq.heappop(next_of_rows)
                 expected -= gain
                 num_tokens += 1
                 lengths[row] += 1
-                if lengths[row] < len(odds[row]):
-                    heapq.heappush(gains, (gain * odds[row][lengths[row]], row))
-            seconds = self._seconds.get((rows, size), plain * (1 + FIRST_GUESS * (size - len(odds))))
+                if lengths[row] < len(gains[row]):
+                    heapq.heappush(next_of_rows, (-gains[row][lengths[row]], row))
+            seconds = self._seconds.get((rows, size), plain * (1 + FIRST_GUESS * (size - len(gains))))
             if (rate := expected / seconds) > best_rate:
                 best, best_rate = lengths.copy(), rate
         return best

@@ -1,9 +1,10 @@
 """Processes the results of a step: tokens for each request, text from tokens, and how requests end. No jax."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jfa_models.decoding.completion import NOT_FINITE, Completion, logprobs_of
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.outputs import FinishReason, RequestOutput
 from jfa_models.decoding.params import SamplingParams
@@ -75,13 +76,13 @@ class Results:
             if not request.finished:
                 self._show(request)
 
-    def _push(self, one: Continuation, sampled: Sampled, row: int, drafts: Sequence[int], now: float) -> None:
+    def _push(self, one: Continuation, sampled: Sampled, row: int, drafts: DraftTree, now: float) -> None:
         """Takes the tokens that a step gave a continuation: one after each accepted draft, and the first."""
         assert one.completion is not None
-        num_right = 0
+        path, node = [], -1  # the accepted drafts, and the last one
         while True:
             if one.completion.error is None:  # its guide may have failed at the mask
-                one.completion.push(sampled, row + num_right)
+                one.completion.push(sampled, row + 1 + node)
             if one.completion.error is not None:
                 one.request.error = one.completion.error
                 self.end(one.request, "error")
@@ -89,17 +90,19 @@ class Results:
             token = one.completion.token_ids[-1]
             one.tokens.append(token)
             self.generated_tokens += 1
-            is_right = num_right < len(drafts) and token == drafts[num_right]
-            num_right += is_right
-            if one.completion.finished or not is_right:
+            child = drafts.child(node, token)
+            if child is not None:
+                path.append(child)
+            if one.completion.finished or child is None:
                 break
+            node = child
         if drafts:
-            self.speculator.judge(one, num_right, len(drafts))
+            self.speculator.judge(one, drafts, path, sampled.token[row : row + 1 + len(drafts)].tolist())
         if one.completion.finished:
             self.scheduler.finish(one)
             self._count(one.request, one.completion, now)
         else:
-            self.scheduler.keep(one, num_right)
+            self.scheduler.keep(one, len(path))
 
     def _count(self, request: Request, completion: Completion, now: float) -> None:
         assert request.first_token is not None

@@ -18,10 +18,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from jfa.pages import Copy
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.engine.pools import Pools
 from jfa_models.engine.request import Continuation
 
-_NO_DRAFTS: Mapping[Continuation, Sequence[int]] = MappingProxyType({})
+_NO_DRAFTS: Mapping[Continuation, DraftTree] = MappingProxyType({})
+_NO_TREE = DraftTree()
 
 
 class Chunk(NamedTuple):
@@ -40,7 +42,7 @@ class Chunk(NamedTuple):
     generated: int
     copies: Sequence[tuple[int, Copy]]
     followers: Sequence[Continuation] = ()
-    drafts: Sequence[int] = ()
+    drafts: DraftTree = _NO_TREE
 
 
 class Scheduler:
@@ -152,7 +154,7 @@ class Scheduler:
         one.num_tokens += num_accepted
         one.num_computed += num_accepted
 
-    def schedule(self, drafts: Mapping[Continuation, Sequence[int]] = _NO_DRAFTS) -> list[Chunk]:
+    def schedule(self, drafts: Mapping[Continuation, DraftTree] = _NO_DRAFTS) -> list[Chunk]:
         """The chunks of the next step; empty if nothing can run before results are known.
 
         drafts: of next_tokens, whose tokens must all be known. Where there are no pages for them, they are left out.
@@ -166,10 +168,10 @@ class Scheduler:
                 num_tokens = min(one.num_new, budget)
                 if one.slot is None or not num_tokens or (one.num_new > 1) != prompts:
                     continue
-                extra = drafts.get(one, ())
+                extra = drafts.get(one, _NO_TREE)
                 copies = self.reserve(one, len(extra)) if extra else None
                 if copies is None:
-                    extra, copies = (), self._make_room(one, num_tokens)
+                    extra, copies = _NO_TREE, self._make_room(one, num_tokens)
                 if copies is not None:
                     chunks.append(self._chunk(one, num_tokens, copies, extra))
                     budget -= num_tokens
@@ -212,7 +214,7 @@ class Scheduler:
         one: Continuation,
         num_tokens: int,
         copies: Sequence[tuple[int, Copy]],
-        drafts: Sequence[int] = (),
+        drafts: DraftTree = _NO_TREE,
     ) -> Chunk:
         start = one.num_computed
         one.num_computed += num_tokens

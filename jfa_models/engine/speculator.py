@@ -4,13 +4,16 @@ A draft comes from the grammar of a request, where it leaves only one possibilit
 of it are verified is decided by their odds and by the measured times of steps (pace.py).
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.decoding.params import SamplingParams
-from jfa_models.decoding.speculation import SpeculativeConfig
-from jfa_models.engine.drafts import Acceptance, Lookup
+from jfa_models.decoding.speculation import TREES, SpeculativeConfig
+from jfa_models.engine.drafts import Acceptance, Draft, Lookup
 from jfa_models.engine.pace import Pace
 from jfa_models.engine.request import Continuation
 from jfa_models.text.guided import GrammarError
@@ -22,16 +25,22 @@ GRAMMAR = "grammar"  # the method of tokens that a grammar forces
 class Proposer(Protocol):
     """Drafts the next tokens of continuations whose tokens are all known."""
 
-    def odds(self, one: Continuation) -> Sequence[float]:
-        """For each token of the draft that can be had, the probability that it is right if those before it are."""
+    def gains(self, one: Continuation) -> Sequence[float]:
+        """For each token of the draft that can be had, the probability that it is accepted, the likeliest first."""
         ...
 
-    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, Sequence[int]]:
-        """Drafts of at most these lengths."""
+    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, DraftTree]:
+        """Drafts of at most these lengths, without tokens that a grammar forbids."""
         ...
 
-    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
-        """Tells how many tokens of a verified draft were right."""
+    def judge(self, one: Continuation, draft: DraftTree, path: Sequence[int], sampled: Sequence[int]) -> None:
+        """Tells what came of a verified draft.
+
+        Args:
+          draft: its first tokens, as many as were verified.
+          path: the indices of those accepted.
+          sampled: the model's token after the text, then those after each drafted token.
+        """
         ...
 
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
@@ -47,19 +56,23 @@ class NgramProposer:
         self._acceptance = Acceptance()
         self._lookups: WeakKeyDictionary[Continuation, Lookup] = WeakKeyDictionary()
 
-    def odds(self, one: Continuation) -> Sequence[float]:
+    def gains(self, one: Continuation) -> Sequence[float]:
+        return list(itertools.accumulate(self.lookup(one).odds, operator.mul))
+
+    def lookup(self, one: Continuation) -> Draft:
+        """The longest draft that its text gives."""
         if one not in self._lookups:
             config = self._config
             self._lookups[one] = Lookup(
-                config.prompt_lookup_min, config.prompt_lookup_max, config.num_speculative_tokens, self._acceptance
+                config.prompt_lookup_min, config.prompt_lookup_max, config.length, self._acceptance
             )
         self._lookups[one].follow(one.tokens)
-        return self._lookups[one].draft().odds
+        return self._lookups[one].draft()
 
-    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, Sequence[int]]:
-        return {one: self._lookups[one].draft().tokens[:length] for one, length in lengths.items()}
+    def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, DraftTree]:
+        return {one: permitted(one, self.lookup(one).tokens[:length]) for one, length in lengths.items()}
 
-    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
+    def judge(self, one: Continuation, draft: DraftTree, path: Sequence[int], sampled: Sequence[int]) -> None:
         """Nothing: a lookup judges its drafts itself, also those that were not verified."""
 
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
@@ -95,9 +108,15 @@ class Speculator:
         config: SpeculativeConfig | None,
         proposer: Proposer | None,
         shapes: Callable[[int], Sequence[tuple[int, int]]],
+        *,
+        longest: int,
     ):
-        """shapes: of the steps that a number of rows can take: (rows, tokens), first the one without drafts."""
+        """longest: tokens that a row of the cache has room for.
+
+        shapes: of the steps that a number of rows can take: (rows, tokens), first the one without drafts.
+        """
         self._method = None if config is None else config.method
+        self._longest = longest
         self._proposer = proposer
         self._shapes = shapes
         self._pace = Pace(adaptive=config is None or config.adaptive)
@@ -117,43 +136,44 @@ class Speculator:
         self._is_due = self._proposer is not None and self._pace.looks()
         return self._is_due or any(one.guide is not None for one in running)
 
-    def plan(self, rows: Sequence[Continuation]) -> dict[Continuation, Sequence[int]]:
+    def plan(self, rows: Sequence[Continuation]) -> dict[Continuation, DraftTree]:
         """The drafts to verify in a step that computes just the next token of these continuations."""
         shapes = self._shapes(len(rows)) if rows else [(0, 0)]
         budget = shapes[-1][1] - len(rows)  # drafted tokens that the largest step takes
-        drafts: dict[Continuation, Sequence[int]] = {}
+        drafts: dict[Continuation, DraftTree] = {}
         rooms = {one: one.limit - one.num_tokens - 1 for one in rows if one.draws}
         for one, room in rooms.items():
             if one.guide is not None and (forced := _forced(one, min(room, budget, LONGEST_FORCED))):
-                drafts[one] = forced
+                drafts[one] = DraftTree(forced)
                 budget -= len(forced)
         self._forced, self.is_timed, self._verified, self._accepted = set(drafts), True, 0, 0
         if self._proposer is None or not self._is_due or not budget:
             return drafts
-        free = {one: room for one, room in rooms.items() if one not in drafts and room > 0}
-        odds = [self._proposer.odds(one)[: free[one]] if one in free else () for one in rows]
-        lengths = self._pace.lengths(odds, [shapes[0], *(one for one in shapes[1:] if one[1] <= len(rows) + budget)])
+        # a tree may have more tokens than can still come: it has several for each place
+        most = {one: self._longest - one.num_tokens if self._method in TREES else room for one, room in rooms.items()}
+        free = {one for one, room in rooms.items() if one not in drafts and room > 0}
+        gains = [self._proposer.gains(one)[: most[one]] if one in free else () for one in rows]
+        lengths = self._pace.lengths(gains, [shapes[0], *(one for one in shapes[1:] if one[1] <= len(rows) + budget)])
         wanted = {one: length for one, length in zip(rows, lengths, strict=True) if length}
         num_forced = len(drafts)
         for one, draft in (self._proposer.draft(wanted) if wanted else {}).items():
-            fitting = min(budget, len(draft) if one.guide is None else one.guide.permitted(draft))
-            if fitting:
-                drafts[one] = draft[:fitting]
-                budget -= fitting
+            if draft and budget:
+                drafts[one] = draft.first(budget)
+                budget -= len(drafts[one])
         self.is_timed = not wanted or len(drafts) > num_forced
         self._verified = len(rows) * (len(drafts) > num_forced)
         return drafts
 
-    def judge(self, one: Continuation, num_right: int, num_drafted: int) -> None:
-        """Counts a verified draft."""
+    def judge(self, one: Continuation, draft: DraftTree, path: Sequence[int], sampled: Sequence[int]) -> None:
+        """Counts a verified draft; see Proposer."""
         forced = one in self._forced
         method = GRAMMAR if forced else self._method
         assert method is not None
-        self._accepted += num_right
+        self._accepted += len(path)
         before = self.counts.get(method, Speculated())
-        self.counts[method] = Speculated(before.proposed + num_drafted, before.accepted + num_right, before.drafts + 1)
+        self.counts[method] = Speculated(before.proposed + len(draft), before.accepted + len(path), before.drafts + 1)
         if not forced and self._proposer is not None:
-            self._proposer.judge(one, num_right, num_drafted)
+            self._proposer.judge(one, draft, path, sampled)
 
     def time(self, shape: tuple[int, int], seconds: float) -> None:
         """Records the seconds of a step of this shape."""
@@ -162,6 +182,11 @@ class Speculator:
             self._pace.time(*shape, seconds, plain=plain, won=won)
         else:
             self._pace.time(*shape, seconds)
+
+
+def permitted(one: Continuation, draft: Sequence[int]) -> DraftTree:
+    """The draft up to the first token that the form of a continuation forbids."""
+    return DraftTree(draft if one.guide is None else draft[: one.guide.permitted(draft)])
 
 
 def _forced(one: Continuation, limit: int) -> list[int]:

@@ -291,12 +291,22 @@ class Guide:
         _check_rows(out, (self._words,))
         self._fill(out)
 
-    def allowed_after(self, draft: Sequence[int], out: Int32[np.ndarray, "drafted+1 words"]) -> int:
-        """Fills row i with the tokens that may come after the first i draft tokens; the guide stays where it is.
+    def allowed_after(
+        self,
+        draft: Sequence[int],
+        out: Int32[np.ndarray, "drafted+1 words"],
+        parents: Sequence[int] | None = None,
+    ) -> int:
+        """Fills row i + 1 with the tokens that may come after draft token i, row 0 with those before any.
+
+        The guide stays where it is.
+
+        Args:
+          parents: for each token the index of the one before it, a smaller one; -1: none. None: they are a sequence.
 
         Returns:
-          The number of draft tokens that fit, up to and including an end token; rows behind the first that does not
-          fit, and behind an end token, allow everything.
+          The number of draft tokens that fit, up to and including an end token; rows behind one that does not fit, and
+          behind an end token, allow everything.
 
         Raises:
           GrammarError: llguidance gave up on the grammar, or no token fits; the rows from there on allow everything.
@@ -304,18 +314,30 @@ class Guide:
         """
         _check_rows(out, (len(draft) + 1, self._words))
         out[1:] = EVERYTHING
-        moved = 0
+        parents = range(-1, len(draft) - 1) if parents is None else parents
+        children: dict[int, list[int]] = {}
+        for node in reversed(range(len(draft))):
+            children.setdefault(parents[node], []).append(node)
+        moved = num_fitting = 0
         try:
             self._fill(out[0])
-            for place, token in enumerate(map(int, draft)):
-                if not self._has(out[place], token):
-                    return place
+            waiting = [(node, 0) for node in children.get(-1, ())]  # with the number of tokens before it
+            while waiting:
+                node, depth = waiting.pop()
+                token = int(draft[node])
+                if not self._has(out[parents[node] + 1], token):
+                    continue
+                num_fitting += 1
                 if token in self._ends:
-                    return place + 1
+                    continue
+                if moved > depth:
+                    self._roll_back(moved - depth)
+                    moved = depth
                 self._step(token)
                 moved += 1
-                self._fill(out[place + 1])
-            return moved
+                self._fill(out[node + 1])
+                waiting += [(child, depth + 1) for child in children.get(node, ())]
+            return num_fitting
         finally:
             if not self.matcher.is_error():
                 self._roll_back(moved)

@@ -93,40 +93,45 @@ def timed(pace, seconds):
     return pace
 
 
+def powers(odds, n):
+    """The gains of a chain of tokens with these odds."""
+    return [odds ** (i + 1) for i in range(n)]
+
+
 SHAPES = [(1, 1), (1, 2), (1, 4), (1, 8)]
 CHEAP = {(1, 1): 1.0, (1, 2): 1.0, (1, 4): 1.1, (1, 8): 1.2}
 DEAR = {(1, 1): 1.0, (1, 2): 1.9, (1, 4): 3.5, (1, 8): 6.5}
 
 
 def test_cheap_tokens_are_all_verified_and_dear_ones_if_they_are_right():
-    assert timed(Pace(adaptive=True), CHEAP).lengths([[0.6] * 10], SHAPES) == [7]
-    assert timed(Pace(adaptive=True), DEAR).lengths([[0.6] * 10], SHAPES) == [0]
-    assert timed(Pace(adaptive=True), DEAR).lengths([[0.99] * 10], SHAPES) == [7]
-    assert Pace(adaptive=False).lengths([[0.1] * 10], SHAPES) == [10]
+    assert timed(Pace(adaptive=True), CHEAP).lengths([powers(0.6, 10)], SHAPES) == [7]
+    assert timed(Pace(adaptive=True), DEAR).lengths([powers(0.6, 10)], SHAPES) == [0]
+    assert timed(Pace(adaptive=True), DEAR).lengths([powers(0.99, 10)], SHAPES) == [7]
+    assert Pace(adaptive=False).lengths([powers(0.1, 10)], SHAPES) == [10]
 
 
 def test_the_likelier_drafts_get_the_room():
     shapes = [(2, 2), (2, 4), (2, 8)]
     pace = timed(Pace(adaptive=True), {(2, 2): 1.0, (2, 4): 1.1, (2, 8): 9.0})
-    assert pace.lengths([[0.3] * 5, [0.9] * 5], shapes) == [0, 2]
+    assert pace.lengths([powers(0.3, 5), powers(0.9, 5)], shapes) == [0, 2]
     pace = timed(Pace(adaptive=True), {(2, 2): 1.0, (2, 4): 1.1, (2, 8): 1.2})
-    assert pace.lengths([[0.3] * 5, [0.9] * 5], shapes) == [1, 5]
-    assert pace.lengths([[], [0.9] * 2], shapes) == [0, 2]
+    assert pace.lengths([powers(0.3, 5), powers(0.9, 5)], shapes) == [1, 5]
+    assert pace.lengths([[], powers(0.9, 2)], shapes) == [0, 2]
     assert pace.lengths([[], []], shapes) == [0, 0]
 
 
 def test_nothing_is_drafted_until_a_plain_step_was_timed():
     pace = Pace(adaptive=True)
-    assert pace.lengths([[0.9] * 5], SHAPES) == [0]
+    assert pace.lengths([powers(0.9, 5)], SHAPES) == [0]
     pace.time(1, 1, 1.0)
-    assert pace.lengths([[0.9] * 5], SHAPES) == [0]
+    assert pace.lengths([powers(0.9, 5)], SHAPES) == [0]
     pace.time(1, 1, 1.0)
-    assert pace.lengths([[0.9] * 5], SHAPES) == [5]  # untimed sizes are taken to be cheap
+    assert pace.lengths([powers(0.9, 5)], SHAPES) == [5]  # untimed sizes are taken to be cheap
 
 
 def test_a_plain_step_is_timed_again_now_and_then():
     pace = timed(Pace(adaptive=True), CHEAP)
-    lengths = [pace.lengths([[0.9] * 5], SHAPES)[0] for _ in range(2 * PLAIN_EVERY + 2)]
+    lengths = [pace.lengths([powers(0.9, 5)], SHAPES)[0] for _ in range(2 * PLAIN_EVERY + 2)]
     assert lengths.count(0) == 2
 
 
@@ -136,13 +141,13 @@ def test_looks_become_rare_while_drafts_do_not_pay():
     for _ in range(20 * LOOK_EVERY):
         if pace.looks():
             looks += 1
-            assert pace.lengths([[0.1] * 5], SHAPES) == [0]
+            assert pace.lengths([powers(0.1, 5)], SHAPES) == [0]
     assert looks == LOOK_EVERY + 19
     timed(pace, CHEAP)
     pace.time(1, 8, 1.2)
     while not pace.looks():
         pass
-    assert pace.lengths([[0.99] * 7], SHAPES) == [7]
+    assert pace.lengths([powers(0.99, 7)], SHAPES) == [7]
     assert all(pace.looks() for _ in range(LOOK_EVERY))
 
 
@@ -151,14 +156,14 @@ def test_one_slow_step_does_not_count_for_long():
     pace.time(1, 8, 1000.0)
     for _ in range(10):
         pace.time(1, 8, 1.2)
-    assert pace.lengths([[0.9] * 10], SHAPES) == [7]
+    assert pace.lengths([powers(0.9, 10)], SHAPES) == [7]
 
 
 def test_what_drafts_may_lose_is_bounded():
     """Odds that are always wrong: at most the stake and a few per cent are lost, and drafts are tried now and then."""
     pace, lost, drafted, steps = timed(Pace(adaptive=True), CHEAP | {(1, 8): 2.5}), 0.0, 0, 2000
     for _ in range(steps):
-        if pace.looks() and any(pace.lengths([[0.95] * 7], SHAPES)):
+        if pace.looks() and any(pace.lengths([powers(0.95, 7)], SHAPES)):
             pace.time(1, 8, 2.5, plain=(1, 1), won=0.0)
             lost, drafted = lost + 1.5, drafted + 1
         else:
@@ -169,7 +174,7 @@ def test_what_drafts_may_lose_is_bounded():
 def test_drafts_that_win_go_on():
     pace, drafted = timed(Pace(adaptive=True), CHEAP | {(1, 8): 2.5}), 0
     for _ in range(200):
-        if pace.looks() and any(pace.lengths([[0.95] * 7], SHAPES)):
+        if pace.looks() and any(pace.lengths([powers(0.95, 7)], SHAPES)):
             pace.time(1, 8, 2.5, plain=(1, 1), won=3.0)
             drafted += 1
         else:

@@ -22,7 +22,7 @@ WINDOWS = dataclasses.replace(CONFIG, windows=(16, None, 8))
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 TIE = 1e-3
 SMALL = dict(max_num_seqs=4, page_size=4, num_pages=65, max_num_batched_tokens=32)
-METHODS = ("ngram", "draft_model", "self")
+METHODS = ("ngram", "draft_model", "self", "lookahead", "staged")
 
 
 @functools.cache
@@ -41,9 +41,15 @@ def draft_model():
 
 
 def speculation(method, **options):
-    own = {"draft_model": {"model": draft_model()}, "self": {"num_layers": 2}}.get(method, {})
-    own |= {"confidence_threshold": 0.0} if own else {"prompt_lookup_min": 1}
-    return {"method": method, "num_speculative_tokens": 5, "adaptive": False} | own | options
+    by_model = {"num_speculative_tokens": 5, "confidence_threshold": 0.0}
+    own = {
+        "ngram": {"num_speculative_tokens": 5, "prompt_lookup_min": 1},
+        "draft_model": {"model": draft_model(), **by_model},
+        "self": {"num_layers": 2, **by_model},
+        "lookahead": {"num_speculative_tokens": 11, "window_size": 2, "ngram_size": 3},
+        "staged": {"num_layers": 2, **by_model, "num_speculative_tokens": 9, "prompt_lookup_min": 1},
+    }
+    return {"method": method, "adaptive": False} | own[method] | options
 
 
 def run(engine, *requests, **options):
