@@ -88,12 +88,17 @@ def mixed():
 
 
 @pytest.mark.parametrize(
-    "method", [run_of(None, quick=True), run_of("ngram", quick=True), run_of("self", quick=False, soak=True)]
+    "method",
+    [
+        *(run_of(method, quick=True) for method in (None, "staged")),
+        *(run_of(method, quick=False, soak=True) for method in ("ngram", "self", "lookahead")),
+    ],
 )
 def test_every_form_and_option(method):
     """The engine, with and without speculation, generate, and stream give the same tokens."""
     model, requests = language_model(), mixed()
-    config = {None: None, "ngram": {"method": "ngram"}, "self": {"method": "self", "num_layers": 1}}[method]
+    options = {"num_layers": 1} if method in ("self", "staged") else {}
+    config = None if method is None else {"method": method} | options
     engine = Engine(model, speculative_config=config and config | {"adaptive": False}, **SMALL)
     results = run(engine, *((prompt, params) for _, prompt, params in requests))
     for (form, _, _), result in zip(requests, results, strict=True):

@@ -15,10 +15,18 @@ from scipy.stats import chi2
 from tiny_model import byte_tokenizer, counted_compilations, sentence_piece_tokenizer, sharp_decoder, tiny_config
 
 from jfa_models import LLM, BeamSearchParams, Engine, LanguageModel, SamplingParams
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.decoding.speculation import SpeculativeConfig
+from jfa_models.model.config import ExpertsConfig
 
 CONFIG = tiny_config(num_layers=3, context_length=128)
 WINDOWS = dataclasses.replace(CONFIG, windows=(16, None, 8))
+GEMMA = dataclasses.replace(
+    WINDOWS, attention_soft_cap=20.0, logits_soft_cap=30.0, qk_norm=True, post_norms=True, scale_embeddings=True
+)
+MIXTURE = dataclasses.replace(
+    CONFIG, experts=ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=16), qkv_bias=True
+)
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 TIE = 1e-3
 SMALL = dict(max_num_seqs=4, page_size=4, num_pages=65, max_num_batched_tokens=32)
@@ -87,10 +95,16 @@ SAMPLED = [
 ]
 
 
-# test_random_requests compares every method with windows as well
+IN_CI = ("self", "lookahead", "staged")
+
+
+# test_random_requests compares every method with windows as well, and prompt lookup in CI
 @pytest.mark.parametrize(
     ("config", "method"),
-    [*(run_of("full", method, quick=True) for method in METHODS), run_of("windows", "self", quick=False, soak=True)],
+    [
+        *(run_of("full", method, quick=method in IN_CI, soak=method not in IN_CI) for method in METHODS),
+        *(run_of("windows", method, quick=False, soak=True) for method in IN_CI),
+    ],
 )
 def test_every_option_gives_the_tokens_without_speculation(config, method):
     model = language_model(CONFIG if config == "full" else WINDOWS)
@@ -120,17 +134,20 @@ def test_a_model_that_drafts_for_itself_is_always_right():
     "method", [run_of("ngram", quick=True), *(run_of(x, quick=False, soak=True) for x in METHODS if x != "ngram")]
 )
 @pytest.mark.parametrize(
-    ("seed", "engines", "count"), [run_of(0, 1, 40, quick=True), run_of(1, 3, 50, quick=False, soak=True)]
+    ("seed", "engines", "count"), [run_of(0, 1, 40, quick=True), run_of(1, 5, 40, quick=False, soak=True)]
 )
 def test_random_requests(method, seed, engines, count):
-    """Arrivals, aborts and preemption over shared prefixes, in pools of several sizes, dtypes and windows."""
+    """Arrivals, aborts and preemption over shared prefixes, in pools of several sizes, dtypes and windows.
+
+    The longest runs have 1,000 requests together.
+    """
     rng = random.Random(seed)
     for place in range(engines):
-        model = language_model((CONFIG, WINDOWS, CONFIG)[place])
+        model = language_model((CONFIG, WINDOWS, CONFIG, GEMMA, MIXTURE)[place])
         options = dict(
             max_num_seqs=rng.choice([1, 2, 5, 16]),
             page_size=rng.choice([2, 4, 16]),
-            kv_dtype=(None, None, "int8")[place],
+            kv_dtype="int8" if place == 2 else None,
             enable_prefix_caching=rng.random() < 0.7,
             max_num_batched_tokens=32,
         )
@@ -196,6 +213,34 @@ def test_adapters_keep_their_own_tokens(method):
         assert [x.outputs[0].token_ids for x in got] == [x.outputs[0].token_ids for x in want]
 
 
+def test_the_second_choices_of_a_draft_model_are_drafts():
+    """The more tokens a tree may have, the more of them are others than the draft model's first choice."""
+    model, steps = language_model(), []
+    for length, method in ((5, "self"), (9, "staged"), (24, "staged")):
+        given = speculation(method, num_speculative_tokens=length, confidence_threshold=0.02)
+        engine = Engine(model, speculative_config=given, **SMALL | dict(max_num_seqs=1))
+        run(engine, *((f"prompt {i}", dataclasses.replace(GREEDY, max_tokens=40)) for i in range(4)))
+        steps.append(engine.metrics().steps)
+    assert steps[0] > steps[1] >= steps[2], steps
+
+
+def test_a_tree_has_the_likeliest_tokens():
+    from jfa_models.decoding.steps import Proposed
+    from jfa_models.engine.draft_model import tree_of
+
+    found = Proposed(
+        token=np.array([5, 6, 7]),
+        odds=np.array([0.5, 0.9, 0.1]),
+        others=np.array([[5, 8], [6, 5], [9, 7]]),
+        other_odds=np.array([[0.5, 0.3], [0.9, 0.05], [0.6, 0.1]]),
+    )
+    tree = tree_of(found, 5, None)
+    # 0.5, 0.45, 0.3, 0.27, 0.045
+    assert [tree.text(node) for node in range(5)] == [[5], [5, 6], [8], [5, 6, 9], [5, 6, 7]]
+    assert len(tree_of(found, 9, None)) == 6
+    assert not tree_of(jax.tree.map(lambda x: x[:0], found), 9, None)
+
+
 def test_a_draft_below_the_threshold_is_cut():
     model = language_model()
     proposed = []
@@ -237,8 +282,11 @@ def test_llm_speculates():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "eagle"}, "the method of speculation must be one of ngram, draft_model, self, got 'eagle'"),
-        ({}, "speculative_config needs a method: ngram, draft_model, self"),
+        (
+            {"method": "eagle"},
+            "the method of speculation must be one of ngram, draft_model, self, lookahead, staged, got 'eagle'",
+        ),
+        ({}, "speculative_config needs a method: ngram, draft_model, self, lookahead, staged"),
         ("ngram", 'speculative_config must be a mapping such as {"method": "ngram"}, got \'ngram\''),
         ({"method": "ngram", "k": 3}, "speculative_config has no option k; its options are method, num_spec"),
         (
@@ -255,6 +303,16 @@ def test_llm_speculates():
             {"method": "self", "num_layers": 1, "confidence_threshold": 2},
             "confidence_threshold must be a number in [0, 1]",
         ),
+        ({"method": "ngram", "window_size": 3}, "window_size=3 has no effect on the method 'ngram'"),
+        ({"method": "lookahead", "window_size": 0}, "window_size must be an integer from 1 to 64, got 0"),
+        ({"method": "lookahead", "ngram_size": 1}, "ngram_size must be an integer from 2 to 64, got 1"),
+        (
+            {"method": "lookahead", "window_size": 10, "num_speculative_tokens": 30},
+            "window_size=10 x (ngram_size=4 - 1) = 30 tokens leaves no drafts of num_speculative_tokens=30: give more",
+        ),
+        ({"method": "staged"}, 'the method "staged" needs either model (a folder, a repository or a LanguageModel) or'),
+        ({"method": "staged", "model": "x", "num_layers": 2}, "got model='x' and num_layers=2"),
+        ({"method": "staged", "num_layers": 3}, "num_layers must be less than 3, the layers of the model, got 3"),
         ({"method": "draft_model"}, 'the method "draft_model" needs model: a folder, a repository or a LanguageModel'),
     ],
 )
@@ -292,10 +350,11 @@ def p_value(counts, others):
     return float(chi2.sf(((a * counts - b * others) ** 2 / (counts + others)).sum(), seen.sum() - 1))
 
 
-def chains(params, drafts, seed, *, rows=256, rounds=80, accept=None):
+def chains(params, drafts, seed, *, rows=256, rounds=80, accept=None, branches=1):
     """How often each pair of first tokens comes, where logits depend on the token before: with drafts, or one by one.
 
-    accept: replaces the rule by which a sampled token is compared with a draft.
+    accept: replaces the rule by which a sampled token is compared with a draft. branches: different drafts of the first
+    token, in one tree.
     """
     from jfa_models.decoding.sampling import slot_rows
     from jfa_models.decoding.steps import Batch, Slots, _verify
@@ -321,6 +380,7 @@ def chains(params, drafts, seed, *, rows=256, rounds=80, accept=None):
             query_start=np.arange(0, rows * t + 1, t, dtype=np.int32),
             slot=np.arange(rows, dtype=np.int32),
             last=None,
+            tree_mask=None if branches == 1 else np.tile(DraftTree(range(t - 1), [-1] * (t - 1)).seen(t), (rows, 1)),
         )
         slots, sampled = verify(
             slots, table[tokens.reshape(-1)], sampling, batch, np.ones(rows, bool), np.full(rows, generated, np.int32)
@@ -330,7 +390,9 @@ def chains(params, drafts, seed, *, rows=256, rounds=80, accept=None):
     for number in range(rounds):
         numbers = np.arange(rows) + number * rows
         last, counts = np.zeros(rows, np.int32), np.zeros((rows, VOCAB), np.int32)
-        drafted = rng.choice(VOCAB, (rows, 1), p=drafts) if drafts is not None else np.zeros((rows, 0), np.int64)
+        drafted = np.zeros((rows, 0), np.int64)
+        if drafts is not None:
+            drafted = np.stack([rng.choice(VOCAB, branches, p=drafts, replace=False) for _ in range(rows)])
         sampled, counts = step(last, drafted, numbers, 0, counts)
         first = sampled[:, 0].copy()
         second, _ = step(first, np.zeros((rows, 0), np.int64), numbers, 1, counts)
@@ -338,7 +400,8 @@ def chains(params, drafts, seed, *, rows=256, rounds=80, accept=None):
         if drafts is not None:
             if accept is not None:
                 first = accept(first, drafted[:, 0], table, rng)
-            second = np.where(first == drafted[:, 0], sampled[:, 1], second)
+            for branch in range(branches):
+                second = np.where(first == drafted[:, branch], sampled[:, 1 + branch], second)
         np.add.at(pairs, (first, second), 1)
     return pairs
 
@@ -361,6 +424,12 @@ def test_the_distribution_is_that_without_drafts(option):
     """20,480 pairs with drafts, and as many without from other seeds: 143 cells or fewer."""
     params = DISTRIBUTIONS[option]
     assert p_value(chains(params, LIKELY, 1), chains(params, None, 2)) > 1e-4
+
+
+@pytest.mark.parametrize("option", [run_of(name, quick=name == "penalties") for name in DISTRIBUTIONS])
+def test_the_distribution_is_that_without_trees(option):
+    params = DISTRIBUTIONS[option]
+    assert p_value(chains(params, LIKELY, 1, branches=4), chains(params, None, 2)) > 1e-4
 
 
 def test_a_wrong_rule_of_acceptance_is_noticed():

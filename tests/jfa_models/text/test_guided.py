@@ -26,6 +26,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
 from jfa_models.checkpoints.reader import open_checkpoint
+from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.text import guided
 from jfa_models.text.guided import GrammarError, Grammars, fill
 from jfa_models.text.structured import StructuredOutputsParams
@@ -488,6 +489,19 @@ def test_rows_behind_a_refused_draft_token_allow_everything():
     assert (out[1:] == -1).all()
     assert guide.allowed_after([9999, -1], out := rows(3)) == 0
     guide.accept(ids_of('{"name":'))
+
+
+def test_the_masks_of_a_tree_are_those_of_its_paths():
+    guide = compiled(json=PERSON, disable_any_whitespace=True).start()
+    here = allowed(guide)
+    tree = DraftTree.of_paths(map(ids_of, ('{"name":"a', '{"name":"bc', '{"nome', "[1", '{"name":3')))
+    assert guide.allowed_after(tree.tokens, out := rows(len(tree) + 1), tree.parents) == len('{"name":"a') + len("bc")
+    for node in range(-1, len(tree)):
+        path = tree.text(node)
+        one = compiled(json=PERSON, disable_any_whitespace=True).start()
+        one.allowed_after(path, alone := rows(len(path) + 1))
+        assert (out[node + 1] == alone[-1]).all(), path
+    assert allowed(guide) == here
 
 
 def test_drafts_are_judged_by_the_mask():
