@@ -60,9 +60,8 @@ class DraftModel:
         self._launcher = launcher
         self._reserve = reserve
         self._acceptance = Acceptance()
-        self._ahead: WeakKeyDictionary[Continuation, list[int]] = (
-            WeakKeyDictionary()
-        )  # computed tokens of the last draft
+        # computed tokens of the last draft
+        self._ahead: WeakKeyDictionary[Continuation, list[int]] = WeakKeyDictionary()
         windows = [window for _, window in launcher.scheduler.pools.pools]
         self._pool_of = pools_of(model, windows)
         page_size = launcher.scheduler.pools.page_size
@@ -227,26 +226,23 @@ def tree_of(found: Proposed, length: int, guide: Guide | None) -> DraftTree:
     Each token comes behind the one before it. Behind one that the guide forbids there are none.
     """
     assert found.odds is not None and found.others is not None and found.other_odds is not None
-    trunk = found.token.tolist()
-    if guide is not None:
-        trunk = trunk[: guide.permitted(trunk)]
-    ends = [1.0, *itertools.accumulate(found.odds.tolist(), operator.mul)]
-    nodes = [(-ends[place + 1], place, token) for place, token in enumerate(trunk)]
-    for place, token in enumerate(trunk):
-        others = zip(found.others[place].tolist(), found.other_odds[place].tolist(), strict=True)
-        nodes += [(-ends[place] * odds, len(trunk) + place, other) for other, odds in others if other != token]
-    if guide is not None:
-        nodes = [
-            x
-            for x in nodes
-            if x[1] < len(trunk) or guide.permitted([*trunk[: x[1] - len(trunk)], x[2]]) > x[1] - len(trunk)
-        ]
-    tree, of_trunk = DraftTree(), [-1]
-    for _, place, token in sorted(nodes)[:length]:
-        if place < len(trunk):
-            of_trunk.append(tree.append(token, of_trunk[place]))
-        else:
-            tree.append(token, of_trunk[place - len(trunk)])
+    chosen = found.token.tolist()
+    num_fitting = len(chosen) if guide is None else guide.permitted(chosen)
+    # rounding may give more than 1; a token must not be likelier than the one before it
+    odds, other_odds = np.minimum(found.odds, 1.0).tolist(), np.minimum(found.other_odds, 1.0).tolist()
+    before = [1.0, *itertools.accumulate(odds, operator.mul)]
+    nodes = []
+    for place, token in enumerate(chosen[: num_fitting + 1]):
+        if place < num_fitting:
+            nodes.append((-before[place + 1], place, False, token))
+        for other, own in zip(found.others[place].tolist(), other_odds[place], strict=True):
+            if other != token and (guide is None or guide.permitted([*chosen[:place], other]) > place):
+                nodes.append((-before[place] * own, place, True, other))
+    tree, ends = DraftTree(), [-1]  # where the chosen tokens up to each place are
+    for _, place, is_other, token in sorted(nodes)[:length]:
+        node = tree.append(token, ends[place])
+        if not is_other:
+            ends.append(node)
     return tree
 
 

@@ -238,8 +238,12 @@ def test_engine_with_random_requests(short_chunks, count):
     assert ran(Engine(many, **sizes), requests) == want
     if count == 12:
         return
-    drafts = {"method": "ngram", "num_speculative_tokens": 3}
-    assert ran(Engine(many, **sizes, speculative_config=drafts), requests) == want
+    for drafts in (
+        {"method": "ngram", "num_speculative_tokens": 3},
+        {"method": "lookahead", "num_speculative_tokens": 7, "window_size": 2, "ngram_size": 3, "adaptive": False},
+        {"method": "staged", "num_speculative_tokens": 6, "num_layers": 1, "adaptive": False},
+    ):
+        assert ran(Engine(many, **sizes, speculative_config=drafts), requests) == want
 
 
 def collectives(text):
