@@ -136,6 +136,22 @@ def splits(
     return [split(mesh)]
 
 
+def step_seconds(
+    config: DecoderConfig,
+    card: Card,
+    *,
+    rows: int,
+    new: int,
+    context: int,
+    dtype: DTypeLike = "bfloat16",
+    quantization: str | None = None,
+    kv_dtype: str | None = None,
+) -> float:
+    """A step of one card at best: so many sequences, each with new tokens, the last of context tokens."""
+    model = _Model(config, np.dtype(dtype), quantization, kv_dtype)
+    return seconds(_Engine.of(model, {"tensor": 1}, card, 1).step(rows, new, context))
+
+
 def _meshes(config: DecoderConfig, devices: int, hosts: int) -> Iterator[dict[str, int]]:
     num_experts = config.experts.num_experts if config.experts else 1
     for size in _divisors(devices * hosts):
