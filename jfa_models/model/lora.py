@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jfa.products import times_rows
+from jfa.products import low_rank_rows, times_rows
 
 NO_ADAPTER = -1  # the slot of a row without an adapter
 
@@ -27,7 +27,7 @@ class Change:
     Weights of experts have one more axis, the first. An adapter that does not change the module has zeros.
 
     Attributes:
-      a, b: (b a), scaled, is added to the weight [out, in].
+      a, b: (b^T a), scaled, is added to the weight [out, in].
       factor: what is added to 1 before the rows of the sum are multiplied by it (DoRA).
       scale: added to the scale of a norm.
       bias: added to the bias, which the module may lack.
@@ -35,7 +35,7 @@ class Change:
     """
 
     a: Float[Array, "*e slots r in"] | None = None
-    b: Float[Array, "*e out slots r"] | None = None
+    b: Float[Array, "*e slots r out"] | None = None
     factor: Float[Array, "slots out"] | None = None
     scale: Float[Array, "slots size"] | None = None
     bias: Float[Array, "slots out"] | None = None
@@ -53,8 +53,7 @@ class Applied(NamedTuple):
         """y = x weight^T, with the changed weight."""
         change = self.change
         if change.a is not None and change.b is not None:
-            hidden = times_rows(x, change.a.reshape(-1, change.a.shape[-1]))
-            y = y + times_rows(self._own(hidden), change.b.reshape(change.b.shape[0], -1))
+            y = y + low_rank_rows(x, change.a, change.b, self.gates)
         if change.whole is not None:
             gates = self._whole_gates(x)
             for i in range(change.whole.shape[0]):
@@ -65,7 +64,7 @@ class Applied(NamedTuple):
         """y = weight[index], of the changed weight."""
         change = self.change
         if change.a is not None and change.b is not None:
-            hidden = change.b[index].reshape(*index.shape, -1).astype(y.dtype)
+            hidden = jnp.moveaxis(change.b[..., index], (0, 1), (-2, -1)).reshape(*index.shape, -1).astype(y.dtype)
             y = y + times_rows(self._own(hidden), change.a.reshape(-1, change.a.shape[-1]).T)
         if change.whole is not None:
             gates = self._whole_gates(y)
