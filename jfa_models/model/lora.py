@@ -7,13 +7,15 @@ Sources: arXiv:2106.09685 (LoRA); arXiv:2402.09353 (DoRA).
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from jfa import dropout
 from jfa.products import low_rank_rows, times_rows
 
 NO_ADAPTER = -1  # the slot of a row without an adapter
@@ -43,17 +45,47 @@ class Change:
     whole_slot: Int[Array, " k"] | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """While training: low-rank parts see each number of their inputs with the probability 1 - rate, scaled by 1 / that.
+
+    A pure function of the seed, the names of modules and the places of numbers (jfa.dropout).
+    """
+
+    seed: UInt32[Array, " 2"]
+    rate: float = dataclasses.field(metadata=dict(static=True))
+
+    def at(self, number: int | Int[Array, ""]) -> "Dropout":
+        """Another one for each number."""
+        number = jnp.asarray(number, jnp.uint32)
+        pairs = self.seed, self.seed[::-1]
+        seeds = [dropout.row_seed(tuple(pair), number, jnp.uint32(i), broadcast=False) for i, pair in enumerate(pairs)]
+        return dataclasses.replace(self, seed=jnp.stack(seeds))
+
+    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b in"]:
+        rows, columns = jnp.arange(x.size // x.shape[-1])[:, None], jnp.arange(x.shape[-1])
+        is_kept = dropout.keep(self.seed[0], rows, columns, rate=self.rate).reshape(x.shape)
+        return jnp.where(is_kept, x * jnp.asarray(1 / (1 - self.rate), x.dtype), 0)
+
+
 class Applied(NamedTuple):
-    """A module's change, and which slot each row uses."""
+    """A module's change, which slot each row uses, and what is dropped of the inputs."""
 
     change: Change
     gates: Float[Array, "*b slots"]  # one-hot, or all zeros
+    dropout: Dropout | None = None
 
-    def product(self, x: Float[Array, "*b in"], y: Float[Array, "*b out"]) -> Float[Array, "*b out"]:
-        """y = x weight^T, with the changed weight."""
+    def product(
+        self, x: Float[Array, "*b in"], y: Float[Array, "*b out"], part: int | Int[Array, ""] = 0
+    ) -> Float[Array, "*b out"]:
+        """y = x weight^T, with the changed weight. part: the number of the part of a row that x is."""
         change = self.change
         if change.a is not None and change.b is not None:
-            y = y + low_rank_rows(x, change.a, change.b, self.gates)
+            inputs = x
+            if self.dropout is not None:
+                inputs = self.dropout.at(part)(x)
+            y = y + low_rank_rows(inputs, change.a, change.b, self.gates)
         if change.whole is not None:
             gates = self._whole_gates(x)
             for i in range(change.whole.shape[0]):
@@ -115,10 +147,11 @@ class Adapters:
 
     changes: Mapping[str, Change]
     num_slots: int = dataclasses.field(metadata=dict(static=True))
+    dropout: Dropout | None = None
 
     def scope(self, slot: Int[Array, "*b"]) -> "Scope":
         """The scope of a whole decoder, for tokens or rows with these slots."""
-        return Scope(self.changes, jax.nn.one_hot(slot, self.num_slots))
+        return Scope(self.changes, jax.nn.one_hot(slot, self.num_slots), dropout=self.dropout)
 
 
 class Scope(NamedTuple):
@@ -127,6 +160,7 @@ class Scope(NamedTuple):
     changes: Mapping[str, Change] = {}
     gates: Float[Array, "*b slots"] | None = None
     path: str = ""
+    dropout: Dropout | None = None
 
     def inside(self, name: str) -> "Scope":
         """The scope of a module in this one."""
@@ -144,12 +178,15 @@ class Scope(NamedTuple):
         """The change of one of the experts whose weights are stacked in this module."""
         if (found := self.at(name)) is None:
             return None
-        return Applied(jax.tree.map(lambda x: x[expert], found.change), found.gates)
+        return found._replace(change=jax.tree.map(lambda x: x[expert], found.change))
 
     def at(self, name: str) -> Applied | None:
         """The change of a module without others inside; None: there is none."""
         change = self.changes.get(self.path + name)
-        return None if change is None or self.gates is None else Applied(change, self.gates)
+        if change is None or self.gates is None:
+            return None
+        own = None if self.dropout is None else self.dropout.at(zlib.crc32(f"{self.path}{name}".encode()))
+        return Applied(change, self.gates, own)
 
 
 UNCHANGED = Scope()

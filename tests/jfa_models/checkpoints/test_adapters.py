@@ -296,6 +296,10 @@ CONFIGS = [
         }.items()
     ),
     *(({"r": value}, "r must be an integer >= 1, got ") for value in (0, -1, 1.5, "4", True, [4])),
+    *(
+        ({"lora_dropout": value}, "lora_dropout must be a number of at least 0 and below 1, got ")
+        for value in ("0.1", True, -0.1, 1.0, float("nan"))
+    ),
     *(({"lora_alpha": value}, "lora_alpha must be a number, got ") for value in ("8", True, [], float("nan"))),
     *(
         ({"target_modules": value}, "target_modules must be a list of module names, got")
