@@ -1,7 +1,8 @@
 """What adapters change in a forward pass: each row has its own adapter or none, and all rows share the products.
 
 The low-rank parts of all adapters lie behind one another, so that a layer multiplies by two more matrices however many
-adapters there are, and a mask of rows and slots leaves to each row the part of its own adapter.
+adapters there are, and a mask of rows and slots leaves to each row the part of its own adapter. Few rows on a CPU are
+multiplied by the parts of their own adapters alone (jfa.products.low_rank_rows).
 
 Sources: arXiv:2106.09685 (LoRA); arXiv:2402.09353 (DoRA).
 """
