@@ -75,6 +75,28 @@ def times_rows(x: Float[Array, "*b in"], weight: Float[Array, "out in"] | Quanti
     return in_xla.times_rows(x.astype(weight.dtype), weight, to=x.dtype, on_cpu=on_cpu)
 
 
+@with_default_rules
+def low_rank_rows(
+    x: Float[Array, "*b in"],
+    a: Float[Array, "slots r in"],
+    b: Float[Array, "slots r out"],
+    gates: Float[Array, "*b slots"],
+) -> Float[Array, "*b out"]:
+    """x a^T b in the dtype of x, for each row with the slot that its gates name; zeros where all of them are 0.
+
+    Numbers of other slots do not reach a row, except that those of a and b must be finite.
+    """
+    slots, rank, width = a.shape
+    rows = math.prod(x.shape[:-1])
+    if probe().platform == "cpu" and a.dtype == b.dtype == x.dtype and in_xla.prefers_own(rows, a):
+        own = gates.reshape(rows, slots)
+        out = in_xla.own_low_rank(x.reshape(rows, width), a, b, jnp.argmax(own, axis=-1))
+        return jnp.where(own.any(-1, keepdims=True), out, 0).reshape(*x.shape[:-1], -1)
+    hidden = times_rows(x, a.reshape(-1, width))
+    hidden = jnp.where(jnp.repeat(gates, rank, axis=-1) != 0, hidden, 0)
+    return times_rows(hidden, b.reshape(slots * rank, -1).T)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
     """The static parameters of one call."""

@@ -79,7 +79,7 @@ def _of_module(
         # those of an embedding belong to its columns
         magnitudes = [magnitude] if is_embedding or magnitude is None else place.split(magnitude)
         for i, (name, part) in enumerate(zip(place.modules, place.split(b * scale), strict=True)):
-            changes[name] |= {"a": a[None], "b": part[:, None, :]}
+            changes[name] |= {"a": a[None], "b": part.T[None]}
             if magnitude is not None:
                 changed = base(name) + constant(part) @ constant(a)
                 norms = (changed * changed).sum(0 if is_embedding else 1) ** 0.5
@@ -101,7 +101,7 @@ def _of_module(
         ids = np.asarray(next(ids for key, ids in config.trainable_token_indices.items() if matches((key,), module)))
         own = np.zeros((place.rows[0], len(ids)), np.float32)
         own[ids, np.arange(len(ids))] = 1.0
-        changes[name] |= {"a": (kinds["rows"] - base(name)[ids])[None], "b": own[:, None, :]}
+        changes[name] |= {"a": (kinds["rows"] - base(name)[ids])[None], "b": own.T[None]}
     if "base" in kinds:
         for name, part in zip(place.modules, place.split(kinds["base"]), strict=True):
             _check_base(module, part, base(name))
@@ -125,8 +125,7 @@ def _of_all_experts(place: Place, kinds: Mapping[str, Any], scale: float) -> dic
     b = (kinds["lora_B"] * scale).reshape(place.shape[0], -1, place.num_experts)
     parts = place.split(b)
     return {
-        name: {"a": a, "b": part.transpose(2, 0, 1)[:, :, None]}
-        for name, part in zip(place.modules, parts, strict=True)
+        name: {"a": a, "b": part.transpose(2, 1, 0)[:, None]} for name, part in zip(place.modules, parts, strict=True)
     }
 
 
@@ -139,7 +138,7 @@ def _of_some_experts(shape: tuple[int, ...], parts: Mapping[int, tuple[Any, Any]
     pairs = [parts.get(expert, none) for expert in range(num_experts)]
     a = lib.stack([lib.pad(one, ((0, rank - len(one)), (0, 0))) for one, _ in pairs])
     b = lib.stack([lib.pad(other, ((0, 0), (0, rank - other.shape[1]))) for _, other in pairs])
-    return {"a": a[:, None], "b": b[:, :, None]}
+    return {"a": a[:, None], "b": b.swapaxes(1, 2)[:, None]}
 
 
 def merged(
@@ -178,7 +177,7 @@ def _merged_module(change: Change, *, is_embedding: bool) -> Iterator[tuple[str,
 
     def weight(held: Array) -> Array:
         if change.a is not None and change.b is not None:
-            held = held + jnp.matmul(change.b[..., 0, :], change.a[..., 0, :, :], precision="highest")
+            held = held + jnp.matmul(change.b[..., 0, :, :].mT, change.a[..., 0, :, :], precision="highest")
         if change.whole is not None:
             held = held + change.whole[0]
         if change.factor is not None:

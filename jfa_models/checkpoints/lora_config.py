@@ -35,12 +35,14 @@ class LoraConfig:
       rank_pattern, alpha_pattern: other values for modules whose name ends with a regular expression; the first counts.
       use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
       use_dora: rows of the changed weight have a norm of their own (arXiv:2402.09353).
+      lora_dropout: while training, the part of the numbers that lora_A does not see.
       target_modules: ends of module names, one regular expression for whole names, or "all-linear".
       trainable_token_indices: rows of the embedding, or of each module named, that are replaced.
     """
 
     r: int = 8
     lora_alpha: float = 8
+    lora_dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ()
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[int, ...] = ()
@@ -142,6 +144,8 @@ def _field(name: str, value: Any, where: str) -> Any:
         raise fail("an integer >= 1")
     if name == "lora_alpha" and not _is_number(value):
         raise fail("a number")
+    if name == "lora_dropout" and not (_is_number(value) and 0 <= value < 1):
+        raise fail("a number of at least 0 and below 1")
     if name == "base_model_name_or_path" and not isinstance(value, str):
         raise fail("a name")
     if name.startswith("use_") or name in ("lora_bias", "ensure_weight_tying"):

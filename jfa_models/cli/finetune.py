@@ -8,6 +8,7 @@ import click
 from jfa_models.cli.base import ModelName, NamedAdapter, mesh_options
 from jfa_models.decoding.options import DTYPES, QUANTIZATIONS
 
+_OPTION_OF = {"targets": "target", "use_dora": "dora", "use_rslora": "rslora", "dropout": "lora-dropout"}
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -24,6 +25,14 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--dora", "use_dora", is_flag=True, help="Train the norms of rows too.")
 @click.option("--rslora", "use_rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
+@click.option(
+    "--lora-dropout",
+    "dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Part of the inputs' numbers that the adapter does not see in a step.",
+)
 @click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Of the base, which stays as it is (QLoRA).")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: float32 on a CPU, bfloat16 elsewhere.")
 @mesh_options
@@ -71,6 +80,7 @@ def finetune(
     targets: tuple[str, ...],
     use_dora: bool,
     use_rslora: bool,
+    dropout: float,
     max_grad_norm: float,
     **options,
 ) -> None:
@@ -86,14 +96,17 @@ def finetune(
         "targets": targets,
         "use_dora": use_dora,
         "use_rslora": use_rslora,
+        "dropout": dropout,
     }
     if full or adapter is not None:
         given = [name for name in new if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
         if full and adapter is not None:
             raise click.UsageError("--full trains all parameters, --adapter those of an adapter: use one of them")
         if given:
-            name = {"targets": "target", "use_dora": "dora", "use_rslora": "rslora"}.get(given[0], given[0])
+            name = _OPTION_OF.get(given[0], given[0])
             raise click.UsageError(f"--{name} belongs to a new adapter: leave out {'--full' if full else '--adapter'}")
+    if dropout and use_dora:
+        raise click.UsageError("--lora-dropout cannot be used with --dora: use one of them")
     if full and quantization not in (None, "none"):
         raise click.UsageError(f"--full trains floats: leave out --quantization {quantization}")
     if eval_data is not None and eval_fraction:

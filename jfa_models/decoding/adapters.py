@@ -23,7 +23,7 @@ from jfa_models.model.partition import WHOLE, Partition
 # changes one of them compiles nothing.
 _ROOM = tuple(f"attention.{name}" for name in "qkvo") + tuple(f"mlp.{name}" for name in ("gate", "up", "down"))
 
-_SLOT_AXIS = {"a": -3, "b": -2}  # of the fields of Change; of others it is the first
+_SLOT_AXIS = {"a": -3, "b": -3}  # of the fields of Change; of others it is the first
 
 Changes = Mapping[str, Change]  # of one slot, in NumPy
 Names = str | Sequence[str | None] | None  # one adapter for all rows or prompts, or one for each
@@ -281,7 +281,7 @@ class AdapterBank:
             own = "lm_head.weight" if "lm_head.weight" in self._shapes else "embed.weight"
             *experts, out, columns = self._shapes[own if name == "lm_head" else f"{name}.weight"]
             fields["a"] = jnp.zeros((*experts, num_slots, rank, columns), self._dtype)
-            fields["b"] = jnp.zeros((*experts, out, num_slots, rank), self._dtype)
+            fields["b"] = jnp.zeros((*experts, num_slots, rank, out), self._dtype)
         if whole := [(slot, change.whole) for slot, change in found if change.whole is not None]:
             fields["whole"] = jnp.asarray(np.concatenate([x for _, x in whole]), self._dtype)
             fields["whole_slot"] = jnp.asarray([slot for slot, _ in whole], jnp.int32)

@@ -53,7 +53,7 @@ class Linear(nnx.Module):
         y = times_rows(x, self.weight.get_value())
         bias = None if self.bias is None else self.bias[...]
         if change is not None:
-            y, bias = change.product(x, y), change.bias(bias, y)
+            y, bias = change.product(x, y, first_of(self.sum_over, 1)), change.bias(bias, y)
         if bias is not None and self.sums_later:
             bias = jnp.where(first_of(self.sum_over, 1) == 0, bias, 0)
         y = y if self.sums_later else summed(y, self.sum_over)

@@ -1,20 +1,23 @@
 """What adapters change in a forward pass: each row has its own adapter or none, and all rows share the products.
 
 The low-rank parts of all adapters lie behind one another, so that a layer multiplies by two more matrices however many
-adapters there are, and a mask of rows and slots leaves to each row the part of its own adapter.
+adapters there are, and a mask of rows and slots leaves to each row the part of its own adapter. Few rows on a CPU are
+multiplied by the parts of their own adapters alone (jfa.products.low_rank_rows).
 
 Sources: arXiv:2106.09685 (LoRA); arXiv:2402.09353 (DoRA).
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
-from jfa.products import times_rows
+from jfa import dropout
+from jfa.products import low_rank_rows, times_rows
 
 NO_ADAPTER = -1  # the slot of a row without an adapter
 
@@ -27,7 +30,7 @@ class Change:
     Weights of experts have one more axis, the first. An adapter that does not change the module has zeros.
 
     Attributes:
-      a, b: (b a), scaled, is added to the weight [out, in].
+      a, b: (b^T a), scaled, is added to the weight [out, in].
       factor: what is added to 1 before the rows of the sum are multiplied by it (DoRA).
       scale: added to the scale of a norm.
       bias: added to the bias, which the module may lack.
@@ -35,7 +38,7 @@ class Change:
     """
 
     a: Float[Array, "*e slots r in"] | None = None
-    b: Float[Array, "*e out slots r"] | None = None
+    b: Float[Array, "*e slots r out"] | None = None
     factor: Float[Array, "slots out"] | None = None
     scale: Float[Array, "slots size"] | None = None
     bias: Float[Array, "slots out"] | None = None
@@ -43,18 +46,47 @@ class Change:
     whole_slot: Int[Array, " k"] | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """While training: low-rank parts see each number of their inputs with the probability 1 - rate, scaled by 1 / that.
+
+    A pure function of the seed, the names of modules and the places of numbers (jfa.dropout).
+    """
+
+    seed: UInt32[Array, " 2"]
+    rate: float = dataclasses.field(metadata=dict(static=True))
+
+    def at(self, number: int | Int[Array, ""]) -> "Dropout":
+        """Another one for each number."""
+        number = jnp.asarray(number, jnp.uint32)
+        pairs = self.seed, self.seed[::-1]
+        seeds = [dropout.row_seed(tuple(pair), number, jnp.uint32(i), broadcast=False) for i, pair in enumerate(pairs)]
+        return dataclasses.replace(self, seed=jnp.stack(seeds))
+
+    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b in"]:
+        rows, columns = jnp.arange(x.size // x.shape[-1])[:, None], jnp.arange(x.shape[-1])
+        is_kept = dropout.keep(self.seed[0], rows, columns, rate=self.rate).reshape(x.shape)
+        return jnp.where(is_kept, x * jnp.asarray(1 / (1 - self.rate), x.dtype), 0)
+
+
 class Applied(NamedTuple):
-    """A module's change, and which slot each row uses."""
+    """A module's change, which slot each row uses, and what is dropped of the inputs."""
 
     change: Change
     gates: Float[Array, "*b slots"]  # one-hot, or all zeros
+    dropout: Dropout | None = None
 
-    def product(self, x: Float[Array, "*b in"], y: Float[Array, "*b out"]) -> Float[Array, "*b out"]:
-        """y = x weight^T, with the changed weight."""
+    def product(
+        self, x: Float[Array, "*b in"], y: Float[Array, "*b out"], part: int | Int[Array, ""] = 0
+    ) -> Float[Array, "*b out"]:
+        """y = x weight^T, with the changed weight. part: the number of the part of a row that x is."""
         change = self.change
         if change.a is not None and change.b is not None:
-            hidden = times_rows(x, change.a.reshape(-1, change.a.shape[-1]))
-            y = y + times_rows(self._own(hidden), change.b.reshape(change.b.shape[0], -1))
+            inputs = x
+            if self.dropout is not None:
+                inputs = self.dropout.at(part)(x)
+            y = y + low_rank_rows(inputs, change.a, change.b, self.gates)
         if change.whole is not None:
             gates = self._whole_gates(x)
             for i in range(change.whole.shape[0]):
@@ -65,7 +97,7 @@ class Applied(NamedTuple):
         """y = weight[index], of the changed weight."""
         change = self.change
         if change.a is not None and change.b is not None:
-            hidden = change.b[index].reshape(*index.shape, -1).astype(y.dtype)
+            hidden = jnp.moveaxis(change.b[..., index], (0, 1), (-2, -1)).reshape(*index.shape, -1).astype(y.dtype)
             y = y + times_rows(self._own(hidden), change.a.reshape(-1, change.a.shape[-1]).T)
         if change.whole is not None:
             gates = self._whole_gates(y)
@@ -116,10 +148,11 @@ class Adapters:
 
     changes: Mapping[str, Change]
     num_slots: int = dataclasses.field(metadata=dict(static=True))
+    dropout: Dropout | None = None
 
     def scope(self, slot: Int[Array, "*b"]) -> "Scope":
         """The scope of a whole decoder, for tokens or rows with these slots."""
-        return Scope(self.changes, jax.nn.one_hot(slot, self.num_slots))
+        return Scope(self.changes, jax.nn.one_hot(slot, self.num_slots), dropout=self.dropout)
 
 
 class Scope(NamedTuple):
@@ -128,6 +161,7 @@ class Scope(NamedTuple):
     changes: Mapping[str, Change] = {}
     gates: Float[Array, "*b slots"] | None = None
     path: str = ""
+    dropout: Dropout | None = None
 
     def inside(self, name: str) -> "Scope":
         """The scope of a module in this one."""
@@ -145,12 +179,15 @@ class Scope(NamedTuple):
         """The change of one of the experts whose weights are stacked in this module."""
         if (found := self.at(name)) is None:
             return None
-        return Applied(jax.tree.map(lambda x: x[expert], found.change), found.gates)
+        return found._replace(change=jax.tree.map(lambda x: x[expert], found.change))
 
     def at(self, name: str) -> Applied | None:
         """The change of a module without others inside; None: there is none."""
         change = self.changes.get(self.path + name)
-        return None if change is None or self.gates is None else Applied(change, self.gates)
+        if change is None or self.gates is None:
+            return None
+        own = None if self.dropout is None else self.dropout.at(zlib.crc32(f"{self.path}{name}".encode()))
+        return Applied(change, self.gates, own)
 
 
 UNCHANGED = Scope()

@@ -178,7 +178,7 @@ class Partition:
             first = (experts,) if change.a is not None and change.a.ndim == 4 else ()
             specs: dict[str, Any] = dict(
                 a=_spec(*first, (), (), columns),
-                b=_spec(*first, out, (), ()),
+                b=_spec(*first, (), (), out),
                 factor=_spec((), out),
                 scale=_spec(),
                 bias=_spec((), out),

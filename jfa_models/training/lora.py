@@ -9,6 +9,9 @@ from jfa_models.checkpoints.lora_config import ALL_LINEAR, LoraConfig, matches
 from jfa_models.checkpoints.peft import Adapter, linear_modules, place_of
 from jfa_models.decoding.language_model import LanguageModel
 
+# Why dropout and DoRA are not trained together.
+NO_DORA = "PEFT drops inputs of the base weights too, which costs another product with each; use one of the two"
+
 
 def new_adapter(
     model: LanguageModel,
@@ -18,6 +21,7 @@ def new_adapter(
     targets: Sequence[str] | str = ALL_LINEAR,
     use_dora: bool = False,
     use_rslora: bool = False,
+    dropout: float = 0.0,
     seed: int = 0,
 ) -> Adapter:
     """An adapter that changes nothing yet: lora_A is random, lora_B zero.
@@ -27,15 +31,21 @@ def new_adapter(
       targets: ends of Hugging Face module names ("q_proj"), a regular expression for whole names, or "all-linear": all
         linear layers but the output layer; routers and experts are never among them.
       use_dora: also train the norm of each row of the changed weights (arXiv:2402.09353).
+      dropout: the part of the inputs' numbers that lora_A does not see in a step of training, others in each step; not
+        together with use_dora.
 
     Raises:
-      ValueError: the rank is not an integer of at least 1, alpha not a number above 0, or the targets match no module,
-        or one that cannot be trained; the message lists the names.
+      ValueError: the rank is not an integer of at least 1, alpha not a number above 0, dropout not one of at least 0
+        and below 1, or the targets match no module, or one that cannot be trained; the message lists the names.
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a number of at least 0 and below 1, got {dropout!r}")
+    if dropout and use_dora:
+        raise ValueError(f"dropout={dropout} cannot be used with use_dora: {NO_DORA}")
     named = {one: place_of(one, {}, model.config, model.shapes) for one in linear_modules(model.config, model.shapes)}
     # PEFT stores the changes of routers and experts in another way
     places = {
@@ -49,6 +59,7 @@ def new_adapter(
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_dora=use_dora,
         use_rslora=use_rslora,

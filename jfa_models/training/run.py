@@ -49,11 +49,11 @@ class Options:
       epochs: how often every text is seen. max_steps: stop earlier; None: do not.
       row_length: tokens of a row, into which texts are packed.
       rows, accumulate: a step's gradient is that of accumulate times rows rows, computed `rows` at a time.
-      learning_rate: at its highest: it rises over the first warmup (a fraction of all steps), then falls to a tenth
-        along a cosine.
+      learning_rate: at its highest: it rises over the first warmup (a fraction of all steps) in equal parts, of which
+        the first step has one, then falls to a tenth along a cosine.
       weight_decay: of matrices only.
       max_grad_norm: larger gradients are scaled down to it; None: never.
-      seed: of the order of the texts.
+      seed: of the order of the texts, and of what an adapter's lora_dropout drops.
       save_every: steps between checkpoints. eval_every: steps between evaluations; None: one at the end.
       remat: what the backward pass computes again to save memory: "none", "attention" (all but the attention of each
         block), "all".
@@ -159,7 +159,7 @@ def finetune(
         state = _restored(manager, state)
         log = _Log(output / LOG_FILE, int(state.step))
         step_flops = _flops(model, is_full=adapter is None)
-        train_step, eval_step = make_train_step(trainable, optimizer), make_eval_step(trainable)
+        train_step, eval_step = make_train_step(trainable, optimizer, seed=options.seed), make_eval_step(trainable)
         last = time.monotonic()
         for number, (batch, lines) in plan.batches(int(state.step)):
             state, metrics = train_step(trainable.base, state, batch)

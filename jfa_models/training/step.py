@@ -16,17 +16,18 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jfa import QuantizedArray
 from jfa.quant import dequantize
 from jfa.rules import with_default_rules
 from jfa_models.checkpoints.changes import changes_of
-from jfa_models.checkpoints.peft import Adapter
+from jfa_models.checkpoints.peft import Adapter, place_of
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.model.decoder import Block, Decoder
-from jfa_models.model.lora import Adapters
+from jfa_models.model.lora import Adapters, Dropout
 from jfa_models.model.partition import TENSOR, Axes, first_of, gathered, part_of, summed
+from jfa_models.training.lora import NO_DORA
 
 Tensors = Any  # a tree of float32 arrays
 Remat = Literal["none", "attention", "all"]
@@ -84,7 +85,8 @@ class Trainable:
 
         Raises:
           ValueError: all parameters are to be trained, and some are quantized; the adapter's file has a copy of the
-            embedding it was trained on, and the model has another one; or several processes have the model.
+            embedding it was trained on, and the model has another one; its lora_dropout is above 0, and it is DoRA or
+            changes experts; or several processes have the model.
         """
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
@@ -106,6 +108,8 @@ class Trainable:
             self.base = model.params if in_place else tuple(self.partition.put(x, spec) for x, spec in held)
         if adapter is not None and any("base" in kinds for kinds in adapter.tensors.values()):
             changes_of(adapter, model.config, model.shapes, model.float32)  # compares the copies with the model's own
+        if adapter is not None and adapter.config.lora_dropout:
+            _check_dropout(adapter, model)
         if adapter is not None and adapter.config.use_dora and self.partition.size(TENSOR) > 1:
             raise ValueError(
                 "DoRA needs the norms of whole rows of weights, which an axis 'tensor' divides: train it with an axis "
@@ -118,6 +122,11 @@ class Trainable:
                     f"quantized weights such as {wrong[0]} cannot be trained: train an adapter, or load the model with "
                     "quantization='none'"
                 )
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the loss depends on a key: the adapter's lora_dropout is above 0."""
+        return self._adapter is not None and self._adapter.config.lora_dropout > 0
 
     def start(self, model: LanguageModel) -> Tensors:
         """The tensors before the first step, float32; over a mesh, divided as they are at rest."""
@@ -159,8 +168,10 @@ class Trainable:
         nnx.replace_by_pure_dict(state, jax.tree.map_with_path(whole, held))
         return nnx.merge(graphdef, state)
 
-    def sum_over_mesh(self, loss: Callable, base: Any, tensors: Tensors, *rows: Int[Array, "b t"]) -> Float[Array, ""]:
-        """The sum of loss(base, tensors, *rows) over all rows, of which each replica computes its own.
+    def sum_over_mesh(
+        self, loss: Callable, base: Any, tensors: Tensors, seed: UInt32[Array, " 2"] | None, *rows: Int[Array, "b t"]
+    ) -> Float[Array, ""]:
+        """The sum of loss(base, tensors, seed, *rows) over all rows, of which each replica computes its own.
 
         The devices of an axis "context" have the same rows, and each returns a part of their sum.
         """
@@ -169,18 +180,26 @@ class Trainable:
         if rows[0].shape[0] % replicas:
             raise ValueError(f"{rows[0].shape[0]} rows cannot be divided by {replicas} replicas: use a multiple")
 
-        def of_part(base, tensors, *rows):
-            return summed(loss(base, tensors, *rows), (*partition.rows, *partition.tokens))
+        def of_part(base, tensors, seed, *rows):
+            return summed(loss(base, tensors, seed, *rows), (*partition.rows, *partition.tokens))
 
         of_base = None if base is None else tuple(self._specs.values())
         of_rows = (PartitionSpec(self.partition.rows),) * len(rows)
-        specs = (of_base, self._tensor_specs(tensors), *of_rows)
-        return self.partition.on_devices(of_part, specs, PartitionSpec())(base, tensors, *rows)
+        specs = (of_base, self._tensor_specs(tensors), None if seed is None else PartitionSpec(), *of_rows)
+        return self.partition.on_devices(of_part, specs, PartitionSpec())(base, tensors, seed, *rows)
 
     def forward(
-        self, base: tuple[Any, ...] | None, tensors: Tensors, tokens: Int[Array, "b t"], segments: Int[Array, "b t"]
-    ) -> tuple[Float[Array, "b t hidden"], Callable[[Float[Array, "n hidden"]], Float[Array, "n vocab"]]]:
-        """The state after each token, and the function from states to logits."""
+        self,
+        base: tuple[Any, ...] | None,
+        tensors: Tensors,
+        tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"],
+        seed: UInt32[Array, " 2"] | None = None,
+    ) -> tuple[Float[Array, "b t hidden"], Callable[..., Float[Array, "n vocab"]]]:
+        """The state after each token, and the function (states, number of a block of them) -> logits.
+
+        seed: of the adapter's lora_dropout; None: nothing is dropped.
+        """
         adapters, whole = None, None
         if self._adapter is None:
             params = [tensors[name].astype(self._dtype) for name in self._names]
@@ -201,6 +220,10 @@ class Trainable:
             adapters = Adapters(jax.tree.map(self._in_compute_dtype, changes), 1)
             if self.partition.mesh is not None:
                 adapters = jax.tree.map(part_of, adapters, self.partition.of_adapters(adapters))
+            if seed is not None and (rate := self._adapter.config.lora_dropout):
+                # devices with other rows or tokens drop other numbers
+                own = Dropout(seed, rate).at(first_of((*self.partition.rows, *self.partition.tokens), 1))
+                adapters = dataclasses.replace(adapters, dropout=own)
         decoder: Decoder = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
         decoder.partition = self.partition
         slot = None if adapters is None else jnp.zeros(tokens.shape[0], jnp.int32)
@@ -209,11 +232,27 @@ class Trainable:
             tokens, **rows, remat=self._remat if whole is None else self._remat or _KEEP_ALL, whole=whole
         )
 
-        def logits(states: Float[Array, "n hidden"]) -> Float[Array, "n vocab"]:
+        def logits(states: Float[Array, "n hidden"], block: Int[Array, ""]) -> Float[Array, "n vocab"]:
             own = None if slot is None else jnp.zeros(states.shape[0], jnp.int32)
-            return decoder.unembed(states, adapters, own)
+            of_block = adapters
+            if adapters is not None and adapters.dropout is not None:
+                of_block = dataclasses.replace(adapters, dropout=adapters.dropout.at(block))
+            return decoder.unembed(states, of_block, own)
 
         return states, logits
+
+
+def _check_dropout(adapter: Adapter, model: LanguageModel) -> None:
+    rate = adapter.config.lora_dropout
+    if adapter.config.use_dora:
+        raise ValueError(f"lora_dropout={rate} of the adapter cannot be trained with use_dora: {NO_DORA}")
+    for name, kinds in adapter.tensors.items():
+        place = place_of(name, kinds, model.config, model.shapes)
+        if place is not None and not (place.expert is None and place.num_experts is None):
+            raise ValueError(
+                f"lora_dropout={rate} of the adapter cannot be trained with changes of experts such as {name}, as in "
+                "PEFT: set it to 0 in adapter_config.json"
+            )
 
 
 def _float32(held: Mapping[str, Any], name: str) -> Float[Array, "..."]:
@@ -229,21 +268,25 @@ def loss_fn(
     tokens: Int[Array, "b t"],
     segments: Int[Array, "b t"],
     is_target: Int[Array, "b t"],
+    dropout_key: Array | None = None,
 ) -> Float[Array, ""]:
     """The sum over all targets of their negative log-likelihood in nats.
 
     Logits are computed for targets alone, LOSS_ROWS at a time, and again in the backward pass. Over a mesh, each
     replica computes its share of the rows, whose number must be a multiple.
+
+    dropout_key: of jax.random, "threefry2x32": decides what the adapter's lora_dropout drops; None: nothing is dropped.
     """
+    seed = None if dropout_key is None else jax.random.key_data(dropout_key)
     rows = [jnp.asarray(x) for x in (tokens, segments, is_target)]
     loss = functools.partial(_loss, trainable)
     if trainable.partition.mesh is None:
-        return loss(base, tensors, *rows)
-    return trainable.sum_over_mesh(loss, base, tensors, *rows)
+        return loss(base, tensors, seed, *rows)
+    return trainable.sum_over_mesh(loss, base, tensors, seed, *rows)
 
 
-def _loss(trainable: Trainable, base, tensors, tokens, segments, is_target) -> Float[Array, ""]:
-    states, logits = trainable.forward(base, tensors, tokens, segments)
+def _loss(trainable: Trainable, base, tensors, seed, tokens, segments, is_target) -> Float[Array, ""]:
+    states, logits = trainable.forward(base, tensors, tokens, segments, seed)
     # the state before each target; targets first, so that blocks without one can be skipped
     states = states[:, :-1].reshape(-1, states.shape[-1])
     target, wanted = tokens[:, 1:].reshape(-1), is_target[:, 1:].reshape(-1)
@@ -259,7 +302,7 @@ def _loss(trainable: Trainable, base, tensors, tokens, segments, is_target) -> F
 
     @jax.checkpoint
     def block(rows: Int[Array, " n"], first: Int[Array, ""]) -> Float[Array, ""]:
-        of_target = _log_softmax_at(logits(states[rows]), target[rows], trainable.partition.vocab)
+        of_target = _log_softmax_at(logits(states[rows], first), target[rows], trainable.partition.vocab)
         return -jnp.where(first + jnp.arange(n) < count, of_target, 0.0).sum()
 
     def add(total: Float[Array, ""], part: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
@@ -295,12 +338,15 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW with a linear warm-up and a cosine decay to a tenth; weight decay spares norms, biases and magnitudes.
 
+    The first step of a warm-up has learning_rate / warmup_steps and the last one learning_rate: no step is without
+    effect, as the first one of optax's schedule from 0 and of transformers' is.
+
     Source: arXiv:1711.05101.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0 if warmup_steps else learning_rate,
+        learning_rate / max(warmup_steps, 1),
         learning_rate,
-        warmup_steps,
+        max(warmup_steps - 1, 0),
         max(num_steps, warmup_steps + 1),
         learning_rate / 10,
     )
@@ -324,23 +370,32 @@ def new_state(tensors: Tensors, optimizer: optax.GradientTransformation) -> Trai
 
 
 def make_train_step(
-    trainable: Trainable, optimizer: optax.GradientTransformation
+    trainable: Trainable, optimizer: optax.GradientTransformation, *, seed: int = 0
 ) -> Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """A compiled train_step(base, state, batch) -> (state, metrics); the state is donated.
 
     metrics: "loss", the mean over all targets of the batch in nats; "targets", their number; "grad_norm", before it is
-    clipped.
+    clipped. seed: together with state.step it decides what the adapter's lora_dropout drops.
     """
 
     def train_step(base, state: TrainState, batch: Batch):
-        def add(total, part: Batch):
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state.step)
+
+        def add(total, numbered: tuple[Int[Array, ""], Batch]):
+            number, part = numbered
             loss, grads = jax.value_and_grad(loss_fn, argnums=2)(
-                trainable, base, state.tensors, part.tokens, part.segments, part.is_target
+                trainable,
+                base,
+                state.tensors,
+                part.tokens,
+                part.segments,
+                part.is_target,
+                jax.random.fold_in(key, number) if trainable.has_dropout else None,
             )
             return jax.tree.map(jnp.add, total, (loss, grads)), None
 
         nothing = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.tensors))
-        (loss, grads), _ = lax.scan(add, nothing, batch)
+        (loss, grads), _ = lax.scan(add, nothing, (jnp.arange(batch.tokens.shape[0]), batch))
         targets = batch.is_target.sum()
         scale = 1.0 / jnp.maximum(targets, 1)
         grads = jax.tree.map(lambda x: x * scale, grads)

@@ -13,6 +13,8 @@ import jfa
 from jfa import backends, quant, tuning
 from jfa.device import describe
 from jfa.kernels.triton import products
+from jfa.kernels.xla import products as in_xla
+from jfa.products import low_rank_rows
 from jfa.types import ProductOperands, ProductSpec
 from jfa_bench.truth.numerics import assert_within, limit
 from jfa_bench.truth.product_cases import CASES, ON_GPUS, ProductCase, truth, truth_of
@@ -348,3 +350,53 @@ def test_dequantize_is_the_formula(name, dtype):
 def test_groups_that_do_not_divide_the_weight_are_refused(kind, group_size, message):
     with pytest.raises(ValueError, match=message):
         quant.quantize_weight(jnp.ones((2, 64)), kind, group_size=group_size)
+
+
+# Low-rank products of many slots, of which each row has one
+
+LOW_RANK = {  # rows, slots, rank, width, out, whether a CPU multiplies by own parts only
+    "eight_rows": (8, 8, 16, 64, 40, True),
+    "one_row": (1, 3, 4, 48, 20, True),
+    "groups_of_terms": (3, 2, 12, 16 * 21, 24, True),
+    "ragged_width": (5, 4, 4, 50, 24, False),
+    "prime_rank": (5, 4, 13, 64, 24, False),
+    "one_slot": (5, 1, 4, 64, 24, False),
+    "many_rows": (40, 4, 4, 64, 24, False),
+}
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_rows_have_the_parts_of_their_own_slots(name):
+    rows, slots, rank, width, out, is_own = LOW_RANK[name]
+    random = np.random.default_rng(0)
+    x, a, b = (
+        random.standard_normal(shape).astype(np.float32)
+        for shape in ((rows, width), (slots, rank, width), (slots, rank, out))
+    )
+    slot = random.integers(-1, slots, rows)
+    gates = np.asarray(slot[:, None] == np.arange(slots), np.float32)
+    want = np.zeros((rows, out))
+    for row, own in enumerate(slot):
+        if own >= 0:
+            want[row] = b[own].T.astype(np.float64) @ (a[own].astype(np.float64) @ x[row])
+    got = low_rank_rows(x, a, b, gates)
+    assert in_xla.prefers_own(rows, a) == is_own
+    np.testing.assert_allclose(got, want, atol=1e-6 * max(1, np.abs(want).max()) * width**0.5)
+    assert (np.asarray(got)[slot < 0] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["own_parts", "all_parts"])
+def test_the_overflow_of_another_slot_does_not_reach_a_row(rows):
+    a, b = np.full((2, 4, 32), 1e30, np.float32), np.ones((2, 4, 8), np.float32)
+    a[0] = 1.0
+    gates = np.zeros((rows, 2), np.float32)
+    gates[0, 0] = 1
+    got = np.asarray(low_rank_rows(np.full((rows, 32), 1e30, np.float32), a, b, gates))
+    assert np.isfinite(got[0]).all() and (got[1:] == 0).all()
+
+
+def test_low_rank_rows_of_16_bits_are_products_of_all_slots():
+    random = np.random.default_rng(0)
+    x, a, b = (jnp.asarray(random.standard_normal(s), jnp.bfloat16) for s in ((4, 32), (2, 4, 32), (2, 4, 8)))
+    got = low_rank_rows(x, a, b, jax.nn.one_hot(jnp.array([1, 0, 1, -1]), 2))
+    assert got.dtype == jnp.bfloat16 and got.shape == (4, 8) and (got[3] == 0).all()

@@ -12,6 +12,10 @@ from jfa.types import DeviceInfo, ProductOperands, ProductSpec
 
 _ROWS_BY_GROUPS = 4  # of integers; from more rows on, a dequantized weight is faster on a CPU
 
+# Of own_low_rank: a loop adds up to _TERMS products of _LANES numbers; more are faster, but take longer to compile.
+_LANES, _TERMS = 16, 8
+_MAX_OWN_ROWS, _MAX_OWN_RANK = 32, 32
+
 
 def why_not(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) -> None:
     """The reason why this backend does not support a call: it supports all."""
@@ -85,3 +89,47 @@ def times_rows(
     contracted = (((rows.ndim - 1,), (1,)), ((), ()))
     out = lax.dot_general(rows, weight, contracted, precision=precision, preferred_element_type=to)
     return out[0].reshape(*x.shape[:-1], -1) if alone else out
+
+
+def prefers_own(rows: int, a: Shaped[Array, "slots r in"]) -> bool:
+    """Whether own_low_rank is faster on a CPU than products of all rows with all slots, of which all but one are zero.
+
+    Eigen's product of eight rows is bound by its arithmetic, so products with others' slots cost as much as one's own.
+    """
+    slots, rank, width = a.shape
+    is_small = slots > 1 and 0 < rows <= _MAX_OWN_ROWS and rank <= _MAX_OWN_RANK
+    return (
+        is_small and a.dtype == jnp.float32 and width % _LANES == 0 and bool(_terms(width // _LANES) and _terms(rank))
+    )
+
+
+def _terms(count: int) -> int:
+    """Into how many parts at most _TERMS a sum of so many is divided; 0: not evenly, or only into hardly any."""
+    terms = max((n for n in range(1, _TERMS + 1) if count % n == 0), default=0)
+    return terms if terms == count or terms >= _TERMS // 2 else 0
+
+
+def own_low_rank(
+    x: Float[Array, "n in"], a: Float[Array, "slots r in"], b: Float[Array, "slots r out"], slot: Int[Array, " n"]
+) -> Float[Array, "n out"]:
+    """x a[slot]^T b[slot], each row with its own slot, for few rows on a CPU. Slots must be in bounds.
+
+    Written as sums of elementwise products, with which XLA fuses the selection of each row's part: nothing is copied,
+    and nothing of another slot is multiplied. A reduction or a batched product would get a copy (bench/LOG.md).
+    """
+    n, width = x.shape
+    slots, rank, _ = a.shape
+
+    def own(parts: Float[Array, "slots ..."], axis: int, i: int) -> Float[Array, "n ..."]:
+        return jnp.take(lax.index_in_dim(parts, i, axis, keepdims=False), slot, axis=0, mode="clip")
+
+    # Each barrier keeps a loop from computing the one before it again for every one of its own elements.
+    terms = _terms(width // _LANES)
+    x = lax.optimization_barrier(x).reshape(n, 1, -1, terms, _LANES)
+    a = a.reshape(slots, rank, -1, terms, _LANES)
+    sums = sum(x[:, :, :, i] * own(a, 3, i) for i in range(terms))
+    hidden = lax.optimization_barrier(jnp.sum(lax.optimization_barrier(sums), axis=(-2, -1)))
+    terms = _terms(rank)
+    hidden = hidden.reshape(n, -1, terms, 1)
+    b = b.reshape(slots, -1, terms, b.shape[-1])
+    return jnp.sum(lax.optimization_barrier(sum(hidden[:, :, i] * own(b, 2, i) for i in range(terms))), axis=1)

@@ -62,6 +62,15 @@ def trained(mesh, *, lora, rows=4, config=CONFIG, **options):
     return [{name: float(x) for name, x in one.items()} for one in (metrics, more)], state
 
 
+def test_devices_with_the_same_inputs_drop_the_same_numbers():
+    """Each of two devices has half of the heads of q, and all inputs."""
+    options = dict(lora=True, targets=["q_proj"], dropout=0.4)
+    (alone, _), (divided, _) = (trained(mesh, **options) for mesh in (None, mesh_of(tensor=2)))
+    for one, other in zip(alone, divided, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
 CASES = [
     run("full", dict(data=2, tensor=2, context=2), quick=True),
     run("moe", dict(expert=2, context=2), quick=True),

@@ -81,7 +81,7 @@ def test_the_loss_falls_and_the_adapter_is_what_was_trained(data, tmp_path):
 
 def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path):
     def go(folder, on_step=None):
-        finetune(model(), adapter_of(model()), data, tmp_path / folder, OPTIONS, on_step=on_step)
+        finetune(model(), adapter_of(model(), dropout=0.3), data, tmp_path / folder, OPTIONS, on_step=on_step)
 
     go("whole")
     for step in (1, 5, 6):  # before the first checkpoint, between two, right after one
@@ -90,6 +90,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path):
         assert len(log_of(tmp_path / "parts")) == step
     go("parts")
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    assert json.loads((tmp_path / "parts" / "adapter_config.json").read_text())["lora_dropout"] == 0.3
+    assert model().read_adapter(tmp_path / "parts").config.lora_dropout == 0.3
     found, wanted = tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "whole")
     assert found.keys() == wanted.keys() and all(np.array_equal(found[key], wanted[key]) for key in wanted)
     go("parts")  # finished: nothing to do, and nothing changes
@@ -296,6 +298,8 @@ def test_the_command_trains_and_says_how_to_use_the_result(jfa, data, tmp_path, 
     ("arguments", "message"),
     [
         (["--full", "--rank", "4"], "--rank belongs to a new adapter: leave out --full"),
+        (["--full", "--lora-dropout", "0.1"], "--lora-dropout belongs to a new adapter: leave out --full"),
+        (["--dora", "--lora-dropout", "0.1"], "--lora-dropout cannot be used with --dora: use one of them"),
         (["--full", "--dora"], "--dora belongs to a new adapter: leave out --full"),
         (["--full", "--adapter", "x"], "--full trains all parameters, --adapter those of an adapter: use one of them"),
         (["--full", "--quantization", "int4"], "--full trains floats: leave out --quantization int4"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -16,6 +17,7 @@ from tiny_model import tiny_config
 from jfa_models import LanguageModel, from_pretrained
 from jfa_models.checkpoints.lora_config import LoraConfig
 from jfa_models.checkpoints.peft import Adapter, save_adapter
+from jfa_models.model.lora import Applied, Change, Dropout
 from jfa_models.training import Batch, Trainable, loss_fn, make_optimizer, make_train_step, new_adapter, new_state
 
 ADAPTERS = GOLDEN / "adapters"
@@ -209,9 +211,88 @@ def test_weight_decay_spares_vectors():
     assert float(jnp.abs(updates["norm"]).max()) == 0 and float(updates["matrix"][0, 0]) < 0
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 1, 4])
+def test_the_first_step_of_a_warm_up_has_its_part_of_the_learning_rate(warmup_steps):
+    optimizer = make_optimizer(learning_rate=1.0, num_steps=8, warmup_steps=warmup_steps)
+    tensors = {"x": jnp.zeros(3)}
+    state, sizes = optimizer.init(tensors), []
+    for _ in range(8):  # of a constant gradient, the size of AdamW's update is the learning rate
+        updates, state = optimizer.update({"x": jnp.ones(3)}, state, tensors)
+        sizes.append(-float(updates["x"][0]))
+    rises = [0.25, 0.5, 0.75] if warmup_steps == 4 else []
+    assert sizes[: len(rises) + 1] == pytest.approx([*rises, 1.0], abs=1e-4)
+    assert sizes[len(rises) :] == sorted(sizes[len(rises) :], reverse=True) and sizes[-1] > 0.1
+
+
+# Dropout of the inputs of low-rank parts
+
+
+def test_dropout_zeroes_its_part_of_the_numbers_and_scales_the_others():
+    x = jnp.ones((200, 300))
+    dropout = Dropout(jnp.array([7, 8], jnp.uint32), 0.25)
+    found = np.asarray(dropout(x))
+    assert set(np.unique(found).tolist()) == {0.0, float(np.float32(4 / 3))}
+    assert abs((found == 0).mean() - 0.25) < 0.01
+    others = [np.asarray(other(x)) for other in (dropout.at(0), dropout.at(1), dropout.at(1).at(1))]
+    for one, other in itertools.combinations([found, *others], 2):  # independent of one another
+        assert abs(((one == 0) & (other == 0)).mean() - 0.25**2) < 0.01
+
+
+def test_dropout_changes_low_rank_parts_alone_and_its_gradient_is_that_of_what_was_kept():
+    x, dropout = jnp.ones((2, 3, 8)), Dropout(jnp.array([1, 2], jnp.uint32), 0.5)
+    change = Change(a=jnp.ones((1, 2, 8)), b=jnp.ones((1, 2, 5)))
+    applied = Applied(change, jnp.ones((2, 3, 1)), dropout)
+    kept = np.asarray(dropout.at(0)(x))
+    y, gradient = jax.vjp(lambda x: applied.product(x, jnp.full((2, 3, 5), 100.0)), x)
+    np.testing.assert_allclose(y, 100 + np.broadcast_to(2 * kept.sum(-1, keepdims=True), y.shape))
+    np.testing.assert_allclose(gradient(jnp.ones_like(y))[0], 10 * kept)
+    assert not np.array_equal(applied.product(x, y, part=1), applied.product(x, y))
+
+
+def test_what_is_dropped_depends_on_the_seed_the_step_and_the_part_alone():
+    model = LanguageModel.random(tiny_config(num_layers=1, context_length=128))
+    rows = packed([texts(4)], 64)
+    adapter = new_adapter(model, rank=2, targets=["q_proj", "down_proj", "lm_head"], dropout=0.5)
+    trainable = Trainable(model, adapter, remat="all")
+    base, tensors = trainable.base, noisy(trainable.start(model))
+
+    @jax.jit
+    def loss(seed, step, part):
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+        return loss_fn(trainable, base, tensors, *rows, jax.random.fold_in(key, part))
+
+    found = [float(loss(*each)) for each in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0))]
+    assert len(set(found)) == 4 and found[0] == found[4]
+    assert float(jax.jit(functools.partial(loss_fn, trainable, base))(tensors, *rows)) not in found
+
+    optimizer = make_optimizer(learning_rate=0.0, num_steps=9)
+    batch = Batch(*(np.stack([x, x]) for x in rows))  # two equal parts
+    _, metrics = make_train_step(trainable, optimizer)(base, new_state(tensors, optimizer), batch)
+    assert float(metrics["loss"] * metrics["targets"]) == pytest.approx(found[0] + found[1], rel=1e-5)
+
+
+def _of_experts_with_dropout(_):
+    model = base("mixtral")
+    adapter = model.read_adapter(ADAPTERS / "mixtral")
+    return Trainable(model, dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, lora_dropout=0.1)))
+
+
+def _dora_with_dropout(model):
+    adapter = new_adapter(model, use_dora=True)
+    return Trainable(model, dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, lora_dropout=0.1)))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda model: new_adapter(model, dropout=1.0), "dropout must be a number of at least 0 and below 1, got 1.0"),
+        (lambda model: new_adapter(model, dropout=float("nan")), "dropout must be a number of at least 0 .* got nan"),
+        (
+            lambda model: new_adapter(model, dropout=0.1, use_dora=True),
+            "dropout=0.1 cannot be used with use_dora: PEFT",
+        ),
+        (_dora_with_dropout, "lora_dropout=0.1 of the adapter cannot be trained with use_dora: PEFT drops inputs"),
+        (_of_experts_with_dropout, "lora_dropout=0.1 .* changes of experts such as layers.0.mlp.experts.* set it to 0"),
         (lambda model: new_adapter(model, rank=0), "rank must be an integer >= 1, got 0"),
         (
             lambda model: new_adapter(model, targets=["q_proj", "qq"]),
