@@ -13,7 +13,7 @@ from jfa_bench.proof import by_xla, steps
 from jfa_models import Engine, LanguageModel, SamplingParams, planning
 from jfa_models.checkpoints.presets import preset
 from jfa_models.checkpoints.reader import open_checkpoint
-from jfa_models.planning import Load, seconds, splits
+from jfa_models.planning import Load, seconds, splits, step_seconds
 from jfa_models.rates import CARDS, COLLECTIVE_US, HOST_COLLECTIVE_US, Card
 
 MI300X = CARDS["gfx942"]
@@ -113,6 +113,15 @@ def test_a_decode_step_reads_the_weights_and_every_key_and_value():
     assert products.seconds == pytest.approx(2 * (config.num_params - embedding) / 1e12)
     assert attention.seconds == pytest.approx(2 * 4 * config.cache_elements(1000) / 1e12)
     assert (products.bound, attention.bound) == ("memory: weights", "memory: KV pages")
+
+
+def test_a_step_of_a_few_tokens_reads_what_a_step_of_one_does():
+    config, card = preset("llama-3-8b"), CARDS["gfx942"]
+    one, few = (step_seconds(config, card, rows=1, new=new, context=1024) for new in (1, 32))
+    [whole] = splits(config, card, Load(batch=1, context=1024, prompt=1), devices=1)
+    assert one == seconds(whole.decode) == pytest.approx(few, rel=1e-3)
+    # 32 rows of 32 tokens are bound by their products
+    assert step_seconds(config, card, rows=32, new=32, context=1024) > 3 * few
 
 
 def test_a_prompt_is_multiplied_with_every_weight_and_each_token_with_those_before_it():
