@@ -268,7 +268,8 @@ def _sparse(records: Records) -> Any:
         if dense:
             level = sum(dense) / len(dense)
             left.axhline(level, color="#444444", linewidth=1, dashes=(6, 3))
-            left.annotate("dense", (0, level), fontsize=8, ha="left", va="bottom")
+            at = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
+            left.annotate("dense causal", (0.01, level), fontsize=8, **at)
         for ax, what in ((left, "Time"), (right, "Speed-up")):
             ax.set_xscale("log", base=2)
             places = (5, 10, 25, 50, 100)
