@@ -44,6 +44,12 @@ GROUP_SIZES = (32, 128, 4096)  # what the products have instead of head_dims; 40
 PEERS = ("reference", "xla", "triton", "jax.nn", "cudnn", "pallas", "tokamax", "jax-aiter", "torch", "tpu")
 MEASURED = ("forward", "backward", "both")  # backward: only the gradients; both: output and gradients
 IMPLEMENTATIONS = ("jfa", "reference", "xla", "triton", "tpu")  # jfa: its automatic choice
+SPARSE = ("dense", "xla", "triton", "flex", "splash")  # of causal attention with a mask of tiles; dense: without it
+SPARSE_MASKS = ("window", "bigbird", "vertical-slash", "top-k")
+LINEAR = ("xla", "triton", "reference", "attention", "quadratic", "fla", "transformers")  # of linear attention
+QUADRATIC = ("attention", "quadratic")  # whose time grows with the square of the length
+RULES = ("scalar", "vector", "delta")  # a decay per head, one per column of the keys, a decay per head and beta
+LINEAR_MEASURED = ("forward", "backward", "step")  # step: of decoding one token
 MATRIX_PRODUCTS = "matrix products"  # a model's matrix products only: the speed limit that it is compared with
 
 WARM_UP_CALLS = 10  # maximum number of calls before timing starts

@@ -90,6 +90,139 @@ def attention_command(
     output.present(records, "attention", total=total)
 
 
+@click.command("sparse")
+@click.option("--seq-len", type=options.COUNT, default=8192, show_default=True, help="Number of queries and keys.")
+@click.option(
+    "--density",
+    type=options.Fractions(),
+    default="1,0.5,0.25,0.1,0.05",
+    show_default=True,
+    help="Of the tiles that a causal mask leaves.",
+)
+@click.option("--mask", type=options.Names("mask", names.SPARSE_MASKS), default="all", show_default=True)
+@click.option("--block", type=options.COUNT, default=128, show_default=True, help="Queries and keys of a tile.")
+@click.option("--batch", type=options.COUNT, default=1, show_default=True)
+@click.option("--heads", type=options.COUNT, default=8, show_default=True)
+@click.option("--kv-heads", type=options.COUNT, default=None, help="Default: the same as --heads.")
+@click.option("--head-dim", type=options.COUNT, default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
+@click.option(
+    "--direction", type=options.Names("direction", names.MEASURED), default="forward,backward", show_default=True
+)
+@click.option(
+    "--implementation",
+    type=options.Names("implementation", names.SPARSE),
+    default=None,
+    help="Default: all that are installed and support this platform.",
+)
+@options.measurement_options
+def sparse_command(
+    seq_len,
+    density,
+    mask,
+    block,
+    batch,
+    heads,
+    kv_heads,
+    head_dim,
+    dtype,
+    direction,
+    implementation,
+    samples,
+    output,
+) -> None:
+    """Benchmark block-sparse attention over density.
+
+    Compares it with dense causal attention; results are checked before timing.
+    """
+    if heads % (kv_heads or heads):
+        raise click.BadParameter(f"{kv_heads} key heads do not divide {heads} query heads", param_hint="--kv-heads")
+
+    from jfa.device import probe
+
+    from ..measure import attention, peers, sparse
+
+    shape: dict = dict(length=seq_len, heads=heads, kv_heads=kv_heads or heads, head_dim=head_dim)
+    if implementation is None:
+        implementation = peers.usual(probe().platform, peers.SPARSE)
+    records = sparse.measure(
+        attention.Case(batch=batch, dtype=dtype, causal=True, **shape),
+        kinds=mask,
+        densities=density,
+        block=block,
+        directions=direction,
+        implementations=implementation,
+        samples=samples,
+    )
+    has_dense = sparse.DENSE in implementation
+    of_each = has_dense + len(density) * (len(implementation) - has_dense)
+    output.present(records, "sparse", total=len(mask) * len(direction) * of_each)
+
+
+@click.command("linear")
+@click.option("--rule", type=options.Names("rule", names.RULES), default="all", show_default=True)
+@click.option("--seq-lens", type=options.Counts(), default="4096,8192,16384,32768,65536", show_default=True)
+@click.option(
+    "--max-quadratic",
+    type=click.IntRange(min=0),
+    default=16384,
+    show_default=True,
+    help="Longest length of attention and of the quadratic form.",
+)
+@click.option("--batch", type=options.COUNT, default=1, show_default=True)
+@click.option("--heads", type=options.COUNT, default=8, show_default=True, help="Of values.")
+@click.option("--key-heads", type=options.COUNT, default=None, help="Default: the same as --heads.")
+@click.option("--key-dim", type=options.COUNT, default=64, show_default=True)
+@click.option("--value-dim", type=options.COUNT, default=64, show_default=True)
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True)
+@click.option("--direction", type=options.Names("direction", names.LINEAR_MEASURED), default="all", show_default=True)
+@click.option(
+    "--implementation",
+    type=options.Names("implementation", names.LINEAR),
+    default=None,
+    help="Default: all that are installed and support this platform, without the reference.",
+)
+@options.measurement_options
+def linear_command(
+    rule,
+    seq_lens,
+    max_quadratic,
+    batch,
+    heads,
+    key_heads,
+    key_dim,
+    value_dim,
+    dtype,
+    direction,
+    implementation,
+    samples,
+    output,
+) -> None:
+    """Benchmark linear attention over length, and a step of decoding.
+
+    Compares it with attention and the quadratic form; results are checked
+    before timing.
+    """
+    if heads % (key_heads or heads):
+        raise click.BadParameter(f"{key_heads} key heads do not divide {heads} value heads", param_hint="--key-heads")
+
+    from jfa.device import probe
+
+    from ..measure import linear, peers
+
+    shape: dict = dict(batch=batch, heads=heads, key_heads=key_heads or heads, key_dim=key_dim, value_dim=value_dim)
+    if implementation is None:
+        found = peers.usual(probe().platform, peers.LINEAR)
+        implementation = tuple(name for name in found if name != "reference")
+    plan = linear.planned(
+        [linear.Case(rule=name, length=n, dtype=dtype, **shape) for name in rule for n in seq_lens],
+        directions=direction,
+        implementations=implementation,
+        max_quadratic=max_quadratic,
+    )
+    output.present(linear.measure(plan, samples=samples), "linear", total=sum(map(len, plan.values())))
+
+
 @click.command("accuracy")
 @click.option("--kv-dtype", type=options.Names("kv dtype", KV_DTYPES), help="Kinds of pages; default: all.")
 @click.option("--weights", type=options.Names("quantization", QUANTIZATIONS), help="Kinds of weights instead of pages.")
@@ -406,6 +539,8 @@ def prefill_command(models, layers, seq_lens, batch, implementation, dtype, quan
 
 COMMANDS = (
     attention_command,
+    sparse_command,
+    linear_command,
     paged_command,
     prefill_command,
     decode_command,

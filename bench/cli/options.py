@@ -40,6 +40,23 @@ class Counts(click.ParamType):
         return list(range(first, last + 1, step)) if first > 0 and step > 0 else []
 
 
+class Fractions(click.ParamType):
+    """Numbers above 0, up to 1, separated by commas."""
+
+    name = "X,X,..."
+
+    def convert(self, value, param, ctx) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(dict.fromkeys(float(part) for part in value.split(",")))
+        except ValueError:
+            found = (0.0,)
+        if not all(0 < each <= 1 for each in found):
+            self.fail(f"{value!r} is not a list of numbers above 0, up to 1, such as 1,0.5,0.1", param, ctx)
+        return found
+
+
 class Names(click.ParamType):
     """Known names, separated by commas, or "all". more: names that "all" leaves out."""
 

@@ -11,6 +11,8 @@ from ..records import plot, report
 FULL: Mapping[str, str] = {
     "attention": "attention --direction all",
     "attention-fa2": "attention --grid fa2 --dtype bfloat16",
+    "sparse": "sparse --seq-len 16384 --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128",
+    "linear": "linear --dtype bfloat16 --heads 32 --key-dim 128 --value-dim 128",
     "paged": "paged --batch 1,8,64,256 --context 1024,8192 --page-size 16 --kv-dtype all --dtype bfloat16 "
     "--heads 32 --kv-heads 8 --head-dim 128",
     "prefill": "prefill",
@@ -22,6 +24,8 @@ FULL: Mapping[str, str] = {
 # The same in ten minutes on two cores: small shapes, and only one layer of each model.
 QUICK: Mapping[str, str] = {
     "attention": "attention --seq-lens 256:1024:256 --heads 8 --head-dim 64 --dtype float32 --samples 5",
+    "sparse": "sparse --seq-len 2048 --mask window --density 0.5,0.2 --samples 5",
+    "linear": "linear --seq-lens 1024,2048 --rule scalar --samples 5",
     "paged": "paged --batch 1,8 --context 1024 --samples 5",
     "prefill": "prefill --models mistral-7b,phi-2 --layers 1 --seq-lens 128,256 --samples 5",
     "decode": "decode --models mistral-7b,phi-2 --layers 1 --samples 5",

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -103,31 +103,52 @@ def _checked(
     case: Case, direction: str, implementations: Sequence[str]
 ) -> tuple[dict[str, record.Record], dict[str, timing.Run]]:
     """The record fields of each implementation before timing, and a run of each that is correct."""
-    arrays, sparse = _inputs(case)
+    arrays, some = inputs(case)
+    call = peers.Call(causal=case.causal, direction=direction)
     found: dict[str, record.Record] = {}
     runs: dict[str, timing.Run] = {}
     for name in implementations:
-        try:
-            call = peers.Call(causal=case.causal, direction=direction)
-            program = peers.program(name, call, *arrays)
-            error = _error(case, direction, program.read(program.run(*program.prepare(*arrays[:3], sparse))))
-            inputs = [program.prepare(*arrays)]
-            for _ in range(1, timing.copies_past_cache(program.num_bytes(inputs[0]))):
-                inputs.append(program.prepare(*(jnp.copy(x) for x in arrays)))
-        except AssertionError as wrong:
-            found[name] = {"status": "wrong", "reason": str(wrong)}
-        except outcome.REFUSALS as refusal:
-            found[name] = outcome.of(refusal)
-        else:
-            found[name] = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes}
-            runs[name] = timing.rotating(program.run, inputs)
-            if name in backends.NAMES:
-                backward = direction != "forward"
-                found[name]["config"] = used.attention(name, *arrays[:3], causal=case.causal, backward=backward)
+        found[name], run = checked(
+            functools.partial(peers.program, name, call, *arrays),
+            functools.partial(_error, case, direction),
+            arrays,
+            (*arrays[:3], some),
+        )
+        if run is not None:
+            runs[name] = run
+        if run is not None and name in backends.NAMES:
+            backward = direction != "forward"
+            found[name]["config"] = used.attention(name, *arrays[:3], causal=case.causal, backward=backward)
     return found, runs
 
 
-def _inputs(case: Case) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def checked(
+    program_of: Callable[[], peers.Program],
+    error_of: Callable[[Sequence[np.ndarray]], float | None],
+    arrays: Sequence[jax.Array],
+    checked_arrays: Sequence[jax.Array],
+) -> tuple[record.Record, timing.Run | None]:
+    """The record fields of one implementation before timing, and a run of it; None if it is wrong or does not serve.
+
+    Args:
+      error_of: the largest error of the results of checked_arrays; raises AssertionError if it is too large.
+      arrays: what is timed, in copies that exceed the processor's cache.
+    """
+    try:
+        program = program_of()
+        error = error_of(program.read(program.run(*program.prepare(*checked_arrays))))
+        rotated = [program.prepare(*arrays)]
+        for _ in range(1, timing.copies_past_cache(program.num_bytes(rotated[0]))):
+            rotated.append(program.prepare(*(jnp.copy(x) for x in arrays)))
+    except AssertionError as wrong:
+        return {"status": "wrong", "reason": str(wrong)}, None
+    except outcome.REFUSALS as refusal:
+        return outcome.of(refusal), None
+    fields = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes}
+    return fields, timing.rotating(program.run, rotated)
+
+
+def inputs(case: Case) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Seeded q, k, v and cotangent; and a cotangent that is zero except in the rows that are checked."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
@@ -135,23 +156,32 @@ def _inputs(case: Case) -> tuple[tuple[jax.Array, ...], jax.Array]:
         jax.random.normal(key, (case.batch, case.length, n, case.head_dim), jnp.float32).astype(case.dtype)
         for key, n in zip(keys, heads, strict=True)
     )
-    checked = np.zeros(case.length, bool)
-    checked[_rows(case)] = True
-    return (q, k, v, d_out), jnp.where(checked[None, :, None, None], d_out, jnp.zeros((), d_out.dtype))
+    is_checked = np.zeros(case.length, bool)
+    is_checked[checked_rows(case)] = True
+    return (q, k, v, d_out), jnp.where(is_checked[None, :, None, None], d_out, jnp.zeros((), d_out.dtype))
 
 
-def _rows(case: Case) -> np.ndarray:
+def checked_rows(case: Case) -> np.ndarray:
+    """The query rows whose results are checked."""
     return np.unique(np.linspace(0, case.length - 1, ROWS).astype(int))
 
 
 @functools.lru_cache(maxsize=1)
 def _truth(case: Case, gradients: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(oracle, plain formula in the dtype) for the output in _rows and for the gradients of q, k and v."""
-    (q, k, v, _), sparse = _inputs(case)
-    rows = _rows(case)
+    rows = checked_rows(case)
     seen = rows[:, None] >= np.arange(case.length)[None, :] if case.causal else None
-    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "mask": None if seen is None else seen[None, None]}
-    q, k, v, d_out = (np.asarray(x) for x in (q[:, rows], k, v, sparse[:, rows]))
+    return truth(case, None if seen is None else seen[None, None], gradients=gradients)
+
+
+def truth(case: Case, seen: np.ndarray | None, *, gradients: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(oracle, plain formula in the dtype) for the output in checked_rows and for the gradients of q, k and v.
+
+    seen: bool[#b, #hq, rows, length], the keys that these rows see; None: all.
+    """
+    (q, k, v, _), some = inputs(case)
+    rows = checked_rows(case)
+    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "mask": seen}
+    q, k, v, d_out = (np.asarray(x) for x in (q[:, rows], k, v, some[:, rows]))
     answers = []
     for rounding in (lambda x: x, numerics.rounding_to(jnp.dtype(case.dtype))):
         answer = [oracle.attention(q, k, v, rounding=rounding, **options)[0]]
@@ -163,14 +193,19 @@ def _truth(case: Case, gradients: bool) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _error(case: Case, direction: str, got: Sequence[np.ndarray]) -> float:
-    """The largest error of results with the sparse cotangent.
+    return error(case, direction, _truth(case, direction != "forward"), got)
+
+
+def error(
+    case: Case, direction: str, known: Sequence[tuple[np.ndarray, np.ndarray]], got: Sequence[np.ndarray]
+) -> float:
+    """The largest error of results with the cotangent that is zero except in checked_rows. known: see truth.
 
     Raises:
       AssertionError: one is larger than the numerics contract allows.
     """
-    rows = _rows(case)
-    out, *gradients = _truth(case, direction != "forward")
-    names, wanted = ["out", "d_q", "d_k", "d_v"], [out, *gradients]
+    rows = checked_rows(case)
+    names, wanted = ["out", "d_q", "d_k", "d_v"], list(known)
     if direction == "backward":
         names, wanted = names[1:], wanted[1:]
     errors = []

@@ -51,7 +51,7 @@ def measure(
         runs: dict[str, Callable] = {
             "copy": timing.rotating(jax.jit(lambda k, v: (k + 1, v + 1)), rows),
             "contiguous": timing.rotating(
-                jax.jit(functools.partial(_contiguous, implementation)), [(q, k, v, lengths) for k, v in rows]
+                jax.jit(functools.partial(contiguous_step, implementation)), [(q, k, v, lengths) for k, v in rows]
             ),
         }
         caches = {}
@@ -83,7 +83,8 @@ def _filled(x: jax.Array) -> jax.Array:
     return jax.random.normal(jax.random.key(x.size), x.shape, jnp.float32).astype(x.dtype)
 
 
-def _contiguous(implementation, q, key, value, lengths):
+def contiguous_step(implementation, q, key, value, lengths):
+    """Attention of the last of `lengths` tokens of a contiguous cache. q: [b, hq, d]; key, value: [b, n, hkv, d]."""
     out = jfa.dot_product_attention(
         q[:, None],
         key,

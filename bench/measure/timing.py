@@ -4,7 +4,7 @@ machines are noisy."""
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ Run = Callable[[], object]
 Clock = Callable[[], float]  # seconds
 
 
-def in_turns(runs: Mapping[str, Run], *, samples: int, clock: Clock = time.perf_counter) -> dict[str, list[float]]:
+def in_turns[Name: Hashable](
+    runs: Mapping[Name, Run], *, samples: int, clock: Clock = time.perf_counter
+) -> dict[Name, list[float]]:
     """`samples` times in milliseconds of each run after its warm-up, round-robin: noise affects all runs alike."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[Name, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         warm_up(run, clock=clock)
     for _ in range(samples):

@@ -7,6 +7,7 @@ import jax
 
 import jfa
 from jfa import backends, ops
+from jfa.block_mask import SparseOperands
 from jfa.device import probe
 from jfa.types import AttentionSpec, Operands, PagedOperands
 from jfa_models.decoding.language_model import LanguageModel
@@ -26,6 +27,14 @@ def attention(implementation: str | None, q: Any, k: Any, v: Any, *, causal: boo
     if backward and config is not None:
         found["backward"] = _fields(backends.flash(name).backward_config(operands, config, device))
     return found
+
+
+def sparse(implementation: str, q: Any, k: Any, v: Any, mask: jfa.BlockMask) -> dict[str, Any]:
+    """For jfa.block_sparse_attention with a causal mask: the backend, and the configuration of the forward pass."""
+    operands, device = SparseOperands(Operands(q, k, v), mask), probe()
+    spec = AttentionSpec(sm_scale=q.shape[3] ** -0.5, causal=True)
+    name = backends.select(implementation, operands, spec, device, table=backends.sparse)
+    return {"backend": name, "forward": _fields(backends.sparse(name).default_config(operands, device))}
 
 
 def in_model(

@@ -27,6 +27,8 @@ MARKERS = "os^Dv<>PX"
 DASHES = ((), (5, 2), (1, 1.5), (5, 2, 1, 2), (8, 2), (3, 1), (2, 2), (6, 1, 1, 1), (1, 3))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo", "---", "**")
 LOOKS: dict[str, int] = {name: place for place, name in enumerate(names.PEERS)}
+LOOKS |= {name: place for place, name in enumerate(names.SPARSE_MASKS, 1)}
+LOOKS |= {"attention": 3, "quadratic": 6, "fla": 5, "transformers": 8}
 LOOKS |= {
     "jfa": 2,
     "tpu": 2,
@@ -245,6 +247,57 @@ def _throughput(records: Records) -> Any:
     return fig
 
 
+def _sparse(records: Records) -> Any:
+    """Time and speed-up over density, a line for each kind of mask; dense attention is a line across."""
+    groups = _grouped(records, ("length", "heads", "kv_heads", "head_dim", "causal", "dtype", "direction"))
+    fig, axes = _panels(len(groups), 2)
+    for (left, right), rows in zip(axes, groups, strict=True):
+        several = len({row["implementation"] for row in rows if row["implementation"] != "dense"}) > 1
+        lines, dense = [], [row["time_ms_p50"] for row in rows if row["implementation"] == "dense"]
+        for row in rows:
+            if row["implementation"] != "dense":
+                name = row["case"]["mask"] + (f", {row['implementation']}" if several else "")
+                lines.append({**row, "implementation": name, "percent": 100 * row["visited"]})
+        x_label = "% of the tiles that a causal mask leaves"
+        _lines(left, lines, "percent", "time_ms_p50", x_label, "ms, median", zero=False)
+        _lines(right, [row for row in lines if row.get("speedup")], "percent", "speedup", x_label, "", zero=False)
+        right.set_ylabel("speed-up over dense causal attention")
+        right.set_yscale("log")
+        right.yaxis.set_major_formatter("{x:g}")
+        left.set_ylim(bottom=0)
+        if dense:
+            level = sum(dense) / len(dense)
+            left.axhline(level, color="#444444", linewidth=1, dashes=(6, 3))
+            at = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
+            left.annotate("dense causal", (0.01, level), fontsize=8, **at)
+        for ax, what in ((left, "Time"), (right, "Speed-up")):
+            ax.set_xscale("log", base=2)
+            places = (5, 10, 25, 50, 100)
+            ax.set_xticks(places, [f"{place}" for place in places])
+            ax.minorticks_off()
+            ax.set_title(f"{what}, {_call(rows[0])}, {rows[0]['case']['length']:,} tokens", fontsize=10)
+    return fig
+
+
+def _linear(records: Records) -> Any:
+    """Time over length, a panel for each rule and direction."""
+    fields = ("rule", "direction", "heads", "key_heads", "key_dim", "value_dim", "dtype", "batch")
+    return _wrapped(_grouped(records, fields), _over_length)
+
+
+def _over_length(ax: Any, rows: Records) -> None:
+    case = rows[0]["case"]
+    _lines(ax, rows, "case.length", "time_ms_p50", "tokens", "ms, median", zero=False)
+    places = sorted({row["case"]["length"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(places, [f"{place:,}" for place in places])
+    ax.minorticks_off()
+    what = {"step": "one token after these"}.get(case["direction"], case["direction"])
+    shape = f"{case['heads']} heads, keys of {case['key_dim']}, values of {case['value_dim']}"
+    ax.set_title(f"{tables.RULES[case['rule']].capitalize()}, {what}\n{case['dtype']}, {shape}", fontsize=10)
+
+
 def _serve(records: Records) -> Any:
     """Latencies and throughput over the rate of requests, of each implementation."""
     from matplotlib.ticker import LogLocator
@@ -280,6 +333,8 @@ KINDS: dict[str, tuple[str, str, Callable[[Records], Any]]] = {
     "speedup": ("attention", "speedup", _one_kind(_speedup)),
     "tflops": ("attention", "tflops", _one_kind(_tflops)),
     "roofline": ("attention", "bytes", _one_kind(_roofline)),
+    "sparse": ("sparse", "time_ms_p50", _sparse),
+    "linear": ("linear", "time_ms_p50", _linear),
     "prefill": ("prefill", "time_ms_p50", _prefill),
     "decode": ("decode", "tokens_per_s", _decode),
     "paged": ("paged", "gb_per_s", _paged),

@@ -43,6 +43,10 @@ def short_dtype(name: str) -> str:
     return " ".join(_SHORT.get(word, word) for word in name.split(" "))
 
 
+# What the rules of linear attention are called in headings.
+RULES = {"scalar": "a decay per head", "vector": "a decay per column", "delta": "delta rule"}
+
+
 def call(case: Mapping[str, Any]) -> str:
     """The dtype, heads and mask of an attention call."""
     return f"{case['dtype']}, {heads(case)}, {'causal' if case['causal'] else 'all keys'}"
@@ -63,6 +67,13 @@ def _above_attention(one: Mapping[str, Any]) -> str:
     peak = record.field(one, "ceilings.matrix_tflops")
     measured = f"; peak {record.number(peak)} TFLOP/s" if peak else ""
     return f"{call(one['case'])}, batch {one['case']['batch']}{measured}"
+
+
+def _above_linear(one: Mapping[str, Any]) -> str:
+    case = one["case"]
+    keys = f"over {case['key_heads']} " if case["key_heads"] != case["heads"] else ""
+    sizes = f"keys of {case['key_dim']}, values of {case['value_dim']}"
+    return f"{RULES[case['rule']]}, {case['dtype']}, {case['heads']} heads {keys}with {sizes}"
 
 
 def _above_model(one: Mapping[str, Any]) -> str:
@@ -128,6 +139,35 @@ VIEWS: Mapping[str, View] = {
         },
         {"case.batch": "batch"},
         _above_attention,
+    ),
+    "sparse": View(
+        {
+            "visited": "visited",
+            "dir": "dir",
+            "what": "what",
+            "ms": "ms",
+            "spread": "±",
+            "tflops": "TFLOP/s",
+            "peak": "peak",
+            "speedup": "x dense",
+            "peak_mib": "MiB",
+        },
+        {"case.mask": "mask", "case.density": "density", "case.length": "length", "case.batch": "batch"},
+        lambda one: f"{one['case']['mask']}, {one['case']['length']:,} tokens, {call(one['case'])}",
+    ),
+    "linear": View(
+        {
+            "case.length": "length",
+            "dir": "dir",
+            "what": "what",
+            "ms": "ms",
+            "spread": "±",
+            "tokens_per_s": "t/s",
+            "speedup": "x attn.",
+            "peak_mib": "MiB",
+        },
+        {"case.rule": "rule", "case.batch": "batch"},
+        _above_linear,
     ),
     "prefill": View(
         {

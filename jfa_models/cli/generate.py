@@ -33,6 +33,11 @@ SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--jso
 @cache_options
 @sampling_options
 @click.option(
+    "--sparse-prefill",
+    metavar="PATTERN:FRACTION",
+    help="Compute a part of a long prompt's scores: vertical-slash:0.3, top-k:0.3 or window:0.3.",
+)
+@click.option(
     "--speculative-config",
     type=JsonObject(),
     help="""How to speculate, such as '{"method": "ngram"}'; see the guide.""",
@@ -63,6 +68,7 @@ def generate(
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
+    sparse_prefill: str | None,
     speculative_config: dict[str, Any] | None,
     as_json: bool,
     batch_file: Path | None,
@@ -104,6 +110,10 @@ def generate(
         for name, option in SINGLE_PROMPT_OPTIONS.items():
             if is_given(name) and context.params[name] != "paged":
                 raise click.UsageError(f"{option} cannot be combined with --batch-file, which uses a paged cache")
+        if sparse_prefill is not None:
+            raise click.UsageError(
+                "--sparse-prefill cannot be combined with --batch-file, whose engine prefills prompts in parts"
+            )
         run = functools.partial(_batch, batch_file, output, max_num_seqs, kv_dtype, speculation, sampling, loading)
         if coordinator is not None:
             given = {name: value for name, value in context.params.items() if name not in ("process_id", "output")}
@@ -119,6 +129,8 @@ def generate(
     if is_given("max_num_seqs"):
         raise click.UsageError("--max-num-seqs needs --batch-file: it has no effect on a single prompt")
     given = [one for one in (text, prompt) if one is not None]
+    if speculation is not None and sparse_prefill is not None:
+        raise click.UsageError("--sparse-prefill cannot be combined with --speculative-config, which uses an engine")
     if speculation is not None and is_given("cache") and cache != "paged":
         raise click.UsageError("--speculative-config needs a paged cache: leave out --cache")
     if len(given) != 1:
@@ -126,7 +138,8 @@ def generate(
 
     from jfa_models.cli import running
 
-    language_model = running.load(**loading, cache="paged" if speculation else cache, kv_dtype=kv_dtype)
+    loading |= dict(cache="paged" if speculation else cache, kv_dtype=kv_dtype, sparse_prefill=sparse_prefill)
+    language_model = running.load(**loading)
     params, adapter = running.sampling_params(language_model, sampling), language_model.adapters.first
     stream = language_model.stream
     if speculation is not None:

@@ -94,13 +94,19 @@ def prefill_chunk(partition: Partition) -> int:
 
 
 def prefill_chunks(
-    prompts: Sequence[Sequence[int]], size: int, partition: Partition
+    prompts: Sequence[Sequence[int]], size: int, partition: Partition, *, is_whole: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (tokens i32[size, t], lengths i32[size]) for each chunk; a finished or padding row has length 0."""
+    """Yields (tokens i32[size, t], lengths i32[size]) for each chunk; a finished or padding row has length 0.
+
+    is_whole: prompts are one chunk, which has at most an eighth of padding after the longest if that is long.
+    """
     longest = max(len(prompt) for prompt in prompts)
-    start = 0
+    chunk, start = prefill_chunk(partition), 0
+    if is_whole and longest > chunk:
+        step = max(chunk, power_of_two(longest) // 8)
+        chunk = -(-longest // step) * step
     while start < longest:
-        t = min(prefill_chunk(partition), max(SMALLEST_CHUNK, power_of_two(longest - start)))
+        t = min(chunk, max(SMALLEST_CHUNK, power_of_two(longest - start)))
         tokens, lengths = np.zeros((size, t), np.int32), np.zeros(size, np.int32)
         for row, prompt in enumerate(prompts):
             part = prompt[start : start + t]

@@ -43,6 +43,7 @@ from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import Adapters
 from jfa_models.model.partition import WHOLE, Partition, partition_of
+from jfa_models.model.sparse_prefill import SparsePrefill
 from jfa_models.text.guided import Grammars, Guide
 from jfa_models.text.structured import StructuredOutputsParams
 from jfa_models.text.tokenizer import Tokenizer
@@ -84,6 +85,7 @@ class LanguageModel:
       defaults: the sampling parameters that the checkpoint's authors recommend.
       eos_token_ids: the end-of-text, -turn and -message tokens of the defaults and of the tokenizer.
       cache_options: the options of new_cache.
+      sparse_prefill: which scores the prefill of a prompt from its first token on computes; None: all.
       adapters: those that load_adapter has loaded.
     """
 
@@ -95,6 +97,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         defaults: GenerationDefaults | None = None,
         cache_options: CacheOptions | None = None,
+        sparse_prefill: SparsePrefill | None = None,
         max_adapters: int | None = None,
         max_rank: int | None = None,
     ):
@@ -115,7 +118,10 @@ class LanguageModel:
         self.eos_token_ids = tuple(token_id for token_id in ends if token_id not in outside)
         self.cache_options = cache_options or CacheOptions()
         self.dtype = next(iter(leaves.values())).dtype
-        self.steps = Steps(decoder)
+        self.sparse_prefill = sparse_prefill
+        if sparse_prefill is not None:
+            self._check_sparse_prefill(sparse_prefill)
+        self.steps = Steps(decoder, sparse_prefill)
         self._grammars: Grammars | None = None
         self._copies: list[LanguageModel] = []  # on the devices of other replicas
         self.shapes = {name: tuple(x.shape) for name, x in leaves.items()}
@@ -139,13 +145,14 @@ class LanguageModel:
         quantization: str | None = None,
         attention_implementation: str | None = None,
         cache_options: CacheOptions | None = None,
+        sparse_prefill: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "LanguageModel":
         """A model with normally distributed random weights, without a tokenizer; fast to create.
 
         Args:
           config: a configuration, or the name of a preset such as "llama-3-8b" (presets.PRESETS).
-          dtype, quantization, mesh: see from_pretrained; without quantization, weights are floats.
+          dtype, quantization, sparse_prefill, mesh: see from_pretrained; without quantization, weights are floats.
           attention_implementation: the `implementation` argument of jfa's attention ops.
         """
         dtype = compute_dtype(dtype)
@@ -167,7 +174,8 @@ class LanguageModel:
                     weight = quantized(name, weight.shape, [(slice(None), weight)], quantization)
                 params.append(abstract.partition.put_parameter(name, weight))
                 start += 7919
-        return cls(decoder=abstract, params=tuple(params), cache_options=cache_options)
+        sparse = None if sparse_prefill is None else SparsePrefill.of(sparse_prefill)
+        return cls(decoder=abstract, params=tuple(params), cache_options=cache_options, sparse_prefill=sparse)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that from_pretrained and transformers can load.
@@ -232,6 +240,7 @@ class LanguageModel:
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             cache_options=self.cache_options,
+            sparse_prefill=self.sparse_prefill,
         )
 
     def with_layers(self, num_layers: int) -> "LanguageModel":
@@ -249,6 +258,7 @@ class LanguageModel:
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             cache_options=self.cache_options,
+            sparse_prefill=self.sparse_prefill,
         )
 
     def replicas(self) -> "list[LanguageModel]":
@@ -266,6 +276,7 @@ class LanguageModel:
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             cache_options=self.cache_options,
+            sparse_prefill=self.sparse_prefill,
             **self.adapters.limits,
         )
         for name in self.adapters.names:
@@ -482,8 +493,12 @@ class LanguageModel:
         )
         rows = self._rows_masked(rows, requests)
         hidden = self.partition.everywhere(jnp.zeros((size, self.config.hidden_size), self.dtype))
-        for tokens, lengths in caches.prefill_chunks(prompts, size, self.partition):
-            cache, hidden = self.steps.prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
+        # what follows tokens that are in the cache sees all of them
+        is_whole = all(len(prompt) == len(one.prompt_ids) for prompt, one in zip(prompts, requests, strict=True))
+        is_sparse = self.sparse_prefill is not None and is_whole
+        prefill = self.steps.prefill_sparse if is_sparse else self.steps.prefill
+        for tokens, lengths in caches.prefill_chunks(prompts, size, self.partition, is_whole=is_sparse):
+            cache, hidden = prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
         active = np.arange(size) < len(requests)
         return self.steps.first(self.params, cache, hidden, rows, active, slots, adapters=adapters)
 
@@ -589,6 +604,19 @@ class LanguageModel:
         ids = [self.tokenizer.special_token_id(stop) for stop in params.stop] if self.tokenizer else []
         found = [token_id for token_id in ids if token_id is not None]
         return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
+
+    def _check_sparse_prefill(self, sparse: SparsePrefill) -> None:
+        """Raises ValueError if the model or its cache cannot be prefilled so."""
+        sparse.check(self.config)
+        if self.partition.mesh is not None:
+            raise ValueError(
+                f"sparse_prefill={sparse}: not offered for a model that is divided over a mesh; leave it out"
+            )
+        if self.cache_options.kind == "paged" and any(window is not None for window in self.config.patterns):
+            raise ValueError(
+                f"sparse_prefill={sparse}: a paged cache has no pages for whole prompts in layers with a window; use "
+                "cache='contiguous'"
+            )
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:

@@ -21,6 +21,7 @@ from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, 
 from jfa_models.decoding.options import QUANTIZATIONS, CacheOptions
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.partition import mesh_of, partition_of
+from jfa_models.model.sparse_prefill import SparsePrefill
 
 
 def from_pretrained(
@@ -31,6 +32,7 @@ def from_pretrained(
     kv_dtype: str | None = None,
     page_size: int = 16,
     quantization: str | None = None,
+    sparse_prefill: str | None = None,
     context_length: int | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     max_adapters: int | None = None,
@@ -50,6 +52,10 @@ def from_pretrained(
         "int8-dynamic", "int4", "fp8", "stored" for a quantized checkpoint as it is, or "none" for floats. None:
         "stored"; but on a CPU whichever form it multiplies fastest (jfa.cpu): for a quantized checkpoint int8 or
         float32, for one in bfloat16 bfloat16 or float32, and floats of `dtype` if that is given.
+      sparse_prefill: PATTERN:FRACTION, such as "vertical-slash:0.3": a prompt is processed in one piece, and layers
+        that see the whole context compute only this fraction of its scores (model.sparse_prefill.SparsePrefill). An
+        approximation, which pays off in long prompts. Decoding and what follows tokens that are already in a cache are
+        exact. None, or a fraction of 1: all scores.
       context_length: maximum number of tokens of a prompt and its answer, if less than the model's own. A model with
         two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
       adapters: adapters to load, by the names that requests choose them by (LanguageModel.load_adapter).
@@ -70,6 +76,7 @@ def from_pretrained(
     """
     given, dtype = dtype, compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
+    sparse = None if sparse_prefill is None else SparsePrefill.of(sparse_prefill)
     name = os.fspath(model)
     if name.lower() in PRESETS and name.lower() not in PACKAGED and not os.path.exists(name):
         raise ValueError(
@@ -98,6 +105,7 @@ def from_pretrained(
         tokenizer=checkpoint.load_tokenizer(),
         defaults=checkpoint.generation,
         cache_options=options,
+        sparse_prefill=sparse,
         max_adapters=max_adapters,
         max_rank=max_rank,
     )

@@ -26,6 +26,7 @@ from jfa_models.model.attention import Cache
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import NO_ADAPTER, Adapters
 from jfa_models.model.partition import Axes, Partition, gathered
+from jfa_models.model.sparse_prefill import SparsePrefill
 
 # Tokens decoded per call for an offline batch; the host checks for stop strings in between.
 STEPS_PER_CALL = 32
@@ -143,6 +144,7 @@ class Steps:
 
     logits(params, tokens [b, t], lengths, adapter) -> f32[b, t, vocab], without a cache
     prefill(params, cache, hidden, tokens [b, t], lengths, adapter) -> (cache, hidden): t more tokens of each row
+    prefill_sparse: the same, of whole prompts in an empty cache, by the decoder's SparsePrefill
     score(params, cache, tokens [b, t], lengths, adapter) -> (cache, f32[b, t, vocab]): with logits after each token
     first(params, cache, hidden, rows, active, adapter) -> (state, emitted): the token after the prompt
     decode(params, state) -> (state, emitted): one more token
@@ -165,7 +167,7 @@ class Steps:
     global arrays, divided along the vocabulary.
     """
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, sparse: SparsePrefill | None = None):
         graphdef, state = nnx.split(decoder)
         treedef = jax.tree.structure(state)
         names = list(named_leaves(decoder))
@@ -214,6 +216,8 @@ class Steps:
 
         self.logits = step(_logits, lambda _: text_logits)
         self.prefill = step(_prefill, lambda cache: (cache, P()), donate=(1, 2))
+        prefill_sparse = functools.partial(_prefill, sparse=sparse)
+        self.prefill_sparse = step(prefill_sparse, lambda cache: (cache, P()), donate=(1, 2))
         self.score = step(_score, lambda cache: (cache, text_logits), donate=(1,))
         self.first = step(_first, lambda cache: (_state_specs(cache), P()), donate=(1,))
         self.decode = step(_decode, lambda state: (state, P()), donate=(1,))
@@ -268,11 +272,12 @@ def _prefill(
     tokens: Int[Array, "b t"],
     lengths: Int[Array, " b"],
     adapter: Int[Array, " b"] | None = None,
+    sparse: SparsePrefill | None = None,
 ) -> tuple[Cache, Float[Array, "b hidden"]]:
     """hidden: the state of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
     b, t = tokens.shape
     wanted = jnp.arange(b) * t + jnp.maximum(lengths - 1, 0)
-    last, filled = decoder(tokens, lengths=lengths, cache=cache, slot=adapter, wanted=wanted)
+    last, filled = decoder(tokens, lengths=lengths, cache=cache, slot=adapter, wanted=wanted, sparse=sparse)
     assert filled is not None
     return filled, jnp.where((lengths > 0)[:, None], last, hidden)
 

@@ -136,6 +136,11 @@ class Engine:
           ValueError: an argument is out of range; the message names it.
         """
         config = model.config
+        if model.sparse_prefill is not None:
+            raise ValueError(
+                f"sparse_prefill={model.sparse_prefill}: an engine prefills prompts in parts, which see all tokens "
+                "before them; load the model without it, or use LanguageModel.generate or stream"
+            )
         if max_num_batched_tokens is None:
             per_device = 512 if jax.default_backend() == "cpu" else 2048
             max_num_batched_tokens = max(max_num_seqs, per_device * model.partition.size(model.partition.tokens))

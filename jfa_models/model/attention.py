@@ -18,6 +18,7 @@ from jfa_models.model.layers import Linear, make_norm
 from jfa_models.model.lora import UNCHANGED, Scope
 from jfa_models.model.partition import Axes, Portion
 from jfa_models.model.rope import RopeConfig
+from jfa_models.model.sparse_prefill import SparsePrefill
 
 Cache = jfa.KVCache | jfa.PagedKVCache
 
@@ -77,6 +78,7 @@ class Rows(NamedTuple):
       tree_mask: with query_start, the new tokens of its row that each token sees, as in jfa.ragged_paged_attention.
       of_states: where the rows' states are. None: row r has the states of row r of the cache.
       portion: layers get this device's part of the tokens. None: they get all.
+      sparse: the cache is empty, and layers without a window compute only a part of the scores. None: they compute all.
     """
 
     lengths: Int[Array, " b"] | None = None
@@ -85,6 +87,7 @@ class Rows(NamedTuple):
     tree_mask: Bool[Array, "t m"] | None = None
     of_states: StateRows | None = None
     portion: Portion | None = None
+    sparse: SparsePrefill | None = None
 
 
 class Attention(nnx.Module):
@@ -141,7 +144,7 @@ class Attention(nnx.Module):
         rotation: None: queries and keys are not rotated.
         scope: what adapters change.
         """
-        lengths, query_start, segments, tree_mask, _, portion = rows
+        lengths, query_start, segments, tree_mask, _, portion, sparse = rows
         b, t = x.shape[:2]
         q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
         gate = None
@@ -158,6 +161,13 @@ class Attention(nnx.Module):
             q_len = lengths if t > 1 else None
             ids: dict[str, Any] = dict(query_segment_ids=segments, key_value_segment_ids=segments)
             out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len, **ids, **self.options)
+        elif sparse is not None:
+            options, cache = dict(self.options), cache.write(self.layer, k, v, lengths)
+            if self.window is None:
+                del options["local_window_size"]
+                out = sparse.attention(q, k, v, lengths, **options)
+            else:
+                out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=lengths, **options)
         elif isinstance(cache, jfa.KVCache):
             out, cache = self._over_slots(q, k, v, lengths, cache)
         elif query_start is not None:

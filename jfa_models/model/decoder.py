@@ -19,6 +19,7 @@ from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
 from jfa_models.model.mixers import GatedDelta, Mamba2
 from jfa_models.model.partition import WHOLE, Partition
+from jfa_models.model.sparse_prefill import SparsePrefill
 
 
 class Block(nnx.Module):
@@ -129,6 +130,7 @@ class Decoder(nnx.Module):
         remat: Callable[[Callable], Callable] | None = None,
         whole: Callable[[int, Block], Block] | None = None,
         wanted: Int[Array, " n"] | None = None,
+        sparse: SparsePrefill | None = None,
     ) -> tuple[Float[Array, "*n hidden"], Cache | None]:
         """The normalized hidden state of every token [b, t, hidden], and the cache with the tokens added.
 
@@ -150,6 +152,7 @@ class Decoder(nnx.Module):
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
           whole: for parameters of which this device has parts: called inside of remat with the number of each block,
             and the block; returns one with all of them.
+          sparse: with a cache without tokens, which scores layers without a window compute; None: all.
           wanted: only the states of these tokens are returned, [n, hidden]: their indices in tokens.reshape(-1).
         """
         t = tokens.shape[1]
@@ -184,7 +187,8 @@ class Decoder(nnx.Module):
                 starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(is_row, dtype=jnp.int32)])
             of_states = StateRows(state_slot, starts, cache.kv_len == 0)
         of_all = scope
-        rows = Rows(lengths, query_start, segments, tree_mask, of_states, portion)
+        assert sparse is None or (cache is not None and portion is None and query_start is None)
+        rows = Rows(lengths, query_start, segments, tree_mask, of_states, portion, sparse)
         if portion is not None:
             tokens, positions = portion.own(tokens), portion.own(jnp.broadcast_to(positions, tokens.shape))
             scope = scope.map(portion.own)

@@ -20,7 +20,7 @@ def test_every_line_is_a_valid_command(plan, tmp_path):
         context = found.make_context(command, [*arguments, "--save", str(tmp_path / f"{name}.json")])
         assert str(context.params["save"]) == str(tmp_path / f"{name}.json")
     assert {line.split()[0] for line in plan.values()} == {
-        *("attention", "paged", "prefill", "decode", "throughput", "memory")
+        *("attention", "sparse", "linear", "paged", "prefill", "decode", "throughput", "memory")
     }
 
 

@@ -204,6 +204,6 @@ def test_ranges_include_both_ends():
 
 def test_the_checked_rows_include_the_first_and_the_last():
     case = attention.Case(batch=1, length=40, heads=1, kv_heads=1, head_dim=16, dtype="float32", causal=True)
-    rows = attention._rows(case)
+    rows = attention.checked_rows(case)
     assert rows[0] == 0 and rows[-1] == 39 and len(rows) == attention.ROWS
-    assert np.array_equal(attention._rows(dataclasses.replace(case, length=3)), [0, 1, 2])
+    assert np.array_equal(attention.checked_rows(dataclasses.replace(case, length=3)), [0, 1, 2])

@@ -86,9 +86,40 @@ SERVE = [
     for rate in (2.0, "inf", 0.5)
     for name in ("server", "engine")
 ]
+SPARSE = [
+    SHARED
+    | {
+        "benchmark": "sparse",
+        "case": {
+            **{"length": 4096, "heads": 8, "kv_heads": 8, "head_dim": 64, "causal": True, "dtype": "float32"},
+            **{"direction": direction, "mask": mask, "density": density},
+        },
+        "implementation": name,
+        **{"time_ms_p50": 100 * density, "visited": density, "speedup": 1 / density},
+    }
+    for direction in ("forward", "backward")
+    for mask in ("window", "top-k")
+    for name, density in (("dense", 1.0), ("xla", 0.5), ("xla", 0.1))
+]
+LINEAR = [
+    SHARED
+    | {
+        "benchmark": "linear",
+        "case": {
+            **{"rule": rule, "length": length, "batch": 1, "heads": 8, "key_heads": 8, "key_dim": 64, "value_dim": 64},
+            **{"dtype": "float32", "direction": direction},
+        },
+        "implementation": name,
+        "time_ms_p50": float(length),
+    }
+    for rule in ("scalar", "delta")
+    for direction in ("forward", "step")
+    for length in (4096, 8192)
+    for name in ("xla", "attention")
+]
 ATTENTION = list(attention())
 ALL = {"attention": ATTENTION, "prefill": PREFILL, "decode": DECODE, "paged": PAGED, "throughput": THROUGHPUT}
-ALL |= {"serve": SERVE}
+ALL |= {"serve": SERVE, "sparse": SPARSE, "linear": LINEAR}
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="the extra plot is not installed"
@@ -132,6 +163,27 @@ def test_a_name_has_the_same_style_with_and_without_others():
 
     some = [one for one in ATTENTION if one["implementation"] != "reference"]
     assert looks(some).items() <= looks(ATTENTION).items()
+
+
+@needs_matplotlib
+def test_sparse_attention_has_a_line_for_each_mask_and_one_for_dense_attention():
+    figure = plot.figure(SPARSE)
+    assert [ax.get_title().partition("\n")[0] for ax in figure.axes] == [
+        f"{what}, {direction}" for direction in ("forward", "backward") for what in ("Time", "Speed-up")
+    ]
+    window, top_k, dense = figure.axes[0].get_lines()
+    assert [window.get_label(), top_k.get_label()] == ["window", "top-k"]
+    assert list(window.get_xdata()) == [10, 50] and list(window.get_ydata()) == [10, 50]
+    assert set(dense.get_ydata()) == {100}
+
+
+@needs_matplotlib
+def test_linear_attention_has_a_panel_for_each_rule_and_direction():
+    assert [ax.get_title().partition("\n")[0] for ax in plot.figure(LINEAR).axes] == [
+        f"{rule}, {what}"
+        for rule in ("A decay per head", "Delta rule")
+        for what in ("forward", "one token after these")
+    ]
 
 
 @needs_matplotlib

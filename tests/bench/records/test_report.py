@@ -107,7 +107,7 @@ def test_a_folder_becomes_one_page_and_tables(tmp_path):
 def test_the_error_for_a_folder_without_records_says_how_to_create_some(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([measured("compile")]))
     with pytest.raises(
-        ValueError, match=r"there are no records of attention, prefill.*; create some with jfa-bench all"
+        ValueError, match=r"there are no records of attention, sparse.*; create some with jfa-bench all"
     ):
         report.gather(tmp_path)
 

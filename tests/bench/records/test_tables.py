@@ -12,6 +12,17 @@ MODEL = {"model": "m", "layers": 2, "of_layers": 32, "dtype": "bfloat16"}
 CALL = {"heads": 128, "kv_heads": 8, "head_dim": 256, "dtype": "bfloat16", "batch": 256}
 CASES = {
     "attention": (names.PEERS, CALL | {"length": 131_072, "causal": False, "direction": "backward"}),
+    "sparse": (
+        names.SPARSE,
+        CALL | {"length": 131_072, "causal": True, "direction": "backward", "mask": "vertical-slash", "density": 0.05},
+    ),
+    "linear": (
+        names.LINEAR,
+        {
+            **{"rule": "vector", "length": 131_072, "direction": "backward", "dtype": "bfloat16", "batch": 256},
+            **{"heads": 128, "key_heads": 128, "key_dim": 256, "value_dim": 256},
+        },
+    ),
     "prefill": ((*names.IMPLEMENTATIONS, names.MATRIX_PRODUCTS), MODEL | {"seq_len": 131_072}),
     "decode": ((*names.IMPLEMENTATIONS, names.MATRIX_PRODUCTS), MODEL | {"batch": 1024, "context": 131_072}),
     "paged": (("contiguous", "copy"), CALL | {"context": 131_072, "page_size": 1024, "kv_dtype": "int8"}),
