@@ -22,7 +22,6 @@ from jfa.types import DeviceInfo, LinearConfig, LinearOperands, LinearRows, Line
 
 _CHUNK = 64
 _PIECE = 16  # of a chunk, within which decays of columns are not a factor of a matrix product
-_FORWARD = dict(left_side=True, lower=True, unit_diagonal=True)
 _FORGETS = -1e4  # e^-10,000 is 0, and sums of such logarithms are exact
 
 
@@ -147,12 +146,29 @@ def _chunk(
     if beta is not None:
         added_before = jnp.tril(decays.weights(k, k), -1) * _swapped(beta)[..., None]
         wanted = beta[..., None] * (v - decays.read(k, state))
-        if (size := k.shape[2]) > 1:
-            system = added_before + jnp.eye(size, dtype=jnp.float32)
-            wanted = _swapped(lax.linalg.triangular_solve(system, _swapped(wanted), **_FORWARD))
-        v = wanted
+        v = _swapped(_solved(added_before, _swapped(wanted)))
     near = _swapped(_matmul(decays.weights(q, k), _swapped(v)))
     return decays.write(state, k, v), decays.read(q, state) + near
+
+
+def _solved(lower: Float[Array, "*b c c"], right: Float[Array, "*b c n"]) -> Float[Array, "*b c n"]:
+    """The x with x + lower x = right. lower is zero on and above its diagonal.
+
+    1 + lower is inverted by halves, all blocks of a size at once. lax.linalg.triangular_solve would call BLAS for one
+    matrix after another on a CPU, with threads that wait for each other where cores are busy (bench/LOG.md).
+    """
+    c, batch = lower.shape[-1], lower.shape[:-2]
+    size = 1 << (c - 1).bit_length()
+    lower = jnp.pad(lower, [(0, 0)] * len(batch) + [(0, size - c)] * 2)
+    inverse, half = jnp.ones((*batch, size, 1, 1), lower.dtype), 1  # of blocks on the diagonal
+    while half < size:
+        blocks = lower.reshape(*batch, size // (2 * half), 2 * half, size // (2 * half), 2 * half)
+        below = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)[..., half:, :half]
+        first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        both = jnp.concatenate([-_matmul(_matmul(second, below), first), second], axis=-1)
+        above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse, half = jnp.concatenate([above, both], axis=-2), 2 * half
+    return _matmul(inverse[..., 0, :c, :c], right)
 
 
 def _grouped(state: Float[Array, "b h dk dv"], hk: int) -> Float[Array, "b hk dk g dv"]:
