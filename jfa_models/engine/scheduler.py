@@ -171,7 +171,7 @@ class Scheduler:
                 extra = drafts.get(one, _NO_TREE)
                 copies = self.reserve(one, len(extra)) if extra else None
                 if copies is None:
-                    extra, copies = _NO_TREE, self._make_room(one, num_tokens)
+                    extra, copies = _NO_TREE, self._make_room(one, num_tokens, chunks)
                 if copies is not None:
                     chunks.append(self._chunk(one, num_tokens, copies, extra))
                     budget -= num_tokens
@@ -200,11 +200,18 @@ class Scheduler:
             return None
         return self._waiting[0][1]
 
-    def _make_room(self, one: Continuation, num_tokens: int) -> Sequence[tuple[int, Copy]] | None:
-        """Allocates pages for its next tokens, preempting if necessary; None if it was preempted itself."""
+    def _make_room(
+        self, one: Continuation, num_tokens: int, chunks: Sequence[Chunk]
+    ) -> Sequence[tuple[int, Copy]] | None:
+        """Allocates pages for its next tokens, preempting if necessary.
+
+        None: it was preempted itself, or must wait, since all newer ones are in the chunks of this step.
+        """
         while (copies := self.pools.make_room(one, one.num_computed + num_tokens)) is None:
-            newest = self._running[-1]
-            self._preempt(newest)
+            in_step = {each for chunk in chunks for each in (chunk.of, *chunk.followers)}
+            newest = next(other for other in reversed(self._running) if other is one or other not in in_step)
+            if newest is not one or newest is self._running[-1]:
+                self._preempt(newest)
             if newest is one:
                 return None
         return copies

@@ -18,10 +18,10 @@ SEED = seed_sequence(PARAMS, 0, 0)
 class Machine:
     """Runs a scheduler as the engine does: results are known one step later."""
 
-    def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, **options):
+    def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, window=None, **options):
         self.allocator = PageAllocator(num_pages, page_size)
         self.scheduler = Scheduler(
-            Pools([Pool(self.allocator)]),
+            Pools([Pool(self.allocator, window)]),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             **options,
@@ -138,6 +138,18 @@ def test_the_newest_is_preempted_and_recomputed():
     assert machine.scheduler.num_preemptions > 0
     assert machine.ended == [first, second]
     assert second.tokens == [*range(100, 108), *range(1008, 1020)]
+
+
+def test_what_is_in_a_step_is_not_preempted_for_a_prompt_in_it():
+    """With a window a prompt gets pages step by step, and an urgent one may join others that decode."""
+    machine = Machine(window=4, page_size=2, num_pages=8, max_num_batched_tokens=8)
+    machine.add(range(6), 20, priority=1)
+    for _ in range(3):
+        machine.step()
+    urgent = machine.add(range(100, 130), 3)
+    for _ in range(60):
+        machine.step()
+    assert urgent in machine.ended and len(machine.ended) == 2
 
 
 def test_a_preempted_continuation_finds_its_full_pages_again():
