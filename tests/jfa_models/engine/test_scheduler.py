@@ -176,6 +176,19 @@ def test_nothing_is_preempted_for_drafts(num_pages):
     assert [len(chunk.drafts) for chunk in chunks] == [40 if num_pages == 40 else 0, 0]
 
 
+def test_a_step_that_preempts_verifies_no_drafts():
+    """They were planned for a step of more rows, which may have room for more tokens."""
+    machine = Machine(num_pages=16, max_num_seqs=5, max_num_batched_tokens=64)
+    rows = [machine.add(range(10 * i, 10 * i + n), 20) for i, n in enumerate((4, 2, 2, 2, 44))]
+    machine.step()
+    for one in rows:
+        one.tokens.append(1000)
+    assert machine.scheduler.next_tokens == rows
+    chunks = machine.scheduler.schedule({rows[1]: [5] * 5})
+    assert [chunk.of for chunk in chunks] == rows[:4] and machine.scheduler.num_preemptions == 1
+    assert not any(chunk.drafts for chunk in chunks)
+
+
 def test_no_prompt_joins_a_step_that_verifies_drafts():
     machine = Machine(num_pages=40, max_num_seqs=2)
     first = machine.add(range(4), 60)
