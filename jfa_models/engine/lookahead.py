@@ -62,6 +62,7 @@ class Window:
         self._random = random.Random(seed)  # the first guesses: tokens of the text
         self._tokens: list[int] = []
         self._places: list[list[int]] = []  # for each place ahead, its last N - 1 guesses
+        self._start = 0  # where in the text the first place is
         self._computed: list[list[int]] = []  # for each place, where these are in the last draft
         self._known: dict[int, dict[tuple[int, ...], None]] = {}  # what followed a token, the latest last
 
@@ -84,6 +85,8 @@ class Window:
             if len(tree) + len(guess) > room:
                 break
             tree.add(permitted(guess))
+        del self._places[: len(self._tokens) - self._start]  # steps without drafts have passed these
+        self._start = len(self._tokens)
         while len(self._places) < self._width:
             self._places.append(self._random.choices(self._tokens, k=self._size - 1))
         self._computed, oldest = [], -1
@@ -109,6 +112,7 @@ class Window:
             places.append(ngram[1:])
         # each place has moved on by one token, and the text by one more for each right one
         self._places = places[num_right:]
+        self._start += 1 + num_right
 
     def _learn(self, ngram: Sequence[int]) -> None:
         first, *rest = ngram

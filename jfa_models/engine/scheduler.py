@@ -157,10 +157,11 @@ class Scheduler:
     def schedule(self, drafts: Mapping[Continuation, DraftTree] = _NO_DRAFTS) -> list[Chunk]:
         """The chunks of the next step; empty if nothing can run before results are known.
 
-        drafts: of next_tokens, whose tokens must all be known. Where there are no pages for them, they are left out.
+        drafts: of next_tokens, whose tokens must all be known. They are left out where there are no pages for
+          them, and once the step preempted a continuation.
         """
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
+        budget, before = self.max_num_batched_tokens, self.num_preemptions
         for one in self._running:
             self.pools.slide(one, one.num_computed)
         for prompts in (False, True):
@@ -168,10 +169,11 @@ class Scheduler:
                 num_tokens = min(one.num_new, budget)
                 if one.slot is None or not num_tokens or (one.num_new > 1) != prompts:
                     continue
-                extra = drafts.get(one, _NO_TREE)
+                # once one is preempted, the rows left may be too few for a step of so many drafted tokens
+                extra = drafts.get(one, _NO_TREE) if self.num_preemptions == before else _NO_TREE
                 copies = self.reserve(one, len(extra)) if extra else None
                 if copies is None:
-                    extra, copies = _NO_TREE, self._make_room(one, num_tokens)
+                    extra, copies = _NO_TREE, self._make_room(one, num_tokens, chunks)
                 if copies is not None:
                     chunks.append(self._chunk(one, num_tokens, copies, extra))
                     budget -= num_tokens
@@ -200,11 +202,18 @@ class Scheduler:
             return None
         return self._waiting[0][1]
 
-    def _make_room(self, one: Continuation, num_tokens: int) -> Sequence[tuple[int, Copy]] | None:
-        """Allocates pages for its next tokens, preempting if necessary; None if it was preempted itself."""
+    def _make_room(
+        self, one: Continuation, num_tokens: int, chunks: Sequence[Chunk]
+    ) -> Sequence[tuple[int, Copy]] | None:
+        """Allocates pages for its next tokens, preempting if necessary.
+
+        None: it was preempted itself, or must wait, since all newer ones are in the chunks of this step.
+        """
         while (copies := self.pools.make_room(one, one.num_computed + num_tokens)) is None:
-            newest = self._running[-1]
-            self._preempt(newest)
+            in_step = {each for chunk in chunks for each in (chunk.of, *chunk.followers)}
+            newest = next(other for other in reversed(self._running) if other is one or other not in in_step)
+            if newest is not one or newest is self._running[-1]:
+                self._preempt(newest)
             if newest is one:
                 return None
         return copies

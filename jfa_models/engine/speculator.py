@@ -30,7 +30,7 @@ class Proposer(Protocol):
         ...
 
     def draft(self, lengths: Mapping[Continuation, int]) -> Mapping[Continuation, DraftTree]:
-        """Drafts of at most these lengths, without tokens that a grammar forbids."""
+        """Drafts of at most these lengths. Tokens that a grammar forbids are never accepted, and better left out."""
         ...
 
     def judge(self, one: Continuation, draft: DraftTree, path: Sequence[int], sampled: Sequence[int]) -> None:

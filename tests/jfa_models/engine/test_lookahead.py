@@ -9,11 +9,17 @@ from jfa_models.engine.lookahead import MOST_KNOWN, Window
 VOCAB = 50
 
 
-def decoded(following, *, prompt, steps, length, width=4, size=3, permitted=lambda guess: guess):
-    """The text after so many steps of lookahead decoding. following: the next token of a text."""
+def decoded(following, *, prompt, steps, length, width=4, size=3, permitted=lambda guess: guess, plain_every=None):
+    """The text after so many steps of lookahead decoding. following: the next token of a text.
+
+    plain_every: so many steps between two that verify no drafts.
+    """
     window, text = Window(width, size, 0), list(prompt)
-    for _ in range(steps):
+    for step in range(steps):
         window.follow(text)
+        if plain_every is not None and step % plain_every == plain_every - 1:
+            text.append(following(text))
+            continue
         tree = window.draft(length, permitted)
         assert len(tree) <= length
         assert len({*zip(tree.parents, tree.tokens, strict=True)}) == len(tree)  # no token is there twice
@@ -65,6 +71,11 @@ def test_a_window_guesses_what_comes_at_its_places():
     """Tokens by their place alone: a window that were one place off would always guess wrong."""
     found = decoded(by_place, prompt=[1, 2], steps=10, length=31, width=5, size=4)
     assert len(found) > 2 * 10
+
+
+def test_a_window_keeps_its_places_over_steps_without_drafts():
+    found = decoded(by_place, prompt=[1, 2], steps=30, length=31, width=5, size=4, plain_every=3)
+    assert found == plain(by_place, [1, 2], len(found)) and len(found) > 50
 
 
 def test_a_step_without_room_for_the_window_drops_its_last_places():

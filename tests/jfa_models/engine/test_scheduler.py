@@ -18,10 +18,10 @@ SEED = seed_sequence(PARAMS, 0, 0)
 class Machine:
     """Runs a scheduler as the engine does: results are known one step later."""
 
-    def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, **options):
+    def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, window=None, **options):
         self.allocator = PageAllocator(num_pages, page_size)
         self.scheduler = Scheduler(
-            Pools([Pool(self.allocator)]),
+            Pools([Pool(self.allocator, window)]),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             **options,
@@ -140,6 +140,18 @@ def test_the_newest_is_preempted_and_recomputed():
     assert second.tokens == [*range(100, 108), *range(1008, 1020)]
 
 
+def test_what_is_in_a_step_is_not_preempted_for_a_prompt_in_it():
+    """With a window a prompt gets pages step by step, and an urgent one may join others that decode."""
+    machine = Machine(window=4, page_size=2, num_pages=8, max_num_batched_tokens=8)
+    machine.add(range(6), 20, priority=1)
+    for _ in range(3):
+        machine.step()
+    urgent = machine.add(range(100, 130), 3)
+    for _ in range(60):
+        machine.step()
+    assert urgent in machine.ended and len(machine.ended) == 2
+
+
 def test_a_preempted_continuation_finds_its_full_pages_again():
     machine = Machine(num_pages=9, max_num_seqs=4)
     machine.add(range(8), 12)
@@ -162,6 +174,19 @@ def test_nothing_is_preempted_for_drafts(num_pages):
     chunks = machine.scheduler.schedule({first: [5] * 40})
     assert summary(chunks) == [(0, 4, 1), (1, 8, 1)] and machine.scheduler.num_preemptions == 0
     assert [len(chunk.drafts) for chunk in chunks] == [40 if num_pages == 40 else 0, 0]
+
+
+def test_a_step_that_preempts_verifies_no_drafts():
+    """They were planned for a step of more rows, which may have room for more tokens."""
+    machine = Machine(num_pages=16, max_num_seqs=5, max_num_batched_tokens=64)
+    rows = [machine.add(range(10 * i, 10 * i + n), 20) for i, n in enumerate((4, 2, 2, 2, 44))]
+    machine.step()
+    for one in rows:
+        one.tokens.append(1000)
+    assert machine.scheduler.next_tokens == rows
+    chunks = machine.scheduler.schedule({rows[1]: [5] * 5})
+    assert [chunk.of for chunk in chunks] == rows[:4] and machine.scheduler.num_preemptions == 1
+    assert not any(chunk.drafts for chunk in chunks)
 
 
 def test_no_prompt_joins_a_step_that_verifies_drafts():
