@@ -213,6 +213,8 @@ def test_adapters_keep_their_own_tokens(method):
         assert [x.outputs[0].token_ids for x in got] == [x.outputs[0].token_ids for x in want]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.soak
 def test_the_second_choices_of_a_draft_model_are_drafts():
     """The more tokens a tree may have, the more of them are others than the draft model's first choice."""
     model, steps = language_model(), []
