@@ -376,6 +376,7 @@ class Engine:
         with self._step_lock, self._requests_lock:  # a request that is being added is dropped, or kept
             for request in self._results.requests.values():
                 self.model.adapters.release(request.adapter)
+            self._launcher.copies_too = None  # it holds the cache of a draft model
             del self._launcher, self._launched, self._speculator, self._results  # there may be no memory for two pools
             self._start()
 
