@@ -237,6 +237,7 @@ class Guide:
     def __init__(self, grammar: Grammar, matcher: "llguidance.LLMatcher") -> None:
         self.grammar = grammar
         self.matcher = matcher
+        self._tokens: list[int] = []  # those that were accepted
         owner = grammar.owner
         self._ends = owner.end_ids
         self._words = owner.words
@@ -247,7 +248,9 @@ class Guide:
 
     def fork(self) -> "Guide":
         """An independent copy."""
-        return Guide(self.grammar, self.matcher.deep_copy())
+        guide = Guide(self.grammar, self.matcher.deep_copy())
+        guide._tokens = self._tokens.copy()
+        return guide
 
     @property
     def may_end(self) -> bool:
@@ -280,6 +283,7 @@ class Guide:
         if taken < len(tokens):
             self._roll_back(taken)
             raise GrammarError(f"token {tokens[taken]} does not fit the {self.grammar.called} that was asked for")
+        self._tokens += tokens
 
     def allowed(self, out: Int32[np.ndarray, "words"]) -> None:
         """Fills the row with the tokens that may come next.
@@ -305,11 +309,11 @@ class Guide:
           parents: for each token the index of the one before it, a smaller one; -1: none. None: they are a sequence.
 
         Returns:
-          The number of draft tokens that fit, up to and including an end token; rows behind one that does not fit, and
-          behind an end token, allow everything.
+          The number of draft tokens that fit, up to and including an end token; rows behind one that does not fit,
+          behind an end token, and behind a token that nothing can follow, allow everything.
 
         Raises:
-          GrammarError: llguidance gave up on the grammar, or no token fits; the rows from there on allow everything.
+          GrammarError: llguidance gave up on the grammar, or no token fits where the guide is; all is allowed.
           ValueError: the rows have another size or type.
         """
         _check_rows(out, (len(draft) + 1, self._words))
@@ -319,28 +323,30 @@ class Guide:
         for node in reversed(range(len(draft))):
             children.setdefault(parents[node], []).append(node)
         moved = num_fitting = 0
-        try:
-            self._fill(out[0])
-            waiting = [(node, 0) for node in children.get(-1, ())]  # with the number of tokens before it
-            while waiting:
-                node, depth = waiting.pop()
-                token = int(draft[node])
-                if not self._has(out[parents[node] + 1], token):
-                    continue
-                num_fitting += 1
-                if token in self._ends:
-                    continue
-                if moved > depth:
-                    self._roll_back(moved - depth)
-                    moved = depth
+        self._fill(out[0])
+        waiting = [(node, 0) for node in children.get(-1, ())]  # with the number of tokens before it
+        while waiting:
+            node, depth = waiting.pop()
+            token = int(draft[node])
+            if not self._has(out[parents[node] + 1], token):
+                continue
+            num_fitting += 1
+            if token in self._ends:
+                continue
+            self._roll_back(moved - depth)
+            moved = depth
+            try:
                 self._step(token)
-                moved += 1
                 self._fill(out[node + 1])
-                waiting += [(child, depth + 1) for child in children.get(node, ())]
-            return num_fitting
-        finally:
-            if not self.matcher.is_error():
-                self._roll_back(moved)
+            except GrammarError:
+                # the text need not go there; llguidance may have ended the matcher
+                path = [int(draft[one]) for one in _path(node, parents)[:-1]]
+                self.matcher = self.grammar.start([*self._tokens, *path]).matcher
+                continue
+            moved += 1
+            waiting += [(child, depth + 1) for child in children.get(node, ())]
+        self._roll_back(moved)
+        return num_fitting
 
     def permitted(self, draft: Sequence[int]) -> int:
         """How many draft tokens fit, without the cost of masks; the guide stays where it is.
@@ -426,6 +432,15 @@ class Guide:
             reason = matcher.stop_reason()
             return GrammarError(f"the {self.grammar.called} cannot be followed any further: {reason}")
         return None
+
+
+def _path(node: int, parents: Sequence[int]) -> list[int]:
+    """The indices of drafted tokens up to that of a node."""
+    found = []
+    while node >= 0:
+        found.append(node)
+        node = parents[node]
+    return found[::-1]
 
 
 def fill(guides: Sequence[Guide | None], out: Int32[np.ndarray, "rows words"]) -> dict[int, GrammarError]:

@@ -335,11 +335,17 @@ def test_a_dead_end_is_an_error_and_no_end():
     assert (out == -1).all()
 
 
-def test_a_dead_end_behind_a_draft_is_an_error():
-    guide = compiled(grammar='start: "a" B\nB: /[^\\s\\S]/').start()
-    with pytest.raises(GrammarError, match="no token of the model continues the document"):
-        guide.allowed_after(ids_of("ab"), out := rows(3))
-    assert tokens_in(out[0]) == ids_of("a") and (out[1:] == -1).all()
+def test_a_dead_end_behind_a_draft_ends_nothing_elsewhere():
+    guide = compiled(grammar='start: "x" ("a" B | "cd")\nB: /[^\\s\\S]/').start(ids_of("x"))
+    assert guide.allowed_after(ids_of("ab"), out := rows(3)) == 1
+    assert tokens_in(out[0]) == sorted(ids_of("ac")) and (out[1:] == -1).all()
+    tree = DraftTree.of_paths(map(ids_of, ("ab", "cd", "ce")))
+    assert guide.allowed_after(tree.tokens, out := rows(len(tree) + 1), tree.parents) == 3
+    assert (out[1:3] == -1).all() and tokens_in(out[3]) == ids_of("d")
+    guide.accept(ids_of("c"))
+    assert guide.fork().allowed_after(ids_of("d"), rows(2)) == 1
+    guide.accept(ids_of("d"))
+    assert guide.complete
 
 
 def test_tokens_that_do_not_fit_leave_a_guide_where_it_was():
