@@ -139,7 +139,7 @@ def test_a_step_of_a_model_runs_as_machine_code(row):
 
 
 # Left to the longest run, apart from these: every form of weights and pages, and both models, are in one of them.
-IN_CI = ["mixture-decode-paged", *(step for step in STEPS if step.startswith("llama") and "contiguous" not in step)]
+IN_CI = ["llama-prefill-paged", "llama-decode-paged", "llama-decode-paged-int4", "llama-decode-int8 pages"]
 
 
 @needs_xla
