@@ -94,7 +94,7 @@ def attention_command(
 @click.option("--seq-len", type=options.COUNT, default=8192, show_default=True, help="Number of queries and keys.")
 @click.option(
     "--density",
-    type=options.Fractions(),
+    type=options.Numbers("a list of numbers above 0, up to 1, such as 1,0.5,0.1", above=0, most=1),
     default="1,0.5,0.25,0.1,0.05",
     show_default=True,
     help="Of the tiles that a causal mask leaves.",

@@ -1,6 +1,7 @@
 """Types of options, and options that several commands share."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,10 +41,13 @@ class Counts(click.ParamType):
         return list(range(first, last + 1, step)) if first > 0 and step > 0 else []
 
 
-class Fractions(click.ParamType):
-    """Numbers above 0, up to 1, separated by commas."""
+class Numbers(click.ParamType):
+    """Different numbers above one and up to another, separated by commas. what: in words, with an example."""
 
-    name = "X,X,..."
+    name = "NUMBER,..."
+
+    def __init__(self, what: str, *, above: float, most: float = math.inf):
+        self.what, self.above, self.most = what, above, most
 
     def convert(self, value, param, ctx) -> tuple[float, ...]:
         if isinstance(value, tuple):
@@ -51,9 +55,9 @@ class Fractions(click.ParamType):
         try:
             found = tuple(dict.fromkeys(float(part) for part in value.split(",")))
         except ValueError:
-            found = (0.0,)
-        if not all(0 < each <= 1 for each in found):
-            self.fail(f"{value!r} is not a list of numbers above 0, up to 1, such as 1,0.5,0.1", param, ctx)
+            found = (math.nan,)
+        if not all(self.above < one <= self.most for one in found):
+            self.fail(f"{value!r} is not {self.what}", param, ctx)
         return found
 
 

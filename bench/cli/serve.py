@@ -1,6 +1,5 @@
 """`jfa-bench serve`: a load on a server with OpenAI's protocol, with the options of `vllm bench serve`."""
 
-import math
 from pathlib import Path
 
 import click
@@ -34,26 +33,6 @@ class _Command(click.Command):
                 found.append(option)
             found.append(one)
         return super().parse_args(ctx, found)
-
-
-class _Numbers(click.ParamType):
-    """Numbers from `least` on, separated by commas."""
-
-    name = "NUMBER,..."
-
-    def __init__(self, what: str, *, above: float, most: float = math.inf):
-        self.what, self.above, self.most = what, above, most
-
-    def convert(self, value, param, ctx) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            found = tuple(dict.fromkeys(float(part) for part in value.split(",")))
-        except ValueError:
-            found = (math.nan,)
-        if not all(self.above < one <= self.most for one in found):
-            self.fail(f"{value!r} is not {self.what}", param, ctx)
-        return found
 
 
 class _Pair(click.ParamType):
@@ -91,7 +70,7 @@ class _Pair(click.ParamType):
 @click.option(
     "--request-rate",
     "rates",
-    type=_Numbers("a list of rates above 0, such as 0.5,1,inf", above=0),
+    type=options.Numbers("a list of rates above 0, such as 0.5,1,inf", above=0),
     default="inf",
     show_default=True,
     help="Requests per second; a run for each. inf: all at once.",
@@ -124,7 +103,7 @@ class _Pair(click.ParamType):
 @click.option(
     "--metric-percentiles",
     "percentiles",
-    type=_Numbers("a list of percentiles above 0 and up to 100, such as 90,99", above=0, most=100),
+    type=options.Numbers("a list of percentiles above 0 and up to 100, such as 90,99", above=0, most=100),
     default="99",
     show_default=True,
 )
