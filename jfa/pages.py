@@ -40,7 +40,12 @@ class _Sequence:
     pages: list[int]
     num_tokens: int
     chain: list[bytes]  # digest of the salt, then of every full page whose tokens were committed
-    gone: int = 0  # number of pages at its start that slide released and replaced by NULL_PAGE
+    gone: int = 0  # slide released the pages before this index and replaced them by NULL_PAGE,
+    kept: int = 0  # but for so many at its start
+
+    @property
+    def held(self) -> list[int]:
+        return self.pages[: self.kept] + self.pages[self.gone :]
 
 
 class PageAllocator:
@@ -91,6 +96,7 @@ class PageAllocator:
         tokens: Sequence[int] | None = None,
         salt: bytes = b"",
         window: int | None = None,
+        num_sinks: int = 0,
     ) -> int | None:
         """Starts a sequence with room for num_tokens tokens and returns how many of them are already cached.
 
@@ -102,6 +108,7 @@ class PageAllocator:
             never match.
           window: number of tokens that a query sees, including itself. Only the pages that the next token sees must be
             cached; earlier pages are replaced by NULL_PAGE, as after slide.
+          num_sinks: number of first tokens that it sees besides.
 
         Returns:
           The number of cached tokens, or None if fewer than `watermark` pages would be left.
@@ -109,25 +116,32 @@ class PageAllocator:
         self._check_new(sequence)
         if num_tokens < 0:
             raise ValueError(f"to add sequence {sequence!r}, num_tokens must be >= 0, got {num_tokens}")
-        pages, chain = self._known(() if tokens is None else tokens, num_tokens, salt, window)
-        gone = pages.count(NULL_PAGE)
+        pages, chain = self._known(() if tokens is None else tokens, num_tokens, salt, window, num_sinks)
+        kept = pages.index(NULL_PAGE) if NULL_PAGE in pages else 0
+        gone = kept + pages.count(NULL_PAGE)
         missing = -(-num_tokens // self.page_size) - len(pages)
         if self.num_free - missing - sum(page in self._evictable for page in pages) < self.watermark:
             return None
         hit = len(pages) * self.page_size
-        self._share(pages[gone:])
+        record = self._sequences[sequence] = _Sequence(pages, num_tokens, chain, gone, kept)
+        self._share(record.held)
         pages += [self._take() for _ in range(missing)]
-        self._sequences[sequence] = _Sequence(pages, num_tokens, chain, gone)
         if tokens is not None:
             self.queried_tokens += len(tokens)
             self.hit_tokens += hit
         return hit
 
     def known_tokens(
-        self, tokens: Sequence[int], num_tokens: int, *, salt: bytes = b"", window: int | None = None
+        self,
+        tokens: Sequence[int],
+        num_tokens: int,
+        *,
+        salt: bytes = b"",
+        window: int | None = None,
+        num_sinks: int = 0,
     ) -> int:
         """The number of cached tokens that `add` would return now."""
-        return len(self._known(tokens, num_tokens, salt, window)[0]) * self.page_size
+        return len(self._known(tokens, num_tokens, salt, window, num_sinks)[0]) * self.page_size
 
     def append(self, sequence: Hashable, num_tokens: int = 1) -> list[Copy] | None:
         """Adds room for num_tokens more tokens and returns the page copies to make before they are written.
@@ -175,13 +189,14 @@ class PageAllocator:
         """
         record = self._record(parent)
         self._check_new(child)
-        self._share(record.pages[record.gone :])
-        self._sequences[child] = _Sequence(record.pages.copy(), record.num_tokens, record.chain.copy(), record.gone)
+        self._share(record.held)
+        self._sequences[child] = dataclasses.replace(record, pages=record.pages.copy(), chain=record.chain.copy())
 
-    def slide(self, sequence: Hashable, first_token: int) -> None:
+    def slide(self, sequence: Hashable, first_token: int, *, num_sinks: int = 0) -> None:
         """Releases the pages whose tokens are all before first_token: a layer with a window no longer sees them.
 
-        They are replaced by NULL_PAGE in the pages of the sequence; registered contents stay registered.
+        They are replaced by NULL_PAGE in the pages of the sequence; registered contents stay registered. The pages of
+        the first num_sinks tokens stay; pass the same number in all calls for a sequence.
         """
         record = self._record(sequence)
         if not 0 <= first_token <= record.num_tokens:
@@ -189,11 +204,12 @@ class PageAllocator:
                 f"to slide sequence {sequence!r}, first_token must be from 0 to its length, "
                 f"{record.num_tokens}, got {first_token}"
             )
-        gone = first_token // self.page_size
-        if gone > record.gone:
-            self._release(record.pages[record.gone : gone])
-            record.pages[record.gone : gone] = [NULL_PAGE] * (gone - record.gone)
-            record.gone = gone
+        kept = -(-num_sinks // self.page_size)
+        gone, first = first_token // self.page_size, max(record.gone, kept)
+        if gone > first:
+            self._release(record.pages[first:gone])
+            record.pages[first:gone] = [NULL_PAGE] * (gone - first)
+            record.gone, record.kept = gone, kept
 
     def truncate(self, sequence: Hashable, num_tokens: int) -> None:
         """Keeps the first num_tokens tokens of a sequence and releases the pages that these do not need."""
@@ -245,7 +261,7 @@ class PageAllocator:
     def free(self, sequence: Hashable) -> None:
         """Removes a sequence. Pages that no other sequence owns become evictable if registered, otherwise free."""
         record = self._record(sequence)
-        self._release(record.pages[record.gone :])
+        self._release(record.held)
         del self._sequences[sequence]
 
     def pages(self, sequence: Hashable, start: int = 0) -> tuple[int, ...]:
@@ -255,9 +271,10 @@ class PageAllocator:
         """
         return tuple(self._record(sequence).pages[start:])
 
-    def num_gone(self, sequence: Hashable) -> int:
-        """The number of pages at the start of a sequence that slide released."""
-        return self._record(sequence).gone
+    def gone(self, sequence: Hashable) -> slice:
+        """The pages of a sequence that slide released."""
+        record = self._record(sequence)
+        return slice(record.kept, record.gone)
 
     def num_tokens(self, sequence: Hashable) -> int:
         """The number of tokens that a sequence has room for: its kv_len once they are written."""
@@ -286,7 +303,7 @@ class PageAllocator:
     @property
     def num_shared(self) -> int:
         """Additional pages that would be held without sharing. Takes time proportional to the number of sequences."""
-        return sum(len(record.pages) - record.gone for record in self._sequences.values()) - self.num_held
+        return sum(len(record.held) for record in self._sequences.values()) - self.num_held
 
     @property
     def wasted_slots(self) -> int:
@@ -307,7 +324,7 @@ class PageAllocator:
         Raises:
           AssertionError: the state is inconsistent; the message names the page or the sequence.
         """
-        owners = Counter(page for record in self._sequences.values() for page in record.pages[record.gone :])
+        owners = Counter(page for record in self._sequences.values() for page in record.held)
         free = Counter(self._free)
         for page, digest in enumerate(self._digest_of):
             evictable = page in self._evictable
@@ -329,17 +346,21 @@ class PageAllocator:
             assert len(record.pages) == full + (rest > 0), (
                 f"sequence {name!r} of {record.num_tokens} tokens has {len(record.pages)} pages of {self.page_size}"
             )
-            held = record.pages[record.gone :]
-            assert record.pages[: record.gone] == [NULL_PAGE] * record.gone, f"sequence {name!r} lists a released page"
+            held, released = record.held, record.pages[self.gone(name)]
+            assert not any(page != NULL_PAGE for page in released), f"sequence {name!r} lists a released page"
             assert len(set(held)) == len(held), f"sequence {name!r} has a page twice: {record.pages}"
             assert len(record.chain) - 1 <= full, f"sequence {name!r} has committed more than its {full} full pages"
-            for page, digest in zip(held, record.chain[1 + record.gone :], strict=False):
-                assert self._digest_of[page] in (None, digest), f"page {page} of sequence {name!r} has other tokens"
+            for page, digest in zip(record.pages, record.chain[1:], strict=False):
+                is_own = page == NULL_PAGE or self._digest_of[page] in (None, digest)
+                assert is_own, f"page {page} of sequence {name!r} has other tokens"
 
     def _known(
-        self, tokens: Sequence[int], num_tokens: int, salt: bytes, window: int | None
+        self, tokens: Sequence[int], num_tokens: int, salt: bytes, window: int | None, num_sinks: int
     ) -> tuple[list[int], list[bytes]]:
-        """The pages of the longest cached prefix, and the digests of the salt and of each of these pages."""
+        """The pages of the longest cached prefix, and the digests of the salt and of each of these pages.
+
+        NULL_PAGE: the next token does not see the page.
+        """
         found: list[int] = []
         chain = [hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()]
         for index in range(min(num_tokens, len(tokens) - 1) // self.page_size):
@@ -351,9 +372,10 @@ class PageAllocator:
         size = len(found)
         while size and window is not None:
             first = max(0, size * self.page_size - window + 1) // self.page_size
-            lacking = [index for index in range(first, size) if found[index] == NULL_PAGE]
+            kept = min(first, -(-num_sinks // self.page_size))
+            lacking = [index for index in (*range(kept), *range(first, size)) if found[index] == NULL_PAGE]
             if not lacking:
-                return [NULL_PAGE] * first + found[first:size], chain[: 1 + size]
+                return found[:kept] + [NULL_PAGE] * (first - kept) + found[first:size], chain[: 1 + size]
             size = lacking[-1]  # a longer prefix would lack this page too, or a later one
         return found[:size], chain[: 1 + size]
 

@@ -51,12 +51,15 @@ class LLM:
         max_rank: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
         tensor_parallel: int | None = None,
+        attention_window: int | None = None,
+        attention_sinks: int | None = None,
     ):
         """Loads a model and allocates its pool of pages.
 
         Args:
           model: what from_pretrained takes, or a LanguageModel, which already has a dtype, its weights and adapters.
-          dtype, quantization, adapters, max_adapters, max_rank, mesh, tensor_parallel: see from_pretrained.
+          dtype, quantization, adapters, max_adapters, max_rank, mesh, tensor_parallel, attention_window,
+            attention_sinks: see from_pretrained.
           other arguments: see Engine.
 
         Raises:
@@ -65,6 +68,7 @@ class LLM:
         given = {"dtype": dtype, "quantization": quantization, "adapters": adapters}
         given |= {"max_adapters": max_adapters, "max_rank": max_rank}
         given |= {"mesh": mesh, "tensor_parallel": tensor_parallel}
+        given |= {"attention_window": attention_window, "attention_sinks": attention_sinks}
         if not isinstance(model, LanguageModel):
             model = from_pretrained(model, **given, context_length=max_model_len)
         elif unused := {name: value for name, value in given.items() if value is not None}:

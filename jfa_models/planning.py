@@ -300,7 +300,7 @@ class _Engine:
         """Of each device, for so many sequences of context tokens."""
         pools = pool_sizes(
             1 + rows * -(-context // PAGE_SIZE),
-            tuple(self.model.windows),
+            [(window, self.model.config.sinks_of(window)) for window in self.model.windows],
             page_size=PAGE_SIZE,
             max_num_seqs=rows,
             max_num_batched_tokens=self._step_tokens,

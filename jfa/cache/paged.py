@@ -146,6 +146,25 @@ class PagedKVCache:
         }
 
     @with_default_rules
+    def first(
+        self, layer: int, num_tokens: int, dtype: DTypeLike
+    ) -> tuple[Float[Array, "b num_tokens hkv d"], Float[Array, "b num_tokens hkv d"]]:
+        """The keys and values of the first tokens of each row, in this dtype; garbage where no token is written.
+
+        Keys in int4 pages are rotated; a query must pass rotated().
+        """
+        table = self.page_tables[self.table_of[layer]]
+        num_pages = min(table.shape[1], -(-num_tokens // self.page_size))
+
+        def of(pages: Pages) -> Float[Array, "b num_tokens hkv d"]:
+            x = jax.tree.map(lambda x: quant.on_bits(lambda x: x[table[:, :num_pages]], x), pages)
+            x = quant.dequantize(x, dtype) if isinstance(x, QuantizedArray) else x.astype(dtype)
+            x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_tokens]
+            return jnp.pad(x, ((0, 0), (0, num_tokens - x.shape[1]), (0, 0), (0, 0)))
+
+        return of(self.k[layer]), of(self.v[layer])
+
+    @with_default_rules
     def rotated(self, x: Float[Array, "*n heads d"]) -> Float[Array, "*n heads d"]:
         """Rotates queries or keys (quant.rotation) if the pages are int4; otherwise returns them unchanged.
 

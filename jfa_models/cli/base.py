@@ -157,6 +157,17 @@ def adapter_options(command: Callable) -> Callable:
     return adapter(scale(command))
 
 
+def window_options(command: Callable) -> Callable:
+    """Adds --attention-window and --attention-sinks."""
+    window = click.option(
+        "--attention-window",
+        type=click.IntRange(min=1),
+        help="See only so many of the last tokens and the first ones, in texts of any length (StreamingLLM).",
+    )
+    sinks = click.option("--attention-sinks", type=click.IntRange(min=0), help="So many first ones.  [default: 4]")
+    return window(sinks(command))
+
+
 def cache_options(command: Callable) -> Callable:
     """Adds --cache, --kv-dtype and --max-model-len."""
     cache = click.option("--cache", type=click.Choice(CACHES), default=CACHES[0], show_default=True)

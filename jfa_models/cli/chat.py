@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import JsonObject, adapter_options, cache_options, mesh_options, model_options
+from jfa_models.cli.base import JsonObject, adapter_options, cache_options, mesh_options, model_options, window_options
 from jfa_models.cli.sampling import check_sampling, read_forms, sampling_options
 
 _COMMAND = re.compile(r"/\w+")
@@ -17,6 +17,7 @@ _COMMAND = re.compile(r"/\w+")
 @mesh_options
 @adapter_options
 @cache_options
+@window_options
 @sampling_options
 @click.option("--system", help="System prompt.")
 @click.option(
@@ -33,6 +34,8 @@ def chat(
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
+    attention_window: int | None,
+    attention_sinks: int | None,
     system: str | None,
     template_kwargs: dict[str, Any] | None,
     **sampling,
@@ -57,6 +60,8 @@ def chat(
         cache=cache,
         kv_dtype=kv_dtype,
         context_length=max_model_len,
+        attention_window=attention_window,
+        attention_sinks=attention_sinks,
     )
     tokenizer = language_model.tokenizer
     if tokenizer is None or not tokenizer.chat_templates:

@@ -15,6 +15,7 @@ from jfa_models.cli.base import (
     mesh_options,
     model_options,
     process_options,
+    window_options,
 )
 from jfa_models.cli.sampling import check_sampling, read_forms, sampling_options
 from jfa_models.decoding.speculation import SpeculativeConfig
@@ -31,6 +32,7 @@ SINGLE_PROMPT_OPTIONS = {"text": "TEXT", "prompt": "--prompt", "as_json": "--jso
 @process_options
 @adapter_options
 @cache_options
+@window_options
 @sampling_options
 @click.option(
     "--sparse-prefill",
@@ -68,6 +70,8 @@ def generate(
     cache: str,
     kv_dtype: str | None,
     max_model_len: int | None,
+    attention_window: int | None,
+    attention_sinks: int | None,
     sparse_prefill: str | None,
     speculative_config: dict[str, Any] | None,
     as_json: bool,
@@ -100,6 +104,8 @@ def generate(
         adapters=adapters,
         adapter_scale=adapter_scale,
         context_length=max_model_len,
+        attention_window=attention_window,
+        attention_sinks=attention_sinks,
     )
     for name in ("num_processes", "process_id"):
         if coordinator is None and is_given(name):

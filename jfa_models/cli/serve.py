@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from jfa_models.cli.base import JsonObject, ModelName, NamedAdapter, dtype_options, mesh_options, process_options
+from jfa_models.cli.base import (
+    JsonObject,
+    ModelName,
+    NamedAdapter,
+    dtype_options,
+    mesh_options,
+    process_options,
+    window_options,
+)
 from jfa_models.decoding.options import KV_DTYPES
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.speculation import SpeculativeConfig
@@ -41,6 +49,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--kv-dtype", type=click.Choice(KV_DTYPES), help="Quantize the pages of the KV cache.")
 @click.option("--num-pages", type=_COUNT, help="Pages of the KV cache. Default: most of the free memory.")
 @click.option("--max-model-len", type=_COUNT, help="Tokens of a prompt and its answer. Default: the model's context.")
+@window_options
 @click.option("--max-num-seqs", type=_COUNT, default=16, show_default=True, help="Sequences that run at a time.")
 @click.option("--max-num-batched-tokens", type=_COUNT, help="Tokens per step.")
 @click.option(
@@ -110,6 +119,8 @@ def serve(
     kv_dtype: str | None,
     num_pages: int | None,
     max_model_len: int | None,
+    attention_window: int | None,
+    attention_sinks: int | None,
     max_num_seqs: int,
     max_num_batched_tokens: int | None,
     max_waiting: int,
@@ -157,6 +168,8 @@ def serve(
         mesh_sizes=mesh_sizes,
         adapters=adapters,
         context_length=max_model_len,
+        attention_window=attention_window,
+        attention_sinks=attention_sinks,
         max_adapters=max_adapters,
         max_rank=max_rank,
     )

@@ -42,7 +42,8 @@ def new_cache(
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=dtype,
-            windows=[config.window(i) for i in config.attention_layers],
+            # the first tokens have no place in a ring
+            windows=[None if config.is_streaming(i) else config.window(i) for i in config.attention_layers],
             slack=SLACK,
             sharding=partition.of_kv,
         )
@@ -64,14 +65,18 @@ def new_cache(
 def _own_pages(config: DecoderConfig, batch: int, capacity: int, page_size: int, chunk: int) -> tuple[np.ndarray, ...]:
     """Page tables in which every row has its own pages from the start: nothing is shared.
 
-    The pages of a window are reused cyclically: pages that slid out of the window store the next tokens.
+    The pages of a window are reused cyclically: pages that slid out of the window store the next tokens. Those of the
+    first tokens are not, where layers see these too.
     """
     columns = -(-capacity // page_size)
     tables = []
     for window in config.patterns:
         # a whole chunk is written before its first token attends to the cache
-        kept = columns if window is None else min(columns, 1 + -(-(window + chunk + SLACK) // page_size))
-        tables.append(1 + kept * np.arange(batch)[:, None] + np.arange(columns) % kept)
+        cycle = columns if window is None else min(columns, 1 + -(-(window + chunk + SLACK) // page_size))
+        first = min(columns, -(-config.sinks_of(window) // page_size))
+        column = np.arange(columns)
+        page = np.where(column < first, column, first + (column - first) % cycle)
+        tables.append(1 + (first + cycle) * np.arange(batch)[:, None] + page)
     return tuple(table.astype(np.int32) for table in tables)
 
 

@@ -118,6 +118,8 @@ class LanguageModel:
         self.eos_token_ids = tuple(token_id for token_id in ends if token_id not in outside)
         self.cache_options = cache_options or CacheOptions()
         self.dtype = next(iter(leaves.values())).dtype
+        if self.config.streaming is not None and self.partition.mesh is not None:
+            raise ValueError("attention_window is not offered for a model that is divided over a mesh; leave it out")
         self.sparse_prefill = sparse_prefill
         if sparse_prefill is not None:
             self._check_sparse_prefill(sparse_prefill)
@@ -184,9 +186,11 @@ class LanguageModel:
         that have the model, all must call this; the first one writes, and all return when it has.
 
         Raises:
-          ValueError: config.json cannot represent the model.
+          ValueError: config.json cannot represent the model, or it was loaded with attention_window.
           RuntimeError: another process had an error; the message has it.
         """
+        if self.config.streaming is not None:
+            raise ValueError("attention_window is not part of a checkpoint: load the model without it to save it")
         named = dict(zip(self.names, self.params, strict=True))
         rest: dict[str, Any] = dict(generation=self.defaults, tokenizer=self.tokenizer, partition=self.partition)
         save_checkpoint(Path(folder), self.config, named, **rest)

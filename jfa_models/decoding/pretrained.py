@@ -19,7 +19,7 @@ from jfa_models.checkpoints.presets import PRESETS
 from jfa_models.checkpoints.reader import open_checkpoint
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, compute_dtype, named_leaves
 from jfa_models.decoding.options import QUANTIZATIONS, CacheOptions
-from jfa_models.model.config import DecoderConfig
+from jfa_models.model.config import DecoderConfig, StreamingConfig
 from jfa_models.model.partition import mesh_of, partition_of
 from jfa_models.model.sparse_prefill import SparsePrefill
 
@@ -33,6 +33,8 @@ def from_pretrained(
     page_size: int = 16,
     quantization: str | None = None,
     sparse_prefill: str | None = None,
+    attention_window: int | None = None,
+    attention_sinks: int | None = None,
     context_length: int | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     max_adapters: int | None = None,
@@ -56,8 +58,11 @@ def from_pretrained(
         that see the whole context compute only this fraction of its scores (model.sparse_prefill.SparsePrefill). An
         approximation, which pays off in long prompts. Decoding and what follows tokens that are already in a cache are
         exact. None, or a fraction of 1: all scores.
-      context_length: maximum number of tokens of a prompt and its answer, if less than the model's own. A model with
-        two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
+      attention_window: layers that see the whole context see the first attention_sinks tokens (None: 4) and this many
+        last ones instead (StreamingLLM, model.config.StreamingConfig), so that a text may be longer than the model's
+        context; pages of other tokens are given back. None: the whole context.
+      context_length: maximum number of tokens of a prompt and its answer, if less than the model's own, or, with
+        attention_window, any. A model with two rope scalings (Phi-3 for 128,000 tokens) uses the one for this length.
       adapters: adapters to load, by the names that requests choose them by (LanguageModel.load_adapter).
       max_adapters, max_rank: memory is reserved for this many adapters of up to this rank on the layers of attention
         and MLPs: loading them compiles nothing. None: room is made for each one, and steps compile anew.
@@ -88,7 +93,8 @@ def from_pretrained(
     family = FAMILIES[checkpoint.config.architecture]
     if dtype == "float16" and not family.float16:
         raise ValueError(f"{family.users} overflows float16; use dtype='bfloat16', or 'float32'")
-    config = _with_context(checkpoint.config, context_length)
+    config = _with_streaming(checkpoint.config, attention_window, attention_sinks)
+    config = _with_context(config, context_length)
     if (original := config.long_rope_from) is not None:
         warnings.warn(
             f"{name} rotates by its factors for long texts, also in short ones; for texts of up to {original} tokens, "
@@ -137,9 +143,32 @@ def weights_of(checkpoint: Checkpoint, quantization: str | None, dtype: DTypeLik
     return Weights(dtype=cpu.fastest(("float32", "bfloat16")))
 
 
+def _with_streaming(config: DecoderConfig, window: int | None, num_sinks: int | None) -> DecoderConfig:
+    if window is None:
+        if num_sinks is not None:
+            raise ValueError(
+                f"attention_sinks={num_sinks} has no effect without attention_window, the last tokens to see besides"
+            )
+        return config
+    num_sinks = 4 if num_sinks is None else num_sinks
+    if window < 1 or num_sinks < 0 or window + num_sinks > config.context_length:
+        raise ValueError(
+            f"attention_window must be at least 1, attention_sinks at least 0, and both together at most "
+            f"{config.context_length}, the model's context, got {window} and {num_sinks}"
+        )
+    if all(config.window(layer) is not None for layer in config.attention_layers):
+        raise ValueError(
+            f"attention_window={window}: no layer of this {config.architecture} model sees the whole context; leave it "
+            "out"
+        )
+    return dataclasses.replace(config, streaming=StreamingConfig(window=window, num_sinks=num_sinks))
+
+
 def _with_context(config: DecoderConfig, context_length: int | None) -> DecoderConfig:
     if context_length is None:
         return config
+    if config.streaming is not None and context_length >= 1:
+        return dataclasses.replace(config, context_length=context_length)
     if not 1 <= context_length <= config.context_length:
         raise ValueError(
             f"context_length (max_model_len of LLM) must be 1 to {config.context_length}, the model's own, "

@@ -62,7 +62,7 @@ class DraftModel:
         self._acceptance = Acceptance()
         # computed tokens of the last draft
         self._ahead: WeakKeyDictionary[Continuation, list[int]] = WeakKeyDictionary()
-        windows = [window for _, window in launcher.scheduler.pools.pools]
+        windows = [pool.window for pool in launcher.scheduler.pools.pools]
         self._pool_of = pools_of(model, windows)
         page_size = launcher.scheduler.pools.page_size
         cache = draft_cache(model, windows, num_pages, page_size=page_size, kv_dtype=kv_dtype)
@@ -288,7 +288,13 @@ def draft_model_of(config: SpeculativeConfig, model: LanguageModel) -> LanguageM
         return model.with_layers(config.num_layers)
     draft = config.model
     if not isinstance(draft, LanguageModel):
-        draft = from_pretrained(draft, dtype=model.dtype)
+        streaming = model.config.streaming
+        draft = from_pretrained(
+            draft,
+            dtype=model.dtype,
+            attention_window=None if streaming is None else streaming.window,
+            attention_sinks=None if streaming is None else streaming.num_sinks,
+        )
     if (difference := _vocabulary_difference(model, draft)) is not None:
         raise ValueError(f"the draft model must have the vocabulary of the model, but {difference}")
     return draft

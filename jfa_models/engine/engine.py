@@ -180,6 +180,7 @@ class Engine:
             return dataclasses.replace(cache, states=state_cache(config, batch=max_num_seqs, dtype=model.dtype))
 
         windows, draft = config.patterns or (None,), self._draft
+        seen = [(window, config.sinks_of(window)) for window in windows]
 
         def num_bytes(num_pages: Sequence[int]) -> int:
             own = model.partition.num_bytes(jax.eval_shape(lambda: new_cache(num_pages)))
@@ -193,7 +194,7 @@ class Engine:
         def sizes(num_pages: int) -> list[int]:
             return pool_sizes(
                 num_pages,
-                windows,
+                seen,
                 page_size=page_size,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
@@ -205,7 +206,7 @@ class Engine:
         pools = sizes(num_pages)
 
         def new_pools() -> Pools:
-            return make_pools(pools, windows, page_size=page_size)
+            return make_pools(pools, seen, page_size=page_size)
 
         most_tokens = new_pools().most_tokens(max_num_batched_tokens)
         self.max_model_len = longest if most_tokens is None else min(longest, most_tokens)

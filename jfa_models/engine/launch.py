@@ -304,13 +304,13 @@ class Launcher:
         Since the last step, its last page may have been replaced, pages added, and pages outside of a window freed.
         """
         assert one.slot is not None
-        for i, (allocator, window) in enumerate(self.scheduler.pools.pools):
+        for i, (allocator, window, _) in enumerate(self.scheduler.pools.pools):
             table = self._tables[i, one.slot]
             start = max(0, int(self._num_pages[i, one.slot]) - 1)
             pages = allocator.pages(one, start)
             table[start : start + len(pages)] = pages
             if window is not None:
-                table[: allocator.num_gone(one)] = NULL_PAGE
+                table[allocator.gone(one)] = NULL_PAGE
             self._num_pages[i, one.slot] = start + len(pages)
         return self._tables[:, one.slot]
 

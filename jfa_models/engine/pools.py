@@ -6,7 +6,7 @@ those that slid out of the window: their pool is only as large as the windows of
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jfa.pages import Copy, PageAllocator
 
@@ -14,10 +14,16 @@ WATERMARK = 0.01  # fraction of the pages that is kept free for running sequence
 
 
 class Pool(NamedTuple):
-    """An allocator of pages, and the window in tokens of the layers that use them; None: full attention."""
+    """An allocator of pages, and which tokens the layers that use them see.
+
+    Attributes:
+      window: the last tokens, including a query's own; None: full attention.
+      num_sinks: with a window, the first tokens too.
+    """
 
     allocator: PageAllocator
     window: int | None = None
+    num_sinks: int = 0
 
 
 class Pools:
@@ -49,10 +55,11 @@ class Pools:
           salt: see PageAllocator.add.
         """
         hit = 0 if tokens is None else self._known_tokens(tokens, num_tokens, salt)
-        for i, (allocator, window) in enumerate(self.pools):
+        for i, (allocator, window, num_sinks) in enumerate(self.pools):
             room = num_tokens if window is None else min(num_tokens, hit + at_once)
             known = None if tokens is None else tokens[: hit + 1]
-            if allocator.add(sequence, room, tokens=known, salt=salt, window=window) is None:
+            seen: dict[str, Any] = dict(window=window, num_sinks=num_sinks)
+            if allocator.add(sequence, room, tokens=known, salt=salt, **seen) is None:
                 for pool in self.pools[:i]:
                     pool.allocator.free(sequence)
                 return None
@@ -65,8 +72,9 @@ class Pools:
         hit, before = min(num_tokens, len(tokens) - 1), -1
         while hit != before:  # if one pool shortens the prefix, another may lack the shorter one
             before = hit
-            for allocator, window in self.pools:
-                hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, salt=salt, window=window)
+            for allocator, window, num_sinks in self.pools:
+                seen: dict[str, Any] = dict(window=window, num_sinks=num_sinks)
+                hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, salt=salt, **seen)
         return hit
 
     def most_tokens(self, max_num_batched_tokens: int) -> int | None:
@@ -74,8 +82,9 @@ class Pools:
         size = self.page_size
         limits = [
             room * size
-            for allocator, window in self.pools
-            if (room := allocator.num_pages - 1 - allocator.watermark) < _kept(window, size, max_num_batched_tokens)
+            for allocator, window, num_sinks in self.pools
+            if (room := allocator.num_pages - 1 - allocator.watermark)
+            < _kept(window, num_sinks, size, max_num_batched_tokens)
         ]
         return min(limits, default=None)
 
@@ -86,7 +95,7 @@ class Pools:
         those of whole pages of new tokens.
         """
         missing = [max(0, num_tokens - pool.allocator.num_tokens(sequence)) for pool in self.pools]
-        for (allocator, _), n in zip(self.pools, missing, strict=True):
+        for (allocator, *_), n in zip(self.pools, missing, strict=True):
             is_tight = spare > 0 and allocator.num_free <= spare + n // self.page_size
             if is_tight or not allocator.fits(sequence, n):
                 return None
@@ -97,9 +106,9 @@ class Pools:
 
     def slide(self, sequence: Hashable, num_computed: int) -> None:
         """Frees pages that no token from num_computed on can see."""
-        for allocator, window in self.pools:
+        for allocator, window, num_sinks in self.pools:
             if window is not None and num_computed >= window:
-                allocator.slide(sequence, num_computed - window + 1)
+                allocator.slide(sequence, num_computed - window + 1, num_sinks=num_sinks)
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """Starts a sequence that shares the pages of another."""
@@ -139,38 +148,38 @@ class Pools:
 
 def pool_sizes(
     num_pages: int,
-    windows: Sequence[int | None],
+    windows: Sequence[tuple[int | None, int]],
     *,
     page_size: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> list[int]:
-    """The number of pages of each pool; num_pages for those without a window.
+    """The number of pages of each pool; num_pages for those without a window. windows: and sinks, as of a Pool.
 
     A pool with a window needs no more than the windows of all running sequences, plus the tokens of a step.
     """
     step = -(-max_num_batched_tokens // page_size)
     return [
-        num_pages if window is None else min(num_pages, 1 + max_num_seqs * int(_kept(window, page_size)) + step)
-        for window in windows
+        num_pages if window is None else min(num_pages, 1 + max_num_seqs * int(_kept(window, sinks, page_size)) + step)
+        for window, sinks in windows
     ]
 
 
-def make_pools(sizes: Sequence[int], windows: Sequence[int | None], *, page_size: int) -> Pools:
-    """Empty pools.
+def make_pools(sizes: Sequence[int], windows: Sequence[tuple[int | None, int]], *, page_size: int) -> Pools:
+    """Empty pools. windows: and sinks, as of a Pool.
 
     A pool of a few pages has no watermark. Neither has a pool with a window, which has enough pages for all running
     sequences, if there is also a pool without one, which limits admission.
     """
-    is_alone = None not in windows
+    is_alone = all(window is not None for window, _ in windows)
     watermarks = [
         int(WATERMARK * max(0, n - 2)) if window is None or is_alone else 0
-        for n, window in zip(sizes, windows, strict=True)
+        for n, (window, _) in zip(sizes, windows, strict=True)
     ]
     allocators = [PageAllocator(n, page_size, watermark=w) for n, w in zip(sizes, watermarks, strict=True)]
-    return Pools([Pool(allocator, window) for allocator, window in zip(allocators, windows, strict=True)])
+    return Pools([Pool(allocator, *seen) for allocator, seen in zip(allocators, windows, strict=True)])
 
 
-def _kept(window: int | None, page_size: int, new_tokens: int = 0) -> float:
-    """Pages that a sequence needs for a window: its tokens, a partial page at each end, and the new tokens."""
-    return math.inf if window is None else 2 + -(-window // page_size) + -(-new_tokens // page_size)
+def _kept(window: int | None, num_sinks: int, page_size: int, new_tokens: int = 0) -> float:
+    """Pages that a sequence needs for a window: its tokens, a partial page at each end, sinks, and the new tokens."""
+    return math.inf if window is None else 2 + sum(-(-n // page_size) for n in (window, num_sinks, new_tokens))

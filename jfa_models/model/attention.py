@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jfa
 import jfa.sharding
+from jfa.rules import with_default_rules
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import Linear, make_norm
 from jfa_models.model.lora import UNCHANGED, Scope
@@ -68,6 +69,20 @@ class StateRows(NamedTuple):
     is_new: Bool[Array, " rows"]
 
 
+class Sinks(NamedTuple):
+    """What layers that see the first tokens besides a window need to know of the queries.
+
+    Attributes:
+      positions: of the queries in their texts.
+      rotation: as if the text had no tokens between the first ones and the window. None: they are not rotated.
+      row: with Rows.query_start, the row of each token. None: of the batch.
+    """
+
+    positions: Int[Array, "#b t"]
+    rotation: "Rotation | None"
+    row: Int[Array, " t"] | None
+
+
 class Rows(NamedTuple):
     """How the tokens of a step [b, t] are divided.
 
@@ -79,6 +94,7 @@ class Rows(NamedTuple):
       of_states: where the rows' states are. None: row r has the states of row r of the cache.
       portion: layers get this device's part of the tokens. None: they get all.
       sparse: the cache is empty, and layers without a window compute only a part of the scores. None: they compute all.
+      sinks: of the queries. None: no layer needs it.
     """
 
     lengths: Int[Array, " b"] | None = None
@@ -88,6 +104,7 @@ class Rows(NamedTuple):
     of_states: StateRows | None = None
     portion: Portion | None = None
     sparse: SparsePrefill | None = None
+    sinks: Sinks | None = None
 
 
 class Attention(nnx.Module):
@@ -112,7 +129,9 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.has_gate = config.attention_gate
         self.window = config.window(layer)
+        self.num_sinks = config.sinks_of(self.window) if config.is_streaming(layer) else 0
         self.options: dict[str, Any] = dict(
+            return_residual=self.num_sinks > 0,
             implementation=implementation,
             scale=config.query_scale,
             logits_soft_cap=config.attention_soft_cap,
@@ -144,7 +163,7 @@ class Attention(nnx.Module):
         rotation: None: queries and keys are not rotated.
         scope: what adapters change.
         """
-        lengths, query_start, segments, tree_mask, _, portion, sparse = rows
+        lengths, query_start, segments, tree_mask, _, portion, sparse, _ = rows
         b, t = x.shape[:2]
         q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
         gate = None
@@ -153,6 +172,7 @@ class Attention(nnx.Module):
         q, k, v = (self._heads(part) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, scope.at("q_norm")), self.k_norm(k, scope.at("k_norm"))
+        plain = q
         if rotation is not None:
             q, k = rotation(q), rotation(k)
         if portion is not None:
@@ -173,10 +193,13 @@ class Attention(nnx.Module):
         elif query_start is not None:
             cache = cache.write_ragged(self.layer, k[0], v[0], query_start)
             kv_len = cache.kv_len + jnp.diff(query_start)
-            out = self._ragged(q[0], cache, kv_len, query_start, tree_mask)[None]
+            out = _each(lambda x: x[None], self._ragged(q[0], cache, kv_len, query_start, tree_mask))
         else:
             cache = cache.write(self.layer, k, v, lengths)
             out = self._over_pages(q, cache, jnp.full(b, t) if lengths is None else lengths)
+        if self.num_sinks:
+            of_window, lse = out
+            out = self._with_sinks(of_window, lse, plain, k, v, rows, cache)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(b, t, -1), scope.at("o")), cache
@@ -265,16 +288,17 @@ class Attention(nnx.Module):
         b, t = q.shape[:2]
         if t == 1:
             pages = cache.arguments(self.layer)
-            return jfa.paged_decode_attention(cache.rotated(q[:, 0]), kv_len=kv_len, **pages, **self.options)[:, None]
+            out = jfa.paged_decode_attention(cache.rotated(q[:, 0]), kv_len=kv_len, **pages, **self.options)
+            return _each(lambda x: x[:, None], out)
         start = jnp.concatenate([jnp.zeros(1, lengths.dtype), jnp.cumsum(lengths)])
         if b == 1:
-            return self._ragged(q[0], cache, kv_len, start)[None]
+            return _each(lambda x: x[None], self._ragged(q[0], cache, kv_len, start))
         # the tokens of all rows are concatenated; padding gets the out-of-range index b * t
         token = jnp.arange(t)
         place = jnp.where(token < lengths[:, None], start[:-1, None] + token, b * t)
         together = jnp.zeros((b * t, *q.shape[2:]), q.dtype).at[place].set(q, mode="drop")
         out = self._ragged(together, cache, kv_len, start)
-        return jnp.take(out, place, axis=0, mode="fill", fill_value=0)
+        return _each(lambda x: jnp.take(x, place, axis=0, mode="fill", fill_value=0), out)
 
     def _ragged(
         self,
@@ -286,6 +310,60 @@ class Attention(nnx.Module):
     ) -> Float[Array, "n hq d"]:
         rows: dict[str, Any] = dict(kv_len=kv_len, query_start=query_start, tree_mask=tree_mask)
         return jfa.ragged_paged_attention(cache.rotated(q), **rows, **cache.arguments(self.layer), **self.options)
+
+    @with_default_rules
+    def _with_sinks(
+        self,
+        out: Float[Array, "b t hq d"],
+        lse: Float[Array, "b t hq"],
+        q: Float[Array, "b t hq d"],
+        k: Float[Array, "b t hkv d"],
+        v: Float[Array, "b t hkv d"],
+        rows: Rows,
+        cache: Cache | None,
+    ) -> Float[Array, "b t hq d"]:
+        """The attention to a window, and that to the first tokens outside of it.
+
+        out, lse: of the window. q: not rotated. k, v: the new tokens, which the cache contains.
+        """
+        assert rows.sinks is not None and self.window is not None
+        positions, rotation, row = rows.sinks
+        (b, t, hq, d), n = q.shape, self.num_sinks
+        q = q if rotation is None else rotation(q)
+        kv_len = jnp.full(b, t) if rows.lengths is None else rows.lengths
+        kv_len = kv_len if rows.query_start is None else jnp.diff(rows.query_start)
+        kv_len = kv_len if cache is None else cache.kv_len + kv_len
+        if cache is None:
+            keys, values = k[:, :n], v[:, :n]
+        elif isinstance(cache, jfa.KVCache):
+            keys, values = cache.k[self.layer][:, :n], cache.v[self.layer][:, :n]
+        else:
+            q, (keys, values) = cache.rotated(q), cache.first(self.layer, n, q.dtype)
+        first = jnp.arange(keys.shape[1])
+        values = jnp.where((first < kv_len[:, None])[..., None, None], values, 0)
+        seen = first <= (positions - self.window)[..., None]  # the window has the others
+        if row is not None:  # each token is a row of its own
+            q, seen, keys, values = q.swapaxes(0, 1), seen.swapaxes(0, 1), keys[row], values[row]
+        scores = jnp.einsum(
+            "bthgd,bnhd->bthgn",
+            q.reshape(*q.shape[:2], keys.shape[2], -1, d),
+            keys.astype(q.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        scores = scores.reshape(b, t, hq, -1) * (d**-0.5 if self.options["scale"] is None else self.options["scale"])
+        if (cap := self.options["logits_soft_cap"]) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores = jnp.where(seen.reshape(*positions.shape, 1, -1), scores, -jnp.inf)
+        total = jnp.logaddexp(lse, jax.nn.logsumexp(scores, axis=-1))
+        total = jnp.where(jnp.isneginf(total), 0.0, total)  # padding
+        weights = jnp.exp(scores - total[..., None]).reshape(*q.shape[:2], keys.shape[2], -1, scores.shape[-1])
+        of_first = jnp.einsum("bthgn,bnhd->bthgd", weights, values.astype(jnp.float32)).reshape(b, t, hq, -1)
+        return (out * jnp.exp(lse - total)[..., None] + of_first).astype(out.dtype)
+
+
+def _each(change: Callable[[Array], Array], out: Any) -> Any:
+    """Changes an output, or an output and its log-sum-exp."""
+    return jax.tree.map(change, out)
 
 
 class Rotation:

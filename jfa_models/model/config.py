@@ -143,6 +143,25 @@ class GatedDeltaConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingConfig:
+    """Attention to the first and the last tokens of a text of any length (StreamingLLM). Source: arXiv:2309.17453.
+
+    Positions count the tokens that are seen, as if the text had no others: no distance is longer than window +
+    num_sinks.
+
+    Attributes:
+      window: how many of the last tokens a query sees, including itself.
+      num_sinks: how many of the first tokens it sees.
+    """
+
+    window: int
+    num_sinks: int = dataclasses.field(default=4, metadata=_MAY_BE_ZERO)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The hyperparameters of a decoder. Hashable: it may be a static argument of jit.
 
@@ -165,6 +184,7 @@ class DecoderConfig:
       attention_soft_cap, logits_soft_cap: the c of c tanh(x / c), applied to the scores and to the logits.
       windows: for each layer, how many tokens a query sees, including itself; None: all. Empty: all in every layer.
       local_rope: rope of the layers with a window; None: the same as rope.
+      streaming: what the layers without a window see instead of the whole context. None: the whole context.
       experts: None: every layer has an MLP.
       mixers: for each layer, what mixes its tokens. Empty: attention in all.
       mamba2, gated_delta: of the layers with these mixers; a decoder has only one of them.
@@ -202,6 +222,7 @@ class DecoderConfig:
     logits_soft_cap: float | None = None
     windows: tuple[int | None, ...] = ()
     local_rope: RopeConfig | None = None
+    streaming: StreamingConfig | None = None
     experts: ExpertsConfig | None = None
     mixers: tuple[Mixer, ...] = ()
     mamba2: Mamba2Config | None = None
@@ -267,13 +288,25 @@ class DecoderConfig:
         return None
 
     def is_local(self, layer: int) -> bool:
-        """Whether this layer has a window, even one as long as the context."""
+        """Whether this layer has a window of its own, even one as long as the context."""
         return bool(self.windows) and self.windows[layer] is not None
 
     def window(self, layer: int) -> int | None:
         """How many tokens a query of this layer sees, including itself; None: the whole context."""
         window = self.windows[layer] if self.windows else None
+        if window is None and self.streaming is not None:
+            return self.streaming.window
         return None if window is None or window >= self.context_length else window
+
+    def is_streaming(self, layer: int) -> bool:
+        """Whether a query of this layer sees the first tokens besides its window."""
+        return self.streaming is not None and self.streaming.num_sinks > 0 and not self.is_local(layer)
+
+    def sinks_of(self, window: int | None) -> int:
+        """How many first tokens the layers with this window see, or some of them."""
+        if self.streaming is None or window != self.streaming.window:
+            return 0
+        return self.streaming.num_sinks
 
     @property
     def patterns(self) -> tuple[int | None, ...]:
@@ -336,7 +369,8 @@ class DecoderConfig:
 
     def cache_elements(self, num_tokens: int) -> int:
         """Number of elements of a KV cache of num_tokens tokens; layers with a window keep only that many."""
-        kept = sum(min(num_tokens, self.window(i) or num_tokens) for i in self.attention_layers)
+        windows = map(self.window, self.attention_layers)
+        kept = sum(min(num_tokens, (window or num_tokens) + self.sinks_of(window)) for window in windows)
         return 2 * kept * self.num_kv_heads * self.head_dim
 
 

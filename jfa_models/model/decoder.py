@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jfa import trees
 from jfa.rules import with_default_rules
-from jfa_models.model.attention import Attention, Cache, Rotation, Rows, StateRows
+from jfa_models.model.attention import Attention, Cache, Rotation, Rows, Sinks, StateRows
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
           sparse: with a cache without tokens, which scores layers without a window compute; None: all.
           wanted: only the states of these tokens are returned, [n, hidden]: their indices in tokens.reshape(-1).
         """
-        t = tokens.shape[1]
+        t, row = tokens.shape[1], None
         scope = UNCHANGED
         portion = self.partition.portion(t) if tree_mask is None else None
         assert tree_mask is None or query_start is not None
@@ -188,11 +188,15 @@ class Decoder(nnx.Module):
             of_states = StateRows(state_slot, starts, cache.kv_len == 0)
         of_all = scope
         assert sparse is None or (cache is not None and portion is None and query_start is None)
-        rows = Rows(lengths, query_start, segments, tree_mask, of_states, portion, sparse)
+        config, sinks = self.config, None
+        if any(map(config.is_streaming, config.attention_layers)):
+            assert config.streaming is not None and segments is None and portion is None
+            far = jnp.minimum(positions, config.streaming.window + config.streaming.num_sinks - 1)
+            sinks = Sinks(positions, None if config.rope is None else Rotation(config, config.rope, far), row)
+        rows = Rows(lengths, query_start, segments, tree_mask, of_states, portion, sparse, sinks)
         if portion is not None:
             tokens, positions = portion.own(tokens), portion.own(jnp.broadcast_to(positions, tokens.shape))
             scope = scope.map(portion.own)
-        config = self.config
         rotation = None if config.rope is None else Rotation(config, config.rope, positions)
         local = rotation if config.local_rope is None else Rotation(config, config.local_rope, positions)
         x = self.embed(tokens, scope.at("embed"))

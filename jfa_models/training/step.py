@@ -86,10 +86,15 @@ class Trainable:
         Raises:
           ValueError: all parameters are to be trained, and some are quantized; the adapter's file has a copy of the
             embedding it was trained on, and the model has another one; its lora_dropout is above 0, and it is DoRA or
-            changes experts; or several processes have the model.
+            changes experts; the model was loaded with attention_window; or several processes have it.
         """
         if remat not in REMAT:
             raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+        if model.config.streaming is not None:
+            raise ValueError(
+                "a model that was loaded with attention_window cannot be trained, since it sees the first tokens of a "
+                "row, which has several texts; load it without"
+            )
         if model.partition.is_shared:
             raise ValueError("training is of one process: use a mesh of its own devices, jax.local_devices()")
         self._adapter, self._remat = adapter, REMAT[remat]

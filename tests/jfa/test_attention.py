@@ -20,6 +20,7 @@ TILES = {
 PACKED = jfa.BlockConfig(block_q=8, block_kv=16, widen=True, packed=True)
 # float16 and bfloat16 differ only in rounding, so half of the cases run in each. An interpreted kernel takes seconds:
 # the quick runs skip cases on triton whose options are also in another case, and run xla in one dtype of each case.
+# What only differs in dtype from a quick run is left to the longest run.
 DTYPES = {name: ("float32", ("bfloat16", "float16")[i % 2]) for i, name in enumerate(CASES)}
 NOT_QUICK_ON_TRITON = {
     *("square", "ragged_tiles", "causal", "mqa", "left_window", "window_of_itself", "zero_scale", "steep_scale"),
@@ -36,8 +37,13 @@ def is_quick(i: int, name: str, dtype: str, backend: str) -> bool:
     return name not in NOT_QUICK_ON_TRITON and (dtype == "float32") == (i % 8 == 0)
 
 
+def is_soak(i: int, name: str, dtype: str, backend: str) -> bool:
+    other = DTYPES[name][dtype == "float32"]
+    return not is_quick(i, name, dtype, backend) and is_quick(i, name, other, backend)
+
+
 RUNS = [
-    run(name, dtype, backend, quick=is_quick(i, name, dtype, backend))
+    run(name, dtype, backend, quick=is_quick(i, name, dtype, backend), soak=is_soak(i, name, dtype, backend))
     for i, name in enumerate(CASES)
     for dtype in DTYPES[name]
     for backend in TILES

@@ -40,7 +40,8 @@ ON_TRITON = (
 )
 # in these cases, the scores are too large for the rounded formula to be meaningful, or all weights are equal
 WITHOUT = ("steep_scale",)
-# cases with an option that no other of these has; all cases run with -m exhaustive
+# cases with an option that no other of these has; all cases run with -m exhaustive, their second dtype in the longest
+# run
 QUICK = {
     "xla": set(ON_TRITON) | {"offset_and_window", "narrow_values", "broadcast_dropout", "one_query_each", "mask"},
     "triton": {
@@ -59,8 +60,13 @@ def dtypes_of(i: int, backend: str) -> tuple[str, ...]:
     return ("float32", ("bfloat16", "float16")[i % 2])[i // 2 % 2 :]
 
 
+def of_case(i: int, name: str, dtype: str, backend: str):
+    is_first = dtype == dtypes_of(i, backend)[0]
+    return run(name, dtype, backend, quick=name in QUICK[backend] and is_first, soak=not is_first)
+
+
 RUNS = [
-    run(name, dtype, backend, quick=name in QUICK[backend] and dtype == dtypes_of(i, backend)[0])
+    of_case(i, name, dtype, backend)
     for i, name in enumerate(name for name in CASES if name not in WITHOUT)
     for backend in TILES
     for dtype in dtypes_of(i, backend)

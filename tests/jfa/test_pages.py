@@ -280,6 +280,32 @@ def test_what_follows_a_truncate_is_committed_as_it_is():
     assert allocator.add("c", 5, tokens=[1, 2, 3, 4, 9]) == 4  # still there, but evictable until now
 
 
+def test_pages_of_the_first_tokens_stay():
+    allocator = PageAllocator(9, 2)
+    tokens = list(range(10))
+    allocator.add("a", 10)
+    allocator.commit("a", tokens)
+    pages = allocator.pages("a")
+    for first_token in (1, 3, 6, 9):
+        allocator.slide("a", first_token, num_sinks=3)
+        allocator.check()
+    assert allocator.gone("a") == slice(2, 4)
+    assert allocator.pages("a") == (*pages[:2], NULL_PAGE, NULL_PAGE, pages[4]) and allocator.num_held == 3
+    allocator.fork("a", "b")
+    assert allocator.num_held == 3 and allocator.num_shared == 3
+    # a prefix needs the pages of the window, and of the first tokens
+    assert allocator.add("c", 12, tokens=[*tokens, 10, 11], window=2, num_sinks=3) == 10
+    assert allocator.pages("c")[:5] == allocator.pages("a") and allocator.gone("c") == slice(2, 4)
+    allocator.check()
+    for name in "abc":
+        allocator.free(name)
+    allocator.check()
+    assert allocator.num_held == 0
+    allocator.add("d", 8 * 2)  # takes the others' pages, and the first one at last
+    allocator.free("d")
+    assert allocator.known_tokens([*tokens, 10], 11, window=2, num_sinks=3) == 0
+
+
 def test_what_slid_out_of_a_window_is_given_back_once():
     allocator = PageAllocator(9, 2)
     allocator.add("a", 7)
@@ -290,7 +316,7 @@ def test_what_slid_out_of_a_window_is_given_back_once():
     allocator.slide("b", 3)
     assert allocator.pages("b") == (NULL_PAGE, *pages[1:]) and allocator.num_held == 3
     allocator.slide("a", 0)  # what is gone stays gone
-    assert (allocator.num_gone("a"), allocator.num_gone("b"), allocator.num_tokens("a")) == (2, 1, 7)
+    assert (allocator.gone("a"), allocator.gone("b"), allocator.num_tokens("a")) == (slice(0, 2), slice(0, 1), 7)
     allocator.free("a")
     allocator.free("b")
     allocator.check()

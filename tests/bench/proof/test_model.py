@@ -138,8 +138,8 @@ def test_a_step_of_a_model_runs_as_machine_code(row):
     check(row, record)
 
 
-# Left to the longest run, apart from these: every form of weights and pages, and both models, are in one of them.
-IN_CI = ["llama-prefill-paged", "llama-decode-paged", "llama-decode-paged-int4", "llama-decode-int8 pages"]
+# Left to the longest run, apart from these and those of test_a_step_of_a_model_runs_as_machine_code.
+IN_CI = ["llama-prefill-paged", "llama-decode-paged-int4"]
 
 
 @needs_xla
@@ -204,7 +204,7 @@ def test_a_library_call_is_refused_by_name():
 
 
 @needs_xla
-@pytest.mark.parametrize("arch", [run(arch, quick=arch == "gfx942") for arch in ("gfx942", "gfx1100")])
+@pytest.mark.parametrize("arch", [run(arch, quick=arch == "gfx942", soak=True) for arch in ("gfx942", "gfx1100")])
 def test_the_launches_of_a_model_are_counted(arch):
     [record] = steps.compile_all([steps.Row(model="smollm2-135m", step="decode", arch=arch, batch=2, context=256)])
     assert (record["status"], record["layers"], record["in_place"]) == ("ok", 30, True)

@@ -76,7 +76,7 @@ def alone(model, prompt, name, params=GREEDY):
 
 @pytest.mark.parametrize(
     ("kind", "max_batch"),
-    [run("contiguous", 8, quick=True), run("paged", 8, quick=False), run("paged", 3, quick=False)],
+    [run("contiguous", 8, quick=True), run("paged", 8, quick=False, soak=True), run("paged", 3, quick=False)],
 )
 def test_a_prompt_gives_with_its_adapter_the_same_by_itself_and_in_any_batch(kind, max_batch):
     model = loaded_model(kind)
@@ -103,8 +103,7 @@ def test_a_merged_model_computes_the_same_and_has_no_adapters(model, name):
         merged.generate("Hi", GREEDY, adapter=name)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("kind", [run("contiguous", quick=False, soak=True), run("paged", quick=False)])
 def test_layers_with_a_window(kind):
     model = from_pretrained(GOLDEN / "gemma3", dtype="float32", cache=kind, page_size=4)
     for seed, name in enumerate("ab"):

@@ -134,7 +134,7 @@ def test_a_model_that_drafts_for_itself_is_always_right():
     "method", [run_of("ngram", quick=True), *(run_of(x, quick=False, soak=True) for x in METHODS if x != "ngram")]
 )
 @pytest.mark.parametrize(
-    ("seed", "engines", "count"), [run_of(0, 1, 30, quick=True), run_of(1, 5, 40, quick=False, soak=True)]
+    ("seed", "engines", "count"), [run_of(0, 1, 20, quick=True), run_of(1, 5, 40, quick=False, soak=True)]
 )
 def test_random_requests(method, seed, engines, count):
     """Arrivals, aborts and preemption over shared prefixes, in pools of several sizes, dtypes and windows.
