@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from jfa.types import NULL_PAGE
@@ -62,6 +62,7 @@ class PageAllocator:
         (num_pages - 1 - watermark) * page_size tokens is never admitted, however long it waits.
       queried_tokens, hit_tokens: number of tokens that `add` looked up in the prefix cache, and how many it found.
       evictions: number of registered pages whose content was dropped because a page was needed.
+      on_evicted: called with the digest (see prefix_digests) of the prefix that such a page ends; None: not called.
     """
 
     def __init__(self, num_pages: int, page_size: int, *, watermark: int = 0) -> None:
@@ -80,6 +81,7 @@ class PageAllocator:
         self.queried_tokens = 0
         self.hit_tokens = 0
         self.evictions = 0
+        self.on_evicted: Callable[[bytes], None] | None = None
         self._sequences: dict[Hashable, _Sequence] = {}
         self._counts = [0] * num_pages  # owners of each page
         self._free = [page for page in reversed(range(num_pages)) if page != NULL_PAGE]  # a stack
@@ -245,7 +247,7 @@ class PageAllocator:
             )
         for index in range(committed // self.page_size, len(tokens) // self.page_size):
             page = record.pages[index]
-            digest = self._digest(record.chain[-1], tokens, index)
+            digest = _digest(record.chain[-1], tokens, index, self.page_size)
             if page == NULL_PAGE:
                 record.chain.append(digest)
                 continue
@@ -362,9 +364,9 @@ class PageAllocator:
         NULL_PAGE: the next token does not see the page.
         """
         found: list[int] = []
-        chain = [hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()]
+        chain = [_root(salt)]
         for index in range(min(num_tokens, len(tokens) - 1) // self.page_size):
-            chain.append(self._digest(chain[-1], tokens, index))
+            chain.append(_digest(chain[-1], tokens, index, self.page_size))
             page = self._page_of.get(chain[-1], NULL_PAGE)
             if page == NULL_PAGE and window is None:
                 break
@@ -388,12 +390,6 @@ class PageAllocator:
             return missing, False, False
         tail = record.pages[-1]
         return missing, self._counts[tail] > 1, self._digest_of[tail] is not None
-
-    def _digest(self, parent: bytes, tokens: Sequence[int], index: int) -> bytes:
-        """Hashes a full page's tokens and all tokens before them. 32 bytes: collisions cannot be found on purpose."""
-        start = index * self.page_size
-        page = array("q", tokens[start : start + self.page_size]).tobytes()
-        return hashlib.blake2b(parent + page, digest_size=32).digest()
 
     def _check_new(self, sequence: Hashable) -> None:
         if sequence in self._sequences:
@@ -440,3 +436,23 @@ class PageAllocator:
         del self._page_of[digest]
         self._digest_of[page] = None
         self.evictions += 1
+        if self.on_evicted is not None:
+            self.on_evicted(digest)
+
+
+def prefix_digests(tokens: Sequence[int], page_size: int, salt: bytes = b"") -> Iterator[bytes]:
+    """What identifies each prefix of 0, 1, 2, ... full pages of a sequence. salt: see PageAllocator.add."""
+    yield (digest := _root(salt))
+    for index in range(len(tokens) // page_size):
+        yield (digest := _digest(digest, tokens, index, page_size))
+
+
+def _root(salt: bytes) -> bytes:
+    return hashlib.blake2b(salt, digest_size=32, person=b"salt").digest()
+
+
+def _digest(parent: bytes, tokens: Sequence[int], index: int, page_size: int) -> bytes:
+    """Hashes a full page's tokens and all tokens before them. 32 bytes: collisions cannot be found on purpose."""
+    start = index * page_size
+    page = array("q", tokens[start : start + page_size]).tobytes()
+    return hashlib.blake2b(parent + page, digest_size=32).digest()

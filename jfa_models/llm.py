@@ -44,6 +44,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        num_state_snapshots: int = 16,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
@@ -91,6 +92,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
+            num_state_snapshots=num_state_snapshots,
             speculative_config=speculative_config,
             seed=seed,
         )

@@ -52,7 +52,8 @@ GROUPS = {
     "allocator": Group("jfa/pages.py", "tests/jfa/test_pages.py tests/jfa/test_pages_random.py"),
     "scheduler": Group(
         """jfa_models/engine/scheduler.py jfa_models/engine/pools.py jfa_models/engine/beams.py
-        jfa_models/engine/launch.py jfa_models/engine/results.py jfa_models/engine/request.py""",
+        jfa_models/engine/launch.py jfa_models/engine/results.py jfa_models/engine/request.py
+        jfa_models/engine/snapshots.py""",
         "tests/jfa_models/engine tests/jfa_models/test_llm.py tests/jfa_models/test_batch.py",
     ),
     "sampling": Group(

@@ -37,12 +37,14 @@ from jfa_models.engine.pools import Pools, make_pools, pool_sizes
 from jfa_models.engine.request import CANDIDATES, GREEDY, Continuation, OnOutput, Request
 from jfa_models.engine.results import Results
 from jfa_models.engine.scheduler import Scheduler
+from jfa_models.engine.snapshots import Snapshots
 from jfa_models.engine.speculator import LONGEST_FORCED, NgramProposer, Proposer, Speculated, Speculator
 from jfa_models.model.attention import paged_cache
 from jfa_models.model.mixers import state_cache
 
 FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
-HOST_CACHE_BYTES = 2**30  # for pages, if the device does not report its memory
+HOST_CACHE_BYTES = 2**30  # for pages, beside states, if the device does not report its memory
+SNAPSHOT_ADVICE = "it is the number of prefixes whose states are kept for other prompts; 0 keeps none"
 
 Params = SamplingParams | BeamSearchParams
 
@@ -92,8 +94,8 @@ class Engine:
 
     A request's tokens do not depend on other requests, unless rounding, which depends on the batch size, breaks a tie.
 
-    A model with states (Mamba-2, for example) has those of each running continuation in the cache, beside the pages. It
-    has no prefix caching and no speculation.
+    A model with states (Mamba-2, for example) has those of each running continuation in the cache, beside the pages,
+    and snapshots of them, from which prompts with a common prefix go on. It has no speculation.
 
     Attributes:
       on_received: called in each step with the requests that are new in it and those that end; None: not called.
@@ -110,6 +112,7 @@ class Engine:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        num_state_snapshots: int = 16,
         max_wait_ms: float = 0.0,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -119,14 +122,18 @@ class Engine:
 
         Args:
           kv_dtype: dtype of the pages: "int8", "fp8" or "int4"; None: the model's dtype.
-          page_size: tokens per page. A model without attention has one page for each sequence, without content.
+          page_size: tokens per page. A model without attention has one page for each sequence, without content, and
+            snapshots of states at multiples of page_size.
           num_pages: pages of page_size tokens; None: as many as fit into most of the device's free memory, or into 1
-            GiB of the host's, but no more than max_num_seqs sequences of max_model_len need.
+            GiB of the host's beside the states, but no more than max_num_seqs sequences of max_model_len need.
           max_num_seqs: maximum number of continuations that run at the same time.
           max_num_batched_tokens: maximum tokens per step; None: 512 on a CPU, 2048 elsewhere, times the devices that
             tokens are divided over.
           max_model_len: maximum tokens of a prompt and its continuation; None: the model's context, or less if the pool
             is smaller.
+          num_state_snapshots: for prefix caching of a model with states: how many copies of them the cache keeps, each
+            as large as the states of one sequence; the least recently used one is dropped. 0: no prefix caching of such
+            a model. Other models have none.
           max_wait_ms: how long an idle engine waits for more requests after the first one (dynamic batching).
           speculative_config: how to speculate, such as {"method": "ngram"}; None: not at all.
           seed: for requests without their own.
@@ -163,8 +170,15 @@ class Engine:
         if self._speculation is not None:
             _check_drafts(self._draft, model)
         longest = max_model_len or config.context_length
+        num_state_snapshots = integer("num_state_snapshots", num_state_snapshots, 0, None, SNAPSHOT_ADVICE)
+        if config.states is None or not enable_prefix_caching:
+            num_state_snapshots = 0
+        snapshot_slots, snapshot_size = range(max_num_seqs, max_num_seqs + num_state_snapshots), page_size
         if not config.attention_layers:
             page_size = longest  # pages without keys and values: one for each sequence
+
+        def new_states() -> jfa.StateCache | None:
+            return state_cache(config, batch=max_num_seqs + num_state_snapshots, dtype=model.dtype)
 
         def new_cache(num_pages: Sequence[int]) -> jfa.PagedKVCache:
             cache = paged_cache(
@@ -177,7 +191,7 @@ class Engine:
                 kv_dtype=kv_dtype,
                 sharding=model.partition.of_kv,
             )
-            return dataclasses.replace(cache, states=state_cache(config, batch=max_num_seqs, dtype=model.dtype))
+            return dataclasses.replace(cache, states=new_states())
 
         windows, draft = config.patterns or (None,), self._draft
         seen = [(window, config.sinks_of(window)) for window in windows]
@@ -202,11 +216,15 @@ class Engine:
 
         if num_pages is None:
             most = 1 + max_num_seqs * -(-longest // page_size)
-            num_pages = processes.smallest(_most_pages(model, most, lambda n: num_bytes(sizes(n))))
+            states = jax.eval_shape(new_states)
+            state_bytes = 0 if states is None else states.num_bytes
+            num_pages = processes.smallest(_most_pages(model, most, lambda n: num_bytes(sizes(n)), state_bytes))
         pools = sizes(num_pages)
 
         def new_pools() -> Pools:
-            return make_pools(pools, seen, page_size=page_size)
+            snapshots = Snapshots(snapshot_slots, snapshot_size) if snapshot_slots else None
+            has_attention = bool(config.attention_layers)
+            return make_pools(pools, seen, page_size=page_size, snapshots=snapshots, has_attention=has_attention)
 
         most_tokens = new_pools().most_tokens(max_num_batched_tokens)
         self.max_model_len = longest if most_tokens is None else min(longest, most_tokens)
@@ -219,8 +237,7 @@ class Engine:
             new_pools(),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            # the states after a prefix are not kept
-            enable_prefix_caching=enable_prefix_caching and config.states is None,
+            enable_prefix_caching=enable_prefix_caching and (config.states is None or num_state_snapshots > 0),
         )
         self.on_received: Callable[[list[Request | Abort]], None] | None = None
         self._clock = clock
@@ -568,15 +585,20 @@ def _check_drafts(draft: LanguageModel | None, model: LanguageModel) -> None:
             )
 
 
-def _most_pages(model: LanguageModel, most: int, num_bytes: Callable[[int], int]) -> int:
-    """The number of pages that fit into most of the free memory of each of the model's devices, at most `most`."""
+def _most_pages(model: LanguageModel, most: int, num_bytes: Callable[[int], int], state_bytes: int) -> int:
+    """The number of pages that fit into most of the free memory of each of the model's devices, at most `most`.
+
+    num_bytes: of so many pages and the states, which need state_bytes.
+    """
     devices = jax.tree.leaves(model.params)[0].sharding.addressable_devices
-    room = min(map(_room, devices))
+    room = min(_room(one, state_bytes) for one in devices)
     return max(2, bisect.bisect_right(range(1 + most), room, key=num_bytes, lo=2) - 1)
 
 
-def _room(device: Any) -> int:
-    """Bytes for pages on a device."""
+def _room(device: Any, state_bytes: int) -> int:
+    """Bytes for pages and states on a device."""
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
-    return HOST_CACHE_BYTES if limit is None else int(FREE_MEMORY * (limit - stats.get("bytes_in_use", 0)))
+    if limit is None:
+        return HOST_CACHE_BYTES + state_bytes
+    return int(FREE_MEMORY * (limit - stats.get("bytes_in_use", 0)))

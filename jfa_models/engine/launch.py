@@ -63,6 +63,7 @@ class Launcher:
         self.scheduler = scheduler
         slots, pools = scheduler.max_num_seqs, scheduler.pools.pools
         self.pages_per_seq = pages_per_seq
+        self._no_slot = slots if cache.states is None else cache.states.num_rows  # for padding: out of range
         self._no_tables = tuple(np.zeros((1, 1), np.int32) for _ in pools)
         cache = model.partition.everywhere(cache)
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
@@ -109,7 +110,7 @@ class Launcher:
             batch = host_batch(
                 np.zeros(n or b, np.int32),
                 None if n is None else np.zeros(b + 1, np.int32),
-                np.full(b, most, np.int32),
+                np.full(b, self._no_slot, np.int32),
                 None if verifies else np.full(b, n or b, np.int32),
                 self._no_mask(n or b) if verifies else None,
                 np.zeros(n, np.int32) if with_prompt and n else None,
@@ -144,7 +145,8 @@ class Launcher:
         for n in buckets(SMALLEST_COPY, most):
             for pool in range(len(self._no_tables)):
                 self.copy([(pool, Copy(NULL_PAGE, NULL_PAGE))] * n)
-            self.copy_states([(most, most)] * n)
+        for n in buckets(1, most, factor=4):
+            self.copy_states([(self._no_slot, self._no_slot)] * n)
         if any(one.adjusts_logits for one in params):
             self._adjust(most, GREEDY, (), ())
 
@@ -152,7 +154,7 @@ class Launcher:
         """Starts a step on the device and does not wait for it."""
         most, most_tokens = self.scheduler.max_num_seqs, self.scheduler.max_num_batched_tokens
         self.copy([copy for chunk in chunks for copy in chunk.copies])
-        self.copy_states([(parent, child) for child, parent in self.scheduler.forked.items()])
+        self.copy_states([(source, slot) for slot, source in self.scheduler.forked.items()])
         self.scheduler.forked.clear()
         total = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         rows = [(chunk, one) for chunk in chunks for one in (chunk.of, *chunk.followers)]
@@ -167,7 +169,8 @@ class Launcher:
         tokens, next_tokens = np.zeros(n, np.int32), np.zeros(n, np.int32)
         tables = np.full((len(self._no_tables), b, self.pages_per_seq), NULL_PAGE, np.int32)
         kv_len, generated = np.zeros(b, np.int32), np.zeros(b, np.int32)
-        start, slot, last = np.full(b + 1, total, np.int32), np.full(b, most, np.int32), np.full(b, n, np.int32)
+        start, last = np.full(b + 1, total, np.int32), np.full(b, n, np.int32)
+        slot = np.full(b, self._no_slot, np.int32)
         tree_mask = self._no_mask(n) if verifies else None
         samples = np.zeros(b, bool)
         end, prompts = 0, []
@@ -201,6 +204,8 @@ class Launcher:
         )
         logits, prompt_logprobs = self._advance(batch, tables, kv_len, adapters)
         self.copy_states([(slot_of(one.of), slot_of(child)) for one in chunks for child in one.followers])
+        self.copy_states([(own, snapshot) for snapshot, own in self.scheduler.saved.items()])
+        self.scheduler.saved.clear()
         sampled = None
         sampling = [
             (int(start[row]) if verifies else row, one, chunk.drafts)
@@ -328,8 +333,8 @@ class Launcher:
     def copy_states(self, slots: Sequence[tuple[int, int]]) -> None:
         """Copies the states of a model that has some, each from a slot to another one."""
         if slots and self.cache.states is not None:
-            n = bucket(len(slots), SMALLEST_COPY, self.scheduler.max_num_seqs)
-            pairs = np.full((2, n), self.scheduler.max_num_seqs, np.int32)
+            n = bucket(len(slots), 1, self.scheduler.max_num_seqs, factor=4)  # states are large, and few at a time
+            pairs = np.full((2, n), self._no_slot, np.int32)
             pairs[:, : len(slots)] = np.transpose(slots)
             self.cache = self.model.steps.copy_states(self.cache, *pairs)
 

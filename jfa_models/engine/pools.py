@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from jfa.pages import Copy, PageAllocator
+from jfa_models.engine.snapshots import Snapshots
 
 WATERMARK = 0.01  # fraction of the pages that is kept free for running sequences when a prompt is admitted
 
@@ -26,15 +27,29 @@ class Pool(NamedTuple):
     num_sinks: int = 0
 
 
+class Started(NamedTuple):
+    """known: how many of a sequence's first tokens are cached. snapshot: the slot that has the states after them."""
+
+    known: int
+    snapshot: int | None
+
+
 class Pools:
     """The pools of one model: sequences are added, extended and freed in all of them.
 
     Attributes:
+      snapshots: of states, without which the prefixes of a model with states are not reused; None: there are none.
       queried_tokens, hit_tokens: tokens looked up in the prefix cache, and those of them found in all pools.
     """
 
-    def __init__(self, pools: Sequence[Pool]):
+    def __init__(self, pools: Sequence[Pool], *, snapshots: Snapshots | None = None, has_attention: bool = True):
+        """has_attention: the pages have keys and values; False: they only count sequences."""
         self.pools = tuple(pools)
+        self.snapshots = snapshots
+        self._cached = self.pools if has_attention else ()  # those with a prefix cache
+        if snapshots is not None:
+            for pool in self._cached:
+                pool.allocator.on_evicted = snapshots.drop
         self.page_size = pools[0].allocator.page_size
         self.queried_tokens = self.hit_tokens = 0
 
@@ -46,18 +61,22 @@ class Pools:
         *,
         tokens: Sequence[int] | None = None,
         salt: bytes = b"",
-    ) -> int | None:
-        """Starts a sequence of num_tokens; returns how many of them are cached, or None if there are too few pages.
+    ) -> Started | None:
+        """Starts a sequence of num_tokens; None: there are too few pages, or the next step can reuse more of it.
 
         Args:
           at_once: tokens of its first step: pools with a window allocate pages only for these.
           tokens: the ids to look up in the prefix cache; None: no lookup.
           salt: see PageAllocator.add.
         """
-        hit = 0 if tokens is None else self._known_tokens(tokens, num_tokens, salt)
+        snapshots = None if tokens is None else self.snapshots
+        digests = () if tokens is None or snapshots is None else snapshots.digests(tokens, salt)
+        hit = 0 if tokens is None else self._known_tokens(tokens, num_tokens, salt, digests)
+        if snapshots is not None and snapshots.is_fresh(digests, hit):
+            return None
         for i, (allocator, window, num_sinks) in enumerate(self.pools):
             room = num_tokens if window is None else min(num_tokens, hit + at_once)
-            known = None if tokens is None else tokens[: hit + 1]
+            known = tokens[: hit + 1] if tokens is not None and self._cached else None
             seen: dict[str, Any] = dict(window=window, num_sinks=num_sinks)
             if allocator.add(sequence, room, tokens=known, salt=salt, **seen) is None:
                 for pool in self.pools[:i]:
@@ -65,16 +84,18 @@ class Pools:
                 return None
         self.queried_tokens += len(tokens or ())
         self.hit_tokens += hit
-        return hit
+        return Started(hit, None if snapshots is None else snapshots.add(sequence, digests, hit))
 
-    def _known_tokens(self, tokens: Sequence[int], num_tokens: int, salt: bytes) -> int:
-        """The length of the longest prefix that is cached in all pools."""
+    def _known_tokens(self, tokens: Sequence[int], num_tokens: int, salt: bytes, digests: Sequence[bytes]) -> int:
+        """The length of the longest prefix that is cached in all pools, and of whose states there is a snapshot."""
         hit, before = min(num_tokens, len(tokens) - 1), -1
         while hit != before:  # if one pool shortens the prefix, another may lack the shorter one
             before = hit
-            for allocator, window, num_sinks in self.pools:
+            for allocator, window, num_sinks in self._cached:
                 seen: dict[str, Any] = dict(window=window, num_sinks=num_sinks)
                 hit = allocator.known_tokens(tokens[: hit + 1], num_tokens, salt=salt, **seen)
+            if self.snapshots is not None:
+                hit = self.snapshots.known_tokens(digests, hit)
         return hit
 
     def most_tokens(self, max_num_batched_tokens: int) -> int | None:
@@ -117,13 +138,15 @@ class Pools:
 
     def commit(self, sequence: Hashable, tokens: Sequence[int]) -> None:
         """Adds a sequence's first tokens to the prefix cache."""
-        for pool in self.pools:
+        for pool in self._cached:
             pool.allocator.commit(sequence, tokens)
 
     def free(self, sequence: Hashable) -> None:
         """Ends a sequence and frees its pages."""
         for pool in self.pools:
             pool.allocator.free(sequence)
+        if self.snapshots is not None:
+            self.snapshots.free(sequence)
 
     @property
     def num_pages(self) -> int:
@@ -165,8 +188,10 @@ def pool_sizes(
     ]
 
 
-def make_pools(sizes: Sequence[int], windows: Sequence[tuple[int | None, int]], *, page_size: int) -> Pools:
-    """Empty pools. windows: and sinks, as of a Pool.
+def make_pools(
+    sizes: Sequence[int], windows: Sequence[tuple[int | None, int]], *, page_size: int, **options: Any
+) -> Pools:
+    """Empty pools. windows: and sinks, as of a Pool. options: see Pools.
 
     A pool of a few pages has no watermark. Neither has a pool with a window, which has enough pages for all running
     sequences, if there is also a pool without one, which limits admission.
@@ -177,7 +202,8 @@ def make_pools(sizes: Sequence[int], windows: Sequence[tuple[int | None, int]], 
         for n, (window, _) in zip(sizes, windows, strict=True)
     ]
     allocators = [PageAllocator(n, page_size, watermark=w) for n, w in zip(sizes, watermarks, strict=True)]
-    return Pools([Pool(allocator, *seen) for allocator, seen in zip(allocators, windows, strict=True)])
+    pools = [Pool(allocator, *seen) for allocator, seen in zip(allocators, windows, strict=True)]
+    return Pools(pools, **options)
 
 
 def _kept(window: int | None, num_sinks: int, page_size: int, new_tokens: int = 0) -> float:

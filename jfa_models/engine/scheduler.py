@@ -51,7 +51,8 @@ class Scheduler:
     Attributes:
       num_preemptions: how often a continuation was preempted.
       forked: the slot of each child that was forked since the last step, apart from a chunk's followers, and that of
-        its parent.
+        its parent. If one starts from a snapshot of states, that is the parent.
+      saved: the slot of each snapshot that the step takes, and that of the continuation whose states it copies.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.num_preemptions = 0
         self.forked: dict[int, int] = {}
+        self.saved: dict[int, int] = {}
         self._slots = list(reversed(range(max_num_seqs)))  # a stack of the free ones
         self._running: list[Continuation] = []  # sorted by order
         self._waiting: list[tuple[tuple[int, int, int], Continuation]] = []  # a heap
@@ -162,11 +164,13 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         budget, before = self.max_num_batched_tokens, self.num_preemptions
+        if self.pools.snapshots is not None:
+            self.pools.snapshots.begin_step()
         for one in self._running:
             self.pools.slide(one, one.num_computed)
         for prompts in (False, True):
             for one in self._running.copy():
-                num_tokens = min(one.num_new, budget)
+                num_tokens = self._next_tokens(one, budget)
                 if one.slot is None or not num_tokens or (one.num_new > 1) != prompts:
                     continue
                 # once one is preempted, the rows left may be too few for a step of so many drafted tokens
@@ -183,13 +187,16 @@ class Scheduler:
             # prompt log-probabilities need every token of the prompt to be computed
             look_up = self.enable_prefix_caching and one.request.num_prompt_logprobs is None
             tokens = one.tokens if look_up else None
-            hit = self.pools.add(one, one.num_tokens, budget, tokens=tokens, salt=one.request.salt)
-            if hit is None:
+            started = self.pools.add(one, one.num_tokens, budget, tokens=tokens, salt=one.request.salt)
+            if started is None:
                 break
             heapq.heappop(self._waiting)
-            one.num_computed = one.num_committed = hit
+            one.num_computed = one.num_committed = started.known
             self._run(one)
-            num_tokens = min(one.num_new, budget)
+            if started.snapshot is not None:
+                assert one.slot is not None
+                self.forked[one.slot] = started.snapshot
+            num_tokens = self._next_tokens(one, budget)
             chunks.append(self._chunk(one, num_tokens, ()))
             budget -= num_tokens
         return chunks
@@ -201,6 +208,14 @@ class Scheduler:
         if not self._waiting or len(self._waiting[0][1].tokens) < self._waiting[0][1].num_tokens:
             return None
         return self._waiting[0][1]
+
+    def _next_tokens(self, one: Continuation, budget: int) -> int:
+        """How many tokens its next chunk has, which ends where a snapshot of its states is taken."""
+        num_tokens = min(one.num_new, budget)
+        if num_tokens and self.pools.snapshots is not None:
+            start = one.num_computed
+            return self.pools.snapshots.end_of_chunk(one, start, start + num_tokens) - start
+        return num_tokens
 
     def _make_room(
         self, one: Continuation, num_tokens: int, chunks: Sequence[Chunk]
@@ -231,6 +246,11 @@ class Scheduler:
         generated = one.num_tokens - one.num_prompt
         if self.enable_prefix_caching:
             self._commit(one)
+        if self.pools.snapshots is not None:
+            snapshot = self.pools.snapshots.take(one, one.num_computed)
+            if snapshot is not None:
+                assert one.slot is not None
+                self.saved[snapshot] = one.slot
         followers = []
         if samples:
             followers = [child for child in one.followers if not child.finished and self._fork(one, child)]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from allocators import assert_refused
 
-from jfa.pages import Copy, PageAllocator
+from jfa.pages import Copy, PageAllocator, prefix_digests
 from jfa.types import NULL_PAGE
 
 
@@ -242,6 +242,17 @@ def test_the_least_recently_used_content_goes_first_and_a_tail_before_its_head()
         taken.append(allocator.pages("c")[-1])
     assert taken == [5, 4, 3, 2, 1]  # the free one, then b's tail and head, then a's
     assert allocator.evictions == 4
+
+
+def test_who_is_told_of_evictions_knows_the_prefix_by_its_digest():
+    tokens, evicted = list(range(9)), []
+    allocator = with_committed(6, 2, tokens, salt=b"x")
+    allocator.on_evicted = evicted.append
+    digests = list(prefix_digests(tokens, 2, b"x"))
+    assert len(set(digests)) == 5  # of 0, 2, 4, 6 and 8 tokens
+    allocator.add("new", 7)
+    assert evicted == digests[:1:-1]  # one page was free, three were not: the longest prefix goes first
+    assert list(prefix_digests(tokens, 2)) != digests and list(prefix_digests([1], 2, b"x")) == digests[:1]
 
 
 def test_a_prefix_that_was_used_again_is_evicted_last():

@@ -403,7 +403,8 @@ def test_nothing_compiles_after_warm_up_and_reset():
 
 def test_pools_are_sized_by_the_memory_of_their_own_devices(monkeypatch):
     asked = []
-    monkeypatch.setattr("jfa_models.engine.engine._room", lambda device: asked.append(device) or 1 << (20 - device.id))
+    room = "jfa_models.engine.engine._room"
+    monkeypatch.setattr(room, lambda device, _: asked.append(device) or 1 << (20 - device.id))
     sizes = dict(max_model_len=64, max_num_seqs=64, page_size=4)
     pools = [
         engine.num_slots for engine in Replicas(tiny(mesh=jax.make_mesh((2, 2), ("data", "tensor"))), **sizes)._engines

@@ -72,6 +72,7 @@ def test_bytes_are_those_of_a_loaded_model_and_its_engine(name, tensor, expert, 
     model = LanguageModel.random(config, mesh=mesh_of(sizes), **options)
     assert plan.num_bytes["weights"] == on_first_device(model.params)
     sequences = dict(max_num_seqs=3, max_model_len=40, max_num_batched_tokens=planning.STEP_TOKENS)
+    sequences["num_state_snapshots"] = 0  # a plan shares no prefixes
     cache = Engine(model, kv_dtype=kv_dtype, num_pages=1 + 3 * 3, **sequences)._new_cache()
     assert plan.num_bytes["KV pages"] == on_first_device((cache.k, cache.v))
     assert plan.num_bytes["states"] == on_first_device(cache.states)

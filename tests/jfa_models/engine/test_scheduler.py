@@ -1,4 +1,4 @@
-"""The scheduler without a model: a few lines of Python replace the device."""
+"""The scheduler and its snapshots without a model: a few lines of Python replace the device."""
 
 import random
 
@@ -10,18 +10,37 @@ from jfa_models.decoding.sampling import seed_sequence
 from jfa_models.engine.pools import Pool, Pools
 from jfa_models.engine.request import Continuation, Request
 from jfa_models.engine.scheduler import Scheduler
+from jfa_models.engine.snapshots import Snapshots
 
 PARAMS = SamplingParams()
 SEED = seed_sequence(PARAMS, 0, 0)
 
 
 class Machine:
-    """Runs a scheduler as the engine does: results are known one step later."""
+    """Runs a scheduler as the engine does: results are known one step later.
 
-    def __init__(self, *, num_pages=64, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, window=None, **options):
-        self.allocator = PageAllocator(num_pages, page_size)
+    num_snapshots: the model has layers with states. The state in a slot is the number of tokens that it has seen, and
+    those of them that were known.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages=64,
+        page_size=4,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        window=None,
+        num_snapshots=0,
+        has_attention=True,
+        **options,
+    ):
+        self.allocator = PageAllocator(num_pages, page_size if has_attention else 1000)
+        self.snapshots, self.states = None, {}
+        if num_snapshots:
+            self.snapshots = Snapshots(range(max_num_seqs, max_num_seqs + num_snapshots), page_size)
         self.scheduler = Scheduler(
-            Pools([Pool(self.allocator, window)]),
+            Pools([Pool(self.allocator, window)], snapshots=self.snapshots, has_attention=has_attention),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             **options,
@@ -50,6 +69,9 @@ class Machine:
         chunks = self.scheduler.schedule()
         self.allocator.check()
         self.check(chunks)
+        if self.snapshots is not None:
+            self.snapshots.check()
+            self.run_states(chunks)
         before, self.on_its_way = (
             self.on_its_way,
             [one for chunk in chunks if chunk.samples for one in (chunk.of, *chunk.followers)],
@@ -81,6 +103,19 @@ class Machine:
                 key = pages[place // self.allocator.page_size], place % self.allocator.page_size
                 assert key not in written, f"{chunk.of} and {written[key]} write the same place"
                 written[key] = chunk.of
+
+    def run_states(self, chunks):
+        """Computes the states of a step's rows as the launcher does."""
+        self.states |= {slot: self.states.get(source) for slot, source in self.scheduler.forked.items()}
+        self.scheduler.forked.clear()
+        for chunk in chunks:
+            one, end = chunk.of, chunk.start + chunk.num_tokens
+            count, known = self.states[one.slot] if chunk.start else (0, ())
+            assert count == chunk.start and known == tuple(one.tokens[: len(known)])
+            for each in (one, *chunk.followers):
+                self.states[each.slot] = end, tuple(one.tokens[:end])
+        self.states |= {snapshot: self.states[own] for snapshot, own in self.scheduler.saved.items()}
+        self.scheduler.saved.clear()
 
     def run(self, steps=10_000):
         for _ in range(steps):
@@ -240,9 +275,108 @@ def test_samples_without_a_slot_wait_and_find_the_prompt():
     assert len(machine.ended) == 5 and machine.allocator.hit_tokens == 3 * 8
 
 
-@pytest.mark.parametrize("caching", [True, False])
+def hits_of(machine, prompts):
+    """For each prompt, run one after another: how many of its tokens another one has computed."""
+    found = []
+    for prompt in prompts:
+        before = machine.scheduler.pools.hit_tokens
+        machine.add(prompt, 3)
+        machine.run()
+        found.append(machine.scheduler.pools.hit_tokens - before)
+    return found
+
+
+SYSTEM = [*range(500, 518)]
+QUESTIONS = {  # prompts, and how many tokens of each are taken over, with pages of four tokens
+    "questions": ([[*SYSTEM, *range(n, n + 7)] for n in (0, 20, 40, 60)], [0, 0, 16, 16]),
+    "chat": ([[*range(10)], [*range(21)], [*range(33)], [*range(34)]], [0, 8, 20, 32]),
+    "one_page": ([[*range(4)]] * 2, [0, 0]),  # its last token is computed, and with it the page
+    "whole_pages": ([[*range(8)]] * 3, [0, 4, 4]),
+    "a_token_more": ([[*range(9)]] * 2, [0, 8]),
+    "prefix_of_another": ([[*range(17)], [*range(9)], [*range(9)], [*range(13)]], [0, 0, 8, 8]),
+    "document": ([[*range(150), *range(n, n + 20)] for n in (200, 300, 400)], [0, 128, 148]),
+}
+
+
+@pytest.mark.parametrize("has_attention", [True, False])
+@pytest.mark.parametrize("case", QUESTIONS)
+def test_prompts_go_on_from_snapshots_of_states(case, has_attention):
+    prompts, want = QUESTIONS[case]
+    options = dict(max_num_batched_tokens=64, has_attention=has_attention)
+    assert hits_of(Machine(num_snapshots=20, **options), prompts) == want
+    for size in (1, 2, 3):  # fewer snapshots: fewer hits, and the states are right all the same
+        few = Machine(num_snapshots=size, **options)
+        assert all(hit <= most for hit, most in zip(hits_of(few, prompts), want, strict=True))
+        assert len(few.snapshots._slot_of) <= size
+    single = Machine(num_snapshots=20, num_pages=200, page_size=1, **options)
+    assert all(hit >= least for hit, least in zip(hits_of(single, prompts), want, strict=True))
+
+
+def test_prompts_that_arrive_together_wait_for_the_snapshot_that_they_share():
+    machine = Machine(num_snapshots=8, max_num_batched_tokens=64)
+    for n in (0, 20, 40, 40):
+        machine.add([*SYSTEM, *range(n, n + 7)], 3)
+    assert summary(machine.step()) == [(0, 0, 24), (1, 0, 16)]  # the first has what may be asked again, the second, too
+    assert summary(machine.step()) == [(0, 24, 1), (1, 16, 8), (2, 16, 8)]
+    assert summary(machine.step())[-1] == (3, 24, 1)
+    machine.run()
+
+
+def test_the_least_recently_used_snapshot_is_dropped_and_guesses_first():
+    machine = Machine(num_snapshots=2, has_attention=False)
+    a, b, c = ([n, *range(8)] for n in (100, 200, 300))
+    assert hits_of(machine, [a, b, a, c, a, b]) == [0, 0, 8, 0, 8, 0]
+    long = [*range(400, 460)]  # each of its steps takes a snapshot, in the slot of the last one
+    assert hits_of(machine, [a, long, a]) == [8, 0, 8]
+
+
+def test_a_dropped_page_drops_its_snapshot():
+    machine = Machine(num_pages=9, num_snapshots=8)
+    assert hits_of(machine, [range(9), range(9)]) == [0, 8]
+    assert len(machine.snapshots._slot_of) == 1
+    machine.add(range(100, 126), 5)
+    machine.run()
+    assert [len(machine.snapshots._slot_of), len(machine.snapshots._free)] == [2, 6]  # of the second prompt only
+    assert hits_of(machine, [range(9)]) == [0]
+
+
+def test_steps_of_a_long_prompt_end_at_page_borders():
+    machine = Machine(num_snapshots=8, max_num_batched_tokens=15)
+    machine.add(range(40), 2)
+    assert [summary(machine.step()) for _ in range(4)] == [[(0, 0, 12)], [(0, 12, 12)], [(0, 24, 12)], [(0, 36, 4)]]
+    machine.run()
+    small = Machine(num_snapshots=8, max_num_batched_tokens=5, page_size=8)  # a step that reaches no border goes on
+    small.add(range(20), 2)
+    assert [summary(small.step()) for _ in range(4)] == [[(0, 0, 5)], [(0, 5, 3)], [(0, 8, 5)], [(0, 13, 3)]]
+
+
+def test_beginnings_of_prompts_are_remembered_longest(monkeypatch):
+    monkeypatch.setattr("jfa_models.engine.snapshots.SEEN_PAGES", 6)
+    machine = Machine(num_snapshots=8, max_num_batched_tokens=64)
+    prompts = [[*SYSTEM, *range(7)], [*range(100, 109)], [*SYSTEM, *range(20, 27)], [*SYSTEM, *range(40, 47)]]
+    assert hits_of(machine, prompts) == [0, 0, 0, 16]  # of the first prompt, four pages are remembered
+
+
+def test_a_sequence_that_grew_has_more_digests():
+    snapshots, tokens = Snapshots(range(1), 2), [1, 2, 3]
+    assert len(snapshots.digests(tokens, b"")) == 2
+    tokens += [4, 5]
+    assert len(snapshots.digests(tokens, b"")) == 3
+
+
+def test_a_step_may_take_more_snapshots_than_there_are():
+    machine = Machine(num_snapshots=1, max_num_batched_tokens=64)
+    for n in (0, 100, 200):
+        machine.add(range(n, n + 9), 2)
+    assert len(machine.step()) == 3
+    machine.run()
+    assert hits_of(machine, [range(9), range(200, 209)]) == [0, 0]
+    assert hits_of(machine, [range(200, 209)]) == [8]
+
+
+@pytest.mark.parametrize("kind", ["pages", "no_cache", "states_and_pages", "states"])
 @pytest.mark.parametrize("seed", range(6))
-def test_every_continuation_finishes_and_releases_its_pages(seed, caching):
+def test_every_continuation_finishes_and_releases_its_pages(seed, kind):
     """Random arrivals, priorities, samples and aborts in a pool of a few pages; every step is checked."""
     rng = random.Random(seed)
     machine = Machine(
@@ -250,9 +384,12 @@ def test_every_continuation_finishes_and_releases_its_pages(seed, caching):
         page_size=rng.choice([1, 3, 4]),
         max_num_seqs=rng.randint(1, 6),
         max_num_batched_tokens=rng.randint(6, 20),
-        enable_prefix_caching=caching,
+        enable_prefix_caching=kind != "no_cache",
+        num_snapshots=rng.choice([1, 2, 8]) if "states" in kind else 0,
+        has_attention=kind != "states",
     )
-    room = (machine.allocator.num_pages - 1) * machine.allocator.page_size
+    page_size = machine.snapshots.page_size if kind == "states" else machine.allocator.page_size
+    room = (machine.allocator.num_pages - 1) * page_size
     for _ in range(150):
         if rng.random() < 0.4:
             length = rng.randint(1, room // 2)
@@ -267,6 +404,7 @@ def test_every_continuation_finishes_and_releases_its_pages(seed, caching):
         machine.step()
     machine.run()
     assert not machine.allocator.sequences and machine.scheduler.num_running == machine.scheduler.num_waiting == 0
+    assert machine.snapshots is None or not machine.snapshots._plans
     assert all(len(one.tokens) <= one.limit for one in machine.live)
 
 
