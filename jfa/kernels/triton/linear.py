@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jfa.kernels.common import output
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
@@ -112,15 +112,13 @@ def ragged_linear_attention(
     """The output of each token and all states, as reference.ragged_linear_attention defines them."""
     _, n, h, dv = operands.v.shape
     chunk, dk = config.chunk_size, operands.k.shape[3]
-    # logarithms to base 2, integers and fractions apart: see _sums
-    log_decay = jnp.maximum(operands.log_decay[0] * LOG2_E, _FORGETS)
-    whole = jnp.round(log_decay)
+    whole, rest = parts_of(operands.log_decay[0])
     arrays: dict[str, Any] = {
         "q": operands.q[0],
         "k": operands.k[0],
         "v": operands.v[0],
         "whole": whole,
-        "rest": log_decay - whole,
+        "rest": rest,
         "states": operands.state,
         "slot": rows.slot,
         "query_start": rows.query_start,
@@ -155,6 +153,18 @@ def ragged_linear_attention(
         out, after = call(*arrays.values())
     is_real = jnp.arange(n) < rows.query_start[-1]  # no program writes tokens that belong to no row
     return jnp.where(is_real[:, None, None], out, 0)[None], after
+
+
+def parts_of(log_decay: Float[Array, "*t h"]) -> tuple[Float[Array, "*t h"], Float[Array, "*t h"]]:
+    """The logarithms to base 2, as integers and fractions: see _sums in kernels/xla/linear.py."""
+    log_decay = jnp.maximum(log_decay * LOG2_E, _FORGETS)
+    whole = jnp.round(log_decay)
+    return whole, log_decay - whole
+
+
+def forgets(log_decay: Float[Array, "*t h"]) -> Bool[Array, "*t h"]:
+    """Whether a token drops the state, as -inf does."""
+    return log_decay * LOG2_E <= _FORGETS
 
 
 def _kernel(
