@@ -11,7 +11,7 @@ import numpy as np
 import jfa
 from jfa import backends, quant
 from jfa.device import probe
-from jfa.kernels.triton import flash_bwd
+from jfa.kernels.triton import flash_bwd, linear_bwd
 from jfa.types import (
     AttentionSpec,
     DeviceInfo,
@@ -342,10 +342,53 @@ def _linear_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKe
     return config
 
 
-def linear_why_not(device: DeviceInfo, dtype: str, head_dim: int, *, delta: bool) -> str | None:
-    """Why the kernel does not support a call on a device; None if it does."""
-    operands = linear_operands(dtype, head_dim, delta=delta)
-    return backends.linear("triton").why_not(operands, LinearSpec(scale=1.0), device)
+def _linear_backward(
+    dtype: str, head_dim: int, config: LinearKernelConfig | None, variant: str
+) -> tuple[Callable, tuple]:
+    """The backward pass of _linear's call; config is used for each of its kernels."""
+    if variant == "padded head_dim":
+        head_dim = head_dim * 5 // 8
+    operands = linear_operands(dtype, head_dim, delta=False)
+
+    def call(operands, d_out, d_state):
+        device, spec = probe(), LinearSpec(scale=head_dim**-0.5)
+        if reason := _linear_why_not(operands, device, direction="backward"):
+            raise jfa.UnsupportedError(reason)
+        chosen = config or linear_bwd.default_config(operands, device)
+        interpret = device.platform == "cpu"
+        return linear_bwd.linear_attention_bwd(operands, d_out, d_state, spec=spec, config=chosen, interpret=interpret)
+
+    return call, (operands, operands.v, operands.state)
+
+
+def _linear_backward_default(device: DeviceInfo, dtype: str, head_dim: int) -> LinearKernelConfig:
+    return linear_bwd.default_config(linear_operands(dtype, head_dim, delta=False), device)
+
+
+def linear_why_not(
+    device: DeviceInfo, dtype: str, head_dim: int, *, delta: bool, direction: str = "forward"
+) -> str | None:
+    """Why the kernels of a direction do not support a call on a device; None if they do."""
+    return _linear_why_not(linear_operands(dtype, head_dim, delta=delta), device, direction=direction)
+
+
+def _linear_why_not(operands: LinearOperands, device: DeviceInfo, *, direction: str) -> str | None:
+    reason = backends.linear("triton").why_not(operands, LinearSpec(scale=1.0), device)
+    return reason or (linear_bwd.why_not(operands, device) if direction == "backward" else None)
+
+
+def _linear_forward(kernel: str, *, delta: bool) -> Op:
+    return Op(
+        name=kernel,
+        direction="forward",
+        kernel=kernel,
+        config_type=LinearKernelConfig,
+        call=_linear(delta=delta),
+        default_config=_linear_default(delta=delta),
+        variants=("rows", "padded head_dim"),
+        dtypes=names.LINEAR_DTYPES,
+        sweep=None,  # RDNA has no tile for some of its entries, and the figures do not see the substitution's loop
+    )
 
 
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
@@ -627,20 +670,22 @@ OPS = (
             alike=_PRODUCTS_ALIKE,
         ),
     ),
+    _linear_forward("linear_attention", delta=False),
     *(
         Op(
-            name=kernel,
-            direction="forward",
+            name="linear_attention",
+            direction="backward",
             kernel=kernel,
             config_type=LinearKernelConfig,
-            call=_linear(delta=delta),
-            default_config=_linear_default(delta=delta),
-            variants=("rows", "padded head_dim"),
+            call=_linear_backward,
+            default_config=_linear_backward_default,
+            variants=("padded head_dim",),
             dtypes=names.LINEAR_DTYPES,
-            sweep=None,  # RDNA has no tile for some of its entries, and the figures do not see the substitution's loop
+            sweep=None,
         )
-        for kernel, delta in (("linear_attention", False), ("delta_attention", True))
+        for kernel in ("linear_attention_states", "linear_attention_dstates", "linear_attention_dqkv")
     ),
+    _linear_forward("delta_attention", delta=True),
 )
 ON_GPUS = tuple(op for op in OPS if op.kernel in names.GPU_KERNELS)
 
