@@ -24,6 +24,9 @@ KERNELS = {
     "linear_attention_dstates": ("linear_attention", "backward"),
     "linear_attention_dqkv": ("linear_attention", "backward"),
     "delta_attention": ("delta_attention", "forward"),  # linear attention with the delta rule
+    "delta_attention_states": ("delta_attention", "backward"),
+    "delta_attention_dstates": ("delta_attention", "backward"),
+    "delta_attention_dqkv": ("delta_attention", "backward"),
 }
 # that have tables
 TUNED = tuple(

@@ -342,27 +342,34 @@ def _linear_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKe
     return config
 
 
-def _linear_backward(
-    dtype: str, head_dim: int, config: LinearKernelConfig | None, variant: str
-) -> tuple[Callable, tuple]:
+def _linear_backward(*, delta: bool) -> Callable[[str, int, LinearKernelConfig | None, str], tuple[Callable, tuple]]:
     """The backward pass of _linear's call; config is used for each of its kernels."""
-    if variant == "padded head_dim":
-        head_dim = head_dim * 5 // 8
-    operands = linear_operands(dtype, head_dim, delta=False)
 
-    def call(operands, d_out, d_state):
-        device, spec = probe(), LinearSpec(scale=head_dim**-0.5)
-        if reason := _linear_why_not(operands, device, direction="backward"):
-            raise jfa.UnsupportedError(reason)
-        chosen = config or linear_bwd.default_config(operands, device)
-        interpret = device.platform == "cpu"
-        return linear_bwd.linear_attention_bwd(operands, d_out, d_state, spec=spec, config=chosen, interpret=interpret)
+    def call_of(dtype: str, head_dim: int, config: LinearKernelConfig | None, variant: str) -> tuple[Callable, tuple]:
+        if variant == "padded head_dim":
+            head_dim = head_dim * 5 // 8
+        operands = linear_operands(dtype, head_dim, delta=delta)
 
-    return call, (operands, operands.v, operands.state)
+        def call(operands, d_out, d_state):
+            device, spec = probe(), LinearSpec(scale=head_dim**-0.5)
+            if reason := _linear_why_not(operands, device, direction="backward"):
+                raise jfa.UnsupportedError(reason)
+            chosen = config or linear_bwd.default_config(operands, device)
+            interpret = device.platform == "cpu"
+            return linear_bwd.linear_attention_bwd(
+                operands, d_out, d_state, spec=spec, config=chosen, interpret=interpret
+            )
+
+        return call, (operands, operands.v, operands.state)
+
+    return call_of
 
 
-def _linear_backward_default(device: DeviceInfo, dtype: str, head_dim: int) -> LinearKernelConfig:
-    return linear_bwd.default_config(linear_operands(dtype, head_dim, delta=False), device)
+def _linear_backward_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKernelConfig]:
+    def config(device: DeviceInfo, dtype: str, head_dim: int) -> LinearKernelConfig:
+        return linear_bwd.default_config(linear_operands(dtype, head_dim, delta=delta), device)
+
+    return config
 
 
 def linear_why_not(
@@ -377,18 +384,31 @@ def _linear_why_not(operands: LinearOperands, device: DeviceInfo, *, direction: 
     return reason or (linear_bwd.why_not(operands, device) if direction == "backward" else None)
 
 
-def _linear_forward(kernel: str, *, delta: bool) -> Op:
-    return Op(
-        name=kernel,
+def _linear_ops(name: str, *, delta: bool) -> list[Op]:
+    """The forward kernel and those of the backward pass.
+
+    They have no tuning tables: RDNA has no tile for some entries, and the figures do not see the substitution's loop.
+    """
+    forward = Op(
+        name=name,
         direction="forward",
-        kernel=kernel,
+        kernel=name,
         config_type=LinearKernelConfig,
         call=_linear(delta=delta),
         default_config=_linear_default(delta=delta),
         variants=("rows", "padded head_dim"),
         dtypes=names.LINEAR_DTYPES,
-        sweep=None,  # RDNA has no tile for some of its entries, and the figures do not see the substitution's loop
+        sweep=None,
     )
+    backward = dataclasses.replace(
+        forward,
+        direction="backward",
+        call=_linear_backward(delta=delta),
+        default_config=_linear_backward_default(delta=delta),
+        variants=("padded head_dim",),
+    )
+    kernels = (f"{name}_{part}" for part in ("states", "dstates", "dqkv"))
+    return [forward, *(dataclasses.replace(backward, kernel=kernel) for kernel in kernels)]
 
 
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
@@ -670,22 +690,11 @@ OPS = (
             alike=_PRODUCTS_ALIKE,
         ),
     ),
-    _linear_forward("linear_attention", delta=False),
     *(
-        Op(
-            name="linear_attention",
-            direction="backward",
-            kernel=kernel,
-            config_type=LinearKernelConfig,
-            call=_linear_backward,
-            default_config=_linear_backward_default,
-            variants=("padded head_dim",),
-            dtypes=names.LINEAR_DTYPES,
-            sweep=None,
-        )
-        for kernel in ("linear_attention_states", "linear_attention_dstates", "linear_attention_dqkv")
+        op
+        for name, delta in (("linear_attention", False), ("delta_attention", True))
+        for op in _linear_ops(name, delta=delta)
     ),
-    _linear_forward("delta_attention", delta=True),
 )
 ON_GPUS = tuple(op for op in OPS if op.kernel in names.GPU_KERNELS)
 

@@ -99,9 +99,9 @@ def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(row: Row, head_dim: int) -> Any:
-    op = next(op for op in ops.OPS if op.kernel == row.op)
-    if row.op == "linear_attention" and row.direction == "backward":
-        op = next(op for op in ops.OPS if (op.name, op.direction) == (row.op, row.direction))
+    linear = row.op in ("linear_attention", "delta_attention")  # whose backward pass has tiles of its own
+    direction = row.direction if linear else "forward"
+    op = next(op for op in ops.OPS if (op.name, op.direction) == (row.op, direction))
     # the tiles of a v5e are too large to interpret many of them
     if row.arch == names.INTERPRETED:
         return TpuConfig(block_q=128, block_kv=128)
@@ -231,9 +231,10 @@ PROOFS: dict[tuple[str, str], Proof] = {
 } | {(op, "forward"): _PAGED for op in ("paged_decode_attention", "ragged_paged_attention")}
 PROOFS |= {(op, "forward"): _PRODUCTS for op in ("quantized_matmul_few_rows", "quantized_matmul")}
 PROOFS |= {(op, "forward"): _LINEAR for op in ("linear_attention", "delta_attention")}
-PROOFS["linear_attention", "backward"] = dataclasses.replace(
+_LINEAR_BACKWARD = dataclasses.replace(
     _LINEAR, run=of_chunks_backward, check=linear_backward_check, quick=(("bfloat16", 64),)
 )
+PROOFS |= {(op, "backward"): _LINEAR_BACKWARD for op in ("linear_attention", "delta_attention")}
 
 
 def prove_row(row: Row) -> dict[str, Any]:

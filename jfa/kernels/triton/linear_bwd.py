@@ -1,11 +1,12 @@
-"""The gradient of linear attention as Pallas-Triton kernels, for AMD and NVIDIA GPUs: one decay per head, no delta rule.
+"""The gradient of linear attention as Pallas-Triton kernels, for AMD and NVIDIA GPUs.
 
 Three kernels, without atomics, so that results are bitwise reproducible:
 
   linear_attention_states   one program for each piece of a head's state; it walks over the chunks and stores the state
                             before each of them
   linear_attention_dstates  the same from the last chunk to the first: the cotangent of the state after each chunk
-  linear_attention_dqkv     one program for each chunk and value head: what its tokens and the two states give each other
+  linear_attention_dqkv     one program for each chunk and value head: the gradients of its tokens by the two states and
+                            by each other; with the delta rule delta_attention_dqkv, after the walks of delta_bwd.py
 
 No program of the last kernel waits for another, and none holds a state: it reads both in pieces. States are stored in
 the dtype of the inputs, to which they are rounded for products anyway; their sums are float32. Gradients of queries and
@@ -19,7 +20,7 @@ Forward: linear.py, with the mathematics. Tested in tests/jfa/test_linear_attent
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,40 +28,34 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfa.kernels.common import output
+from jfa.kernels.triton import delta_bwd
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
-from jfa.kernels.triton._primitives import exp2
-from jfa.kernels.triton.linear import forgets, parts_of
+from jfa.kernels.triton.linear import Decays, forgets, parts_of
 from jfa.kernels.triton.tile import chunks, kind_of, padded, product, whole_tiles
 from jfa.types import DeviceInfo, LinearKernelConfig, LinearOperands, LinearSpec
 
-# (chunk_size, block_v, num_warps, block_d)
-_SAFE: dict[tuple[str, str], tuple[int, int, int, int]] = {
-    ("cdna", "16 bits"): (64, 64, 4, 64),
-    ("cdna", "float32"): (32, 32, 4, 32),
-    ("rdna", "16 bits"): (32, 32, 4, 32),
-    ("rdna", "float32"): (16, 16, 4, 16),
-    ("cuda", "16 bits"): (64, 32, 4, 64),
-    ("cuda", "float32"): (16, 16, 4, 32),
+# (chunk_size, block_v, num_warps, block_d), without and with the delta rule
+_Tiles = tuple[int, int, int, int | None]
+_SAFE: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
+    ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None)),
+    ("cdna", "float32"): ((32, 32, 4, 32), (16, 32, 4, None)),
+    ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 2, 32)),
+    ("rdna", "float32"): ((16, 16, 4, 16), (16, 16, 8, None)),
+    ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64)),
+    ("cuda", "float32"): ((16, 16, 4, 32), (16, 16, 8, 64)),
 }
 
 
 def default_config(operands: LinearOperands, device: DeviceInfo) -> LinearKernelConfig:
     """Tile sizes without spills on all tested architectures of this kind."""
     precision = "float32" if operands.q.dtype == jnp.float32 else "16 bits"
-    chunk, block_v, warps, block_d = _SAFE[kind_of(device), precision]
-    return LinearKernelConfig(
-        chunk_size=chunk,
-        block_v=min(block_v, padded(operands.v.shape[3])),
-        num_warps=warps,
-        num_stages=1,
-        block_d=min(block_d, padded(operands.k.shape[3])),
-    )
+    chunk, block_v, warps, block_d = _SAFE[kind_of(device), precision][operands.beta is not None]
+    block_v = min(block_v, padded(operands.v.shape[3]))
+    return LinearKernelConfig(chunk_size=chunk, block_v=block_v, num_warps=warps, num_stages=1, block_d=block_d)
 
 
 def why_not(operands: LinearOperands, device: DeviceInfo) -> str | None:
     """The reason why these kernels do not support a call that the forward kernel supports; None if they do."""
-    if operands.beta is not None:
-        return "the backward kernels have no delta rule"
     return None
 
 
@@ -74,24 +69,37 @@ def linear_attention_bwd(
     interpret: bool,
 ) -> LinearOperands:
     """The cotangents of the operands."""
-    q, k, v = operands.q, operands.k, operands.v
+    q, k, v, beta = operands.q, operands.k, operands.v, operands.beta
     (b, t, hk, dk), g = k.shape, operands.group_size
-    decays = tuple(x.swapaxes(1, 2) for x in parts_of(operands.log_decay))  # a head's tokens are contiguous
-    options = dict(config=config, interpret=interpret)
+    options: dict[str, Any] = dict(config=config, interpret=interpret)
+
+    def of_head(x: Float[Array, "b t h"]) -> Float[Array, "b h t"]:
+        return x.swapaxes(1, 2)  # its tokens are contiguous
+
+    whole, rest = map(of_head, parts_of(operands.log_decay))
+    numbers = {"whole": whole, "rest": rest} | ({} if beta is None else {"beta": of_head(beta)})
     with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
-        states, _ = _walk(k, v, decays, operands.state, scale=None, **options)
-        d_states, d_first = _walk(q, d_out, decays, d_state, scale=spec.scale, **options)
-        dq, dk_, dv, d_log_decay = _gradients(q, k, v, d_out, decays, states, d_states, scale=spec.scale, **options)
+        if beta is None:
+            states, _ = _walk(k, v, numbers, operands.state, scale=None, **options)
+            d_states, d_first = _walk(q, d_out, numbers, d_state, scale=spec.scale, **options)
+            tokens = {"q": q, "k": k, "v": v, "do": d_out}
+        else:
+            states, lacked = delta_bwd.states({"k": k, "v": v} | numbers, operands.state, **options)
+            tokens = {"q": q, "k": k, "do": d_out} | numbers
+            d_states, d_added, d_first = delta_bwd.d_states(tokens, d_state, scale=spec.scale, **options)
+            tokens = {"q": q, "k": k, "v": lacked, "do": d_out, "d_added": d_added}
+        found = _gradients(tokens | numbers, states, d_states, scale=spec.scale, **options)
+    dq, dk_, dv, d_log_decay, *d_beta = found
     if g > 1:
         dq, dk_ = (x.reshape(b, t, hk, g, dk).sum(3).astype(q.dtype) for x in (dq, dk_))
-    d_log_decay = jnp.where(forgets(operands.log_decay), 0.0, d_log_decay.swapaxes(1, 2))
-    return LinearOperands(dq, dk_, dv, log_decay=d_log_decay, state=d_first)
+    d_log_decay = jnp.where(forgets(operands.log_decay), 0.0, of_head(d_log_decay))
+    return LinearOperands(dq, dk_, dv, d_log_decay, d_first, of_head(d_beta[0]) if d_beta else None)
 
 
 def _walk(
     x: Float[Array, "b t hk dk"],
     y: Float[Array, "b t h dv"],
-    decays: tuple[Float[Array, "b h t"], Float[Array, "b h t"]],
+    numbers: dict[str, Float[Array, "b h t"]],  # parts of the decays' logarithms
     first: Float[Array, "b h dk dv"],
     *,
     scale: float | None,
@@ -113,7 +121,7 @@ def _walk(
     def values(head, n, row):
         return row, 0, head, lax.rem(n, jnp.int32(value_blocks))
 
-    def numbers(head, n, row):
+    def of_head(head, n, row):
         return row, head, 0
 
     def state(head, n, row):
@@ -123,7 +131,7 @@ def _walk(
         return row, head, 0, *state(head, n, row)[2:]
 
     of_token, of_state = (
-        pl.BlockSpec((None, None, tokens), numbers),
+        pl.BlockSpec((None, None, tokens), of_head),
         pl.BlockSpec((None, None, block_d, block_v), state),
     )
     return pl.pallas_call(
@@ -144,7 +152,7 @@ def _walk(
         ],
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
-    )(x, y, *decays, first)
+    )(x, y, numbers["whole"], numbers["rest"], first)
 
 
 def _walk_kernel(
@@ -176,7 +184,7 @@ def _walk_kernel(
             load(ref.at[pl.ds(start, size)], mask=inside[:, None] & valid[None, :], other=0.0)
             for ref, valid in ((x_ref, keys), (y_ref, columns))
         )
-        decay = _Decays.of(*(load(ref.at[pl.ds(start, size)], mask=inside, other=0.0) for ref in (whole_ref, rest_ref)))
+        decay = Decays.of(*(load(ref.at[pl.ds(start, size)], mask=inside, other=0.0) for ref in (whole_ref, rest_ref)))
         factor = decay.until_end if scale is None else decay.since * scale
         y = (y.astype(jnp.float32) * factor[:, None]).astype(y.dtype)
         return state * decay.all + product(x, y, trans_a=True)
@@ -185,43 +193,23 @@ def _walk_kernel(
     store(last_ref, state, mask=used)
 
 
-class _Decays(NamedTuple):
-    """The decays of a chunk."""
-
-    between: Float[Array, "chunk chunk"]  # [i, j]: from after token j to token i; 0 if j is after i
-    since: Float[Array, " chunk"]  # from the chunk's start to a token, its own included
-    until_end: Float[Array, " chunk"]  # after a token
-    all: Float[Array, "1 1"]
-
-    @classmethod
-    def of(cls, whole: Float[Array, " chunk"], rest: Float[Array, " chunk"]) -> "_Decays":
-        wholes, rests, token = jnp.cumsum(whole), jnp.cumsum(rest), jnp.arange(whole.shape[0])
-        between = (wholes[:, None] - wholes[None, :]) + (rests[:, None] - rests[None, :])
-        total, total_rest = whole.sum(), rest.sum()
-        return cls(
-            between=exp2(jnp.where(token[:, None] >= token[None, :], between, -jnp.inf)),
-            since=exp2(wholes + rests),
-            until_end=exp2((total - wholes) + (total_rest - rests)),
-            all=exp2(jnp.full((1, 1), total + total_rest)),
-        )
-
-
 def _gradients(
-    q: Float[Array, "b t hk dk"],
-    k: Float[Array, "b t hk dk"],
-    v: Float[Array, "b t h dv"],
-    d_out: Float[Array, "b t h dv"],
-    decays: tuple[Float[Array, "b h t"], Float[Array, "b h t"]],
+    tokens: dict[str, Array],
     states: Float[Array, "b h n dk dv"],
     d_states: Float[Array, "b h n dk dv"],
     *,
     scale: float,
     config: LinearKernelConfig,
     interpret: bool,
-) -> tuple[Float[Array, "b t h dk"], Float[Array, "b t h dk"], Float[Array, "b t h dv"], Float[Array, "b h t"]]:
-    """The cotangents of q and k by each value head, in float32 if there are several, of v and of log_decay."""
-    (b, t, hk, dk), (h, dv), size = q.shape, v.shape[2:], config.chunk_size
-    g, width, columns = h // hk, padded(dk), whole_tiles(dv, config.block_v)
+) -> tuple[Array, ...]:
+    """The cotangents of q and k by each value head, in float32 if there are several, of v, log_decay, and beta if any.
+
+    Args:
+      tokens: q, k, v and do [b, t, heads, columns]; whole and rest, parts of the decays' logarithms, [b, h, t]. With
+        the delta rule also d_added, the cotangent of what is added, and beta; v is what the state lacked.
+    """
+    (b, t, hk, dk), (h, dv), size = tokens["k"].shape, tokens["v"].shape[2:], config.chunk_size
+    g, width, columns, like = h // hk, padded(dk), whole_tiles(dv, config.block_v), tokens["v"]
 
     def of_key_head(head, c, row):
         return row, c, lax.div(head, jnp.int32(g)), 0
@@ -229,134 +217,154 @@ def _gradients(
     def of_head(head, c, row):
         return row, c, head, 0
 
-    def numbers(head, c, row):
+    def number(head, c, row):
         return row, head, c
 
     def state(head, c, row):
         return row, head, c, 0, 0
 
-    keys, values = (
-        pl.BlockSpec((None, size, None, width), of_key_head),
-        pl.BlockSpec((None, size, None, columns), of_head),
-    )
-    of_token, of_state = (
-        pl.BlockSpec((None, None, size), numbers),
-        pl.BlockSpec((None, None, None, width, columns), state),
-    )
-    d_keys = (
-        output((b, t, h, dk), q.dtype if g == 1 else jnp.float32, like=v),
-        pl.BlockSpec((None, size, None, width), of_head),
-    )
-    outs = (
-        d_keys,
-        d_keys,
-        (output(v.shape, v.dtype, like=v), values),
-        (output((b, h, t), jnp.float32, like=v), of_token),
-    )
+    keys = pl.BlockSpec((None, size, None, width), of_key_head)
+    values = pl.BlockSpec((None, size, None, columns), of_head)
+    of_token = pl.BlockSpec((None, None, size), number)
+    of_state = pl.BlockSpec((None, None, None, width, columns), state)
+    blocks = {"q": keys, "k": keys, "v": values, "do": values, "d_added": values}
+    d_keys = output((b, t, h, dk), like.dtype if g == 1 else jnp.float32, like=like)
+    d_number = output((b, h, t), jnp.float32, like=like)
+    of_d_keys = pl.BlockSpec((None, size, None, width), of_head)
+    outs = [(d_keys, of_d_keys), (d_keys, of_d_keys), (output(like.shape, like.dtype, like=like), values)]
+    outs += [(d_number, of_token)] * (2 if "beta" in tokens else 1)
     return pl.pallas_call(
-        functools.partial(_gradients_kernel, sizes=(t, dk, dv), config=config, scale=scale),
-        name="linear_attention_dqkv",
+        functools.partial(
+            _gradients_kernel, names=(*tokens, "state", "d_state"), sizes=(t, dk, dv), config=config, scale=scale
+        ),
+        name="delta_attention_dqkv" if "beta" in tokens else "linear_attention_dqkv",
         grid=(h, pl.cdiv(t, size), b),
-        in_specs=[keys, keys, values, values, of_token, of_token, of_state, of_state],
+        in_specs=[*(blocks.get(name, of_token) for name in tokens), of_state, of_state],
         out_specs=[block for _, block in outs],
         out_shape=[shape for shape, _ in outs],
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
-    )(q, k, v, d_out, *decays, states, d_states)
+    )(*tokens.values(), states, d_states)
 
 
 def _gradients_kernel(
-    q_ref,  # [chunk, dk]
-    k_ref,  # [chunk, dk]
-    v_ref,  # [chunk, dv]
-    do_ref,  # [chunk, dv]
-    whole_ref,  # [chunk]
-    rest_ref,  # [chunk]
-    state_ref,  # [dk, dv], before the chunk
-    d_state_ref,  # [dk, dv], after the chunk
-    dq_ref,  # [chunk, dk]
-    dk_ref,  # [chunk, dk]
-    dv_ref,  # [chunk, dv]
-    d_log_ref,  # [chunk]
-    *,
+    *refs,  # of a chunk: the tokens by `names`, the state [dk, dv] before it, and its cotangent after it
+    # outputs: dq and dk [chunk, dk], dv [chunk, dv], numbers of the tokens: d_log_decay, d_beta if there is one
+    names: tuple[str, ...],
     sizes: tuple[int, int, int],
     config: LinearKernelConfig,
     scale: float,
 ):
-    (t, dk, dv), size, block_v, dtype = sizes, config.chunk_size, config.block_v, v_ref.dtype
-    pieces = chunks(dk, config.block_d)
-    block_d, num_values = pieces[0][1], pl.cdiv(dv, block_v)
-    num_keys = pl.cdiv(dk, block_d)
-    token = jnp.arange(size)
+    ref = dict(zip(names, refs, strict=False))
+    dq_ref, dk_ref, dv_ref, d_log_ref, *d_beta_ref = refs[len(names) :]
+    (t, dk, dv), size, block_v, dtype = sizes, config.chunk_size, config.block_v, dv_ref.dtype
+    block_d, num_values = chunks(dk, config.block_d)[0][1], pl.cdiv(dv, block_v)
+    num_keys, token = pl.cdiv(dk, block_d), jnp.arange(size)
     inside = pl.program_id(1) * size + token < t
 
     def keys_at(n) -> tuple[Any, Array]:
         return pl.ds(n * block_d, block_d), n * block_d + jnp.arange(block_d) < dk
 
-    def values_at(n) -> tuple[Any, Array]:
-        return pl.ds(n * block_v, block_v), n * block_v + jnp.arange(block_v) < dv
+    def values_at(p) -> tuple[Any, Array]:
+        return pl.ds(p * block_v, block_v), p * block_v + jnp.arange(block_v) < dv
 
-    def rows(ref, at: tuple[Any, Array]) -> Float[Array, "chunk block"]:
-        return load(ref.at[:, at[0]], mask=inside[:, None] & at[1][None, :], other=0.0)
+    def rows(name: str, at: tuple[Any, Array]) -> Float[Array, "chunk block"]:
+        return load(ref[name].at[:, at[0]], mask=inside[:, None] & at[1][None, :], other=0.0)
 
-    def state(ref, n, p) -> Float[Array, "block_d block_v"]:
+    def state(name: str, n, p) -> Float[Array, "block_d block_v"]:
         (keys, used), (columns, valid) = keys_at(n), values_at(p)
-        return load(ref.at[keys, columns], mask=used[:, None] & valid[None, :], other=0.0)
+        return load(ref[name].at[keys, columns], mask=used[:, None] & valid[None, :], other=0.0)
 
-    def put(ref, at: tuple[Any, Array], x: Float[Array, "chunk block"]):
-        store(ref.at[:, at[0]], x.astype(ref.dtype), mask=inside[:, None] & at[1][None, :])
+    def number(name: str) -> Float[Array, " chunk"]:
+        return load(ref[name], mask=inside, other=0.0)
 
-    decay = _Decays.of(*(load(ref, mask=inside, other=0.0) for ref in (whole_ref, rest_ref)))
-    square = jnp.zeros((size, size), jnp.float32)
+    def put(to, at: tuple[Any, Array], x: Float[Array, "chunk block"]):
+        store(to.at[:, at[0]], x.astype(to.dtype), mask=inside[:, None] & at[1][None, :])
 
-    def score(n, scores):
-        return scores + product(rows(q_ref, keys_at(n)), rows(k_ref, keys_at(n)), trans_b=True)
+    def in_float32(x: Array) -> Array:
+        return x.astype(jnp.float32)
 
-    scores = _each(num_keys, score, square)
-    weights = (scores * decay.between).astype(dtype)
+    decays, beta = Decays.of(number("whole"), number("rest")), number("beta")[:, None] if d_beta_ref else None
+    between, since, until_end = decays.between, decays.since[:, None], decays.until_end[:, None]
+    is_before = token[:, None] > token[None, :]
+
+    def added(at) -> Float[Array, "chunk block_v"]:
+        return rows("v", at) if beta is None else (in_float32(rows("v", at)) * beta).astype(dtype)
+
+    def erased(at) -> Float[Array, "chunk block_v"]:
+        """The cotangent of what the state holds for the keys."""
+        return (in_float32(rows("d_added", at)) * -beta).astype(dtype)
+
+    def products(name: str) -> Float[Array, "chunk chunk"]:
+        def one(n, total):
+            return total + product(rows(name, keys_at(n)), rows("k", keys_at(n)), trans_b=True)
+
+        return _each(num_keys, one, jnp.zeros((size, size), jnp.float32))
+
+    scores, nothing = products("q"), jnp.zeros((size, size), jnp.float32)
+    weights = (scores * between).astype(dtype)
 
     def values(p, pairs):
         at = values_at(p)
-        do = rows(do_ref, at)
+        do, u = rows("do", at), added(at)
+        by_queries = pairs[0] + product(do, u, trans_b=True)
+        if beta is not None:
+            d_added = in_float32(rows("d_added", at))
+            put(dv_ref, at, d_added * beta)
+            d_beta = pairs[2] + (d_added * in_float32(rows("v", at))).sum(1)
+            return by_queries, pairs[1] + product(erased(at), u, trans_b=True), d_beta
 
-        def from_state(n, total):
-            return total + product(rows(k_ref, keys_at(n)), state(d_state_ref, n, p))
+        def by_state(n, total):
+            return total + product(rows("k", keys_at(n)), state("d_state", n, p))
 
-        later = _each(num_keys, from_state, jnp.zeros((size, block_v), jnp.float32))
-        put(dv_ref, at, product(weights, do, trans_a=True) * scale + later * decay.until_end[:, None])
-        return pairs + product(do, rows(v_ref, at), trans_b=True)
+        after = _each(num_keys, by_state, jnp.zeros((size, block_v), jnp.float32))
+        put(dv_ref, at, product(weights, do, trans_a=True) * scale + after * until_end)
+        return (by_queries,)
 
-    pairs = _each(num_values, values, square) * decay.between * scale  # [query, key]
-    of_pairs = jnp.where(token[:, None] > token[None, :], pairs * scores, 0.0)
-    # token i's decay is part of the pairs of a query from i on and of a key before i
-    is_query = token[:, None] >= token[None, :]
-    d_log = jnp.where(is_query, jnp.cumsum(of_pairs, axis=1) - of_pairs, 0.0).sum(0)
-    pairs = pairs.astype(dtype)
+    none = jnp.zeros(size, jnp.float32)
+    by_queries, *more = _each(num_values, values, (nothing,) if beta is None else (nothing, nothing, none))
+    by_queries = by_queries * between * scale  # [query, key]
+    terms, by_keys = by_queries * scores, None
+    by_queries = by_queries.astype(dtype)
+    if beta is not None:
+        store(d_beta_ref[0], more[1], mask=inside)
+        by_keys = jnp.where(is_before, more[0] * between, 0.0)  # [reading key, key]
+        terms = terms + by_keys * products("k")
+        by_keys = by_keys.astype(dtype)
+    # the decay of token i is part of the terms of a query (or reading key) from i on and of a key before i
+    terms, is_after = jnp.where(is_before, terms, 0.0), token[:, None] >= token[None, :]
+    d_log = jnp.where(is_after, jnp.cumsum(terms, axis=1) - terms, 0.0).sum(0)
 
     def keys(n, carry):
         read, written, kept = carry
-        at, nothing = keys_at(n), jnp.zeros((size, block_d), jnp.float32)
+        at, zeros = keys_at(n), jnp.zeros((size, block_d), jnp.float32)
 
         def with_states(p, carry):
-            dq, dk, kept = carry
-            before, after = state(state_ref, n, p), state(d_state_ref, n, p)
-            dq = dq + product(rows(do_ref, values_at(p)), before, trans_b=True)
-            dk = dk + product(rows(v_ref, values_at(p)), after, trans_b=True)
-            return dq, dk, kept + (before.astype(jnp.float32) * after.astype(jnp.float32)).sum()
+            columns, before, after = values_at(p), state("state", n, p), state("d_state", n, p)
+            dq, dk, kept = carry[:3]
+            dq = dq + product(rows("do", columns), before, trans_b=True)
+            dk = dk + product(added(columns), after, trans_b=True)
+            more = [part + product(erased(columns), before, trans_b=True) for part in carry[3:]]
+            return dq, dk, kept + (in_float32(before) * in_float32(after)).sum(), *more
 
-        dq, dk, kept = _each(num_values, with_states, (nothing, nothing, kept))
-        dq, dk = dq * (decay.since * scale)[:, None], dk * decay.until_end[:, None]
-        q, k = rows(q_ref, at), rows(k_ref, at)
-        put(dq_ref, at, dq + product(pairs, k))
-        put(dk_ref, at, dk + product(pairs, q, trans_a=True))
-        return read + (dq * q.astype(jnp.float32)).sum(1), written + (dk * k.astype(jnp.float32)).sum(1), kept
+        start = (zeros, zeros, kept) if beta is None else (zeros, zeros, kept, zeros)
+        dq, dk, kept, *more = _each(num_values, with_states, start)
+        dq, dk = dq * (since * scale), dk * until_end
+        q, k = rows("q", at), rows("k", at)
+        read, written = read + (dq * in_float32(q)).sum(1), written + (dk * in_float32(k)).sum(1)
+        put(dq_ref, at, dq + product(by_queries, k))
+        dk = dk + product(by_queries, q, trans_a=True)
+        if by_keys is not None:
+            by_state = more[0] * since
+            read = read + (by_state * in_float32(k)).sum(1)
+            dk = dk + by_state + product(by_keys, k) + product(by_keys, k, trans_a=True)
+        put(dk_ref, at, dk)
+        return read, written, kept
 
-    none = jnp.zeros(size, jnp.float32)
     read, written, kept = _each(num_keys, keys, (none, none, jnp.float32(0)))
     # of the state before the chunk by queries from i on, of the state after it by keys before i, and of both
-    d_log = d_log + jnp.where(is_query, read[:, None], written[:, None]).sum(0)
-    d_log = d_log + (decay.all * kept).sum()
-    store(d_log_ref, d_log, mask=inside)
+    d_log = d_log + jnp.where(is_after, read[:, None], written[:, None]).sum(0)
+    store(d_log_ref, d_log + (decays.all * kept).sum(), mask=inside)
 
 
 def _each(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
