@@ -352,7 +352,7 @@ def _linear_backward(*, delta: bool) -> Callable[[str, int, LinearKernelConfig |
 
         def call(operands, d_out, d_state):
             device, spec = probe(), LinearSpec(scale=head_dim**-0.5)
-            if reason := _linear_why_not(operands, device, direction="backward"):
+            if reason := backends.linear("triton").why_not(operands, spec, device):
                 raise jfa.UnsupportedError(reason)
             chosen = config or linear_bwd.default_config(operands, device)
             interpret = device.platform == "cpu"
@@ -372,16 +372,10 @@ def _linear_backward_default(*, delta: bool) -> Callable[[DeviceInfo, str, int],
     return config
 
 
-def linear_why_not(
-    device: DeviceInfo, dtype: str, head_dim: int, *, delta: bool, direction: str = "forward"
-) -> str | None:
-    """Why the kernels of a direction do not support a call on a device; None if they do."""
-    return _linear_why_not(linear_operands(dtype, head_dim, delta=delta), device, direction=direction)
-
-
-def _linear_why_not(operands: LinearOperands, device: DeviceInfo, *, direction: str) -> str | None:
-    reason = backends.linear("triton").why_not(operands, LinearSpec(scale=1.0), device)
-    return reason or (linear_bwd.why_not(operands, device) if direction == "backward" else None)
+def linear_why_not(device: DeviceInfo, dtype: str, head_dim: int, *, delta: bool) -> str | None:
+    """Why the kernels do not support a call on a device; None if they do."""
+    operands = linear_operands(dtype, head_dim, delta=delta)
+    return backends.linear("triton").why_not(operands, LinearSpec(scale=1.0), device)
 
 
 def _linear_ops(name: str, *, delta: bool) -> list[Op]:

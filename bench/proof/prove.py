@@ -161,9 +161,7 @@ def _has(row: Row, case: linear_cases.LinearCase) -> bool:
 
 def _linear_supports(row: Row) -> bool:
     delta = row.op == "delta_attention"
-    return not ops.linear_why_not(
-        aot.device(row.arch), row.dtype, row.head_dim or 16, delta=delta, direction=row.direction
-    )
+    return not ops.linear_why_not(aot.device(row.arch), row.dtype, row.head_dim or 16, delta=delta)
 
 
 def _flash_truth(case: cases.Case, row: Row) -> cases.Truth:

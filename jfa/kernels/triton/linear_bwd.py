@@ -54,11 +54,6 @@ def default_config(operands: LinearOperands, device: DeviceInfo) -> LinearKernel
     return LinearKernelConfig(chunk_size=chunk, block_v=block_v, num_warps=warps, num_stages=1, block_d=block_d)
 
 
-def why_not(operands: LinearOperands, device: DeviceInfo) -> str | None:
-    """The reason why these kernels do not support a call that the forward kernel supports; None if they do."""
-    return None
-
-
 def linear_attention_bwd(
     operands: LinearOperands,
     d_out: Float[Array, "b t h dv"],
