@@ -37,7 +37,8 @@ def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
     """A Markdown table: for each kernel and architecture the highest level that all its records reached.
 
     executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
-    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line.
+    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line, and so
+    do kernels of one op and direction.
     """
     return _support([row for row in compiled if row["arch"] in names.ARCHS], proven, names.ARCHS)
 
@@ -50,7 +51,7 @@ def support_on_tpus(compiled: Sequence[Record], proven: Sequence[Record]) -> str
 def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequence[str]) -> str:
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     kernels = dict.fromkeys(row["kernel"] for row in compiled)
-    lines = [["kernel", *archs], ["---"] * (1 + len(archs))]
+    alike: dict[tuple, list[str]] = {}  # what a line says except the kernels, to these
     for kernel in kernels:
         named: dict[tuple[str, ...], list[str]] = {}
         for name, dtypes in DTYPES.items():
@@ -69,7 +70,10 @@ def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequen
                 for arch in archs
             )
             named.setdefault(cells, []).append(name)
-        lines += [[f"`{kernel}`, {' and '.join(of)}", *cells] for cells, of in named.items()]
+        for cells, of in named.items():
+            alike.setdefault((names.KERNELS.get(kernel, kernel), " and ".join(of), cells), []).append(f"`{kernel}`")
+    lines = [["kernel", *archs], ["---"] * (1 + len(archs))]
+    lines += [[f"{', '.join(of)}, {dtypes}", *cells] for (_, dtypes, cells), of in alike.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -88,7 +88,7 @@ def linear_attention(
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
     """The output of each token and the state after the last one, as reference.linear_attention defines them.
 
-    Not differentiable by itself: the backend pairs it with the backward pass of kernels/xla/linear.py.
+    Not differentiable by itself: the backend pairs it with linear_bwd.py.
     """
     b, t = operands.v.shape[:2]
 
