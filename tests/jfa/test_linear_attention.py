@@ -321,6 +321,20 @@ def test_on_a_gpu_a_call_is_one_kernel(kind, delta):
     assert ("delta_attention" if delta else "linear_attention") in text
 
 
+@pytest.mark.parametrize("kind", ["gfx942", "NVIDIA H200"])
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+def test_on_a_gpu_the_gradient_is_three_kernels(kind, delta):
+    platform = "cuda" if kind.startswith("NVIDIA") else "rocm"
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    arrays, more = arrays_of(LinearCase(dk=64, dv=64, delta=delta), "bfloat16")
+    gradient = jax.jit(jax.grad(lambda query, *rest: jfa.linear_attention(query, *rest, **more)[0].sum()))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        text = gradient.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+    op = "delta_attention" if delta else "linear_attention"
+    assert all(f"{op}_{part}" in text for part in ("states", "dstates", "dqkv"))
+    assert "jfa.linear_attention.xla" not in text
+
+
 QUICK_GRADIENTS = {"delta_and_groups": "float32", "lengths": "bfloat16", "mamba": "bfloat16", "segments": "float32"}
 GRADIENTS = [
     run(name, dtype, quick=QUICK_GRADIENTS.get(name) == dtype)
@@ -347,7 +361,7 @@ SIZES = {
 @pytest.mark.parametrize("size", [run(size, quick=size == "pieces") for size in SIZES])
 @pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
 def test_gradients_by_kernels_do_not_depend_on_tiles(size, delta):
-    case = LinearCase(hk=2, h=4, dk=40, dv=20, delta=delta, decays=(-3.0, 4.0), options=dict(scale=0.5))
+    case = LinearCase(b=1, hk=1, dk=40, dv=20, delta=delta, decays=(-3.0, 4.0), options=dict(scale=0.5))
     known = truth_of(case, "float32", seed=0)
     state, beta = known.options["initial_state"], known.options.get("beta")
     config = jfa.LinearKernelConfig(**SIZES[size], num_warps=4, num_stages=1)

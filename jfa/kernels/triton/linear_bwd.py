@@ -80,8 +80,8 @@ def linear_attention_bwd(
             tokens = {"q": q, "k": k, "v": v, "do": d_out}
         else:
             states, lacked = delta_bwd.states({"k": k, "v": v} | numbers, operands.state, **options)
-            tokens = {"q": q, "k": k, "do": d_out} | numbers
-            d_states, d_added, d_first = delta_bwd.d_states(tokens, d_state, scale=spec.scale, **options)
+            read = {"q": q, "k": k, "do": d_out} | numbers
+            d_states, d_added, d_first = delta_bwd.d_states(read, d_state, scale=spec.scale, **options)
             tokens = {"q": q, "k": k, "v": lacked, "do": d_out, "d_added": d_added}
         found = _gradients(tokens | numbers, states, d_states, scale=spec.scale, **options)
     dq, dk_, dv, d_log_decay, *d_beta = found
@@ -288,6 +288,7 @@ def _gradients_kernel(
 
     def erased(at) -> Float[Array, "chunk block_v"]:
         """The cotangent of what the state holds for the keys."""
+        assert beta is not None
         return (in_float32(rows("d_added", at)) * -beta).astype(dtype)
 
     def products(name: str) -> Float[Array, "chunk chunk"]:

@@ -83,6 +83,15 @@ def run(*arguments):
 
 
 @needs_matplotlib
+def test_kernels_of_one_op_and_direction_with_the_same_cells_share_a_line():
+    of_gradients = [compiled(kernel=name) for name in ("flash_attention_dq", "flash_attention_dkv")]
+    table = report.support([compiled(), *of_gradients], []).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| `flash_attention`, 16 bits",
+        "| `flash_attention_dq`, `flash_attention_dkv`, 16 bits",
+    ]
+
+
 def test_a_folder_becomes_one_page_and_tables(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([measured("prefill"), measured("prefill", seq_len=1024)]))
     refused = {key: value for key, value in measured("prefill", seq_len=2048).items() if "time" not in key}
