@@ -12,8 +12,8 @@ No program of the last kernel waits for another, and none holds a state: it read
 the dtype of the inputs, to which they are rounded for products anyway; their sums are float32. Gradients of queries and
 keys are summed over the value heads of a key head by XLA.
 
-The gradient of a logarithm is the sum over all that decays by it. Each of its terms is added up where it is, so that it
-is exact also where a decay near 0 leaves nothing: differences of sums over a chunk are not.
+The gradient of a decay's logarithm is the sum of all terms of which the decay is a factor. They are summed directly, so
+that it is precise also where a decay near 0 makes it tiny: differences of sums over a chunk round it away.
 
 Forward: linear.py, with the mathematics. Tested in tests/jfa/test_linear_attention.py.
 """
