@@ -20,10 +20,20 @@ KERNELS = {
     "quantized_matmul_few_rows": ("quantized_matmul_few_rows", "forward"),
     "quantized_matmul": ("quantized_matmul", "forward"),
     "linear_attention": ("linear_attention", "forward"),
+    "linear_attention_states": ("linear_attention", "backward"),
+    "linear_attention_dstates": ("linear_attention", "backward"),
+    "linear_attention_dqkv": ("linear_attention", "backward"),
     "delta_attention": ("delta_attention", "forward"),  # linear attention with the delta rule
+    "delta_attention_states": ("delta_attention", "backward"),
+    "delta_attention_dstates": ("delta_attention", "backward"),
+    "delta_attention_dqkv": ("delta_attention", "backward"),
 }
 # that have tables
-TUNED = tuple(name for name in KERNELS if name not in ("flash_attention_bwd", "linear_attention", "delta_attention"))
+TUNED = tuple(
+    name
+    for name, (op, _) in KERNELS.items()
+    if name != "flash_attention_bwd" and op not in ("linear_attention", "delta_attention")
+)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))

@@ -11,7 +11,7 @@ import numpy as np
 import jfa
 from jfa import backends, quant
 from jfa.device import probe
-from jfa.kernels.triton import flash_bwd
+from jfa.kernels.triton import flash_bwd, linear_bwd
 from jfa.types import (
     AttentionSpec,
     DeviceInfo,
@@ -342,10 +342,67 @@ def _linear_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKe
     return config
 
 
+def _linear_backward(*, delta: bool) -> Callable[[str, int, LinearKernelConfig | None, str], tuple[Callable, tuple]]:
+    """The backward pass of _linear's call; config is used for each of its kernels."""
+
+    def call_of(dtype: str, head_dim: int, config: LinearKernelConfig | None, variant: str) -> tuple[Callable, tuple]:
+        if variant == "padded head_dim":
+            head_dim = head_dim * 5 // 8
+        operands = linear_operands(dtype, head_dim, delta=delta)
+
+        def call(operands, d_out, d_state):
+            device, spec = probe(), LinearSpec(scale=head_dim**-0.5)
+            if reason := backends.linear("triton").why_not(operands, spec, device):
+                raise jfa.UnsupportedError(reason)
+            chosen = config or linear_bwd.default_config(operands, device)
+            interpret = device.platform == "cpu"
+            return linear_bwd.linear_attention_bwd(
+                operands, d_out, d_state, spec=spec, config=chosen, interpret=interpret
+            )
+
+        return call, (operands, operands.v, operands.state)
+
+    return call_of
+
+
+def _linear_backward_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKernelConfig]:
+    def config(device: DeviceInfo, dtype: str, head_dim: int) -> LinearKernelConfig:
+        return linear_bwd.default_config(linear_operands(dtype, head_dim, delta=delta), device)
+
+    return config
+
+
 def linear_why_not(device: DeviceInfo, dtype: str, head_dim: int, *, delta: bool) -> str | None:
-    """Why the kernel does not support a call on a device; None if it does."""
+    """Why the kernels do not support a call on a device; None if they do."""
     operands = linear_operands(dtype, head_dim, delta=delta)
     return backends.linear("triton").why_not(operands, LinearSpec(scale=1.0), device)
+
+
+def _linear_ops(name: str, *, delta: bool) -> list[Op]:
+    """The forward kernel and those of the backward pass.
+
+    They have no tuning tables: RDNA has no tile for some entries, and the figures do not see the substitution's loop.
+    """
+    forward = Op(
+        name=name,
+        direction="forward",
+        kernel=name,
+        config_type=LinearKernelConfig,
+        call=_linear(delta=delta),
+        default_config=_linear_default(delta=delta),
+        variants=("rows", "padded head_dim"),
+        dtypes=names.LINEAR_DTYPES,
+        sweep=None,
+    )
+    backward = dataclasses.replace(
+        forward,
+        direction="backward",
+        call=_linear_backward(delta=delta),
+        default_config=_linear_backward_default(delta=delta),
+        variants=("padded head_dim",),
+    )
+    kernels = (f"{name}_{part}" for part in ("states", "dstates", "dqkv"))
+    return [forward, *(dataclasses.replace(backward, kernel=kernel) for kernel in kernels)]
 
 
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
@@ -628,18 +685,9 @@ OPS = (
         ),
     ),
     *(
-        Op(
-            name=kernel,
-            direction="forward",
-            kernel=kernel,
-            config_type=LinearKernelConfig,
-            call=_linear(delta=delta),
-            default_config=_linear_default(delta=delta),
-            variants=("rows", "padded head_dim"),
-            dtypes=names.LINEAR_DTYPES,
-            sweep=None,  # RDNA has no tile for some of its entries, and the figures do not see the substitution's loop
-        )
-        for kernel, delta in (("linear_attention", False), ("delta_attention", True))
+        op
+        for name, delta in (("linear_attention", False), ("delta_attention", True))
+        for op in _linear_ops(name, delta=delta)
     ),
 )
 ON_GPUS = tuple(op for op in OPS if op.kernel in names.GPU_KERNELS)

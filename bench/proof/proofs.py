@@ -328,16 +328,7 @@ def of_chunks(truth: LinearTruth, arch: str, **options: Any) -> Verdict:
 
 def linear_check(truth: LinearTruth, implementation: Implementation | None) -> Check:
     """Like forward_check, for linear attention: the output, and the state after the last token of each row."""
-    scale = truth.options.get("scale")
-    given = {name: x for name, x in truth.options.items() if name != "scale"}
-    arrays = tuple(map(np.array, truth.arrays))
-    if (lengths := given.get("seq_lengths")) is not None:
-        of_tokens = [*arrays]
-        if "beta" in given:
-            of_tokens.append(np.array(given["beta"]))
-            given["beta"] = of_tokens[-1]
-        for x, (row, length) in itertools.product(of_tokens, enumerate(lengths)):
-            x[row, length:] = np.nan
+    scale, arrays, given = _poisoned_tokens(truth)
 
     def call(arrays, given):
         return getattr(jfa, truth.op)(*arrays, scale=scale, implementation=implementation, **given)
@@ -348,3 +339,47 @@ def linear_check(truth: LinearTruth, implementation: Implementation | None) -> C
         numerics.limit(truth.state, truth.plain_state, dtype),
     )
     return Check(call, (arrays, given), (truth.out, truth.state), limits)
+
+
+def of_chunks_backward(truth: LinearTruth, arch: str, **options: Any) -> Verdict:
+    """Like backward, for linear attention."""
+    return verdict(*linear_backward_check(truth, "triton"), arch=arch, **options)
+
+
+def linear_backward_check(truth: LinearTruth, implementation: Implementation | None) -> Check:
+    """Like backward_check, for linear attention."""
+    scale, arrays, given = _poisoned_tokens(truth)
+    given |= dict(zip(("query", "key", "value", "log_decay"), arrays, strict=True))
+    others = {name: x for name, x in given.items() if name not in truth.gradients}
+    names = tuple(truth.gradients)
+
+    def call(values, others):
+        def loss(values):
+            options = dict(zip(names, values, strict=True)) | others
+            found = jfa.linear_attention(**options, scale=scale, implementation=implementation)
+            return sum(
+                (x.astype(jnp.float32) * d.astype(jnp.float32)).sum()
+                for x, d in zip(found, truth.cotangents, strict=True)
+            )
+
+        return jax.grad(loss)(values)
+
+    dtype = arrays[2].dtype
+    limits = [numerics.limit(*pair, dtype, products=GRADIENT_PRODUCTS) for pair in truth.gradients.values()]
+    args = tuple(given[name] for name in names), others
+    return Check(call, args, [want for want, _ in truth.gradients.values()], limits)
+
+
+def _poisoned_tokens(truth: LinearTruth) -> tuple[float | None, tuple[np.ndarray, ...], dict[str, Any]]:
+    """(scale, arrays, other options) of a case, with NaN in tokens past a row's length."""
+    scale = truth.options.get("scale")
+    given = {name: x for name, x in truth.options.items() if name != "scale"}
+    arrays = tuple(map(np.array, truth.arrays))
+    if (lengths := given.get("seq_lengths")) is not None:
+        of_tokens = [*arrays]
+        if "beta" in given:
+            of_tokens.append(np.array(given["beta"]))
+            given["beta"] = of_tokens[-1]
+        for x, (row, length) in itertools.product(of_tokens, enumerate(lengths)):
+            x[row, length:] = np.nan
+    return scale, arrays, given

@@ -30,9 +30,11 @@ from .proofs import (
     forward,
     forward_check,
     interpreted,
+    linear_backward_check,
     linear_check,
     linear_tile_cases,
     of_chunks,
+    of_chunks_backward,
     of_weight,
     over_pages,
     paged_check,
@@ -97,7 +99,9 @@ def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(row: Row, head_dim: int) -> Any:
-    op = next(op for op in ops.OPS if op.kernel == row.op)
+    linear = row.op in ("linear_attention", "delta_attention")  # whose backward pass has tiles of its own
+    direction = row.direction if linear else "forward"
+    op = next(op for op in ops.OPS if (op.name, op.direction) == (row.op, direction))
     # the tiles of a v5e are too large to interpret many of them
     if row.arch == names.INTERPRETED:
         return TpuConfig(block_q=128, block_kv=128)
@@ -144,9 +148,15 @@ def _linear_cases(row: Row) -> dict[str, linear_cases.LinearCase]:
     delta = row.op == "delta_attention"
     if row.head_dim is None:
         on_gpus = {name: linear_cases.CASES[name] for name in linear_cases.ON_GPUS}
-        return _named(row, {name: case for name, case in on_gpus.items() if case.delta == delta})
+        return _named(row, {name: case for name, case in on_gpus.items() if case.delta == delta and _has(row, case)})
     found = linear_tile_cases(_config(row, row.head_dim), row.head_dim, delta=delta)
-    return {name: case for name, case in found.items() if not row.quick or name in ("lengths_and_segments", "rows")}
+    few = ("lengths_and_segments", "rows")
+    return {name: case for name, case in found.items() if _has(row, case) and (not row.quick or name in few)}
+
+
+def _has(row: Row, case: linear_cases.LinearCase) -> bool:
+    """Whether a row's direction exists for a case: rows that are concatenated have no gradient."""
+    return row.direction == "forward" or case.rows is None
 
 
 def _linear_supports(row: Row) -> bool:
@@ -219,6 +229,10 @@ PROOFS: dict[tuple[str, str], Proof] = {
 } | {(op, "forward"): _PAGED for op in ("paged_decode_attention", "ragged_paged_attention")}
 PROOFS |= {(op, "forward"): _PRODUCTS for op in ("quantized_matmul_few_rows", "quantized_matmul")}
 PROOFS |= {(op, "forward"): _LINEAR for op in ("linear_attention", "delta_attention")}
+_LINEAR_BACKWARD = dataclasses.replace(
+    _LINEAR, run=of_chunks_backward, check=linear_backward_check, quick=(("bfloat16", None),)
+)
+PROOFS |= {(op, "backward"): _LINEAR_BACKWARD for op in ("linear_attention", "delta_attention")}
 
 
 def prove_row(row: Row) -> dict[str, Any]:

@@ -34,10 +34,10 @@ Record = Mapping[str, Any]
 
 
 def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
-    """A Markdown table: for each kernel and architecture the highest level that all its records reached.
+    """A Markdown table: for the kernels of an op and direction, the highest level that all their records reached.
 
     executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
-    of spilled registers is that of the worst configuration. Dtypes of a kernel with the same cells share a line.
+    of spilled registers is that of the worst configuration. Dtypes with the same cells share a line.
     """
     return _support([row for row in compiled if row["arch"] in names.ARCHS], proven, names.ARCHS)
 
@@ -49,27 +49,29 @@ def support_on_tpus(compiled: Sequence[Record], proven: Sequence[Record]) -> str
 
 def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequence[str]) -> str:
     compiled = [row for row in compiled if row["status"] != "unsupported"]
-    kernels = dict.fromkeys(row["kernel"] for row in compiled)
+    groups: dict[Any, list[str]] = {}  # the kernels of an op and direction
+    for kernel in dict.fromkeys(row["kernel"] for row in compiled):
+        groups.setdefault(names.KERNELS.get(kernel, kernel), []).append(kernel)
     lines = [["kernel", *archs], ["---"] * (1 + len(archs))]
-    for kernel in kernels:
+    for kernels in groups.values():
         named: dict[tuple[str, ...], list[str]] = {}
         for name, dtypes in DTYPES.items():
-            if not any(row["kernel"] == kernel and row["dtype"] in dtypes for row in compiled):
+            rows = [row for row in compiled if row["kernel"] in kernels and row["dtype"] in dtypes]
+            if not rows:
                 continue
+            executed = [r for r in proven if r["dtype"] in dtypes and set(kernels) & set(r.get("kernels", ()))]
             cells = tuple(
                 _cell(
-                    [r for r in compiled if (r["kernel"], r["arch"]) == (kernel, arch) and r["dtype"] in dtypes],
-                    [
-                        r
-                        for r in proven
-                        if r["arch"] == _proven_on(arch) and r["dtype"] in dtypes and kernel in r.get("kernels", ())
-                    ],
+                    [r for r in rows if r["arch"] == arch],
+                    [r for r in executed if r["arch"] == _proven_on(arch)],
+                    kernels,
                     arch,
                 )
                 for arch in archs
             )
             named.setdefault(cells, []).append(name)
-        lines += [[f"`{kernel}`, {' and '.join(of)}", *cells] for cells, of in named.items()]
+        shown = ", ".join(f"`{kernel}`" for kernel in kernels)
+        lines += [[f"{shown}, {' and '.join(of)}", *cells] for cells, of in named.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -104,9 +106,10 @@ def _proven_on(arch: str) -> str:
     return names.INTERPRETED if arch in names.TPU_ARCHS else arch
 
 
-def _cell(compiled: Sequence[Record], proven: Sequence[Record], arch: str) -> str:
+def _cell(compiled: Sequence[Record], proven: Sequence[Record], kernels: Sequence[str], arch: str) -> str:
     has_code = bool(compiled) and all(row["status"] in ("ok", "spills") for row in compiled)
-    passed = bool(proven) and all(row["status"] == "ok" for row in proven)
+    ran = {kernel for row in proven for kernel in row["kernels"]}
+    passed = ran >= set(kernels) and all(row["status"] == "ok" for row in proven)
     if arch in names.TPU_ARCHS:
         return ", ".join(name for name, reached in (("compiled", has_code), ("interpreted", passed)) if reached)
     if not has_code:

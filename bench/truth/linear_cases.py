@@ -73,6 +73,21 @@ class LinearTruth:
     plain_out: np.ndarray
     plain_state: np.ndarray
 
+    @functools.cached_property
+    def cotangents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the output, in the dtype of the inputs, and of the state."""
+        rng = np.random.default_rng(1)
+        d_out = rng.standard_normal(self.out.shape).astype(self.arrays[2].dtype)
+        return d_out, rng.standard_normal(self.state.shape).astype(np.float32)
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The gradients by the names of the arguments: (exact ones, those of the recurrence in float32)."""
+        exact, plain = (
+            gradients(self.arrays, *self.cotangents, **self.options, dtype=dtype) for dtype in (np.float64, np.float32)
+        )
+        return {name: (want, plain[name]) for name, want in exact.items()}
+
 
 @functools.lru_cache(maxsize=64)
 def truth(name: str, dtype: str) -> LinearTruth:
@@ -174,3 +189,57 @@ def recurrence(
                 states[row, head] = state + np.outer(k[row, i, head], new)
                 out[row, i, head] = states[row, head].T @ q[row, i, head] * (dk**-0.5 if scale is None else scale)
     return out, states
+
+
+def gradients(
+    arrays: Any,
+    d_out: Any,
+    d_state: Any,
+    *,
+    beta: Any = None,
+    initial_state: Any = None,
+    scale: float | None = None,
+    seq_lengths: Any = None,
+    segment_ids: Any = None,
+    dtype: Any = np.float64,
+) -> dict[str, np.ndarray]:
+    """The gradients of all arguments of `recurrence` that are given, by the names of jfa.linear_attention."""
+    q, k, v, log_decay = (np.asarray(x, dtype) for x in arrays)
+    (b, t, h, _), (hk, dk) = v.shape, k.shape[2:]
+    q, k = (np.repeat(x, h // hk, axis=2) for x in (q, k))
+    log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+    d_q, d_k, d_v, d_log = (np.zeros(x.shape, dtype) for x in (q, k, v, log_decay))
+    d_beta, d_first = np.zeros((b, t, h), dtype), np.array(d_state, dtype)
+    scale = dk**-0.5 if scale is None else scale
+    for row in range(b):
+        state = np.zeros(d_first.shape[1:], dtype) if initial_state is None else np.array(initial_state[row], dtype)
+        known = []  # of each token: its decay, the decayed state, what the state lacked, what was added, the state
+        for i in range(t if seq_lengths is None else seq_lengths[row]):
+            drops = segment_ids is not None and i and segment_ids[row, i] != segment_ids[row, i - 1]
+            decay = np.exp(log_decay[row, i])[..., None] * (0 if drops else 1)
+            decayed, new = decay * state, v[row, i]
+            if beta is not None:
+                new = new - np.einsum("hkv,hk->hv", decayed, k[row, i])
+            added = new if beta is None else np.asarray(beta[row, i], dtype)[:, None] * new
+            state = decayed + k[row, i, :, :, None] * added[:, None]
+            known.append((decay, decayed, new, added, state))
+        d = d_first[row]
+        for i, (decay, decayed, new, added, state) in reversed(list(enumerate(known))):
+            do = np.asarray(d_out[row, i], dtype) * dtype(scale)
+            d_q[row, i] = np.einsum("hkv,hv->hk", state, do)
+            d = d + q[row, i, :, :, None] * do[:, None]
+            d_k[row, i] = np.einsum("hkv,hv->hk", d, added)
+            d_added = np.einsum("hkv,hk->hv", d, k[row, i])
+            d_v[row, i] = d_added
+            if beta is not None:
+                d_beta[row, i] = (d_added * new).sum(-1)
+                d_v[row, i] = np.asarray(beta[row, i], dtype)[:, None] * d_added
+                d = d - k[row, i, :, :, None] * d_v[row, i][:, None]
+                d_k[row, i] -= np.einsum("hkv,hv->hk", decayed, d_v[row, i])
+            d_log[row, i] = (d * decayed).sum(-1 if log_decay.shape[3] > 1 else (1, 2)).reshape(h, -1)
+            d = decay * d
+        d_first[row] = d
+    d_q, d_k = (x.reshape(b, t, hk, h // hk, dk).sum(3) for x in (d_q, d_k))
+    found = {"query": d_q, "key": d_k, "value": d_v, "log_decay": d_log.reshape(np.shape(arrays[3]))}
+    found |= {} if beta is None else {"beta": d_beta}
+    return found | ({} if initial_state is None else {"initial_state": d_first})

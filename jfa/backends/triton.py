@@ -4,15 +4,13 @@ On a CPU the kernels are interpreted.
 """
 
 import dataclasses
-import functools
 
 import jax
 
 from jfa import tuning
 from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
 from jfa.block_mask import BlockMask, SparseOperands
-from jfa.kernels.triton import casts, flash, flash_bwd, linear, paged, products
-from jfa.kernels.xla import linear as linear_in_xla
+from jfa.kernels.triton import casts, flash, flash_bwd, linear, linear_bwd, paged, products
 from jfa.rules import with_default_rules
 from jfa.types import (
     AttentionSpec,
@@ -143,10 +141,14 @@ def _run_linear(operands, spec, config, device):
 
     @with_default_rules  # it is traced when the caller asks for the gradient
     def backward(operands, cotangents):
-        # XLA's chunks compute what the kernel does
-        in_chunks = functools.partial(linear_in_xla.linear_attention, spec=spec)
-        default = linear_in_xla.default_config(operands, device)
-        return jax.vjp(functools.partial(in_chunks, config=default), operands)[1](cotangents)
+        found = linear_bwd.linear_attention_bwd(
+            operands,
+            *cotangents,
+            spec=spec,
+            config=linear_bwd.default_config(operands, device),
+            interpret=device.platform == "cpu",
+        )
+        return (found,)
 
     run.defvjp(lambda operands: (run(operands), operands), backward)
     return run(operands)

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from runs import run
 
 import jfa
-from jfa_bench.truth.linear_cases import CASES, SEGMENTS, LinearCase, arrays_of, recurrence, truth
+from jfa.kernels.triton.linear_bwd import linear_attention_bwd
+from jfa.types import LinearOperands, LinearSpec
+from jfa_bench.proof.proofs import linear_backward_check
+from jfa_bench.truth.linear_cases import CASES, SEGMENTS, LinearCase, arrays_of, recurrence, truth, truth_of
 from jfa_bench.truth.numerics import assert_within, limit
 
 BACKENDS = {
@@ -133,10 +137,10 @@ def test_gradients_agree_with_differences_of_the_oracle(name, size):
         found = run(given[:4], **dict(zip(names, given[4:], strict=True)), **others)
         return sum((x * w).sum() for x, w in zip(found, weights, strict=True))
 
-    def run(arrays, **more):
+    def in_chunks(arrays, **more):
         return jfa.linear_attention(*arrays, config=jfa.LinearConfig(chunk_size=size), **more)
 
-    grads = jax.jit(jax.grad(functools.partial(loss, run), argnums=tuple(range(len(given)))))(*given)
+    grads = jax.jit(jax.grad(functools.partial(loss, in_chunks), argnums=tuple(range(len(given)))))(*given)
     for i, grad in enumerate(grads):
         direction = rng.standard_normal(given[i].shape) * np.abs(given[i])
 
@@ -317,18 +321,68 @@ def test_on_a_gpu_a_call_is_one_kernel(kind, delta):
     assert ("delta_attention" if delta else "linear_attention") in text
 
 
-def test_the_gradient_through_the_kernel_is_that_of_its_chunks():
-    known = truth("delta_and_groups", "float32")
+@pytest.mark.parametrize("kind", ["gfx942", "NVIDIA H200"])
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+def test_on_a_gpu_the_gradient_is_three_kernels(kind, delta):
+    platform = "cuda" if kind.startswith("NVIDIA") else "rocm"
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    arrays, more = arrays_of(LinearCase(dk=64, dv=64, delta=delta), "bfloat16")
+    gradient = jax.jit(jax.grad(lambda query, *rest: jfa.linear_attention(query, *rest, **more)[0].sum()))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        text = gradient.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+    op = "delta_attention" if delta else "linear_attention"
+    assert all(f"{op}_{part}" in text for part in ("states", "dstates", "dqkv"))
+    assert "jfa.linear_attention.xla" not in text
 
-    def loss(backend, *arrays):
-        out, state = attend(dataclasses.replace(known, arrays=arrays), backend)
-        return (out * jnp.cos(out)).sum() + (state * jnp.sin(state)).sum()
 
-    found, want = (
-        jax.grad(functools.partial(loss, name), argnums=(0, 1, 2, 3))(*known.arrays) for name in ("triton", "xla")
+QUICK_GRADIENTS = {"delta_and_groups": "float32", "lengths": "bfloat16", "mamba": "bfloat16", "segments": "float32"}
+GRADIENTS = [
+    run(name, dtype, quick=QUICK_GRADIENTS.get(name) == dtype)
+    for name, case in CASES.items()
+    for dtype in ("float32", "bfloat16")
+    if not case.by_columns and case.rows is None
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), GRADIENTS)
+def test_gradients_through_the_kernels_agree_with_the_oracle(name, dtype):
+    fn, args, wanted, limits = linear_backward_check(truth(name, dtype), "triton")
+    for got, want, allowed in zip(jax.jit(fn)(*args), wanted, limits, strict=True):
+        assert_within(got, want, allowed)
+
+
+SIZES = {
+    "pieces": dict(chunk_size=16, block_v=16, block_d=16),  # several of the keys and of the values
+    "one_chunk": dict(chunk_size=64, block_v=32),
+    "wide": dict(chunk_size=32, block_v=64, block_d=64),  # wider than keys and values
+}
+
+
+@pytest.mark.parametrize("size", [run(size, quick=size == "pieces") for size in SIZES])
+@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
+def test_gradients_by_kernels_do_not_depend_on_tiles(size, delta):
+    case = LinearCase(b=1, hk=1, dk=40, dv=20, delta=delta, decays=(-3.0, 4.0), options=dict(scale=0.5))
+    known = truth_of(case, "float32", seed=0)
+    state, beta = known.options["initial_state"], known.options.get("beta")
+    config = jfa.LinearKernelConfig(**SIZES[size], num_warps=4, num_stages=1)
+    kernels = jax.jit(
+        functools.partial(linear_attention_bwd, spec=LinearSpec(scale=0.5), config=config, interpret=True)
     )
-    for got, expected in zip(found, want, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    found = kernels(LinearOperands(*known.arrays, state=state, beta=beta), *known.cotangents)
+    shown = dict(zip(("query", "key", "value", "log_decay", "initial_state", "beta"), found, strict=True))
+    for name, (want, plain) in known.gradients.items():
+        assert_within(shown[name], want, limit(want, plain, np.float32, products=3))
+
+
+def test_a_decay_of_zero_has_no_gradient():
+    q, k, v, log_decay = truth("mamba", "float32").arrays
+    log_decay = np.where(np.arange(log_decay.shape[1])[:, None] % 3 == 2, -np.inf, log_decay)
+
+    def loss(log_decay):
+        return jfa.linear_attention(q, k, v, log_decay, implementation="triton")[0].sum()
+
+    found = np.asarray(jax.jit(jax.grad(loss))(log_decay))
+    assert not found[:, 2::3].any() and found[:, 1::3].all() and np.isfinite(found).all()
 
 
 def test_the_gradient_through_the_kernel_does_not_need_promotion_of_ranks():
@@ -339,7 +393,7 @@ def test_the_gradient_through_the_kernel_does_not_need_promotion_of_ranks():
         return attend(dataclasses.replace(known, arrays=(q, k, v, log_decay)), "triton")[0].sum()
 
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        found = jax.grad(loss)(v)
+        found = jax.jit(jax.grad(loss))(v)
     assert np.isfinite(found).all()
 
 

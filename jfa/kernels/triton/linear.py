@@ -14,12 +14,12 @@ Sources: arXiv:2405.21060, section 6; arXiv:2412.06464, section 3. Tested in tes
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jfa.kernels.common import output
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
@@ -88,7 +88,7 @@ def linear_attention(
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b h dk dv"]]:
     """The output of each token and the state after the last one, as reference.linear_attention defines them.
 
-    Not differentiable by itself: the backend pairs it with the backward pass of kernels/xla/linear.py.
+    Not differentiable by itself: the backend pairs it with linear_bwd.py.
     """
     b, t = operands.v.shape[:2]
 
@@ -112,15 +112,13 @@ def ragged_linear_attention(
     """The output of each token and all states, as reference.ragged_linear_attention defines them."""
     _, n, h, dv = operands.v.shape
     chunk, dk = config.chunk_size, operands.k.shape[3]
-    # logarithms to base 2, integers and fractions apart: see _sums
-    log_decay = jnp.maximum(operands.log_decay[0] * LOG2_E, _FORGETS)
-    whole = jnp.round(log_decay)
+    whole, rest = parts_of(operands.log_decay[0])
     arrays: dict[str, Any] = {
         "q": operands.q[0],
         "k": operands.k[0],
         "v": operands.v[0],
         "whole": whole,
-        "rest": log_decay - whole,
+        "rest": rest,
         "states": operands.state,
         "slot": rows.slot,
         "query_start": rows.query_start,
@@ -155,6 +153,54 @@ def ragged_linear_attention(
         out, after = call(*arrays.values())
     is_real = jnp.arange(n) < rows.query_start[-1]  # no program writes tokens that belong to no row
     return jnp.where(is_real[:, None, None], out, 0)[None], after
+
+
+def parts_of(log_decay: Float[Array, "*t h"]) -> tuple[Float[Array, "*t h"], Float[Array, "*t h"]]:
+    """The logarithms to base 2, as integers and fractions: see _sums in kernels/xla/linear.py."""
+    log_decay = jnp.maximum(log_decay * LOG2_E, _FORGETS)
+    whole = jnp.round(log_decay)
+    return whole, log_decay - whole
+
+
+def forgets(log_decay: Float[Array, "*t h"]) -> Bool[Array, "*t h"]:
+    """Whether a token drops the state, as -inf does."""
+    return log_decay * LOG2_E <= _FORGETS
+
+
+class Decays(NamedTuple):
+    """The decays of a chunk. Each property is computed where it is read."""
+
+    whole: Float[Array, " chunk"]  # parts_of a head's logarithms
+    rest: Float[Array, " chunk"]
+    wholes: Float[Array, " chunk"]  # their sums up to each token
+    rests: Float[Array, " chunk"]
+
+    @classmethod
+    def of(cls, whole: Float[Array, " chunk"], rest: Float[Array, " chunk"]) -> "Decays":
+        """The decays by parts_of the logarithms of a chunk's tokens."""
+        return cls(whole, rest, jnp.cumsum(whole), jnp.cumsum(rest))
+
+    @property
+    def between(self) -> Float[Array, "chunk chunk"]:
+        """[i, j]: after token j up to token i; 0 if j is after i."""
+        token = jnp.arange(self.whole.shape[0])
+        sums = (self.wholes[:, None] - self.wholes[None, :]) + (self.rests[:, None] - self.rests[None, :])
+        return exp2(jnp.where(token[:, None] >= token[None, :], sums, -jnp.inf))
+
+    @property
+    def since(self) -> Float[Array, " chunk"]:
+        """From the chunk's start up to each token."""
+        return exp2(self.wholes + self.rests)
+
+    @property
+    def until_end(self) -> Float[Array, " chunk"]:
+        """After each token."""
+        return exp2((self.whole.sum() - self.wholes) + (self.rest.sum() - self.rests))
+
+    @property
+    def all(self) -> Float[Array, "1 1"]:
+        """Of the whole chunk."""
+        return exp2(jnp.full((1, 1), self.whole.sum() + self.rest.sum()))
 
 
 def _kernel(
@@ -212,11 +258,8 @@ def _kernel(
             )
             return functools.reduce(jnp.add, parts)
 
-        whole, rest = number("whole"), number("rest")
-        wholes, rests = jnp.cumsum(whole), jnp.cumsum(rest)
-        between = (wholes[:, None] - wholes[None, :]) + (rests[:, None] - rests[None, :])
-        decay = exp2(jnp.where(token[:, None] >= token[None, :], between, -jnp.inf))
-        since = exp2(wholes + rests)[:, None]
+        decays = Decays.of(number("whole"), number("rest"))
+        decay, since = decays.between, decays.since[:, None]
         if "beta" in ref:
             beta = number("beta")[:, None]
             before = token[:, None] > token[None, :]
@@ -233,10 +276,8 @@ def _kernel(
         weights = (with_keys(q_of, 3) * decay).astype(dtype)
         out = (product(weights, v.astype(dtype)) + since * with_state(q_of, 4)) * spec.scale
         store(o_ref.at[values], out.astype(dtype), mask=mask)
-        total, total_rest = whole.sum(), rest.sum()
-        until_end = exp2((total - wholes) + (total_rest - rests))[:, None]
-        decayed = (v.astype(jnp.float32) * until_end).astype(dtype)
-        factor = exp2(jnp.full((1, 1), total + total_rest))
+        decayed = (v.astype(jnp.float32) * decays.until_end[:, None]).astype(dtype)
+        factor = decays.all
         return tuple(
             part * factor + product(k_of(piece, at(use=5)), decayed, trans_a=True)
             for piece, part in zip(pieces, state, strict=True)

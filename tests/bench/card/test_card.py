@@ -305,6 +305,7 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
     paged = {name: case.queries for name, case in paged_cases.CASES.items()}
     products = {name: product_cases.CASES[name].rows <= 16 for name in product_cases.ON_GPUS}
     linear = {name: linear_cases.CASES[name].delta for name in linear_cases.ON_GPUS}
+    differentiated = {name: delta for name, delta in linear.items() if linear_cases.CASES[name].rows is None}
     assert named == {
         *(("flash_attention", direction, name) for direction in ("forward", "backward") for name in cases.CASES),
         *(("paged_decode_attention", "forward", name) for name, queries in paged.items() if queries is None),
@@ -313,6 +314,8 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
         *(("quantized_matmul", "forward", name) for name, few in products.items() if not few),
         *(("linear_attention", "forward", name) for name, delta in linear.items() if not delta),
         *(("delta_attention", "forward", name) for name, delta in linear.items() if delta),
+        *(("linear_attention", "backward", name) for name, delta in differentiated.items() if not delta),
+        *(("delta_attention", "backward", name) for name, delta in differentiated.items() if delta),
     }
     assert any(row.head_dim is not None for row in rows) == tiles
 

@@ -85,6 +85,22 @@ def test_linear_attention_runs_as_machine_code(name, arch):
     assert found.kernels == ("delta_attention" if linear_cases.CASES[name].delta else "linear_attention",)
 
 
+QUICK_LINEAR_GRADIENTS = (("segments", "gfx1100"),)
+LINEAR_GRADIENTS = [
+    run(name, arch, quick=(name, arch) in QUICK_LINEAR_GRADIENTS)
+    for name in ("segments", "lengths")
+    for arch in names.EXECUTED_ARCHS
+]
+
+
+@pytest.mark.parametrize(("name", "arch"), LINEAR_GRADIENTS)
+def test_gradients_of_linear_attention_run_as_machine_code(name, arch):
+    found = proofs.of_chunks_backward(linear_cases.truth(name, "bfloat16"), arch)
+    assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
+    kernel = "delta_attention" if linear_cases.CASES[name].delta else "linear_attention"
+    assert found.kernels == (kernel, *(f"{kernel}_{part}" for part in ("states", "dstates", "dqkv")))
+
+
 def test_rows_that_a_kernel_refuses_are_left_out():
     rows = prove.rows(["gfx942", "gfx1100"], ["linear_attention", "delta_attention"], ["forward"])
     for op, dtype, head_dim in (("linear_attention", "float32", 128), ("delta_attention", "bfloat16", 256)):

@@ -83,6 +83,18 @@ def run(*arguments):
 
 
 @needs_matplotlib
+def test_kernels_of_one_op_and_direction_share_a_line_with_the_worst_of_them():
+    parts = ["flash_attention_dq", "flash_attention_dkv"]
+    of_gradients = [compiled(kernel=parts[0]), compiled(kernel=parts[1], status="spills", vgpr_spills=3)]
+    table = report.support([compiled(), *of_gradients], [proven(kernels=parts)]).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| `flash_attention`, 16 bits",
+        "| `flash_attention_dq`, `flash_attention_dkv`, 16 bits",
+    ]
+    assert " executed, 3 spilled " in table[3]
+    assert cell(of_gradients, [proven(kernels=parts[:1])]) == "compiled, 3 spilled", "one of them did not run"
+
+
 def test_a_folder_becomes_one_page_and_tables(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([measured("prefill"), measured("prefill", seq_len=1024)]))
     refused = {key: value for key, value in measured("prefill", seq_len=2048).items() if "time" not in key}
