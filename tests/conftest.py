@@ -18,17 +18,24 @@ _MOST_MAPS = 20_000  # of a process; Linux allows 65,530, and XLA on a CPU crash
 _MAPS = Path("/proc/self/maps")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_programs_in_memory():
-    """Drops compiled programs before they fill the process's table of memory maps, of which each needs a few.
-
-    Only between files: a test may rely on what a fixture of its file has compiled.
-    """
+def drop_programs() -> None:
+    """Drops compiled programs before they fill the process's table of memory maps, of which each needs a few."""
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         import jax
 
         jax.clear_caches()
-    yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs_in_memory():
+    """Only between files: a test may rely on what a fixture of its file has compiled."""
+    drop_programs()
+
+
+@pytest.fixture
+def few_programs_before():
+    """For tests that compile very many programs, and rely on none."""
+    drop_programs()
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -439,12 +441,18 @@ def speculation_command(
         language_model,
         found,
         named,
-        case={"model": model, "dtype": language_model.dtype.name, "quantization": quantization},
+        # as they are held, which is what a CPU chooses if nothing is given
+        case={"model": model, "dtype": language_model.dtype.name, "quantization": _held(language_model.params)},
         batch=batch,
         output_len=output_len,
         rounds=rounds,
     )
     output.present(records, "speculation", total=len(named) * (len(found) + len({one["kind"] for one in found})))
+
+
+def _held(params: Iterable[Any]) -> str | None:
+    """The kind of the quantized weights; None: there are none."""
+    return next((kind for x in params if (kind := getattr(x, "kind", None)) is not None), None)
 
 
 def _config_name(config: dict) -> str:

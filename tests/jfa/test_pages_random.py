@@ -392,7 +392,7 @@ def drive(device, rng, steps):
     device.settle()
 
 
-@pytest.mark.parametrize("count", [run(10_000, quick=True), run(100_000, quick=False)])
+@pytest.mark.parametrize("count", [run(10_000, quick=True), run(100_000, quick=False, soak=True)])
 def test_a_seeded_workload_of_many_operations(count):
     rng = random.Random(20230612)
     total = Counter()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf.quants import dequantize
+from runs import run
 
 import jfa
 from jfa import cpu, quant
@@ -120,8 +121,14 @@ def test_stored_blocks_stay_and_q_and_k_are_in_our_order(blocks):
     assert float(jnp.abs(model.logits([[5, 6, 7]]) - want).max()) < 2e-3 * float(want.max() - want.min())
 
 
-@pytest.mark.parametrize("name", ["llama3", "mixtral", "phi2", "gemma3", "qwen2"])
-@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        *(run(name, "int8", quick=True) for name in ("llama3", "mixtral", "phi2", "gemma3", "qwen2")),
+        *(run(name, "int4", quick=name == "mixtral", soak=True) for name in ("llama3", "mixtral", "phi2", "gemma3")),
+        *(run(name, "fp8", quick=name == "llama3", soak=True) for name in ("llama3", "mixtral", "phi2", "gemma3")),
+    ],
+)
 def test_families_compute_with_the_weights_that_they_hold(name, quantization):
     """The logits are those of a float model with the dequantized weights."""
     model = from_pretrained(GOLDEN / name, dtype="float32", quantization=quantization)

@@ -136,7 +136,7 @@ def test_a_model_that_drafts_for_itself_is_always_right():
 @pytest.mark.parametrize(
     ("seed", "engines", "count"), [run_of(0, 1, 20, quick=True), run_of(1, 5, 40, quick=False, soak=True)]
 )
-def test_random_requests(method, seed, engines, count):
+def test_random_requests(method, seed, engines, count, few_programs_before):
     """Arrivals, aborts and preemption over shared prefixes, in pools of several sizes, dtypes and windows.
 
     The longest runs have 1,000 requests together.
