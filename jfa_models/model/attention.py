@@ -131,12 +131,13 @@ class Attention(nnx.Module):
         self.window = config.window(layer)
         self.num_sinks = config.sinks_of(self.window) if config.is_streaming(layer) else 0
         self.options: dict[str, Any] = dict(
-            return_residual=self.num_sinks > 0,
             implementation=implementation,
             scale=config.query_scale,
             logits_soft_cap=config.attention_soft_cap,
             local_window_size=None if self.window is None else (self.window - 1, 0),
         )
+        if self.num_sinks:
+            self.options["return_residual"] = True
         hidden, q_size, kv_size = (
             config.hidden_size,
             config.num_q_heads * config.head_dim,

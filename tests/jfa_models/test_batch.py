@@ -140,7 +140,7 @@ def test_a_line_may_have_all_sampling_parameters(engine, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGKILL])
 def test_an_interrupted_command_resumes_where_it_stopped(folder, tmp_path, how):
     count = 30
     prompts = written(tmp_path / "in", *({"prompt": f"prompt {i}", "max_tokens": 20} for i in range(count)))

@@ -73,6 +73,8 @@ def test_a_smaller_page_wastes_less():
     assert found[0] == 0 < found[1] < found[2]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.soak
 def test_accuracy_compares_every_kind_of_page_with_floats(tmp_path):
     model = tiny_model.folder_with_text(LLAMA3, tmp_path / "model")
     text = tmp_path / "text"

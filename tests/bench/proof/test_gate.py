@@ -61,6 +61,6 @@ def test_the_gate_names_what_got_worse():
 def test_the_records_are_of_xlas_code():
     attention = 2 * 2 * (3 + 2 * 3)  # architectures, head_dims: flash kernels, and pages of three kinds
     products = 2 * 2 * 2  # in groups of 128: architectures, rows, two kinds
-    linear = 2 * 2 * 2  # architectures, head_dims, kernels
+    linear = 2 * 2 * 2 * (1 + 3)  # architectures, head_dims, with and without the delta rule: forward, and backward
     assert len(recorded()) == attention + products + linear
     assert {one["compiler"] for one in recorded()} == {"xla"}

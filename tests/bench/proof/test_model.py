@@ -139,7 +139,7 @@ def test_a_step_of_a_model_runs_as_machine_code(row):
 
 
 # Left to the longest run, apart from these and those of test_a_step_of_a_model_runs_as_machine_code.
-IN_CI = ["llama-prefill-paged", "llama-decode-paged-int4"]
+IN_CI = ["llama-prefill-paged"]
 
 
 @needs_xla

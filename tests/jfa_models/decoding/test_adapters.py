@@ -76,7 +76,11 @@ def alone(model, prompt, name, params=GREEDY):
 
 @pytest.mark.parametrize(
     ("kind", "max_batch"),
-    [run("contiguous", 8, quick=True), run("paged", 8, quick=False, soak=True), run("paged", 3, quick=False)],
+    [
+        run("contiguous", 8, quick=True),
+        run("paged", 8, quick=False, soak=True),
+        run("paged", 3, quick=False, soak=True),
+    ],
 )
 def test_a_prompt_gives_with_its_adapter_the_same_by_itself_and_in_any_batch(kind, max_batch):
     model = loaded_model(kind)

@@ -164,6 +164,7 @@ def test_random_arrivals_aborts_loads_and_unloads(seed, count):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.soak
 def test_an_engine_without_reserved_room():
     """Loading makes larger arrays while requests run, which then compile anew."""
     model = new_model()

@@ -120,7 +120,7 @@ def test_greedy_tokens_are_those_of_generate(model, caching):
         # rounding of another batch size may change a number in a page by one quantization step.
         run_of("int8", "int8", 6, 200, 0.05, quick=False, soak=True),
         run_of("int4", "int4", 7, 200, 0.5, quick=False, soak=True),
-        run_of(None, "int8-dynamic", 8, 60, TIE, quick=True),
+        run_of(None, "int8-dynamic", 8, 60, TIE, quick=False, soak=True),
     ],
 )
 def test_random_arrivals_and_aborts(kv_dtype, quantization, seed, count, tie):

@@ -59,7 +59,7 @@ def alone(model, prompts, params):
     return model.generate(prompts, [dataclasses.replace(one, logprobs=20) for one in params], max_batch=32)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [run(name, quick=name != "granitemoehybrid_moe", soak=True) for name in NAMES])
 def test_greedy_tokens_are_those_of_generate(name):
     model = loaded(name)
     prompts, params = drawn(random.Random(0), 20)
@@ -75,7 +75,7 @@ def test_greedy_tokens_are_those_of_generate(name):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *(run(name, 40, quick=name in ("mamba2", "qwen3_next"), soak=True) for name in NAMES),
+        *(run(name, 40, quick=name == "mamba2", soak=True) for name in NAMES),
         *(run(name, 200, quick=False, soak=True) for name in ("granitemoehybrid", "qwen3_next")),
     ],
 )
@@ -120,7 +120,7 @@ def computed_for(engine, prompt, max_tokens=6, **options):
     return found, len(prompt) - (engine._scheduler.pools.hit_tokens - before)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [run(name, quick=name in ("mamba2", "qwen3_next"), soak=True) for name in NAMES])
 def test_a_system_prompt_is_computed_twice_and_a_chat_once(name):
     model, rng = loaded(name), random.Random(6)
     engine = Engine(model, **ROOMY)
@@ -140,7 +140,10 @@ def test_a_system_prompt_is_computed_twice_and_a_chat_once(name):
 
 @pytest.mark.parametrize(
     ("name", "page_size", "num_state_snapshots"),
-    [("mamba2", 4, 0), ("mamba2", 1, 1), ("mamba2", 4, 2), ("qwen3_next", 4, 1)],
+    [
+        *(run(*given, quick=True) for given in (("mamba2", 4, 0), ("mamba2", 1, 1), ("mamba2", 4, 2))),
+        run("qwen3_next", 4, 1, quick=False, soak=True),
+    ],
 )
 def test_few_snapshots_give_fewer_hits_and_the_same_tokens(name, page_size, num_state_snapshots):
     model, rng = loaded(name), random.Random(7)

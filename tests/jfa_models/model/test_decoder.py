@@ -203,8 +203,15 @@ def tree_step(config, kv_dtype):
     return decoder, cache, tokens, before, step, start, mask
 
 
-@pytest.mark.parametrize("changed", [{}, WINDOWED], ids=["full", "windows"])
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize(
+    ("changed", "kv_dtype"),
+    [
+        pytest.param({}, None, id="full"),
+        pytest.param(WINDOWED, "int8", id="windows-int8"),
+        pytest.param({}, "int8", id="full-int8", marks=(pytest.mark.exhaustive, pytest.mark.soak)),
+        pytest.param(WINDOWED, None, id="windows", marks=(pytest.mark.exhaustive, pytest.mark.soak)),
+    ],
+)
 def test_every_node_of_a_tree_has_the_logits_of_its_path(changed, kv_dtype):
     config = dataclasses.replace(CONFIG, **changed)
     decoder, cache, tokens, before, step, start, mask = tree_step(config, kv_dtype)

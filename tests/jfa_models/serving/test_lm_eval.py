@@ -84,6 +84,8 @@ def _lines(folder, task):
     return samples.read_text().splitlines()
 
 
+@pytest.mark.exhaustive
+@pytest.mark.soak
 def test_completions(run, model):
     found = run("local-completions", "/v1/completions", "choices", "texts")
     samples = found["choices"]
