@@ -94,7 +94,7 @@ def low_rank_rows(
         return jnp.where(own.any(-1, keepdims=True), out, 0).reshape(*x.shape[:-1], -1)
     hidden = times_rows(x, a.reshape(-1, width))
     hidden = jnp.where(jnp.repeat(gates, rank, axis=-1) != 0, hidden, 0)
-    return times_rows(hidden, b.reshape(slots * rank, -1).T)
+    return in_xla.times_columns(hidden, b.reshape(slots * rank, -1), probe().platform == "cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

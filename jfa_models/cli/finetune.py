@@ -46,7 +46,13 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.03, show_default=True, help="Fraction of all steps.")
 @click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--max-grad-norm", type=float, default=1.0, show_default=True, help="0: no clipping.")
-@click.option("--remat", type=click.Choice(("none", "attention", "all")), default="attention", show_default=True)
+@click.option(
+    "--remat",
+    type=click.Choice(("none", "products", "attention", "all")),
+    default="products",
+    show_default=True,
+    help="What the backward pass computes again, from nothing to all: faster, or less memory.",
+)
 @click.option("--train-on-prompts", is_flag=True, help="Learn every token, not the answers alone.")
 @click.option("--eval-data", type=_FILE, help="Texts to evaluate with.")
 @click.option("--eval-fraction", type=click.FloatRange(0, 1), default=0.0, help="Part of --data to evaluate with.")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -57,7 +58,7 @@ class Linear(nnx.Module):
         if bias is not None and self.sums_later:
             bias = jnp.where(first_of(self.sum_over, 1) == 0, bias, 0)
         y = y if self.sums_later else summed(y, self.sum_over)
-        return y if bias is None else y + bias
+        return checkpoint_name(y if bias is None else y + bias, "jfa_product")
 
 
 class Embedding(nnx.Module):

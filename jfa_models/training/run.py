@@ -55,8 +55,8 @@ class Options:
       max_grad_norm: larger gradients are scaled down to it; None: never.
       seed: of the order of the texts, and of what an adapter's lora_dropout drops.
       save_every: steps between checkpoints. eval_every: steps between evaluations; None: one at the end.
-      remat: what the backward pass computes again to save memory: "none", "attention" (all but the attention of each
-        block), "all".
+      remat: what the backward pass computes again to save memory: "none", "products" (what is elementwise),
+        "attention" (all but the attention of each block), "all".
     """
 
     epochs: int = 1
@@ -71,7 +71,7 @@ class Options:
     seed: int = 0
     save_every: int = 100
     eval_every: int | None = None
-    remat: Remat = "attention"
+    remat: Remat = "products"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("row_length", 2), ("rows", 1), ("accumulate", 1), ("save_every", 1)):
@@ -140,6 +140,7 @@ def finetune(
       ValueError: the folder has another run, or one that is going on, or a checkpoint that cannot be read; a text does
         not fit the model or the rows; or the loss or gradient is not finite: the message has the step and the lines of
         its texts. The last checkpoint remains.
+      RuntimeError: a step needs more memory than the device has.
     """
     for one in (data, *([] if eval_data is None else [eval_data])):
         _check_texts(one, model.config.vocab_size, options.row_length)
@@ -162,8 +163,9 @@ def finetune(
         train_step, eval_step = make_train_step(trainable, optimizer, seed=options.seed), make_eval_step(trainable)
         last = time.monotonic()
         for number, (batch, lines) in plan.batches(int(state.step)):
-            state, metrics = train_step(trainable.base, state, batch)
-            found = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            with _memory_named(number):
+                state, metrics = train_step(trainable.base, state, batch)
+                found = {name: float(x) for name, x in jax.device_get(metrics).items()}
             if not all(map(math.isfinite, found.values())):
                 raise ValueError(
                     f"step {number}: the loss is {found['loss']} and the gradient's norm {found['grad_norm']}; its "
@@ -203,6 +205,20 @@ def finetune(
                 decoder=model.decoder, params=params, tokenizer=model.tokenizer, defaults=model.defaults
             )
             trained.save_pretrained(output)
+
+
+@contextlib.contextmanager
+def _memory_named(step: int) -> Iterator[None]:
+    """Where the device's memory is not enough: what needs less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RuntimeError(
+            f"step {step} needs more memory than the device has: use remat 'attention' or 'all', fewer rows with more "
+            f"parts per step, or shorter ones ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _check_texts(data: Data, vocab_size: int, row_length: int) -> None:

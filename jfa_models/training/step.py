@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jfa import QuantizedArray
 from jfa.quant import dequantize
@@ -30,16 +30,17 @@ from jfa_models.model.partition import TENSOR, Axes, first_of, gathered, part_of
 from jfa_models.training.lora import NO_DORA
 
 Tensors = Any  # a tree of float32 arrays
-Remat = Literal["none", "attention", "all"]
+Remat = Literal["none", "products", "attention", "all"]
 
 LOSS_ROWS = 512  # tokens whose logits are in memory at the same time
 
+_names = jax.checkpoint_policies.save_only_these_names
 REMAT: Mapping[str, Callable[[Callable], Callable] | None] = {
-    # what a backward pass keeps of a block: everything, its input and the attention's output, or its input
+    # what a backward pass keeps of a block: everything; outputs of linear layers and attention; the attention's output
+    # and the block's input; its input
     "none": None,
-    "attention": functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("jfa_out", "jfa_lse")
-    ),
+    "products": functools.partial(jax.checkpoint, policy=_names("jfa_product", "jfa_out", "jfa_lse")),
+    "attention": functools.partial(jax.checkpoint, policy=_names("jfa_out", "jfa_lse")),
     "all": jax.checkpoint,
 }
 _WHOLE = "jfa_whole"
@@ -277,7 +278,7 @@ def loss_fn(
 ) -> Float[Array, ""]:
     """The sum over all targets of their negative log-likelihood in nats.
 
-    Logits are computed for targets alone, LOSS_ROWS at a time, and again in the backward pass. Over a mesh, each
+    Logits are computed for targets alone, LOSS_ROWS at a time, and their gradient right after them. Over a mesh, each
     replica computes its share of the rows, whose number must be a multiple.
 
     dropout_key: of jax.random, "threefry2x32": decides what the adapter's lora_dropout drops; None: nothing is dropped.
@@ -305,16 +306,62 @@ def _loss(trainable: Trainable, base, tensors, seed, tokens, segments, is_target
     order, first = (x[:, first_of(axes, 1)] for x in (order, first))
     count = wanted.sum()
 
-    @jax.checkpoint
-    def block(rows: Int[Array, " n"], first: Int[Array, ""]) -> Float[Array, ""]:
-        of_target = _log_softmax_at(logits(states[rows], first), target[rows], trainable.partition.vocab)
+    def block(states: Float[Array, "n hidden"], target: Int[Array, " n"], first: Int[Array, ""]) -> Float[Array, ""]:
+        of_target = _log_softmax_at(logits(states, first), target, trainable.partition.vocab)
         return -jnp.where(first + jnp.arange(n) < count, of_target, 0.0).sum()
 
-    def add(total: Float[Array, ""], part: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
-        rows, first = part
-        return total + lax.cond(first < count, block, lambda *_: jnp.float32(0.0), rows, first), None
+    return _sum_of_blocks(block, states[order], (target[order], first), first < count)
 
-    return lax.scan(add, jnp.float32(0.0), (order, first))[0]
+
+def _sum_of_blocks(
+    function: Callable[..., Float[Array, ""]],
+    x: Float[Array, "blocks *b"],
+    others: tuple[Int[Array, "blocks ..."], ...],
+    is_wanted: Bool[Array, " blocks"],
+) -> Float[Array, ""]:
+    """The sum of function(x[i], *others[i]) over the wanted blocks.
+
+    If it is differentiated, also with respect to what the function closes over, each block's gradient is computed right
+    after its value: nothing that the function computes is kept for longer, or computed a second time.
+    """
+    function, held = jax.closure_convert(function, x[0], *(y[0] for y in others))
+
+    def scanned(of_block: Callable, start: Any, nothing: Any, x: Array) -> Any:
+        """of_block(total, x[i], *others[i]) -> (total, output), in turn."""
+
+        def add(total, part):
+            is_wanted, *part = part
+            return lax.cond(is_wanted, of_block, lambda total, *_: (total, nothing), total, *part)
+
+        return lax.scan(add, start, (is_wanted, x, *others))
+
+    @jax.custom_vjp
+    def total(x, held):
+        return scanned(lambda total, *part: (total + function(*part, *held), None), jnp.float32(0.0), None, x)[0]
+
+    def forward(x, held):
+        trained = [i for i, value in enumerate(held) if value.perturbed]
+        held = [value.value for value in held]
+
+        def of_block(total, x, *others):
+            def value(x, *parts):
+                with_parts = dict(enumerate(held)) | dict(zip(trained, parts, strict=True))
+                return function(x, *others, *with_parts.values())
+
+            found, vjp = jax.vjp(value, x, *(held[i] for i in trained))
+            d_x, *grads = vjp(jnp.ones_like(found))
+            return jax.tree.map(jnp.add, total, (found, grads)), d_x
+
+        start = (jnp.float32(0.0), [jnp.zeros(held[i].shape, jnp.float32) for i in trained])
+        (found, grads), d_x = scanned(of_block, start, jnp.zeros_like(x.value[0]), x.value)
+        return found, (d_x, dict(zip(trained, grads, strict=True)))
+
+    def backward(saved, d_total):
+        d_x, grads = jax.tree.map(lambda d: d * d_total.astype(d.dtype), saved)
+        return d_x, [grads[i].astype(value.dtype) if i in grads else None for i, value in enumerate(held)]
+
+    total.defvjp(forward, backward, symbolic_zeros=True)
+    return total(x, held)
 
 
 def _log_softmax_at(logits: Float[Array, "n part"], target: Int[Array, " n"], axes: Axes) -> Float[Array, " n"]:

@@ -400,3 +400,22 @@ def test_low_rank_rows_of_16_bits_are_products_of_all_slots():
     x, a, b = (jnp.asarray(random.standard_normal(s), jnp.bfloat16) for s in ((4, 32), (2, 4, 32), (2, 4, 8)))
     got = low_rank_rows(x, a, b, jax.nn.one_hot(jnp.array([1, 0, 1, -1]), 2))
     assert got.dtype == jnp.bfloat16 and got.shape == (4, 8) and (got[3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_low_rank_rows_are_those_of_the_products(dtype):
+    random = np.random.default_rng(0)
+    shapes = ((3, 14, 32), (2, 4, 32), (2, 4, 8), (3, 14, 8))
+    x, a, b, d_out = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
+    gates = jax.nn.one_hot(random.integers(-1, 2, (3, 14)), 2)
+
+    def by_einsum(x, a, b):
+        return jnp.einsum("bti,sri,sro,bts->bto", x, a, b, gates)
+
+    out, vjp = jax.vjp(lambda *operands: low_rank_rows(*operands, gates), x, a, b)
+    want, want_vjp = jax.vjp(by_einsum, *(z.astype(jnp.float32) for z in (x, a, b)))
+    found = (out, *vjp(d_out))
+    assert [z.dtype for z in found] == [jnp.dtype(dtype)] * 4
+    eps = float(jnp.finfo(dtype).eps)
+    for z, y in zip(found, (want, *want_vjp(d_out.astype(jnp.float32))), strict=True):
+        np.testing.assert_allclose(z.astype(jnp.float32), y, atol=4 * eps * float(jnp.abs(y).max()))

@@ -1,7 +1,9 @@
 """Products with quantized weights in plain XLA, for any platform."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -85,10 +87,52 @@ def times_rows(
     """
     alone = on_cpu and x.dtype != jnp.float32 and math.prod(x.shape[:-1]) == 1
     rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))) if alone else x
-    precision = "highest" if x.dtype == jnp.float32 else None  # otherwise float32 may be rounded to tf32
     contracted = (((rows.ndim - 1,), (1,)), ((), ()))
-    out = lax.dot_general(rows, weight, contracted, precision=precision, preferred_element_type=to)
-    return out[0].reshape(*x.shape[:-1], -1) if alone else out
+    out = lax.dot_general(rows, weight, contracted, precision=_precision(x), preferred_element_type=to)
+    out = out[0].reshape(*x.shape[:-1], -1) if alone else out
+    return _with_separate_gradient(out) if on_cpu and jnp.issubdtype(out.dtype, jnp.floating) else out
+
+
+@jax.custom_vjp
+def _with_separate_gradient(out: Float[Array, "*b out"]) -> Float[Array, "*b out"]:
+    """The product, whose gradient is in memory before something is multiplied by it.
+
+    The gradient of the weight needs it transposed. XLA on a CPU fuses all that it is computed from with the transposed
+    copy, one number at a time, which takes longer than the products beside it (bench/LOG.md).
+    """
+    return out
+
+
+_with_separate_gradient.defvjp(lambda out: (out, None), lambda _, d_out: (lax.optimization_barrier(d_out),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def times_columns(x: Float[Array, "*b in"], weight: Float[Array, "in out"], on_cpu: bool) -> Float[Array, "*b out"]:
+    """x weight in the dtype of x, which is rounded to the dtype of the weight, for weights with few rows.
+
+    Of the gradient of the weight, x^T d_out, a CPU transposes x, which is small; that of times_rows transposes d_out.
+    """
+    return times_rows(x.astype(weight.dtype), weight.T, to=x.dtype, on_cpu=on_cpu)
+
+
+def _times_columns_forward(x, weight, on_cpu: bool):
+    return times_columns(x, weight, on_cpu), (x, weight)
+
+
+def _times_columns_backward(on_cpu: bool, saved, d_out):
+    x, weight = saved
+    d_out = d_out.astype(weight.dtype)
+    d_x = times_rows(d_out, weight, to=x.dtype, on_cpu=on_cpu)
+    rows, d_rows = (a.reshape(-1, a.shape[-1]).astype(weight.dtype) for a in (x, d_out))
+    d_weight = jnp.matmul(rows.T, d_rows, precision=_precision(rows), preferred_element_type=jnp.float32)
+    return d_x, d_weight.astype(weight.dtype)
+
+
+times_columns.defvjp(_times_columns_forward, _times_columns_backward)
+
+
+def _precision(x: Array) -> str | None:
+    return "highest" if x.dtype == jnp.float32 else None  # otherwise float32 may be rounded to tf32
 
 
 def prefers_own(rows: int, a: Shaped[Array, "slots r in"]) -> bool:

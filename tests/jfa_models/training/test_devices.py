@@ -90,7 +90,7 @@ def test_steps_are_those_of_one_device(kind, sizes):
     options = dict(lora=kind == "lora", rows=rows, config=EXPERTS if kind == "moe" else CONFIG)
     (want, alone), (got, state) = (trained(mesh, **options) for mesh in (None, mesh_of(**sizes)))
     for one, other in zip(want, got, strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+        assert one == pytest.approx(other, rel=2e-5)
     for one, other in zip(jax.tree.leaves(alone.tensors), jax.tree.leaves(state.tensors), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-3)  # a fifth of a step: Adam divides rounding by itself
     if kind == "full":

@@ -118,6 +118,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_lines(data, tmp_p
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_a_step_without_enough_memory_names_what_needs_less(data, tmp_path, monkeypatch):
+    def no_step(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nMore")
+
+    monkeypatch.setattr(run, "make_train_step", lambda *_, **__: no_step)
+    with pytest.raises(RuntimeError, match=r"step 1 needs more memory .* remat 'attention' or 'all', .* 9 bytes\.\)$"):
+        finetune(model(), new_adapter(model(), rank=2), data, tmp_path / "out", OPTIONS)
+
+
 def rows_of(data, ids):
     """The data with one other text in its second place."""
     is_target = np.array([0, *[1] * (len(ids) - 1)], np.int32)

@@ -70,8 +70,9 @@ def by_peft_names(adapter, tensors, folder):
     ("name", "remat"),
     [
         *(run(name, "none", quick=name in ("lora", "dora", "phi3", "embeddings")) for name in WITH_GRADIENTS),
-        run("lora", "attention", quick=True),
+        run("lora", "attention", quick=False),
         run("dora", "all", quick=True),
+        run("phi3", "products", quick=True),
     ],
 )
 def test_gradients_and_a_step_of_adamw_are_those_of_torch(name, remat, tmp_path):
@@ -137,13 +138,22 @@ def test_packed_texts_have_the_loss_and_the_gradients_that_each_has_alone(quanti
         np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max() + 1e-6)
 
 
-def test_many_blocks_of_logits_give_the_loss_of_one(monkeypatch):
+@pytest.mark.parametrize("is_full", [False, True], ids=["adapter", "full"])
+def test_many_blocks_of_logits_give_the_loss_and_the_gradient_of_one(is_full, monkeypatch):
     model = tiny()
-    trainable = Trainable(model, new_adapter(model, rank=2))
-    arguments = (trainable, trainable.base, noisy(trainable.start(model)), *packed([texts(4), texts(5, 1)], 100))
-    whole = loss_fn(*arguments)
+    trainable = Trainable(model, None if is_full else new_adapter(model, rank=2, targets=["q_proj", "lm_head"]))
+    tensors = noisy(trainable.start(model))
+    rows = packed([texts(4), texts(5, 1)], 100)  # the last blocks have no target
+
+    def found():
+        both = jax.value_and_grad(lambda x: 0.5 * loss_fn(trainable, trainable.base, x, *rows))(tensors)
+        assert float(loss_fn(trainable, trainable.base, tensors, *rows)) == pytest.approx(2 * float(both[0]), rel=1e-6)
+        return both
+
+    whole = found()
     monkeypatch.setattr("jfa_models.training.step.LOSS_ROWS", 16)
-    np.testing.assert_allclose(loss_fn(*arguments), whole, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(found()), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
 
 
 def test_accumulated_parts_give_the_step_of_one_large_batch():
@@ -306,7 +316,10 @@ def _dora_with_dropout(model):
         (lambda model: new_adapter(model, targets="(?s:.+)"), "also matches embed_tokens, but embeddings and routers"),
         (lambda model: new_adapter(model, alpha=0), "alpha must be a number above 0, got 0"),
         (lambda model: new_adapter(model, alpha=float("nan")), "alpha must be a number above 0, got nan"),
-        (lambda model: Trainable(model, None, remat="some"), "remat must be one of none, attention, all, got 'some'"),
+        (
+            lambda model: Trainable(model, None, remat="some"),
+            "remat must be one of none, products, attention, all, got 'some'",
+        ),
         (lambda _: Trainable(tiny("int8"), None), "quantized weights such as .* cannot be trained"),
     ],
 )
