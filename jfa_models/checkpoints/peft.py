@@ -37,7 +37,13 @@ _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save)?(?:\.default)?\.(weight|bias)")
 # The weights of all experts in one parameter, of which a module can have two.
 _EXPERTS = re.compile(r"layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts(?:\.base_layer)?")
 
-_OLD_MLP = ".block_sparse_moe."  # in names of Mixtral, which a newer transformers calls mlp as in other families
+# Parts of names that differ between checkpoints and the modules of transformers 5, by family.
+_RENAMED = {
+    "mixtral": (".block_sparse_moe.", ".mlp."),
+    "granitemoehybrid": (".block_sparse_moe.router.layer", ".block_sparse_moe.router"),
+}
+# The module of transformers 5 around experts; it is mlp in other families.
+_MIXTURE = {"granitemoehybrid": "block_sparse_moe"}
 
 _WRITTEN = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "base": "base_layer.weight"}
 _WRITTEN |= {"rows": "token_adapter.trainable_tokens_delta"}
@@ -154,7 +160,7 @@ class Place:
     Attributes:
       columns: of the weight; 1 for a norm.
       expert: the number of the expert whose weight it is.
-      num_experts: of a module that has one parameter for all experts.
+      num_experts: of a parameter for all experts of a layer.
       theirs: the full name, as patterns see it.
     """
 
@@ -170,6 +176,12 @@ class Place:
     @property
     def shape(self) -> tuple[int, int]:
         return sum(self.rows), self.columns
+
+    @property
+    def parameter(self) -> str:
+        """The full name of its weight; those of experts have no modules of their own in transformers 5."""
+        is_bare = self.num_experts is not None and ".experts." in self.theirs
+        return self.theirs if is_bare else f"{self.theirs}.weight"
 
     @property
     def is_norm(self) -> bool:
@@ -188,36 +200,41 @@ def place_of(
     table = hugging_face_names(config)
     theirs = module if module == "lm_head" else f"{FAMILIES[config.architecture].prefix}{module}"
     if _EXPERTS.fullmatch(module):
-        for place in _expert_places(module, shapes):
+        for place in _places_of_experts(module, shapes):
             # the name does not tell which of the two parameters it is
             a, b = (tuple(kinds[kind].shape) if kind in kinds else () for kind in ("lora_A", "lora_B"))
             if (a[1:], b[:1]) == ((place.columns,), (sum(place.rows),)):
                 return place
         return None
-    modules, expert = our_modules(module, table)
-    if not modules:  # a newer transformers calls Mixtral's as it calls those of others
-        modules, expert = our_modules(module.replace(".mlp.", _OLD_MLP), table)
+    named = (our_modules(name, table) for name in _names(module, config))
+    modules, expert = next((found for found in named if found[0]), ((), None))
     if not modules:
         return None
     if module == "lm_head" and "lm_head.weight" not in shapes:  # tied to the embedding
         rows, columns = shapes["embed.weight"]
         return Place(modules=("lm_head",), rows=(rows,), columns=columns, is_tied_head=True, theirs=theirs)
     found: list[tuple[int, ...]] = [shapes.get(f"{one}.weight", shapes.get(f"{one}.scale", ())) for one in modules]
-    if not all(found) or any((len(shape) == 3) != (expert is not None) for shape in found):
-        return None
-    if expert is not None and expert >= found[0][0]:
+    num_axes = {len(shape) for shape in found}
+    if not all(found) or len(num_axes) > 1 or (expert is not None and (num_axes != {3} or expert >= found[0][0])):
         return None
     return Place(
         modules=modules,
         rows=tuple(next(iter(shape[-2:])) for shape in found),
         columns=found[0][-1] if len(found[0]) > 1 else 1,  # of a norm
         expert=expert,
+        num_experts=found[0][0] if num_axes == {3} and expert is None else None,
         theirs=theirs,
         has_bias=all(f"{one}.bias" in shapes for one in modules),
     )
 
 
-def _expert_places(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
+def _names(module: str, config: DecoderConfig) -> tuple[str, ...]:
+    """A module's name, and those that it may have in a checkpoint and in transformers 5."""
+    older, newer = _RENAMED.get(config.architecture, ("", ""))
+    return (module, module.replace(newer, older), module.replace(older, newer)) if older else (module,)
+
+
+def _places_of_experts(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
     """Of the two parameters for all experts of a layer; none: it has no experts."""
     match = _EXPERTS.fullmatch(module)
     assert match is not None
@@ -277,7 +294,7 @@ def _why_no_place(
     module: str, kinds: Mapping[str, Any], lora: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
     wanted = ("lora_A", "lora_B")
-    places = _expert_places(module, shapes) if _EXPERTS.fullmatch(module) and {*wanted} & kinds.keys() else []
+    places = _places_of_experts(module, shapes) if _EXPERTS.fullmatch(module) and {*wanted} & kinds.keys() else []
     if not places:
         return f"{module} ({', '.join(kinds)}) is not part of the model"
     if missing := [kind for kind in wanted if kind not in kinds]:
@@ -295,6 +312,8 @@ def _mixtures(place: Place, module: str, kinds: Mapping[str, Any], lora: LoraCon
     has_parts = any(kind.startswith("lora_") for kind in kinds)
     if place.expert is not None and (kinds.keys() != {"lora_A", "lora_B"} or lora.use_dora or lora.lora_bias):
         yield f"{module} is one expert's, which can have lora_A and lora_B only, without DoRA"
+    elif place.num_experts is not None and (lora.use_dora or lora.lora_bias):
+        yield f"{module} is of experts, which PEFT changes by lora_A and lora_B only, without DoRA and lora_bias"
     elif place.is_norm and has_parts:
         yield f"{module} is a norm, and cannot have low-rank parts"
     changes = ["low-rank parts"] * has_parts + [kind for kind in ("weight", "rows") if kind in kinds]
@@ -310,6 +329,8 @@ def _missing(
 ) -> Iterator[str]:
     """What the configuration asks for and the tensors lack, and low-rank parts that it does not ask for."""
     for module, place in _modules(config, shapes):
+        if place.num_experts is not None:
+            continue
         given, kinds = places.get(place.modules, (place, {}))
         has_parts = any(kind.startswith("lora_") for kind in kinds)
         if _is_saved(lora, module) and not place.is_tied_head and "weight" not in kinds:
@@ -320,7 +341,7 @@ def _missing(
             name
             for name, is_wanted in (
                 ("target_modules", lora.targets(given.theirs)),
-                ("target_parameters", matches(lora.target_parameters, f"{given.theirs}.weight")),
+                ("target_parameters", _is_parameter(lora, given, config)),
             )
             if is_wanted
         ]
@@ -330,23 +351,27 @@ def _missing(
             yield f"{module} has tensors, but is not one of target_modules"
         if place.has_bias and "bias" not in kinds and _asks_for_bias(lora, given):
             yield f"{module} lacks bias, which bias={lora.bias!r} asks for"
-    for layer in range(config.num_layers):
-        for place in _expert_places(f"layers.{layer}.mlp.experts", shapes):
-            given, kinds = places.get(place.modules, (place, {}))
-            wanted = any(
-                matches(lora.target_parameters, name)
-                for name in {given.theirs, given.theirs.replace(".mlp.", _OLD_MLP)}
-            )
-            if wanted != bool(kinds):
-                name = given.theirs.removeprefix("model.")
-                is_one = "is one of target_parameters, but has no tensors"
-                yield f"{name} {is_one if wanted else 'has tensors, but is not one of target_parameters'}"
+    experts = [place for _, of_layer in experts_of(config, shapes) for place in of_layer]
+    older = [place for _, place in _modules(config, shapes) if place.num_experts is not None]
+    is_older = any(place in older for place, _ in places.values())
+    for place in older if is_older else experts:
+        given, kinds = places.get(place.modules, (place, {}))
+        wanted = _is_parameter(lora, given, config)
+        if wanted != bool(kinds):
+            name = given.theirs.removeprefix("model.")
+            is_one = "is one of target_parameters, but has no tensors"
+            yield f"{name} {is_one if wanted else 'has tensors, but is not one of target_parameters'}"
     for name, ids in lora.trainable_token_indices.items():
         found = [place for place, kinds in places.values() if "rows" in kinds and matches((name,), place.theirs)]
         if not found:
             yield f"{name} is one of trainable_token_indices, but no tensors replace its rows"
         elif ids and max(ids) >= found[0].shape[0]:
             yield f"trainable_token_indices has {max(ids)}, but {name} has {found[0].shape[0]} rows"
+
+
+def _is_parameter(lora: LoraConfig, place: Place, config: DecoderConfig) -> bool:
+    """Whether target_parameters asks for a place's weight, under one of its names."""
+    return any(matches(lora.target_parameters, name) for name in _names(place.parameter, config))
 
 
 def _is_saved(lora: LoraConfig, module: str) -> bool:
@@ -392,12 +417,26 @@ def _expected_shapes(
 def linear_modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """The Hugging Face names of the modules that can have low-rank parts, except experts, without "model."."""
     for module, place in _modules(config, shapes):
-        if not place.is_norm:
+        if not place.is_norm and place.num_experts is None:
             yield module
 
 
+def experts_of(
+    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[Place, Place]]]:
+    """For each layer with experts, the Hugging Face name of their module without "model.", and its two parameters.
+
+    The parameters are gate_up_proj [num_experts, 2 * inner, hidden] and down_proj [num_experts, hidden, inner].
+    """
+    for layer in range(config.num_layers):
+        module = f"layers.{layer}.{_MIXTURE.get(config.architecture, 'mlp')}.experts"
+        if places := _places_of_experts(module, shapes):
+            gate_up, down = places
+            yield module, (gate_up, down)
+
+
 def _modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Place]]:
-    """The Hugging Face names of the modules, except experts, without "model.", and their places."""
+    """The Hugging Face names of the modules, except single experts, without "model.", and their places."""
     table: Names = hugging_face_names(config)
     for theirs in table:
         for layer in range(config.num_layers) if "#" in theirs else (0,):
