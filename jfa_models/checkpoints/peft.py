@@ -214,15 +214,17 @@ def place_of(
         rows, columns = shapes["embed.weight"]
         return Place(modules=("lm_head",), rows=(rows,), columns=columns, is_tied_head=True, theirs=theirs)
     found: list[tuple[int, ...]] = [shapes.get(f"{one}.weight", shapes.get(f"{one}.scale", ())) for one in modules]
-    num_axes = {len(shape) for shape in found}
-    if not all(found) or len(num_axes) > 1 or (expert is not None and (num_axes != {3} or expert >= found[0][0])):
+    if not all(found):
+        return None
+    num_experts = found[0][0] if all(len(shape) == 3 for shape in found) else None
+    if expert is not None and (num_experts is None or expert >= num_experts):
         return None
     return Place(
         modules=modules,
         rows=tuple(next(iter(shape[-2:])) for shape in found),
         columns=found[0][-1] if len(found[0]) > 1 else 1,  # of a norm
         expert=expert,
-        num_experts=found[0][0] if num_axes == {3} and expert is None else None,
+        num_experts=num_experts if expert is None else None,
         theirs=theirs,
         has_bias=all(f"{one}.bias" in shapes for one in modules),
     )

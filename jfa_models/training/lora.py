@@ -1,6 +1,7 @@
 """A new adapter for a model, before its first step of training."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -104,10 +105,9 @@ def _chosen(model: LanguageModel, targets: Sequence[str] | str) -> Places:
 
     chosen = {name: place for name, place in linear.items() if is_target(place)}
     for module, pair in experts.items():
-        if all(map(is_target, pair)):  # the first parameter's change is inside of the second's
-            chosen |= {f"{module}.base_layer": pair[0], module: pair[1]}
-        else:
-            chosen |= {module: place for place in pair if is_target(place)}
+        found = [place for place in pair if is_target(place)]
+        names = (f"{module}.base_layer", module)[2 - len(found) :]  # of two, one is inside of the other
+        chosen |= dict(zip(names, found, strict=True))
     names = [] if isinstance(targets, str) else targets
     unused = [name for name in names if not any(matches((name,), place.theirs) for place in chosen.values())]
     if not chosen or unused:
@@ -125,14 +125,11 @@ def _chosen(model: LanguageModel, targets: Sequence[str] | str) -> Places:
     return chosen
 
 
-def _with_targets(
-    config: LoraConfig, targets: Sequence[str] | str, places: Places, model: LanguageModel
-) -> LoraConfig:
+def _with_targets(config: LoraConfig, targets: Sequence[str] | str, places: Places, model: LanguageModel) -> LoraConfig:
     """The configuration with these targets, in the fields in which PEFT looks for them.
 
-    Of a model with experts, PEFT reads lists alone as they are, and takes some ends of names for experts' older ones:
-    linear layers of these names are targeted by their weights. PEFT refuses this with DoRA and dropout, and so the
-    whole folder; jfa reads it.
+    Of a model with experts, PEFT reads only lists as they are, and takes some names for those of experts: linear layers
+    of these names are targeted by their weights. With DoRA or dropout they cannot be, and PEFT refuses the folder.
     """
     is_mixture = model.config.experts is not None
     if targets == ALL_LINEAR:
@@ -141,13 +138,13 @@ def _with_targets(
         return dataclasses.replace(config, target_modules=targets)
     elif isinstance(targets, str):
         targets = [place.theirs for place in places.values()]
-    by_weight = is_mixture and not (config.use_dora or config.lora_dropout)
+    are_parameters = is_mixture and not (config.use_dora or config.lora_dropout)
     modules, parameters = {}, {}  # as ordered sets
-    for place in places.values():
-        is_parameter = by_weight and place.theirs.endswith(_TAKEN_FOR_EXPERTS)
-        for target in (one for one in targets if matches((one,), place.theirs)):
-            if place.num_experts is not None or is_parameter:
-                parameters[target + place.parameter.removeprefix(place.theirs)] = None
-            else:
-                modules[target] = None
+    for target, place in itertools.product(targets, places.values()):
+        if not matches((target,), place.theirs):
+            continue
+        if place.num_experts is not None or (are_parameters and place.theirs.endswith(_TAKEN_FOR_EXPERTS)):
+            parameters[target + place.parameter.removeprefix(place.theirs)] = None
+        else:
+            modules[target] = None
     return dataclasses.replace(config, target_modules=tuple(modules), target_parameters=tuple(parameters))

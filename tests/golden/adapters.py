@@ -197,7 +197,7 @@ def all_cases() -> dict[str, Case]:
             wrong={"experts": {"target_parameters": None}},
             keeps_merged=True,
         ),
-        # Its experts have other names in the checkpoint; the router is a parameter too, and shared MLPs are linear layers.
+        # Its experts and its router have other names in the checkpoint.
         "granite": Case(
             base="granitemoehybrid_moe",
             config=small

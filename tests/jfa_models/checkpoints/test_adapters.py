@@ -78,7 +78,9 @@ def test_merged_logits_are_those_of_peft(name):
 SAVED = [name for i, name in enumerate(NAMES) if base_of(name) not in map(base_of, NAMES[:i])]
 
 
-@pytest.mark.parametrize("name", [run(name, quick=name in ("tied_embeddings", "moe_all_linear")) for name in SAVED])
+@pytest.mark.parametrize(
+    "name", [run(name, quick=name in ("tied_embeddings", "moe_all_linear"), soak=name == "granite") for name in SAVED]
+)
 def test_a_merged_model_is_saved(name, tmp_path):
     merged = with_adapter(name).merge_adapter(name)
     merged.save_pretrained(tmp_path)
@@ -99,7 +101,9 @@ def test_rows_of_one_batch_have_different_adapters():
 # what only differs in how its file is read or its scale computed is on the device as "lora" is, which quantized weights
 # do not see; its logits with floats are compared above
 READ_ALIKE = ("bias_only", "half_file", "layers", "lora_bias", "rank_alpha_patterns", "regex", "rslora")
-QUANTIZED = [run(name, quick=name in ("dora", "moe_experts")) for name in NAMES if name not in READ_ALIKE]
+QUANTIZED = [
+    run(name, quick=name in ("dora", "moe_experts"), soak=name == "granite") for name in NAMES if name not in READ_ALIKE
+]
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
