@@ -1,10 +1,12 @@
 """Adapters of PEFT: the logits that PEFT computes with each golden one, writing, merging, and a message per defect."""
 
+import dataclasses
 import functools
 import json
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -575,6 +577,12 @@ TENSORS = {  # name: (golden adapter, change of its tensors, of its configuratio
         {"target_parameters": ["mlp.experts.down_proj"]},
         "layers.0.mlp.experts.gate_up_proj has tensors, but is not one of target_parameters",
     ),
+    "dora_of_experts": (
+        "mixtral",
+        lambda x: None,
+        {"use_dora": True},
+        "layers.0.mlp.experts is of experts, which PEFT changes by lora_A and lora_B only, without DoRA and lora_bias",
+    ),
     "dora_of_one_expert": (
         "moe_experts",
         lambda x: [
@@ -659,6 +667,48 @@ def test_the_router_of_mixtral_has_two_names(mlp, tmp_path):
         change = changes[f"layers.{layer}.mlp.router"]
         np.testing.assert_allclose(change.a[0], a, rtol=1e-6)
         np.testing.assert_allclose(change.b[0].T, 3 * b, rtol=1e-6)
+
+
+def older_names(tensors):
+    """As an older transformers, whose modules had the names of the checkpoint, called Granite's experts and router."""
+    for key in list(tensors):
+        older = key.replace(".experts.base_layer.", ".input_linear.").replace(".experts.", ".output_linear.")
+        tensors[older.replace(".router.", ".router.layer.")] = tensors.pop(key)
+
+
+def test_the_experts_and_the_router_of_granite_have_two_names(tmp_path):
+    parameters = ["block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"]
+    modules = ["q_proj", "out_proj", "shared_mlp.input_linear", "shared_mlp.output_linear", "router.layer"]
+    config = {"target_modules": modules, "target_parameters": parameters}
+    older = edited("granite", tmp_path / "older", older_names, config)
+    model = base_model("granitemoehybrid_moe")
+    for name, folder in (("granite", ADAPTERS / "granite"), ("older", older)):
+        model.load_adapter(name, folder)
+    of_granite, of_older = (model.adapters.find(name).changes for name in ("granite", "older"))
+    jax.tree.map(np.testing.assert_array_equal, of_granite, of_older)
+    for name in ("granite", "older"):
+        model.unload_adapter(name)
+
+    def without_one(tensors):
+        older_names(tensors)
+        for kind in "AB":
+            del tensors[f"{LAYER}.block_sparse_moe.output_linear.lora_{kind}.weight"]
+
+    message = refusal(edited("granite", tmp_path / "fewer", without_one, config), "granitemoehybrid_moe")
+    assert "layers.0.block_sparse_moe.output_linear is one of target_parameters, but has no tensors" in message
+    fewer = {"target_parameters": ["experts.down_proj", "router.weight"]}
+    message = refusal(edited("granite", tmp_path / "other", config=fewer), "granitemoehybrid_moe")
+    assert "experts.gate_up_proj has tensors, but is not one of target_parameters" in message
+
+
+def test_patterns_see_the_names_of_parameters():
+    """Of a weight among target_parameters, PEFT 0.21.2 compares patterns with the weight's name, not the module's."""
+    patterns = {"gate": 9, "gate.weight": 3, "gate_up_proj": 5}
+    config = LoraConfig(r=2, lora_alpha=6, rank_pattern=patterns, target_parameters=("gate.weight", "gate_up_proj"))
+    assert config.rank("model.layers.0.mlp.gate") == 3 and config.scale("model.layers.0.mlp.gate") == 2
+    assert config.rank("model.layers.0.mlp.experts.gate_up_proj") == 5
+    of_modules = dataclasses.replace(config, target_modules=("gate",))
+    assert of_modules.rank("model.layers.0.mlp.gate") == 9
 
 
 def test_an_adapter_of_another_model_is_refused():
