@@ -8,6 +8,7 @@ Source: the behavior of peft 0.21.2.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -377,8 +378,9 @@ def _is_parameter(lora: LoraConfig, place: Place, config: DecoderConfig) -> bool
 
 
 def _is_saved(lora: LoraConfig, module: str) -> bool:
-    """Whether modules_to_save asks for a module: PEFT compares ends of names, also within a part."""
-    return any(module.endswith(name) for name in lora.modules_to_save)
+    """Whether modules_to_save asks for a module or one around it: PEFT compares ends of names, also within a part."""
+    around = itertools.accumulate(module.split("."), "{}.{}".format)
+    return any(one.endswith(name) for one in around for name in lora.modules_to_save)
 
 
 def _asks_for_bias(lora: LoraConfig, place: Place) -> bool:

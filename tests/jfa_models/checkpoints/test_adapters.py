@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -65,7 +66,7 @@ def test_the_logits_are_those_of_peft(name):
     assert difference(model.logits(want["input_ids"]), want["logits"]) > WORKS
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [run(name, quick=name != "granite", soak=True) for name in NAMES])
 def test_merged_logits_are_those_of_peft(name):
     """With a tied embedding, PEFT merges into the head what it did not apply there: ours is then untied."""
     model, want = with_adapter(name), golden(name)
@@ -667,6 +668,25 @@ def test_the_router_of_mixtral_has_two_names(mlp, tmp_path):
         change = changes[f"layers.{layer}.mlp.router"]
         np.testing.assert_allclose(change.a[0], a, rtol=1e-6)
         np.testing.assert_allclose(change.b[0].T, 3 * b, rtol=1e-6)
+
+
+def test_a_module_to_save_may_have_others_inside(tmp_path):
+    base = base_model("llama3_tiny")
+    parts = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+    def with_mlps(tensors):
+        for layer, (theirs, ours) in itertools.product(range(2), parts.items()):
+            key = LAYER.replace("layers.0", f"layers.{layer}")
+            tensors[f"{key}.mlp.{theirs}.weight"] = 1 + base.float32(f"layers.{layer}.mlp.{ours}.weight")
+
+    config = {"modules_to_save": ["lm_head", "norm", "mlp"]}
+    base.load_adapter("mlps", edited("modules_to_save", tmp_path / "all", with_mlps, config))
+    changes = base.adapters.find("mlps").changes
+    base.unload_adapter("mlps")
+    for layer, ours in itertools.product(range(2), parts.values()):
+        np.testing.assert_allclose(changes[f"layers.{layer}.mlp.{ours}"].whole, 1, rtol=1e-5)
+    message = refusal(edited("modules_to_save", tmp_path / "none", config=config))
+    assert "layers.0.mlp.gate_proj is one of modules_to_save, but no tensors replace it" in message
 
 
 def older_names(tensors):
