@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jfa_models.checkpoints.families import FAMILIES, Names, hugging_face_names
 from jfa_models.checkpoints.locate import download_adapter
 from jfa_models.checkpoints.lora_config import LoraConfig, lora_config, matches
-from jfa_models.checkpoints.names import PREFIX, our_modules
+from jfa_models.checkpoints.names import PREFIX
+from jfa_models.checkpoints.places import Place, all_modules, experts_of, place_of, places_of_experts, spellings
 from jfa_models.checkpoints.safetensors import read_header
 from jfa_models.model.config import DecoderConfig
 from jfa_models.text.files import read_json, write_json
@@ -35,17 +35,6 @@ _LORA = re.compile(
 _ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
 _BASE = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save)?(?:\.default)?\.(weight|bias)")
-# The weights of all experts in one parameter, of which a module can have two.
-_EXPERTS = re.compile(r"layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts(?:\.base_layer)?")
-
-# Parts of names that differ between checkpoints and the modules of transformers 5, by family.
-_RENAMED = {
-    "mixtral": (".block_sparse_moe.", ".mlp."),
-    "granitemoehybrid": (".block_sparse_moe.router.layer", ".block_sparse_moe.router"),
-}
-# The module of transformers 5 around experts; it is mlp in other families.
-_MIXTURE = {"granitemoehybrid": "block_sparse_moe"}
-
 _WRITTEN = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "base": "base_layer.weight"}
 _WRITTEN |= {"rows": "token_adapter.trainable_tokens_delta"}
 
@@ -154,105 +143,6 @@ def _grouped(file: Path) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the tensors of a module go: our modules, and how many rows of the stored weight each has.
-
-    Attributes:
-      columns: of the weight; 1 for a norm.
-      expert: the number of the expert whose weight it is.
-      num_experts: of a parameter for all experts of a layer.
-      theirs: the full name, as patterns see it.
-    """
-
-    modules: tuple[str, ...]
-    rows: tuple[int, ...]
-    columns: int
-    theirs: str
-    expert: int | None = None
-    num_experts: int | None = None
-    is_tied_head: bool = False
-    has_bias: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(self.rows), self.columns
-
-    @property
-    def parameter(self) -> str:
-        """The full name of its weight; those of experts have no modules of their own in transformers 5."""
-        is_bare = self.num_experts is not None and ".experts." in self.theirs
-        return self.theirs if is_bare else f"{self.theirs}.weight"
-
-    @property
-    def is_norm(self) -> bool:
-        return self.columns == 1 and self.modules[0].endswith("norm")
-
-    def split(self, x: Any) -> list[Any]:
-        """The rows of each of our modules."""
-        ends = np.cumsum(self.rows)
-        return [x[end - n : end] for end, n in zip(ends, self.rows, strict=True)]
-
-
-def place_of(
-    module: str, kinds: Mapping[str, Any], config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> Place | None:
-    """None: the decoder has no such module."""
-    table = hugging_face_names(config)
-    theirs = module if module == "lm_head" else f"{FAMILIES[config.architecture].prefix}{module}"
-    if _EXPERTS.fullmatch(module):
-        for place in _places_of_experts(module, shapes):
-            # the name does not tell which of the two parameters it is
-            a, b = (tuple(kinds[kind].shape) if kind in kinds else () for kind in ("lora_A", "lora_B"))
-            if (a[1:], b[:1]) == ((place.columns,), (sum(place.rows),)):
-                return place
-        return None
-    named = (our_modules(name, table) for name in _names(module, config))
-    modules, expert = next((found for found in named if found[0]), ((), None))
-    if not modules:
-        return None
-    if module == "lm_head" and "lm_head.weight" not in shapes:  # tied to the embedding
-        rows, columns = shapes["embed.weight"]
-        return Place(modules=("lm_head",), rows=(rows,), columns=columns, is_tied_head=True, theirs=theirs)
-    found: list[tuple[int, ...]] = [shapes.get(f"{one}.weight", shapes.get(f"{one}.scale", ())) for one in modules]
-    if not all(found):
-        return None
-    num_experts = found[0][0] if all(len(shape) == 3 for shape in found) else None
-    if expert is not None and (num_experts is None or expert >= num_experts):
-        return None
-    return Place(
-        modules=modules,
-        rows=tuple(next(iter(shape[-2:])) for shape in found),
-        columns=found[0][-1] if len(found[0]) > 1 else 1,  # of a norm
-        expert=expert,
-        num_experts=num_experts if expert is None else None,
-        theirs=theirs,
-        has_bias=all(f"{one}.bias" in shapes for one in modules),
-    )
-
-
-def _names(module: str, config: DecoderConfig) -> tuple[str, ...]:
-    """A module's name, and those that it may have in a checkpoint and in transformers 5."""
-    older, newer = _RENAMED.get(config.architecture, ("", ""))
-    return (module, module.replace(newer, older), module.replace(older, newer)) if older else (module,)
-
-
-def _places_of_experts(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
-    """Of the two parameters for all experts of a layer; none: it has no experts."""
-    match = _EXPERTS.fullmatch(module)
-    assert match is not None
-    mlp, places = f"layers.{match[1]}.mlp", []
-    for modules, name in (((f"{mlp}.gate", f"{mlp}.up"), "gate_up_proj"), ((f"{mlp}.down",), "down_proj")):
-        found = [shapes.get(f"{one}.weight", ()) for one in modules]
-        if all(len(shape) == 3 for shape in found):
-            num_experts, _, columns = found[0]
-            theirs = f"model.{module.removesuffix('.base_layer')}.{name}"
-            rows = tuple(shape[1] for shape in found)
-            place = Place(modules=modules, rows=rows, columns=columns, num_experts=num_experts, theirs=theirs)
-            places.append(place)
-    return places
-
-
 def check_fit(adapter: Adapter, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless every tensor of an adapter has a place in a decoder, and none is missing."""
     lora, problems = adapter.config, []
@@ -297,7 +187,7 @@ def _why_no_place(
     module: str, kinds: Mapping[str, Any], lora: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
     wanted = ("lora_A", "lora_B")
-    places = _places_of_experts(module, shapes) if _EXPERTS.fullmatch(module) and {*wanted} & kinds.keys() else []
+    places = places_of_experts(module, shapes) if {*wanted} & kinds.keys() else []
     if not places:
         return f"{module} ({', '.join(kinds)}) is not part of the model"
     if missing := [kind for kind in wanted if kind not in kinds]:
@@ -331,7 +221,7 @@ def _missing(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[str]:
     """What the configuration asks for and the tensors lack, and low-rank parts that it does not ask for."""
-    for module, place in _modules(config, shapes):
+    for module, place in all_modules(config, shapes):
         if place.num_experts is not None:
             continue
         given, kinds = places.get(place.modules, (place, {}))
@@ -355,7 +245,7 @@ def _missing(
         if place.has_bias and "bias" not in kinds and _asks_for_bias(lora, given):
             yield f"{module} lacks bias, which bias={lora.bias!r} asks for"
     experts = [place for _, of_layer in experts_of(config, shapes) for place in of_layer]
-    older = [place for _, place in _modules(config, shapes) if place.num_experts is not None]
+    older = [place for _, place in all_modules(config, shapes) if place.num_experts is not None]
     is_older = any(place in older for place, _ in places.values())
     for place in older if is_older else experts:
         given, kinds = places.get(place.modules, (place, {}))
@@ -374,7 +264,7 @@ def _missing(
 
 def _is_parameter(lora: LoraConfig, place: Place, config: DecoderConfig) -> bool:
     """Whether target_parameters asks for a place's weight, under one of its names."""
-    return any(matches(lora.target_parameters, name) for name in _names(place.parameter, config))
+    return any(matches(lora.target_parameters, name) for name in spellings(place.parameter, config))
 
 
 def _is_saved(lora: LoraConfig, module: str) -> bool:
@@ -416,34 +306,3 @@ def _expected_shapes(
     if lora.use_dora:
         expected["lora_magnitude_vector"] = (columns if module == "embed_tokens" else out,)
     return expected
-
-
-def linear_modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """The Hugging Face names of the modules that can have low-rank parts, except experts, without "model."."""
-    for module, place in _modules(config, shapes):
-        if not place.is_norm and place.num_experts is None:
-            yield module
-
-
-def experts_of(
-    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, tuple[Place, Place]]]:
-    """For each layer with experts, the Hugging Face name of their module without "model.", and its two parameters.
-
-    The parameters are gate_up_proj [num_experts, 2 * inner, hidden] and down_proj [num_experts, hidden, inner].
-    """
-    for layer in range(config.num_layers):
-        module = f"layers.{layer}.{_MIXTURE.get(config.architecture, 'mlp')}.experts"
-        if places := _places_of_experts(module, shapes):
-            gate_up, down = places
-            yield module, (gate_up, down)
-
-
-def _modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Place]]:
-    """The Hugging Face names of the modules, except single experts, without "model.", and their places."""
-    table: Names = hugging_face_names(config)
-    for theirs in table:
-        for layer in range(config.num_layers) if "#" in theirs else (0,):
-            module = theirs.replace("#", str(layer))
-            if "*" not in theirs and (place := place_of(module, {}, config, shapes)) is not None:
-                yield module, place

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jfa_models.checkpoints.lora_config import ALL_LINEAR, LoraConfig, matches
-from jfa_models.checkpoints.peft import Adapter, Place, experts_of, linear_modules, place_of
+from jfa_models.checkpoints.peft import Adapter
+from jfa_models.checkpoints.places import Place, experts_of, linear_modules
 from jfa_models.decoding.language_model import LanguageModel
 
 # Why dropout and DoRA are not trained together.
@@ -88,11 +89,11 @@ def new_adapter(
 
 def _chosen(model: LanguageModel, targets: Sequence[str] | str) -> Places:
     """The places that the targets match, by the names of their modules in files; linear layers before experts."""
-    named = {one: place_of(one, {}, model.config, model.shapes) for one in linear_modules(model.config, model.shapes)}
+    named = dict(linear_modules(model.config, model.shapes))
     linear = {
         name: place
         for name, place in named.items()
-        if place is not None and name != "embed_tokens" and not place.modules[0].endswith("router")
+        if name != "embed_tokens" and not place.modules[0].endswith("router")
     }
     experts = dict(experts_of(model.config, model.shapes))
     ends = sorted({name.rpartition(".")[2] for name in linear})
@@ -116,7 +117,7 @@ def _chosen(model: LanguageModel, targets: Sequence[str] | str) -> Places:
             f"targets: {what} matches no linear layer of this model{' and no experts' * bool(experts)}; it has "
             f"{', '.join(ends)}"
         )
-    others = [name for name, place in named.items() if name not in linear and place and is_target(place)]
+    others = [name for name, place in named.items() if name not in linear and is_target(place)]
     if others:
         raise ValueError(
             f"targets: {targets!r} also matches {others[0]}, but embeddings and routers get no new parts: use a "
