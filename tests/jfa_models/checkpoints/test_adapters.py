@@ -702,11 +702,11 @@ def test_the_experts_and_the_router_of_granite_have_two_names(tmp_path):
     config = {"target_modules": modules, "target_parameters": parameters}
     older = edited("granite", tmp_path / "older", older_names, config)
     model = base_model("granitemoehybrid_moe")
-    for name, folder in (("granite", ADAPTERS / "granite"), ("older", older)):
+    for name, folder in (("newer names", ADAPTERS / "granite"), ("older names", older)):
         model.load_adapter(name, folder)
-    of_granite, of_older = (model.adapters.find(name).changes for name in ("granite", "older"))
-    jax.tree.map(np.testing.assert_array_equal, of_granite, of_older)
-    for name in ("granite", "older"):
+    of_newer, of_older = (model.adapters.find(name).changes for name in ("newer names", "older names"))
+    jax.tree.map(np.testing.assert_array_equal, of_newer, of_older)
+    for name in ("newer names", "older names"):
         model.unload_adapter(name)
 
     def without_one(tensors):
