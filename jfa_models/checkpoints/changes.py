@@ -10,7 +10,8 @@ from jaxtyping import Array
 
 from jfa import QuantizedArray
 from jfa_models.checkpoints.lora_config import LoraConfig, matches
-from jfa_models.checkpoints.peft import Adapter, Place, place_of
+from jfa_models.checkpoints.peft import Adapter
+from jfa_models.checkpoints.places import Place, place_of
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.lora import Change
 

@@ -37,6 +37,7 @@ class LoraConfig:
       use_dora: rows of the changed weight have a norm of their own (arXiv:2402.09353).
       lora_dropout: while training, the part of the numbers that lora_A does not see.
       target_modules: ends of module names, one regular expression for whole names, or "all-linear".
+      target_parameters: ends of names of parameters: those of all experts of a layer, and weights of modules.
       trainable_token_indices: rows of the embedding, or of each module named, that are replaced.
     """
 
@@ -61,12 +62,17 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """The rank of a module's change."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return _by_pattern(self.rank_pattern, self._seen(module), self.r)
 
     def scale(self, module: str) -> float:
         """By which (lora_B lora_A) is multiplied."""
-        alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
+        alpha, rank = _by_pattern(self.alpha_pattern, self._seen(module), self.lora_alpha), self.rank(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _seen(self, module: str) -> str:
+        """The name that patterns see: that of the weight, if it is one of target_parameters."""
+        weight = f"{module}.weight"
+        return weight if matches(self.target_parameters, weight) and not self.targets(module) else module
 
     def targets(self, module: str) -> bool:
         """Whether a module of this name, such as model.layers.0.self_attn.q_proj, is to have low-rank parts."""

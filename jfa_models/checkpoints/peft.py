@@ -8,6 +8,7 @@ Source: the behavior of peft 0.21.2.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,10 +18,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jfa_models.checkpoints.families import FAMILIES, Names, hugging_face_names
 from jfa_models.checkpoints.locate import download_adapter
 from jfa_models.checkpoints.lora_config import LoraConfig, lora_config, matches
-from jfa_models.checkpoints.names import PREFIX, our_modules
+from jfa_models.checkpoints.names import PREFIX
+from jfa_models.checkpoints.places import Place, all_modules, experts_of, place_of, places_of_experts, spellings
 from jfa_models.checkpoints.safetensors import read_header
 from jfa_models.model.config import DecoderConfig
 from jfa_models.text.files import read_json, write_json
@@ -34,11 +35,6 @@ _LORA = re.compile(
 _ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
 _BASE = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save)?(?:\.default)?\.(weight|bias)")
-# The weights of all experts in one parameter, of which a module can have two.
-_EXPERTS = re.compile(r"layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts(?:\.base_layer)?")
-
-_OLD_MLP = ".block_sparse_moe."  # in names of Mixtral, which a newer transformers calls mlp as in other families
-
 _WRITTEN = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "base": "base_layer.weight"}
 _WRITTEN |= {"rows": "token_adapter.trainable_tokens_delta"}
 
@@ -147,92 +143,6 @@ def _grouped(file: Path) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the tensors of a module go: our modules, and how many rows of the stored weight each has.
-
-    Attributes:
-      columns: of the weight; 1 for a norm.
-      expert: the number of the expert whose weight it is.
-      num_experts: of a module that has one parameter for all experts.
-      theirs: the full name, as patterns see it.
-    """
-
-    modules: tuple[str, ...]
-    rows: tuple[int, ...]
-    columns: int
-    theirs: str
-    expert: int | None = None
-    num_experts: int | None = None
-    is_tied_head: bool = False
-    has_bias: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(self.rows), self.columns
-
-    @property
-    def is_norm(self) -> bool:
-        return self.columns == 1 and self.modules[0].endswith("norm")
-
-    def split(self, x: Any) -> list[Any]:
-        """The rows of each of our modules."""
-        ends = np.cumsum(self.rows)
-        return [x[end - n : end] for end, n in zip(ends, self.rows, strict=True)]
-
-
-def place_of(
-    module: str, kinds: Mapping[str, Any], config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> Place | None:
-    """None: the decoder has no such module."""
-    table = hugging_face_names(config)
-    theirs = module if module == "lm_head" else f"{FAMILIES[config.architecture].prefix}{module}"
-    if _EXPERTS.fullmatch(module):
-        for place in _expert_places(module, shapes):
-            # the name does not tell which of the two parameters it is
-            a, b = (tuple(kinds[kind].shape) if kind in kinds else () for kind in ("lora_A", "lora_B"))
-            if (a[1:], b[:1]) == ((place.columns,), (sum(place.rows),)):
-                return place
-        return None
-    modules, expert = our_modules(module, table)
-    if not modules:  # a newer transformers calls Mixtral's as it calls those of others
-        modules, expert = our_modules(module.replace(".mlp.", _OLD_MLP), table)
-    if not modules:
-        return None
-    if module == "lm_head" and "lm_head.weight" not in shapes:  # tied to the embedding
-        rows, columns = shapes["embed.weight"]
-        return Place(modules=("lm_head",), rows=(rows,), columns=columns, is_tied_head=True, theirs=theirs)
-    found: list[tuple[int, ...]] = [shapes.get(f"{one}.weight", shapes.get(f"{one}.scale", ())) for one in modules]
-    if not all(found) or any((len(shape) == 3) != (expert is not None) for shape in found):
-        return None
-    if expert is not None and expert >= found[0][0]:
-        return None
-    return Place(
-        modules=modules,
-        rows=tuple(next(iter(shape[-2:])) for shape in found),
-        columns=found[0][-1] if len(found[0]) > 1 else 1,  # of a norm
-        expert=expert,
-        theirs=theirs,
-        has_bias=all(f"{one}.bias" in shapes for one in modules),
-    )
-
-
-def _expert_places(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
-    """Of the two parameters for all experts of a layer; none: it has no experts."""
-    match = _EXPERTS.fullmatch(module)
-    assert match is not None
-    mlp, places = f"layers.{match[1]}.mlp", []
-    for modules, name in (((f"{mlp}.gate", f"{mlp}.up"), "gate_up_proj"), ((f"{mlp}.down",), "down_proj")):
-        found = [shapes.get(f"{one}.weight", ()) for one in modules]
-        if all(len(shape) == 3 for shape in found):
-            num_experts, _, columns = found[0]
-            theirs = f"model.{module.removesuffix('.base_layer')}.{name}"
-            rows = tuple(shape[1] for shape in found)
-            place = Place(modules=modules, rows=rows, columns=columns, num_experts=num_experts, theirs=theirs)
-            places.append(place)
-    return places
-
-
 def check_fit(adapter: Adapter, config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless every tensor of an adapter has a place in a decoder, and none is missing."""
     lora, problems = adapter.config, []
@@ -277,7 +187,7 @@ def _why_no_place(
     module: str, kinds: Mapping[str, Any], lora: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
     wanted = ("lora_A", "lora_B")
-    places = _expert_places(module, shapes) if _EXPERTS.fullmatch(module) and {*wanted} & kinds.keys() else []
+    places = places_of_experts(module, shapes) if {*wanted} & kinds.keys() else []
     if not places:
         return f"{module} ({', '.join(kinds)}) is not part of the model"
     if missing := [kind for kind in wanted if kind not in kinds]:
@@ -295,6 +205,8 @@ def _mixtures(place: Place, module: str, kinds: Mapping[str, Any], lora: LoraCon
     has_parts = any(kind.startswith("lora_") for kind in kinds)
     if place.expert is not None and (kinds.keys() != {"lora_A", "lora_B"} or lora.use_dora or lora.lora_bias):
         yield f"{module} is one expert's, which can have lora_A and lora_B only, without DoRA"
+    elif place.num_experts is not None and (lora.use_dora or lora.lora_bias):
+        yield f"{module} is of experts, which PEFT changes by lora_A and lora_B only, without DoRA and lora_bias"
     elif place.is_norm and has_parts:
         yield f"{module} is a norm, and cannot have low-rank parts"
     changes = ["low-rank parts"] * has_parts + [kind for kind in ("weight", "rows") if kind in kinds]
@@ -309,7 +221,9 @@ def _missing(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[str]:
     """What the configuration asks for and the tensors lack, and low-rank parts that it does not ask for."""
-    for module, place in _modules(config, shapes):
+    for module, place in all_modules(config, shapes):
+        if place.num_experts is not None:
+            continue
         given, kinds = places.get(place.modules, (place, {}))
         has_parts = any(kind.startswith("lora_") for kind in kinds)
         if _is_saved(lora, module) and not place.is_tied_head and "weight" not in kinds:
@@ -320,7 +234,7 @@ def _missing(
             name
             for name, is_wanted in (
                 ("target_modules", lora.targets(given.theirs)),
-                ("target_parameters", matches(lora.target_parameters, f"{given.theirs}.weight")),
+                ("target_parameters", _is_parameter(lora, given, config)),
             )
             if is_wanted
         ]
@@ -330,17 +244,16 @@ def _missing(
             yield f"{module} has tensors, but is not one of target_modules"
         if place.has_bias and "bias" not in kinds and _asks_for_bias(lora, given):
             yield f"{module} lacks bias, which bias={lora.bias!r} asks for"
-    for layer in range(config.num_layers):
-        for place in _expert_places(f"layers.{layer}.mlp.experts", shapes):
-            given, kinds = places.get(place.modules, (place, {}))
-            wanted = any(
-                matches(lora.target_parameters, name)
-                for name in {given.theirs, given.theirs.replace(".mlp.", _OLD_MLP)}
-            )
-            if wanted != bool(kinds):
-                name = given.theirs.removeprefix("model.")
-                is_one = "is one of target_parameters, but has no tensors"
-                yield f"{name} {is_one if wanted else 'has tensors, but is not one of target_parameters'}"
+    experts = [place for _, of_layer in experts_of(config, shapes) for place in of_layer]
+    older = [place for _, place in all_modules(config, shapes) if place.num_experts is not None]
+    is_older = any(place in older for place, _ in places.values())
+    for place in older if is_older else experts:
+        given, kinds = places.get(place.modules, (place, {}))
+        wanted = _is_parameter(lora, given, config)
+        if wanted != bool(kinds):
+            name = given.theirs.removeprefix("model.")
+            is_one = "is one of target_parameters, but has no tensors"
+            yield f"{name} {is_one if wanted else 'has tensors, but is not one of target_parameters'}"
     for name, ids in lora.trainable_token_indices.items():
         found = [place for place, kinds in places.values() if "rows" in kinds and matches((name,), place.theirs)]
         if not found:
@@ -349,9 +262,15 @@ def _missing(
             yield f"trainable_token_indices has {max(ids)}, but {name} has {found[0].shape[0]} rows"
 
 
+def _is_parameter(lora: LoraConfig, place: Place, config: DecoderConfig) -> bool:
+    """Whether target_parameters asks for a place's weight, under one of its names."""
+    return any(matches(lora.target_parameters, name) for name in spellings(place.parameter, config))
+
+
 def _is_saved(lora: LoraConfig, module: str) -> bool:
-    """Whether modules_to_save asks for a module: PEFT compares ends of names, also within a part."""
-    return any(module.endswith(name) for name in lora.modules_to_save)
+    """Whether modules_to_save asks for a module or one around it: PEFT compares ends of names, also within a part."""
+    around = itertools.accumulate(module.split("."), "{}.{}".format)
+    return any(one.endswith(name) for one in around for name in lora.modules_to_save)
 
 
 def _asks_for_bias(lora: LoraConfig, place: Place) -> bool:
@@ -387,20 +306,3 @@ def _expected_shapes(
     if lora.use_dora:
         expected["lora_magnitude_vector"] = (columns if module == "embed_tokens" else out,)
     return expected
-
-
-def linear_modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """The Hugging Face names of the modules that can have low-rank parts, except experts, without "model."."""
-    for module, place in _modules(config, shapes):
-        if not place.is_norm:
-            yield module
-
-
-def _modules(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Place]]:
-    """The Hugging Face names of the modules, except experts, without "model.", and their places."""
-    table: Names = hugging_face_names(config)
-    for theirs in table:
-        for layer in range(config.num_layers) if "#" in theirs else (0,):
-            module = theirs.replace("#", str(layer))
-            if "*" not in theirs and (place := place_of(module, {}, config, shapes)) is not None:
-                yield module, place

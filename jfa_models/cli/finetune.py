@@ -21,7 +21,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--alpha", type=float, help="The change is scaled by alpha / rank. Default: 2 * rank.")
 @click.option(
-    "--target", "targets", multiple=True, help="End of a module's name, such as q_proj. Default: all linear layers."
+    "--target",
+    "targets",
+    multiple=True,
+    help="End of a name, such as q_proj or experts.down_proj. Default: all linear layers, without experts.",
 )
 @click.option("--dora", "use_dora", is_flag=True, help="Train the norms of rows too.")
 @click.option("--rslora", "use_rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")

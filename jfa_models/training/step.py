@@ -22,7 +22,8 @@ from jfa import QuantizedArray
 from jfa.quant import dequantize
 from jfa.rules import with_default_rules
 from jfa_models.checkpoints.changes import changes_of
-from jfa_models.checkpoints.peft import Adapter, place_of
+from jfa_models.checkpoints.peft import Adapter
+from jfa_models.checkpoints.places import place_of
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.model.decoder import Block, Decoder
 from jfa_models.model.lora import Adapters, Dropout

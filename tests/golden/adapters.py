@@ -197,6 +197,20 @@ def all_cases() -> dict[str, Case]:
             wrong={"experts": {"target_parameters": None}},
             keeps_merged=True,
         ),
+        # Its experts and its router have other names in the checkpoint.
+        "granite": Case(
+            base="granitemoehybrid_moe",
+            config=small
+            | {
+                "target_modules": ["q_proj", "out_proj", "input_linear", "output_linear"],
+                "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"],
+            },
+            wrong={
+                "experts": {"target_parameters": ["router.weight"]},
+                "router": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+            },
+            trained=True,
+        ),
         "pissa": Case(base="llama3_tiny", config=small | {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
     }
 

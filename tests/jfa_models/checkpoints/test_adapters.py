@@ -1,10 +1,13 @@
 """Adapters of PEFT: the logits that PEFT computes with each golden one, writing, merging, and a message per defect."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,7 +66,7 @@ def test_the_logits_are_those_of_peft(name):
     assert difference(model.logits(want["input_ids"]), want["logits"]) > WORKS
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [run(name, quick=name != "granite", soak=True) for name in NAMES])
 def test_merged_logits_are_those_of_peft(name):
     """With a tied embedding, PEFT merges into the head what it did not apply there: ours is then untied."""
     model, want = with_adapter(name), golden(name)
@@ -78,7 +81,9 @@ def test_merged_logits_are_those_of_peft(name):
 SAVED = [name for i, name in enumerate(NAMES) if base_of(name) not in map(base_of, NAMES[:i])]
 
 
-@pytest.mark.parametrize("name", [run(name, quick=name in ("tied_embeddings", "moe_all_linear")) for name in SAVED])
+@pytest.mark.parametrize(
+    "name", [run(name, quick=name in ("tied_embeddings", "moe_all_linear"), soak=name == "granite") for name in SAVED]
+)
 def test_a_merged_model_is_saved(name, tmp_path):
     merged = with_adapter(name).merge_adapter(name)
     merged.save_pretrained(tmp_path)
@@ -99,7 +104,9 @@ def test_rows_of_one_batch_have_different_adapters():
 # what only differs in how its file is read or its scale computed is on the device as "lora" is, which quantized weights
 # do not see; its logits with floats are compared above
 READ_ALIKE = ("bias_only", "half_file", "layers", "lora_bias", "rank_alpha_patterns", "regex", "rslora")
-QUANTIZED = [run(name, quick=name in ("dora", "moe_experts")) for name in NAMES if name not in READ_ALIKE]
+QUANTIZED = [
+    run(name, quick=name in ("dora", "moe_experts"), soak=name == "granite") for name in NAMES if name not in READ_ALIKE
+]
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -571,6 +578,12 @@ TENSORS = {  # name: (golden adapter, change of its tensors, of its configuratio
         {"target_parameters": ["mlp.experts.down_proj"]},
         "layers.0.mlp.experts.gate_up_proj has tensors, but is not one of target_parameters",
     ),
+    "dora_of_experts": (
+        "mixtral",
+        lambda x: None,
+        {"use_dora": True},
+        "layers.0.mlp.experts is of experts, which PEFT changes by lora_A and lora_B only, without DoRA and lora_bias",
+    ),
     "dora_of_one_expert": (
         "moe_experts",
         lambda x: [
@@ -655,6 +668,67 @@ def test_the_router_of_mixtral_has_two_names(mlp, tmp_path):
         change = changes[f"layers.{layer}.mlp.router"]
         np.testing.assert_allclose(change.a[0], a, rtol=1e-6)
         np.testing.assert_allclose(change.b[0].T, 3 * b, rtol=1e-6)
+
+
+def test_a_module_to_save_may_have_others_inside(tmp_path):
+    base = base_model("llama3_tiny")
+    parts = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+    def with_mlps(tensors):
+        for layer, (theirs, ours) in itertools.product(range(2), parts.items()):
+            key = LAYER.replace("layers.0", f"layers.{layer}")
+            tensors[f"{key}.mlp.{theirs}.weight"] = 1 + base.float32(f"layers.{layer}.mlp.{ours}.weight")
+
+    config = {"modules_to_save": ["lm_head", "norm", "mlp"]}
+    base.load_adapter("mlps", edited("modules_to_save", tmp_path / "all", with_mlps, config))
+    changes = base.adapters.find("mlps").changes
+    base.unload_adapter("mlps")
+    for layer, ours in itertools.product(range(2), parts.values()):
+        np.testing.assert_allclose(changes[f"layers.{layer}.mlp.{ours}"].whole, 1, rtol=1e-5)
+    message = refusal(edited("modules_to_save", tmp_path / "none", config=config))
+    assert "layers.0.mlp.gate_proj is one of modules_to_save, but no tensors replace it" in message
+
+
+def older_names(tensors):
+    """As an older transformers, whose modules had the names of the checkpoint, called Granite's experts and router."""
+    for key in list(tensors):
+        older = key.replace(".experts.base_layer.", ".input_linear.").replace(".experts.", ".output_linear.")
+        tensors[older.replace(".router.", ".router.layer.")] = tensors.pop(key)
+
+
+def test_the_experts_and_the_router_of_granite_have_two_names(tmp_path):
+    parameters = ["block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"]
+    modules = ["q_proj", "out_proj", "shared_mlp.input_linear", "shared_mlp.output_linear", "router.layer"]
+    config = {"target_modules": modules, "target_parameters": parameters}
+    older = edited("granite", tmp_path / "older", older_names, config)
+    model = base_model("granitemoehybrid_moe")
+    for name, folder in (("newer names", ADAPTERS / "granite"), ("older names", older)):
+        model.load_adapter(name, folder)
+    of_newer, of_older = (model.adapters.find(name).changes for name in ("newer names", "older names"))
+    jax.tree.map(np.testing.assert_array_equal, of_newer, of_older)
+    for name in ("newer names", "older names"):
+        model.unload_adapter(name)
+
+    def without_one(tensors):
+        older_names(tensors)
+        for kind in "AB":
+            del tensors[f"{LAYER}.block_sparse_moe.output_linear.lora_{kind}.weight"]
+
+    message = refusal(edited("granite", tmp_path / "fewer", without_one, config), "granitemoehybrid_moe")
+    assert "layers.0.block_sparse_moe.output_linear is one of target_parameters, but has no tensors" in message
+    fewer = {"target_parameters": ["experts.down_proj", "router.weight"]}
+    message = refusal(edited("granite", tmp_path / "other", config=fewer), "granitemoehybrid_moe")
+    assert "experts.gate_up_proj has tensors, but is not one of target_parameters" in message
+
+
+def test_patterns_see_the_names_of_parameters():
+    """Of a weight among target_parameters, PEFT 0.21.2 compares patterns with the weight's name, not the module's."""
+    patterns = {"gate": 9, "gate.weight": 3, "gate_up_proj": 5}
+    config = LoraConfig(r=2, lora_alpha=6, rank_pattern=patterns, target_parameters=("gate.weight", "gate_up_proj"))
+    assert config.rank("model.layers.0.mlp.gate") == 3 and config.scale("model.layers.0.mlp.gate") == 2
+    assert config.rank("model.layers.0.mlp.experts.gate_up_proj") == 5
+    of_modules = dataclasses.replace(config, target_modules=("gate",))
+    assert of_modules.rank("model.layers.0.mlp.gate") == 9
 
 
 def test_an_adapter_of_another_model_is_refused():

@@ -81,13 +81,17 @@ CASES = [
     run("full", dict(data=8), quick=False, soak=True),
     run("full", dict(tensor=8), quick=False, soak=True),
     run("lora", dict(data=4), quick=False, soak=True),
+    run("moe_lora", dict(expert=2, context=2), quick=False, soak=True),
+    run("moe_lora", dict(tensor=2), quick=False, soak=True),
 ]
 
 
 @pytest.mark.parametrize(("kind", "sizes"), CASES)
 def test_steps_are_those_of_one_device(kind, sizes):
     rows = max(4, sizes.get("data", 1))
-    options = dict(lora=kind == "lora", rows=rows, config=EXPERTS if kind == "moe" else CONFIG)
+    options = dict(lora=kind.endswith("lora"), rows=rows, config=EXPERTS if kind.startswith("moe") else CONFIG)
+    if kind == "moe_lora":
+        options |= dict(targets=["experts.gate_up_proj", "experts.down_proj", "q_proj"])
     (want, alone), (got, state) = (trained(mesh, **options) for mesh in (None, mesh_of(**sizes)))
     for one, other in zip(want, got, strict=True):
         assert one == pytest.approx(other, rel=2e-5)
