@@ -70,7 +70,7 @@ def by_peft_names(adapter, tensors, folder):
     ("name", "remat"),
     [
         *(run(name, "none", quick=name in ("lora", "dora", "phi3", "embeddings")) for name in WITH_GRADIENTS),
-run("granite", "none", quick=False, soak=True),
+        run("granite", "none", quick=False, soak=True),
         run("lora", "attention", quick=False),
         run("dora", "all", quick=True),
         run("phi3", "products", quick=True),
