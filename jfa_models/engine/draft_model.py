@@ -24,7 +24,7 @@ from jfa_models.engine.launch import SMALLEST_STEP, Launcher, bucket, buckets, h
 from jfa_models.engine.request import NO_SEED, Continuation
 from jfa_models.engine.speculator import NgramProposer, permitted
 from jfa_models.model.attention import paged_cache
-from jfa_models.model.lora import Adapters
+from jfa_models.model.lora import NO_ADAPTER, Adapters
 from jfa_models.model.mixers import state_cache
 from jfa_models.text.guided import Guide
 
@@ -125,14 +125,15 @@ class DraftModel:
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
         """Compiles all that drafts for requests with these params need."""
         scheduler = self._launcher.scheduler
-        for n in buckets(SMALLEST_STEP, scheduler.max_num_batched_tokens):
-            self._advance([], [], n)
-        for b in buckets(1, scheduler.max_num_seqs, factor=4):
+        variants = [None] if self._adapters is None else self._adapters.variants()
+        for n, adapters in itertools.product(buckets(SMALLEST_STEP, scheduler.max_num_batched_tokens), variants):
+            self._advance([], [], n, adapters)
+        for b, adapters in itertools.product(buckets(1, scheduler.max_num_seqs, factor=4), variants):
             for is_greedy in {one.is_greedy for one in params}:
                 like, nothing = SamplingParams(temperature=0.0 if is_greedy else 1.0), np.zeros(b, np.int32)
                 sampling = self._sampling([(like, NO_SEED)], b)
                 for guesses in [None] if self._guesses is None else [[], [[0]]]:
-                    self._propose([], b, sampling, nothing, nothing, guesses)
+                    self._propose([], b, sampling, nothing, nothing, guesses, adapters)
 
     def _catch_up(self, rows: Sequence[Continuation]) -> None:
         """Computes the tokens of rows that lack more than a few, up to the last one."""
@@ -146,10 +147,12 @@ class DraftModel:
             for one, end in zip(behind, ends, strict=True):
                 one.num_drafted = end
 
-    def _advance(self, rows: Sequence[Continuation], ends: Sequence[int], n: int) -> None:
-        """Computes the tokens of each row up to its end."""
+    def _advance(
+        self, rows: Sequence[Continuation], ends: Sequence[int], n: int, adapters: Adapters | None = None
+    ) -> None:
+        """Computes the tokens of each row up to its end. adapters: see _batch."""
         b = self._launcher.scheduler.max_num_seqs
-        batch, cache, adapters = self._batch(rows, ends, b, n)
+        batch, cache, adapters = self._batch(rows, ends, b, n, adapters=adapters)
         cache, *_ = self._model.steps.advance(
             self._model.params, cache, np.zeros(1, np.int32), batch, adapters=adapters
         )
@@ -163,15 +166,19 @@ class DraftModel:
         generated: np.ndarray,
         most: np.ndarray,
         guesses: Sequence[Sequence[int]] | None,
+        adapters: Adapters | None = None,
     ) -> tuple[Proposed, np.ndarray]:
-        """guesses: what may follow each row; None: only the tokens drawn are wanted, and not their odds."""
+        """guesses: what may follow each row; None: only the tokens drawn are wanted, and not their odds.
+
+        adapters: see _batch.
+        """
         guess, n = None, self._few * b
         if guesses is not None:
             guess = np.full((b, MOST_GUESSED * any(guesses)), NO_TOKEN, np.int32)
             for row, tokens in enumerate(guesses):
                 guess[row, : len(tokens)] = tokens
             n += guess.size
-        batch, cache, adapters = self._batch(rows, [one.num_tokens for one in rows], b, n, guesses)
+        batch, cache, adapters = self._batch(rows, [one.num_tokens for one in rows], b, n, guesses, adapters)
         cache, found, count = self._model.steps.propose(
             self._model.params, cache, batch, sampling, generated, most, self._confidence, guess, adapters=adapters
         )
@@ -185,10 +192,12 @@ class DraftModel:
         b: int,
         n: int,
         guesses: Sequence[Sequence[int]] | None = None,
+        adapters: Adapters | None = None,
     ) -> tuple[Batch, jfa.PagedKVCache, Adapters | None]:
         """The tokens of each row that the cache lacks, up to its end, in a step of b rows and n tokens.
 
         guesses: tokens behind the end of each row; then the logits after each token of the step are wanted.
+        adapters: of a step without rows, which is only compiled; that of rows has those of their requests.
         """
         tokens = [one.tokens[one.num_drafted : end] for one, end in zip(rows, ends, strict=True)]
         if guesses is not None:
@@ -203,8 +212,8 @@ class DraftModel:
             slot[row] = slot_of(one)
         padded = np.zeros(n, np.int32)
         padded[:total] = [token for part in tokens for token in part]
-        of_rows, adapters = None, None
-        if self._adapters is not None:
+        of_rows = None if adapters is None else np.full(b, NO_ADAPTER, np.int32)
+        if rows and self._adapters is not None:
             of_rows, adapters = self._adapters.for_rows([one.request.adapter for one in rows], b)
         last = np.maximum(start[1:] - 1, 0) if guesses is None else None
         batch = host_batch(padded, start, slot, last, None, None, of_rows)
