@@ -175,7 +175,7 @@ def test_random_arrivals_and_aborts(name, method, draft, count, few_programs_bef
     for other in want:
         assert_same(got[other.request_id], other)
         assert other.request_id in aborted or got[other.request_id].outputs[0].finish_reason == "length"
-    assert engine.metrics().speculation[method].proposed > 0
+    assert config["adaptive"] or engine.metrics().speculation[method].proposed > 0
     assert_clean(engine)
 
 
