@@ -21,10 +21,13 @@ class StateCache:
     Attributes:
       conv: for each layer, the last inputs of its causal convolution.
       state: for each layer, the states of its heads.
+      pending: None: layers write the states after a step's tokens. Otherwise the states stay those before the step,
+        and each layer adds here what its tokens would bring: for steps of which some tokens may be dropped again.
     """
 
     conv: tuple[Float[Array, "rows width-1 channels"], ...]
     state: tuple[Float[Array, "rows heads dk dv"], ...]
+    pending: tuple[Float[Array, "n inputs"], ...] | None = None
 
     @classmethod
     def create(
@@ -66,10 +69,15 @@ class StateCache:
         self, layer: int, conv: Float[Array, "rows width-1 channels"], state: Float[Array, "rows heads dk dv"]
     ) -> "StateCache":
         """With the new states of one layer."""
-        return StateCache(
+        return dataclasses.replace(
+            self,
             conv=(*self.conv[:layer], conv, *self.conv[layer + 1 :]),
             state=(*self.state[:layer], state, *self.state[layer + 1 :]),
         )
+
+    def take(self, rows: Int[Array, " n"]) -> "StateCache":
+        """The states of these rows, in their order; any states for one that is out of range."""
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), self)
 
     @with_default_rules
     def copy(self, source: Int[Array, " n"], destination: Int[Array, " n"]) -> "StateCache":

@@ -27,7 +27,7 @@ class SpeculativeConfig:
     """How an engine speculates: a cheap proposer drafts tokens, and one step of the model verifies all of them.
 
     The tokens of a request, greedy or sampled, are those that it gets without speculation, up to ties: drafts only
-    change how many steps they take.
+    change how many steps they take. Models with states take every method but lookahead and staged.
 
     Attributes:
       method: "ngram" (prompt lookup): what followed the last tokens where they stood before, in prompt or answer.

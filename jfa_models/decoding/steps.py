@@ -22,7 +22,7 @@ from jfa_models.decoding.divided import sample_divided
 from jfa_models.decoding.params import MAX_LOGPROBS
 from jfa_models.decoding.sampling import NO_TOKEN, Sampled, SamplingRows, finished_by_id, sample, update, with_logprobs
 from jfa_models.decoding.speculation import MAX_DRAFT
-from jfa_models.model.attention import Cache
+from jfa_models.model.attention import Cache, StateRows
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import NO_ADAPTER, Adapters
 from jfa_models.model.partition import Axes, Partition, gathered
@@ -105,6 +105,10 @@ class Slots:
     logit_bias: Float[Array, "slots vocab"] | None = None
 
 
+# What the tokens of a step bring to the states of each layer that has some, until it is known which of them stay.
+Pending = tuple[Float[Array, "n inputs"], ...]
+
+
 class Proposed(NamedTuple):
     """The tokens that a draft model drew for each row, one after another.
 
@@ -133,6 +137,9 @@ class Adapted(NamedTuple):
     ) -> Float[Array, "*b vocab"]:
         return self.decoder.unembed(hidden, self.adapters, slot)
 
+    def enter(self, cache: Cache, pending: Pending, rows: StateRows) -> Cache:
+        return self.decoder.enter(cache, pending, rows)
+
     @property
     def vocab(self) -> Axes:
         """Over which axes of a mesh the logits are divided."""
@@ -151,10 +158,11 @@ class Steps:
     decode_many(params, state) -> (state, emitted [n, b], num_steps): up to n = STEPS_PER_CALL more tokens
 
     and those of an engine, whose rows change from step to step (Batch, Slots):
-    advance(params, cache, last_token, batch) -> (cache, f32[b or n, vocab], Sampled | None)
+    advance(params, cache, last_token, batch) -> (cache, f32[b or n, vocab], Sampled | None, Pending | None)
     draw(slots, logits, rows, slot, samples, num_generated, allowed) -> (slots, Sampled): of each row that samples
     verify(slots, logits, rows, batch, samples, num_generated, allowed) -> (slots, Sampled): after each of its tokens
     keep(cache, batch, token) -> cache: of drafts that are trees, with the path that verify sampled
+    enter(params, cache, pending, batch, token) -> cache: of a decoder with states, after the drafts that verify sampled
     propose(params, cache, batch, rows, num_generated, lengths, confidence, guess) -> (cache, Proposed, i32[b])
     adjust(slots, slot, prompt_seen, output_counts, logit_bias) -> slots: sets a slot's values for a request
     copy_pages(cache, source, destination, table=0) -> cache
@@ -222,7 +230,8 @@ class Steps:
         self.first = step(_first, lambda cache: (_state_specs(cache), P()), donate=(1,))
         self.decode = step(_decode, lambda state: (state, P()), donate=(1,))
         self.decode_many = step(_decode_many, lambda state: (state, P(), P()), donate=(1,))
-        self.advance = step(_advance, lambda cache: (cache, token_logits, P()), donate=(1,))
+        self.advance = step(_advance, lambda cache: (cache, token_logits, P(), P()), donate=(1,))
+        self.enter = step(_enter, lambda cache: cache, donate=(1,))
         self.propose = step(_propose, lambda cache: (cache, P(), P()), donate=(1,))
         self.draw = of_logits(_draw)
         self.verify = of_logits(_verify)
@@ -350,8 +359,11 @@ def _decode_many(decoder: Adapted, state: DecodeState) -> tuple[DecodeState, Emi
 
 def _advance(
     decoder: Adapted, cache: jfa.PagedKVCache, last_token: Int[Array, " slots"], batch: Batch
-) -> tuple[Cache, Float[Array, "b vocab"], Sampled | None]:
-    """The logits after each row's `last` token, or after all; with next_tokens also the log-probabilities of these."""
+) -> tuple[Cache, Float[Array, "b vocab"], Sampled | None, Pending | None]:
+    """The logits after each row's `last` token, or after all; with next_tokens also the log-probabilities of these.
+
+    If there may be drafts among the tokens, states stay those before the step, and what the tokens bring is pending.
+    """
     n, b = batch.tokens.shape[0], batch.slot.shape[0]
     if batch.query_start is None:
         lengths = (batch.slot < last_token.shape[0]).astype(jnp.int32)
@@ -367,8 +379,14 @@ def _advance(
     rows["tree_mask"] = batch.tree_mask
     needs_all = batch.last is None or batch.next_tokens is not None
     last = None if batch.last is None else jnp.minimum(batch.last, n - 1)
+    if batch.last is None and cache.states is not None:
+        cache = dataclasses.replace(cache, states=dataclasses.replace(cache.states, pending=()))
     states, filled = decoder(tokens, cache=cache, **rows, wanted=None if needs_all else last)
     assert filled is not None
+    pending = None
+    if filled.states is not None:
+        pending = filled.states.pending
+        filled = dataclasses.replace(filled, states=dataclasses.replace(filled.states, pending=None))
     states = states.reshape(-1, states.shape[-1])
     slot = batch.adapter  # of each row, then of each token
     if slot is not None and batch.query_start is not None:
@@ -378,7 +396,7 @@ def _advance(
     else:
         logits = decoder.unembed(states[last] if needs_all else states, batch.adapter)
     if batch.next_tokens is None:
-        return filled, logits, None
+        return filled, logits, None, pending
 
     def block(part):
         states, tokens, slot = part
@@ -392,7 +410,7 @@ def _advance(
         return jnp.pad(x, [(0, -n % rows), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, rows, *x.shape[1:])
 
     found = lax.map(block, jax.tree.map(in_blocks, (states, batch.next_tokens, slot)))
-    return filled, logits, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
+    return filled, logits, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found), pending
 
 
 def _row_of_token(query_start: Int[Array, " b+1"], n: int) -> Int[Array, " n"]:
@@ -447,8 +465,11 @@ def _propose(
     """
     b, n = batch.slot.shape[0], batch.tokens.shape[0]
     row, places = jnp.arange(b), jnp.arange(1 if guess is None else 1 + guess.shape[1])
-    filled, logits, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
+    filled, logits, _, _ = _advance(decoder, cache, jnp.zeros(1, jnp.int32), batch)
     assert filled is not None and batch.query_start is not None
+    states = filled.states
+    if states is not None:  # they stay those after the row's own tokens: what is drawn may be refused
+        filled = dataclasses.replace(filled, states=states.take(batch.slot))
     num_guessed = jnp.zeros(b, jnp.int32)
     if guess is None:
         logits = logits[:, None]
@@ -500,7 +521,7 @@ def _propose(
 
     filled, _, _, found, count = lax.while_loop(goes_on, decode_once, (filled, token, active, found, count))
     assert filled is not None
-    return filled, found, count
+    return dataclasses.replace(filled, states=states), found, count
 
 
 def _of_tokens(slot: Int[Array, " b"] | None) -> Int[Array, "b 1"] | None:
@@ -579,6 +600,23 @@ def _keep(cache: jfa.PagedKVCache, batch: Batch, sampled: Int[Array, " n"]) -> j
     kept = jnp.zeros((b, m), jnp.int32).at[jnp.where(accepted, row, b), depth].set(place, mode="drop")
     count = jnp.zeros(b, jnp.int32).at[row].add(accepted)
     return cache.compact(kept, count)
+
+
+def _enter(
+    decoder: Adapted, cache: jfa.PagedKVCache, pending: Pending, batch: Batch, sampled: Int[Array, " n"]
+) -> Cache:
+    """Brings the accepted tokens of each row into its states; kv_len is that of before the step.
+
+    sampled: the token after each one, as verify returns them.
+    """
+    n, b = batch.tokens.shape[0], batch.slot.shape[0]
+    row, is_padding = _rows_of_tokens(batch)
+    accepted = _accepted(batch, sampled) & ~is_padding
+    counts = jnp.zeros(b, jnp.int32).at[row].add(accepted)
+    start = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
+    # a row's accepted tokens are its first ones: without the others, rows still come one after another
+    kept = jnp.nonzero(accepted, size=n, fill_value=0)[0]
+    return decoder.enter(cache, tuple(x[kept] for x in pending), StateRows(batch.slot, start, cache.kv_len == 0))
 
 
 def _rows_of_tokens(batch: Batch) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:

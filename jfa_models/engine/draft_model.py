@@ -20,15 +20,13 @@ from jfa_models.decoding.sampling import NO_TOKEN, SamplingRows
 from jfa_models.decoding.speculation import SpeculativeConfig
 from jfa_models.decoding.steps import Batch, Proposed
 from jfa_models.engine.drafts import Acceptance
-from jfa_models.engine.launch import SMALLEST_STEP, Launcher, bucket, buckets, host_batch
+from jfa_models.engine.launch import SMALLEST_STEP, Launcher, bucket, buckets, host_batch, slot_of
 from jfa_models.engine.request import NO_SEED, Continuation
 from jfa_models.engine.speculator import NgramProposer, permitted
 from jfa_models.model.attention import paged_cache
-from jfa_models.model.lora import Adapters
+from jfa_models.model.lora import NO_ADAPTER, Adapters
+from jfa_models.model.mixers import state_cache
 from jfa_models.text.guided import Guide
-
-# Tokens that a row lacks at most when it drafts: after a whole draft was accepted, its last token and the next one.
-_FEW = 2
 
 MOST_GUESSED = 8  # tokens that prompt lookup drafts for the draft model
 
@@ -36,8 +34,10 @@ MOST_GUESSED = 8  # tokens that prompt lookup drafts for the draft model
 class DraftModel:
     """Drafts with a decoder of its own.
 
-    Its cache has the same page numbers as the engine's, so that a continuation's page table serves both. The keys and
-    values of a prompt are computed when the first draft is wanted, even if the engine had them in its prefix cache.
+    Its cache has the same page numbers as the engine's, so that a continuation's page table serves both, and states in
+    the same slots. Those of a prompt are computed when the first draft is wanted, even if the engine had them in its
+    prefix cache. States stay those after a row's own tokens while it drafts, so that its next draft begins with all
+    tokens that came since: the accepted ones are computed once more.
     """
 
     def __init__(
@@ -64,9 +64,12 @@ class DraftModel:
         self._ahead: WeakKeyDictionary[Continuation, list[int]] = WeakKeyDictionary()
         windows = [pool.window for pool in launcher.scheduler.pools.pools]
         self._pool_of = pools_of(model, windows)
-        page_size = launcher.scheduler.pools.page_size
-        cache = draft_cache(model, windows, num_pages, page_size=page_size, kv_dtype=kv_dtype)
-        self._cache: jfa.PagedKVCache = self._without_tables(cache)
+        options: dict[str, Any] = dict(page_size=launcher.scheduler.pools.page_size, kv_dtype=kv_dtype)
+        cache = draft_cache(model, windows, num_pages, rows=launcher.scheduler.max_num_seqs, **options)
+        self._cache: jfa.PagedKVCache = self._without_tables(model.partition.everywhere(cache))
+        # tokens that a row lacks at most when it drafts: after a whole draft was accepted, its last token and the next
+        # one, or with states all of these
+        self._few = 2 if cache.states is None else 1 + self._length
         launcher.copies_too = self._copy
 
     def gains(self, one: Continuation) -> Sequence[float]:
@@ -86,6 +89,8 @@ class DraftModel:
         else:
             for place in range(len(draft)):
                 self._acceptance.add(place, int(place in path), missed=place not in path)
+        if self._cache.states is not None:
+            return
         same = zip((draft.tokens[node] for node in path), self._ahead[one], strict=False)
         one.num_drafted += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
 
@@ -120,19 +125,20 @@ class DraftModel:
     def warm_up(self, params: Sequence[SamplingParams]) -> None:
         """Compiles all that drafts for requests with these params need."""
         scheduler = self._launcher.scheduler
-        for n in buckets(SMALLEST_STEP, scheduler.max_num_batched_tokens):
-            self._advance([], [], n)
-        for b in buckets(1, scheduler.max_num_seqs, factor=4):
+        variants = [None] if self._adapters is None else self._adapters.variants()
+        for n, adapters in itertools.product(buckets(SMALLEST_STEP, scheduler.max_num_batched_tokens), variants):
+            self._advance([], [], n, adapters)
+        for b, adapters in itertools.product(buckets(1, scheduler.max_num_seqs, factor=4), variants):
             for is_greedy in {one.is_greedy for one in params}:
                 like, nothing = SamplingParams(temperature=0.0 if is_greedy else 1.0), np.zeros(b, np.int32)
                 sampling = self._sampling([(like, NO_SEED)], b)
                 for guesses in [None] if self._guesses is None else [[], [[0]]]:
-                    self._propose([], b, sampling, nothing, nothing, guesses)
+                    self._propose([], b, sampling, nothing, nothing, guesses, adapters)
 
     def _catch_up(self, rows: Sequence[Continuation]) -> None:
         """Computes the tokens of rows that lack more than a few, up to the last one."""
         budget = self._launcher.scheduler.max_num_batched_tokens
-        while behind := [one for one in rows if one.num_tokens - one.num_drafted > _FEW]:
+        while behind := [one for one in rows if one.num_tokens - one.num_drafted > self._few]:
             ends, room = [], budget
             for one in behind:
                 ends.append(min(one.num_tokens - 1, one.num_drafted + room))
@@ -141,11 +147,13 @@ class DraftModel:
             for one, end in zip(behind, ends, strict=True):
                 one.num_drafted = end
 
-    def _advance(self, rows: Sequence[Continuation], ends: Sequence[int], n: int) -> None:
-        """Computes the tokens of each row up to its end."""
+    def _advance(
+        self, rows: Sequence[Continuation], ends: Sequence[int], n: int, adapters: Adapters | None = None
+    ) -> None:
+        """Computes the tokens of each row up to its end. adapters: see _batch."""
         b = self._launcher.scheduler.max_num_seqs
-        batch, cache, adapters = self._batch(rows, ends, b, n)
-        cache, _, _ = self._model.steps.advance(
+        batch, cache, adapters = self._batch(rows, ends, b, n, adapters=adapters)
+        cache, *_ = self._model.steps.advance(
             self._model.params, cache, np.zeros(1, np.int32), batch, adapters=adapters
         )
         self._cache = self._without_tables(cache)
@@ -158,15 +166,19 @@ class DraftModel:
         generated: np.ndarray,
         most: np.ndarray,
         guesses: Sequence[Sequence[int]] | None,
+        adapters: Adapters | None = None,
     ) -> tuple[Proposed, np.ndarray]:
-        """guesses: what may follow each row; None: only the tokens drawn are wanted, and not their odds."""
-        guess, n = None, _FEW * b
+        """guesses: what may follow each row; None: only the tokens drawn are wanted, and not their odds.
+
+        adapters: see _batch.
+        """
+        guess, n = None, self._few * b
         if guesses is not None:
             guess = np.full((b, MOST_GUESSED * any(guesses)), NO_TOKEN, np.int32)
             for row, tokens in enumerate(guesses):
                 guess[row, : len(tokens)] = tokens
             n += guess.size
-        batch, cache, adapters = self._batch(rows, [one.num_tokens for one in rows], b, n, guesses)
+        batch, cache, adapters = self._batch(rows, [one.num_tokens for one in rows], b, n, guesses, adapters)
         cache, found, count = self._model.steps.propose(
             self._model.params, cache, batch, sampling, generated, most, self._confidence, guess, adapters=adapters
         )
@@ -180,27 +192,31 @@ class DraftModel:
         b: int,
         n: int,
         guesses: Sequence[Sequence[int]] | None = None,
+        adapters: Adapters | None = None,
     ) -> tuple[Batch, jfa.PagedKVCache, Adapters | None]:
         """The tokens of each row that the cache lacks, up to its end, in a step of b rows and n tokens.
 
         guesses: tokens behind the end of each row; then the logits after each token of the step are wanted.
+        adapters: of a step without rows, which is only compiled; that of rows has those of their requests.
         """
         tokens = [one.tokens[one.num_drafted : end] for one, end in zip(rows, ends, strict=True)]
         if guesses is not None:
             tokens = [[*known, *more] for known, more in zip(tokens, guesses, strict=False)]
         total = sum(map(len, tokens))
         start, kv_len = np.full(b + 1, total, np.int32), np.zeros(b, np.int32)
+        slot = np.full(b, self._launcher.scheduler.max_num_seqs, np.int32)
         tables = np.full((len(self._pool_of), b, self._launcher.pages_per_seq), NULL_PAGE, np.int32)
         start[: len(rows)] = np.cumsum([0, *map(len, tokens)])[:-1]
         for row, one in enumerate(rows):
             kv_len[row], tables[:, row] = one.num_drafted, self._launcher.pages_of(one)[self._pool_of]
+            slot[row] = slot_of(one)
         padded = np.zeros(n, np.int32)
         padded[:total] = [token for part in tokens for token in part]
-        slots, adapters = None, None
-        if self._adapters is not None:
-            slots, adapters = self._adapters.for_rows([one.request.adapter for one in rows], b)
+        of_rows = None if adapters is None else np.full(b, NO_ADAPTER, np.int32)
+        if rows and self._adapters is not None:
+            of_rows, adapters = self._adapters.for_rows([one.request.adapter for one in rows], b)
         last = np.maximum(start[1:] - 1, 0) if guesses is None else None
-        batch = host_batch(padded, start, np.zeros(b, np.int32), last, None, None, slots)
+        batch = host_batch(padded, start, slot, last, None, None, of_rows)
         return batch, dataclasses.replace(self._cache, page_tables=tuple(tables), kv_len=kv_len), adapters
 
     def _without_tables(self, cache: jfa.PagedKVCache) -> jfa.PagedKVCache:
@@ -249,7 +265,7 @@ def tree_of(found: Proposed, length: int, guide: Guide | None) -> DraftTree:
 def pools_of(model: LanguageModel, windows: Sequence[int | None]) -> list[int]:
     """The pool whose pages each pattern of a draft model reads: that of the same window, or else of the longest one."""
     longest = max(range(len(windows)), key=lambda i: windows[i] or float("inf"))
-    return [windows.index(x) if x in windows else longest for x in model.config.patterns]
+    return [windows.index(x) if x in windows else longest for x in model.config.patterns or (None,)]
 
 
 def draft_cache(
@@ -257,20 +273,22 @@ def draft_cache(
     windows: Sequence[int | None],
     num_pages: Sequence[int],
     *,
+    rows: int,
     page_size: int,
     kv_dtype: str | None,
 ) -> jfa.PagedKVCache:
-    """A draft model's cache, with as many pages as the pools of these windows."""
-    return paged_cache(
+    """A draft model's cache, with as many pages as the pools of these windows. rows: that have states."""
+    cache = paged_cache(
         model.config,
         num_pages=[num_pages[i] for i in pools_of(model, windows)],
         page_size=page_size,
         batch=1,
         pages_per_seq=1,
         dtype=model.dtype,
-        kv_dtype=kv_dtype,
+        kv_dtype=kv_dtype if model.config.attention_layers else None,
         sharding=model.partition.of_kv,
     )
+    return dataclasses.replace(cache, states=state_cache(model.config, batch=rows, dtype=model.dtype))
 
 
 def draft_model_of(config: SpeculativeConfig, model: LanguageModel) -> LanguageModel:

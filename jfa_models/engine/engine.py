@@ -28,7 +28,7 @@ from jfa_models.decoding.outputs import RequestOutput
 from jfa_models.decoding.params import SEED_ADVICE, BeamSearchParams, SamplingParams, check_kind, integer
 from jfa_models.decoding.prompts import Prompt, text_of
 from jfa_models.decoding.sampling import seed_sequence
-from jfa_models.decoding.speculation import TREES, SpeculativeConfig
+from jfa_models.decoding.speculation import METHODS, TREES, SpeculativeConfig
 from jfa_models.engine.beams import BeamSearch
 from jfa_models.engine.draft_model import DraftModel, draft_cache, draft_model_of
 from jfa_models.engine.launch import Launched, Launcher
@@ -40,7 +40,7 @@ from jfa_models.engine.scheduler import Scheduler
 from jfa_models.engine.snapshots import Snapshots
 from jfa_models.engine.speculator import LONGEST_FORCED, NgramProposer, Proposer, Speculated, Speculator
 from jfa_models.model.attention import paged_cache
-from jfa_models.model.mixers import state_cache
+from jfa_models.model.mixers import pending_bytes, state_cache
 
 FREE_MEMORY = 0.85  # fraction of the device's free memory that is used for pages
 HOST_CACHE_BYTES = 2**30  # for pages, beside states, if the device does not report its memory
@@ -95,7 +95,8 @@ class Engine:
     A request's tokens do not depend on other requests, unless rounding, which depends on the batch size, breaks a tie.
 
     A model with states (Mamba-2, for example) has those of each running continuation in the cache, beside the pages,
-    and snapshots of them, from which prompts with a common prefix go on. It has no speculation.
+    and snapshots of them, from which prompts with a common prefix go on. A step that verifies drafts brings only the
+    accepted tokens into the states; they cannot follow drafts that are trees.
 
     Attributes:
       on_received: called in each step with the requests that are new in it and those that end; None: not called.
@@ -122,8 +123,8 @@ class Engine:
 
         Args:
           kv_dtype: dtype of the pages: "int8", "fp8" or "int4"; None: the model's dtype.
-          page_size: tokens per page. A model without attention has one page for each sequence, without content, and
-            snapshots of states at multiples of page_size.
+          page_size: tokens per page. A model without attention has one page for each sequence, without content, unless
+            a draft model has attention; and snapshots of states at multiples of page_size.
           num_pages: pages of page_size tokens; None: as many as fit into most of the device's free memory, or into 1
             GiB of the host's beside the states, but no more than max_num_seqs sequences of max_model_len need.
           max_num_seqs: maximum number of continuations that run at the same time.
@@ -168,13 +169,14 @@ class Engine:
         if self._speculation is not None and self._speculation.method not in ("ngram", "lookahead"):
             self._draft = draft_model_of(self._speculation, model)
         if self._speculation is not None:
-            _check_drafts(self._draft, model)
+            _check_trees(self._speculation, self._draft, model)
         longest = max_model_len or config.context_length
         num_state_snapshots = integer("num_state_snapshots", num_state_snapshots, 0, None, SNAPSHOT_ADVICE)
         if config.states is None or not enable_prefix_caching:
             num_state_snapshots = 0
         snapshot_slots, snapshot_size = range(max_num_seqs, max_num_seqs + num_state_snapshots), page_size
-        if not config.attention_layers:
+        draft = self._draft
+        if not config.attention_layers and (draft is None or not draft.config.attention_layers):
             page_size = longest  # pages without keys and values: one for each sequence
 
         def new_states() -> jfa.StateCache | None:
@@ -193,15 +195,26 @@ class Engine:
             )
             return dataclasses.replace(cache, states=new_states())
 
-        windows, draft = config.patterns or (None,), self._draft
+        windows = config.patterns or (None,)
         seen = [(window, config.sinks_of(window)) for window in windows]
 
+        state_bytes = _state_bytes(
+            model,
+            draft,
+            self._speculation,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_state_snapshots=num_state_snapshots,
+        )
+
         def num_bytes(num_pages: Sequence[int]) -> int:
-            own = model.partition.num_bytes(jax.eval_shape(lambda: new_cache(num_pages)))
-            if draft is None:
-                return own
-            of_draft = functools.partial(draft_cache, draft, windows, num_pages, page_size=page_size, kv_dtype=kv_dtype)
-            return own + draft.partition.num_bytes(jax.eval_shape(of_draft))
+            caches = [(model, jax.eval_shape(lambda: new_cache(num_pages)))]
+            if draft is not None:
+                options: dict[str, Any] = dict(rows=max_num_seqs, page_size=page_size, kv_dtype=kv_dtype)
+                of_draft = functools.partial(draft_cache, draft, windows, num_pages, **options)
+                caches.append((draft, jax.eval_shape(of_draft)))
+            pages = [(one, dataclasses.replace(cache, states=None)) for one, cache in caches]
+            return state_bytes + sum(one.partition.num_bytes(cache) for one, cache in pages)
 
         num_bytes([2] * len(windows))  # raises for options that no cache supports
 
@@ -216,8 +229,6 @@ class Engine:
 
         if num_pages is None:
             most = 1 + max_num_seqs * -(-longest // page_size)
-            states = jax.eval_shape(new_states)
-            state_bytes = 0 if states is None else states.num_bytes
             num_pages = processes.smallest(_most_pages(model, most, lambda n: num_bytes(sizes(n)), state_bytes))
         pools = sizes(num_pages)
 
@@ -576,19 +587,39 @@ class Stream:
     __del__ = close
 
 
-def _check_drafts(draft: LanguageModel | None, model: LanguageModel) -> None:
+def _check_trees(config: SpeculativeConfig, draft: LanguageModel | None, model: LanguageModel) -> None:
     for one in (model, draft):
-        if one is not None and one.config.states is not None:
+        if one is not None and one.config.states is not None and config.method in TREES:
             raise ValueError(
-                f"speculative_config: a {one.config.architecture} model cannot speculate, since its states cannot go "
-                "back to the last accepted token; leave it out"
+                f"speculative_config: the drafts of the method {config.method!r} are trees, which the states of a "
+                f"{one.config.architecture} model cannot follow; use {', '.join(x for x in METHODS if x not in TREES)}"
             )
+
+
+def _state_bytes(
+    model: LanguageModel,
+    draft: LanguageModel | None,
+    config: SpeculativeConfig | None,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    num_state_snapshots: int,
+) -> int:
+    """Bytes of states beside the pages, and of what a step with drafts keeps until it is known which tokens stay."""
+    held, pending = [(model, max_num_seqs + num_state_snapshots)], 0
+    if draft is not None:  # the states after each row's own tokens, and a copy that goes on from there
+        held.append((draft, 2 * max_num_seqs))
+    if config is not None:  # the largest step has less than twice as many tokens as it verifies
+        most = min(max(2 * max_num_seqs, max_num_batched_tokens), 2 * max_num_seqs * (1 + config.length))
+        pending = pending_bytes(model.config, num_tokens=most, dtype=model.dtype)
+    shapes = [jax.eval_shape(functools.partial(state_cache, x.config, batch=n, dtype=x.dtype)) for x, n in held]
+    return pending + sum(states.num_bytes for states in shapes if states is not None)
 
 
 def _most_pages(model: LanguageModel, most: int, num_bytes: Callable[[int], int], state_bytes: int) -> int:
     """The number of pages that fit into most of the free memory of each of the model's devices, at most `most`.
 
-    num_bytes: of so many pages and the states, which need state_bytes.
+    num_bytes: of so many pages and all that states need, which is state_bytes.
     """
     devices = jax.tree.leaves(model.params)[0].sharding.addressable_devices
     room = min(_room(one, state_bytes) for one in devices)

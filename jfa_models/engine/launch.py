@@ -18,7 +18,7 @@ from jfa_models.decoding.draft_tree import DraftTree
 from jfa_models.decoding.language_model import LanguageModel
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.sampling import Sampled, SamplingRows, dense_bias, seen, slot_rows
-from jfa_models.decoding.steps import Batch, Slots
+from jfa_models.decoding.steps import Batch, Pending, Slots
 from jfa_models.engine.request import GREEDY, NO_SEED, Continuation, Request
 from jfa_models.engine.scheduler import Chunk, Scheduler
 from jfa_models.model.lora import NO_ADAPTER, Adapters
@@ -117,10 +117,11 @@ class Launcher:
                 None,
             )
             tables, nothing = np.zeros((len(self._no_tables), b, self.pages_per_seq), np.int32), np.zeros(b, np.int32)
-            logits = None
+            logits = pending = None
             for adapters in self.model.adapters.variants():
                 slots = None if adapters is None else np.full(b, NO_ADAPTER, np.int32)
-                logits, _ = self._advance(dataclasses.replace(batch, adapter=slots), tables, nothing, adapters)
+                given = dataclasses.replace(batch, adapter=slots)
+                logits, _, pending = self._advance(given, tables, nothing, adapters)
             assert logits is not None
             for greedy, no_logprobs, adjusting, stops, masked in mixtures if draws else ():
                 like = SamplingParams(
@@ -132,7 +133,7 @@ class Launcher:
                 rows = self.sampling_rows([(like, NO_SEED)], b)
                 allowed = everything_allowed(len(logits), self.model.config.vocab_size) if masked else None
                 sampled = self._draw(logits, rows, batch, nothing.astype(bool), nothing, allowed)
-                self._keep(batch, tables, nothing, sampled)
+                self._keep(batch, tables, nothing, sampled, pending)
 
         for b in buckets(1, most):
             compile_step(b, None, draws=True)
@@ -202,10 +203,8 @@ class Launcher:
             next_tokens if prompts else None,
             adapter,
         )
-        logits, prompt_logprobs = self._advance(batch, tables, kv_len, adapters)
-        self.copy_states([(slot_of(one.of), slot_of(child)) for one in chunks for child in one.followers])
-        self.copy_states([(own, snapshot) for snapshot, own in self.scheduler.saved.items()])
-        self.scheduler.saved.clear()
+        logits, prompt_logprobs, pending = self._advance(batch, tables, kv_len, adapters)
+        batch = dataclasses.replace(batch, adapter=None)  # what follows does not depend on it
         sampled = None
         sampling = [
             (int(start[row]) if verifies else row, one, chunk.drafts)
@@ -218,8 +217,11 @@ class Launcher:
             asked = [(row, one.completion, drafts) for row, one, drafts in sampling]
             allowed = allowed_tokens(asked, len(logits), self.model.config.vocab_size)
             sampled = self._draw(logits, sampling_rows, batch, samples, generated, allowed)
-            if any(not chunk.drafts.is_chain for chunk in chunks):
-                self._keep(batch, tables, kv_len, sampled)
+            if pending is not None or any(not chunk.drafts.is_chain for chunk in chunks):
+                self._keep(batch, tables, kv_len, sampled, pending)
+        self.copy_states([(slot_of(one.of), slot_of(child)) for one in chunks for child in one.followers])
+        self.copy_states([(own, snapshot) for snapshot, own in self.scheduler.saved.items()])
+        self.scheduler.saved.clear()
         for x in jax.tree.leaves((sampled, prompt_logprobs)):
             x.copy_to_host_async()
         shape = (b, n) if one_each or verifies else None
@@ -227,24 +229,30 @@ class Launcher:
 
     def _advance(
         self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, adapters: Adapters | None
-    ) -> tuple[jax.Array, Sampled | None]:
+    ) -> tuple[jax.Array, Sampled | None, Pending | None]:
         cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
-        cache, logits, prompt_logprobs = self.model.steps.advance(
+        cache, logits, prompt_logprobs, pending = self.model.steps.advance(
             self.model.params, cache, self._slots.last_token, batch, adapters=adapters
         )
         # between steps the tables are on the host; these have a fixed shape, which does not depend on the step
         self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
-        return logits, prompt_logprobs
+        return logits, prompt_logprobs, pending
 
     def _no_mask(self, n: int) -> np.ndarray | None:
         return None if self.largest_tree is None else np.zeros((n, 1 + self.largest_tree), bool)
 
-    def _keep(self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, sampled: Sampled) -> None:
-        """Moves the accepted tokens of trees to where the next step expects them."""
-        if batch.tree_mask is not None:
-            cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
+    def _keep(
+        self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, sampled: Sampled, pending: Pending | None
+    ) -> None:
+        """Moves the accepted tokens of trees to where the next step expects them, or brings those pending in states."""
+        if batch.tree_mask is None and pending is None:
+            return
+        cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)
+        if pending is None:
             cache = self.model.steps.keep(cache, batch, sampled.token)
-            self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
+        else:
+            cache = self.model.steps.enter(self.model.params, cache, pending, batch, sampled.token)
+        self.cache = dataclasses.replace(cache, page_tables=self._no_tables, kv_len=_NO_LENGTHS)
 
     def _draw(self, logits, rows: SamplingRows, batch: Batch, samples, generated, allowed) -> Sampled:
         adjusting = rows.min_tokens is not None

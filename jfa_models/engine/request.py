@@ -28,7 +28,7 @@ class Continuation:
       num_tokens: the number of these, plus one for a token that is sampled in a step whose result was not read yet.
       num_computed: how many of them have their keys and values in pages, or will have after the last launched step.
       num_committed: how many of them the prefix cache was told of.
-      num_drafted: how many of them also have a draft model's keys and values in its pages.
+      num_drafted: how many of them also have a draft model's keys and values in its pages, and its states in the slot.
       limit: the num_tokens at which sampling stops.
       draws: the device samples its next token; for a beam the host chooses it.
       reported: for a beam: its last token's successors are computed or being computed, and none is chosen yet.

@@ -149,7 +149,9 @@ class Scheduler:
         Returns the copies to make, or None if there are too few pages.
         """
         # no continuation is preempted for drafts: each may need a page for its next token, and one for a copy
-        return self.pools.make_room(one, one.num_computed + 1 + num_drafted, spare=2 * len(self._running))
+        needs_more = (one.num_computed + num_drafted) // self.pools.page_size > one.num_computed // self.pools.page_size
+        spare = 2 * len(self._running) if needs_more else 0
+        return self.pools.make_room(one, one.num_computed + 1 + num_drafted, spare=spare)
 
     def keep(self, one: Continuation, num_accepted: int) -> None:
         """Counts the accepted drafts of its last chunk as computed tokens: what was computed behind them is not."""

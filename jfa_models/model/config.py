@@ -89,6 +89,11 @@ class Mamba2Config:
         return self.inner + 2 * self.num_groups * self.state_size
 
     @property
+    def inputs(self) -> int:
+        """What a token brings to the convolution and the states: its channels, and a time step for each head."""
+        return self.channels + self.num_heads
+
+    @property
     def state_shape(self) -> tuple[int, int, int]:
         """Heads, size of a key, size of a value."""
         return self.num_heads, self.state_size, self.head_dim
@@ -129,6 +134,11 @@ class GatedDeltaConfig:
     def channels(self) -> int:
         """Of the convolution: queries, keys, values."""
         return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def inputs(self) -> int:
+        """What a token brings to the convolution and the states: its channels, and two gates for each value head."""
+        return self.channels + 2 * self.num_value_heads
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -149,6 +149,7 @@ class Decoder(nnx.Module):
           slot: which of the adapters each row uses; NO_ADAPTER: none. None: no row uses one.
           state_slot: with query_start, or one token per row: the row of cache.states that each row has, out of range
             for rows of padding, which come last. A row without earlier tokens starts with new states. None: its own.
+            With cache.states.pending = () the states stay as they are, and pending is what `enter` takes.
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
           whole: for parameters of which this device has parts: called inside of remat with the number of each block,
             and the block; returns one with all of them.
@@ -222,6 +223,19 @@ class Decoder(nnx.Module):
         at = jnp.divmod(wanted, t)
         x = x[at] if portion is None else portion.at(x, *at)
         return self.norm(x, of_all.map(lambda gates: gates[at]).at("norm")), cache
+
+    @with_default_rules
+    def enter(self, cache: Cache, pending: Sequence[Float[Array, "n inputs"]], rows: StateRows) -> Cache:
+        """The cache with tokens of the last step in its states.
+
+        pending: what these tokens bring to each layer with a state. rows: how they are divided.
+        """
+        of_step, filled = Rows(query_start=rows.query_start, of_states=rows), cache
+        mixers = [block.mixer for block in self.layers if block.mixer is not None]
+        for mixer, inputs in zip(mixers, pending, strict=True):
+            _, filled = mixer.recurred(inputs[None], of_step, filled)
+        assert filled is not None
+        return filled
 
     @with_default_rules
     def unembed(

@@ -1,6 +1,11 @@
 """What layers have instead of attention: projections around jfa's linear attention, whose states have a fixed size.
 
 The layer of such a mixer in a StateCache is its number among the layers with a state.
+
+A state cannot be taken back to an earlier token. If some of a step's tokens may be dropped again (StateCache.pending),
+a mixer therefore leaves its states as they are and keeps what the tokens would bring to them; once it is known which
+ones stay, Decoder.enter runs the convolution and the recurrence again over these. For nine tokens of Qwen3-Next, that
+is 5 MB to keep; the states after each of them would be 680 MB.
 """
 
 import dataclasses
@@ -38,6 +43,12 @@ def state_cache(config: DecoderConfig, *, batch: int, dtype: DTypeLike) -> jfa.S
     )
 
 
+def pending_bytes(config: DecoderConfig, *, num_tokens: int, dtype: DTypeLike) -> int:
+    """Bytes of what so many tokens bring to the states of all layers; 0: no layer has one."""
+    per_layer = 0 if config.states is None else config.states.inputs * jnp.dtype(dtype).itemsize
+    return num_tokens * len(config.state_layers) * per_layer
+
+
 class Mamba2(nnx.Module):
     """Each head's state is decayed by its time step, and adds the token's key and value. Source: arXiv:2405.21060."""
 
@@ -64,10 +75,19 @@ class Mamba2(nnx.Module):
         scope: Scope = UNCHANGED,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """As Attention; there is nothing to rotate."""
-        own, (b, t) = self.config, x.shape[:2]
-        past, state = _held(cache, self.layer)
-        projected = self.in_proj(x, scope.at("in_proj"))
-        gate, mixed, step = jnp.split(projected, (own.inner, own.inner + own.channels), axis=-1)
+        gate, inputs = jnp.split(self.in_proj(x, scope.at("in_proj")), (self.config.inner,), axis=-1)
+        out, cache = self.recurred(inputs, rows, cache)
+        gated = out.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
+        out = self.norm(gated, scope.at("norm")).astype(x.dtype)
+        return self.out_proj(out, scope.at("out_proj")), cache
+
+    def recurred(
+        self, inputs: Float[Array, "b t inputs"], rows: Rows, cache: Cache | None
+    ) -> tuple[Float[Array, "b t inner"], Cache | None]:
+        """The convolution and the recurrence over what tokens bring to them."""
+        own, (b, t) = self.config, inputs.shape[:2]
+        past, state, rows = _held(cache, self.layer, rows)
+        mixed, step = jnp.split(inputs, (own.channels,), axis=-1)
         mixed, past = self.conv(mixed, rows, past)
         value, key, query = jnp.split(
             self.act(mixed), (own.inner, own.inner + own.num_groups * own.state_size), axis=-1
@@ -78,9 +98,7 @@ class Mamba2(nnx.Module):
         added = (value * step[..., None]).astype(value.dtype)
         out, state = _attended(query, key, added, _log_decay(self.A_log[...], step), None, rows, state, scale=1.0)
         out = (out + value * self.D[...][:, None]).reshape(b, t, own.inner)
-        gated = out.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
-        out = self.norm(gated, scope.at("norm")).astype(x.dtype)
-        return self.out_proj(out, scope.at("out_proj")), _with_states(cache, self.layer, past, state)
+        return out, _with_states(cache, self.layer, past, state, inputs)
 
 
 class GatedDelta(nnx.Module):
@@ -114,25 +132,33 @@ class GatedDelta(nnx.Module):
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """As Attention; there is nothing to rotate."""
         own, (b, t) = self.config, x.shape[:2]
-        past, state = _held(cache, self.layer)
         # for each key head: its query, its key, the values of its value heads, and their gates
         projected = self.in_proj_qkvz(x, scope.at("in_proj_qkvz")).reshape(b, t, own.num_key_heads, -1)
         of_values = own.num_value_heads // own.num_key_heads * own.value_dim
         *parts, gate = jnp.split(projected, (own.key_dim, 2 * own.key_dim, 2 * own.key_dim + of_values), axis=-1)
-        mixed = jnp.concatenate([part.reshape(b, t, -1) for part in parts], axis=-1)
+        both = self.in_proj_ba(x, scope.at("in_proj_ba")).reshape(b, t, own.num_key_heads, -1)
+        parts += jnp.split(both, 2, axis=-1)
+        out, cache = self.recurred(jnp.concatenate([part.reshape(b, t, -1) for part in parts], axis=-1), rows, cache)
+        out = self.norm(out, scope.at("norm")) * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
+        out = out.astype(x.dtype).reshape(b, t, -1)
+        return self.out_proj(out, scope.at("out_proj")), cache
+
+    def recurred(
+        self, inputs: Float[Array, "b t inputs"], rows: Rows, cache: Cache | None
+    ) -> tuple[Float[Array, "b t h dv"], Cache | None]:
+        """The convolution and the recurrence over what tokens bring to them."""
+        own, (b, t) = self.config, inputs.shape[:2]
+        past, state, rows = _held(cache, self.layer, rows)
+        mixed, beta, step = jnp.split(inputs, (own.channels, own.channels + own.num_value_heads), axis=-1)
         mixed, past = self.conv(mixed, rows, past)
         keys = own.num_key_heads * own.key_dim
         query, key, value = jnp.split(self.act(mixed), (keys, 2 * keys), axis=-1)
         query, key = (_unit(part.reshape(b, t, own.num_key_heads, own.key_dim)) for part in (query, key))
         value = value.reshape(b, t, own.num_value_heads, own.value_dim)
-        both = self.in_proj_ba(x, scope.at("in_proj_ba")).reshape(b, t, own.num_key_heads, -1)
-        beta, step = (part.reshape(b, t, own.num_value_heads) for part in jnp.split(both, 2, axis=-1))
         log_decay = _log_decay(self.A_log[...], _time_step(step, self.dt_bias[...]))
         beta = jax.nn.sigmoid(beta.astype(jnp.float32))
         out, state = _attended(query, key, value, log_decay, beta, rows, state)
-        out = self.norm(out, scope.at("norm")) * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
-        out = out.astype(x.dtype).reshape(b, t, -1)
-        return self.out_proj(out, scope.at("out_proj")), _with_states(cache, self.layer, past, state)
+        return out, _with_states(cache, self.layer, past, state, inputs)
 
 
 class CausalConv(nnx.Module):
@@ -210,17 +236,35 @@ def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return (wide * lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def _held(cache: Cache | None, layer: int) -> tuple[Array | None, Array | None]:
-    """The last inputs of the convolution, and the state; None: zeros."""
+def _held(cache: Cache | None, layer: int, rows: Rows) -> tuple[Array | None, Array | None, Rows]:
+    """The last inputs of the convolution, the state, and where in these the rows have theirs; None: zeros."""
     if cache is None:
-        return None, None
-    assert cache.states is not None, "the cache of a decoder with states has them: see state_cache"
-    return cache.states.conv[layer], cache.states.state[layer]
+        return None, None, rows
+    states = cache.states
+    assert states is not None, "the cache of a decoder with states has them: see state_cache"
+    past, state = states.conv[layer], states.state[layer]
+    if states.pending is None:
+        return past, state, rows
+    # the states of all slots stay, so those of the rows are copied
+    assert rows.of_states is not None
+    past, state = (jnp.take(x, rows.of_states.slot, axis=0, mode="clip") for x in (past, state))
+    own = rows.of_states._replace(slot=jnp.arange(past.shape[0], dtype=jnp.int32))
+    return past, state, rows._replace(of_states=own)
 
 
 def _with_states(
-    cache: Cache | None, layer: int, past: Float[Array, "b width-1 channels"], state: Float[Array, "b h dk dv"]
+    cache: Cache | None,
+    layer: int,
+    past: Float[Array, "b width-1 channels"],
+    state: Float[Array, "b h dk dv"],
+    inputs: Float[Array, "b t inputs"],
 ) -> Cache | None:
+    """The cache after the tokens that brought these inputs, or with them pending."""
     if cache is None or cache.states is None:
         return None
-    return dataclasses.replace(cache, states=cache.states.write(layer, past, state))
+    states = cache.states
+    if states.pending is None:
+        states = states.write(layer, past, state)
+    else:
+        states = dataclasses.replace(states, pending=(*states.pending, inputs.reshape(-1, inputs.shape[2])))
+    return dataclasses.replace(cache, states=states)

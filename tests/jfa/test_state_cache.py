@@ -30,6 +30,14 @@ def test_write_changes_one_layer():
     assert (cache.conv[1] == 1).all() and (cache.state[1] == 2).all()
 
 
+def test_take_gives_rows_in_any_order():
+    before = states(rows=3)
+    before = before.write(0, before.conv[0] + jnp.arange(3)[:, None, None].astype(jnp.bfloat16), before.state[0])
+    taken = before.take(np.array([2, 0, 7, 2]))
+    assert taken.num_rows == 4
+    assert taken.conv[0][:, 0, 0].tolist() == [2, 0, 2, 2] and taken.state[1].shape == (4, 3, 2, 6)
+
+
 CACHES = {
     "contiguous": lambda: jfa.KVCache.create(
         num_layers=1, batch=2, capacity=4, num_kv_heads=1, head_dim=2, dtype=jnp.float32

@@ -117,6 +117,12 @@ def test_family(short_chunks, name, tensor, expert, context):
     want = [[tuple(row)] for row in truth["greedy"].tolist()]
     assert tokens(model.generate(rows, GREEDY)) == want
     assert ran(Engine(model, page_size=4, max_num_seqs=2), [(row, GREEDY) for row in rows]) == want
+    if model.config.states is not None:
+        drafts = {"method": "self", "num_layers": 1, "num_speculative_tokens": 3, "confidence_threshold": 0.0}
+        engine = Engine(model, page_size=4, max_num_seqs=2, speculative_config=drafts | {"adaptive": False})
+        assert ran(engine, [(row, GREEDY) for row in rows]) == want
+        counts = engine.metrics().speculation["self"]
+        assert 0 < counts.accepted < counts.proposed
 
 
 # heads, key heads, devices: key heads divided, shared by several devices, and attention on every device

@@ -211,6 +211,17 @@ def test_nothing_is_preempted_for_drafts(num_pages):
     assert [len(chunk.drafts) for chunk in chunks] == [40 if num_pages == 40 else 0, 0]
 
 
+def test_drafts_within_the_page_of_the_next_token_need_no_free_page():
+    """A model without attention has one page for each sequence: all are taken once its slots are."""
+    machine = Machine(num_pages=3, max_num_seqs=2, has_attention=False)
+    rows = [machine.add(range(4), 60), machine.add(range(100, 108), 20)]
+    machine.step()
+    for one in rows:
+        one.tokens.append(1000)
+    assert machine.allocator.num_free == 0 and machine.scheduler.next_tokens == rows
+    assert [len(chunk.drafts) for chunk in machine.scheduler.schedule({rows[0]: [5] * 6, rows[1]: [5] * 3})] == [6, 3]
+
+
 def test_a_step_that_preempts_verifies_no_drafts():
     """They were planned for a step of more rows, which may have room for more tokens."""
     machine = Machine(num_pages=16, max_num_seqs=5, max_num_batched_tokens=64)

@@ -7,7 +7,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from engines import assert_clean
+from engines import assert_clean, assert_same
 from flax import nnx
 from random_adapters import random_adapter
 from runs import run as run_of
@@ -28,7 +28,6 @@ MIXTURE = dataclasses.replace(
     CONFIG, experts=ExpertsConfig(num_experts=4, experts_per_token=2, intermediate_size=16), qkv_bias=True
 )
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
-TIE = 1e-3
 SMALL = dict(max_num_seqs=4, page_size=4, num_pages=65, max_num_batched_tokens=32)
 METHODS = ("ngram", "draft_model", "self", "lookahead", "staged")
 
@@ -65,23 +64,6 @@ def run(engine, *requests, **options):
     ids = [engine.add_request(prompt, params, number=i, **options) for i, (prompt, params) in enumerate(requests)]
     results = {result.request_id: result for result in engine.run()}
     return [results[i] for i in ids]
-
-
-def assert_same(got, want):
-    """The same tokens, texts and log-probabilities, up to a tie that rounding may decide; want has these."""
-    for one, other in zip(got.outputs, want.outputs, strict=True):
-        pairs = enumerate(zip(one.token_ids, other.token_ids, strict=False))
-        same = next((i for i, (x, y) in pairs if x != y), None)
-        for token, mine, theirs in zip(one.token_ids[:same], one.logprobs or (), other.logprobs, strict=False):
-            assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-3)
-        if same is None:
-            was_cut = one.finish_reason == "abort"
-            assert was_cut or (one.finish_reason, one.token_ids) == (other.finish_reason, other.token_ids)
-            continue
-        likely = other.logprobs[same]
-        assert one.token_ids[same] in likely, (same, one.token_ids, other.token_ids)
-        chosen = [likely[tokens[same]].logprob for tokens in (one.token_ids, other.token_ids)]
-        assert abs(chosen[0] - chosen[1]) < TIE, (same, one.token_ids, other.token_ids)
 
 
 SAMPLED = [

@@ -15,6 +15,7 @@ import jfa
 from jfa_models import Engine, LanguageModel, SamplingParams, from_pretrained
 from jfa_models.checkpoints.peft import read_adapter, save_adapter
 from jfa_models.decoding.language_model import Session
+from jfa_models.decoding.steps import Batch as EngineBatch
 from jfa_models.training import Batch, Trainable, make_optimizer, make_train_step, new_adapter, new_state
 
 NAMES = ("mamba2", "granitemoehybrid", "qwen3_next")
@@ -196,17 +197,51 @@ def test_an_adapter_of_mamba_has_the_names_of_its_checkpoint(tmp_path):
     assert again.tensors.keys() == adapter.tensors.keys()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_accepted_tokens_enter_the_states_and_refused_ones_leave_no_trace(name):
+    """A step that verifies drafts of none, some or all right tokens, beside a row without drafts and one of padding."""
+    model, tokens = loaded(name), tokens_of(name)[:, :20]
+    engine = Engine(model, max_num_seqs=5, page_size=32, num_pages=9, max_model_len=32, num_state_snapshots=2)
+    steps, slots = model.steps, [4, 2, 0, 3]
+    tables = np.array([[1], [2], [3], [4], [0]], np.int32)
+
+    def with_rows(cache, kv_len):
+        return dataclasses.replace(cache, page_tables=(tables,), kv_len=np.array(kv_len, np.int32))
+
+    def batch_of(parts, last):
+        start = np.cumsum([0, *map(len, parts), 0], dtype=np.int32)
+        padded = np.full(32, 7, np.int32)
+        padded[: start[-1]] = np.concatenate(parts)
+        slot = np.array([*slots, engine._launcher.cache.states.num_rows], np.int32)
+        return EngineBatch(tokens=padded, query_start=start, slot=slot, last=np.zeros(5, np.int32) if last else None)
+
+    texts = [*tokens, *tokens[::-1]]
+    known, right, drafted = [5, 9, 0, 7], [1, 3, 4, 1], [4, 4, 4, 1]  # right: with the token before the drafts
+    cache = with_rows(engine._launcher.cache, [0] * 5)
+    first = batch_of([text[:n] for text, n in zip(texts, known, strict=True)], last=True)
+    cache, *_ = steps.advance(model.params, cache, np.zeros(5, np.int32), first)
+    before, unused = jax.device_get(cache.states), [1, 5, 6]
+    parts = [text[n : n + count] for text, n, count in zip(texts, known, drafted, strict=True)]
+    sampled = np.full(32, -1, np.int32)
+    for start, count, part in zip(np.cumsum([0, *drafted]), right, parts, strict=False):
+        sampled[start : start + count - 1] = part[1:count]
+    batch = batch_of(parts, last=False)
+    cache = with_rows(cache, [*known, 0])
+    cache, _, _, pending = steps.advance(model.params, cache, np.zeros(5, np.int32), batch)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(cache.states)), strict=True):
+        assert np.array_equal(old, new)
+    after = steps.enter(model.params, with_rows(cache, [*known, 0]), pending, batch, sampled).states
+    alone = model.new_cache(batch=4, capacity=64)
+    lengths = np.array(known) + right
+    padded = np.stack([text[:16] for text in texts]).astype(np.int32)
+    alone, _ = steps.score(model.params, alone, padded, lengths.astype(np.int32))
+    for want, old, got in zip(*map(jax.tree.leaves, (alone.states, before, after)), strict=True):
+        assert np.array_equal(got[np.array(unused)], old[np.array(unused)])
+        for row, slot in enumerate(slots):
+            assert np.abs(got[slot] - want[row]).max() < CLOSE * np.abs(want[row]).max()
+
+
 # What is refused
-
-
-SPECULATION = {"ngram": {"method": "ngram"}, "self": {"method": "self", "num_layers": 1}}
-
-
-@pytest.mark.parametrize("config", SPECULATION.values(), ids=SPECULATION)
-def test_speculation_is_refused_with_one_sentence(config):
-    message = "speculative_config: a mamba2 model cannot speculate, since its states cannot go back"
-    with pytest.raises(ValueError, match=message):
-        Engine(loaded("mamba2"), speculative_config=config | {"num_speculative_tokens": 2})
 
 
 def test_pages_of_a_model_without_attention_cannot_be_quantized():
@@ -215,9 +250,3 @@ def test_pages_of_a_model_without_attention_cannot_be_quantized():
         Engine(loaded("mamba2"), kv_dtype="int8")
     with pytest.raises(ValueError, match=message):
         from_pretrained(GOLDEN / "mamba2", dtype="float32", cache="paged", kv_dtype="int8").generate([[5]], GREEDY)
-
-
-def test_a_draft_model_with_states_is_refused():
-    draft = {"method": "draft_model", "model": str(GOLDEN / "mamba2"), "num_speculative_tokens": 2}
-    with pytest.raises(ValueError, match="a mamba2 model cannot speculate"):
-        Engine(from_pretrained(GOLDEN / "llama3_tiny", dtype="float32"), num_pages=9, speculative_config=draft)
