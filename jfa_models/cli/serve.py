@@ -60,6 +60,13 @@ _COUNT = click.IntRange(min=1)
     help="Sequences that may wait; more get status 429.",
 )
 @click.option("--no-prefix-caching", is_flag=True, help="Compute equal beginnings of prompts anew.")
+@click.option(
+    "--num-state-snapshots",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="For models with states: beginnings of prompts to keep them for.",
+)
 @click.option("--speculative-config", type=JsonObject(), help="""How to speculate, such as '{"method": "ngram"}'.""")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For requests without one.")
 @click.option(
@@ -125,6 +132,7 @@ def serve(
     max_num_batched_tokens: int | None,
     max_waiting: int,
     no_prefix_caching: bool,
+    num_state_snapshots: int,
     speculative_config: dict[str, Any] | None,
     seed: int,
     request_timeout: float,
@@ -180,6 +188,7 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         enable_prefix_caching=not no_prefix_caching,
+        num_state_snapshots=num_state_snapshots,
         speculative_config=speculation,
         seed=seed,
     )
