@@ -12,6 +12,7 @@ import click
 from jfa_models.cli.base import JsonObject, dtype_options, model_options
 from jfa_models.decoding.options import KV_DTYPES, QUANTIZATIONS
 from jfa_models.decoding.speculation import SpeculativeConfig
+from jfa_models.rates import CARDS
 
 from .. import configs, names
 from . import options
@@ -413,10 +414,13 @@ def throughput_command(
 @click.option("--batch", type=options.COUNT, default=1, show_default=True, help="Copies of a prompt at a time.")
 @click.option("--output-len", type=options.COUNT, default=128, show_default=True, help="Tokens per prompt.")
 @click.option("--rounds", type=options.COUNT, default=5, show_default=True)
+@click.option(
+    "--arch", type=click.Choice(tuple(CARDS)), help="Compute what a card would gain at best, for csv and json."
+)
 @model_options
 @options.output_options
 def speculation_command(
-    configs_given, prompts, kind, batch, output_len, rounds, model, dtype, quantization, output
+    configs_given, prompts, kind, batch, output_len, rounds, arch, model, dtype, quantization, output
 ) -> None:
     """Benchmark speculative decoding on prompts that copy and prompts that do not.
 
@@ -446,6 +450,7 @@ def speculation_command(
         batch=batch,
         output_len=output_len,
         rounds=rounds,
+        arch=arch,
     )
     output.present(records, "speculation", total=len(named) * (len(found) + len({one["kind"] for one in found})))
 

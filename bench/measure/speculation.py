@@ -13,11 +13,15 @@ from typing import Any
 
 from jfa_models import Engine, LanguageModel, SamplingParams
 from jfa_models.decoding.speculation import SpeculativeConfig
+from jfa_models.model.config import DecoderConfig
+from jfa_models.planning import step_seconds
+from jfa_models.rates import CARDS
 
 from . import machine
 
 PROMPTS = Path(__file__).parents[1] / "prompts.jsonl"
 PLAIN = "none"
+CONTEXT = 512  # tokens that a step on a card reads, where one is computed
 
 
 def read_prompts(path: Path) -> list[dict[str, str]]:
@@ -45,11 +49,13 @@ def measure(
     batch: int,
     output_len: int,
     rounds: int,
+    arch: str | None = None,
 ) -> Iterator[dict]:
     """A record for each prompt and configuration, and one for the mean of each kind.
 
     configs: speculative_config by name; that of PLAIN is None. batch: copies of a prompt that run at a time.
     tokens_per_s is the median over the rounds; speedup is the median of the ratios to PLAIN in the same round.
+    arch: of a card for which `on_card` computes a speedup.
     """
     shared = machine.circumstances() | {"benchmark": "speculation"}
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
@@ -77,11 +83,40 @@ def measure(
             figures |= counts[name] | {"same_as_plain": same / batch}
             speedups.setdefault((one["kind"], name), []).append(figures["speedup"])
             about = {**case, "kind": one["kind"], "task": one["task"], "batch": batch, "output_len": output_len}
+            if arch is not None:
+                about |= {"arch": arch}
+                figures |= {"computed_speedup": on_card(model.config, configs[name], about, figures)}
             yield shared | {"case": about, "implementation": name, "status": "ok", "reason": None} | figures
     for (kind, name), found in speedups.items():
         about = {**case, "kind": kind, "task": "geometric mean", "batch": batch, "output_len": output_len}
         figures = {"speedup": statistics.geometric_mean(found), "least": min(found)}
         yield shared | {"case": about, "implementation": name, "status": "ok", "reason": None} | figures
+
+
+def on_card(
+    config: DecoderConfig,
+    drafts: SpeculativeConfig | Mapping[str, Any] | None,
+    case: Mapping[str, Any],
+    figures: Mapping[str, Any],
+) -> float | None:
+    """What these drafts would bring on a card at best: the speedup by the bytes and FLOP of the steps that ran.
+
+    Computed, in bfloat16 (planning.step_seconds), from the measured numbers of tokens and drafts per step. Drafted
+    tokens of the model's first layers cost a step of these each; those of lookups cost nothing. None: it is not known
+    how many steps the drafts took.
+    """
+    drafts = None if drafts is None else SpeculativeConfig.of(drafts)
+    if drafts is None:
+        return 1.0
+    if drafts.method not in ("ngram", "lookahead", "self"):
+        return None
+    rows, card = case["batch"], CARDS[case["arch"]]
+    per_step = figures["proposed"] / rows * figures["tokens_per_step"] / case["output_len"]
+    plain, step = (step_seconds(config, card, rows=rows, new=new, context=CONTEXT) for new in (1, 1 + round(per_step)))
+    if drafts.num_layers is not None:
+        first = config.with_layers(drafts.num_layers)
+        step += per_step * step_seconds(first, card, rows=rows, new=1, context=CONTEXT)
+    return figures["tokens_per_step"] * plain / step
 
 
 def _run(engine: Engine, prompt: str, params: SamplingParams, batch: int) -> tuple[float, dict[str, Any], list]:

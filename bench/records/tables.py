@@ -270,6 +270,8 @@ VIEWS: Mapping[str, View] = {
             "proposed": "drafted",
             "least": "least",
             "same_as_plain": "same tokens",
+            "case.arch": "arch",
+            "computed_speedup": "x none there",
         },
         lambda one: f"{one['case']['kind']} prompts, {one['case']['batch']} at a time",
     ),

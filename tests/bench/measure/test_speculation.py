@@ -1,5 +1,6 @@
 """The speculation benchmark: prompts, records, and the table of the guide."""
 
+import functools
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from tiny_model import byte_tokenizer, tiny_config
 from jfa_bench import cli
 from jfa_bench.measure import speculation
 from jfa_models import LanguageModel
+from jfa_models.checkpoints.presets import PRESETS
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,11 +43,28 @@ def test_records():
     model.tokenizer = byte_tokenizer()
     prompts = [{"kind": "k", "task": name, "prompt": name * 4} for name in ("ab", "cd")]
     configs = {"none": None, "ngram": {"method": "ngram", "adaptive": False}}
-    records = list(speculation.measure(model, prompts, configs, case={}, batch=2, output_len=12, rounds=2))
+    shape = dict(batch=2, output_len=12, rounds=2, arch="gfx942")
+    records = list(speculation.measure(model, prompts, configs, case={}, **shape))
     assert len(records) == 6
     for one in records[:4]:
+        assert 0 < one["computed_speedup"] <= one["tokens_per_step"] + 1e-9 and one["case"]["arch"] == "gfx942"
         assert one["same_as_plain"] == 1 and one["tokens_per_s"] > 0 and one["tokens_per_step"] >= 1 - 1e-9
     assert records[-1]["case"]["task"] == "geometric mean" and records[-1]["least"] <= records[-1]["speedup"]
+
+
+def test_what_drafts_would_bring_on_a_card_is_computed_from_the_bytes_of_its_steps():
+    """Where a step takes as long as its weights do, whatever it verifies."""
+    config, case = PRESETS["llama-3-8b"], {"batch": 1, "output_len": 60, "arch": "gfx942"}
+    figures = {"tokens_per_step": 3.0, "proposed": 20 * 8, "accepted": 40}
+    by = functools.partial(speculation.on_card, config, case=case, figures=figures)
+    assert by(None) == 1.0
+    assert by({"method": "ngram"}) == pytest.approx(3.0, rel=0.01)
+    # eight steps of half of the layers, and of the output layer (0.53 of 8.03 billion weights)
+    half = (8.03 - 2 * 0.525) / 2 / (8.03 - 0.525) + 0.525 / (8.03 - 0.525)
+    assert by({"method": "self", "num_layers": 16}) == pytest.approx(3.0 / (1 + 8 * half), rel=0.03)
+    assert by({"method": "staged", "num_layers": 16}) is None
+    busy = {"case": case | {"batch": 256}, "figures": figures | {"proposed": 256 * figures["proposed"]}}
+    assert by({"method": "ngram"}, **busy) < 1.5  # its products take as long as their FLOP do
 
 
 def test_the_table_of_the_guide_is_the_record():
