@@ -55,8 +55,8 @@ class Options:
       max_grad_norm: larger gradients are scaled down to it; None: never.
       seed: of the order of the texts, and of what an adapter's lora_dropout drops.
       save_every: steps between checkpoints. eval_every: steps between evaluations; None: one at the end.
-      remat: what the backward pass computes again to save memory: "none", "products" (what is elementwise),
-        "attention" (all but the attention of each block), "all".
+      remat: what the backward pass computes again to save memory: "none", "products" (all but linear layers and
+        attention), "attention" (all but the attention of each block), "all".
     """
 
     epochs: int = 1
