@@ -727,6 +727,11 @@ def test_patterns_see_the_names_of_parameters():
     config = LoraConfig(r=2, lora_alpha=6, rank_pattern=patterns, target_parameters=("gate.weight", "gate_up_proj"))
     assert config.rank("model.layers.0.mlp.gate") == 3 and config.scale("model.layers.0.mlp.gate") == 2
     assert config.rank("model.layers.0.mlp.experts.gate_up_proj") == 5
+    both = dataclasses.replace(
+        config, rank_pattern={"down_proj": 4}, target_parameters=("down_proj.weight", "down_proj")
+    )
+    assert both.rank("model.layers.0.mlp.experts.down_proj") == 4
+    assert both.rank("model.layers.0.mlp.shared_expert.down_proj") == 2
     of_modules = dataclasses.replace(config, target_modules=("gate",))
     assert of_modules.rank("model.layers.0.mlp.gate") == 9
 
