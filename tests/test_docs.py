@@ -17,6 +17,7 @@ from tiny_model import folder_with_text
 from jfa_bench.proof import by_xla
 from jfa_bench.records import report
 from jfa_models.checkpoints import locate
+from jfa_models.training import Options
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -76,6 +77,11 @@ def test_links_to_other_pages_have_a_target(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page.name} links to {path}"
         assert not anchor or anchor in headings(target), f"{page.name} links to {path}#{anchor}"
+
+
+def test_the_default_of_remat_is_that_of_training():
+    [named] = re.findall(r"`(\w+)` \(the default\)", (ROOT / "docs" / "adapters.md").read_text())
+    assert named == Options().remat
 
 
 def test_readme_is_short():

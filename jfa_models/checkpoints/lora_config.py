@@ -70,7 +70,12 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _seen(self, module: str) -> str:
-        """The name that patterns see: that of the weight, if it is one of target_parameters."""
+        """The name that patterns see: that of the weight, if it is one of target_parameters.
+
+        What is directly inside of experts is a parameter itself, of all of them, and no module with a weight.
+        """
+        if module.split(".")[-2:-1] == ["experts"]:
+            return module
         weight = f"{module}.weight"
         return weight if matches(self.target_parameters, weight) and not self.targets(module) else module
 

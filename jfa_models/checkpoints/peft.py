@@ -245,8 +245,13 @@ def _missing(
         if place.has_bias and "bias" not in kinds and _asks_for_bias(lora, given):
             yield f"{module} lacks bias, which bias={lora.bias!r} asks for"
     experts = [place for _, of_layer in experts_of(config, shapes) for place in of_layer]
-    older = [place for _, place in all_modules(config, shapes) if place.num_experts is not None]
+    modules = [place for _, place in all_modules(config, shapes)]
+    older = [place for place in modules if place.num_experts is not None]
+    others = [place.parameter for place in modules if place.num_experts is None]
+    # a name that fits nothing else is one of them even if none has tensors
+    of_older = [x for x in lora.target_parameters if not any(matches((x,), other) for other in others)]
     is_older = any(place in older for place, _ in places.values())
+    is_older = is_older or any(matches(of_older, place.parameter) for place in older)
     for place in older if is_older else experts:
         given, kinds = places.get(place.modules, (place, {}))
         wanted = _is_parameter(lora, given, config)

@@ -55,8 +55,8 @@ class Options:
       max_grad_norm: larger gradients are scaled down to it; None: never.
       seed: of the order of the texts, and of what an adapter's lora_dropout drops.
       save_every: steps between checkpoints. eval_every: steps between evaluations; None: one at the end.
-      remat: what the backward pass computes again to save memory: "none", "products" (what is elementwise),
-        "attention" (all but the attention of each block), "all".
+      remat: what the backward pass computes again to save memory: "none", "products" (all but linear layers and
+        attention), "attention" (all but the attention of each block), "all".
     """
 
     epochs: int = 1
@@ -216,8 +216,8 @@ def _memory_named(step: int) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RuntimeError(
-            f"step {step} needs more memory than the device has: use remat 'attention' or 'all', fewer rows with more "
-            f"parts per step, or shorter ones ({str(error).splitlines()[0]})"
+            f"step {step} needs more memory than the device has: use remat 'attention' or 'all', fewer rows with a "
+            f"larger accumulate, or a smaller row_length ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -340,16 +340,17 @@ def _fingerprint_of_weights(model: LanguageModel) -> str:
 
 
 def _same_run(file: Path, about: Mapping[str, Any]) -> None:
-    if not file.exists():
-        part = file.with_suffix(".part")  # so that no reader finds an incomplete file
-        write_json(part, about)
-        os.replace(part, file)
-        return
     try:
-        before = read_json(file)
+        before = read_json(file) if file.exists() else None
     except ValueError:
         raise ValueError(f"{file} is damaged: delete the folder, or use another output folder") from None
     if before == about:
+        return
+    log = file.with_name(LOG_FILE)
+    if before is None or not log.exists() or not log.stat().st_size:  # no step was done: nothing is lost
+        part = file.with_suffix(".part")  # so that no reader finds an incomplete file
+        write_json(part, about)
+        os.replace(part, file)
         return
     wrong = sorted(name for name in {*before, *about} if before.get(name) != about.get(name))
     given, other = before.get("options", {}), about["options"]

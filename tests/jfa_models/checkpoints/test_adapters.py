@@ -716,6 +716,14 @@ def test_the_experts_and_the_router_of_granite_have_two_names(tmp_path):
 
     message = refusal(edited("granite", tmp_path / "fewer", without_one, config), "granitemoehybrid_moe")
     assert "layers.0.block_sparse_moe.output_linear is one of target_parameters, but has no tensors" in message
+
+    def without_any(tensors):
+        older_names(tensors)
+        for key in [key for key in tensors if ".block_sparse_moe.input" in key or ".block_sparse_moe.output" in key]:
+            del tensors[key]
+
+    message = refusal(edited("granite", tmp_path / "none", without_any, config), "granitemoehybrid_moe")
+    assert "layers.0.block_sparse_moe.input_linear is one of target_parameters, but has no tensors" in message
     fewer = {"target_parameters": ["experts.down_proj", "router.weight"]}
     message = refusal(edited("granite", tmp_path / "other", config=fewer), "granitemoehybrid_moe")
     assert "experts.gate_up_proj has tensors, but is not one of target_parameters" in message
@@ -727,6 +735,11 @@ def test_patterns_see_the_names_of_parameters():
     config = LoraConfig(r=2, lora_alpha=6, rank_pattern=patterns, target_parameters=("gate.weight", "gate_up_proj"))
     assert config.rank("model.layers.0.mlp.gate") == 3 and config.scale("model.layers.0.mlp.gate") == 2
     assert config.rank("model.layers.0.mlp.experts.gate_up_proj") == 5
+    both = dataclasses.replace(
+        config, rank_pattern={"down_proj": 4}, target_parameters=("down_proj.weight", "down_proj")
+    )
+    assert both.rank("model.layers.0.mlp.experts.down_proj") == 4
+    assert both.rank("model.layers.0.mlp.shared_expert.down_proj") == 2
     of_modules = dataclasses.replace(config, target_modules=("gate",))
     assert of_modules.rank("model.layers.0.mlp.gate") == 9
 

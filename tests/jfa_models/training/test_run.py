@@ -122,8 +122,21 @@ def test_a_step_without_enough_memory_names_what_needs_less(data, tmp_path, monk
     def no_step(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nMore")
 
-    monkeypatch.setattr(run, "make_train_step", lambda *_, **__: no_step)
-    with pytest.raises(RuntimeError, match=r"step 1 needs more memory .* remat 'attention' or 'all', .* 9 bytes\.\)$"):
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "make_train_step", lambda *_, **__: no_step)
+        message = (
+            r"step 1 needs more memory than the device has: use remat 'attention' or 'all', fewer rows with a larger "
+            r"accumulate, or a smaller row_length \(RESOURCE_EXHAUSTED.* 9 bytes\.\)$"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            finetune(model(), new_adapter(model(), rank=2), data, tmp_path / "out", OPTIONS)
+    # the folder has no step of that run
+    less = dataclasses.replace(OPTIONS, remat="all", max_steps=1)
+    finetune(model(), new_adapter(model(), rank=2), data, tmp_path / "out", less)
+    assert len(log_of(tmp_path / "out")) == 1
+    with pytest.raises(
+        ValueError, match=r"differs in max_steps \(1, now 10\), remat \(all, now products\): use another"
+    ):
         finetune(model(), new_adapter(model(), rank=2), data, tmp_path / "out", OPTIONS)
 
 
