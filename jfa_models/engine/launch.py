@@ -244,7 +244,7 @@ class Launcher:
     def _keep(
         self, batch: Batch, tables: np.ndarray, kv_len: np.ndarray, sampled: Sampled, pending: Pending | None
     ) -> None:
-        """Moves the accepted tokens of trees to where the next step expects them, or brings those pending into the states."""
+        """Moves the accepted tokens of trees to where the next step expects them, or those pending into the states."""
         if batch.tree_mask is None and pending is None:
             return
         cache = dataclasses.replace(self.cache, page_tables=tuple(tables), kv_len=kv_len)

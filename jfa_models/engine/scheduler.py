@@ -148,8 +148,8 @@ class Scheduler:
 
         Returns the copies to make, or None if there are too few pages.
         """
-        # No continuation is preempted for drafts: each may need a page for its next token, and one for a copy. Drafts that
-        # fit into the page of the next token take nothing from the others.
+        # No continuation is preempted for drafts: each may need a page for its next token, and one for a copy. Drafts
+        # in the page of the next token take nothing from the others.
         needs_more = (one.num_computed + num_drafted) // self.pools.page_size > one.num_computed // self.pools.page_size
         spare = 2 * len(self._running) if needs_more else 0
         return self.pools.make_room(one, one.num_computed + 1 + num_drafted, spare=spare)
