@@ -153,7 +153,10 @@ PAGES = [(name, None) for name in ("granitemoehybrid", "mistral", "phi2", "qwen3
 ROUNDED = {None: CLOSE, "int8": 0.01, "fp8": 0.05, "int4": 0.15}  # mean distance, of the spread of the logits
 
 
-@pytest.mark.parametrize(("name", "kv_dtype"), [run(*case, quick=case[0] == "gemma3") for case in PAGES])
+@pytest.mark.parametrize(
+    ("name", "kv_dtype"),
+    [run(*case, quick=case[0] == "gemma3" and case[1] != "fp8", soak=case[1] == "fp8") for case in PAGES],
+)
 def test_a_family_on_pages(name, kv_dtype):
     got, want = loaded(name, cache="paged", kv_dtype=kv_dtype), truth(name)
     got = continued(got, want["input_ids"].astype(np.int32))
