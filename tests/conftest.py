@@ -39,6 +39,19 @@ def few_programs_before():
 
 
 @pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """What a command keeps for its next start is in tmp_path, and JAX forgets its cache there."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
 def changing_kernels(monkeypatch):
     """setattr of kernels; what was traced before the change, and with it, is dropped."""
     import jax

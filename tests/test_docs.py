@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from doc_examples import run_page
 from golden import GOLDEN
@@ -26,15 +25,12 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
+def tiny(monkeypatch, tmp_path, own_cache):
     """A tiny model instead of SmolLM2, and an empty cache of compiled programs."""
     folder = folder_with_text(GOLDEN / "llama3", tmp_path / "tiny")
     stand_in = locate._Package("tiny", "", lambda name: folder)
     monkeypatch.setitem(locate.PACKAGED, "smollm2", stand_in)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "80")
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def has_blocks(page: Path) -> bool:

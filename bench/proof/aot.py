@@ -8,10 +8,11 @@ compilers.py turns a kernel into machine code, machine_code.py analyzes the code
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 from jaxlib.mlir import ir
 
@@ -114,6 +115,28 @@ def target(arch: str, mesh: Mesh | None = None) -> Iterator[DeviceInfo]:
     with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(abstract_mesh):
         warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
         yield info
+
+
+def compile_lowered(lowered: Any, *, arch: str, compiler: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Compiles a jax.stages.Lowered for devices that only compile.
+
+    JAX's persistent cache is passed by: it cannot read back what it keeps of such devices, and the compiler dumps
+    nothing for a program that it finds there.
+
+    Raises:
+      CompileError: compilation failed.
+    """
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks for the flag once
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CompileError(f"{compiler} produced no code for {arch}: {reason}") from error
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def lower(fn: Callable, *args: Any, arch: str) -> tuple[Kernel, ...]:

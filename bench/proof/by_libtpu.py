@@ -61,11 +61,7 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with aot.target(arch) as info:
         lowered = jax.jit(fn).trace(*placed).lower()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CompileError(f"libtpu produced no code for {arch}: {reason}") from error
+        compiled = aot.compile_lowered(lowered, arch=arch, compiler="libtpu")
     text, cost, memory = compiled.as_text() or "", compiled.cost_analysis() or {}, compiled.memory_analysis()
     assert memory is not None
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line and kernel in line]

@@ -142,11 +142,7 @@ def compile_lowered(lowered: Any, folder: Path, *, arch: str, dump_large_constan
     options = _OPTIONS | {"xla_dump_to": str(folder), "xla_dump_large_constants": dump_large_constants}
     options |= {} if aot.is_amd(arch) else _for_nvidia()
     with _kept_files(str(folder)):
-        try:
-            return lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CompileError(f"XLA produced no code for {arch}: {reason}") from error
+        return aot.compile_lowered(lowered, arch=arch, compiler="XLA", options=options)
 
 
 def kernels_in(hsaco: bytes) -> list[str]:

@@ -12,7 +12,7 @@ from compiled import COMPILERS, needs_triton, needs_xla, needs_xla_for_nvidia
 
 import jfa
 from jfa_bench import amdgcn
-from jfa_bench.proof import aot, by_triton, by_xla, code_object, compilers, stand_ins
+from jfa_bench.proof import aot, by_triton, by_xla, code_object, compilers, program, stand_ins
 
 CONFIG = jfa.FlashConfig(block_q=64, block_kv=16, num_warps=4, num_stages=1)
 SHAPES = (jax.ShapeDtypeStruct((2, 300, 4, 64), "bfloat16"), *[jax.ShapeDtypeStruct((2, 333, 2, 64), "bfloat16")] * 2)
@@ -54,6 +54,22 @@ def test_nvidia_code_is_ptx_with_the_registers_of_the_binary(kernel, arch, compi
     assert f".target {arch}" in code.asm and ".entry flash_attention" in code.asm
     assert "ex2.approx.ftz.f32" in code.asm and "fma.rn" in code.asm
     assert 16 < code.registers <= 255 and 0 <= code.stack_bytes <= 16 and code.lds_bytes > 0
+
+
+@needs_xla
+def test_a_program_that_only_compiles_passes_the_cache_by(own_cache, tmp_path):
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        x = jax.ShapeDtypeStruct((4,), "float32")
+        first, second = (program.compile_program(jax.jit(jnp.exp), x, arch="gfx942") for _ in range(2))
+        assert first.launches == second.launches
+        assert not (tmp_path / "cache").exists() and jax.config.jax_enable_compilation_cache
+        jax.jit(lambda x: jnp.exp(x) + 41)(jnp.zeros(3))
+        assert [*(tmp_path / "cache").iterdir()]  # what runs here is kept as before
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @needs_triton

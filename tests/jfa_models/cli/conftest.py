@@ -3,18 +3,15 @@
 import io
 import sys
 
-import jax
 import pytest
 
 from jfa_models import cli
 
 
 @pytest.fixture
-def jfa(capsys, monkeypatch, tmp_path):
-    """Runs `jfa` with arguments and returns (exit status, stdout, stderr); compiled programs are not cached."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def jfa(capsys, monkeypatch, own_cache):
+    """Runs `jfa` with arguments and returns (exit status, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "80")
-    jax.config.update("jax_enable_compilation_cache", False)
 
     def run(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["jfa", *map(str, arguments)])
@@ -23,6 +20,4 @@ def jfa(capsys, monkeypatch, tmp_path):
             cli.main()
         return exit.value.code, *capsys.readouterr()
 
-    yield run
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", True)
+    return run

@@ -207,13 +207,11 @@ def test_from_pretrained_takes_the_options_of_the_cache():
 
 
 @pytest.fixture
-def command(make, monkeypatch, tmp_path, capsys):
+def command(make, monkeypatch, tmp_path, capsys, own_cache):
     """Runs `jfa` and returns (exit status, stdout, stderr, the options of the model that it loaded).
 
     The text comes from another model, whose steps are already compiled.
     """
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    jax.config.update("jax_enable_compilation_cache", False)
     loaded = [None]
 
     def load(*args, **options):
@@ -230,9 +228,7 @@ def command(make, monkeypatch, tmp_path, capsys):
             cli.main()
         return exit.value.code, *capsys.readouterr(), loaded[0]
 
-    yield run
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", True)
+    return run
 
 
 def test_generate_uses_the_requested_pages(command, make):

@@ -292,7 +292,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 @pytest.fixture
-def jfa(monkeypatch, capfd):
+def jfa(monkeypatch, capfd, own_cache):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jfa", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit:
@@ -302,8 +302,7 @@ def jfa(monkeypatch, capfd):
     return run
 
 
-def test_the_command_trains_and_says_how_to_use_the_result(jfa, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_command_trains_and_says_how_to_use_the_result(jfa, data, tmp_path):
     folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
     common = ("--model", folder, "--data", data.path, "--max-length", 48, "--rows", 4, "--rank", 2, "--max-steps", 3)
     more = ("--target", "q_proj", "--eval-fraction", 0.1, "--plot", tmp_path / "curve.png")
@@ -333,8 +332,7 @@ def test_the_command_trains_and_says_how_to_use_the_result(jfa, data, tmp_path, 
         (["--target", "nothing"], "targets: 'nothing' matches no linear layer"),
     ],
 )
-def test_options_that_do_not_fit_together_are_refused(jfa, data, tmp_path, arguments, message, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_options_that_do_not_fit_together_are_refused(jfa, data, tmp_path, arguments, message):
     folder = folder_with_text(GOLDEN / "llama3", tmp_path / "model")
     places = {"DATA": data.path, "MISSING/curve.png": tmp_path / "missing" / "curve.png"}
     arguments = [str(places.get(one, one)) for one in arguments]
