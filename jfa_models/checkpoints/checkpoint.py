@@ -7,8 +7,7 @@ from typing import Any
 
 from jfa_models.checkpoints.families import FAMILIES
 from jfa_models.checkpoints.generation import GenerationDefaults
-from jfa_models.checkpoints.quantized import QuantizedTensor
-from jfa_models.checkpoints.tensors import StackedTensors, StoredTensor
+from jfa_models.checkpoints.tensors import StackedTensors, Tensor
 from jfa_models.model.config import DecoderConfig
 from jfa_models.text.tokenizer import Tokenizer
 
@@ -22,8 +21,8 @@ class Checkpoint:
     generation: GenerationDefaults
     stored_dtype: str  # "bfloat16", "Q4_1", "int4 (gptq)": for display
     # by our parameter names
-    tensors: Mapping[str, StoredTensor | QuantizedTensor | StackedTensors] = dataclasses.field(repr=False)
-    unknown: tuple[StoredTensor | QuantizedTensor, ...] = ()  # tensors that belong to no parameter
+    tensors: Mapping[str, Tensor | StackedTensors] = dataclasses.field(repr=False)
+    unknown: tuple[Tensor, ...] = ()  # tensors that belong to no parameter
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # of a GGUF file
 
     @property

@@ -142,8 +142,24 @@ _GGUF: Names = {  # the same names in every family; a file has only those that i
     "blk.#.ffn_gate_exps": "layers.#.mlp.gate",
     "blk.#.ffn_up_exps": "layers.#.mlp.up",
     "blk.#.ffn_down_exps": "layers.#.mlp.down",
+    "blk.#.ffn_gate_shexp": "layers.#.mlp.shared.gate",
+    "blk.#.ffn_up_shexp": "layers.#.mlp.shared.up",
+    "blk.#.ffn_down_shexp": "layers.#.mlp.shared.down",
+    "blk.#.ssm": "layers.#.mixer",
+    "blk.#.ssm_in": "layers.#.mixer.in_proj",
+    "blk.#.ssm_conv1d": "layers.#.mixer.conv",
+    "blk.#.ssm_norm": "layers.#.mixer.norm",
+    "blk.#.ssm_out": "layers.#.mixer.out_proj",
     "output_norm": "norm",
     "output": "lm_head",
+}
+_GGUF_QWEN3_NEXT = _GGUF | {
+    "blk.#.post_attention_norm": "layers.#.mlp_norm",
+    "blk.#.ffn_gate_inp_shexp": "layers.#.mlp.shared_gate",
+    "blk.#.attn_qkv": "layers.#.mixer.in_proj_qkv",
+    "blk.#.attn_gate": "layers.#.mixer.in_proj_z",
+    "blk.#.ssm_in": "layers.#.mixer.in_proj_qkvz",  # of older files
+    "blk.#.ssm_ba": "layers.#.mixer.in_proj_ba",
 }
 
 
@@ -314,7 +330,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
     "mamba2": Family(
         users="Mamba-2, Codestral Mamba",
         class_name="Mamba2ForCausalLM",
-        gguf=None,
+        gguf="mamba2",
         prefix="backbone.",
         defaults=dict(
             num_heads=128,
@@ -328,7 +344,8 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
     "granitemoehybrid": Family(
         users="Granite 4.0 H",
         class_name="GraniteMoeHybridForCausalLM",
-        gguf=None,
+        gguf="granitehybrid",
+        permuted=True,
         defaults=_NORM
         | dict(
             max_position_embeddings=2048,
@@ -346,7 +363,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
     "qwen3_next": Family(
         users="Qwen3-Next",
         class_name="Qwen3NextForCausalLM",
-        gguf=None,
+        gguf="qwen3next",
         always=dict(norm="rms_plus_one", qk_norm=True, attention_gate=True),
         defaults=_NORM
         | dict(
@@ -380,4 +397,4 @@ def gguf_names(architecture: str) -> Names:
     """Maps module names in a family's GGUF files to ours."""
     if architecture == "phi3":  # gate and up are stored as one tensor with the name of up
         return _GGUF | {"blk.#.ffn_up": ("layers.#.mlp.gate", "layers.#.mlp.up")}
-    return _GGUF
+    return _GGUF_QWEN3_NEXT if architecture == "qwen3_next" else _GGUF

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from jfa_models.checkpoints import gguf_mixers
 from jfa_models.checkpoints.checkpoint import Checkpoint
 from jfa_models.checkpoints.families import FAMILIES, gguf_names
 from jfa_models.checkpoints.generation import GenerationDefaults
@@ -36,20 +37,21 @@ def open_gguf(path: Path) -> Checkpoint:
     metadata, stored = _read_parts(parts_of(path))
     divisors = {name: tuple(stored[name].read(np.float32).tolist()) for name in ROPE_DIVISORS if name in stored}
     config = config_from_gguf(metadata, stored.keys(), divisors)
-    tensors, unknown = by_our_names(stored, gguf_names(config.architecture), config)
+    named = gguf_mixers.by_names_of_modules(stored)
+    tensors, unknown = by_our_names(named, gguf_names(config.architecture), config)
     for name, tensor in tensors.items():
         module, kind = name.split(".")[-2:]
         heads = {"q": config.num_q_heads, "k": config.num_kv_heads}.get(module)
         if heads and FAMILIES[config.architecture].permuted:
             tensors[name] = dataclasses.replace(tensor, interleaved_heads=heads)
-        if kind == "scale" and config.norm == "rms_plus_one":
+        if kind == "scale" and config.norm == "rms_plus_one" and ".mixer." not in name:
             tensors[name] = dataclasses.replace(tensor, minus=1.0)
     return Checkpoint(
         path=path,
         config=config,
         generation=GenerationDefaults.from_gguf(metadata),
         stored_dtype=main_encoding(stored),
-        tensors=tensors,
+        tensors=gguf_mixers.as_parameters(tensors, config),
         unknown=unknown,
         metadata=metadata,
     )

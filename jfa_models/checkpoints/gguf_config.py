@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jfa_models.checkpoints import gguf_mixers
 from jfa_models.checkpoints.families import FAMILIES, Family
 from jfa_models.checkpoints.fields import (
     ROPE_THETA_UNSTATED,
@@ -47,6 +48,8 @@ _KNOWN = frozenset(_FIXED) | frozenset(
     """.split()
 )
 
+_NO_ATTENTION: Mapping[str, Any] = dict(num_q_heads=0, num_kv_heads=0, head_dim=0, rope=None)
+
 
 def config_from_gguf(
     metadata: Mapping[str, Any],
@@ -72,67 +75,92 @@ def config_from_gguf(
             architectures.setdefault(family.gguf, name)
     family = family_of(arch, "GGUF metadata: general.architecture", architectures)
     architecture = architectures[str(arch)]
-    metadata = {key: _same_for_all_layers(key, value) for key, value in metadata.items()}
+    kv_heads = metadata.get(f"{arch}.attention.head_count_kv")
+    metadata = {key: _same_for_all_layers(key, value, arch in gguf_mixers.KEYS) for key, value in metadata.items()}
     source = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
     _check_known(source, str(arch))
     if architecture == "llama" and source.get("expert_count"):
         architecture = "mixtral"
     eps = "attention.layer_norm_epsilon" if family.always.get("norm") == "layer" else "attention.layer_norm_rms_epsilon"
-    counts = ("embedding_length", "block_count", "attention.head_count", "context_length")
+    counts = ("embedding_length", "block_count", "context_length")
     names = (*counts, eps)
-    optional = ("attention.key_length", "attention.head_count_kv", "vocab_size")
     require(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in names))
-    check_counts(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in (*counts, *optional)))
-    if source.get("attention.sliding_window"):
-        check_counts(metadata, "GGUF metadata", f"{arch}.attention.sliding_window")
-    hidden_size, num_layers, num_q_heads, context_length, norm_eps = (source[name] for name in names)
-    head_dim = source.get("attention.key_length") or default_head_dim(hidden_size, num_q_heads)
-    if source.get("attention.value_length", head_dim) != head_dim:
-        raise ValueError(f"GGUF metadata: {arch}.attention.value_length must equal key_length, {head_dim}")
+    check_counts(metadata, "GGUF metadata", *(f"{arch}.{name}" for name in (*counts, "vocab_size")))
+    hidden_size, num_layers, context_length, norm_eps = (source[name] for name in names)
     experts = None
     if num_experts := source.get("expert_count"):
         inner = source.get("expert_feed_forward_length") or source.get("feed_forward_length")
         require(metadata, "GGUF metadata", f"{arch}.expert_used_count")
         experts = ExpertsConfig(
-            num_experts=num_experts, experts_per_token=source["expert_used_count"], intermediate_size=inner or 0
+            num_experts=num_experts,
+            experts_per_token=source["expert_used_count"],
+            intermediate_size=inner or 0,
+            **gguf_mixers.shared_expert(source, str(arch)),
         )
     if experts is None:
         require(metadata, "GGUF metadata", f"{arch}.feed_forward_length")
     if not (vocab_size := source.get("vocab_size") or len(metadata.get("tokenizer.ggml.tokens", ()))):
         require(metadata, "GGUF metadata", "tokenizer.ggml.tokens")
-    windows = _windows_from_gguf(source, family, num_layers)
-    rope = _rope_from_gguf(source, str(arch), head_dim, rope_divisors or {})
-    # two models scale their queries by a factor that their files do not specify
-    odd_scale = (arch, num_layers) in (("gemma2", 46), ("gemma3", 62))
     read: dict[str, Any] = dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=source.get("feed_forward_length") or (experts.intermediate_size if experts else 0),
         num_layers=num_layers,
-        num_q_heads=num_q_heads,
-        num_kv_heads=source.get("attention.head_count_kv", num_q_heads),
-        head_dim=head_dim,
-        context_length=context_of(context_length, rope.scaling),
+        context_length=context_length,
         norm_eps=norm_eps,
-        rope=rope,
-        local_rope=_local_rope_from_gguf(source) if architecture == "gemma3_text" and any(windows) else None,
         tie_word_embeddings="output.weight" not in tensor_names,
         hidden_act=activation_of(family.defaults, architecture),
         qkv_bias="blk.0.attn_q.bias" in tensor_names,
         out_bias="blk.0.attn_output.bias" in tensor_names,
         mlp_bias="blk.0.ffn_up.bias" in tensor_names,
-        query_scale=(hidden_size / num_q_heads) ** -0.5 if odd_scale else None,
         attention_soft_cap=source.get("attn_logit_softcapping", family.defaults.get("attn_logit_softcapping")),
         logits_soft_cap=source.get("final_logit_softcapping", family.defaults.get("final_logit_softcapping")) or None,
-        windows=windows,
         experts=experts,
+    )
+    read |= _attention_from_gguf(source, str(arch), family, rope_divisors or {}) if arch != "mamba2" else _NO_ATTENTION
+    read |= gguf_mixers.mixers_from_gguf(
+        source | {"attention.head_count_kv": kv_heads}, str(arch), num_layers, tensor_names
     )
     return DecoderConfig(architecture=architecture, **(read | family.always))
 
 
-def _same_for_all_layers(key: str, value: Any) -> Any:
-    """A number that is listed for each layer, as a single one."""
+def _attention_from_gguf(
+    source: Mapping[str, Any], arch: str, family: Family, divisors: Mapping[str, tuple[float, ...]]
+) -> dict[str, Any]:
+    """The fields about layers with attention."""
+    names = {name: f"{arch}.attention.{name}" for name in ("head_count", "head_count_kv", "key_length")}
+    stated = {long: source.get(f"attention.{short}") for short, long in names.items()}
+    require(stated, "GGUF metadata", names["head_count"])
+    check_counts(stated, "GGUF metadata", *stated)
+    if window := source.get("attention.sliding_window"):
+        check_counts({f"{arch}.attention.sliding_window": window}, "GGUF metadata", f"{arch}.attention.sliding_window")
+    hidden_size, num_layers, num_q_heads = (
+        source[name] for name in ("embedding_length", "block_count", "attention.head_count")
+    )
+    head_dim = source.get("attention.key_length") or default_head_dim(hidden_size, num_q_heads)
+    if source.get("attention.value_length", head_dim) != head_dim:
+        raise ValueError(f"GGUF metadata: {arch}.attention.value_length must equal key_length, {head_dim}")
+    windows = _windows_from_gguf(source, family, num_layers)
+    rope = _rope_from_gguf(source, arch, head_dim, divisors)
+    # two models scale their queries by a factor that their files do not specify
+    odd_scale = (arch, num_layers) in (("gemma2", 46), ("gemma3", 62))
+    return dict(
+        num_q_heads=num_q_heads,
+        num_kv_heads=source.get("attention.head_count_kv", num_q_heads),
+        head_dim=head_dim,
+        context_length=context_of(source["context_length"], rope.scaling),
+        rope=rope,
+        local_rope=_local_rope_from_gguf(source) if arch == "gemma3" and any(windows) else None,
+        query_scale=(hidden_size / num_q_heads) ** -0.5 if odd_scale else None,
+        windows=windows,
+    )
+
+
+def _same_for_all_layers(key: str, value: Any, may_have_states: bool) -> Any:
+    """A number that is listed for each layer, as a single one; layers with a state may have no heads."""
     if key.endswith(("_length", "head_count", "head_count_kv", "sliding_window")) and isinstance(value, list) and value:
+        if may_have_states and key.endswith("head_count_kv"):
+            value = [one for one in value if one] or [0]
         if any(one != value[0] for one in value):
             raise ValueError(f"GGUF metadata: {key} must be the same in all layers, got {value}")
         return value[0]
@@ -144,7 +172,8 @@ def _check_known(source: Mapping[str, Any], arch: str) -> None:
         if key in source and source[key] not in allowed:
             wanted = " or ".join(map(repr, allowed))
             raise ValueError(f"GGUF metadata: {arch}.{key} must be {wanted} for this library, got {source[key]!r}")
-    if unknown := [f"{arch}.{key}" for key in source if key not in _KNOWN]:
+    known = _KNOWN.union(gguf_mixers.KEYS.get(arch, ()))
+    if unknown := [f"{arch}.{key}" for key in source if key not in known]:
         warnings.warn(
             f"GGUF metadata: {', '.join(unknown)}: not known to this library and ignored; "
             "compare its answers with llama.cpp's",

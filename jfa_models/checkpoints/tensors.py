@@ -67,6 +67,7 @@ class StoredTensor:
     num_bytes: int
     interleaved_heads: int | None = None  # set for q and k of GGUF files: see _row_order
     minus: float = 0.0  # subtracted from each number when it is read: files store some norm scales plus 1
+    is_minus_exp: bool = False  # the numbers are -exp of those that are read: decays of GGUF files
     row_stride: int | None = None  # bytes from a row to the next in the file; None: they follow one another
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
@@ -166,6 +167,8 @@ class StoredTensor:
 
     def _decode(self, raw: np.ndarray, num_rows: int) -> np.ndarray:
         values = self._plain(raw, num_rows)
+        if self.is_minus_exp:
+            return np.log(-values.astype(np.float32))
         return values - np.float32(self.minus) if self.minus else values
 
     def _plain(self, raw: np.ndarray, num_rows: int) -> np.ndarray:
@@ -228,12 +231,89 @@ class StackedTensors:
             if (found := part.read_quantized()) is None:
                 return None
             out = out or jax.tree.map(lambda x: aligned((len(self.parts), *x.shape), x.dtype), found)
-            kinds = [(jax.tree.structure(x), [leaf.dtype for leaf in jax.tree.leaves(x)]) for x in (found, out)]
-            if kinds[0] != kinds[1]:
+            if _kind(found) != _kind(out):
                 return None
             for array, whole in zip(jax.tree.leaves(found), jax.tree.leaves(out), strict=True):
                 whole[i] = array
         return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JoinedTensors:
+    """One weight whose rows are those of several tensors, one after another."""
+
+    parts: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of the first and the last part in the file."""
+        return f"{self.parts[0].name} and {self.parts[-1].name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def encoding(self) -> str:
+        """Of most elements."""
+        return main_encoding({str(i): part for i, part in enumerate(self.parts)})
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some are quantized."""
+        return any(part.is_quantized for part in self.parts)
+
+    def rows(self, start: int, stop: int) -> "JoinedTensors":
+        """A range of its rows."""
+        kept, at = [], 0
+        for part in self.parts:
+            low, high = max(start - at, 0), min(stop - at, part.shape[0])
+            if low < high:
+                kept.append(part.rows(low, high))
+            at += part.shape[0]
+        return JoinedTensors(parts=tuple(kept))
+
+    def columns(self, start: int, stop: int) -> "JoinedTensors | None":
+        """A range of its columns; None: that would cut blocks."""
+        kept = tuple(found for part in self.parts if (found := part.columns(start, stop)) is not None)
+        return JoinedTensors(parts=kept) if len(kept) == len(self.parts) else None
+
+    def chunks(self) -> Iterator[tuple[slice | np.ndarray, Shaped[np.ndarray, "rows columns"]]]:
+        """Yields (row numbers, rows) chunk by chunk."""
+        at = 0
+        for part in self.parts:
+            for where, values in part.chunks():
+                yield (slice(at + where.start, at + where.stop) if isinstance(where, slice) else at + where), values
+            at += part.shape[0]
+
+    def read(self, dtype: Any) -> Shaped[np.ndarray, "..."]:
+        """Reads all of them into new host memory."""
+        out = aligned(self.shape, dtype)
+        self.read_into(out)
+        return out
+
+    def read_into(self, out: Shaped[np.ndarray, "..."]) -> None:
+        """Reads all of them into `out`, which has the shape of the weight."""
+        for where, values in self.chunks():
+            out[where] = values
+
+    def read_quantized(self) -> QuantizedArray | None:
+        """Reads all of them as they are quantized; None: QuantizedArray cannot represent one, or they differ."""
+        found = [part.read_quantized() for part in self.parts]
+        if any(one is None for one in found) or len({_kind(one) for one in found}) > 1:
+            return None
+        return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+
+def _kind(held: QuantizedArray | None) -> tuple[Any, ...]:
+    """What quantized parts of one weight must have in common."""
+    return jax.tree.structure(held), *(x.dtype for x in jax.tree.leaves(held))
 
 
 def part_of(tensor: Tensor, rows: slice, columns: slice = slice(None)) -> Tensor | None:

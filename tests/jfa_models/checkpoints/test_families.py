@@ -111,6 +111,7 @@ UNNEEDED = {
     "phi3_long": ("rope.dimension_count", "attention.sliding_window"),
     "qwen3": ("attention.value_length",),
     "qwen3_moe_sparse": ("attention.value_length",),
+    "qwen3_next_square": ("attention.value_length", "full_attention_interval"),
 }
 
 
