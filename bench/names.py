@@ -23,17 +23,18 @@ KERNELS = {
     "linear_attention_states": ("linear_attention", "backward"),
     "linear_attention_dstates": ("linear_attention", "backward"),
     "linear_attention_dqkv": ("linear_attention", "backward"),
+    "gated_linear_attention": ("gated_linear_attention", "forward"),  # a decay for each column of a key
+    "gated_linear_attention_states": ("gated_linear_attention", "backward"),
+    "gated_linear_attention_dstates": ("gated_linear_attention", "backward"),
+    "gated_linear_attention_dqkv": ("gated_linear_attention", "backward"),
     "delta_attention": ("delta_attention", "forward"),  # linear attention with the delta rule
     "delta_attention_states": ("delta_attention", "backward"),
     "delta_attention_dstates": ("delta_attention", "backward"),
     "delta_attention_dqkv": ("delta_attention", "backward"),
 }
+LINEAR_OPS = ("linear_attention", "gated_linear_attention", "delta_attention")
 # that have tables
-TUNED = tuple(
-    name
-    for name, (op, _) in KERNELS.items()
-    if name != "flash_attention_bwd" and op not in ("linear_attention", "delta_attention")
-)
+TUNED = tuple(name for name, (op, _) in KERNELS.items() if name != "flash_attention_bwd" and op not in LINEAR_OPS)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))

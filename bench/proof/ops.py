@@ -299,19 +299,22 @@ def _product_default(rows: int) -> Callable[[DeviceInfo, str, int], ProductConfi
 _KEY_HEADS, _VALUE_HEADS, _SLOTS = 4, 8, 16
 
 
-def linear_operands(dtype: str, head_dim: int, *, delta: bool) -> LinearOperands:
-    """Shapes of a call of linear attention; keys and values have the same head_dim."""
+def linear_operands(name: str, dtype: str, head_dim: int) -> LinearOperands:
+    """Shapes of a call of one of names.LINEAR_OPS; keys and values have the same head_dim."""
     keys, values = (_rows(dtype, head_dim, heads=heads) for heads in (_KEY_HEADS, _VALUE_HEADS))
     number: Any = jax.ShapeDtypeStruct((1, LENGTH, _VALUE_HEADS), "float32")
     state: Any = jax.ShapeDtypeStruct((1, _VALUE_HEADS, head_dim, head_dim), "float32")
-    return LinearOperands(keys, keys, values, log_decay=number, state=state, beta=number if delta else None)
+    columns = (head_dim,) if name == "gated_linear_attention" else ()
+    log_decay: Any = jax.ShapeDtypeStruct((*number.shape, *columns), "float32")
+    beta = number if name == "delta_attention" else None
+    return LinearOperands(keys, keys, values, log_decay=log_decay, state=state, beta=beta)
 
 
-def _linear(*, delta: bool) -> Callable[[str, int, LinearKernelConfig | None, str], tuple[Callable, tuple]]:
+def _linear(name: str) -> Callable[[str, int, LinearKernelConfig | None, str], tuple[Callable, tuple]]:
     def call_of(dtype: str, head_dim: int, config: LinearKernelConfig | None, variant: str) -> tuple[Callable, tuple]:
         if variant == "padded head_dim":
             head_dim = head_dim * 5 // 8
-        operands = linear_operands(dtype, head_dim, delta=delta)
+        operands = linear_operands(name, dtype, head_dim)
         options: dict[str, Any] = dict(implementation="triton", config=config)
 
         def call(operands):
@@ -334,21 +337,21 @@ def _linear(*, delta: bool) -> Callable[[str, int, LinearKernelConfig | None, st
     return call_of
 
 
-def _linear_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKernelConfig]:
+def _linear_default(name: str) -> Callable[[DeviceInfo, str, int], LinearKernelConfig]:
     def config(device: DeviceInfo, dtype: str, head_dim: int) -> LinearKernelConfig:
-        operands = linear_operands(dtype, head_dim, delta=delta)
+        operands = linear_operands(name, dtype, head_dim)
         return backends.linear("triton").default_config(operands, device)  # type: ignore[return-value]
 
     return config
 
 
-def _linear_backward(*, delta: bool) -> Callable[[str, int, LinearKernelConfig | None, str], tuple[Callable, tuple]]:
+def _linear_backward(name: str) -> Callable[[str, int, LinearKernelConfig | None, str], tuple[Callable, tuple]]:
     """The backward pass of _linear's call; config is used for each of its kernels."""
 
     def call_of(dtype: str, head_dim: int, config: LinearKernelConfig | None, variant: str) -> tuple[Callable, tuple]:
         if variant == "padded head_dim":
             head_dim = head_dim * 5 // 8
-        operands = linear_operands(dtype, head_dim, delta=delta)
+        operands = linear_operands(name, dtype, head_dim)
 
         def call(operands, d_out, d_state):
             device, spec = probe(), LinearSpec(scale=head_dim**-0.5)
@@ -365,20 +368,20 @@ def _linear_backward(*, delta: bool) -> Callable[[str, int, LinearKernelConfig |
     return call_of
 
 
-def _linear_backward_default(*, delta: bool) -> Callable[[DeviceInfo, str, int], LinearKernelConfig]:
+def _linear_backward_default(name: str) -> Callable[[DeviceInfo, str, int], LinearKernelConfig]:
     def config(device: DeviceInfo, dtype: str, head_dim: int) -> LinearKernelConfig:
-        return linear_bwd.default_config(linear_operands(dtype, head_dim, delta=delta), device)
+        return linear_bwd.default_config(linear_operands(name, dtype, head_dim), device)
 
     return config
 
 
-def linear_why_not(device: DeviceInfo, dtype: str, head_dim: int, *, delta: bool) -> str | None:
+def linear_why_not(name: str, device: DeviceInfo, dtype: str, head_dim: int) -> str | None:
     """Why the kernels do not support a call on a device; None if they do."""
-    operands = linear_operands(dtype, head_dim, delta=delta)
+    operands = linear_operands(name, dtype, head_dim)
     return backends.linear("triton").why_not(operands, LinearSpec(scale=1.0), device)
 
 
-def _linear_ops(name: str, *, delta: bool) -> list[Op]:
+def _linear_ops(name: str) -> list[Op]:
     """The forward kernel and those of the backward pass.
 
     They have no tuning tables: RDNA has no tile for some entries, and the figures do not see the substitution's loop.
@@ -388,8 +391,8 @@ def _linear_ops(name: str, *, delta: bool) -> list[Op]:
         direction="forward",
         kernel=name,
         config_type=LinearKernelConfig,
-        call=_linear(delta=delta),
-        default_config=_linear_default(delta=delta),
+        call=_linear(name),
+        default_config=_linear_default(name),
         variants=("rows", "padded head_dim"),
         dtypes=names.LINEAR_DTYPES,
         sweep=None,
@@ -397,8 +400,8 @@ def _linear_ops(name: str, *, delta: bool) -> list[Op]:
     backward = dataclasses.replace(
         forward,
         direction="backward",
-        call=_linear_backward(delta=delta),
-        default_config=_linear_backward_default(delta=delta),
+        call=_linear_backward(name),
+        default_config=_linear_backward_default(name),
         variants=("padded head_dim",),
     )
     kernels = (f"{name}_{part}" for part in ("states", "dstates", "dqkv"))
@@ -684,11 +687,7 @@ OPS = (
             alike=_PRODUCTS_ALIKE,
         ),
     ),
-    *(
-        op
-        for name, delta in (("linear_attention", False), ("delta_attention", True))
-        for op in _linear_ops(name, delta=delta)
-    ),
+    *(op for name in names.LINEAR_OPS for op in _linear_ops(name)),
 )
 ON_GPUS = tuple(op for op in OPS if op.kernel in names.GPU_KERNELS)
 

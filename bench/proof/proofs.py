@@ -301,10 +301,11 @@ def product_check(truth: ProductTruth, implementation: Implementation | None) ->
     return Check(call, (truth.x, truth.weight), (truth.out,), (limit,))
 
 
-def linear_tile_cases(config: jfa.LinearKernelConfig, head_dim: int, *, delta: bool) -> dict[str, LinearCase]:
+def linear_tile_cases(config: jfa.LinearKernelConfig, head_dim: int, op: str) -> dict[str, LinearCase]:
     """Cases that cover all paths of the kernel: whole chunks, ragged ends, empty rows, columns past the last one."""
     several = config.chunk_size + config.chunk_size // 2 + 3  # tokens: one whole chunk and part of another
-    shared: dict[str, Any] = dict(dv=config.block_v + config.block_v // 2 + 3, dk=head_dim, delta=delta)
+    shared: dict[str, Any] = dict(dv=config.block_v + config.block_v // 2 + 3, dk=head_dim)
+    shared |= dict(delta=op == "delta_attention", by_columns=op == "gated_linear_attention")
     segments = np.arange(several) // (config.chunk_size // 2 + 1)
     return {
         "groups": LinearCase(b=1, t=several, hk=1, h=2, state=False, **shared),

@@ -86,6 +86,7 @@ QUICK_OPTIONS = (
     "many_rows",
     "mamba",
     "delta_and_groups",
+    "columns_and_groups",
 )
 
 
@@ -99,7 +100,7 @@ def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(row: Row, head_dim: int) -> Any:
-    linear = row.op in ("linear_attention", "delta_attention")  # whose backward pass has tiles of its own
+    linear = row.op in names.LINEAR_OPS  # whose backward pass has tiles of its own
     direction = row.direction if linear else "forward"
     op = next(op for op in ops.OPS if (op.name, op.direction) == (row.op, direction))
     # the tiles of a v5e are too large to interpret many of them
@@ -145,11 +146,10 @@ def _product_cases(row: Row) -> dict[str, product_cases.ProductCase]:
 
 
 def _linear_cases(row: Row) -> dict[str, linear_cases.LinearCase]:
-    delta = row.op == "delta_attention"
     if row.head_dim is None:
         on_gpus = {name: linear_cases.CASES[name] for name in linear_cases.ON_GPUS}
-        return _named(row, {name: case for name, case in on_gpus.items() if case.delta == delta and _has(row, case)})
-    found = linear_tile_cases(_config(row, row.head_dim), row.head_dim, delta=delta)
+        return _named(row, {name: case for name, case in on_gpus.items() if case.op == row.op and _has(row, case)})
+    found = linear_tile_cases(_config(row, row.head_dim), row.head_dim, row.op)
     few = ("lengths_and_segments", "rows")
     return {name: case for name, case in found.items() if _has(row, case) and (not row.quick or name in few)}
 
@@ -160,8 +160,7 @@ def _has(row: Row, case: linear_cases.LinearCase) -> bool:
 
 
 def _linear_supports(row: Row) -> bool:
-    delta = row.op == "delta_attention"
-    return not ops.linear_why_not(aot.device(row.arch), row.dtype, row.head_dim or 16, delta=delta)
+    return not ops.linear_why_not(row.op, aot.device(row.arch), row.dtype, row.head_dim or 16)
 
 
 def _flash_truth(case: cases.Case, row: Row) -> cases.Truth:
@@ -228,11 +227,11 @@ PROOFS: dict[tuple[str, str], Proof] = {
     for direction, run, check in (("forward", forward, forward_check), ("backward", backward, backward_check))
 } | {(op, "forward"): _PAGED for op in ("paged_decode_attention", "ragged_paged_attention")}
 PROOFS |= {(op, "forward"): _PRODUCTS for op in ("quantized_matmul_few_rows", "quantized_matmul")}
-PROOFS |= {(op, "forward"): _LINEAR for op in ("linear_attention", "delta_attention")}
+PROOFS |= {(op, "forward"): _LINEAR for op in names.LINEAR_OPS}
 _LINEAR_BACKWARD = dataclasses.replace(
     _LINEAR, run=of_chunks_backward, check=linear_backward_check, quick=(("bfloat16", None),)
 )
-PROOFS |= {(op, "backward"): _LINEAR_BACKWARD for op in ("linear_attention", "delta_attention")}
+PROOFS |= {(op, "backward"): _LINEAR_BACKWARD for op in names.LINEAR_OPS}
 
 
 def prove_row(row: Row) -> dict[str, Any]:

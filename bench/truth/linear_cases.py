@@ -28,6 +28,13 @@ class LinearCase:
     padding: int = 0  # number of tokens after the last row's
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def op(self) -> str | None:
+        """The kernels on GPUs that compute it, one of names.LINEAR_OPS; None: there are none."""
+        if self.by_columns:
+            return None if self.delta else "gated_linear_attention"
+        return "delta_attention" if self.delta else "linear_attention"
+
 
 SEGMENTS = np.array([[0] * 5 + [1] * 20 + [2] + [3] * 11, [4] * 30 + [4, 4, 0, 0, 0, 4, 4]])
 _ROWS: dict[str, Any] = dict(rows=(1, 0, 30, 1, 5, 20), new=(2, 3), padding=13)
@@ -46,6 +53,11 @@ CASES = {
     "segments_columns_and_lengths": LinearCase(
         by_columns=True, delta=True, options=dict(segment_ids=SEGMENTS, seq_lengths=np.array([37, 31]))
     ),
+    "columns_segments_and_lengths": LinearCase(
+        by_columns=True, options=dict(segment_ids=SEGMENTS, seq_lengths=np.array([37, 31]))
+    ),
+    "columns_near_0": LinearCase(decays=(1.0, 3.0), by_columns=True, t=90),
+    "columns_near_1": LinearCase(decays=(-9.0, -6.0), by_columns=True, t=90),
     "decays_near_1": LinearCase(decays=(-9.0, -6.0), t=90),
     "decays_near_0": LinearCase(decays=(1.5, 4.0), t=90),
     "decays_near_0_by_columns": LinearCase(decays=(1.0, 3.0), by_columns=True, delta=True, t=90),
@@ -55,7 +67,7 @@ CASES = {
     "rows_delta": LinearCase(delta=True, h=4, dv=16, **_ROWS),
     "rows_delta_and_columns": LinearCase(delta=True, by_columns=True, h=4, **_ROWS),
 }
-ON_GPUS = tuple(name for name, case in CASES.items() if not case.by_columns)
+ON_GPUS = tuple(name for name, case in CASES.items() if case.op is not None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,18 @@ each has a first token, a number of tokens and a slot for its state.
 Within a chunk, exponents are differences of sums of logarithms, as in kernels/xla/linear.py. With the delta rule, what
 the tokens of a chunk add is found by forward substitution, a token at a time; chunks are then short.
 
-Decayed keys and values, and the state where queries read it, are rounded to the dtype of the inputs before a product,
-as the weights of attention are. The state itself is float32.
+With a decay for each column of a key, decays are no factor of a matrix product: a chunk's weights are summed over the
+columns, one query after another. Chunks are short here too.
 
-Sources: arXiv:2405.21060, section 6; arXiv:2412.06464, section 3. Tested in tests/jfa/test_linear_attention.py.
+Decayed queries, keys and values, and the state where queries read it, are rounded to the dtype of the inputs before a
+product, as the weights of attention are. The state itself is float32.
+
+Sources: arXiv:2405.21060, section 6; arXiv:2412.06464, section 3; arXiv:2312.06635, section 4. Tested in
+tests/jfa/test_linear_attention.py.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,38 +44,57 @@ from jfa.kernels.triton.tile import (
 )
 from jfa.types import DeviceInfo, LinearKernelConfig, LinearOperands, LinearRows, LinearSpec
 
+NAMES = ("linear_attention", "delta_attention", "gated_linear_attention")  # with the delta rule; decays of columns
+
 _FORGETS = -1e4  # 2^-10,000 is 0, and sums of such logarithms are exact
 
-# (chunk_size, block_v, num_warps, block_d), without and with the delta rule, whose substitution is a loop over the
-# tokens of a chunk
-_SAFE: dict[tuple[str, str], tuple[tuple[int, int, int, int | None], tuple[int, int, int, int | None]]] = {
-    ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None)),
-    ("cdna", "float32"): ((32, 32, 4, None), (16, 32, 4, None)),
-    ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 2, 32)),
-    ("rdna", "float32"): ((16, 16, 8, None), (16, 16, 8, None)),
-    ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64)),
-    ("cuda", "float32"): ((16, 16, 8, 32), (16, 16, 8, 64)),
+Tiles = tuple[int, int, int, int | None]  # (chunk_size, block_v, num_warps, block_d)
+
+# For each kernel of NAMES. Two of them have a loop over the tokens of a chunk.
+_SAFE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {
+    ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None), (16, 64, 4, 64)),
+    ("cdna", "float32"): ((32, 32, 4, None), (16, 32, 4, None), (16, 32, 4, 64)),
+    ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 2, 32), (16, 16, 4, 32)),
+    ("rdna", "float32"): ((16, 16, 8, None), (16, 16, 8, None), (16, 16, 8, 32)),
+    ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64), (16, 32, 4, 64)),
+    ("cuda", "float32"): ((16, 16, 8, 32), (16, 16, 8, 64), (16, 16, 8, 32)),
 }
 # key columns on RDNA: wider tiles spill, in float32 for lack of matrix instructions
-_WIDEST_ON_RDNA = {"float32": 64, "delta rule": 128, "16 bits": MAX_HEAD_DIM}
+_WIDEST_ON_RDNA = {"float32": 64, "decays of columns in float32": 128, "delta rule": 128, "16 bits": MAX_HEAD_DIM}
 
 
 def default_config(operands: LinearOperands, device: DeviceInfo) -> LinearKernelConfig:
     """Tile sizes with few or no spills on all tested architectures of this kind."""
+    return safe_config(_SAFE, operands, device)
+
+
+def safe_config(
+    tiles: Mapping[tuple[str, str], tuple[Tiles, Tiles, Tiles]], operands: LinearOperands, device: DeviceInfo
+) -> LinearKernelConfig:
+    """The entry of tiles {(kind of architecture, precision): (tiles for each of NAMES)} for a call."""
     precision = "float32" if operands.q.dtype == jnp.float32 else "16 bits"
-    chunk, block_v, warps, block_d = _SAFE[kind_of(device), precision][operands.beta is not None]
+    chunk, block_v, warps, block_d = tiles[kind_of(device), precision][NAMES.index(name_of(operands))]
     block_v = min(block_v, padded(operands.v.shape[3]))
     return LinearKernelConfig(chunk_size=chunk, block_v=block_v, num_warps=warps, num_stages=1, block_d=block_d)
+
+
+def name_of(operands: LinearOperands) -> str:
+    """Which of NAMES computes a call."""
+    if operands.log_decay.ndim == 4:
+        return "gated_linear_attention"
+    return "linear_attention" if operands.beta is None else "delta_attention"
 
 
 def why_not(operands: LinearOperands, spec: LinearSpec, device: DeviceInfo) -> str | None:
     """The reason why the kernel does not support this call; None if it does."""
     if device.platform not in ("rocm", "cuda", "cpu"):
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
-    if operands.log_decay.ndim == 4:
-        return "the kernel has one decay per head, not one for each column of a key"
+    if operands.log_decay.ndim == 4 and operands.beta is not None:
+        return "the kernels have the delta rule with one decay per head, not with one for each column of a key"
     if device.platform == "rocm" and kind_of(device) == "rdna":
         of = "float32" if operands.q.dtype == jnp.float32 else "16 bits" if operands.beta is None else "delta rule"
+        if of == "float32" and operands.log_decay.ndim == 4:
+            of = "decays of columns in float32"
         if operands.k.shape[3] > (widest := _WIDEST_ON_RDNA[of]):
             return f"{of}: keys of more than {widest} columns do not fit in the registers of {device.arch}"
     if operands.q.dtype == jnp.float16:
@@ -130,8 +154,9 @@ def ragged_linear_attention(
     tokens, columns = whole_tiles(n, chunk) + chunk, whole_tiles(dv, config.block_v)
     keys = (tokens, operands.k.shape[2], padded(dk))
     numbers, values, states = (tokens, h), (tokens, h, columns), (*operands.state.shape[:2], padded(dk), columns)
+    decays = numbers if whole.ndim == 2 else (*numbers, padded(dk))
     blocks: dict[str, tuple[int, ...]] = dict(
-        q=keys, k=keys, v=values, whole=numbers, rest=numbers, beta=numbers, states=states
+        q=keys, k=keys, v=values, whole=decays, rest=decays, beta=numbers, states=states
     )
 
     def whole_array(shape: Any) -> pl.BlockSpec:
@@ -140,7 +165,7 @@ def ragged_linear_attention(
     outs = jax.ShapeDtypeStruct((n, h, dv), operands.v.dtype), operands.state
     call = pl.pallas_call(
         functools.partial(_kernel, names=tuple(arrays), spec=spec, config=config, sizes=(n, dk, dv)),
-        name="linear_attention" if operands.beta is None else "delta_attention",
+        name=name_of(operands),
         grid=(h, pl.cdiv(dv, config.block_v), rows.slot.shape[0]),
         in_specs=[whole_array(blocks.get(name, x.shape)) for name, x in arrays.items()],
         out_specs=[whole_array(values), whole_array(states)],
@@ -155,14 +180,14 @@ def ragged_linear_attention(
     return jnp.where(is_real[:, None, None], out, 0)[None], after
 
 
-def parts_of(log_decay: Float[Array, "*t h"]) -> tuple[Float[Array, "*t h"], Float[Array, "*t h"]]:
+def parts_of(log_decay: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """The logarithms to base 2, as integers and fractions: see _sums in kernels/xla/linear.py."""
     log_decay = jnp.maximum(log_decay * LOG2_E, _FORGETS)
     whole = jnp.round(log_decay)
     return whole, log_decay - whole
 
 
-def forgets(log_decay: Float[Array, "*t h"]) -> Bool[Array, "*t h"]:
+def forgets(log_decay: Float[Array, "*n"]) -> Bool[Array, "*n"]:
     """Whether a token drops the state, as -inf does."""
     return log_decay * LOG2_E <= _FORGETS
 
@@ -203,6 +228,67 @@ class Decays(NamedTuple):
         return exp2(jnp.full((1, 1), self.whole.sum() + self.rest.sum()))
 
 
+class ColumnDecays(NamedTuple):
+    """The decays of a chunk, for each column of its keys. Each property is computed where it is read."""
+
+    wholes: Float[Array, "chunk columns"]  # sums of parts_of the logarithms up to each token
+    rests: Float[Array, "chunk columns"]
+    whole: Float[Array, " columns"]  # and of all tokens
+    rest: Float[Array, " columns"]
+
+    @classmethod
+    def of(cls, whole: Float[Array, "chunk columns"], rest: Float[Array, "chunk columns"]) -> "ColumnDecays":
+        """The decays by parts_of the logarithms of a chunk's tokens."""
+        return cls(jnp.cumsum(whole, axis=0), jnp.cumsum(rest, axis=0), whole.sum(0), rest.sum(0))
+
+    def up_to(self, i) -> Float[Array, "chunk columns"]:
+        """After each token up to token i; 0 for later tokens."""
+        sums = (row_of(self.wholes, i)[None, :] - self.wholes) + (row_of(self.rests, i)[None, :] - self.rests)
+        return exp2(jnp.where(jnp.arange(sums.shape[0])[:, None] <= i, sums, -jnp.inf))
+
+    @property
+    def since(self) -> Float[Array, "chunk columns"]:
+        """From the chunk's start up to each token."""
+        return exp2(self.wholes + self.rests)
+
+    @property
+    def until_end(self) -> Float[Array, "chunk columns"]:
+        """After each token."""
+        return exp2((self.whole[None, :] - self.wholes) + (self.rest[None, :] - self.rests))
+
+    @property
+    def all(self) -> Float[Array, " columns"]:
+        """Of the whole chunk."""
+        return exp2(self.whole + self.rest)
+
+
+def row_of(x: Float[Array, "rows columns"], i) -> Float[Array, " columns"]:
+    """Row i of a tile in registers."""
+    return jnp.where(jnp.arange(x.shape[0])[:, None] == i, x, 0.0).sum(0)
+
+
+def with_row(x: Float[Array, "rows columns"], i, row: Float[Array, " columns"]) -> Float[Array, "rows columns"]:
+    """x with another row i."""
+    return jnp.where(jnp.arange(x.shape[0])[:, None] == i, row[None, :], x)
+
+
+def each(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """A loop; a single turn is none."""
+    return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)
+
+
+def _weights(
+    q: Float[Array, "chunk columns"], k: Float[Array, "chunk columns"], decays: ColumnDecays
+) -> Float[Array, "chunk chunk"]:
+    """Sums over columns of products of queries with the keys up to their own, and of the decays from then on."""
+    size = q.shape[0]
+
+    def of_query(i, found):
+        return with_row(found, i, (decays.up_to(i) * k * row_of(q, i)[None, :]).sum(1))
+
+    return lax.fori_loop(0, size, of_query, jnp.zeros((size, size), jnp.float32))
+
+
 def _kernel(
     *refs,  # the arrays by `names`, then outputs: o [n, h, dv], the new states [slots, h, dk, dv]
     names: tuple[str, ...],
@@ -236,6 +322,10 @@ def _kernel(
         mask = inside[:, None] & (columns < dv)[None, :]
         values = (start + token)[:, None], head, columns[None, :]
         v = load(ref["v"].at[values], mask=mask, other=0.0)
+        if ref["whole"].ndim == 3:
+            out, state = by_columns(start, inside, v, state)
+            store(o_ref.at[values], out.astype(dtype), mask=mask)
+            return state
 
         def keys_of(name: str):
             def piece_of(columns, zero):
@@ -282,6 +372,22 @@ def _kernel(
             part * factor + product(k_of(piece, at(use=5)), decayed, trans_a=True)
             for piece, part in zip(pieces, state, strict=True)
         )
+
+    def by_columns(start, inside, v, state):
+        """The outputs of a chunk and the state after it, with a decay for each column of a key."""
+        weights = jnp.zeros((size, size), jnp.float32)
+        read, after = jnp.zeros((size, block_v), jnp.float32), []
+        for piece, part in zip(pieces, state, strict=True):
+            q, k, whole, rest = (
+                load_rows(ref[name], start, size, piece, width=dk, inside=inside, head=at).astype(jnp.float32)
+                for name, at in (("q", key_head), ("k", key_head), ("whole", head), ("rest", head))
+            )
+            decays = ColumnDecays.of(whole, rest)
+            weights = weights + _weights(q, k, decays)
+            read = read + product((q * decays.since).astype(dtype), part.astype(dtype))
+            kept = product((k * decays.until_end).astype(dtype), v, trans_a=True)
+            after.append(part * decays.all[:, None] + kept)
+        return (product(weights.astype(dtype), v) + read) * spec.scale, tuple(after)
 
     num_chunks = lax.div(end - begin + size - 1, jnp.int32(size))
     state = lax.fori_loop(0, num_chunks, chunk, tuple(map(load_state, pieces)))

@@ -6,7 +6,8 @@ Three kernels, without atomics, so that results are bitwise reproducible:
                             before each of them
   linear_attention_dstates  the same from the last chunk to the first: the cotangent of the state after each chunk
   linear_attention_dqkv     one program for each chunk and value head: the gradients of its tokens by the two states and
-                            by each other; with the delta rule delta_attention_dqkv, after the walks of delta_bwd.py
+                            by each other; with the delta rule delta_attention_dqkv, after the walks of delta_bwd.py;
+                            with decays of columns that of gated_bwd.py, after walks like these
 
 No program of the last kernel waits for another, and none holds a state: it reads both in pieces. States are stored in
 the dtype of the inputs, to which they are rounded for products anyway; their sums are float32. Gradients of queries and
@@ -19,7 +20,6 @@ Forward: linear.py, with the mathematics. Tested in tests/jfa/test_linear_attent
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,30 +28,25 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfa.kernels.common import output
-from jfa.kernels.triton import delta_bwd
+from jfa.kernels.triton import delta_bwd, gated_bwd
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
-from jfa.kernels.triton.linear import Decays, forgets, parts_of
-from jfa.kernels.triton.tile import chunks, kind_of, padded, product, whole_tiles
+from jfa.kernels.triton.linear import ColumnDecays, Decays, Tiles, each, forgets, parts_of, safe_config
+from jfa.kernels.triton.tile import chunks, padded, product, whole_tiles
 from jfa.types import DeviceInfo, LinearKernelConfig, LinearOperands, LinearSpec
 
-# (chunk_size, block_v, num_warps, block_d), without and with the delta rule
-_Tiles = tuple[int, int, int, int | None]
-_SAFE: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
-    ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None)),
-    ("cdna", "float32"): ((32, 32, 4, 32), (16, 32, 4, None)),
-    ("rdna", "16 bits"): ((32, 16, 4, 32), (16, 16, 2, 32)),
-    ("rdna", "float32"): ((16, 16, 4, 16), (16, 16, 8, None)),
-    ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64)),
-    ("cuda", "float32"): ((32, 16, 4, 16), (16, 16, 8, 32)),
+_SAFE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {  # for each of linear.NAMES
+    ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None), (16, 64, 4, 32)),
+    ("cdna", "float32"): ((32, 32, 4, 32), (16, 32, 4, None), (16, 32, 4, 32)),
+    ("rdna", "16 bits"): ((32, 16, 4, 32), (16, 16, 2, 32), (16, 16, 4, 32)),
+    ("rdna", "float32"): ((16, 16, 4, 16), (16, 16, 8, None), (16, 16, 4, 16)),
+    ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64), (16, 32, 4, 64)),
+    ("cuda", "float32"): ((32, 16, 4, 16), (16, 16, 8, 32), (16, 16, 4, 16)),
 }
 
 
 def default_config(operands: LinearOperands, device: DeviceInfo) -> LinearKernelConfig:
     """Tile sizes with few or no spills on all tested architectures of this kind."""
-    precision = "float32" if operands.q.dtype == jnp.float32 else "16 bits"
-    chunk, block_v, warps, block_d = _SAFE[kind_of(device), precision][operands.beta is not None]
-    block_v = min(block_v, padded(operands.v.shape[3]))
-    return LinearKernelConfig(chunk_size=chunk, block_v=block_v, num_warps=warps, num_stages=1, block_d=block_d)
+    return safe_config(_SAFE, operands, device)
 
 
 def linear_attention_bwd(
@@ -69,10 +64,11 @@ def linear_attention_bwd(
     options: dict[str, Any] = dict(config=config, interpret=interpret)
 
     def of_head(x: Float[Array, "b t h"]) -> Float[Array, "b h t"]:
-        return x.swapaxes(1, 2)  # its tokens are contiguous
+        return x.swapaxes(1, 2) if x.ndim == 3 else x  # its tokens are contiguous
 
     whole, rest = map(of_head, parts_of(operands.log_decay))
     numbers = {"whole": whole, "rest": rest} | ({} if beta is None else {"beta": of_head(beta)})
+    find = _gradients if operands.log_decay.ndim == 3 else gated_bwd.gradients
     with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
         if beta is None:
             states, _ = _walk(k, v, numbers, operands.state, scale=None, **options)
@@ -83,7 +79,7 @@ def linear_attention_bwd(
             read = {"q": q, "k": k, "do": d_out} | numbers
             d_states, d_added, d_first = delta_bwd.d_states(read, d_state, scale=spec.scale, **options)
             tokens = {"q": q, "k": k, "v": lacked, "do": d_out, "d_added": d_added}
-        found = _gradients(tokens | numbers, states, d_states, scale=spec.scale, **options)
+        found = find(tokens | numbers, states, d_states, scale=spec.scale, **options)
     dq, dk_, dv, d_log_decay, *d_beta = found
     if g > 1:
         dq, dk_ = (x.reshape(b, t, hk, g, dk).sum(3).astype(q.dtype) for x in (dq, dk_))
@@ -94,7 +90,7 @@ def linear_attention_bwd(
 def _walk(
     x: Float[Array, "b t hk dk"],
     y: Float[Array, "b t h dv"],
-    numbers: dict[str, Float[Array, "b h t"]],  # parts of the decays' logarithms
+    numbers: dict[str, Float[Array, "b h t"] | Float[Array, "b t h dk"]],  # parts of the decays' logarithms
     first: Float[Array, "b h dk dv"],
     *,
     scale: float | None,
@@ -119,6 +115,9 @@ def _walk(
     def of_head(head, n, row):
         return row, head, 0
 
+    def of_columns(head, n, row):
+        return row, 0, head, lax.div(n, jnp.int32(value_blocks))
+
     def state(head, n, row):
         return row, head, lax.div(n, jnp.int32(value_blocks)), lax.rem(n, jnp.int32(value_blocks))
 
@@ -129,9 +128,12 @@ def _walk(
         pl.BlockSpec((None, None, tokens), of_head),
         pl.BlockSpec((None, None, block_d, block_v), state),
     )
+    name = "linear_attention"
+    if numbers["whole"].ndim == 4:
+        of_token, name = pl.BlockSpec((None, tokens, None, block_d), of_columns), "gated_linear_attention"
     return pl.pallas_call(
         functools.partial(_walk_kernel, sizes=(t, dk, dv), config=config, scale=scale),
-        name="linear_attention_states" if scale is None else "linear_attention_dstates",
+        name=f"{name}_states" if scale is None else f"{name}_dstates",
         grid=(h, pl.cdiv(dk, block_d) * value_blocks, b),
         in_specs=[
             pl.BlockSpec((None, tokens, None, block_d), keys),
@@ -153,8 +155,8 @@ def _walk(
 def _walk_kernel(
     x_ref,  # [t, block_d]
     y_ref,  # [t, block_v]
-    whole_ref,  # [t]
-    rest_ref,  # [t]
+    whole_ref,  # [t] or [t, block_d]
+    rest_ref,  # as whole_ref
     first_ref,  # [block_d, block_v]
     states_ref,  # [chunks, block_d, block_v]
     last_ref,  # [block_d, block_v]
@@ -179,10 +181,17 @@ def _walk_kernel(
             load(ref.at[pl.ds(start, size)], mask=inside[:, None] & valid[None, :], other=0.0)
             for ref, valid in ((x_ref, keys), (y_ref, columns))
         )
-        decay = Decays.of(*(load(ref.at[pl.ds(start, size)], mask=inside, other=0.0) for ref in (whole_ref, rest_ref)))
+        by_columns = whole_ref.ndim == 2
+        mask = inside[:, None] & keys[None, :] if by_columns else inside
+        parts = (load(ref.at[pl.ds(start, size)], mask=mask, other=0.0) for ref in (whole_ref, rest_ref))
+        decay = (ColumnDecays if by_columns else Decays).of(*parts)
         factor = decay.until_end if scale is None else decay.since * scale
-        y = (y.astype(jnp.float32) * factor[:, None]).astype(y.dtype)
-        return state * decay.all + product(x, y, trans_a=True)
+        if by_columns:
+            x = (x.astype(jnp.float32) * factor).astype(x.dtype)
+        else:
+            y = (y.astype(jnp.float32) * factor[:, None]).astype(y.dtype)
+        kept = decay.all[:, None] if by_columns else decay.all
+        return state * kept + product(x, y, trans_a=True)
 
     state = lax.fori_loop(0, num_chunks, chunk, load(first_ref, mask=used, other=0.0))
     store(last_ref, state, mask=used)
@@ -295,7 +304,7 @@ def _gradients_kernel(
         def one(n, total):
             return total + product(rows(name, keys_at(n)), rows("k", keys_at(n)), trans_b=True)
 
-        return _each(num_keys, one, jnp.zeros((size, size), jnp.float32))
+        return each(num_keys, one, jnp.zeros((size, size), jnp.float32))
 
     scores, nothing = products("q"), jnp.zeros((size, size), jnp.float32)
     weights = (scores * between).astype(dtype)
@@ -313,12 +322,12 @@ def _gradients_kernel(
         def by_state(n, total):
             return total + product(rows("k", keys_at(n)), state("d_state", n, p))
 
-        after = _each(num_keys, by_state, jnp.zeros((size, block_v), jnp.float32))
+        after = each(num_keys, by_state, jnp.zeros((size, block_v), jnp.float32))
         put(dv_ref, at, product(weights, do, trans_a=True) * scale + after * until_end)
         return (by_queries,)
 
     none = jnp.zeros(size, jnp.float32)
-    by_queries, *more = _each(num_values, values, (nothing,) if beta is None else (nothing, nothing, none))
+    by_queries, *more = each(num_values, values, (nothing,) if beta is None else (nothing, nothing, none))
     by_queries = by_queries * between * scale  # [query, key]
     terms, by_keys = by_queries * scores, None
     by_queries = by_queries.astype(dtype)
@@ -344,7 +353,7 @@ def _gradients_kernel(
             return dq, dk, kept + (in_float32(before) * in_float32(after)).sum(), *more
 
         start = (zeros, zeros, kept) if beta is None else (zeros, zeros, kept, zeros)
-        dq, dk, kept, *more = _each(num_values, with_states, start)
+        dq, dk, kept, *more = each(num_values, with_states, start)
         dq, dk = dq * (since * scale), dk * until_end
         q, k = rows("q", at), rows("k", at)
         read, written = read + (dq * in_float32(q)).sum(1), written + (dk * in_float32(k)).sum(1)
@@ -357,12 +366,7 @@ def _gradients_kernel(
         put(dk_ref, at, dk)
         return read, written, kept
 
-    read, written, kept = _each(num_keys, keys, (none, none, jnp.float32(0)))
+    read, written, kept = each(num_keys, keys, (none, none, jnp.float32(0)))
     # of the state before the chunk by queries from i on, of the state after it by keys before i, and of both
     d_log = d_log + jnp.where(is_after, read[:, None], written[:, None]).sum(0)
     store(d_log_ref, d_log + (decays.all * kept).sum(), mask=inside)
-
-
-def _each(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """A loop; a single turn is none."""
-    return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)
