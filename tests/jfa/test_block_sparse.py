@@ -62,6 +62,12 @@ CASES = {
     "segments": Case(
         mask=lambda q, k, random: BlockMask.from_segments(packed(random, 2, TQ), packed(random, 2, TK), **BLOCKS)
     ),
+    "segments_besides_the_mask": Case(
+        mask=all_tiles,
+        shape=(2, TQ, TQ, 4, 2, 16),
+        options=dict(is_causal=True)
+        | {f"{name}_segment_ids": [[0] * 16 + [1] * 5 + [2] * 16, [4] * 37] for name in ("query", "key_value")},
+    ),
     "bigbird": Case(
         mask=lambda q, k, random: BlockMask.bigbird(TQ, TK, heads=4, window=1, num_random=1, **BLOCKS),
         shape=(1, TQ, TK, 4, 1, 40),
@@ -98,13 +104,18 @@ QUICK = {
     "xla": {
         "array_per_row_and_head": "float32",
         "window_and_sinks": "bfloat16",
+        "segments_besides_the_mask": "float32",
         "bigbird": "float32",
         "function_of_rows_and_heads": "float32",
         "tiles_with_lengths_and_offsets": "float16",
         "everything": "float32",
         "tiles_that_are_no_power_of_two": "bfloat16",
     },
-    "triton": {"array_per_row_and_head": "bfloat16", "everything": "float32"},
+    "triton": {
+        "array_per_row_and_head": "bfloat16",
+        "everything": "float32",
+        "segments_besides_the_mask": "bfloat16",
+    },
     "reference": {"everything": "float32"},
 }
 RUNS = [
@@ -148,6 +159,8 @@ class Truth:
             query_seq_lengths="q_len",
             key_value_seq_lengths="kv_len",
             query_offset="q_offset",
+            query_segment_ids="q_segments",
+            key_value_segment_ids="kv_segments",
         )
         named = {names.get(key, key): x for key, x in self.options.items()}
         named |= {key: self.arrays[key] for key in ("bias", "sinks", "alibi_slopes") if key in self.arrays}
