@@ -275,7 +275,7 @@ class BlockMask:
         cls,
         query: Float[Array, "b tq hq d"],
         key: Float[Array, "b tk hkv d"],
-        k: int,
+        k: int | Int[np.ndarray, " n"],
         *,
         is_causal: bool = False,
         block_q: int = BLOCK,
@@ -287,16 +287,22 @@ class BlockMask:
         choose one by one; here, what a query computes depends on the later ones of its tile, also if is_causal).
 
         Args:
+          k: one number, or one for each tile of queries.
           is_causal: choose among tiles that a causal mask does not hide, the tile of a query's own position first. The
             op needs is_causal=True too.
 
         Raises:
-          ValueError: k is not from 1 to the number of tiles of keys.
+          ValueError: k is not from 1 to the number of tiles of keys, or has another number of entries.
         """
         (b, tq, hq, d), (_, tk, hkv, _) = query.shape, key.shape
         make = _Builder(tq, tk, block_q, block_kv)
-        if not 1 <= k <= make.grid[1]:
-            raise ValueError(f"k must be 1 to {make.grid[1]}, the number of tiles of {tk} keys, got {k}")
+        counts = np.broadcast_to(k, make.grid[:1]) if np.shape(k) in ((), make.grid[:1]) else np.zeros(1)
+        if not 1 <= counts.min() <= counts.max() <= make.grid[1]:
+            raise ValueError(
+                f"k must be 1 to {make.grid[1]}, the number of tiles of {tk} keys, for all {make.grid[0]} tiles of "
+                f"queries or for each one, got {k}"
+            )
+        most = int(counts.max())
 
         def choose(query: Array, key: Array) -> Bool[Array, "b hq n m"]:
             q_means, k_means = _means(query, block_q), _means(key, block_kv)
@@ -307,11 +313,12 @@ class BlockMask:
                 (first_q, last_q), (first_k, last_k) = make.extremes
                 scores = jnp.where((first_k <= last_q) & (last_k >= first_q), jnp.inf, scores)
                 scores = jnp.where(first_k <= last_q, scores, -jnp.inf)
-            best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-            return jnp.put_along_axis(jnp.zeros(scores.shape, bool), chosen, best > -jnp.inf, -1, inplace=False)
+            best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), most)
+            is_chosen = (best > -jnp.inf) & (np.arange(most) < counts[:, None])
+            return jnp.put_along_axis(jnp.zeros(scores.shape, bool), chosen, is_chosen, -1, inplace=False)
 
         visible = on_any_mesh(choose, query, key, specs=PartitionSpec)
-        return cls(**make.of_whole_tiles(visible, k))
+        return cls(**make.of_whole_tiles(visible, most))
 
     @property
     def num_axis_tiles(self) -> tuple[int, int]:
