@@ -640,8 +640,11 @@ class LanguageModel:
                 f"{sparse}: this {config.architecture} model has only {has}, whose time does not grow with the square "
                 "of the prompt's length; leave it out"
             )
-        if self.partition.mesh is not None:
-            raise ValueError(f"{sparse}: not offered for a model that is divided over a mesh; leave one of them out")
+        if self.partition.size(self.partition.tokens) > 1:
+            raise ValueError(
+                f"{sparse}: all tokens of a prompt must be on one device, but the mesh divides them over "
+                f"{', '.join(self.partition.tokens)}; use a mesh without {self.partition.tokens[0]!r}"
+            )
         if self.cache_options.kind == "paged" and any(window is not None for window in config.patterns):
             raise ValueError(
                 f"{sparse}: a paged cache has no pages for whole prompts in layers with a window; use "

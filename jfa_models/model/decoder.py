@@ -190,10 +190,11 @@ class Decoder(nnx.Module):
             of_states = StateRows(state_slot, starts, cache.kv_len == 0)
         of_all = scope
         config, sinks, is_whole = self.config, None, cache is None or bool(sparse)
-        assert not sparse or (cache is not None and portion is None and query_start is None)
+        assert not sparse or (cache is not None and query_start is None and portion is None)
         if cache is None:
             sparse = config.sparse_attention
-            self._check_sparse(portion is not None)
+            self._check_causal()
+            assert portion is None or not config.sparse_layers
         if any(map(config.is_streaming, config.attention_layers)):
             assert config.streaming is not None and segments is None and portion is None
             far = jnp.minimum(positions, config.streaming.window + config.streaming.num_sinks - 1)
@@ -228,8 +229,8 @@ class Decoder(nnx.Module):
         x = x[at] if portion is None else portion.at(x, *at)
         return self.norm(x, of_all.map(lambda gates: gates[at]).at("norm")), cache
 
-    def _check_sparse(self, is_divided: bool) -> None:
-        """Raises ValueError if a pass without a cache cannot compute what the config says. is_divided: the tokens."""
+    def _check_causal(self) -> None:
+        """Raises ValueError if what a token computes depends on later ones, which may be what it is to predict."""
         for layer in self.config.sparse_layers:
             given = self.config.sparse_attention[layer]
             assert given is not None
@@ -237,11 +238,6 @@ class Decoder(nnx.Module):
                 raise ValueError(
                     f"sparse_attention={given} of layer {layer} chooses by the last queries of a text, which earlier "
                     "tokens must not know in training and in logits: use top-k or window, which do not"
-                )
-            if is_divided:
-                raise ValueError(
-                    f"sparse_attention={given} of layer {layer} needs all tokens of a text on one device: leave the "
-                    "axis that divides them out of the mesh"
                 )
 
     @with_default_rules

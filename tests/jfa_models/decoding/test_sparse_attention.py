@@ -186,8 +186,8 @@ def test_what_cannot_honor_it_refuses_it():
         model("top-k:0.5", windows=(5, None), kind="paged")
     with pytest.raises(ValueError, match="an engine prefills prompts in parts"):
         LLM(model("top-k:0.5"))
-    mesh = jax.make_mesh((1,), ("tensor",))
-    with pytest.raises(ValueError, match="not offered for a model that is divided over a mesh"):
+    mesh = jax.make_mesh((2,), ("context",), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="but the mesh divides them over context; use a mesh without 'context'"):
         LanguageModel.random(tiny_config(num_layers=1, context_length=64), sparse_prefill="top-k:0.5", mesh=mesh)
 
 
