@@ -86,7 +86,8 @@ def block_sparse_attention(
 ) -> Array | tuple[Array, Array]:
     """dot_product_attention with a mask of which only the visible tiles are computed, forward and backward.
 
-    Tiles that the mask, a causal mask, lengths or segments hide are skipped: work is proportional to the tiles that remain.
+    Tiles that the mask, a causal mask, lengths or segments hide are skipped: work is proportional to the tiles that
+    remain.
     Gradients and the content of keys that no query sees are as in dot_product_attention; the mask has no gradient.
 
     Args:

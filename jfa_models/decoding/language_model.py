@@ -125,8 +125,8 @@ class LanguageModel:
         self._check_sparse()
         self._sparse = self.config.sparse_attention if self.config.sparse_layers else ()
         if sparse_prefill is not None:
-            seen = [self.config.mixer(i) == "attention" and self.config.window(i) is None for i in range(self.config.num_layers)]
-            self._sparse = tuple(sparse_prefill if sees_all else None for sees_all in seen)
+            whole = {i for i in self.config.attention_layers if self.config.window(i) is None}
+            self._sparse = tuple(sparse_prefill if i in whole else None for i in range(self.config.num_layers))
         self.steps = Steps(decoder, self._sparse)
         self._grammars: Grammars | None = None
         self._copies: list[LanguageModel] = []  # on the devices of other replicas

@@ -207,8 +207,8 @@ class Attention(nnx.Module):
         self, q: Float[Array, "b t hq d"], k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"], rows: Rows
     ) -> Any:
         """Attention to the new tokens alone: there are no others."""
-        options = self.options | dict(query_seq_lengths=rows.lengths if q.shape[1] > 1 else None)
-        options |= dict(query_segment_ids=rows.segments, key_value_segment_ids=rows.segments)
+        options: dict[str, Any] = dict(query_segment_ids=rows.segments, key_value_segment_ids=rows.segments)
+        options |= self.options | dict(query_seq_lengths=rows.lengths if q.shape[1] > 1 else None)
         if rows.sparse is None:
             return jfa.dot_product_attention(q, k, v, is_causal=True, **options)
         del options["local_window_size"]

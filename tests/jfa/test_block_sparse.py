@@ -429,6 +429,14 @@ def test_top_k_chooses_by_the_products_of_means(is_causal):
         assert mask.kv.indices.shape[3] == 2
 
 
+def test_top_k_of_another_number_for_each_tile_of_queries():
+    random = np.random.default_rng(4)
+    q, k = (jnp.asarray(random.standard_normal((1, 53, 2, 16)), jnp.float32) for _ in range(2))
+    found = BlockMask.top_k(q, k, np.array([1, 3, 2, 4]), **BLOCKS).grid() >= 0
+    for i, each in enumerate([1, 3, 2, 4]):
+        np.testing.assert_array_equal(found[:, :, i], BlockMask.top_k(q, k, each, **BLOCKS).grid()[:, :, i] >= 0)
+
+
 def test_tiles_from_a_traced_grid():
     grid = np.random.default_rng(0).random((1, 2, 3, 4)) < 0.4
     make = functools.partial(BlockMask.from_tiles, tq=TQ, tk=TK, **BLOCKS)

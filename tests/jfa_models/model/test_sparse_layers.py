@@ -24,7 +24,7 @@ from jfa_models.training.step import Batch, Trainable, loss_fn, make_train_step,
 
 CAUSAL = ("top-k", "window")
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-CONFIG = tiny_config(num_layers=3, context_length=256)
+CONFIG = tiny_config(num_layers=2, context_length=256)
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def small_tiles(monkeypatch):
 
 
 def config_of(*entries):
-    """Of layer 1, or of all layers."""
-    return dataclasses.replace(CONFIG, sparse_attention=(None, *entries, None) if len(entries) == 1 else entries)
+    """Of layer 1, or of both layers."""
+    return dataclasses.replace(CONFIG, sparse_attention=(None, *entries)[-2:])
 
 
 def model(*entries, **options):
@@ -56,8 +56,9 @@ def test_a_fraction_of_1_is_the_dense_layer_bit_for_bit():
     np.testing.assert_array_equal(model("top-k:1").logits(tokens, [70, 33]), model().logits(tokens, [70, 33]))
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("pattern", ["top-k", "window", "vertical-slash"])
+@pytest.mark.parametrize(
+    ("pattern", "is_packed"), [("top-k", False), ("top-k", True), ("window", True), ("vertical-slash", False)]
+)
 def test_a_layer_is_the_reference_with_its_mask_and_so_are_its_gradients(pattern, is_packed):
     q, k, v, d_out = arrays()
     config, lengths = SparseConfig(pattern=pattern, fraction=0.4), jnp.array([85, 50])
@@ -103,11 +104,9 @@ def test_no_token_depends_on_later_ones_or_on_padding(pattern):
 def test_a_prompt_is_sparse_and_what_follows_is_dense(options):
     """The first token is that of the pass without a cache; the next ones see all that the cache has."""
     sparse, plain = (model(*entries, cache_options=CacheOptions(**options)) for entries in (["top-k:0.3"], []))
-    prompts = [ids(1, 90)[0].tolist(), ids(1, 61, seed=2)[0].tolist()]
-    found = sparse.generate(prompts, GREEDY)
-    for prompt, one in zip(prompts, found, strict=True):
-        assert one.outputs[0].token_ids[0] == int(sparse.logits([prompt])[0, -1].argmax())
-    state = sparse.start(prompts[0], GREEDY)
+    prompt = ids(1, 90)
+    state = sparse.start(prompt[0].tolist(), GREEDY)
+    assert int(state.token[0]) == int(sparse.logits(prompt)[0, -1].argmax())
     again = jax.tree.map(jnp.copy, state)
     one, other = sparse.steps.decode(sparse.params, state)[0], plain.steps.decode(plain.params, again)[0]
     np.testing.assert_array_equal(one.token, other.token)
@@ -144,10 +143,9 @@ def test_gradients_of_a_decoder_are_those_of_the_reference():
     assert all(np.abs(of_layer[name]["weight"]).max() > 0 for name in ("q", "k", "v"))
 
 
-@pytest.mark.parametrize("remat", ["none", "attention"])
-def test_packed_rows_are_trained_and_nothing_is_compiled_again(remat):
+def test_packed_rows_are_trained_and_nothing_is_compiled_again():
     one = model("window:0.3")
-    trainable = Trainable(one, None, remat=remat)
+    trainable = Trainable(one, None, remat="attention")
     tensors = trainable.start(one)
     tokens, segments = ids(2, 70), np.repeat([[1, 2, 0], [1, 1, 2]], [40, 20, 10], axis=1).astype(np.int32)
     targets = (segments > 0).astype(np.int32)
@@ -180,7 +178,7 @@ def test_a_mesh_computes_what_one_device_does():
 
 
 def test_a_saved_model_has_its_sparse_layers(tmp_path):
-    one = model(None, "top-k:0.25", "window:0.1")
+    one = model("window:0.1", "top-k:0.25")
     one.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path, dtype="float32")
     assert again.config == one.config and str(again.config.sparse_attention[1]) == "top-k:0.25"
@@ -189,19 +187,20 @@ def test_a_saved_model_has_its_sparse_layers(tmp_path):
 
 
 def test_entries_are_read_from_text():
-    config = config_of(None, "top-k:0.25", SparseConfig(pattern="window", fraction=1))
-    assert config.sparse_attention == (None, SparseConfig(pattern="top-k", fraction=0.25), SparseConfig.of("window:1"))
-    assert config.sparse_layers == (1,) and config.with_layers(1).sparse_attention == (None,)
-    assert hash(config) == hash(config_of(None, "top-k:0.25", "window:1"))
+    config = config_of("top-k:0.25", SparseConfig(pattern="window", fraction=1))
+    assert config.sparse_attention == (SparseConfig(pattern="top-k", fraction=0.25), SparseConfig.of("window:1"))
+    assert config.sparse_layers == (0,)
+    assert config.with_layers(1).sparse_attention == (SparseConfig.of("top-k:0.25"),)
+    assert hash(config) == hash(config_of("top-k:0.25", "window:1"))
 
 
-STATES = dict(mixers=("attention", "mamba2", "attention"), mamba2=Mamba2Config(num_heads=2, head_dim=8, state_size=8))
+STATES = dict(mixers=("attention", "mamba2"), mamba2=Mamba2Config(num_heads=2, head_dim=8, state_size=8))
 REFUSED = {
-    "number": (dict(sparse_attention=("top-k:0.5",)), r"one entry per layer, 3, got \('top-k:0.5',\)"),
-    "text": (dict(sparse_attention="top-k:0.5"), "one entry per layer, 3, got 'top-k:0.5'"),
-    "form": (dict(sparse_attention=(None, "top-k", None)), "must be PATTERN:FRACTION, such as top-k:0.25, got 'top-k'"),
+    "number": (dict(sparse_attention=("top-k:0.5",)), r"one entry per layer, 2, got \('top-k:0.5',\)"),
+    "text": (dict(sparse_attention="top-k:0.5"), "one entry per layer, 2, got 'top-k:0.5'"),
+    "form": (dict(sparse_attention=(None, "top-k")), "must be PATTERN:FRACTION, such as top-k:0.25, got 'top-k'"),
     "states": (STATES, "sparse_attention=top-k:0.5: layer 1 is a layer of mamba2, which has no scores; make its entry"),
-    "window": (dict(windows=(None, 9, None)), "layer 1 sees only the last 9 tokens; make its entry None"),
+    "window": (dict(windows=(None, 9)), "layer 1 sees only the last 9 tokens; make its entry None"),
     "streaming": (dict(streaming=StreamingConfig(window=9)), "the last 9 tokens; leave attention_window out"),
 }
 
@@ -223,17 +222,19 @@ def test_what_cannot_honor_it_refuses_it():
     draft = dict(method="draft_model", model=one, num_speculative_tokens=1)
     with pytest.raises(ValueError, match=f"{of_layer}: an engine prefills prompts in parts"):
         Engine(model(), speculative_config=draft)
-    with pytest.raises(ValueError, match=r"sparse_prefill=window:0.5: this model has sparse_attention=top-k:0.2 of its"):
+    with pytest.raises(
+        ValueError, match=r"sparse_prefill=window:0.5: this model has sparse_attention=top-k:0.2 of its"
+    ):
         model("top-k:0.2", sparse_prefill="window:0.5")
     mesh = jax.make_mesh((2,), ("context",), devices=jax.devices()[:2])
-    with pytest.raises(ValueError, match="of layer 1: .* but the mesh divides them over context; use a mesh without"):
+    with pytest.raises(ValueError, match=r"of layer 1: .* but the mesh divides them over context; use a mesh without"):
         model("top-k:0.2", mesh=mesh)
-    windows = dataclasses.replace(config_of("top-k:0.2"), windows=(9, None, None))
-    with pytest.raises(ValueError, match="sparse_attention=top-k:0.2 of layer 1: a paged cache has no pages"):
+    windows = dataclasses.replace(config_of("top-k:0.2"), windows=(9, None))
+    with pytest.raises(ValueError, match=r"sparse_attention=top-k:0.2 of layer 1: a paged cache has no pages"):
         LanguageModel.random(windows, cache_options=CacheOptions(kind="paged"))
 
 
 def test_a_config_json_of_another_form_is_refused():
     written = config_to_hf(config_of("top-k:0.5")) | {"sparse_attention": {"1": "top-k:0.5"}}
-    with pytest.raises(ValueError, match="config.json: sparse_attention must be a list with null or PATTERN:FRACTION"):
+    with pytest.raises(ValueError, match=r"config.json: sparse_attention must be a list with null or PATTERN"):
         config_from_hf(written)
