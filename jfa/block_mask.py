@@ -169,8 +169,8 @@ class BlockMask:
                     f"{x.dtype} of shape {x.shape}"
                 )
         make = _Builder(q_ids.shape[1], kv_ids.shape[1], block_q, block_kv)
-        q_low, q_high = _extremes(q_ids, block_q)
-        k_low, k_high = _extremes(kv_ids, block_kv)
+        q_low, q_high = extremes(q_ids, block_q)
+        k_low, k_high = extremes(kv_ids, block_kv)
         some = (k_low[:, None] <= q_high[..., None]) & (k_high[:, None] >= q_low[..., None])
 
         def tiles(b: int, h: int, i: int, j: np.ndarray) -> np.ndarray:
@@ -275,7 +275,7 @@ class BlockMask:
         cls,
         query: Float[Array, "b tq hq d"],
         key: Float[Array, "b tk hkv d"],
-        k: int,
+        k: int | Int[np.ndarray, " n"],
         *,
         is_causal: bool = False,
         block_q: int = BLOCK,
@@ -284,19 +284,25 @@ class BlockMask:
         """For each head, the k tiles of keys whose mean has the largest product with the mean of the queries.
 
         The arrays may be traced; no gradient flows through the choice (arXiv:2502.13189, section 2.2; there, queries
-        choose one by one).
+        choose one by one; here, what a query computes depends on the later ones of its tile, also if is_causal).
 
         Args:
+          k: one number, or one for each tile of queries.
           is_causal: choose among tiles that a causal mask does not hide, the tile of a query's own position first. The
             op needs is_causal=True too.
 
         Raises:
-          ValueError: k is not from 1 to the number of tiles of keys.
+          ValueError: k is not from 1 to the number of tiles of keys, or has another number of entries.
         """
         (b, tq, hq, d), (_, tk, hkv, _) = query.shape, key.shape
         make = _Builder(tq, tk, block_q, block_kv)
-        if not 1 <= k <= make.grid[1]:
-            raise ValueError(f"k must be 1 to {make.grid[1]}, the number of tiles of {tk} keys, got {k}")
+        counts = np.broadcast_to(k, make.grid[:1]) if np.shape(k) in ((), make.grid[:1]) else np.zeros(1)
+        if not 1 <= counts.min() <= counts.max() <= make.grid[1]:
+            raise ValueError(
+                f"k must be 1 to {make.grid[1]}, the number of tiles of {tk} keys, for all {make.grid[0]} tiles of "
+                f"queries or for each one, got {k}"
+            )
+        most = int(counts.max())
 
         def choose(query: Array, key: Array) -> Bool[Array, "b hq n m"]:
             q_means, k_means = _means(query, block_q), _means(key, block_kv)
@@ -307,11 +313,12 @@ class BlockMask:
                 (first_q, last_q), (first_k, last_k) = make.extremes
                 scores = jnp.where((first_k <= last_q) & (last_k >= first_q), jnp.inf, scores)
                 scores = jnp.where(first_k <= last_q, scores, -jnp.inf)
-            best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-            return jnp.put_along_axis(jnp.zeros(scores.shape, bool), chosen, best > -jnp.inf, -1, inplace=False)
+            best, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), most)
+            is_chosen = (best > -jnp.inf) & (np.arange(most) < counts[:, None])
+            return jnp.put_along_axis(jnp.zeros(scores.shape, bool), chosen, is_chosen, -1, inplace=False)
 
         visible = on_any_mesh(choose, query, key, specs=PartitionSpec)
-        return cls(**make.of_whole_tiles(visible, k))
+        return cls(**make.of_whole_tiles(visible, most))
 
     @property
     def num_axis_tiles(self) -> tuple[int, int]:
@@ -346,12 +353,12 @@ class BlockMask:
         return kinds.at[(*jnp.ogrid[:b, :h, :n, :1][:3], place)].set(self.kv.kinds, mode="drop")
 
     def seen(self, operands: Operands, spec: AttentionSpec, *, transposed: bool = False) -> Visits:
-        """The visits that remain under a causal mask and lengths; a tile that these cut is partial.
+        """The visits that remain under a causal mask, lengths and segments; a tile that these cut is partial.
 
         transposed: of tiles of keys.
         """
         visits = self.q if transposed else self.kv
-        if not spec.causal and operands.q_len is None and operands.kv_len is None:
+        if not spec.causal and all(x is None for x in (operands.q_len, operands.kv_len, operands.q_segments)):
             return visits
         own, other = jnp.arange(visits.indices.shape[2])[:, None], visits.indices
         i, j = (other, own) if transposed else (own, other)
@@ -365,6 +372,15 @@ class BlockMask:
         for length, first, last in ((operands.q_len, first_q, last_q), (operands.kv_len, first_k, last_k)):
             if length is not None:
                 some, whole = some & (first < _per_row(length)), whole & (last < _per_row(length))
+        if operands.q_segments is not None and operands.kv_segments is not None:
+            ids = (operands.q_segments, self.block_q), (operands.kv_segments, self.block_kv)
+            (low, high), (other_low, other_high) = (extremes(*x) for x in (reversed(ids) if transposed else ids))
+            low, high = (x[:, None, :, None] for x in (low, high))
+            other_low, other_high = (
+                jnp.take_along_axis(x[:, None, None], other, axis=-1) for x in (other_low, other_high)
+            )
+            some &= (other_low <= high) & (other_high >= low)
+            whole &= (low == other_high) & (high == other_low)
         return _sorted(jnp.where(some, jnp.where(whole, 0, 1), 2), other, visits.kinds)
 
 
@@ -477,10 +493,11 @@ def _concrete(name: str, x: ArrayLike) -> np.ndarray:
     return np.asarray(x)
 
 
-def _extremes(ids: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest segment id of each tile."""
-    starts = np.arange(0, ids.shape[1], block)
-    return np.minimum.reduceat(ids, starts, axis=1), np.maximum.reduceat(ids, starts, axis=1)
+def extremes(ids: Any, block: int) -> tuple[Any, Any]:
+    """The smallest and the largest segment id of each tile, [b, n] of ids [b, t]."""
+    xp = np if isinstance(ids, np.ndarray) else jnp
+    tiles = xp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), mode="edge").reshape(ids.shape[0], -1, block)
+    return tiles.min(2), tiles.max(2)
 
 
 def _means(x: Float[Array, "b t h d"], block: int) -> Float[Array, "b n h d"]:

@@ -30,6 +30,8 @@ class _Options(TypedDict, total=False):
     logits_soft_cap: float | None
     sinks: ArrayLike | None
     alibi_slopes: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
     query_offset: ArrayLike | None
     config: FlashConfig | None
 
@@ -77,12 +79,15 @@ def block_sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     query_offset: ArrayLike | None = None,
     config: FlashConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """dot_product_attention with a mask of which only the visible tiles are computed, forward and backward.
 
-    Tiles that the mask, a causal mask or lengths hide are skipped: work is proportional to the tiles that remain.
+    Tiles that the mask, a causal mask, lengths or segments hide are skipped: work is proportional to the tiles that
+    remain.
     Gradients and the content of keys that no query sees are as in dot_product_attention; the mask has no gradient.
 
     Args:
@@ -90,8 +95,9 @@ def block_sparse_attention(
       block_mask: for tq queries and tk keys, 1 or b batch rows, 1 or hq heads. A pytree: it may be an argument of a
         jitted function, which is compiled anew if the shapes of the mask's lists differ.
       scale, bias, is_causal, query_seq_lengths, key_value_seq_lengths, implementation, return_residual, sinks,
-        logits_soft_cap, alibi_slopes, query_offset: as in dot_product_attention. The mask is of the indices of queries
-        and keys in the arrays: query_offset does not move it.
+        logits_soft_cap, alibi_slopes, query_segment_ids, key_value_segment_ids, query_offset: as in
+        dot_product_attention. The mask is of the indices of queries and keys in the arrays: query_offset does not move
+        it.
       config: a FlashConfig for "triton" (forward), whose tiles are cut to those of the mask; None: the default.
 
     Returns:
@@ -120,6 +126,7 @@ def block_sparse_attention(
         q_offset=arguments.per_row("query_offset", query_offset, b, spread=True),
         sinks=arguments.per_head("sinks", sinks, hq),
         alibi_slopes=arguments.slopes(alibi_slopes, b, hq),
+        **arguments.segments(query_segment_ids, key_value_segment_ids, (b, tq), (b, key.shape[1]), one_row=one_row),
     )
     spec = AttentionSpec(
         sm_scale=head_dim**-0.5 if scale is None else float(scale),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jfa.block_mask import extremes
 from jfa.types import Operands
 
 
@@ -62,17 +63,10 @@ def tiles_in_common(
     first: Int[Array, "b t"], second: Int[Array, "b u"], block: int, other_block: int
 ) -> Int[Array, "b n 2"]:
     """For each tile of `first`, the range [from, to) of tiles of `second` that may contain one of its segments."""
-    low, high = _extremes(first, block)
-    other_low, other_high = _extremes(second, other_block)
+    low, high = extremes(first, block)
+    other_low, other_high = extremes(second, other_block)
     meets = (other_low[:, None] <= high[:, :, None]) & (other_high[:, None] >= low[:, :, None])
     num = meets.shape[2]
     begin = jnp.where(meets.any(2), meets.argmax(2), 0)
     end = jnp.where(meets.any(2), num - jnp.flip(meets, 2).argmax(2), 0)
     return jnp.stack([begin, end], axis=2).astype(jnp.int32)
-
-
-def _extremes(segments: Int[Array, "b t"], block: int) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
-    """The smallest and the largest segment id of each tile."""
-    missing = -segments.shape[1] % block
-    tiles = jnp.pad(segments, ((0, 0), (0, missing)), mode="edge").reshape(segments.shape[0], -1, block)
-    return tiles.min(2), tiles.max(2)

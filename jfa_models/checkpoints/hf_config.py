@@ -114,6 +114,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
         logits_soft_cap=source.get("final_logit_softcapping"),
         windows=windows,
         experts=_experts_from_hf(source, num_layers) if "num_experts_per_tok" in family.defaults else None,
+        sparse_attention=_sparse_attention_from_hf(source),
     )
     read |= mixers_from_hf(source, num_layers)
     return DecoderConfig(architecture=str(architecture), **(read | family.always))
@@ -178,6 +179,8 @@ def _written_for_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
             written["layer_types"] = [_WINDOW if config.is_local(i) else _FULL for i in range(config.num_layers)]
         if "use_sliding_window" in family.defaults:
             written["use_sliding_window"] = window is not None
+    if config.sparse_attention:  # our own key: transformers computes all scores
+        written["sparse_attention"] = [None if entry is None else str(entry) for entry in config.sparse_attention]
     if config.experts is not None:
         experts = config.experts
         written["num_experts_per_tok"] = experts.experts_per_token
@@ -213,6 +216,16 @@ def _experts_from_hf(source: Mapping[str, Any], num_layers: int) -> ExpertsConfi
         shared_gate=source["model_type"] == "qwen3_next",
         dense_layers=tuple(i for i in range(num_layers) if i in listed or (i + 1) % step),
     )
+
+
+def _sparse_attention_from_hf(source: Mapping[str, Any]) -> tuple[Any, ...]:
+    given = source.get("sparse_attention", ())
+    if not isinstance(given, list | tuple) or not all(isinstance(entry, str | None) for entry in given):
+        raise ValueError(
+            "config.json: sparse_attention must be a list with null or PATTERN:FRACTION for each layer, such as "
+            f'[null, "top-k:0.25"], got {given!r}'
+        )
+    return tuple(given)
 
 
 def _windows_from_hf(source: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:

@@ -43,7 +43,7 @@ from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import Adapters
 from jfa_models.model.partition import WHOLE, Partition, partition_of
-from jfa_models.model.sparse_prefill import SparsePrefill
+from jfa_models.model.sparse_config import SparseConfig
 from jfa_models.text.guided import Grammars, Guide
 from jfa_models.text.structured import StructuredOutputsParams
 from jfa_models.text.tokenizer import Tokenizer
@@ -85,7 +85,8 @@ class LanguageModel:
       defaults: the sampling parameters that the checkpoint's authors recommend.
       eos_token_ids: the end-of-text, -turn and -message tokens of the defaults and of the tokenizer.
       cache_options: the options of new_cache.
-      sparse_prefill: which scores the prefill of a prompt from its first token on computes; None: all.
+      sparse_prefill: which scores layers that see the whole context compute in the prefill of a prompt from its first
+        token on; None: those of config.sparse_attention.
       adapters: those that load_adapter has loaded.
     """
 
@@ -97,7 +98,7 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         defaults: GenerationDefaults | None = None,
         cache_options: CacheOptions | None = None,
-        sparse_prefill: SparsePrefill | None = None,
+        sparse_prefill: SparseConfig | None = None,
         max_adapters: int | None = None,
         max_rank: int | None = None,
     ):
@@ -121,9 +122,12 @@ class LanguageModel:
         if self.config.streaming is not None and self.partition.mesh is not None:
             raise ValueError("attention_window is not offered for a model that is divided over a mesh; leave it out")
         self.sparse_prefill = sparse_prefill
+        self._check_sparse()
+        self._sparse = self.config.sparse_attention if self.config.sparse_layers else ()
         if sparse_prefill is not None:
-            self._check_sparse_prefill(sparse_prefill)
-        self.steps = Steps(decoder, sparse_prefill)
+            whole = {i for i in self.config.attention_layers if self.config.window(i) is None}
+            self._sparse = tuple(sparse_prefill if i in whole else None for i in range(self.config.num_layers))
+        self.steps = Steps(decoder, self._sparse)
         self._grammars: Grammars | None = None
         self._copies: list[LanguageModel] = []  # on the devices of other replicas
         self.shapes = {name: tuple(x.shape) for name, x in leaves.items()}
@@ -176,7 +180,7 @@ class LanguageModel:
                     weight = quantized(name, weight.shape, [(slice(None), weight)], quantization)
                 params.append(abstract.partition.put_parameter(name, weight))
                 start += 7919
-        sparse = None if sparse_prefill is None else SparsePrefill.of(sparse_prefill)
+        sparse = None if sparse_prefill is None else SparseConfig.of(sparse_prefill)
         return cls(decoder=abstract, params=tuple(params), cache_options=cache_options, sparse_prefill=sparse)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -499,7 +503,7 @@ class LanguageModel:
         hidden = self.partition.everywhere(jnp.zeros((size, self.config.hidden_size), self.dtype))
         # what follows tokens that are in the cache sees all of them
         is_whole = all(len(prompt) == len(one.prompt_ids) for prompt, one in zip(prompts, requests, strict=True))
-        is_sparse = self.sparse_prefill is not None and is_whole
+        is_sparse = bool(self._sparse) and is_whole
         prefill = self.steps.prefill_sparse if is_sparse else self.steps.prefill
         for tokens, lengths in caches.prefill_chunks(prompts, size, self.partition, is_whole=is_sparse):
             cache, hidden = prefill(self.params, cache, hidden, tokens, lengths, slots, adapters=adapters)
@@ -609,16 +613,41 @@ class LanguageModel:
         found = [token_id for token_id in ids if token_id is not None]
         return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
 
-    def _check_sparse_prefill(self, sparse: SparsePrefill) -> None:
-        """Raises ValueError if the model or its cache cannot be prefilled so."""
-        sparse.check(self.config)
-        if self.partition.mesh is not None:
+    @property
+    def sparse(self) -> str | None:
+        """What of a whole prompt is not computed, as messages name it; None: nothing is left out."""
+        if self.sparse_prefill is not None:
+            return f"sparse_prefill={self.sparse_prefill}"
+        if not self.config.sparse_layers:
+            return None
+        layer = self.config.sparse_layers[0]
+        return f"sparse_attention={self.config.sparse_attention[layer]} of layer {layer}"
+
+    def _check_sparse(self) -> None:
+        """Raises ValueError if the model or its cache cannot compute a part of a prompt's scores as asked."""
+        config, sparse = self.config, self.sparse
+        if sparse is None:
+            return
+        if self.sparse_prefill is not None and config.sparse_layers:
+            layer = config.sparse_layers[0]
             raise ValueError(
-                f"sparse_prefill={sparse}: not offered for a model that is divided over a mesh; leave it out"
+                f"{sparse}: this model has sparse_attention={config.sparse_attention[layer]} of its own in layer "
+                f"{layer}; leave sparse_prefill out"
             )
-        if self.cache_options.kind == "paged" and any(window is not None for window in self.config.patterns):
+        if self.sparse_prefill is not None and all(config.window(i) is not None for i in config.attention_layers):
+            has = "layers with a state" if not config.attention_layers else "layers with a window"
             raise ValueError(
-                f"sparse_prefill={sparse}: a paged cache has no pages for whole prompts in layers with a window; use "
+                f"{sparse}: this {config.architecture} model has only {has}, whose time does not grow with the square "
+                "of the prompt's length; leave it out"
+            )
+        if self.partition.size(self.partition.tokens) > 1:
+            raise ValueError(
+                f"{sparse}: all tokens of a prompt must be on one device, but the mesh divides them over "
+                f"{', '.join(self.partition.tokens)}; use a mesh without {self.partition.tokens[0]!r}"
+            )
+        if self.cache_options.kind == "paged" and any(window is not None for window in config.patterns):
+            raise ValueError(
+                f"{sparse}: a paged cache has no pages for whole prompts in layers with a window; use "
                 "cache='contiguous'"
             )
 

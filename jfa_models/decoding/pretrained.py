@@ -21,7 +21,7 @@ from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, 
 from jfa_models.decoding.options import QUANTIZATIONS, CacheOptions
 from jfa_models.model.config import DecoderConfig, StreamingConfig
 from jfa_models.model.partition import mesh_of, partition_of
-from jfa_models.model.sparse_prefill import SparsePrefill
+from jfa_models.model.sparse_config import SparseConfig
 
 
 def from_pretrained(
@@ -55,9 +55,9 @@ def from_pretrained(
         "stored"; but on a CPU whichever form it multiplies fastest (jfa.cpu): for a quantized checkpoint int8 or
         float32, for one in bfloat16 bfloat16 or float32, and floats of `dtype` if that is given.
       sparse_prefill: PATTERN:FRACTION, such as "vertical-slash:0.3": a prompt is processed in one piece, and layers
-        that see the whole context compute only this fraction of its scores (model.sparse_prefill.SparsePrefill). An
+        that see the whole context compute only this fraction of its scores (model.sparse_config.SparseConfig). An
         approximation, which pays off in long prompts. Decoding and what follows tokens that are already in a cache are
-        exact. None, or a fraction of 1: all scores.
+        exact. A fraction of 1: all scores. None: those that config.json says (sparse_attention), all as a rule.
       attention_window: layers that see the whole context see the first attention_sinks tokens (None: 4) and this many
         last ones instead (StreamingLLM, model.config.StreamingConfig), so that a text may be longer than the model's
         context; pages of other tokens are given back. None: the whole context.
@@ -81,7 +81,7 @@ def from_pretrained(
     """
     given, dtype = dtype, compute_dtype(dtype)
     options = CacheOptions(kind=cache, kv_dtype=kv_dtype, page_size=page_size)
-    sparse = None if sparse_prefill is None else SparsePrefill.of(sparse_prefill)
+    sparse = None if sparse_prefill is None else SparseConfig.of(sparse_prefill)
     name = os.fspath(model)
     if name.lower() in PRESETS and name.lower() not in PACKAGED and not os.path.exists(name):
         raise ValueError(

@@ -26,7 +26,7 @@ from jfa_models.model.attention import Cache, StateRows
 from jfa_models.model.decoder import Decoder
 from jfa_models.model.lora import NO_ADAPTER, Adapters
 from jfa_models.model.partition import Axes, Partition, gathered
-from jfa_models.model.sparse_prefill import SparsePrefill
+from jfa_models.model.sparse_config import SparseConfig
 
 # Tokens decoded per call for an offline batch; the host checks for stop strings in between.
 STEPS_PER_CALL = 32
@@ -151,7 +151,7 @@ class Steps:
 
     logits(params, tokens [b, t], lengths, adapter) -> f32[b, t, vocab], without a cache
     prefill(params, cache, hidden, tokens [b, t], lengths, adapter) -> (cache, hidden): t more tokens of each row
-    prefill_sparse: the same, of whole prompts in an empty cache, by the decoder's SparsePrefill
+    prefill_sparse: the same, of whole prompts in an empty cache, with the scores that each layer computes of them
     score(params, cache, tokens [b, t], lengths, adapter) -> (cache, f32[b, t, vocab]): with logits after each token
     first(params, cache, hidden, rows, active, adapter) -> (state, emitted): the token after the prompt
     decode(params, state) -> (state, emitted): one more token
@@ -175,7 +175,8 @@ class Steps:
     global arrays, divided along the vocabulary.
     """
 
-    def __init__(self, decoder: Decoder, sparse: SparsePrefill | None = None):
+    def __init__(self, decoder: Decoder, sparse: Sequence[SparseConfig | None] = ()):
+        """sparse: for prefill_sparse, as of Decoder."""
         graphdef, state = nnx.split(decoder)
         treedef = jax.tree.structure(state)
         names = list(named_leaves(decoder))
@@ -281,7 +282,7 @@ def _prefill(
     tokens: Int[Array, "b t"],
     lengths: Int[Array, " b"],
     adapter: Int[Array, " b"] | None = None,
-    sparse: SparsePrefill | None = None,
+    sparse: Sequence[SparseConfig | None] = (),
 ) -> tuple[Cache, Float[Array, "b hidden"]]:
     """hidden: the state of each row's last token so far; a row whose prompt ended in an earlier chunk keeps it."""
     b, t = tokens.shape

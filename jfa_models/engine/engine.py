@@ -144,11 +144,7 @@ class Engine:
           ValueError: an argument is out of range; the message names it.
         """
         config = model.config
-        if model.sparse_prefill is not None:
-            raise ValueError(
-                f"sparse_prefill={model.sparse_prefill}: an engine prefills prompts in parts, which see all tokens "
-                "before them; load the model without it, or use LanguageModel.generate or stream"
-            )
+        _check_not_sparse(model)
         if max_num_batched_tokens is None:
             per_device = 512 if jax.default_backend() == "cpu" else 2048
             max_num_batched_tokens = max(max_num_seqs, per_device * model.partition.size(model.partition.tokens))
@@ -168,6 +164,8 @@ class Engine:
         self._draft: LanguageModel | None = None
         if self._speculation is not None and self._speculation.method not in ("ngram", "lookahead"):
             self._draft = draft_model_of(self._speculation, model)
+        if self._draft is not None:
+            _check_not_sparse(self._draft)
         if self._speculation is not None:
             _check_trees(self._speculation, self._draft, model)
         longest = max_model_len or config.context_length
@@ -594,6 +592,15 @@ def _check_trees(config: SpeculativeConfig, draft: LanguageModel | None, model: 
                 f"speculative_config: the drafts of the method {config.method!r} are trees, which the states of a "
                 f"{one.config.architecture} model cannot follow; use {', '.join(x for x in METHODS if x not in TREES)}"
             )
+
+
+def _check_not_sparse(model: LanguageModel) -> None:
+    """Raises ValueError if the model or draft model computes only a part of a whole prompt's scores."""
+    if model.sparse is not None:
+        raise ValueError(
+            f"{model.sparse}: an engine prefills prompts in parts, which see all tokens before them; use "
+            "LanguageModel.generate or stream, or a model without it"
+        )
 
 
 def _state_bytes(

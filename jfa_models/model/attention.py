@@ -19,7 +19,8 @@ from jfa_models.model.layers import Linear, make_norm
 from jfa_models.model.lora import UNCHANGED, Scope
 from jfa_models.model.partition import Axes, Portion
 from jfa_models.model.rope import RopeConfig
-from jfa_models.model.sparse_prefill import SparsePrefill
+from jfa_models.model.sparse_attention import sparse_attention
+from jfa_models.model.sparse_config import SparseConfig
 
 Cache = jfa.KVCache | jfa.PagedKVCache
 
@@ -93,7 +94,8 @@ class Rows(NamedTuple):
       tree_mask: with query_start, the new tokens of its row that each token sees, as in jfa.ragged_paged_attention.
       of_states: where the rows' states are. None: row r has the states of row r of the cache.
       portion: layers get this device's part of the tokens. None: they get all.
-      sparse: the cache is empty, and layers without a window compute only a part of the scores. None: they compute all.
+      is_whole: there are no tokens before: there is no cache, or an empty one.
+      sparse: of the layer, whose text is_whole: which scores it computes. None: all.
       sinks: of the queries. None: no layer needs it.
     """
 
@@ -103,7 +105,8 @@ class Rows(NamedTuple):
     tree_mask: Bool[Array, "t m"] | None = None
     of_states: StateRows | None = None
     portion: Portion | None = None
-    sparse: SparsePrefill | None = None
+    is_whole: bool = False
+    sparse: SparseConfig | None = None
     sinks: Sinks | None = None
 
 
@@ -164,7 +167,7 @@ class Attention(nnx.Module):
         rotation: None: queries and keys are not rotated.
         scope: what adapters change.
         """
-        lengths, query_start, segments, tree_mask, _, portion, sparse, _ = rows
+        lengths, query_start, tree_mask, portion = rows.lengths, rows.query_start, rows.tree_mask, rows.portion
         b, t = x.shape[:2]
         q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
         gate = None
@@ -178,17 +181,9 @@ class Attention(nnx.Module):
             q, k = rotation(q), rotation(k)
         if portion is not None:
             out, cache = self._of_own_tokens(q, k, v, rows, cache)
-        elif cache is None:
-            q_len = lengths if t > 1 else None
-            ids: dict[str, Any] = dict(query_segment_ids=segments, key_value_segment_ids=segments)
-            out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=q_len, **ids, **self.options)
-        elif sparse is not None:
-            options, cache = dict(self.options), cache.write(self.layer, k, v, lengths)
-            if self.window is None:
-                del options["local_window_size"]
-                out = sparse.attention(q, k, v, lengths, **options)
-            else:
-                out = jfa.dot_product_attention(q, k, v, is_causal=True, query_seq_lengths=lengths, **options)
+        elif cache is None or rows.is_whole:
+            cache = None if cache is None else cache.write(self.layer, k, v, lengths)
+            out = self._of_new_tokens(q, k, v, rows)
         elif isinstance(cache, jfa.KVCache):
             out, cache = self._over_slots(q, k, v, lengths, cache)
         elif query_start is not None:
@@ -207,6 +202,17 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "b t *size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _of_new_tokens(
+        self, q: Float[Array, "b t hq d"], k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"], rows: Rows
+    ) -> Any:
+        """Attention to the new tokens alone: there are no others."""
+        options: dict[str, Any] = dict(query_segment_ids=rows.segments, key_value_segment_ids=rows.segments)
+        options |= self.options | dict(query_seq_lengths=rows.lengths if q.shape[1] > 1 else None)
+        if rows.sparse is None:
+            return jfa.dot_product_attention(q, k, v, is_causal=True, **options)
+        del options["local_window_size"]
+        return sparse_attention(q, k, v, rows.sparse, **options)
 
     def _of_own_tokens(
         self,

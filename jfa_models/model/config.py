@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal, get_args
 
 from jfa_models.model.rope import LongRopeScaling, RopeConfig, check_positive
+from jfa_models.model.sparse_config import SparseConfig
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Norm = Literal["rms", "rms_plus_one", "layer"]
@@ -195,6 +196,9 @@ class DecoderConfig:
       windows: for each layer, how many tokens a query sees, including itself; None: all. Empty: all in every layer.
       local_rope: rope of the layers with a window; None: the same as rope.
       streaming: what the layers without a window see instead of the whole context. None: the whole context.
+      sparse_attention: for each layer, which scores it computes of a text whose tokens are all given: in training, in a
+        pass without a cache, and of a prompt from its first token on. Later tokens see all. Entries may be written as
+        "top-k:0.25"; None: all scores. Empty: all in every layer.
       experts: None: every layer has an MLP.
       mixers: for each layer, what mixes its tokens. Empty: attention in all.
       mamba2, gated_delta: of the layers with these mixers; a decoder has only one of them.
@@ -233,6 +237,7 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()
     local_rope: RopeConfig | None = None
     streaming: StreamingConfig | None = None
+    sparse_attention: tuple[SparseConfig | None, ...] = ()
     experts: ExpertsConfig | None = None
     mixers: tuple[Mixer, ...] = ()
     mamba2: Mamba2Config | None = None
@@ -260,6 +265,7 @@ class DecoderConfig:
             raise ValueError(f"windows must have one entry per layer, {self.num_layers}, got {len(self.windows)}")
         if any(window is not None and (type(window) is not int or window < 1) for window in self.windows):
             raise ValueError(f"a window must be an integer >= 1, or None, got {self.windows}")
+        self._check_sparse_attention()
 
     def _check_mixers(self) -> None:
         if self.mixers and len(self.mixers) != self.num_layers:
@@ -274,6 +280,22 @@ class DecoderConfig:
         for name in ("num_q_heads", "num_kv_heads", "head_dim"):
             if self.attention_layers and not getattr(self, name):
                 raise ValueError(f"{name} must be an integer >= 1 in a decoder with attention, got 0")
+
+    def _check_sparse_attention(self) -> None:
+        given = self.sparse_attention
+        if isinstance(given, str) or (given and len(given) != self.num_layers):
+            raise ValueError(f"sparse_attention must have one entry per layer, {self.num_layers}, got {given!r}")
+        given = tuple(None if entry is None else SparseConfig.of(entry) for entry in given)
+        object.__setattr__(self, "sparse_attention", given)
+        for layer, entry in enumerate(given):
+            why, instead = None, "make its entry None"
+            if self.mixer(layer) != "attention":
+                why = f"is a layer of {self.mixer(layer)}, which has no scores"
+            elif self.window(layer) is not None:
+                why = f"sees only the last {self.window(layer)} tokens"
+                instead = instead if self.is_local(layer) else "leave attention_window out"
+            if entry is not None and why is not None:
+                raise ValueError(f"sparse_attention={entry}: layer {layer} {why}; {instead}")
 
     def mixer(self, layer: int) -> Mixer:
         """What mixes the tokens of this layer."""
@@ -319,6 +341,11 @@ class DecoderConfig:
         return self.streaming.num_sinks
 
     @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that compute only a part of the scores of a whole text."""
+        return tuple(i for i, entry in enumerate(self.sparse_attention) if entry is not None and not entry.is_exact)
+
+    @property
     def patterns(self) -> tuple[int | None, ...]:
         """The distinct windows, in the order of the layers. Each has separate pages in a paged cache."""
         return tuple(dict.fromkeys(map(self.window, self.attention_layers)))
@@ -345,7 +372,8 @@ class DecoderConfig:
         """
         if not 1 <= num_layers <= self.num_layers:
             raise ValueError(f"num_layers must be 1 to {self.num_layers}, the model's own, got {num_layers}")
-        kept = dict(windows=self.windows[:num_layers], mixers=self.mixers[:num_layers])
+        per_layer = ("windows", "mixers", "sparse_attention")
+        kept: dict[str, Any] = {name: getattr(self, name)[:num_layers] for name in per_layer}
         return dataclasses.replace(self, num_layers=num_layers, **kept)
 
     @property

@@ -19,7 +19,7 @@ from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
 from jfa_models.model.mixers import GatedDelta, Mamba2
 from jfa_models.model.partition import WHOLE, Partition
-from jfa_models.model.sparse_prefill import SparsePrefill
+from jfa_models.model.sparse_config import SparseConfig
 
 
 class Block(nnx.Module):
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
         remat: Callable[[Callable], Callable] | None = None,
         whole: Callable[[int, Block], Block] | None = None,
         wanted: Int[Array, " n"] | None = None,
-        sparse: SparsePrefill | None = None,
+        sparse: Sequence[SparseConfig | None] = (),
     ) -> tuple[Float[Array, "*n hidden"], Cache | None]:
         """The normalized hidden state of every token [b, t, hidden], and the cache with the tokens added.
 
@@ -153,7 +153,8 @@ class Decoder(nnx.Module):
           remat: wraps the function x -> (x, cache) of each block, to save memory in a backward pass: jax.checkpoint.
           whole: for parameters of which this device has parts: called inside of remat with the number of each block,
             and the block; returns one with all of them.
-          sparse: with a cache without tokens, which scores layers without a window compute; None: all.
+          sparse: with a cache without tokens: for each layer, which scores it computes; empty: all. Without a cache,
+            config.sparse_attention says it.
           wanted: only the states of these tokens are returned, [n, hidden]: their indices in tokens.reshape(-1).
         """
         t, row = tokens.shape[1], None
@@ -188,13 +189,17 @@ class Decoder(nnx.Module):
                 starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(is_row, dtype=jnp.int32)])
             of_states = StateRows(state_slot, starts, cache.kv_len == 0)
         of_all = scope
-        assert sparse is None or (cache is not None and portion is None and query_start is None)
-        config, sinks = self.config, None
+        config, sinks, is_whole = self.config, None, cache is None or bool(sparse)
+        assert not sparse or (cache is not None and query_start is None and portion is None)
+        if cache is None:
+            sparse = config.sparse_attention
+            self._check_causal()
+            assert portion is None or not config.sparse_layers
         if any(map(config.is_streaming, config.attention_layers)):
             assert config.streaming is not None and segments is None and portion is None
             far = jnp.minimum(positions, config.streaming.window + config.streaming.num_sinks - 1)
             sinks = Sinks(positions, None if config.rope is None else Rotation(config, config.rope, far), row)
-        rows = Rows(lengths, query_start, segments, tree_mask, of_states, portion, sparse, sinks)
+        rows = Rows(lengths, query_start, segments, tree_mask, of_states, portion, is_whole, None, sinks)
         if portion is not None:
             tokens, positions = portion.own(tokens), portion.own(jnp.broadcast_to(positions, tokens.shape))
             scope = scope.map(portion.own)
@@ -210,7 +215,7 @@ class Decoder(nnx.Module):
                 _run,
                 block if whole is None else functools.partial(whole, i, block),
                 rotation=local if config.is_local(i) else rotation,
-                rows=rows,
+                rows=rows._replace(sparse=sparse[i]) if sparse else rows,
                 cache=cache,
                 scope=scope.inside("layers").inside(str(i)),
             )
@@ -223,6 +228,17 @@ class Decoder(nnx.Module):
         at = jnp.divmod(wanted, t)
         x = x[at] if portion is None else portion.at(x, *at)
         return self.norm(x, of_all.map(lambda gates: gates[at]).at("norm")), cache
+
+    def _check_causal(self) -> None:
+        """Raises ValueError if what a token computes depends on later ones, which may be what it is to predict."""
+        for layer in self.config.sparse_layers:
+            given = self.config.sparse_attention[layer]
+            assert given is not None
+            if not given.is_causal:
+                raise ValueError(
+                    f"sparse_attention={given} of layer {layer} chooses by the last queries of a text, which earlier "
+                    "tokens must not know in training and in logits: use top-k or window, which do not"
+                )
 
     @with_default_rules
     def enter(self, cache: Cache, pending: Sequence[Float[Array, "n inputs"]], rows: StateRows) -> Cache:

@@ -62,6 +62,12 @@ CASES = {
     "segments": Case(
         mask=lambda q, k, random: BlockMask.from_segments(packed(random, 2, TQ), packed(random, 2, TK), **BLOCKS)
     ),
+    "segments_besides_the_mask": Case(
+        mask=all_tiles,
+        shape=(2, TQ, TQ, 4, 2, 16),
+        options=dict(is_causal=True)
+        | {f"{name}_segment_ids": [[0] * 16 + [1] * 5 + [2] * 16, [4] * 37] for name in ("query", "key_value")},
+    ),
     "bigbird": Case(
         mask=lambda q, k, random: BlockMask.bigbird(TQ, TK, heads=4, window=1, num_random=1, **BLOCKS),
         shape=(1, TQ, TK, 4, 1, 40),
@@ -98,13 +104,18 @@ QUICK = {
     "xla": {
         "array_per_row_and_head": "float32",
         "window_and_sinks": "bfloat16",
+        "segments_besides_the_mask": "float32",
         "bigbird": "float32",
         "function_of_rows_and_heads": "float32",
         "tiles_with_lengths_and_offsets": "float16",
         "everything": "float32",
         "tiles_that_are_no_power_of_two": "bfloat16",
     },
-    "triton": {"array_per_row_and_head": "bfloat16", "everything": "float32"},
+    "triton": {
+        "array_per_row_and_head": "bfloat16",
+        "everything": "float32",
+        "segments_besides_the_mask": "bfloat16",
+    },
     "reference": {"everything": "float32"},
 }
 RUNS = [
@@ -148,6 +159,8 @@ class Truth:
             query_seq_lengths="q_len",
             key_value_seq_lengths="kv_len",
             query_offset="q_offset",
+            query_segment_ids="q_segments",
+            key_value_segment_ids="kv_segments",
         )
         named = {names.get(key, key): x for key, x in self.options.items()}
         named |= {key: self.arrays[key] for key in ("bias", "sinks", "alibi_slopes") if key in self.arrays}
@@ -414,6 +427,14 @@ def test_top_k_chooses_by_the_products_of_means(is_causal):
     for mask in (make(q, k), jax.jit(make)(q, k)):
         np.testing.assert_array_equal(np.asarray(mask.grid()) >= 0, want)
         assert mask.kv.indices.shape[3] == 2
+
+
+def test_top_k_of_another_number_for_each_tile_of_queries():
+    random = np.random.default_rng(4)
+    q, k = (jnp.asarray(random.standard_normal((1, 53, 2, 16)), jnp.float32) for _ in range(2))
+    found = BlockMask.top_k(q, k, np.array([1, 3, 2, 4]), **BLOCKS).grid() >= 0
+    for i, each in enumerate([1, 3, 2, 4]):
+        np.testing.assert_array_equal(found[:, :, i], BlockMask.top_k(q, k, each, **BLOCKS).grid()[:, :, i] >= 0)
 
 
 def test_tiles_from_a_traced_grid():

@@ -81,7 +81,11 @@ MASKS = {
         lambda: BlockMask.bigbird(300, 300, window=2),
         "window must be an odd number of tiles, num_global and num_random must be >= 0, got 2, 1 and 1",
     ),
-    "top_k": (lambda: BlockMask.top_k(Q, KV, 2), "k must be 1 to 1, the number of tiles of 7 keys, got 2"),
+    "top_k": (lambda: BlockMask.top_k(Q, KV, 2), "k must be 1 to 1, the number of tiles of 7 keys, .*, got 2"),
+    "top_k_of_other_tiles": (
+        lambda: BlockMask.top_k(Q, KV, np.array([1, 1])),
+        r"for all 1 tiles of queries or for each one, got \[1 1\]",
+    ),
     "traced_array": (
         lambda: jax.jit(BlockMask.from_array)(np.ones((5, 7), bool)),
         "mask is traced: make an exact BlockMask outside of jit and pass it as an argument",

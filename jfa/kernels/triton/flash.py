@@ -115,11 +115,11 @@ def flash_attention(
         "v": (v, pl.BlockSpec((None, keys, None, padded(shape.dv)), all_keys)),
         **arguments(operands, config),
     }
-    if operands.q_segments is not None and operands.kv_segments is not None:
-        ranges = tiles_in_common(operands.q_segments, operands.kv_segments, config.block_q, config.block_kv)
-        named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
     if mask is not None:
         named |= visits_of(mask, mask.seen(operands, spec), mask.block_q // config.block_q, 1, list_of)
+    elif operands.q_segments is not None and operands.kv_segments is not None:
+        ranges = tiles_in_common(operands.q_segments, operands.kv_segments, config.block_q, config.block_kv)
+        named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
     call = pl.pallas_call(
         functools.partial(_flash_kernel, names=tuple(named), shape=shape, spec=spec, config=config),
         name="flash_attention",

@@ -159,11 +159,11 @@ def _dq(
         "delta": (rows.delta, row_spec),
         **arguments(operands, config),
     }
-    if operands.q_segments is not None and operands.kv_segments is not None:
-        ranges = tiles_in_common(operands.q_segments, operands.kv_segments, config.block_q, config.block_kv)
-        named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
     if mask is not None:
         named |= visits_of(mask, mask.seen(operands, spec), mask.block_q // config.block_q, 1, row_tile)
+    elif operands.q_segments is not None and operands.kv_segments is not None:
+        ranges = tiles_in_common(operands.q_segments, operands.kv_segments, config.block_q, config.block_kv)
+        named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
     outputs = [(output(operands.q.shape, operands.q.dtype, like=operands.q), q_spec)]
     if operands.alibi_slopes is not None:
         outputs.append((output(rows.lse.shape, jnp.float32, like=operands.q), row_spec))
@@ -213,12 +213,12 @@ def _dkv(
         "delta": (rows.delta, row_spec),
         **arguments(operands, config),
     }
-    if operands.q_segments is not None and operands.kv_segments is not None:
-        ranges = tiles_in_common(operands.kv_segments, operands.q_segments, config.block_kv, config.block_q)
-        named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, j, b: (b, j, 0))
     if mask is not None:
         visits, parts = mask.seen(operands, spec, transposed=True), mask.block_kv // config.block_kv
         named |= visits_of(mask, visits, parts, shape.g, lambda h, j, b: (b, h, j))
+    elif operands.q_segments is not None and operands.kv_segments is not None:
+        ranges = tiles_in_common(operands.kv_segments, operands.q_segments, config.block_kv, config.block_q)
+        named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, j, b: (b, j, 0))
     outputs = [
         (output(operands.k.shape, operands.k.dtype, like=operands.k), k_spec),
         (output(operands.v.shape, operands.v.dtype, like=operands.v), v_spec),

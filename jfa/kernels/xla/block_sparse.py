@@ -276,6 +276,9 @@ class _Work(NamedTuple):
         for length, at in ((operands.q_len, row), (operands.kv_len, key)):
             if length is not None:
                 visible &= at < length[lanes.batch][:, None, None]
+        if operands.q_segments is not None and operands.kv_segments is not None:
+            text = lanes.batch[:, None, None]
+            visible &= operands.q_segments[text, row] == operands.kv_segments[text, jnp.minimum(key, self.mask.tk - 1)]
         seen = visible.any(1)[..., None]
         visible = jnp.broadcast_to(visible[:, None], self.split(scores).shape).reshape(scores.shape)
         k_block, v_block = (jnp.where(seen, x, 0) for x in (k_block, v_block))

@@ -19,19 +19,18 @@ from jfa_models.decoding.language_model import LanguageModel, Session
 from jfa_models.decoding.options import CacheOptions
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
-from jfa_models.model import sparse_prefill
-from jfa_models.model.sparse_prefill import SparsePrefill
+from jfa_models.model import sparse_attention
+from jfa_models.model.sparse_config import SparseConfig
 
 PATTERNS = ("vertical-slash", "top-k", "window")
 PROMPTS = ["The first prompt is longer than four tiles of sixteen tokens and a bit.", "Another, shorter."]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-HIDDEN = dict(scale=None, logits_soft_cap=None, implementation=None)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(sparse_prefill, "BLOCK", 16)
-    monkeypatch.setattr(sparse_prefill, "LAST_QUERIES", 8)
+    monkeypatch.setattr(sparse_attention, "BLOCK", 16)
+    monkeypatch.setattr(sparse_attention, "LAST_QUERIES", 8)
     monkeypatch.setattr(caches, "PREFILL_CHUNK", 16)
     monkeypatch.setattr(caches, "SMALLEST_CAPACITY", 64)
 
@@ -45,7 +44,7 @@ def model(sparse=None, *, windows=(), **options):
     decoder = decoder_of(windows)
     params = tuple(jax.tree.leaves(nnx.split(decoder)[1]))
     given = dict(cache_options=CacheOptions(**options), tokenizer=byte_tokenizer())
-    return LanguageModel(decoder=decoder, params=params, sparse_prefill=sparse and SparsePrefill.of(sparse), **given)
+    return LanguageModel(decoder=decoder, params=params, sparse_prefill=sparse and SparseConfig.of(sparse), **given)
 
 
 def tokens(results):
@@ -83,10 +82,10 @@ def test_a_large_fraction_is_close_to_the_exact_result(pattern):
 
     @functools.partial(jax.jit, static_argnums=0)
     def error(sparse):
-        out = sparse.attention(q, k, v, lengths, **HIDDEN)
+        out = sparse_attention.sparse_attention(q, k, v, sparse, query_seq_lengths=lengths, scale=None)
         return jnp.linalg.norm(jnp.where(valid, out - exact, 0)) / jnp.linalg.norm(jnp.where(valid, exact, 0))
 
-    small, large = (float(error(SparsePrefill(pattern=pattern, fraction=each))) for each in (0.2, 0.95))
+    small, large = (float(error(SparseConfig(pattern=pattern, fraction=each))) for each in (0.2, 0.95))
     assert large < 0.35 and large < 0.6 * small
 
 
@@ -99,14 +98,15 @@ def test_vertical_slash_finds_the_lines_that_matter():
     exact = jfa.dot_product_attention(q, k, v, is_causal=True)
     errors = {}
     for pattern in ("vertical-slash", "window"):
-        attend = functools.partial(SparsePrefill(pattern=pattern, fraction=0.8).attention, **HIDDEN)
-        errors[pattern] = float(jnp.abs(jax.jit(attend)(q, k, v, None) - exact)[:, 115:].mean())
+        sparse = SparseConfig(pattern=pattern, fraction=0.8)
+        attend = functools.partial(sparse_attention.sparse_attention, config=sparse, query_seq_lengths=None, scale=None)
+        errors[pattern] = float(jnp.abs(jax.jit(attend)(q, k, v) - exact)[:, 115:].mean())
     assert errors["vertical-slash"] < 0.2 * errors["window"]
 
 
 def test_the_weights_of_lines_are_those_of_the_last_queries():
     q, k, _, lengths = arrays()
-    found = sparse_prefill._weights_of_lines(q, k, lengths, 0.3)
+    found = sparse_attention._weights_of_lines(q, k, lengths, 0.3)
     n = -(-150 // 16)
     for row, length in enumerate(lengths.tolist()):
         scores = 0.3 * np.einsum("ihd,jhd->hij", q[row], np.repeat(k[row], 2, axis=1))
@@ -127,7 +127,7 @@ def test_the_weights_of_lines_are_those_of_the_last_queries():
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.7])
 def test_vertical_slash_computes_at_most_the_fraction(fraction):
     q, k, _, lengths = arrays()
-    grid = sparse_prefill._vertical_slash(q, k, lengths, fraction, 0.3)
+    grid = sparse_attention._vertical_slash(q, k, lengths, fraction, 0.3)
     for row, length in enumerate(lengths.tolist()):
         tiles = -(-length // 16)
         own = np.asarray(grid)[row, :, :tiles, :tiles]
@@ -161,11 +161,11 @@ def test_a_long_prompt_is_one_chunk_and_what_follows_it_is_dense(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a-shape:0.1", "pattern of a sparse prefill must be one of vertical-slash, top-k, window, got 'a-shape'"),
-        ("top-k:0", "fraction of a sparse prefill must be above 0 and at most 1, got 0; 0.1 computes"),
+        ("a-shape:0.1", "pattern of sparse attention must be one of vertical-slash, top-k, window, got 'a-shape'"),
+        ("top-k:0", "fraction of sparse attention must be above 0 and at most 1, got 0; 0.1 computes"),
         ("top-k:1.5", "must be above 0 and at most 1, got 1.5"),
-        ("window", "must be PATTERN:FRACTION, such as vertical-slash:0.1, got 'window'"),
-        ("window:few", "must be PATTERN:FRACTION, such as vertical-slash:0.1, got 'window:few'"),
+        ("window", "must be PATTERN:FRACTION, such as top-k:0.25, got 'window'"),
+        ("window:few", "must be PATTERN:FRACTION, such as top-k:0.25, got 'window:few'"),
         ("window:nan", "must be PATTERN:FRACTION"),
     ],
 )
@@ -186,8 +186,8 @@ def test_what_cannot_honor_it_refuses_it():
         model("top-k:0.5", windows=(5, None), kind="paged")
     with pytest.raises(ValueError, match="an engine prefills prompts in parts"):
         LLM(model("top-k:0.5"))
-    mesh = jax.make_mesh((1,), ("tensor",))
-    with pytest.raises(ValueError, match="not offered for a model that is divided over a mesh"):
+    mesh = jax.make_mesh((2,), ("context",), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="but the mesh divides them over context; use a mesh without 'context'"):
         LanguageModel.random(tiny_config(num_layers=1, context_length=64), sparse_prefill="top-k:0.5", mesh=mesh)
 
 
