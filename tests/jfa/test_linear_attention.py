@@ -45,7 +45,7 @@ RUNS = [
     for dtype in ("float32", ("bfloat16", "float16")[i % 2])
     for backend in BACKENDS
     if not (backend == "reference" and dtype != "float32")
-    and not (backend == "triton" and (dtype == "float16" or CASES[name].by_columns))
+    and not (backend == "triton" and (dtype == "float16" or CASES[name].op is None))
 ]
 
 
@@ -298,7 +298,10 @@ def test_invalid_arguments_are_refused(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(log_decay=np.zeros((2, 5, 4, 8), np.float32)), "the kernel has one decay per head, not one for each"),
+        (
+            dict(log_decay=np.zeros((2, 5, 4, 8), np.float32), beta=np.zeros((2, 5, 4), np.float32)),
+            "the kernels have the delta rule with one decay per head, not with one for each",
+        ),
         ({name: ZEROS[name].astype(np.float16) for name in ("query", "key", "value")}, "float16 ends at 65,504"),
         (dict(value=np.zeros((2, 5, 4, 300), np.float32)), "the head_dim of value must be at most 256, got 300"),
     ],
@@ -308,39 +311,51 @@ def test_what_the_kernel_does_not_support_is_left_to_xla(changed, message):
         jfa.linear_attention(**(ZEROS | changed), implementation="triton")
 
 
+OF_KERNELS = {  # what selects each kernel
+    "linear_attention": dict(),
+    "gated_linear_attention": dict(by_columns=True),
+    "delta_attention": dict(delta=True),
+}
+
+
 @pytest.mark.parametrize("kind", ["gfx942", "gfx1100", "NVIDIA H200"])
-@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
-def test_on_a_gpu_a_call_is_one_kernel(kind, delta):
+@pytest.mark.parametrize("op", OF_KERNELS)
+def test_on_a_gpu_a_call_is_one_kernel(kind, op):
     platform = "cuda" if kind.startswith("NVIDIA") else "rocm"
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
-    arrays, more = arrays_of(LinearCase(dk=64, dv=64, delta=delta), "bfloat16")
+    arrays, more = arrays_of(LinearCase(dk=64, dv=64, **OF_KERNELS[op]), "bfloat16")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         traced = jax.jit(jfa.linear_attention).trace(*arrays, **more)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 1
-    assert ("delta_attention" if delta else "linear_attention") in text
+    assert f'"{op}"' in text
 
 
 @pytest.mark.parametrize("kind", ["gfx942", "NVIDIA H200"])
-@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
-def test_on_a_gpu_the_gradient_is_three_kernels(kind, delta):
+@pytest.mark.parametrize("op", OF_KERNELS)
+def test_on_a_gpu_the_gradient_is_three_kernels(kind, op):
     platform = "cuda" if kind.startswith("NVIDIA") else "rocm"
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
-    arrays, more = arrays_of(LinearCase(dk=64, dv=64, delta=delta), "bfloat16")
+    arrays, more = arrays_of(LinearCase(dk=64, dv=64, **OF_KERNELS[op]), "bfloat16")
     gradient = jax.jit(jax.grad(lambda query, *rest: jfa.linear_attention(query, *rest, **more)[0].sum()))
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         text = gradient.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
-    op = "delta_attention" if delta else "linear_attention"
-    assert all(f"{op}_{part}" in text for part in ("states", "dstates", "dqkv"))
+    assert all(f'"{op}_{part}"' in text for part in ("states", "dstates", "dqkv"))
     assert "jfa.linear_attention.xla" not in text
 
 
-QUICK_GRADIENTS = {"delta_and_groups": "float32", "lengths": "bfloat16", "mamba": "bfloat16", "segments": "float32"}
+QUICK_GRADIENTS = {
+    "columns_and_groups": "bfloat16",
+    "delta_and_groups": "float32",
+    "lengths": "bfloat16",
+    "mamba": "bfloat16",
+    "segments": "float32",
+}
 GRADIENTS = [
     run(name, dtype, quick=QUICK_GRADIENTS.get(name) == dtype)
     for name, case in CASES.items()
     for dtype in ("float32", "bfloat16")
-    if not case.by_columns and case.rows is None
+    if case.op is not None and case.rows is None
 ]
 
 
@@ -359,9 +374,9 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", [run(size, quick=size == "pieces") for size in SIZES])
-@pytest.mark.parametrize("delta", [False, True], ids=["plain", "delta"])
-def test_gradients_by_kernels_do_not_depend_on_tiles(size, delta):
-    case = LinearCase(b=1, hk=1, dk=40, dv=20, delta=delta, decays=(-3.0, 4.0), options=dict(scale=0.5))
+@pytest.mark.parametrize("op", OF_KERNELS)
+def test_gradients_by_kernels_do_not_depend_on_tiles(size, op):
+    case = LinearCase(b=1, hk=1, dk=40, dv=20, **OF_KERNELS[op], decays=(-3.0, 4.0), options=dict(scale=0.5))
     known = truth_of(case, "float32", seed=0)
     state, beta = known.options["initial_state"], known.options.get("beta")
     config = jfa.LinearKernelConfig(**SIZES[size], num_warps=4, num_stages=1)
