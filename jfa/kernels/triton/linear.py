@@ -54,7 +54,7 @@ Tiles = tuple[int, int, int, int | None]  # (chunk_size, block_v, num_warps, blo
 _SAFE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {
     ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None), (16, 64, 4, 64)),
     ("cdna", "float32"): ((32, 32, 4, None), (16, 32, 4, None), (16, 32, 4, 64)),
-    ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 2, 32), (16, 16, 4, 32)),
+    ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 4, 16), (16, 16, 4, 32)),
     ("rdna", "float32"): ((16, 16, 8, None), (16, 16, 8, None), (16, 16, 8, 32)),
     ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64), (16, 32, 4, 64)),
     ("cuda", "float32"): ((16, 16, 8, 32), (16, 16, 8, 64), (16, 16, 8, 32)),
