@@ -27,12 +27,15 @@ KERNELS = {
     "delta_attention_states": ("delta_attention", "backward"),
     "delta_attention_dstates": ("delta_attention", "backward"),
     "delta_attention_dqkv": ("delta_attention", "backward"),
+    "block_sparse_attention": ("block_sparse_attention", "forward"),
+    "block_sparse_attention_dq": ("block_sparse_attention", "backward"),
+    "block_sparse_attention_dkv": ("block_sparse_attention", "backward"),
 }
-# that have tables
+# that have tables of their own; block-sparse attention uses those of flash attention
 TUNED = tuple(
     name
     for name, (op, _) in KERNELS.items()
-    if name != "flash_attention_bwd" and op not in ("linear_attention", "delta_attention")
+    if name != "flash_attention_bwd" and op not in ("linear_attention", "delta_attention", "block_sparse_attention")
 )
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")

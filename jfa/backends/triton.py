@@ -68,6 +68,17 @@ def _within(config: FlashConfig, mask: BlockMask) -> FlashConfig:
     return dataclasses.replace(config, **blocks)
 
 
+def _default_sparse_config(operands: SparseOperands, device: DeviceInfo) -> FlashConfig:
+    return _within(_default_config(operands.dense, device), operands.mask)
+
+
+def _sparse_backward_config(
+    operands: SparseOperands, config: FlashConfig, device: DeviceInfo
+) -> flash_bwd.BackwardConfig:
+    chosen = _backward_config(operands.dense, config, device)
+    return flash_bwd.BackwardConfig(dq=_within(chosen.dq, operands.mask), dkv=_within(chosen.dkv, operands.mask))
+
+
 def _run_sparse(operands, spec, config, device):
     dense, mask = operands
     interpret = device.platform == "cpu"
@@ -76,16 +87,9 @@ def _run_sparse(operands, spec, config, device):
 
 def _run_sparse_backward(operands, out, lse, d_out, d_lse, spec, config, device):
     dense, mask = operands
+    interpret = device.platform == "cpu"
     return flash_bwd.flash_attention_bwd(
-        dense,
-        out,
-        lse,
-        d_out,
-        d_lse,
-        spec=spec,
-        config=flash_bwd.BackwardConfig(dq=_within(config.dq, mask), dkv=_within(config.dkv, mask)),
-        interpret=device.platform == "cpu",
-        mask=mask,
+        dense, out, lse, d_out, d_lse, spec=spec, config=config, interpret=interpret, mask=mask
     )
 
 
@@ -168,10 +172,10 @@ FLASH = FlashBackend(
 )
 SPARSE = SparseBackend(
     why_not=_why_not_sparse,
-    default_config=lambda operands, device: _default_config(operands.dense, device),
+    default_config=_default_sparse_config,
     config_type=FlashConfig,
     run=_run_sparse,
-    backward_config=lambda operands, config, device: _backward_config(operands.dense, config, device),
+    backward_config=_sparse_backward_config,
     run_backward=_run_sparse_backward,
 )
 PAGED = PagedBackend(
