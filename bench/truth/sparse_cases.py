@@ -53,7 +53,9 @@ CASES = {
     ),
     "vertical_slash": Case(
         shape=SHAPE,
-        block_mask=lambda q, k, random: BlockMask.vertical_slash([[[1]]], [[[0, 20]]], TQ, TK, **BLOCKS),
+        block_mask=lambda q, k, random: BlockMask.vertical_slash(
+            np.array([[[1]]]), np.array([[[0, 20]]]), TQ, TK, **BLOCKS
+        ),
         options=dict(is_causal=True, scale=-0.3),
     ),
     "top_k": Case(
