@@ -103,3 +103,8 @@ def test_the_support_table_matches_the_records():
     [table] = re.findall(r"<!-- jfa-bench report -->\n\n(.*?)\n\n<!-- end -->", README.read_text(), re.DOTALL)
     assert table == report.support(report.load("compile"), report.load("prove"))
     assert report.support_on_tpus(report.load("compile"), report.load("prove")) in (ROOT / "docs/proofs.md").read_text()
+
+
+def test_the_bounds_of_block_sparse_attention_match_the_records():
+    table = report.bounds(report.load("compile"), "block_sparse_attention")
+    assert f"<!-- bounds -->\n\n{table}\n\n<!-- end -->" in (ROOT / "docs/proofs.md").read_text()

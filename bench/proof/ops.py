@@ -1,6 +1,7 @@
 """Table of the library's kernels: how each is called and configured, and which configurations are worth trying."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 import jfa
 from jfa import backends, quant
+from jfa.block_mask import SparseOperands
 from jfa.device import probe
 from jfa.kernels.triton import flash_bwd, linear_bwd
 from jfa.types import (
@@ -139,6 +141,62 @@ def _backward_default(device: DeviceInfo, dtype: str, head_dim: int) -> Any:
 
 def _backward_part(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConfig]:
     return lambda device, dtype, head_dim: getattr(_backward_default(device, dtype, head_dim), kernel)
+
+
+def sparse_operands(dtype: str, head_dim: int, variant: str = "") -> SparseOperands:
+    """Shapes of a call of block-sparse attention, and its mask: whole and partial tiles, or per head whole ones."""
+    if variant == "padded head_dim":
+        head_dim = head_dim * 5 // 8
+    return SparseOperands(_operands(dtype, head_dim), _block_mask(per_head=variant == "mask per head"))
+
+
+@functools.cache
+def _block_mask(*, per_head: bool) -> jfa.BlockMask:
+    if per_head:
+        return jfa.BlockMask.bigbird(LENGTH, LENGTH, heads=8)
+    return jfa.BlockMask.sliding_window(LENGTH, LENGTH, (1023, 0), sinks=4)
+
+
+def _sparse_forward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """Causal, [1, 4096, 8, d] with two key heads."""
+    (q, k, v, *_), mask = sparse_operands(dtype, head_dim, variant)
+
+    def call(q, k, v, mask):
+        return jfa.block_sparse_attention(q, k, v, mask, is_causal=True, implementation="triton", config=config)
+
+    return call, (q, k, v, mask)
+
+
+def _sparse_default(device: DeviceInfo, dtype: str, head_dim: int) -> FlashConfig:
+    return backends.sparse("triton").default_config(sparse_operands(dtype, head_dim), device)  # type: ignore[return-value]
+
+
+def _sparse_backward(dtype: str, head_dim: int, config: FlashConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """The backward pass of _sparse_forward's call; config is used for each of its kernels."""
+    operands = sparse_operands(dtype, head_dim, variant)
+    q = operands.dense.q
+    residual = jax.ShapeDtypeStruct(q.shape[:3], "float32")
+
+    def call(operands, out, lse, d_out):
+        device, backend, spec = probe(), backends.sparse("triton"), AttentionSpec(sm_scale=0.125, causal=True)
+        if reason := backend.why_not(operands, spec, device):
+            raise jfa.UnsupportedError(reason)
+        chosen = _sparse_backward_default(device, dtype, head_dim)
+        if config is not None:
+            chosen = flash_bwd.BackwardConfig(dq=config, dkv=config)
+        found = backend.run_backward(operands, out, lse, d_out, jnp.zeros_like(lse), spec, chosen, device)
+        return found.q, found.k, found.v
+
+    return call, (operands, q, residual, q)
+
+
+def _sparse_backward_default(device: DeviceInfo, dtype: str, head_dim: int) -> flash_bwd.BackwardConfig:
+    backend, operands = backends.sparse("triton"), sparse_operands(dtype, head_dim)
+    return backend.backward_config(operands, backend.default_config(operands, device), device)
+
+
+def _sparse_backward_part(kernel: str) -> Callable[[DeviceInfo, str, int], FlashConfig]:
+    return lambda device, dtype, head_dim: getattr(_sparse_backward_default(device, dtype, head_dim), kernel)
 
 
 # A decode batch, and the same rows with a prompt chunk each: 64 rows of up to 8192 tokens, 32 query heads over 8.
@@ -406,6 +464,30 @@ def _linear_ops(name: str) -> list[Op]:
     )
     kernels = (f"{name}_{part}" for part in ("states", "dstates", "dqkv"))
     return [forward, *(dataclasses.replace(backward, kernel=kernel) for kernel in kernels)]
+
+
+def _sparse_ops() -> list[Op]:
+    """The kernels of attention with a BlockMask; they have no tables of their own, but use those of flash attention."""
+    forward = Op(
+        name="block_sparse_attention",
+        direction="forward",
+        kernel="block_sparse_attention",
+        config_type=FlashConfig,
+        call=_sparse_forward,
+        default_config=_sparse_default,
+        variants=("mask per head", "padded head_dim"),
+        sweep=None,
+    )
+    backward = dataclasses.replace(forward, direction="backward", call=_sparse_backward)
+    return [
+        forward,
+        *(
+            dataclasses.replace(
+                backward, kernel=f"block_sparse_attention_{part}", default_config=_sparse_backward_part(part)
+            )
+            for part in ("dq", "dkv")
+        ),
+    ]
 
 
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
@@ -688,6 +770,7 @@ OPS = (
         ),
     ),
     *(op for name in names.LINEAR_OPS for op in _linear_ops(name)),
+    *_sparse_ops(),
 )
 ON_GPUS = tuple(op for op in OPS if op.kernel in names.GPU_KERNELS)
 

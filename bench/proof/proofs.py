@@ -99,7 +99,7 @@ def forward_check(truth: Truth, implementation: Implementation | None) -> Check:
     """Output and residual of a case; implementation: of the op, None: the op chooses."""
 
     def call(q, k, v):
-        return jfa.dot_product_attention(q, k, v, implementation=implementation, return_residual=True, **truth.options)
+        return getattr(jfa, truth.op)(q, k, v, implementation=implementation, return_residual=True, **truth.options)
 
     args = poisoned(truth)
     return Check(call, args, (truth.out, truth.lse), _limits(truth, args[0].dtype))
@@ -113,9 +113,8 @@ def backward_check(truth: Truth, implementation: Implementation | None) -> Check
 
     def call(*values):
         def loss(arrays):
-            out, lse = jfa.dot_product_attention(
-                **arrays, implementation=implementation, return_residual=True, **others
-            )
+            options = arrays | others
+            out, lse = getattr(jfa, truth.op)(**options, implementation=implementation, return_residual=True)
             through_lse = jnp.where(jnp.isfinite(lse), lse * truth.d_lse, 0.0)
             return (out.astype(jnp.float32) * truth.d_out.astype(jnp.float32)).sum() + through_lse.sum()
 
@@ -145,6 +144,12 @@ def poisoned(truth: Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if (length := truth.options.get("key_value_seq_lengths")) is not None:
             k[row, length[row] :] = np.nan
             v[row, length[row] :] = np.inf
+    if "block_mask" in truth.options:
+        (b, _, hq, _), (tk, hkv) = q.shape, k.shape[1:3]
+        seen = np.broadcast_to(truth.named["mask"], (b, hq, q.shape[1], tk))
+        q[~seen.any(3).swapaxes(1, 2)] = np.nan
+        of_group = seen.any(2).reshape(b, hkv, hq // hkv, tk).any(2).swapaxes(1, 2)
+        k[~of_group], v[~of_group] = np.nan, np.inf
     return q, k, v
 
 

@@ -20,7 +20,7 @@ from jfa.types import Implementation, TpuConfig, UnsupportedError
 
 from .. import names
 from ..records import record, tables
-from ..truth import cases, linear_cases, paged_cases, product_cases
+from ..truth import cases, linear_cases, paged_cases, product_cases, sparse_cases
 from . import aot, compilers, ops, pool
 from .proofs import (
     Check,
@@ -163,6 +163,12 @@ def _linear_supports(row: Row) -> bool:
     return not ops.linear_why_not(row.op, aot.device(row.arch), row.dtype, row.head_dim or 16)
 
 
+def _sparse_cases(row: Row) -> Mapping[str, cases.Case]:
+    if row.head_dim is None:
+        return _named(row, {name: sparse_cases.CASES[name] for name in sparse_cases.ON_GPUS})
+    return sparse_cases.tile_cases(row.head_dim, quick=row.quick)
+
+
 def _flash_truth(case: cases.Case, row: Row) -> cases.Truth:
     return cases.truth_of(case, row.dtype, seed=0)
 
@@ -232,6 +238,24 @@ _LINEAR_BACKWARD = dataclasses.replace(
     _LINEAR, run=of_chunks_backward, check=linear_backward_check, quick=(("bfloat16", None),)
 )
 PROOFS |= {(op, "backward"): _LINEAR_BACKWARD for op in names.LINEAR_OPS}
+PROOFS |= {
+    ("block_sparse_attention", direction): Proof(
+        run=run,
+        check=check,
+        cases=_sparse_cases,
+        truth=_flash_truth,
+        sizes=(
+            *((dtype, head_dim) for dtype in ("bfloat16", "float16") for head_dim in names.HEAD_DIMS),
+            *(("float32", head_dim) for head_dim in (64, 128)),
+            *((dtype, None) for dtype in names.FLASH_DTYPES),
+        ),
+        quick=quick,
+    )
+    for direction, run, check, quick in (
+        ("forward", forward, forward_check, (("float16", 64), ("bfloat16", None))),
+        ("backward", backward, backward_check, (("bfloat16", None),)),
+    )
+}
 
 
 def prove_row(row: Row) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jfa import BlockMask
 
 from . import oracle
 from .numerics import rounding_to
@@ -14,7 +17,10 @@ from .numerics import rounding_to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Shapes, and the options of jfa.dot_product_attention by name; arrays are generated from a seed."""
+    """Shapes, and the options of jfa.dot_product_attention by name; arrays are generated from a seed.
+
+    With a block_mask, of jfa.block_sparse_attention.
+    """
 
     shape: tuple[int, int, int, int, int, int]  # batch, tq, tk, hq, hkv, head_dim
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -26,6 +32,7 @@ class Case:
     alibi_per_row: bool = False  # slopes [b, hq], steeper in each row than in the one before
     segments: int = 0  # documents packed into each row; 0: no segments
     dropout_rate: float = 0.0
+    block_mask: Callable[[Any, Any, np.random.Generator], BlockMask] | None = None  # of query, key and random numbers
 
 
 CASES = {
@@ -130,7 +137,7 @@ class Truth:
     """The inputs of a case, the oracle's result, and that of the plain formula with the dtype's rounding."""
 
     arrays: tuple  # q, k, v
-    options: dict[str, Any]  # of jfa.dot_product_attention, including arrays
+    options: dict[str, Any]  # of the op, including arrays
     out: np.ndarray
     lse: np.ndarray
     plain_out: np.ndarray
@@ -138,6 +145,7 @@ class Truth:
     d_out: np.ndarray  # cotangent of out, in the dtype
     d_lse: np.ndarray
     named: dict[str, Any]  # the options with the oracle's names
+    op: str  # of jfa
 
     @functools.cached_property
     def gradients(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -163,6 +171,7 @@ def truth_of(case: Case, dtype: str, *, seed: int) -> Truth:
     shapes = ((b, tq, hq, d), (b, tk, hkv, d), (b, tk, hkv, dv))
     q, k, v = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
     options = {key: np.asarray(x, np.int32) if isinstance(x, list) else x for key, x in case.options.items()}
+    block_mask = case.block_mask and case.block_mask(q, k, random)
     if case.bias:
         options["bias"] = jnp.asarray(random.standard_normal(case.bias), dtype)
     if case.mask:
@@ -185,6 +194,8 @@ def truth_of(case: Case, dtype: str, *, seed: int) -> Truth:
         # the same words that ops.dot_product_attention generates from a key
         seed_words = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
         named |= {"dropout_rate": case.dropout_rate, "dropout_seed": seed_words}
+    if block_mask is not None:
+        options["block_mask"], named["mask"] = block_mask, np.asarray(block_mask.to_array())
     named.setdefault("scale", d**-0.5)
     if isinstance(named.get("window"), int):
         named["window"] = (named["window"],) * 2
@@ -192,7 +203,8 @@ def truth_of(case: Case, dtype: str, *, seed: int) -> Truth:
     plain_out, plain_lse = oracle.attention(q, k, v, **named, rounding=rounding_to(q.dtype))
     d_out = np.asarray(jnp.asarray(random.standard_normal(out.shape), dtype))
     d_lse = random.standard_normal(lse.shape).astype(np.float32)
-    return Truth((q, k, v), options, out, lse, plain_out, plain_lse, d_out, d_lse, named)
+    op = "dot_product_attention" if block_mask is None else "block_sparse_attention"
+    return Truth((q, k, v), options, out, lse, plain_out, plain_lse, d_out, d_lse, named, op)
 
 
 def _packed(random: np.random.Generator, batch: int, length: int, documents: int) -> np.ndarray:

@@ -62,10 +62,47 @@ def _why_not_sparse(operands: SparseOperands, spec: AttentionSpec, device: Devic
     return flash.why_not(operands.dense, spec, device)
 
 
+# Entries of flash attention's tables that spill registers in the loop over a mask's partial tiles, in 16 bits: (kernel,
+# architecture, head_dim) to the fields that differ. Those of jfa-bench compile with the most FLOP per cycle of a few.
+_SPARSE_TILES = {
+    ("flash_attention", "gfx1100", 64): dict(block_kv=32),
+    ("flash_attention", "gfx1201", 64): dict(block_kv=64),
+    ("flash_attention_dkv", "gfx942", 256): dict(block_kv=32, num_warps=4),
+    ("flash_attention_dkv", "gfx1100", 64): dict(block_q=16),
+    ("flash_attention_dkv", "gfx1100", 128): dict(block_d=16),
+    ("flash_attention_dkv", "gfx1100", 256): dict(block_d=64, num_warps=8),
+    ("flash_attention_dkv", "gfx1201", 128): dict(block_q=16),
+}
+
+
+def _of_sparse(config: FlashConfig, kernel: str, operands: SparseOperands, device: DeviceInfo) -> FlashConfig:
+    """The configuration that a call with a mask uses in place of flash attention's."""
+    q, _, v = operands.dense[:3]
+    if q.dtype.itemsize == 2:
+        size = next(size for size in (64, 128, 256) if max(q.shape[3], v.shape[3]) <= size)
+        changed = _SPARSE_TILES.get((kernel, tuning.table_arch(device.arch), size), {})
+        config = dataclasses.replace(config, **changed)
+    return _within(config, operands.mask)
+
+
 def _within(config: FlashConfig, mask: BlockMask) -> FlashConfig:
     """The configuration, with tiles no larger than the mask's: as powers of two, they divide them."""
     blocks = {name: min(getattr(config, name), getattr(mask, name)) for name in ("block_q", "block_kv")}
     return dataclasses.replace(config, **blocks)
+
+
+def _default_sparse_config(operands: SparseOperands, device: DeviceInfo) -> FlashConfig:
+    return _of_sparse(_default_config(operands.dense, device), "flash_attention", operands, device)
+
+
+def _sparse_backward_config(
+    operands: SparseOperands, config: FlashConfig, device: DeviceInfo
+) -> flash_bwd.BackwardConfig:
+    chosen = _backward_config(operands.dense, config, device)
+    return flash_bwd.BackwardConfig(
+        dq=_of_sparse(chosen.dq, "flash_attention_dq", operands, device),
+        dkv=_of_sparse(chosen.dkv, "flash_attention_dkv", operands, device),
+    )
 
 
 def _run_sparse(operands, spec, config, device):
@@ -76,16 +113,9 @@ def _run_sparse(operands, spec, config, device):
 
 def _run_sparse_backward(operands, out, lse, d_out, d_lse, spec, config, device):
     dense, mask = operands
+    interpret = device.platform == "cpu"
     return flash_bwd.flash_attention_bwd(
-        dense,
-        out,
-        lse,
-        d_out,
-        d_lse,
-        spec=spec,
-        config=flash_bwd.BackwardConfig(dq=_within(config.dq, mask), dkv=_within(config.dkv, mask)),
-        interpret=device.platform == "cpu",
-        mask=mask,
+        dense, out, lse, d_out, d_lse, spec=spec, config=config, interpret=interpret, mask=mask
     )
 
 
@@ -168,10 +198,10 @@ FLASH = FlashBackend(
 )
 SPARSE = SparseBackend(
     why_not=_why_not_sparse,
-    default_config=lambda operands, device: _default_config(operands.dense, device),
+    default_config=_default_sparse_config,
     config_type=FlashConfig,
     run=_run_sparse,
-    backward_config=lambda operands, config, device: _backward_config(operands.dense, config, device),
+    backward_config=_sparse_backward_config,
     run_backward=_run_sparse_backward,
 )
 PAGED = PagedBackend(

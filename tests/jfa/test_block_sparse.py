@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,93 +12,13 @@ from runs import run
 
 import jfa
 from jfa import BlockMask
-from jfa_bench.truth import oracle
-from jfa_bench.truth.numerics import assert_within, limit, rounding_to
+from jfa_bench.truth import sparse_cases
+from jfa_bench.truth.cases import GRADIENTS
+from jfa_bench.truth.numerics import assert_within, limit
+from jfa_bench.truth.sparse_cases import BLOCKS, CASES, TK, TQ, packed
 
-BLOCKS = dict(block_q=16, block_kv=16)
 CONFIG = {"triton": jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1)}
 PRODUCTS = 3  # consecutive products of a gradient, as in test_attention_gradients.py
-TQ, TK = 37, 53
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """A mask, and the options of the op by name; lists are arrays of integers."""
-
-    mask: Callable[..., BlockMask]  # of q, k and a random generator
-    shape: tuple[int, int, int, int, int, int] = (2, TQ, TK, 4, 2, 16)  # batch, tq, tk, hq, hkv, head_dim
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    value_head_dim: int = 16
-    bias: tuple[int, int, int, int] | None = None
-    sinks: bool = False
-    slopes: tuple[int, ...] | None = None
-
-
-def sparse_array(q, k, random):
-    """A twentieth of the keys, a whole tile and no tile at all; three rows see nothing."""
-    mask = random.random((q.shape[0], q.shape[2], q.shape[1], k.shape[1])) < 0.05
-    mask[:, :, :16, 16:32], mask[0, 1], mask[1, :, 3:6] = True, False, False
-    return mask
-
-
-def all_tiles(q, k, random):
-    n, m = (-(-x.shape[1] // 16) for x in (q, k))
-    return BlockMask.from_tiles(np.ones((n, m), bool), q.shape[1], k.shape[1], **BLOCKS)
-
-
-def packed(random, b, t):
-    return np.sort(random.integers(0, 4, (b, t)), axis=1)
-
-
-ODD = dict(is_causal=True, query_offset=[16, 3], key_value_seq_lengths=[53, 20], query_seq_lengths=[30, 37])
-CASES = {
-    "array_per_row_and_head": Case(
-        mask=lambda q, k, random: BlockMask.from_array(sparse_array(q, k, random), **BLOCKS), value_head_dim=24
-    ),
-    "window_and_sinks": Case(
-        mask=lambda q, k, random: BlockMask.sliding_window(TQ, TK, (9, 0), sinks=3, **BLOCKS), sinks=True
-    ),
-    "segments": Case(
-        mask=lambda q, k, random: BlockMask.from_segments(packed(random, 2, TQ), packed(random, 2, TK), **BLOCKS)
-    ),
-    "segments_besides_the_mask": Case(
-        mask=all_tiles,
-        shape=(2, TQ, TQ, 4, 2, 16),
-        options=dict(is_causal=True)
-        | {f"{name}_segment_ids": [[0] * 16 + [1] * 5 + [2] * 16, [4] * 37] for name in ("query", "key_value")},
-    ),
-    "bigbird": Case(
-        mask=lambda q, k, random: BlockMask.bigbird(TQ, TK, heads=4, window=1, num_random=1, **BLOCKS),
-        shape=(1, TQ, TK, 4, 1, 40),
-        bias=(1, 1, 1, TK),
-    ),
-    "vertical_slash": Case(
-        mask=lambda q, k, random: BlockMask.vertical_slash([[[1]]], [[[0, 20]]], TQ, TK, **BLOCKS),
-        options=dict(is_causal=True, scale=-0.3),
-    ),
-    "top_k": Case(
-        mask=lambda q, k, random: BlockMask.top_k(q, k, 2, is_causal=True, **BLOCKS), options=dict(is_causal=True)
-    ),
-    "function_of_rows_and_heads": Case(
-        mask=lambda q, k, random: BlockMask.from_function(
-            lambda b, h, q, k: (q // 7 + k // 5 + h) % (3 + b) == 0, TQ, TK, batch=2, heads=4, block_q=16, block_kv=32
-        ),
-        bias=(2, 4, TQ, 1),
-        slopes=(4,),
-    ),
-    "tiles_with_lengths_and_offsets": Case(mask=all_tiles, options=ODD),
-    "one_query": Case(mask=all_tiles, shape=(2, 1, TK, 4, 2, 16), options=dict(is_causal=True, query_offset=[52, 9])),
-    "everything": Case(
-        mask=lambda q, k, random: BlockMask.sliding_window(TQ, TK, (20, 7), sinks=3, **BLOCKS),
-        options=ODD | dict(logits_soft_cap=3.0),
-        bias=(1, 4, TQ, TK),
-        sinks=True,
-        slopes=(2, 4),
-    ),
-    "tiles_that_are_no_power_of_two": Case(
-        mask=lambda q, k, random: BlockMask.from_array(random.random((1, 4, TQ, TK)) < 0.1, block_q=10, block_kv=7)
-    ),
-}
 QUICK = {
     "xla": {
         "array_per_row_and_head": "float32",
@@ -129,50 +48,21 @@ RUNS = [
     for name in CASES
     for backend in QUICK
     for dtype in ("float32", "bfloat16", "float16")
-    if backend != "triton" or name != "tiles_that_are_no_power_of_two"
+    if backend != "triton" or name in sparse_cases.ON_GPUS
 ]
 
 
 class Truth:
-    """The inputs of a case in a dtype, its mask and the oracle's results, exact and with the dtype's rounding."""
+    """A case in a dtype: its differentiable arrays by name, its mask, and (exact, rounded to the dtype) results."""
 
     def __init__(self, name: str, dtype: str):
-        case = CASES[name]
-        random = np.random.default_rng(list(CASES).index(name))
-        b, tq, tk, hq, hkv, d = case.shape
-        shapes = ((b, tq, hq, d), (b, tk, hkv, d), (b, tk, hkv, case.value_head_dim))
-        self.arrays: dict[str, Any] = {
-            key: jnp.asarray(random.standard_normal(shape), dtype)
-            for key, shape in zip(("query", "key", "value"), shapes, strict=True)
-        }
-        self.mask = case.mask(self.arrays["query"], self.arrays["key"], random)
-        if case.bias:
-            self.arrays["bias"] = jnp.asarray(random.standard_normal(case.bias), dtype)
-        if case.sinks:
-            self.arrays["sinks"] = jnp.asarray(random.standard_normal(hq) * 2, jnp.float32)
-        if case.slopes:
-            self.arrays["alibi_slopes"] = jnp.asarray(random.random(case.slopes) / 4, jnp.float32)
-        self.options = {key: np.asarray(x, np.int32) if isinstance(x, list) else x for key, x in case.options.items()}
-        names = dict(
-            is_causal="causal",
-            logits_soft_cap="softcap",
-            query_seq_lengths="q_len",
-            key_value_seq_lengths="kv_len",
-            query_offset="q_offset",
-            query_segment_ids="q_segments",
-            key_value_segment_ids="kv_segments",
-        )
-        named = {names.get(key, key): x for key, x in self.options.items()}
-        named |= {key: self.arrays[key] for key in ("bias", "sinks", "alibi_slopes") if key in self.arrays}
-        named = dict(scale=d**-0.5) | named | dict(mask=self.mask.to_array())
-        q, k, v = (self.arrays[key] for key in ("query", "key", "value"))
-        roundings = (lambda x: x, rounding_to(q.dtype))
-        self.out, self.lse = zip(*(oracle.attention(q, k, v, rounding=by, **named) for by in roundings), strict=True)
-        self.d_out = np.asarray(jnp.asarray(random.standard_normal(self.out[0].shape), dtype))
-        self.d_lse = random.standard_normal(self.lse[0].shape).astype(np.float32)
-        exact, plain = (oracle.gradients(q, k, v, self.d_out, self.d_lse, rounding=by, **named) for by in roundings)
-        short = {"query": "q", "key": "k", "value": "v"}
-        self.gradients = {key: (exact[at], plain[at]) for key in self.arrays for at in (short.get(key, key),)}
+        known = sparse_cases.truth(name, dtype)
+        self.arrays: dict[str, Any] = dict(zip(("query", "key", "value"), known.arrays, strict=True))
+        self.arrays |= {key: known.options[key] for key in GRADIENTS if key in known.options}
+        self.options = {key: x for key, x in known.options.items() if key not in self.arrays}
+        self.mask = self.options.pop("block_mask")
+        self.out, self.lse = (known.out, known.plain_out), (known.lse, known.plain_lse)
+        self.d_out, self.d_lse, self.gradients = known.d_out, known.d_lse, known.gradients
 
 
 truth = functools.cache(Truth)

@@ -1,5 +1,6 @@
 """The tuning tables in the package, and the rules by which a call finds its entry."""
 
+import dataclasses
 import json
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 import jfa
 from jfa import tuning
+from jfa.backends import triton
+from jfa.block_mask import SparseOperands
 from jfa.device import describe
 from jfa.kernels.triton.flash import default_config
 from jfa.kernels.xla import paged as xla_paged
@@ -129,6 +132,29 @@ def test_an_architecture_without_a_table_uses_that_of_a_similar_one(arch, neighb
     for kernel in (kernel for kernel, archs in SHIPPED.items() if neighbour in archs):
         found = tuning.flash_config(arch, dtype="bfloat16", head_dim=128, kernel=kernel)
         assert found == listed(neighbour, "128", kernel)
+
+
+@pytest.mark.parametrize(("kernel", "arch", "head_dim"), triton._SPARSE_TILES)
+def test_block_sparse_attention_replaces_tiles_that_would_spill(kernel, arch, head_dim):
+    changed = triton._SPARSE_TILES[kernel, arch, head_dim]
+    table = listed(arch, str(head_dim), kernel)
+    assert all(getattr(table, name) != value for name, value in changed.items())
+    assert sparse_config(kernel, arch, head_dim) == dataclasses.replace(table, **changed)
+    dense = tuning.flash_config(arch, dtype="float32", head_dim=head_dim, kernel=kernel)
+    assert sparse_config(kernel, arch, head_dim, dtype="float32") == dense
+    small = sparse_config(kernel, arch, head_dim, block=16)
+    assert (small.block_q, small.block_kv) == (16, 16)
+
+
+def sparse_config(kernel, arch, head_dim, dtype="bfloat16", block=128):
+    """The configuration of a kernel of block-sparse attention, with a mask in tiles of this size."""
+    row = jax.ShapeDtypeStruct((1, 256, 2, head_dim), dtype)
+    mask = jfa.BlockMask.sliding_window(256, 256, 100, block_q=block, block_kv=block)
+    operands, device = SparseOperands(Operands(row, row, row), mask), describe("rocm", arch)
+    forward = triton.SPARSE.default_config(operands, device)
+    if kernel == "flash_attention":
+        return forward
+    return getattr(triton.SPARSE.backward_config(operands, forward, device), kernel.removeprefix("flash_attention_"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -122,7 +122,7 @@ def flash_attention(
         named["tiles"] = ranges, pl.BlockSpec((None, None, 2), lambda h, i, b: (b, num_q_tiles - 1 - i, 0))
     call = pl.pallas_call(
         functools.partial(_flash_kernel, names=tuple(named), shape=shape, spec=spec, config=config),
-        name="flash_attention",
+        name=name_of("attention", mask),
         grid=(shape.hq, num_q_tiles, shape.b),
         in_specs=[block for _, block in named.values()],
         out_specs=[
@@ -138,6 +138,11 @@ def flash_attention(
     )
     with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
         return call(*(array for array, _ in named.values()))
+
+
+def name_of(part: str, mask: BlockMask | None) -> str:
+    """The name of a kernel's Pallas call."""
+    return f"{'flash' if mask is None else 'block_sparse'}_{part}"
 
 
 def visits_of(mask: BlockMask, visits: Visits, parts: int, heads: int, place) -> dict[str, tuple[Any, Any]]:

@@ -7,6 +7,8 @@ Weights are recomputed from the log-sum-exp. Three kernels, without atomics, so 
                         their tiles. Scores are computed transposed, so that neither product needs a transpose
   flash_attention_dbias one program for each tile of the bias; it loops over all scores that the tile was added to
 
+With a BlockMask their names start with block_sparse_attention.
+
 If p are the weights, do is the cotangent of the output, and delta = sum(do * output) for each row, then
 ds = p (do v^T - delta). The cotangent of the residual is subtracted from delta.
 
@@ -28,7 +30,7 @@ from jfa.block_mask import BlockMask
 from jfa.kernels.common import Shape, output, row_terms, tiles_in_common
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import fma
-from jfa.kernels.triton.flash import tiles_of, visits_of
+from jfa.kernels.triton.flash import name_of, tiles_of, visits_of
 from jfa.kernels.triton.tile import (
     Tile,
     arguments,
@@ -169,7 +171,7 @@ def _dq(
         outputs.append((output(rows.lse.shape, jnp.float32, like=operands.q), row_spec))
     dq, *slopes = _call(
         functools.partial(_dq_kernel, names=tuple(named), shape=shape, spec=spec, config=config),
-        "flash_attention_dq",
+        name_of("attention_dq", mask),
         (shape.hq, num_q_tiles, shape.b),
         named,
         outputs,
@@ -225,7 +227,7 @@ def _dkv(
     ]
     return _call(
         functools.partial(_dkv_kernel, names=tuple(named), shape=shape, spec=spec, config=config),
-        "flash_attention_dkv",
+        name_of("attention_dkv", mask),
         (shape.hkv, pl.cdiv(shape.tk, config.block_kv), shape.b),
         named,
         outputs,
@@ -437,7 +439,7 @@ def _d_bias(
         functools.partial(
             _d_bias_kernel, names=tuple(named), shape=shape, spec=spec, config=config, bias_shape=bias.shape
         ),
-        "flash_attention_dbias",
+        name_of("attention_dbias", mask),
         grid,
         named,
         [(output(bias.shape, bias.dtype, like=bias), out_spec)],

@@ -14,7 +14,7 @@ from jfa_bench.card import correctness, ledger, plan, session, tuning
 from jfa_bench.measure import machine, peers, roofline
 from jfa_bench.proof import prove
 from jfa_bench.records import record, report
-from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases
+from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases, sparse_cases
 
 CALL = {
     "device": {"name": "MI300X", "arch": "gfx942", "platform": "rocm", "host": "EPYC", "driver": None, "power": {}},
@@ -306,8 +306,9 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
     products = {name: product_cases.CASES[name].rows <= 16 for name in product_cases.ON_GPUS}
     linear = {name: linear_cases.CASES[name].delta for name in linear_cases.ON_GPUS}
     differentiated = {name: delta for name, delta in linear.items() if linear_cases.CASES[name].rows is None}
+    directions = ("forward", "backward")
     assert named == {
-        *(("flash_attention", direction, name) for direction in ("forward", "backward") for name in cases.CASES),
+        *(("flash_attention", direction, name) for direction in directions for name in cases.CASES),
         *(("paged_decode_attention", "forward", name) for name, queries in paged.items() if queries is None),
         *(("ragged_paged_attention", "forward", name) for name, queries in paged.items() if queries is not None),
         *(("quantized_matmul_few_rows", "forward", name) for name, few in products.items() if few),
@@ -316,6 +317,7 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
         *(("delta_attention", "forward", name) for name, delta in linear.items() if delta),
         *(("linear_attention", "backward", name) for name, delta in differentiated.items() if not delta),
         *(("delta_attention", "backward", name) for name, delta in differentiated.items() if delta),
+        *(("block_sparse_attention", direction, name) for direction in directions for name in sparse_cases.ON_GPUS),
     }
     assert any(row.head_dim is not None for row in rows) == tiles
 

@@ -58,9 +58,17 @@ def test_the_gate_names_what_got_worse():
     assert slower(old, old | dict(waves_per_simd=1)) == "1 waves instead of 2"
 
 
+def test_block_sparse_attention_spills_nothing_in_16_bits_on_amd():
+    records = [one for one in report.load("compile") if one["op"] == "block_sparse_attention"]
+    of_amd = [one for one in records if one["arch"].startswith("gfx") and one["dtype"] != "float32"]
+    assert len(of_amd) == 5 * 2 * 4 * 3  # architectures, dtypes, head_dims, kernels
+    assert {one["status"] for one in of_amd} == {"ok"}
+
+
 def test_the_records_are_of_xlas_code():
     attention = 2 * 2 * (3 + 2 * 3)  # architectures, head_dims: flash kernels, and pages of three kinds
     products = 2 * 2 * 2  # in groups of 128: architectures, rows, two kinds
     linear = 2 * 2 * 2 * (1 + 3)  # architectures, head_dims, with and without the delta rule: forward, and backward
-    assert len(recorded()) == attention + products + linear
+    sparse = 2 * 2 * 3  # architectures, head_dims: forward, dq and dkv
+    assert len(recorded()) == attention + products + linear + sparse
     assert {one["compiler"] for one in recorded()} == {"xla"}

@@ -14,7 +14,7 @@ from runs import run
 import jfa
 from jfa_bench import cli, names
 from jfa_bench.proof import by_triton, by_xla, emulate, proofs, prove
-from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases
+from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases, sparse_cases
 
 pytestmark = needs_compiler
 
@@ -104,6 +104,50 @@ def test_gradients_of_linear_attention_run_as_machine_code(name, arch):
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
     kernel = "delta_attention" if linear_cases.CASES[name].delta else "linear_attention"
     assert found.kernels == (kernel, *(f"{kernel}_{part}" for part in ("states", "dstates", "dqkv")))
+
+
+QUICK_SPARSE = (("window_and_sinks", "gfx1100"),)
+SPARSE = [
+    run(name, arch, quick=(name, arch) in QUICK_SPARSE, soak=is_soak(arch))
+    for name in ("array_per_row_and_head", "window_and_sinks", "function_of_rows_and_heads")
+    for arch in names.EXECUTED_ARCHS
+]
+
+
+@pytest.mark.parametrize(("name", "arch"), SPARSE)
+def test_block_sparse_attention_and_its_gradient_run_as_machine_code(name, arch):
+    truth = sparse_cases.truth(name, "bfloat16")
+    for proof, parts in ((proofs.forward, ()), (proofs.backward, ("_dq", "_dkv"))):
+        found = proof(truth, arch)
+        assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
+        parts += ("_dbias",) if parts and "bias" in truth.options else ()
+        assert found.kernels == ("block_sparse_attention", *(f"block_sparse_attention{part}" for part in parts))
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("partial tiles taken for whole ones", lambda visits: visits._replace(num_whole=visits.num_visited)),
+        ("the last tile is left out", lambda visits: visits._replace(num_visited=visits.num_visited - 1)),
+        ("another partial tile", lambda visits: visits._replace(kinds=visits.kinds[..., ::-1])),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_mask_that_is_read_wrong_is_caught(what, change, changing_kernels):
+    seen = jfa.BlockMask.seen
+    changing_kernels.setattr(jfa.BlockMask, "seen", lambda *args, **options: change(seen(*args, **options)))
+    truth = sparse_cases.truth("window_and_sinks", "bfloat16")
+    assert proofs.forward(truth, "gfx1100").wrong and proofs.backward(truth, "gfx942").wrong, what
+
+
+def test_what_a_block_mask_hides_is_poisoned():
+    truth = sparse_cases.truth("array_per_row_and_head", "float32")
+    q, k, v = proofs.poisoned(truth)
+    seen = truth.named["mask"].reshape(2, 2, 2, *truth.named["mask"].shape[2:])  # [b, hkv, g, tq, tk]
+    np.testing.assert_array_equal(np.isnan(q).all(3), ~seen.any(4).reshape(2, 4, -1).swapaxes(1, 2))
+    for x, bad in ((k, np.isnan), (v, np.isinf)):
+        np.testing.assert_array_equal(bad(x).all(3), ~seen.any((2, 3)).swapaxes(1, 2))
+    assert np.isnan(q).any() and np.isnan(k).any()
 
 
 def test_rows_that_a_kernel_refuses_are_left_out():
@@ -210,7 +254,8 @@ def test_the_process_ends_with_that_status(monkeypatch):
         (
             ["--op", "paged"],
             "unknown op 'paged'; use one of flash_attention, paged_decode_attention, ragged_paged_attention, "
-            "quantized_matmul_few_rows, quantized_matmul, linear_attention, delta_attention, or all",
+            "quantized_matmul_few_rows, quantized_matmul, linear_attention, delta_attention, block_sparse_attention, "
+            "or all",
         ),
     ],
 )

@@ -47,6 +47,19 @@ def test_a_kernel_that_cannot_be_launched_is_only_lowered():
     assert cell([compiled()], [], arch="sm_90") == "lowered"  # no record
 
 
+def test_the_bound_of_a_loop_names_what_limits_it():
+    def row(arch, head_dim):
+        busy = {64: dict(matrix=1024, vector=600), 128: dict(matrix=1024, vector=2000, transcendental=48)}
+        cycles = busy.get(head_dim, dict(matrix=2048, vector=2000))
+        more = dict(op="flash_attention", head_dim=head_dim, useful_matrix_cycles=1024, masked_loop_cycles=cycles)
+        return compiled(arch, loop_cycles=cycles, **more)
+
+    records = [row(arch, head_dim) for arch in names.EXECUTED_ARCHS for head_dim in names.HEAD_DIMS]
+    lines = report.bounds(records, "flash_attention").splitlines()
+    assert lines[2] == "| `flash_attention` |" + " 1, 0.5v, 0.5w |" * 4
+    assert lines[3].startswith("| `flash_attention`, partial tiles |") and len(lines) == 4
+
+
 def test_dtypes_with_the_same_cells_share_a_line():
     both = [compiled(), compiled(dtype="float32")]
     table = report.support(both, []).splitlines()
