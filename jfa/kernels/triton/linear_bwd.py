@@ -37,8 +37,8 @@ from jfa.types import DeviceInfo, LinearKernelConfig, LinearOperands, LinearSpec
 _SAFE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {  # for each of linear.NAMES
     ("cdna", "16 bits"): ((64, 64, 4, 64), (16, 64, 4, None), (16, 64, 4, 32)),
     ("cdna", "float32"): ((32, 32, 4, 32), (16, 32, 4, None), (16, 32, 4, 32)),
-    ("rdna", "16 bits"): ((32, 16, 4, 32), (16, 16, 2, 32), (16, 16, 4, 32)),
-    ("rdna", "float32"): ((16, 16, 4, 16), (16, 16, 8, None), (16, 16, 4, 16)),
+    ("rdna", "16 bits"): ((32, 16, 4, 32), (16, 16, 2, 32), (16, 16, 4, 16)),
+    ("rdna", "float32"): ((16, 16, 4, 16), (16, 16, 8, None), (16, 16, 8, 16)),
     ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64), (16, 32, 4, 64)),
     ("cuda", "float32"): ((32, 16, 4, 16), (16, 16, 8, 32), (16, 16, 4, 16)),
 }
