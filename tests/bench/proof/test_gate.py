@@ -68,7 +68,7 @@ def test_block_sparse_attention_spills_nothing_in_16_bits_on_amd():
 def test_the_records_are_of_xlas_code():
     attention = 2 * 2 * (3 + 2 * 3)  # architectures, head_dims: flash kernels, and pages of three kinds
     products = 2 * 2 * 2  # in groups of 128: architectures, rows, two kinds
-    linear = 2 * 2 * 2 * (1 + 3)  # architectures, head_dims, with and without the delta rule: forward, and backward
+    linear = 2 * 2 * 3 * (1 + 3)  # architectures, head_dims, decays or delta rule: forward, and backward
     sparse = 2 * 2 * 3  # architectures, head_dims: forward, dq and dkv
     assert len(recorded()) == attention + products + linear + sparse
     assert {one["compiler"] for one in recorded()} == {"xla"}

@@ -12,6 +12,7 @@ from compiled import needs_compiler
 from runs import run
 
 import jfa
+from jfa.kernels.triton import linear
 from jfa_bench import cli, names
 from jfa_bench.proof import by_triton, by_xla, emulate, proofs, prove
 from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases, sparse_cases
@@ -75,10 +76,10 @@ def test_products_run_as_machine_code(name, arch):
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 100
 
 
-QUICK_LINEAR = (("rows", "gfx942"), ("rows_delta", "gfx1100"))
+QUICK_LINEAR = (("rows", "gfx942"), ("rows_delta", "gfx1100"), ("rows_by_columns", "gfx942"))
 LINEAR = [
     run(name, arch, quick=(name, arch) in QUICK_LINEAR, soak=is_soak(arch))
-    for name in ("rows", "rows_delta", "segments", "lengths")
+    for name in ("rows", "rows_delta", "rows_by_columns", "segments", "lengths", "columns_near_0")
     for arch in names.EXECUTED_ARCHS
 ]
 
@@ -87,13 +88,13 @@ LINEAR = [
 def test_linear_attention_runs_as_machine_code(name, arch):
     found = proofs.of_chunks(linear_cases.truth(name, "bfloat16"), arch)
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
-    assert found.kernels == ("delta_attention" if linear_cases.CASES[name].delta else "linear_attention",)
+    assert found.kernels == (linear_cases.CASES[name].op,)
 
 
-QUICK_LINEAR_GRADIENTS = (("segments", "gfx1100"),)
+QUICK_LINEAR_GRADIENTS = (("segments", "gfx1100"), ("columns_and_groups", "gfx942"))
 LINEAR_GRADIENTS = [
     run(name, arch, quick=(name, arch) in QUICK_LINEAR_GRADIENTS, soak=is_soak(arch))
-    for name in ("segments", "lengths")
+    for name in ("segments", "lengths", "columns_and_groups")
     for arch in names.EXECUTED_ARCHS
 ]
 
@@ -102,7 +103,7 @@ LINEAR_GRADIENTS = [
 def test_gradients_of_linear_attention_run_as_machine_code(name, arch):
     found = proofs.of_chunks_backward(linear_cases.truth(name, "bfloat16"), arch)
     assert found.wrong is None and found.share < 1 and found.races == 0 and found.instructions > 1000
-    kernel = "delta_attention" if linear_cases.CASES[name].delta else "linear_attention"
+    kernel = linear_cases.CASES[name].op
     assert found.kernels == (kernel, *(f"{kernel}_{part}" for part in ("states", "dstates", "dqkv")))
 
 
@@ -138,6 +139,13 @@ def test_a_mask_that_is_read_wrong_is_caught(what, change, changing_kernels):
     changing_kernels.setattr(jfa.BlockMask, "seen", lambda *args, **options: change(seen(*args, **options)))
     truth = sparse_cases.truth("window_and_sinks", "bfloat16")
     assert proofs.forward(truth, "gfx1100").wrong and proofs.backward(truth, "gfx942").wrong, what
+
+
+def test_a_decay_of_a_column_that_is_read_one_token_late_is_caught(changing_kernels):
+    up_to = linear.ColumnDecays.up_to
+    changing_kernels.setattr(linear.ColumnDecays, "up_to", lambda decays, i: up_to(decays, i + 1))
+    known = linear_cases.truth("columns_and_groups", "bfloat16")
+    assert proofs.of_chunks(known, "gfx1100").wrong and proofs.of_chunks_backward(known, "gfx942").wrong
 
 
 def test_what_a_block_mask_hides_is_poisoned():
