@@ -57,7 +57,7 @@ _SAFE: dict[tuple[str, str], tuple[Tiles, Tiles, Tiles]] = {
     ("rdna", "16 bits"): ((32, 32, 4, 32), (16, 16, 4, 16), (16, 16, 4, 32)),
     ("rdna", "float32"): ((16, 16, 8, None), (16, 16, 8, None), (16, 16, 8, 32)),
     ("cuda", "16 bits"): ((64, 32, 4, 64), (16, 32, 4, 64), (16, 32, 4, 64)),
-    ("cuda", "float32"): ((16, 16, 8, 32), (16, 16, 8, 64), (16, 16, 8, 32)),
+    ("cuda", "float32"): ((16, 16, 8, 32), (16, 16, 8, 64), (16, 16, 8, 64)),
 }
 # key columns on RDNA: wider tiles spill, in float32 for lack of matrix instructions
 _WIDEST_ON_RDNA = {"float32": 64, "decays of columns in float32": 128, "delta rule": 128, "16 bits": MAX_HEAD_DIM}
