@@ -13,6 +13,7 @@ from golden import GOLDEN
 from runs import run
 from tiny_model import folder_with_text
 
+from jfa_bench import names
 from jfa_bench.proof import by_xla
 from jfa_bench.records import report
 from jfa_models.checkpoints import locate
@@ -105,6 +106,7 @@ def test_the_support_table_matches_the_records():
     assert report.support_on_tpus(report.load("compile"), report.load("prove")) in (ROOT / "docs/proofs.md").read_text()
 
 
-def test_the_bounds_of_block_sparse_attention_match_the_records():
-    table = report.bounds(report.load("compile"), "block_sparse_attention")
+@pytest.mark.parametrize("ops", [["block_sparse_attention"], names.LINEAR_OPS])
+def test_the_bounds_of_loops_match_the_records(ops):
+    table = report.bounds(report.load("compile"), ops)
     assert f"<!-- bounds -->\n\n{table}\n\n<!-- end -->" in (ROOT / "docs/proofs.md").read_text()

@@ -75,25 +75,28 @@ def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequen
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def bounds(compiled: Sequence[Record], op: str) -> str:
-    """A Markdown table: for each kernel of an op in bfloat16, matrix_bound and what limits it, for each of HEAD_DIMS.
+def bounds(compiled: Sequence[Record], ops: Sequence[str]) -> str:
+    """A Markdown table: for each kernel of some ops in bfloat16, matrix_bound and what limits it, for each of HEAD_DIMS.
 
-    v: vector instructions; w: waves compute products that others compute too; nothing: the matrix units. A second line
-    has the same for the loop over masked tiles.
+    v: vector instructions; w: waves compute products that others compute too; nothing: the matrix units; -: there is no
+    loop, or the kernel refuses the head_dim. A second line has the same for the loop over masked tiles, if all have one.
     """
     archs = names.EXECUTED_ARCHS
-    known = {(row["kernel"], row["arch"], row["dtype"], row["head_dim"]): row for row in compiled if row["op"] == op}
+    known = {(row["kernel"], row["arch"], row["dtype"], row["head_dim"]): row for row in compiled if row["op"] in ops}
     lines = [["loop", *archs], ["---"] * (1 + len(archs))]
     for kernel in dict.fromkeys(kernel for kernel, *_ in known):
         for loop, title in (("loop_cycles", f"`{kernel}`"), ("masked_loop_cycles", f"`{kernel}`, partial tiles")):
             rows = [[known[kernel, arch, "bfloat16", d] for d in names.HEAD_DIMS] for arch in archs]
-            lines.append([title, *(", ".join(_bound(one, one[loop]) for one in of_arch) for of_arch in rows)])
+            if loop == "loop_cycles" or all(one.get(loop) for of_arch in rows for one in of_arch):
+                lines.append([title, *(", ".join(_bound(one, one.get(loop)) for one in of_arch) for of_arch in rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _bound(row: Record, cycles: Mapping[str, float]) -> str:
+def _bound(row: Record, cycles: Mapping[str, float] | None) -> str:
     """The bound of a loop as machine_code.py defines matrix_bound, and a letter for what limits it."""
-    matrix, vector = cycles["matrix"], cycles.get("vector", 0) + cycles.get("transcendental", 0)
+    if not cycles:
+        return "-"
+    matrix, vector = cycles.get("matrix", 0), cycles.get("vector", 0) + cycles.get("transcendental", 0)
     bound = min(row["useful_matrix_cycles"], matrix) / max(matrix, vector)
     return f"{bound:.2g}{'v' if vector > matrix else 'w' if bound < 1 else ''}"
 

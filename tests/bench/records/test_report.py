@@ -55,7 +55,7 @@ def test_the_bound_of_a_loop_names_what_limits_it():
         return compiled(arch, loop_cycles=cycles, **more)
 
     records = [row(arch, head_dim) for arch in names.EXECUTED_ARCHS for head_dim in names.HEAD_DIMS]
-    lines = report.bounds(records, "flash_attention").splitlines()
+    lines = report.bounds(records, ["flash_attention"]).splitlines()
     assert lines[2] == "| `flash_attention` |" + " 1, 0.5v, 0.5w |" * 4
     assert lines[3].startswith("| `flash_attention`, partial tiles |") and len(lines) == 4
 
