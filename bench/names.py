@@ -36,12 +36,9 @@ KERNELS = {
     "block_sparse_attention_dkv": ("block_sparse_attention", "backward"),
 }
 LINEAR_OPS = ("linear_attention", "gated_linear_attention", "delta_attention")
+SKIPPING_OPS = (*LINEAR_OPS, "block_sparse_attention")  # that do without some scores, or all
 # that have tables of their own; block-sparse attention uses those of flash attention
-TUNED = tuple(
-    name
-    for name, (op, _) in KERNELS.items()
-    if name != "flash_attention_bwd" and op not in (*LINEAR_OPS, "block_sparse_attention")
-)
+TUNED = tuple(name for name, (op, _) in KERNELS.items() if name != "flash_attention_bwd" and op not in SKIPPING_OPS)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))

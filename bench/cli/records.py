@@ -61,8 +61,9 @@ def report_command(folder) -> None:
     Without FOLDER, prints the support table, from the records in bench/results.
     """
     if folder is None:
-        for table in (report.support, report.support_on_tpus):
-            click.echo(table(report.load("compile"), report.load("prove")) + "\n" * (table is report.support))
+        records = report.load("compile"), report.load("prove")
+        tables = report.support(*records), report.support(*records, skipping=True), report.support_on_tpus(*records)
+        click.echo("\n\n".join(tables))
         return
     report.write(folder)
 

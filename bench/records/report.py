@@ -33,13 +33,16 @@ PARTS = ("speedup", "tflops")  # kinds of plots that are part of another one
 Record = Mapping[str, Any]
 
 
-def support(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
+def support(compiled: Sequence[Record], proven: Sequence[Record], *, skipping: bool = False) -> str:
     """A Markdown table: for the kernels of an op and direction, the highest level that all their records reached.
 
     executed: every proof in these dtypes passed; compiled: there is machine code that the GPU could launch. The number
     of spilled registers is that of the worst configuration. Dtypes with the same cells share a line.
+
+    skipping: of names.SKIPPING_OPS; otherwise of all others.
     """
-    return _support([row for row in compiled if row["arch"] in names.ARCHS], proven, names.ARCHS)
+    chosen = [row for row in compiled if row["arch"] in names.ARCHS and (row["op"] in names.SKIPPING_OPS) == skipping]
+    return _support(chosen, proven, names.ARCHS)
 
 
 def support_on_tpus(compiled: Sequence[Record], proven: Sequence[Record]) -> str:
@@ -76,10 +79,10 @@ def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequen
 
 
 def bounds(compiled: Sequence[Record], ops: Sequence[str]) -> str:
-    """A Markdown table: for each kernel of some ops in bfloat16, matrix_bound and what limits it, for each of HEAD_DIMS.
+    """A Markdown table: for each kernel of ops in bfloat16, matrix_bound and what limits it, for each of HEAD_DIMS.
 
     v: vector instructions; w: waves compute products that others compute too; nothing: the matrix units; -: there is no
-    loop, or the kernel refuses the head_dim. A second line has the same for the loop over masked tiles, if all have one.
+    loop, or the kernel refuses the head_dim. A second line has the same for the loop over masked tiles, if any.
     """
     archs = names.EXECUTED_ARCHS
     known = {(row["kernel"], row["arch"], row["dtype"], row["head_dim"]): row for row in compiled if row["op"] in ops}
