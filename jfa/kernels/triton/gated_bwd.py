@@ -9,69 +9,17 @@ after another, as in linear.py. All terms of a decay's gradient are summed direc
 Tested in tests/jfa/test_linear_attention.py.
 """
 
-import functools
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jfa.kernels.common import output
-from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
-from jfa.kernels.triton.linear import ColumnDecays, each, row_of, with_row
-from jfa.kernels.triton.tile import chunks, padded, product, whole_tiles
+from jfa.kernels.triton._pallas import pl
+from jfa.kernels.triton.linear import Chunk, ColumnDecays, Place, each, row_of, with_row
+from jfa.kernels.triton.tile import product
 from jfa.types import LinearKernelConfig
 
-Tokens = dict[str, Array]
-Place = tuple[Any, Array]  # some columns of a ref, and which of them there are
 
-
-def gradients(
-    tokens: Tokens,
-    states: Float[Array, "b h n dk dv"],
-    d_states: Float[Array, "b h n dk dv"],
-    *,
-    scale: float,
-    config: LinearKernelConfig,
-    interpret: bool,
-) -> tuple[Array, ...]:
-    """The cotangents of q and k by each value head, in float32 if there are several, of v and log_decay.
-
-    Args:
-      tokens: q, k, v, do, and parts of the decays' logarithms, whole and rest, [b, t, heads, columns].
-    """
-    (b, t, hk, dk), (h, dv), size = tokens["k"].shape, tokens["v"].shape[2:], config.chunk_size
-    g, width, columns, like = h // hk, padded(dk), whole_tiles(dv, config.block_v), tokens["v"]
-
-    def of_key_head(head, c, row):
-        return row, c, lax.div(head, jnp.int32(g)), 0
-
-    def of_head(head, c, row):
-        return row, c, head, 0
-
-    def state(head, c, row):
-        return row, head, c, 0, 0
-
-    keys, of_columns = (pl.BlockSpec((None, size, None, width), at) for at in (of_key_head, of_head))
-    values = pl.BlockSpec((None, size, None, columns), of_head)
-    of_state = pl.BlockSpec((None, None, None, width, columns), state)
-    blocks = {"q": keys, "k": keys, "v": values, "do": values, "whole": of_columns, "rest": of_columns}
-    d_keys = output((b, t, h, dk), like.dtype if g == 1 else jnp.float32, like=like)
-    outs = [(d_keys, of_columns), (d_keys, of_columns), (output(like.shape, like.dtype, like=like), values)]
-    outs.append((output((b, t, h, dk), jnp.float32, like=like), of_columns))
-    return pl.pallas_call(
-        functools.partial(_kernel, names=(*tokens, "state", "d_state"), sizes=(t, dk, dv), config=config, scale=scale),
-        name="gated_linear_attention_dqkv",
-        grid=(h, pl.cdiv(t, size), b),
-        in_specs=[*(blocks[name] for name in tokens), of_state, of_state],
-        out_specs=[block for _, block in outs],
-        out_shape=[shape for shape, _ in outs],
-        compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        interpret=interpret,
-    )(*tokens.values(), states, d_states)
-
-
-def _kernel(
+def gradients_kernel(
     *refs,  # of a chunk: the tokens by `names`, the state [dk, dv] before it, and its cotangent after it
     # outputs: dq and dk [chunk, dk], dv [chunk, dv], d_log_decay [chunk, dk]
     names: tuple[str, ...],
@@ -81,25 +29,10 @@ def _kernel(
 ):
     ref = dict(zip(names, refs, strict=False))
     dq_ref, dk_ref, dv_ref, d_log_ref = refs[len(names) :]
-    (t, dk, dv), size, block_v, dtype = sizes, config.chunk_size, config.block_v, dv_ref.dtype
-    block_d, num_values = chunks(dk, config.block_d)[0][1], pl.cdiv(dv, block_v)
-    num_keys, token = pl.cdiv(dk, block_d), jnp.arange(size)
-    inside = pl.program_id(1) * size + token < t
-
-    def keys_at(n) -> Place:
-        return pl.ds(n * block_d, block_d), n * block_d + jnp.arange(block_d) < dk
-
-    def values_at(p) -> Place:
-        return pl.ds(p * block_v, block_v), p * block_v + jnp.arange(block_v) < dv
-
-    def rows(name: str, at: Place) -> Float[Array, "chunk block"]:
-        return load(ref[name].at[:, at[0]], mask=inside[:, None] & at[1][None, :], other=0.0)
-
-    def state(name: str, keys: Place, values: Place) -> Float[Array, "block_d block_v"]:
-        return load(ref[name].at[keys[0], values[0]], mask=keys[1][:, None] & values[1][None, :], other=0.0)
-
-    def put(to, at: Place, x: Float[Array, "chunk block"]):
-        store(to.at[:, at[0]], x.astype(to.dtype), mask=inside[:, None] & at[1][None, :])
+    (t, dk, dv), size, dtype = sizes, config.chunk_size, dv_ref.dtype
+    token = jnp.arange(size)
+    chunk = Chunk(ref, pl.program_id(1) * size + token < t, dk, dv, config)
+    keys_at, values_at, rows, state, put = chunk.keys_at, chunk.values_at, chunk.rows, chunk.state, chunk.put
 
     def in_float32(name: str, at: Place) -> Float[Array, "chunk block"]:
         return rows(name, at).astype(jnp.float32)
@@ -111,12 +44,12 @@ def _kernel(
         return total + product(rows("do", values_at(p)), rows("v", values_at(p)), trans_b=True) * scale
 
     nothing = jnp.zeros((size, size), jnp.float32)
-    d_weights = each(num_values, with_values, nothing)  # [query, key]
+    d_weights = each(chunk.num_values, with_values, nothing)  # [query, key]
 
     def columns(n, weights):
         at = keys_at(n)
         q, k, decays = in_float32("q", at), in_float32("k", at), decays_of(at)
-        zeros = jnp.zeros((size, block_d), jnp.float32)
+        zeros = jnp.zeros((size, chunk.block_d), jnp.float32)
 
         def with_states(p, carry):
             read, written, kept = carry
@@ -125,7 +58,7 @@ def _kernel(
             written = written + product(rows("v", values_at(p)), after, trans_b=True)
             return read, written, kept + (before.astype(jnp.float32) * after.astype(jnp.float32)).sum(1)
 
-        read, written, kept = each(num_values, with_states, (zeros, zeros, jnp.zeros(block_d, jnp.float32)))
+        read, written, kept = each(chunk.num_values, with_states, (zeros, zeros, jnp.zeros(chunk.block_d, jnp.float32)))
         read, written = read * (decays.since * scale), written * decays.until_end
         by_state, to_state = read * q, written * k  # terms of which the decays up to a token are factors, and after it
 
@@ -146,7 +79,7 @@ def _kernel(
         put(d_log_ref, at, d_log + (kept * decays.all)[None, :])
         return weights
 
-    weights = each(num_keys, columns, nothing).astype(dtype)
+    weights = each(chunk.num_keys, columns, nothing).astype(dtype)
 
     def values(p, carry):
         at = values_at(p)
@@ -156,7 +89,7 @@ def _kernel(
             return total + product(decayed, state("d_state", keys_at(n), at))
 
         by_queries = product(weights, rows("do", at), trans_a=True) * scale
-        put(dv_ref, at, each(num_keys, by_state, by_queries))
+        put(dv_ref, at, each(chunk.num_keys, by_state, by_queries))
         return carry
 
-    each(num_values, values, 0)
+    each(chunk.num_values, values, 0)

@@ -272,6 +272,59 @@ def with_row(x: Float[Array, "rows columns"], i, row: Float[Array, " columns"]) 
     return jnp.where(jnp.arange(x.shape[0])[:, None] == i, row[None, :], x)
 
 
+Place = tuple[Any, Array]  # some columns of a ref, and which of them there are
+
+
+class Chunk(NamedTuple):
+    """What a program for one chunk reads and writes, in pieces: the arrays of its tokens, and states [dk, dv]."""
+
+    ref: Mapping[str, Any]
+    inside: Bool[Array, " chunk"]  # which tokens there are
+    dk: int
+    dv: int
+    config: LinearKernelConfig
+
+    @property
+    def block_d(self) -> int:
+        """Columns of a piece of keys."""
+        return chunks(self.dk, self.config.block_d)[0][1]
+
+    @property
+    def num_keys(self) -> int:
+        """Pieces of keys."""
+        return pl.cdiv(self.dk, self.block_d)
+
+    @property
+    def num_values(self) -> int:
+        """Pieces of values."""
+        return pl.cdiv(self.dv, self.config.block_v)
+
+    def keys_at(self, n) -> Place:
+        """The n-th piece of keys."""
+        return pl.ds(n * self.block_d, self.block_d), n * self.block_d + jnp.arange(self.block_d) < self.dk
+
+    def values_at(self, p) -> Place:
+        """The p-th piece of values."""
+        block_v = self.config.block_v
+        return pl.ds(p * block_v, block_v), p * block_v + jnp.arange(block_v) < self.dv
+
+    def rows(self, name: str, at: Place) -> Float[Array, "chunk block"]:
+        """Some columns of the tokens."""
+        return load(self.ref[name].at[:, at[0]], mask=self.inside[:, None] & at[1][None, :], other=0.0)
+
+    def state(self, name: str, keys: Place, values: Place) -> Float[Array, "block_d block_v"]:
+        """A piece of a state."""
+        return load(self.ref[name].at[keys[0], values[0]], mask=keys[1][:, None] & values[1][None, :], other=0.0)
+
+    def number(self, name: str) -> Float[Array, " chunk"]:
+        """Numbers of the tokens."""
+        return load(self.ref[name], mask=self.inside, other=0.0)
+
+    def put(self, to, at: Place, x: Float[Array, "chunk block"]) -> None:
+        """Stores some columns of the tokens."""
+        store(to.at[:, at[0]], x.astype(to.dtype), mask=self.inside[:, None] & at[1][None, :])
+
+
 def each(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """A loop; a single turn is none."""
     return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)

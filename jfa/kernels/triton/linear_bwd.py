@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from jfa.kernels.common import output
 from jfa.kernels.triton import delta_bwd, gated_bwd
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
-from jfa.kernels.triton.linear import ColumnDecays, Decays, Tiles, each, forgets, parts_of, safe_config
+from jfa.kernels.triton.linear import Chunk, ColumnDecays, Decays, Tiles, each, forgets, parts_of, safe_config
 from jfa.kernels.triton.tile import chunks, padded, product, whole_tiles
 from jfa.types import DeviceInfo, LinearKernelConfig, LinearOperands, LinearSpec
 
@@ -68,7 +68,6 @@ def linear_attention_bwd(
 
     whole, rest = map(of_head, parts_of(operands.log_decay))
     numbers = {"whole": whole, "rest": rest} | ({} if beta is None else {"beta": of_head(beta)})
-    find = _gradients if operands.log_decay.ndim == 3 else gated_bwd.gradients
     with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
         if beta is None:
             states, _ = _walk(k, v, numbers, operands.state, scale=None, **options)
@@ -79,7 +78,7 @@ def linear_attention_bwd(
             read = {"q": q, "k": k, "do": d_out} | numbers
             d_states, d_added, d_first = delta_bwd.d_states(read, d_state, scale=spec.scale, **options)
             tokens = {"q": q, "k": k, "v": lacked, "do": d_out, "d_added": d_added}
-        found = find(tokens | numbers, states, d_states, scale=spec.scale, **options)
+        found = _gradients(tokens | numbers, states, d_states, scale=spec.scale, **options)
     dq, dk_, dv, d_log_decay, *d_beta = found
     if g > 1:
         dq, dk_ = (x.reshape(b, t, hk, g, dk).sum(3).astype(q.dtype) for x in (dq, dk_))
@@ -209,8 +208,9 @@ def _gradients(
     """The cotangents of q and k by each value head, in float32 if there are several, of v, log_decay, and beta if any.
 
     Args:
-      tokens: q, k, v and do [b, t, heads, columns]; whole and rest, parts of the decays' logarithms, [b, h, t]. With
-        the delta rule also d_added, the cotangent of what is added, and beta; v is what the state lacked.
+      tokens: q, k, v and do [b, t, heads, columns]; whole and rest, parts of the decays' logarithms, [b, h, t] or
+        [b, t, h, dk]. With the delta rule also d_added, the cotangent of what is added, and beta; v is what the state
+        lacked.
     """
     (b, t, hk, dk), (h, dv), size = tokens["k"].shape, tokens["v"].shape[2:], config.chunk_size
     g, width, columns, like = h // hk, padded(dk), whole_tiles(dv, config.block_v), tokens["v"]
@@ -227,21 +227,21 @@ def _gradients(
     def state(head, c, row):
         return row, head, c, 0, 0
 
-    keys = pl.BlockSpec((None, size, None, width), of_key_head)
+    keys, of_d_keys = (pl.BlockSpec((None, size, None, width), at) for at in (of_key_head, of_head))
     values = pl.BlockSpec((None, size, None, columns), of_head)
-    of_token = pl.BlockSpec((None, None, size), number)
+    of_token, d_number = pl.BlockSpec((None, None, size), number), output((b, h, t), jnp.float32, like=like)
+    name, kernel = "delta_attention" if "beta" in tokens else "linear_attention", _gradients_kernel
+    if tokens["whole"].ndim == 4:
+        of_token, d_number = of_d_keys, output((b, t, h, dk), jnp.float32, like=like)
+        name, kernel = "gated_linear_attention", gated_bwd.gradients_kernel
     of_state = pl.BlockSpec((None, None, None, width, columns), state)
     blocks = {"q": keys, "k": keys, "v": values, "do": values, "d_added": values}
     d_keys = output((b, t, h, dk), like.dtype if g == 1 else jnp.float32, like=like)
-    d_number = output((b, h, t), jnp.float32, like=like)
-    of_d_keys = pl.BlockSpec((None, size, None, width), of_head)
     outs = [(d_keys, of_d_keys), (d_keys, of_d_keys), (output(like.shape, like.dtype, like=like), values)]
     outs += [(d_number, of_token)] * (2 if "beta" in tokens else 1)
     return pl.pallas_call(
-        functools.partial(
-            _gradients_kernel, names=(*tokens, "state", "d_state"), sizes=(t, dk, dv), config=config, scale=scale
-        ),
-        name="delta_attention_dqkv" if "beta" in tokens else "linear_attention_dqkv",
+        functools.partial(kernel, names=(*tokens, "state", "d_state"), sizes=(t, dk, dv), config=config, scale=scale),
+        name=f"{name}_dqkv",
         grid=(h, pl.cdiv(t, size), b),
         in_specs=[*(blocks.get(name, of_token) for name in tokens), of_state, of_state],
         out_specs=[block for _, block in outs],
@@ -262,28 +262,12 @@ def _gradients_kernel(
     ref = dict(zip(names, refs, strict=False))
     dq_ref, dk_ref, dv_ref, d_log_ref, *d_beta_ref = refs[len(names) :]
     (t, dk, dv), size, block_v, dtype = sizes, config.chunk_size, config.block_v, dv_ref.dtype
-    block_d, num_values = chunks(dk, config.block_d)[0][1], pl.cdiv(dv, block_v)
-    num_keys, token = pl.cdiv(dk, block_d), jnp.arange(size)
-    inside = pl.program_id(1) * size + token < t
-
-    def keys_at(n) -> tuple[Any, Array]:
-        return pl.ds(n * block_d, block_d), n * block_d + jnp.arange(block_d) < dk
-
-    def values_at(p) -> tuple[Any, Array]:
-        return pl.ds(p * block_v, block_v), p * block_v + jnp.arange(block_v) < dv
-
-    def rows(name: str, at: tuple[Any, Array]) -> Float[Array, "chunk block"]:
-        return load(ref[name].at[:, at[0]], mask=inside[:, None] & at[1][None, :], other=0.0)
-
-    def state(name: str, n, p) -> Float[Array, "block_d block_v"]:
-        (keys, used), (columns, valid) = keys_at(n), values_at(p)
-        return load(ref[name].at[keys, columns], mask=used[:, None] & valid[None, :], other=0.0)
-
-    def number(name: str) -> Float[Array, " chunk"]:
-        return load(ref[name], mask=inside, other=0.0)
-
-    def put(to, at: tuple[Any, Array], x: Float[Array, "chunk block"]):
-        store(to.at[:, at[0]], x.astype(to.dtype), mask=inside[:, None] & at[1][None, :])
+    token = jnp.arange(size)
+    chunk = Chunk(ref, pl.program_id(1) * size + token < t, dk, dv, config)
+    keys_at, values_at, rows, state, number, put = (
+        *(chunk.keys_at, chunk.values_at, chunk.rows, chunk.state, chunk.number, chunk.put),
+    )
+    inside, block_d, num_keys, num_values = chunk.inside, chunk.block_d, chunk.num_keys, chunk.num_values
 
     def in_float32(x: Array) -> Array:
         return x.astype(jnp.float32)
@@ -320,7 +304,7 @@ def _gradients_kernel(
             return by_queries, pairs[1] + product(erased(at), u, trans_b=True), d_beta
 
         def by_state(n, total):
-            return total + product(rows("k", keys_at(n)), state("d_state", n, p))
+            return total + product(rows("k", keys_at(n)), state("d_state", keys_at(n), values_at(p)))
 
         after = each(num_keys, by_state, jnp.zeros((size, block_v), jnp.float32))
         put(dv_ref, at, product(weights, do, trans_a=True) * scale + after * until_end)
@@ -345,7 +329,8 @@ def _gradients_kernel(
         at, zeros = keys_at(n), jnp.zeros((size, block_d), jnp.float32)
 
         def with_states(p, carry):
-            columns, before, after = values_at(p), state("state", n, p), state("d_state", n, p)
+            columns = values_at(p)
+            before, after = (state(name, keys_at(n), values_at(p)) for name in ("state", "d_state"))
             dq, dk, kept = carry[:3]
             dq = dq + product(rows("do", columns), before, trans_b=True)
             dk = dk + product(added(columns), after, trans_b=True)
