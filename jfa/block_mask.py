@@ -296,7 +296,9 @@ class BlockMask:
         """
         (b, tq, hq, d), (_, tk, hkv, _) = query.shape, key.shape
         make = _Builder(tq, tk, block_q, block_kv)
-        counts = np.broadcast_to(k, make.grid[:1]) if np.shape(k) in ((), make.grid[:1]) else np.zeros(1)
+        counts = np.asarray(k)
+        is_valid = counts.dtype.kind in "iu" and counts.shape in ((), make.grid[:1])
+        counts = np.broadcast_to(counts, make.grid[:1]) if is_valid else np.zeros(1, int)
         if not 1 <= counts.min() <= counts.max() <= make.grid[1]:
             raise ValueError(
                 f"k must be 1 to {make.grid[1]}, the number of tiles of {tk} keys, for all {make.grid[0]} tiles of "

@@ -7,6 +7,7 @@ compilers.py turns a kernel into machine code, machine_code.py analyzes the code
 
 import contextlib
 import dataclasses
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,9 @@ TENSOR_MEMORY_COLUMNS = 512
 # JAX identifies NVIDIA GPUs and TPUs by other names; jfa.device converts these names back.
 _KINDS = {"sm_80": "NVIDIA A100", "sm_90": "NVIDIA H100", "sm_100": "NVIDIA B200"}
 _KINDS |= {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v7x": "TPU7x"}
+
+
+_CACHE = threading.Lock()  # one thread at a time changes JAX's configuration
 
 
 class CompileError(RuntimeError):
@@ -126,17 +130,18 @@ def compile_lowered(lowered: Any, *, arch: str, compiler: str, options: Mapping[
     Raises:
       CompileError: compilation failed.
     """
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks for the flag once
-    try:
-        return lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CompileError(f"{compiler} produced no code for {arch}: {reason}") from error
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
+    with _CACHE:
+        before = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX asks for the flag once
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CompileError(f"{compiler} produced no code for {arch}: {reason}") from error
+        finally:
+            jax.config.update("jax_enable_compilation_cache", before)
+            compilation_cache.reset_cache()
 
 
 def lower(fn: Callable, *args: Any, arch: str) -> tuple[Kernel, ...]:

@@ -110,9 +110,9 @@ def config_from_gguf(
         norm_eps=norm_eps,
         tie_word_embeddings="output.weight" not in tensor_names,
         hidden_act=activation_of(family.defaults, architecture),
-        qkv_bias="blk.0.attn_q.bias" in tensor_names,
-        out_bias="blk.0.attn_output.bias" in tensor_names,
-        mlp_bias="blk.0.ffn_up.bias" in tensor_names,
+        qkv_bias=any(name.endswith(".attn_q.bias") for name in tensor_names),  # the first layer may have a state
+        out_bias=any(name.endswith(".attn_output.bias") for name in tensor_names),
+        mlp_bias=any(name.endswith(".ffn_up.bias") for name in tensor_names),
         attention_soft_cap=source.get("attn_logit_softcapping", family.defaults.get("attn_logit_softcapping")),
         logits_soft_cap=source.get("final_logit_softcapping", family.defaults.get("final_logit_softcapping")) or None,
         experts=experts,

@@ -71,6 +71,8 @@ def mixers_from_gguf(
         return {"mixers": ("mamba2",) * num_layers, "mamba2": mamba2}
     shared = source.get("expert_shared_feed_forward_length") if source.get("expert_count") else None
     scales = [source.get(name) for name in _GRANITE_SCALES]
+    if not all(isinstance(scale, int | float | None) for scale in scales):
+        raise ValueError(f"GGUF metadata: {arch}: {', '.join(_GRANITE_SCALES)} must be numbers, got {scales}")
     usual = (source.get("attention.key_length") or source["embedding_length"] / source["attention.head_count"]) ** -0.5
     return {
         "mixers": tuple("attention" if n else "mamba2" for n in _per_layer(source, num_layers)),
@@ -101,7 +103,9 @@ def _per_layer(source: Mapping[str, Any], num_layers: int) -> Sequence[int]:
 def _delta_mixers(source: Mapping[str, Any], num_layers: int) -> tuple[Mixer, ...]:
     check_counts(source, "GGUF metadata: qwen3next", "full_attention_interval")
     every = source.get("full_attention_interval", _EVERY)
-    has_state = source.get("attention.recurrent_layers") or [bool((i + 1) % every) for i in range(num_layers)]
+    has_state = source.get("attention.recurrent_layers", [bool((i + 1) % every) for i in range(num_layers)])
+    if not isinstance(has_state, Sequence):
+        has_state = (has_state,) * num_layers
     return tuple("gated_delta" if one else "attention" for one in has_state)
 
 

@@ -283,7 +283,7 @@ class DecoderConfig:
 
     def _check_sparse_attention(self) -> None:
         given = self.sparse_attention
-        if isinstance(given, str) or (given and len(given) != self.num_layers):
+        if not isinstance(given, tuple | list) or (given and len(given) != self.num_layers):
             raise ValueError(f"sparse_attention must have one entry per layer, {self.num_layers}, got {given!r}")
         given = tuple(None if entry is None else SparseConfig.of(entry) for entry in given)
         object.__setattr__(self, "sparse_attention", given)

@@ -81,6 +81,7 @@ MASKS = {
         lambda: BlockMask.bigbird(300, 300, window=2),
         "window must be an odd number of tiles, num_global and num_random must be >= 0, got 2, 1 and 1",
     ),
+    "top_k_of_a_half": (lambda: BlockMask.top_k(Q, KV, 0.5), "k must be 1 to 1, .*, got 0.5"),
     "top_k": (lambda: BlockMask.top_k(Q, KV, 2), "k must be 1 to 1, the number of tiles of 7 keys, .*, got 2"),
     "top_k_of_other_tiles": (
         lambda: BlockMask.top_k(Q, KV, np.array([1, 1])),

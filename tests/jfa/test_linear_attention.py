@@ -15,7 +15,7 @@ import jfa
 from jfa.kernels.triton.linear_bwd import linear_attention_bwd
 from jfa.types import LinearOperands, LinearSpec
 from jfa_bench.proof.proofs import linear_backward_check
-from jfa_bench.truth.linear_cases import CASES, SEGMENTS, LinearCase, arrays_of, recurrence, truth, truth_of
+from jfa_bench.truth.linear_cases import CASES, SEGMENTS, LinearCase, arrays_of, gradients, recurrence, truth, truth_of
 from jfa_bench.truth.numerics import assert_within, limit
 
 BACKENDS = {
@@ -398,6 +398,23 @@ def test_a_decay_of_zero_has_no_gradient():
 
     found = np.asarray(jax.jit(jax.grad(loss))(log_decay))
     assert not found[:, 2::3].any() and found[:, 1::3].all() and np.isfinite(found).all()
+
+
+def test_the_gradient_of_a_decay_of_a_column_near_0_has_its_digits():
+    known = truth("columns", "float32")
+    q, k, v, log_decay = (x[:1] for x in known.arrays)
+    log_decay = log_decay.copy()
+    log_decay[:, 8] = -25.0  # in the middle of a chunk; its gradient is 1e-10 of others
+    d_out, d_state = (x[:1] for x in known.cotangents)
+    wanted = gradients((q, k, v, log_decay), d_out, d_state)["log_decay"][:, 8]
+
+    def loss(log_decay):
+        out, state = jfa.linear_attention(q, k, v, log_decay, implementation="triton")
+        return (out * d_out).sum() + (state * d_state).sum()
+
+    found = np.asarray(jax.jit(jax.grad(loss))(log_decay))[:, 8]
+    assert 0 < np.abs(wanted).max() < 1e-8
+    assert_within(found, wanted, 1e-4 * np.abs(wanted).max())
 
 
 def test_the_gradient_through_the_kernel_does_not_need_promotion_of_ranks():

@@ -43,6 +43,8 @@ def gradients_kernel(
     def with_values(p, total):
         return total + product(rows("do", values_at(p)), rows("v", values_at(p)), trans_b=True) * scale
 
+    # sums over the keys before a token: a difference of sums up to it would round them away where a decay is near 0
+    is_earlier = (token[:, None] > token[None, :]).astype(jnp.float32)
     nothing = jnp.zeros((size, size), jnp.float32)
     d_weights = each(chunk.num_values, with_values, nothing)  # [query, key]
 
@@ -67,7 +69,7 @@ def gradients_kernel(
             decay, query, up_to_i = decays.up_to(i), row_of(q, i)[None, :], token[:, None] <= i
             wanted = decay * row_of(d_weights, i)[:, None]
             terms = wanted * k * query
-            before = jnp.cumsum(terms, axis=0) - terms + row_of(by_state, i)[None, :]
+            before = product(is_earlier, terms) + row_of(by_state, i)[None, :]
             d_log = d_log + jnp.where(up_to_i, before, row_of(to_state, i)[None, :])
             d_q = with_row(d_q, i, row_of(d_q, i) + (wanted * k).sum(0))
             weights = with_row(weights, i, row_of(weights, i) + (decay * k * query).sum(1))

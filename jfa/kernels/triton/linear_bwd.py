@@ -13,8 +13,9 @@ No program of the last kernel waits for another, and none holds a state: it read
 the dtype of the inputs, to which they are rounded for products anyway; their sums are float32. Gradients of queries and
 keys are summed over the value heads of a key head by XLA.
 
-The gradient of a decay's logarithm is the sum of all terms of which the decay is a factor. They are summed directly, so
-that it is precise also where a decay near 0 makes it tiny: differences of sums over a chunk round it away.
+The gradient of a decay's logarithm is the sum of all terms of which the decay is a factor. Differences of sums over a
+chunk would round it away where a decay near 0 makes it tiny. Here it has the rounding of the terms between the tokens
+of one chunk, with decays of columns only its own.
 
 Forward: linear.py, with the mathematics. Tested in tests/jfa/test_linear_attention.py.
 """

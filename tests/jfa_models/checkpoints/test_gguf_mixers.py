@@ -123,6 +123,11 @@ REFUSED = {  # name: (file, changed keys, message)
         {"attention.head_count_kv": [0, 2, 0, 2]},
         "mixers must have one entry per layer, 3, got 4",
     ),
+    "scale": (
+        "granitemoehybrid",
+        {"embedding_scale": "x"},
+        r"granitehybrid: attention.scale, embedding_scale, residual_scale, logit_scale must be numbers, got \[0.5, 'x'",
+    ),
     "layers_differ": (
         "granitemoehybrid",
         {"attention.head_count_kv": [4, 2, 0]},
@@ -146,3 +151,11 @@ def test_the_layers_with_a_state_may_be_listed():
     listed = {**metadata, "qwen3next.attention.recurrent_layers": [True, False, True, False]}
     assert config_from_gguf(listed, []).attention_layers == (1, 3)
     assert config_from_gguf(metadata, []).attention_layers == (3,)
+    for one, layers in ((True, ()), (False, (0, 1, 2, 3))):
+        assert config_from_gguf(listed | {"qwen3next.attention.recurrent_layers": one}, []).attention_layers == layers
+
+
+def test_a_bias_of_attention_is_found_behind_a_layer_with_a_state():
+    metadata = open_checkpoint(GOLDEN / "granitemoehybrid.gguf").metadata
+    assert config_from_gguf(metadata, ["blk.1.attn_q.bias", "blk.1.attn_output.bias"]).qkv_bias
+    assert not config_from_gguf(metadata, ["blk.1.attn_output.bias"]).qkv_bias

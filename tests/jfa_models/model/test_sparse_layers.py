@@ -197,6 +197,7 @@ def test_entries_are_read_from_text():
 STATES = dict(mixers=("attention", "mamba2"), mamba2=Mamba2Config(num_heads=2, head_dim=8, state_size=8))
 REFUSED = {
     "number": (dict(sparse_attention=("top-k:0.5",)), r"one entry per layer, 2, got \('top-k:0.5',\)"),
+    "one": (dict(sparse_attention=5), "one entry per layer, 2, got 5"),
     "text": (dict(sparse_attention="top-k:0.5"), "one entry per layer, 2, got 'top-k:0.5'"),
     "form": (dict(sparse_attention=(None, "top-k")), "must be PATTERN:FRACTION, such as top-k:0.25, got 'top-k'"),
     "states": (STATES, "sparse_attention=top-k:0.5: layer 1 is a layer of mamba2, which has no scores; make its entry"),
