@@ -37,7 +37,7 @@ def test_the_kernel_meets_the_numerics_contract(arch, dtype):
     flash(arch, dtype).check()
 
 
-@pytest.mark.parametrize("arch", [run("gfx942", quick=False), run("gfx1100", quick=False, soak=True)])
+@pytest.mark.parametrize("arch", [run(arch, quick=False, soak=True) for arch in ("gfx942", "gfx1100")])
 def test_most_one_instruction_changes_are_detected(arch):
     known = flash(arch, "float16")
     missed = [what for what, asm in mutants(known.built.asm, MUTANTS, seed=0) if complaint(known, asm) is None]
