@@ -41,7 +41,8 @@ def support(compiled: Sequence[Record], proven: Sequence[Record], *, skipping: b
 
     skipping: of names.SKIPPING_OPS; otherwise of all others.
     """
-    chosen = [row for row in compiled if row["arch"] in names.ARCHS and (row["op"] in names.SKIPPING_OPS) == skipping]
+    skips = {kernel for kernel, (op, _) in names.KERNELS.items() if op in names.SKIPPING_OPS}
+    chosen = [row for row in compiled if row["arch"] in names.ARCHS and (row["kernel"] in skips) == skipping]
     return _support(chosen, proven, names.ARCHS)
 
 

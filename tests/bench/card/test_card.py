@@ -304,8 +304,8 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
         named |= {(row.op, row.direction, name) for part in parts for name in part} if row.head_dim is None else set()
     paged = {name: case.queries for name, case in paged_cases.CASES.items()}
     products = {name: product_cases.CASES[name].rows <= 16 for name in product_cases.ON_GPUS}
-    linear = {name: linear_cases.CASES[name].delta for name in linear_cases.ON_GPUS}
-    differentiated = {name: delta for name, delta in linear.items() if linear_cases.CASES[name].rows is None}
+    linear = {name: linear_cases.CASES[name].op for name in linear_cases.ON_GPUS}
+    differentiated = {name: op for name, op in linear.items() if linear_cases.CASES[name].rows is None}
     directions = ("forward", "backward")
     assert named == {
         *(("flash_attention", direction, name) for direction in directions for name in cases.CASES),
@@ -313,10 +313,8 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
         *(("ragged_paged_attention", "forward", name) for name, queries in paged.items() if queries is not None),
         *(("quantized_matmul_few_rows", "forward", name) for name, few in products.items() if few),
         *(("quantized_matmul", "forward", name) for name, few in products.items() if not few),
-        *(("linear_attention", "forward", name) for name, delta in linear.items() if not delta),
-        *(("delta_attention", "forward", name) for name, delta in linear.items() if delta),
-        *(("linear_attention", "backward", name) for name, delta in differentiated.items() if not delta),
-        *(("delta_attention", "backward", name) for name, delta in differentiated.items() if delta),
+        *((op, "forward", name) for name, op in linear.items()),
+        *((op, "backward", name) for name, op in differentiated.items()),
         *(("block_sparse_attention", direction, name) for direction in directions for name in sparse_cases.ON_GPUS),
     }
     assert any(row.head_dim is not None for row in rows) == tiles

@@ -139,7 +139,15 @@ def test_the_error_for_a_folder_without_records_says_how_to_create_some(tmp_path
 
 def test_without_a_folder_the_support_table_is_printed():
     records = report.load("compile"), report.load("prove")
-    assert run().stdout == f"{report.support(*records)}\n\n{report.support_on_tpus(*records)}\n"
+    tables = report.support(*records), report.support(*records, skipping=True), report.support_on_tpus(*records)
+    assert run().stdout == "\n\n".join(tables) + "\n"
+
+
+def test_what_skips_scores_has_a_table_of_its_own():
+    records = [compiled(), compiled(kernel="linear_attention"), compiled(kernel="block_sparse_attention")]
+    first = [line.split(", ")[0] for line in report.support(records, []).splitlines()[2:]]
+    others = [line.split(", ")[0] for line in report.support(records, [], skipping=True).splitlines()[2:]]
+    assert (first, others) == (["| `flash_attention`"], ["| `linear_attention`", "| `block_sparse_attention`"])
 
 
 def test_a_kernel_for_tpus_is_interpreted_if_every_proof_passed():
