@@ -146,7 +146,7 @@ DRAFTS = {"states": "mamba2", "both": "granitemoehybrid", "attention": "llama3_t
         *(run(name, "ngram", None, quick=False, soak=True) for name in NAMES),
         *(run(name, "self", None, quick=False, soak=True) for name in NAMES),
         run("mamba2", "draft_model", "attention", quick=False, soak=True),
-        run("llama3_tiny", "draft_model", "states", quick=True),
+        run("llama3_tiny", "draft_model", "states", quick=False, soak=True),
         run("qwen3_next", "draft_model", "both", quick=False, soak=True),
         run("granitemoehybrid", "draft_model", "attention", quick=False, soak=True),
     ],
