@@ -371,21 +371,7 @@ def all_cases() -> dict[str, Case]:
             },
         ),
         "qwen3_next": Case(
-            config=transformers.Qwen3NextConfig(
-                **SMALL | {"num_hidden_layers": 4},
-                head_dim=16,
-                linear_num_key_heads=2,
-                linear_num_value_heads=4,
-                linear_key_head_dim=8,
-                linear_value_head_dim=12,
-                num_experts=4,
-                num_experts_per_tok=2,
-                moe_intermediate_size=16,
-                shared_expert_intermediate_size=20,
-                norm_topk_prob=True,
-                mlp_only_layers=[1],
-                rope_parameters=plain_rope(1e3, partial_rotary_factor=0.5),
-            ),
+            config=qwen3_next(linear_value_head_dim=12, mlp_only_layers=[1]),
             wrong={
                 "normalised weights": {"norm_topk_prob": False},
                 "experts per token": {"num_experts_per_tok": 1},
@@ -394,20 +380,7 @@ def all_cases() -> dict[str, Case]:
         ),
         # What a GGUF file of this architecture can say: experts in every layer, and states that are square.
         "qwen3_next_square": Case(
-            config=transformers.Qwen3NextConfig(
-                **SMALL | {"num_hidden_layers": 4},
-                head_dim=16,
-                linear_num_key_heads=2,
-                linear_num_value_heads=4,
-                linear_key_head_dim=8,
-                linear_value_head_dim=8,
-                num_experts=4,
-                num_experts_per_tok=2,
-                moe_intermediate_size=16,
-                shared_expert_intermediate_size=20,
-                norm_topk_prob=True,
-                rope_parameters=plain_rope(1e3, partial_rotary_factor=0.5),
-            ),
+            config=qwen3_next(linear_value_head_dim=8),
             wrong={"partial rotary": {"rope_parameters": plain_rope(1e3, partial_rotary_factor=1.0)}},
             gguf="qwen3next",
         ),
@@ -429,6 +402,24 @@ def granite(**more: Any) -> PreTrainedConfig:
         | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 12, "mamba_chunk_size": 7}
         | {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.5, "logits_scaling": 2.0}
         | more
+    )
+
+
+def qwen3_next(**more: Any) -> PreTrainedConfig:
+    """Three layers with a state, and one with attention."""
+    return transformers.Qwen3NextConfig(
+        **SMALL | {"num_hidden_layers": 4},
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=20,
+        norm_topk_prob=True,
+        rope_parameters=plain_rope(1e3, partial_rotary_factor=0.5),
+        **more,
     )
 
 
