@@ -203,7 +203,7 @@ class BlockConfig:
     block_q: int
     block_kv: int
     widen: bool = False  # cast tiles to float32 before a matrix product: for CPUs without a fast 16-bit one
-    packed: bool = False  # forward: one block-diagonal product for all heads, without a transposed copy of the keys
+    elementwise: bool = False  # forward: sums of elementwise products, without a transposed copy of keys: for one query
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_kv < 1:

@@ -17,7 +17,7 @@ TILES = {
     "xla": jfa.BlockConfig(block_q=16, block_kv=16, widen=True),
     "triton": jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1),
 }
-PACKED = jfa.BlockConfig(block_q=8, block_kv=16, widen=True, packed=True)
+ELEMENTWISE = jfa.BlockConfig(block_q=8, block_kv=16, widen=True, elementwise=True)
 # float16 and bfloat16 differ only in rounding, so half of the cases run in each. An interpreted kernel takes seconds:
 # the quick runs skip cases on triton whose options are also in another case, and run xla in one dtype of each case.
 # What only differs in dtype from a quick run is left to the longest run.
@@ -69,7 +69,7 @@ def test_agrees_with_the_oracle(name, dtype, backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["one_query_each", "cached_chunk", "gqa", "mask"])
-@pytest.mark.parametrize("config", [None, jfa.BlockConfig(block_q=8, block_kv=16), PACKED], ids=str)
+@pytest.mark.parametrize("config", [None, jfa.BlockConfig(block_q=8, block_kv=16), ELEMENTWISE], ids=str)
 def test_other_tiles_give_the_same_result(name, dtype, config):
     known = truth(name, dtype)
     out, lse = attend(name, dtype, "xla", config=config)
@@ -172,7 +172,7 @@ def test_with_float64_as_the_default_dtype(backend):
     np.testing.assert_array_equal(out, attend("cached_chunk", "float32", backend)[0])
 
 
-@pytest.mark.parametrize("config", [None, PACKED], ids=["default", "packed"])
+@pytest.mark.parametrize("config", [None, ELEMENTWISE], ids=["default", "elementwise"])
 def test_nan_in_one_of_several_heads_stays_there(config):
     key = jnp.ones((1, 9, 2, 16)).at[0, 3, 0].set(jnp.nan)  # key head 0, which query heads 0 and 1 read
     out = jfa.dot_product_attention(jnp.ones((1, 1, 4, 16)), key, jnp.ones((1, 9, 2, 16)), config=config)

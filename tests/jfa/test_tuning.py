@@ -15,6 +15,7 @@ from jfa.backends import triton
 from jfa.block_mask import SparseOperands
 from jfa.device import describe
 from jfa.kernels.triton.flash import default_config
+from jfa.kernels.xla import flash as xla_flash
 from jfa.kernels.xla import paged as xla_paged
 from jfa.types import Operands, PagedOperands
 
@@ -179,6 +180,20 @@ def test_default_tiles_are_pipelined_only_on_nvidia():
     assert stages == [2, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("b", "hkv", "d", "block_kv", "elementwise"),
+    [
+        *((1, 3, 64, 512, True), (8, 3, 64, 256, True), (1, 1, 256, 128, False)),
+        *((32, 8, 128, 32, False), (0, 1, 8, 512, False)),
+    ],
+)
+def test_default_tiles_of_one_query_on_a_cpu(b, hkv, d, block_kv, elementwise):
+    """A tile of keys stays in cache; many small heads are not copied."""
+    q, k = (jax.ShapeDtypeStruct((b, t, heads, d), "float32") for t, heads in ((1, 2 * hkv), (4096, hkv)))
+    config = xla_flash.default_config(Operands(q, k, k), describe("cpu", "cpu"))
+    assert (config.block_q, config.block_kv, config.elementwise) == (1, block_kv, elementwise)
+
+
 def test_default_tiles_of_the_paged_xla_ops():
     """Whole pages for one query per row on a CPU; otherwise tiles of about the number of queries per row."""
     pages = jnp.zeros((9, 256, 1, 8))
@@ -187,7 +202,7 @@ def test_default_tiles_of_the_paged_xla_ops():
         rows = PagedOperands(jnp.zeros((num_queries, 4, 8)), pages, pages, jnp.zeros((b, 2), int), jnp.zeros(b, int))
         return xla_paged.default_config(rows._replace(**ragged), describe("cpu", "cpu"))
 
-    assert config(4, 4).block_kv == 256
+    assert config(4, 4).block_kv == 512
     for b, queries, block_q in ((4, 8, 16), (4, 128, 32), (4, 400, 128), (4, 4096, 256), (1, 128, 128), (0, 64, 64)):
         assert config(b, queries, query_start=jnp.zeros(b + 1, int)).block_q == block_q
 

@@ -25,20 +25,28 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 # A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
 SCORE_TILE_BYTES = 4 << 20
 
-# For fewer queries than this, a mask costs less than a second loop over keys (bench/LOG.md).
-_LEAST_UNMASKED = 16
+# For fewer queries than this, a mask costs less than a second loop over keys, and on a CPU the time goes to the keys. A
+# tile then has up to so many of them, of so many bytes in float32, for one head and for all (bench/LOG.md).
+_FEW_QUERIES = 16
+_MOST_KEYS, _KEY_BYTES_OF_HEAD, _KEY_BYTES = 512, 128 << 10, 2 << 20
 
 _SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax.export)
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
-    """Tiles of 256 x 256, or narrower for few queries, large batches and many heads."""
+    """Tiles of 256 x 256, or narrower for large batches and many heads; few queries on a CPU: by the size of keys."""
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
     in_bfloat16 = device.multiplies_bfloat16 and all(x.dtype == jnp.bfloat16 for x in operands[:3])
     widen = on_cpu and not (in_bfloat16 and _has_few_keys(operands))
     if not all(isinstance(n, int) for n in (b, tq, operands.k.shape[1])):
         return BlockConfig(block_q=_SYMBOLIC_BLOCK, block_kv=_SYMBOLIC_BLOCK, widen=widen)
+    if on_cpu and tq < _FEW_QUERIES:
+        hkv, d = operands.k.shape[2:]
+        keys = min(_MOST_KEYS, min(_KEY_BYTES_OF_HEAD, _KEY_BYTES // max(b * hkv, 1)) // (4 * max(d, 1)))
+        block_kv = 1 << (max(32, keys).bit_length() - 1)  # a power of two
+        elementwise = tq == 1 and hkv > 1 and d <= 64 and all(x.dtype == jnp.float32 for x in operands[:3])
+        return BlockConfig(block_q=max(1, tq), block_kv=block_kv, widen=widen, elementwise=elementwise)
     # on a CPU, the query heads of a group are rows of one product, which is then large enough
     block_q = max(1, min(tq, 128 if on_cpu and operands.group_size > 1 else 256))
     is_wide = 256 * 4 * b * hq * block_q <= SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
@@ -304,7 +312,7 @@ class _Grid(NamedTuple):
             end = jnp.minimum(end, self.tk - meets[::-1].argmax())
         first, end = first // self.block_kv, -(-end // self.block_kv)
         by_data = operands.q_segments is not None or (operands.mask is not None and not by_tree)
-        if by_data or self.block_q < _LEAST_UNMASKED:
+        if by_data or self.block_q < _FEW_QUERIES:
             return first, end, end, end
         inside = first if spec.left is None and not by_tree else _least(_most(-(-inside // self.block_kv), first), end)
         return first, inside, _least(_most(outside // self.block_kv, inside), end), end
@@ -321,7 +329,7 @@ def _over_keys(operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, kv
 class _ScoreTile(NamedTuple):
     scores: Float[Array, "b hkv g bq bk"]  # soft-capped; -inf where masked
     visible: Bool[Array, "#b #hkv #g bq bk"] | None  # None: all
-    k_block: Float[Array, "b hkv bk d"]  # [b, bk, hkv, d] if packed
+    k_block: Float[Array, "b hkv bk d"]  # [b, bk, hkv, d] if elementwise
     v_block: Float[Array, "b hkv bk d"]
 
     @property
@@ -374,12 +382,12 @@ def _score_tile(
     masked: bool,
 ) -> _ScoreTile:
     k_start = grid.k_start(j)
-    read = _rows if config.packed else _kv_tile
+    read = _rows if config.elementwise else _kv_tile
     k_block, v_block = (read(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
     if config.widen:
         q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
-    if config.packed:
-        scores = _packed_scores(q_block, k_block)
+    if config.elementwise:
+        scores = _elementwise_scores(q_block, k_block)
     else:
         scores = _rows_dot("bhrd,bhkd->bhrk", q_block, k_block)
     scores = scores if scale == 1.0 else scale * scores
@@ -426,13 +434,13 @@ def _kept(
 def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: BlockConfig) -> Array:
     """p v of one tile."""
     p, v_block = p.astype(tile.v_block.dtype), tile.v_block
-    if not config.packed:
+    if not config.elementwise:
         return _rows_dot("bhrk,bhkd->bhrd", p, tile.seen_only(v_block))
-    b, hkv, g, bq, bk = p.shape
+    # without the barrier, the weights would be computed again for each of the head_dim columns
+    weights = jnp.moveaxis(_merge_groups(lax.optimization_barrier(p)), 3, 1)[..., None]
 
     def product(v_block):
-        out = dot("brk,bkc->brc", p.reshape(b, -1, bk), _merge_heads(v_block))
-        return jnp.einsum("bhgqhd->bhgqd", out.reshape(b, hkv, g, bq, hkv, -1))
+        return _sum_of_products(weights, v_block[:, :, :, None], axis=1).reshape(*p.shape[:4], -1)
 
     if tile.visible is None:
         return product(v_block)
@@ -444,23 +452,19 @@ def _times_values(p: Float[Array, "b hkv g bq bk"], tile: _ScoreTile, config: Bl
     )
 
 
-def _packed_scores(
+def _elementwise_scores(
     q_block: Float[Array, "b hkv g bq d"], k_block: Float[Array, "b bk hkv d"]
 ) -> Float[Array, "b hkv g bq bk"]:
-    """The scores of all heads by one product, whose left side has each query row in the columns of its own key head."""
-    b, hkv, _, _, d = q_block.shape
-    rows = q_block.reshape(b, hkv, -1, 1, d) * jnp.eye(hkv, dtype=q_block.dtype)[:, None, :, None]
-    scores = dot("brc,bkc->brk", rows.reshape(b, -1, hkv * d), _merge_heads(k_block))
-    # 0 (of another head) times inf or NaN is NaN: in that case, use one product per head
-    return lax.cond(
-        jnp.isfinite(scores).all(),
-        lambda: scores.reshape(*q_block.shape[:4], -1),
-        lambda: _rows_dot("bhrd,bhkd->bhrk", q_block, k_block.swapaxes(1, 2)),
+    """The scores as sums of elementwise products: keys are read in their order, and not copied."""
+    # the barrier keeps XLA from computing the sums in the order of the transposed result
+    scores = lax.optimization_barrier(
+        _sum_of_products(_merge_groups(q_block)[:, None], k_block[:, :, :, None], axis=-1)
     )
+    return jnp.moveaxis(scores, 1, 3).reshape(*q_block.shape[:4], -1)
 
 
-def _merge_heads(x: Float[Array, "b bk hkv d"]) -> Float[Array, "b bk hkv*d"]:
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+def _sum_of_products(a: Array, b: Array, *, axis: int) -> Array:
+    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=axis)
 
 
 class _HeadsFirst(NamedTuple):
@@ -481,7 +485,7 @@ class _HeadsFirst(NamedTuple):
 def _with_heads_first(operands: Operands, config: BlockConfig) -> Operands:
     """Copies k and v once, if they are not widened: XLA on a CPU multiplies a tile that was transposed within the loop
     in float32."""
-    if config.widen or config.packed or hasattr(operands.k, "rows") or not _has_few_keys(operands):
+    if config.widen or config.elementwise or hasattr(operands.k, "rows") or not _has_few_keys(operands):
         return operands
     return operands._replace(k=_HeadsFirst.of(operands.k), v=_HeadsFirst.of(operands.v))
 

@@ -24,10 +24,6 @@ _MOST_SLICES = 8
 
 _FAR = 2**30  # a key after all others
 
-# With up to this many key heads, one block-diagonal product for all of them takes less time than a transposed copy of
-# the gathered keys and a product per head; for other dtypes, their cast to float32 transposes at no cost.
-_PACKED_HEADS = 4
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -99,8 +95,9 @@ def default_config(operands: PagedOperands, device: DeviceInfo) -> BlockConfig:
             return config
         # pages of up to 256 tokens in one piece, so that _runs can slice them
         block_kv = max(config.block_kv, min(256, operands.k_pages.shape[1]))
-        packed = operands.q.dtype == jnp.float32 and operands.k_pages.shape[2] <= _PACKED_HEADS
-        return dataclasses.replace(config, block_kv=block_kv, packed=packed)
+        # other dtypes are cast to float32, which transposes at no cost
+        elementwise = config.elementwise and operands.k_pages.dtype == operands.v_pages.dtype == jnp.float32
+        return dataclasses.replace(config, block_kv=block_kv, elementwise=elementwise)
     n = operands.q.shape[0]
     block_q = 16
     while block_q < min(256, n // max(b, 1)):
