@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from runs import run
 
 import jfa
-from jfa.kernels.tpu import flash, flash_bwd, paged, tile
+from jfa.kernels.tpu import flash, flash_bwd, paged, products, tile
 from jfa.kernels.tpu._pallas import pltpu
 from jfa_bench import cli, configs, names
 from jfa_bench.proof import by_libtpu, compile, compilers, model, pool, proofs, prove, steps
-from jfa_bench.truth import cases, paged_cases
+from jfa_bench.truth import cases, paged_cases, product_cases
 
 needs_libtpu = pytest.mark.skipif(by_libtpu.why_not() is not None, reason=by_libtpu.why_not() or "")
 CASE = compile.Case(kernel="flash_attention", dtype="bfloat16", head_dim=128, arch="v5e")
@@ -266,6 +266,48 @@ def test_a_broken_backward_pass_is_noticed(broken, name):
 @pytest.mark.exhaustive
 def test_the_whole_backward_pass_is_not_refused():
     assert gradients_proven().wrong is None
+
+
+def product_proven():
+    """The verdict on a product of several groups and steps, with zero points."""
+    case = product_cases.ProductCase(rows=2, out=20, width=2048, kind="int4", group_size=128, zeros=True)
+    truth = product_cases.truth_of(case, "float32", seed=0)
+    truth.options["config"] = jfa.TpuProductConfig(block_rows=16, block_out=128, block_in=256)
+    return proofs.interpreted(proofs.product_check(truth, "tpu"))
+
+
+def next_scales(x, weight, first, *rest):
+    return _of_piece(x, weight, first + 1, *rest)
+
+
+def without_zeros(*call):
+    scales, offsets = _of_groups(*call)
+    return scales, jnp.zeros_like(offsets)
+
+
+def low_halves_twice(*call):
+    for piece, weight in _numbers(*call):
+        low = weight[:, : weight.shape[1] // 2]
+        yield piece, jnp.concatenate([low, low], axis=1)
+
+
+_of_piece, _of_groups, _numbers = products._of_piece, products._of_groups, products._numbers
+PRODUCT_MUTANTS = {
+    "sums_in_bfloat16": (products, "_of_piece", lambda *call: _of_piece(*call).astype(jnp.bfloat16).astype("float32")),
+    "wrong_groups_scale": (products, "_of_piece", next_scales),
+    "no_zero_point": (products, "_of_groups", without_zeros),
+    "low_halves_twice": (products, "_numbers", low_halves_twice),
+}
+
+
+@pytest.mark.parametrize("name", [run(name, quick=name != "low_halves_twice") for name in PRODUCT_MUTANTS])
+def test_a_broken_product_is_noticed(broken, name):
+    broken(*PRODUCT_MUTANTS[name])
+    assert product_proven().wrong
+
+
+def test_the_whole_product_is_not_refused():
+    assert product_proven().wrong is None
 
 
 def wait_for_ever(row):
