@@ -34,6 +34,7 @@ from . import aot, by_libtpu, by_xla, compilers, pool
 from .program import Program, ProgramError, by_role, collectives, compile_program, each, kernels, shape_bytes
 
 _LAYERS = 2
+_ROOM = 128  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,7 +215,9 @@ def _cache(row: Row, config: DecoderConfig) -> Any:
         params=(jax.ShapeDtypeStruct((1,), row.dtype),),  # type: ignore[arg-type]
         cache_options=CacheOptions(kind=row.cache, kv_dtype=row.kv_dtype),  # type: ignore[arg-type]
     )
-    return jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=row.context))
+    # with room for more on a TPU, where a copy of the cache is told from one of a prompt's keys by its size
+    capacity = row.context + (_ROOM if row.arch in names.TPU_ARCHS else 0)
+    return jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=capacity))
 
 
 def _one_layer(program: Program) -> list[str]:
