@@ -33,7 +33,7 @@ from jfa.types import DeviceInfo, ProductOperands, ProductSpec, TpuProductConfig
 
 FEW_ROWS = 16  # up to one tile of 16-bit rows: the time is that of reading the weight
 
-# Tiles, best first by the instructions of libtpu's code: the first that fits is used.
+# Tiles, largest first: the first that fits is used.
 _FEW = ((16, 512, 2048), (16, 256, 1024), (16, 128, 256))
 _MANY = ((512, 512, 1024), (256, 512, 1024), (256, 256, 512), (128, 128, 256))
 
@@ -60,6 +60,8 @@ def why_not(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) ->
     for name, found in (("x", x), ("the weight", operands.values)):
         if not all(isinstance(n, int) for n in found.shape):
             return f"a kernel's grid has a static size, but {name} has the symbolic shape {found.shape}"
+    if reason := tile.why_not_device(device) or tile.why_not_dtypes(x):
+        return reason
     if spec.rounds_inputs:
         return "the TPU kernel does not round inputs"
     if group is not None and group < x.shape[1] and (group < 16 or group & (group - 1)):
@@ -77,11 +79,8 @@ def why_not(operands: ProductOperands, spec: ProductSpec, device: DeviceInfo) ->
         )
     block_rows, block_out, block_in = (_FEW if x.shape[0] <= FEW_ROWS else _MANY)[-1]
     config = TpuProductConfig(block_rows=block_rows, block_out=block_out, block_in=block_in)
-    return (
-        tile.why_not_device(device)
-        or tile.why_not_dtypes(x)
-        or tile.why_not_vmem(vmem_bytes(operands, spec, config), device, "the smallest tiles and a row's scales")
-    )
+    needed = vmem_bytes(operands, spec, config)
+    return tile.why_not_vmem(needed, device, "the smallest tiles and a row's scales")
 
 
 def name(operands: ProductOperands) -> str:
