@@ -40,6 +40,7 @@ SKIPPING_OPS = (*LINEAR_OPS, "block_sparse_attention")  # that do without some s
 # that have tables of their own; block-sparse attention uses those of flash attention
 TUNED = tuple(name for name, (op, _) in KERNELS.items() if name != "flash_attention_bwd" and op not in SKIPPING_OPS)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
+TPU_KERNELS += ("quantized_matmul_few_rows", "quantized_matmul")
 GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")
 OPS = tuple(dict.fromkeys(op for op, _ in KERNELS.values()))
 DIRECTIONS = ("forward", "backward")

@@ -27,4 +27,5 @@ from jfa.types import LinearKernelConfig as LinearKernelConfig
 from jfa.types import PagedConfig as PagedConfig
 from jfa.types import ProductConfig as ProductConfig
 from jfa.types import TpuConfig as TpuConfig
+from jfa.types import TpuProductConfig as TpuProductConfig
 from jfa.types import UnsupportedError as UnsupportedError

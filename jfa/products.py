@@ -14,7 +14,7 @@ from jfa.device import probe
 from jfa.kernels.xla import products as in_xla
 from jfa.quant import QuantizedArray
 from jfa.rules import compiled, with_default_rules
-from jfa.types import DeviceInfo, Implementation, ProductConfig, ProductOperands, ProductSpec
+from jfa.types import DeviceInfo, Implementation, ProductConfig, ProductOperands, ProductSpec, TpuProductConfig
 
 
 @with_default_rules
@@ -23,7 +23,7 @@ def quantized_matmul(
     weight: QuantizedArray,
     *,
     implementation: Implementation | None = None,
-    config: ProductConfig | None = None,
+    config: ProductConfig | TpuProductConfig | None = None,
 ) -> Float[Array, "*b out"]:
     """x weight^T for a weight in 8 or 4 bits, which is read as it is stored. Sums are float32 (int32 of integers).
 
@@ -35,8 +35,8 @@ def quantized_matmul(
     Args:
       x: [..., in]; float16, bfloat16 or float32.
       weight: [out, in], in groups along `in` or with one scale for each row.
-      implementation: "reference", "xla" or "triton" to require that backend; None to choose automatically.
-      config: a ProductConfig for "triton"; None: the backend's default.
+      implementation: "reference", "xla", "triton" or "tpu" to require that backend; None to choose automatically.
+      config: a ProductConfig for "triton", a TpuProductConfig for "tpu"; None: the backend's default.
 
     Returns:
       [..., out] in the dtype of x.
@@ -103,7 +103,7 @@ class _Plan:
 
     backend: str
     spec: ProductSpec
-    config: ProductConfig | None
+    config: ProductConfig | TpuProductConfig | None
     device: DeviceInfo
 
 

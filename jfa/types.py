@@ -279,6 +279,21 @@ class ProductConfig:
         _check_splits(self.num_splits)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuProductConfig:
+    """Tile sizes of the `tpu` kernel for products with quantized weights. They affect the speed, not the result."""
+
+    block_rows: int  # rows of x
+    block_out: int  # rows of the weight
+    block_in: int  # columns that are multiplied per step
+
+    def __post_init__(self) -> None:
+        # two 4-bit numbers are one column of lanes
+        for name, least in (("block_rows", 16), ("block_out", 128), ("block_in", 256)):
+            if (size := getattr(self, name)) < least or size % least:
+                raise ValueError(f"{name} must be a multiple of {least}, got {size}")
+
+
 def _check_tile(name: str, size: int) -> None:
     if size < 16 or size & (size - 1):
         raise ValueError(f"{name} must be a power of two of at least 16, the smallest matrix tile, got {size}")

@@ -86,7 +86,8 @@ def compile_command(
 
         if reason := configs.unknown([model]):
             raise click.UsageError(reason)
-        _refuse_tpus(arch)
+        if hosts > 1 and (tpus := [name for name in arch if name in names.TPU_ARCHS]):
+            raise click.UsageError(f"--hosts is of GPUs, got {tpus[0]}: a slice of TPUs has --devices")
         if compiler == "triton":
             raise click.UsageError("--model needs --compiler xla: a whole program is compiled by XLA")
         if kv_dtype and cache != "paged":

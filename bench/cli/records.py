@@ -58,12 +58,12 @@ def report_command(folder) -> None:
     """Print tables of records and write a page.
 
     Reads the records in FOLDER and writes FOLDER/report.html, with plots.
-    Without FOLDER, prints the support table, from the records in bench/results.
+    Without FOLDER, prints the support tables, from the records in bench/results.
     """
     if folder is None:
         records = report.load("compile"), report.load("prove")
         tables = report.support(*records), report.support(*records, skipping=True), report.support_on_tpus(*records)
-        click.echo("\n\n".join(tables))
+        click.echo("\n\n".join((*tables, report.models_on_tpus(report.load("models-tpu")))))
         return
     report.write(folder)
 

@@ -1,10 +1,11 @@
-"""Compiles a call for a TPU with libtpu, which needs no TPU, and reads what the compiler says about it.
+"""Compiles calls and whole steps for TPUs with libtpu, which needs no TPU, and reads what the compiler says about them.
 
 libtpu compiles whole programs: the figures of a call include what XLA adds around the kernel, such as copies of
 operands to the layout that the kernel reads.
 """
 
 import atexit
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -12,19 +13,25 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from jfa.kernels.tpu import tile
 
-from . import aot
+from . import aot, program
 from .aot import CompileError
+from .program import Instruction
 
-_TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v7x": "tpu7x:1x1x1"}
+# Slices by their number of devices, as libtpu names them. A chip of v7x is two devices.
+_PLANES = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
+_CUBES = {1: "1x1x1", 2: "1x1x1", 4: "1x2x1", 8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4"}
+_TOPOLOGIES = {"v5e": ("v5e", _PLANES), "v6e": ("v6e", _PLANES), "v7x": ("tpu7x", _CUBES)}
 
 # Fields of a record of a TPU. vmem_limit: what a kernel may use of the chip's VMEM. hbm_bytes and flops are those of
 # the program, with what the kernel states for itself; roofline_ms is XLA's estimate from these.
@@ -57,11 +64,8 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
       RuntimeError: libtpu is not installed; the message names the extra.
       CompileError: compilation failed, or the program has no such kernel.
     """
-    sharding = jax.sharding.SingleDeviceSharding(_device(arch))
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    with aot.target(arch) as info:
-        lowered = jax.jit(fn).trace(*placed).lower()
-        compiled = aot.compile_lowered(lowered, arch=arch, compiler="libtpu")
+    _dumps()
+    compiled = _compiled(jax.jit(fn), args, arch)
     text, cost, memory = compiled.as_text() or "", compiled.cost_analysis() or {}, compiled.memory_analysis()
     assert memory is not None
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line and kernel in line]
@@ -71,7 +75,7 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
     seconds = cost.get("optimal_seconds")
     return {
         "vmem_bytes": max((int(size) for line in calls for size in _VMEM.findall(line)), default=None),
-        "vmem_limit": tile.budget(info),
+        "vmem_limit": tile.budget(aot.device(arch)),
         "hbm_bytes": _whole(cost.get("bytes accessed")),
         "flops": _whole(cost.get("flops")),
         "roofline_ms": None if seconds is None else round(1e3 * seconds, 4),
@@ -80,6 +84,116 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
         "code_bytes": memory.generated_code_size_in_bytes,
         **dict(zip(("loop_bundles", "loop_products"), _loop(kernel), strict=True)),
     }
+
+
+def _compiled(step: Any, args: tuple, arch: str, mesh: jax.sharding.Mesh | None = None) -> Any:
+    if mesh is None:
+        sharding = jax.sharding.SingleDeviceSharding(devices(arch)[0])
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    with aot.target(arch, mesh):
+        return aot.compile_lowered(step.trace(*args).lower(), arch=arch, compiler="libtpu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """A whole program for TPUs: that of one device, if there are several.
+
+    Attributes:
+      instructions: of all computations, by name.
+      inlined: those inside fusions, which write nothing to memory of their own.
+      backends: of each op of jfa, those that compute it ("tpu", "xla").
+      bytes: of "arguments", "outputs", "aliased" (outputs that reuse an argument), "temporaries" and "code".
+    """
+
+    instructions: Mapping[str, Instruction]
+    inlined: frozenset[str]
+    backends: Mapping[str, tuple[str, ...]]
+    bytes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, text: str, num_bytes: Mapping[str, int]) -> "Step":
+        """From the text of XLA's optimized program."""
+        fused, inlined, computation = set(_CALLED.findall(text)), set(), ""
+        for line in text.splitlines():
+            if start := _COMPUTATION.match(line):
+                computation = start[1]
+            elif computation in fused and (found := _NAME.match(line)):
+                inlined.add(found[1])
+        ops: dict[str, set[str]] = {}
+        for op, backend in _SCOPE.findall(text):
+            ops.setdefault(op, set()).add(backend)
+        return cls(
+            instructions=program.instructions_of(text),
+            inlined=frozenset(inlined),
+            backends={op: tuple(sorted(found)) for op, found in sorted(ops.items())},
+            bytes=num_bytes,
+        )
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """jfa's kernels with the shapes of their operands and results, and how often each runs."""
+
+        def described(name: str, found: Instruction) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+            operands = tuple(program.shapes(self.instructions[x].shape)[0] for x in found.operands)
+            return name.partition(".")[0], operands, tuple(program.shapes(found.shape))
+
+        calls = [one for one in self.instructions.items() if one[1].target == "tpu_custom_call"]
+        return [
+            dict(name=name, operands=xs, results=ys, count=n)
+            for (name, xs, ys), n in Counter(described(*one) for one in calls).items()
+        ]
+
+    def copies_of(self, arrays: set[tuple[str, int]]) -> tuple[int, int]:
+        """(copies, moves) of arrays by (dtype, number of elements).
+
+        A copy writes the whole array to memory again, in another layout or another place; a move takes it to VMEM or
+        back, which XLA does with arrays that are small enough, to read them there.
+        """
+        copies = moves = 0
+        for name, found in self.instructions.items():
+            if name in self.inlined or found.opcode not in ("copy", "copy-start", "transpose", "reshape"):
+                continue
+            first, *others = program.shapes(found.shape)
+            dtype, _, sizes = first.rstrip("]").partition("[")
+            if (dtype, int(np.prod([int(n) for n in sizes.split(",") if n], dtype=np.int64))) not in arrays:
+                continue
+            layouts = {_SPACE.sub("", layout) for layout in _LAYOUT.findall(found.shape)[:2]}
+            is_move = found.opcode == "copy-start" and "S(1)" in found.shape and len(layouts) == 1 and others
+            copies, moves = (copies, moves + 1) if is_move else (copies + 1, moves)
+        return copies, moves
+
+
+_CALLED = re.compile(r" fusion\(.*? calls=%([\w.-]+)")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
+_NAME = re.compile(r"^\s+(?:ROOT )?%(\S+) = ")
+_SCOPE = re.compile(r"\bjfa\.(\w+)\.(tpu|xla|reference)\b")
+_LAYOUT = re.compile(r"\]\{([^}]*)\}")
+_SPACE = re.compile(r"S\(\d\)")
+
+
+def compile_step(step: Any, *args: Any, arch: str, mesh: jax.sharding.Mesh | None = None) -> Step:
+    """Compiles a jitted function for a chip, or for several.
+
+    Args:
+      args: pytrees of jax.ShapeDtypeStruct.
+      mesh: of devices(arch, ...), over which the arguments are divided as their shapes say.
+
+    Raises:
+      RuntimeError: libtpu is not installed; the message names the extra.
+      CompileError: compilation failed.
+    """
+    compiled = _compiled(step, args, arch, mesh)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return Step.of(
+        compiled.as_text() or "",
+        {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "code": memory.generated_code_size_in_bytes,
+        },
+    )
 
 
 # The compiler's notes on an instruction, and a copy of an array in HBM: S(1) in a layout is VMEM.
@@ -136,12 +250,20 @@ def _whole(number: float | None) -> int | None:
 
 
 @functools.cache
-def _device(arch: str) -> Any:
-    """A device to compile for, which cannot run anything."""
+def devices(arch: str, count: int = 1) -> list[Any]:
+    """Devices of one slice to compile for, which cannot run anything.
+
+    Raises:
+      ValueError: there is no slice of so many.
+      RuntimeError: libtpu is not installed; the message names the extra.
+    """
+    name, shapes = _TOPOLOGIES[arch]
+    if count not in shapes:
+        sizes = ", ".join(map(str, shapes))
+        raise ValueError(f"a slice of {arch} has {sizes} devices, got {count}")
     if reason := why_not():
         raise RuntimeError(reason)
     # other processes compile at the same time, and there is no server to ask about this machine's TPUs
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    _dumps()
-    return topologies.get_topology_desc(_TOPOLOGIES[arch], platform="tpu").devices[0]
+    return topologies.get_topology_desc(f"{name}:{shapes[count]}", platform="tpu").devices[:count]

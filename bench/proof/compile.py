@@ -68,7 +68,9 @@ def compile_case(case: Case) -> dict[str, Any]:
     start = time.perf_counter()
     op = case.op
     info = aot.device(case.arch)
-    config_type = jfa.TpuConfig if info.platform == "tpu" else op.config_type
+    config_type = op.config_type
+    if info.platform == "tpu":
+        config_type = jfa.TpuProductConfig if config_type is jfa.ProductConfig else jfa.TpuConfig
     asked = None if case.config is None else config_type(**dict(case.config))
     config = asked or op.default_config(info, case.dtype, case.head_dim)
     row = {

@@ -332,7 +332,7 @@ def _product(rows: int) -> Callable[[str, int, ProductConfig | None, str], tuple
         weight = _weight(dtype, group_size, variant)
 
         def call(x, weight):
-            return jfa.quantized_matmul(x, weight, implementation="triton", config=config)
+            return jfa.quantized_matmul(x, weight, implementation=_kernels(), config=config)
 
         return call, (_rows_of(weight, dtype, rows), weight)
 
@@ -346,9 +346,7 @@ def _product_default(rows: int) -> Callable[[DeviceInfo, str, int], ProductConfi
             _rows_of(weight, dtype, rows), weight.values, weight.scales, weight.zeros, weight.minima
         )
         spec = ProductSpec(group_size=weight.group_size, rounds_inputs=weight.rounds_inputs)
-        found = backends.product("triton").default_config(operands, spec, device)
-        assert found is not None
-        return found
+        return backends.product(_kernels(device)).default_config(operands, spec, device)  # type: ignore[return-value]
 
     return config
 

@@ -73,6 +73,7 @@ class Instruction:
     operands: tuple[str, ...]
     literal: str = ""  # of a constant
     condition: str = ""
+    target: str = ""  # of a custom call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,11 @@ _LINE = re.compile(r"^\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<shape>.*?) (?P<opc
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
 
 
+def instructions_of(hlo: str) -> Mapping[str, Instruction]:
+    """All instructions of XLA's text of a program, by name."""
+    return _instructions(hlo)[0]
+
+
 def _instructions(hlo: str) -> tuple[dict[str, Instruction], dict[str, str], str]:
     """(all instructions by name, the root of each computation, the name of the entry computation)."""
     found: dict[str, Instruction] = {}
@@ -239,6 +245,7 @@ def _instructions(hlo: str) -> tuple[dict[str, Instruction], dict[str, str], str
                 operands=tuple(re.findall(r"%([\w.#-]+)", arguments)),
                 literal=arguments if match["opcode"] in ("constant", "parameter") else "",
                 condition=(re.findall(r"\bcondition=%([\w.-]+)", attributes) or [""])[0],
+                target=(re.findall(r'\bcustom_call_target="([^"]*)"', attributes) or [""])[0],
             )
             if match["root"]:
                 roots[computation] = match["name"]
@@ -309,13 +316,13 @@ def each(launches: Sequence[Launch]) -> Iterator[Launch]:
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 
 
-def collectives(program: Program) -> dict[tuple[str, str], int]:
+def collectives(instructions: Mapping[str, Instruction]) -> dict[tuple[str, str], int]:
     """Number of the arrays that collective operations return, by (kind, shape): an operation may return several."""
     counts: dict[tuple[str, str], int] = {}
-    for found in program.instructions.values():
+    for found in instructions.values():
         kind = found.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
-            for shape in _shapes(found.shape)[-len(found.operands) :]:  # of a started one: after its operands
+            for shape in shapes(found.shape)[-len(found.operands) :]:  # of a started one: after its operands
                 counts[kind, shape] = counts.get((kind, shape), 0) + 1
     return counts
 
@@ -345,18 +352,18 @@ def kernels(program: Program) -> list[dict[str, Any]]:
         found = program.instructions[launch.instruction]
         # XLA numbers its kernels, also those that differ in their tiles alone
         name = launch.name if found.opcode == "custom-call" else re.sub(r"(_\d+)+$", "", launch.name)
-        return name, tuple(_shape(program, one) for one in found.operands), tuple(_shapes(found.shape))
+        return name, tuple(_shape(program, one) for one in found.operands), tuple(shapes(found.shape))
 
     wanted = [one for one in each(program.launches) if _role(program, one) in ("pallas", "products")]
     counts = Counter(described(one) for one in wanted if one.instruction)
     return [dict(name=name, operands=xs, results=ys, count=n) for (name, xs, ys), n in counts.items()]
 
 
-def _shapes(shape: str) -> list[str]:
-    """Of an array or of a tuple's elements, without layouts."""
+def shapes(shape: str) -> list[str]:
+    """Those of an array or of a tuple's elements, without layouts."""
     return re.findall(r"\w+\[[\d,]*\]", shape)
 
 
 def _shape(program: Program, value: str) -> str:
     name, _, element = value.partition("#")
-    return _shapes(program.instructions[name].shape)[int(element or 0)]
+    return shapes(program.instructions[name].shape)[int(element or 0)]

@@ -272,12 +272,19 @@ def paged_check(truth: PagedTruth, implementation: Implementation | None) -> Che
 
 
 def product_tile_cases(
-    config: jfa.ProductConfig, group_size: int | None, kind: str, *, rows: int, rounds_inputs: int
+    config: jfa.ProductConfig | jfa.TpuProductConfig,
+    group_size: int | None,
+    kind: str,
+    *,
+    rows: int,
+    rounds_inputs: int,
 ) -> dict[str, ProductCase]:
     """Cases that cover all paths of a product's tile: whole tiles, ragged ends, more groups than tiles, splits."""
     out = config.block_out + config.block_out // 2 + 3
     width = 2 * max(config.block_in, group_size or 0) + (group_size or 22)
     shared: dict[str, Any] = dict(kind=kind, group_size=group_size, rounds_inputs=rounds_inputs)
+    on_gpu = isinstance(config, jfa.ProductConfig)
+    split = {"config": dataclasses.replace(config, num_splits=3)} if on_gpu else {}
     return {
         "tiles": ProductCase(rows=rows, out=out, width=width, zeros=kind == "int4", **shared),
         "minima_shared_out": ProductCase(
@@ -285,7 +292,7 @@ def product_tile_cases(
             out=17,
             width=2 * width,
             minima=True,
-            options={"config": dataclasses.replace(config, num_splits=3)},
+            options=split,
             **shared,
         ),
     }

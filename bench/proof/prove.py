@@ -16,7 +16,7 @@ from typing import Any
 
 from jfa import quant
 from jfa.kernels.triton import products
-from jfa.types import Implementation, TpuConfig, UnsupportedError
+from jfa.types import Implementation, TpuConfig, TpuProductConfig, UnsupportedError
 
 from .. import names
 from ..records import record, tables
@@ -92,6 +92,7 @@ QUICK_OPTIONS = (
 
 INTERPRETED_S = 900.0  # that a row may take in the interpreter, several times what the slowest takes
 QUICK_ON_TPUS = ("gqa", "cached_chunk", "sinks_and_window", "int8_odd", "window", "chunks_and_tokens")
+QUICK_ON_TPUS += ("int4_zeros", "many_rows")
 
 
 def _named(row: Row, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,8 +106,14 @@ def _config(row: Row, head_dim: int) -> Any:
     op = next(op for op in ops.OPS if (op.name, op.direction) == (row.op, direction))
     # the tiles of a v5e are too large to interpret many of them
     if row.arch == names.INTERPRETED:
-        return TpuConfig(block_q=128, block_kv=128)
+        return _interpreted_config(row)
     return op.default_config(aot.device(row.arch), row.dtype, head_dim)
+
+
+def _interpreted_config(row: Row) -> TpuConfig | TpuProductConfig:
+    if row.op.startswith("quantized_matmul"):
+        return TpuProductConfig(block_rows=16, block_out=128, block_in=256)
+    return TpuConfig(block_q=128, block_kv=128)
 
 
 def _flash_cases(row: Row) -> dict[str, cases.Case]:
@@ -268,7 +275,7 @@ def prove_row(row: Row) -> dict[str, Any]:
         if row.arch != names.INTERPRETED:
             verdicts[name] = proof.run(truth, row.arch, compiler=compilers.chosen(row.arch, row.compiler))
             continue
-        truth.options.setdefault("config", TpuConfig(block_q=128, block_kv=128))
+        truth.options.setdefault("config", _interpreted_config(row))
         try:
             verdicts[name] = dataclasses.replace(interpreted(proof.check(truth, "tpu")), kernels=_kernels_on_tpus(row))
         except UnsupportedError:
@@ -326,8 +333,9 @@ def rows(
 
 def _on_tpus(row: Row) -> bool:
     """Whether TPUs have the kernel, for these dtypes."""
-    of_queries, _, of_pages = row.dtype.partition(" on ")
-    return row.op in names.TPU_KERNELS and of_queries != "float16" and of_pages != "uint8"
+    of_queries, _, stored = row.dtype.partition(" on ")
+    packed = stored == "uint8" and not row.op.startswith("quantized_matmul")
+    return row.op in names.TPU_KERNELS and of_queries not in ("float16", "int8") and not packed
 
 
 def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:

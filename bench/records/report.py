@@ -126,6 +126,27 @@ def shards(compiled: Sequence[Record]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def models_on_tpus(compiled: Sequence[Record]) -> str:
+    """A Markdown table of whole steps of models, compiled for TPUs.
+
+    kernels: of jfa; an op without one says which backend computes it. copies: of whole arrays of the cache.
+    """
+    lines = [
+        ["model", "devices", "step", "cache", "each holds", "temporary", "kernels", "crosses", "copies"],
+        ["---"] * 9,
+    ]
+    for row in compiled:
+        held, cache = (f"{row[field] / 1e9:.2f} GB" for field in ("device_bytes", "cache_bytes"))
+        kernels = [f"{one['count']} `{one['name']}`" for one in row["kernels"]]
+        kernels += [f"{op} by {' and '.join(by)}" for op, by in row["backends"].items() if list(by) != ["tpu"]]
+        crossing = ", ".join(f"{one['count']} {one['kind']} {one['shape']}" for one in row["collectives"])
+        temporary, copies = f"{row['temporary_bytes'] / 2**20:.0f} MiB", str(row["cache_copies"])
+        which = f"{row['cache']}, {cache}"
+        who = [row["model"], _devices(row), row["step"], which]
+        lines.append([*who, held, temporary, ", ".join(kernels), crossing or "nothing", copies])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _devices(row: Record) -> str:
     hosts = f"{row['hosts']} x " if row["hosts"] > 1 else ""
     mesh = "".join(f", {axis}={size}" for axis, size in (row.get("mesh") or {}).items())

@@ -22,6 +22,7 @@ from jfa.types import (
     ProductOperands,
     ProductSpec,
     TpuConfig,
+    TpuProductConfig,
 )
 
 
@@ -77,7 +78,7 @@ class ProductBackend:
     """
 
     why_not: Callable[[ProductOperands, ProductSpec, DeviceInfo], str | None]
-    default_config: Callable[[ProductOperands, ProductSpec, DeviceInfo], ProductConfig | None]
+    default_config: Callable[[ProductOperands, ProductSpec, DeviceInfo], ProductConfig | TpuProductConfig | None]
     config_type: type | None
     run: Callable[..., Array]
 

@@ -4,9 +4,9 @@ What they do not support is left to XLA.
 """
 
 from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
-from jfa.kernels.tpu import flash, flash_bwd, paged, tile
+from jfa.kernels.tpu import flash, flash_bwd, paged, products, tile
 from jfa.kernels.xla import flash as flash_in_xla
-from jfa.types import BlockConfig, DeviceInfo, Operands, TpuConfig
+from jfa.types import BlockConfig, DeviceInfo, Operands, TpuConfig, TpuProductConfig
 
 
 def _run(operands, spec, config, device):
@@ -50,6 +50,16 @@ def _run_paged(operands, spec, config, device):
     )
 
 
+def _run_product(operands, spec, config, device):
+    return products.quantized_matmul(
+        operands,
+        spec=spec,
+        config=config,
+        vmem_limit_bytes=tile.budget(device),
+        interpret=tile.interpretation(device),
+    )
+
+
 def _not_for(op: str):
     return lambda operands, spec, device: f"there is no TPU kernel for {op} yet"
 
@@ -76,7 +86,10 @@ SPARSE = SparseBackend(
 )
 PAGED = PagedBackend(why_not=paged.why_not, default_config=paged.default_config, config_type=TpuConfig, run=_run_paged)
 PRODUCT = ProductBackend(
-    why_not=_not_for("products with quantized weights"), default_config=_never, config_type=None, run=_never
+    why_not=products.why_not,
+    default_config=products.default_config,
+    config_type=TpuProductConfig,
+    run=_run_product,
 )
 LINEAR = LinearBackend(
     why_not=_not_for("linear attention"), default_config=_never, config_type=None, run=_never, run_ragged=_never

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from runs import run
 
 import jfa
-from jfa.kernels.tpu import flash, flash_bwd, paged, tile
+from jfa.kernels.tpu import flash, flash_bwd, paged, products, tile
 from jfa.kernels.tpu._pallas import pltpu
-from jfa_bench import cli, names
-from jfa_bench.proof import by_libtpu, compile, compilers, pool, proofs, prove
-from jfa_bench.truth import cases, paged_cases
+from jfa_bench import cli, configs, names
+from jfa_bench.proof import by_libtpu, compile, compilers, model, pool, proofs, prove, steps
+from jfa_bench.truth import cases, paged_cases, product_cases
 
 needs_libtpu = pytest.mark.skipif(by_libtpu.why_not() is not None, reason=by_libtpu.why_not() or "")
 CASE = compile.Case(kernel="flash_attention", dtype="bfloat16", head_dim=128, arch="v5e")
@@ -58,7 +58,21 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     ("command", "arguments", "message"),
     [
         ("compile", ["--arch", "v9"], "unknown architecture 'v9'; use one of gfx90a, .* v5e, v6e, v7x, or all"),
-        ("compile", ["--arch", "v5e", "--model", "llama-3-8b"], "--model knows no TPUs yet, got v5e"),
+        (
+            "compile",
+            ["--arch", "v5e", "--model", "phi-2", "--step", "train"],
+            "unknown step 'train'; use one of decode,",
+        ),
+        (
+            "compile",
+            ["--arch", "v5e", "--model", "llama-3-8b", "--devices", "8", "--mesh", "tensor=3"],
+            "--mesh tensor=3 is not of 8 devices: see --devices and --hosts",
+        ),
+        (
+            "compile",
+            ["--arch", "v5e", "--model", "phi-2", "--hosts", "2"],
+            "--hosts is of GPUs, got v5e: a slice of TPUs has --devices",
+        ),
         ("prove", ["--arch", "v5e"], "unknown architecture 'v5e'; use one of gfx942, .* tpu, or all"),
         ("prove", ["--arch", "tpu", "--model"], "--model knows no TPUs yet, got tpu"),
     ],
@@ -71,6 +85,74 @@ def test_what_the_commands_refuse(command, arguments, message):
 def test_libtpu_is_the_only_compiler_for_tpus():
     with pytest.raises(ValueError, match="compiler must be xla or None for v5e, got 'triton'"):
         compilers.chosen("v5e", "triton")
+
+
+# Whole steps
+
+TINY = steps.Row(model="tiny", step="decode", arch="v5e", batch=2, context=256, devices=2)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A model of one layer by the name of TINY."""
+    config = dataclasses.replace(model.MODELS["llama"], head_dim=128, hidden_size=256, num_layers=1)
+    monkeypatch.setattr(configs, "config_of", lambda name, layers=None: config)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("cache", ["contiguous", "paged"])
+def test_a_step_of_a_model_over_two_chips(tiny, cache):
+    row = dataclasses.replace(TINY, cache=cache)
+    record = steps.compile_row(row)
+    assert (record["status"], record["reason"], record["compiler"]) == ("ok", None, "libtpu")
+    [kernel] = record["kernels"]
+    op, name = {
+        "contiguous": ("attention", "flash_attention"),
+        "paged": ("paged_attention", "paged_decode_attention"),
+    }[cache]
+    assert record["backends"][op] == ("tpu",) and (kernel["name"], kernel["count"]) == (name, 1)
+    # a sum of the embedding, and two of each layer
+    [one] = record["collectives"]
+    assert (one["kind"], one["count"]) == ("all-reduce", 3)
+    assert record["in_place"] and record["cache_copies"] == 0
+    assert record["cache_bytes"] < record["device_bytes"] < 2**22
+    json.dumps(record)
+    told = steps.render([record], "md")
+    assert "| v5e  | 2       | tiny  | decode |" in told and "; 3 all-reduce of bf16[2,1,256]" in told
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_a_failed_row(tiny):
+    record = steps.compile_row(dataclasses.replace(TINY, devices=3))
+    assert record["status"] == "failed" and record["reason"].startswith("a slice of v5e has 1, 2, 4, 8, 16, 32, 64 dev")
+    assert "v5e tiny decode: failed: a slice of v5e" in steps.render([record], "md")
+
+
+PROGRAM = """HloModule jit_step
+
+%fused_computation (param_0: bf16[2,256,1,128]) -> bf16[2,256,1,128] {
+  %param_0 = bf16[2,256,1,128]{3,2,1,0:T(2,128)(2,1)} parameter(0)
+  ROOT %copy.1 = bf16[2,256,1,128]{1,3,2,0:T(8,128)(2,1)} copy(%param_0)
+}
+
+ENTRY %main (k: bf16[2,256,1,128]) -> bf16[2,256,1,128] {
+  %k = bf16[2,256,1,128]{3,1,2,0:T(8,128)} parameter(0)
+  %begun = (bf16[2,256,1,128]{3,1,2,0:T(8,128)S(1)}, bf16[2,256,1,128]{3,1,2,0:T(8,128)}, u32[]) copy-start(%k)
+  %done = bf16[2,256,1,128]{3,1,2,0:T(8,128)S(1)} copy-done(%begun)
+  %paged.3 = f32[2,8]{1,0} custom-call(%done), custom_call_target="tpu_custom_call", metadata={op_name="jfa.pages.tpu"}
+  %copy.2 = bf16[65536]{0:T(1024)} copy(%done)
+  %small = bf16[2,256]{1,0} copy(%done)
+  ROOT %fusion = bf16[2,256,1,128]{3,1,2,0} fusion(%k), kind=kLoop, calls=%fused_computation
+}
+"""
+
+
+def test_copies_of_the_cache_are_told_from_moves_to_vmem():
+    step = by_libtpu.Step.of(PROGRAM, {})
+    assert step.copies_of({("bf16", 2 * 256 * 128)}) == (1, 1)
+    assert step.copies_of({("s8", 2 * 256 * 128)}) == (0, 0)
+    assert step.backends == {"pages": ("tpu",)}
+    assert step.kernels() == [dict(name="paged", operands=("bf16[2,256,1,128]",), results=("f32[2,8]",), count=1)]
 
 
 # Proofs
@@ -184,6 +266,48 @@ def test_a_broken_backward_pass_is_noticed(broken, name):
 @pytest.mark.exhaustive
 def test_the_whole_backward_pass_is_not_refused():
     assert gradients_proven().wrong is None
+
+
+def product_proven():
+    """The verdict on a product of several groups and steps, with zero points."""
+    case = product_cases.ProductCase(rows=2, out=20, width=2048, kind="int4", group_size=128, zeros=True)
+    truth = product_cases.truth_of(case, "float32", seed=0)
+    truth.options["config"] = jfa.TpuProductConfig(block_rows=16, block_out=128, block_in=256)
+    return proofs.interpreted(proofs.product_check(truth, "tpu"))
+
+
+def next_scales(x, weight, first, *rest):
+    return _of_piece(x, weight, first + 1, *rest)
+
+
+def without_zeros(*call):
+    scales, offsets = _of_groups(*call)
+    return scales, jnp.zeros_like(offsets)
+
+
+def low_halves_twice(*call):
+    for piece, weight in _numbers(*call):
+        low = weight[:, : weight.shape[1] // 2]
+        yield piece, jnp.concatenate([low, low], axis=1)
+
+
+_of_piece, _of_groups, _numbers = products._of_piece, products._of_groups, products._numbers
+PRODUCT_MUTANTS = {
+    "sums_in_bfloat16": (products, "_of_piece", lambda *call: _of_piece(*call).astype(jnp.bfloat16).astype("float32")),
+    "wrong_groups_scale": (products, "_of_piece", next_scales),
+    "no_zero_point": (products, "_of_groups", without_zeros),
+    "low_halves_twice": (products, "_numbers", low_halves_twice),
+}
+
+
+@pytest.mark.parametrize("name", [run(name, quick=name != "low_halves_twice") for name in PRODUCT_MUTANTS])
+def test_a_broken_product_is_noticed(broken, name):
+    broken(*PRODUCT_MUTANTS[name])
+    assert product_proven().wrong
+
+
+def test_the_whole_product_is_not_refused():
+    assert product_proven().wrong is None
 
 
 def wait_for_ever(row):

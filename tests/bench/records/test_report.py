@@ -137,10 +137,20 @@ def test_the_error_for_a_folder_without_records_says_how_to_create_some(tmp_path
         report.gather(tmp_path)
 
 
-def test_without_a_folder_the_support_table_is_printed():
+def test_without_a_folder_the_support_tables_are_printed():
     records = report.load("compile"), report.load("prove")
     tables = report.support(*records), report.support(*records, skipping=True), report.support_on_tpus(*records)
-    assert run().stdout == "\n\n".join(tables) + "\n"
+    assert run().stdout == "\n\n".join((*tables, report.models_on_tpus(report.load("models-tpu")))) + "\n"
+
+
+def test_a_step_on_tpus_is_told_with_what_crosses_and_what_is_copied():
+    row = dict(model="tiny", devices=8, hosts=1, arch="v5e", mesh=None, step="decode", cache="paged", cache_copies=2)
+    row |= dict(device_bytes=2_000_000_000, cache_bytes=250_000_000, temporary_bytes=3 * 2**20)
+    row |= dict(kernels=[dict(name="flash_attention", count=2)], backends={"attention": ["tpu"], "paged": ["xla"]})
+    row |= dict(collectives=[dict(kind="all-reduce", count=3, shape="bf16[8,1,64]")])
+    shown = report.models_on_tpus([row, row | {"collectives": []}]).splitlines()[2:]
+    start = "| tiny | 8 v5e | decode | paged, 0.25 GB | 2.00 GB | 3 MiB | 2 `flash_attention`, paged by xla |"
+    assert shown == [f"{start} 3 all-reduce bf16[8,1,64] | 2 |", f"{start} nothing | 2 |"]
 
 
 def test_what_skips_scores_has_a_table_of_its_own():
