@@ -63,6 +63,7 @@ def report_command(folder) -> None:
     if folder is None:
         records = report.load("compile"), report.load("prove")
         tables = report.support(*records), report.support(*records, skipping=True), report.support_on_tpus(*records)
+        tables += (report.beside(report.load("beside")),)
         click.echo("\n\n".join(tables))
         return
     report.write(folder)

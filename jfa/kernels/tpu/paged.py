@@ -136,8 +136,8 @@ def _why_copied(operands: PagedOperands) -> str | None:
         _, page_size, hkv, d = pages.shape
         if d % LANES:
             return (
-                f"{name} with a head_dim of {d} are stored with pages or tokens in lanes, since it is no multiple of 128: "
-                "XLA would copy all pages before each call; pad queries and pages with zeros, and give scale"
+                f"{name} with a head_dim of {d}, no multiple of 128, are stored with pages or tokens in lanes: XLA "
+                "would copy all pages before each call; pad queries and pages with zeros, and give scale"
             )
         together = page_size if _heads_first(operands) else hkv
         if together & (together - 1) or page_size * hkv % tile.sublanes(pages.dtype):
@@ -408,7 +408,7 @@ class _Copies(NamedTuple):
 def _paged_kernel(
     *refs,  # in this order:
     # _Tiles, i32[tiles] each, and the page table; the arguments by `names`: sinks [groups, rows, LANES], and in HBM
-    # q [n, hq, d], pages and scales; in HBM o [n, hq, dv] and lse [n, 1, columns]; of a tile q, o and lse, [tokens, ..];
+    # q [n, hq, d], pages and scales; in HBM o [n, hq, dv], lse [n, 1, columns]; of a tile q, o and lse, [tokens, ..];
     # in rows q [groups, rows, d], m, l [groups, rows, LANES] and acc [groups, rows, dv]; i32[2]: the place of the next
     # block, the number of outputs on their way; semaphores of q, o and lse, and of blocks [2, copied]; two blocks of
     # each of `copied`; _of_heads
