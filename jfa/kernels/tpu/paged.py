@@ -31,7 +31,8 @@ from jfa.kernels.tpu._pallas import pl, pltpu
 from jfa.kernels.tpu.tile import LANES, Scores
 from jfa.types import AttentionSpec, DeviceInfo, PagedOperands, TpuConfig
 
-# Rows of queries and tokens of a block, best first: the first that fits is used. 128 rows wait for the keys from HBM
+# Rows of queries and tokens of a block, best first: the first that fits is used. A block's heads are taken apart for
+# all rows, so more of them take fewer instructions each
 _TILES = ((256, 512), (256, 256), (128, 256), (128, 128))
 _SMEM_BYTES = 768 << 10  # of 1 MiB, for the page table and the numbers of the tiles
 
