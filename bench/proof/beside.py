@@ -94,6 +94,14 @@ def render(records: Sequence[Mapping[str, Any]], output: str) -> str:
     )
 
 
+def _integers(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _numbers(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
 # Flash attention: causal, as many key heads as query heads
 
 
@@ -119,9 +127,9 @@ def _of_tiles(length: int, block_q: int, block_kv: int) -> Callable[[Parts], int
     return words
 
 
-def _arrays(length: int, *, heads_first: bool) -> tuple:
-    shape = (1, HEADS, length, HEAD_DIM) if heads_first else (1, length, HEADS, HEAD_DIM)
-    return (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 3
+def _heads_first(length: int) -> tuple:
+    """Arrays as JAX's kernels read them."""
+    return (_numbers(1, HEADS, length, HEAD_DIM),) * 3
 
 
 def _with_gradients(attend: Callable) -> Callable:
@@ -134,10 +142,16 @@ def _with_gradients(attend: Callable) -> Callable:
 def _ours(length: int, *, backward: bool) -> Program:
     block_q, block_kv = (512, 512) if backward else (512, 1024)
     config = jfa.TpuConfig(block_q=block_q, block_kv=block_kv)
-    attend = functools.partial(jfa.dot_product_attention, is_causal=True, implementation="tpu", config=config)
+
+    def attend(*columns):
+        q, k, v = (x.reshape(1, length, HEADS, HEAD_DIM) for x in columns)
+        return jfa.dot_product_attention(q, k, v, is_causal=True, implementation="tpu", config=config).reshape(
+            columns[0].shape
+        )
+
     return Program(
         fn=_with_gradients(attend) if backward else attend,
-        args=_arrays(length, heads_first=False),
+        args=(_numbers(1, length, HEADS * HEAD_DIM),) * 3,  # as the kernel reads them, and projections make them
         kernel="flash_attention_bwd" if backward else "flash_attention",
         words=_of_tiles(length, block_q, block_kv),
     )
@@ -154,7 +168,7 @@ def _flash(length: int, *, backward: bool) -> Program:
     )
     return Program(
         fn=_with_gradients(call) if backward else call,
-        args=_arrays(length, heads_first=True),
+        args=_heads_first(length),
         kernel="flash_mha_bwd" if backward else "flash_attention",
         words=_of_tiles(length, 512, 512 if backward else 1024),
     )
@@ -172,21 +186,13 @@ def _splash(length: int, *, backward: bool) -> Program:
     call = jax.vmap(kernel)
     return Program(
         fn=_with_gradients(call) if backward else call,
-        args=_arrays(length, heads_first=True),
+        args=_heads_first(length),
         kernel="splash_mha_d" if backward else "splash_mha_fwd",
         words=_of_tiles(length, 512, keys),
     )
 
 
 # Paged attention
-
-
-def _integers(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _numbers(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
 _NUM_PAGES = ROWS * CAPACITY // PAGE_SIZE + 1
