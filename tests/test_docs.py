@@ -115,6 +115,11 @@ def test_the_table_of_models_on_tpus_matches_the_records():
     assert {row["status"] for row in found} == {"ok"} and all(row["in_place"] for row in found)
 
 
+def test_the_table_of_other_kernels_matches_the_records():
+    table = report.beside(report.load("beside"))
+    assert f"<!-- beside -->\n\n{table}\n\n<!-- end -->" in (ROOT / "docs/proofs.md").read_text()
+
+
 @pytest.mark.parametrize("ops", [["block_sparse_attention"], names.LINEAR_OPS])
 def test_the_bounds_of_loops_match_the_records(ops):
     table = report.bounds(report.load("compile"), ops)

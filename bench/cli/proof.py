@@ -50,6 +50,7 @@ kernels_option = click.option("--op", type=OPS_AND_KERNELS, default="all", show_
 @click.option("--devices", type=options.COUNT, default=1, show_default=True, help="With --model: that divide it.")
 @click.option("--hosts", type=options.COUNT, default=1, show_default=True, help="With --model: each with --devices.")
 @click.option("--mesh", type=MeshSizes(), help="With --model: how they divide it. Default: by tensor alone.")
+@click.option("--peers", is_flag=True, help="Of TPUs: JAX's own kernels beside the library's, for the same calls.")
 @compiler_option
 @options.processes_option
 @options.format_option
@@ -71,6 +72,7 @@ def compile_command(
     devices,
     hosts,
     mesh,
+    peers,
     compiler,
     processes,
     format,
@@ -80,7 +82,8 @@ def compile_command(
     Reports registers, spills, LDS and the theoretical bound of each kernel, or the VMEM of a TPU; with --model what
     a whole step launches. Needs no GPU and no TPU.
     """
-    _refuse_options(context_, ("op", "direction", "dtype", "head_dim") if model else _OF_MODELS, with_model=bool(model))
+    of_kernels = ("op", "direction", "dtype", "head_dim", "peers")
+    _refuse_options(context_, of_kernels if model else _OF_MODELS, with_model=bool(model))
     if model:
         from .. import configs
 
@@ -107,6 +110,17 @@ def compile_command(
         ]
         circumstances = compile.circumstances(arch, "xla")
         click.echo(steps.render([row | circumstances for row in steps.compile_all(wanted, processes)], format))
+        return
+
+    if peers:
+        if of_gpus := [name for name in arch if name not in names.TPU_ARCHS]:
+            raise click.UsageError(f"--peers compares kernels for TPUs, got {', '.join(of_gpus)}")
+
+        from ..proof import beside, compile
+
+        circumstances = compile.circumstances(arch, compiler)
+        found = beside.compile_all(beside.rows(arch), processes=processes)
+        click.echo(beside.render([row | circumstances for row in found], format))
         return
 
     from ..proof import compile, ops

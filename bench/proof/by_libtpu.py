@@ -64,6 +64,18 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
       RuntimeError: libtpu is not installed; the message names the extra.
       CompileError: compilation failed, or the program has no such kernel.
     """
+    figures, parts = compile_program(fn, args, kernel=kernel, arch=arch)
+    own = [part for name, of_kernel in parts.items() if name.startswith(kernel) for part in of_kernel]
+    return figures | dict(zip(("loop_bundles", "loop_products"), _loop(own), strict=True))
+
+
+def compile_program(
+    fn: Callable, args: tuple, *, kernel: str, arch: str
+) -> tuple[dict[str, Any], dict[str, list[tuple[int, int]]]]:
+    """FIELDS without those of the loop, and of each kernel with products its parts without a branch, longest first.
+
+    A part is (instruction words, matrix products). Arguments and exceptions: as of compile_call.
+    """
     _dumps()
     compiled = _compiled(jax.jit(fn), args, arch)
     text, cost, memory = compiled.as_text() or "", compiled.cost_analysis() or {}, compiled.memory_analysis()
@@ -73,7 +85,7 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
         raise CompileError(f"the program has no kernel named {kernel}")
     copied = [_bytes(found[1], found[2]) for line in text.splitlines() if (found := _COPY.search(line))]
     seconds = cost.get("optimal_seconds")
-    return {
+    figures = {
         "vmem_bytes": max((int(size) for line in calls for size in _VMEM.findall(line)), default=None),
         "vmem_limit": tile.budget(aot.device(arch)),
         "hbm_bytes": _whole(cost.get("bytes accessed")),
@@ -82,8 +94,8 @@ def compile_call(fn: Callable, args: tuple, *, kernel: str, arch: str) -> dict[s
         "copies": len(copied),
         "copied_bytes": sum(copied),
         "code_bytes": memory.generated_code_size_in_bytes,
-        **dict(zip(("loop_bundles", "loop_products"), _loop(kernel), strict=True)),
     }
+    return figures, _parts()
 
 
 def _compiled(step: Any, args: tuple, arch: str, mesh: jax.sharding.Mesh | None = None) -> Any:
@@ -202,13 +214,11 @@ _COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\]\{[^}]*\}[^=]* (?:copy|copy-start|tra
 _BITS = re.compile(r"\d+")
 
 
-def _loop(kernel: str) -> tuple[int | None, int | None]:
-    """(bundles, matrix products) of the part of a kernel with the most products, from the compiler's dump of it.
-
-    If several have as many, it is the shortest: the one without masks.
-    """
-    parts: list[list[int]] = []
-    for file in _dumps().glob(f"*-{kernel}*-final_bundles.txt"):
+def _parts() -> dict[str, list[tuple[int, int]]]:
+    """The parts of the kernels that were compiled since the last call, from the compiler's dump of them."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for file in sorted(_dumps().glob("*-final_bundles.txt")):
+        parts: list[list[int]] = []
         for line in file.read_text().splitlines():
             if not (bundle := _BUNDLE.match(line)):
                 continue
@@ -216,14 +226,21 @@ def _loop(kernel: str) -> tuple[int | None, int | None]:
                 parts.append([0, 0])
             parts[-1][0] += 1
             parts[-1][1] += line.count("vmatmul")
+        if any(products for _, products in parts):
+            name = _KERNEL.sub(r"\1", file.name)
+            found[name] = sorted(map(tuple, parts), reverse=True)  # type: ignore[arg-type]
     for file in _dumps().iterdir():
         file.unlink()
-    if not any(products for _, products in parts):
-        return None, None
-    bundles, products = min(parts, key=lambda part: (-part[1], part[0]))
-    return bundles, products
+    return found
 
 
+def _loop(parts: list[tuple[int, int]]) -> tuple[int | None, int | None]:
+    """The part with the most products. If several have as many, it is the shortest: the one without masks."""
+    known = [part for part in parts if part[1]]
+    return min(known, key=lambda part: (-part[1], part[0])) if known else (None, None)
+
+
+_KERNEL = re.compile(r"^\d+-(.+?)(?:\.\d+)?-\d+-final_bundles\.txt$")
 _BUNDLE = re.compile(r" *(?:0x[0-9a-f]+|0) +(LB|PB|PF|LH|LE)?: ")
 
 

@@ -51,6 +51,23 @@ def support_on_tpus(compiled: Sequence[Record], proven: Sequence[Record]) -> str
     return _support([row for row in compiled if row["arch"] in names.TPU_ARCHS], proven, names.TPU_ARCHS)
 
 
+def beside(records: Sequence[Record]) -> str:
+    """A Markdown table of `compile --peers`: instruction words as multiples of jfa's, other parts, and bytes in HBM."""
+    lines = [["arch", "call", "kernel", "words", "of jfa's", "other parts", "HBM MB", "copied MB"], ["---"] * 8]
+    ours = {(row["arch"], row["call"]): row.get("words") for row in records if row["implementation"] == "jfa"}
+    for row in records:
+        cells = [row["arch"], row["call"], row["implementation"]]
+        if row["status"] == "ok":
+            of_ours = ours.get((row["arch"], row["call"]))
+            cells += [f"{row['words']:,}", f"{row['words'] / of_ours:.2f}" if of_ours else ""]
+            cells += [", ".join(map(str, row["other_parts"]))]
+            cells += [f"{row[field] / 1e6:,.1f}" for field in ("hbm_bytes", "copied_bytes")]
+        else:
+            cells += [row["status"], *[""] * 4]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequence[str]) -> str:
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     groups: dict[Any, list[str]] = {}  # the kernels of an op and direction

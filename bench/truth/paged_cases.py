@@ -32,6 +32,7 @@ class PagedCase:
     value_head_dim: int | None = None
     pages: str | None = None  # a kind of quant.KINDS, or a float dtype; None: the dtype of the queries
     value_pages: str | None = None  # the same for values; None: as the keys
+    scale_of_pages: float | None = None  # of all numbers of fp8 pages; None: one of each token and head
     sinks: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -302,12 +303,13 @@ def _pool(random: np.random.Generator, case: PagedCase, table: np.ndarray, num_p
     x = random.standard_normal((num_pages, size, hkv, d))
     scales = None
     if pages in ("int8", "fp8", "int4"):
-        scales = (0.02 * np.exp(random.standard_normal((num_pages, size, hkv)))).astype(ml_dtypes.bfloat16)
+        drawn, scale = 0.02 * np.exp(random.standard_normal((num_pages, size, hkv))), case.scale_of_pages
+        scales = (drawn if scale is None else np.full_like(drawn, scale)).astype(ml_dtypes.bfloat16)
         if pages == "int8":
             stored = np.clip(np.round(x * 40), -127, 127).astype(np.int8)
             numbers = stored.astype(np.float64)
         elif pages == "fp8":
-            stored = np.clip(x * 100, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+            stored = np.clip(x * (100 if scale is None else 1), -448, 448).astype(ml_dtypes.float8_e4m3fn)
             numbers = stored.astype(np.float64)
         else:
             levels = random.integers(0, 16, x.shape)

@@ -1,13 +1,13 @@
 """Paged attention as a Mosaic kernel, for TPUs.
 
-Pages stay in HBM. A program computes a tile of one row's queries and loops over blocks of that row's pages, which it
-copies to VMEM through the page table, a block ahead: while a block is computed, the next one, or the first one of the
-next tile, is on its way.
+Pages, queries and outputs stay in HBM. A program computes a tile of one row's queries, copied to VMEM one by one, and
+loops over blocks of that row's pages, which it copies through the page table, a block ahead: while a block is computed,
+the next one, or the first one of the next tile with its queries, is on its way.
 
   paged_decode_attention   one query per row: the tile is all query heads. One product with the keys of all heads has
                            the scores, of which each head uses its own: a step waits for memory, not for products
-  ragged_paged_attention   any number of queries per row. XLA gathers them into tiles of one row each; a tile has a
-                           product for each key head, with all its query heads
+  ragged_paged_attention   any number of queries per row. A block's heads are taken apart, and a tile has a product for
+                           each key head, with all its query heads. A row's only query is a tile of few rows
 
 The scales of quantized keys are applied to the scores, and those of quantized values to the weights. XLA gathers them
 beforehand: pages of scales are too small to be copied one by one.
@@ -17,6 +17,7 @@ Source: arXiv:2309.06180, section 4. Tested in tests/jfa/test_tpu.py.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,9 @@ from jfa.kernels.tpu._pallas import pl, pltpu
 from jfa.kernels.tpu.tile import LANES, Scores
 from jfa.types import AttentionSpec, DeviceInfo, PagedOperands, TpuConfig
 
-_BLOCKS = (512, 256, 128)  # tokens of a block, best first: the first that fits is used
+# Rows of queries and tokens of a block, best first: the first that fits is used. A block's heads are taken apart for
+# all rows, so more of them take fewer instructions each
+_TILES = ((256, 512), (256, 256), (128, 256), (128, 128))
 _SMEM_BYTES = 768 << 10  # of 1 MiB, for the page table and the numbers of the tiles
 
 
@@ -41,8 +44,8 @@ class Shape(NamedTuple):
     groups: int  # products of a tile: one for all key heads, or one for each
     heads: int  # key heads of a product
     g: int  # query heads per key head
-    tokens: int  # queries of a tile
-    rows: int  # of a product: queries and their heads, rounded up
+    tokens: int  # queries of a tile, at most
+    packed: int  # queries of one head that fill a tile of memory
     d: int
     dv: int
     page_size: int
@@ -56,6 +59,7 @@ class Shape(NamedTuple):
         g, packed = hq // hkv, tile.sublanes(operands.q.dtype)
         common: dict[str, Any] = dict(
             g=g,
+            packed=packed,
             d=d,
             dv=dv,
             page_size=page_size,
@@ -63,12 +67,14 @@ class Shape(NamedTuple):
             heads_first=_heads_first(operands),
         )
         if operands.query_start is None:
-            return cls(tiles=n, groups=1, heads=hkv, tokens=1, rows=tile.rounded(hq, packed), **common)
-        rows = tile.rounded(max(config.block_q, g), packed)
-        tokens = rows // g
-        return cls(
-            tiles=n // tokens + operands.kv_len.shape[0], groups=hkv, heads=1, tokens=tokens, rows=rows, **common
-        )
+            return cls(tiles=n, groups=1, heads=hkv, tokens=1, **common)
+        tokens = max(1, config.block_q // (g * packed)) * packed
+        # each row, and the queries of no row, may end in a tile that is not full
+        return cls(tiles=n // tokens + operands.kv_len.shape[0] + 1, groups=hkv, heads=1, tokens=tokens, **common)
+
+    def rows(self, tokens: int) -> int:
+        """Rows of a product with these queries, the heads of a product one after the other."""
+        return tile.rounded(tokens * self.heads * self.g, self.packed)
 
     @property
     def block(self) -> int:
@@ -78,6 +84,10 @@ class Shape(NamedTuple):
     @property
     def hkv(self) -> int:
         return self.groups * self.heads
+
+    @property
+    def hq(self) -> int:
+        return self.hkv * self.g
 
 
 def _heads_first(operands: PagedOperands) -> bool:
@@ -89,8 +99,8 @@ def _heads_first(operands: PagedOperands) -> bool:
 
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> TpuConfig:
-    """128 rows of queries, and the first of _BLOCKS that fits into the device's VMEM."""
-    sizes = [TpuConfig(block_q=LANES, block_kv=block) for block in _BLOCKS]
+    """The first of _TILES that fits into the device's VMEM."""
+    sizes = [TpuConfig(block_q=block_q, block_kv=block_kv) for block_q, block_kv in _TILES]
     return next((one for one in sizes if vmem_bytes(operands, one) <= tile.budget(device)), sizes[-1])
 
 
@@ -108,7 +118,7 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
         return "the TPU kernel does not read packed 4-bit pages yet"
     if (k.dtype.itemsize == 1) != (v.dtype.itemsize == 1):
         return "the TPU kernel reads keys and values that are both quantized, or none of them"
-    smallest = TpuConfig(block_q=LANES, block_kv=min(_BLOCKS))
+    smallest = TpuConfig(**dict(zip(("block_q", "block_kv"), _TILES[-1], strict=True)))
     shape = Shape.of(operands, smallest)
     return (
         tile.why_not_dtypes(operands.q, k, v)
@@ -127,8 +137,8 @@ def _why_copied(operands: PagedOperands) -> str | None:
         _, page_size, hkv, d = pages.shape
         if d % LANES:
             return (
-                f"{name} with a head_dim of {d} are stored in another order, unless it is a multiple of 128: XLA would "
-                "copy all pages before each call"
+                f"{name} with a head_dim of {d}, no multiple of 128, are stored with pages or tokens in lanes: XLA "
+                "would copy all pages before each call; pad queries and pages with zeros, and give scale"
             )
         together = page_size if _heads_first(operands) else hkv
         if together & (together - 1) or page_size * hkv % tile.sublanes(pages.dtype):
@@ -150,28 +160,30 @@ def _why_not_smem(operands: PagedOperands, shape: Shape) -> str | None:
 def vmem_bytes(operands: PagedOperands, config: TpuConfig) -> int:
     """Bytes of VMEM that the kernel needs, at most."""
     shape, stored = Shape.of(operands, config), tile.stored_bytes
-    dtype, columns = operands.q.dtype, shape.heads * shape.block
-    pages = sum(
-        stored((shape.pages, shape.page_size * shape.hkv, x.shape[3]), x.dtype)
-        for x in (operands.k_pages, operands.v_pages)
-    )
-    of_rows = shape.groups * (
-        2 * stored((shape.rows, shape.d), dtype)
-        + 2 * stored((shape.rows, shape.dv), dtype)
-        + 2 * stored((1, shape.rows), jnp.float32)
-        + stored((shape.rows, shape.dv), jnp.float32)
-        + 4 * stored((shape.rows, LANES), jnp.float32)
-    )
+    dtype, columns, rows = operands.q.dtype, shape.heads * shape.block, shape.rows(shape.tokens)
+    pages = (operands.k_pages, operands.v_pages)
+    blocks = sum(2 * stored(_block_of_pages(x.shape, shape), x.dtype) for x in pages)
     scales = 0 if operands.k_scales is None else 4 * stored((1, shape.block * shape.hkv), jnp.float32)
+    heads = sum(stored(one.shape, one.dtype) for one in _of_heads(operands, shape))
+    copied = sum(stored((shape.tokens, shape.hq, size), dtype) for size in (shape.d, shape.dv))
+    of_rows = shape.groups * (
+        stored((rows, shape.d), dtype)
+        + stored((rows, shape.dv), jnp.float32)
+        + (2 if operands.sinks is None else 4) * stored((rows, LANES), jnp.float32)
+    )
     cast = sum(stored((columns, size), dtype) for size in (shape.d, shape.dv))
-    return 2 * pages + of_rows + scales + cast + 3 * stored((shape.rows, columns), jnp.float32)
+    of_products = cast + 3 * stored((rows, columns), jnp.float32)
+    # outputs are turned as float32
+    turned = 2 * stored((shape.hq, shape.tokens, max(shape.d, shape.dv)), jnp.float32)
+    return blocks + scales + heads + copied + of_rows + max(of_products, turned)
 
 
 class _Tiles(NamedTuple):
     """Numbers of the tiles, i32[tiles] each, in the order in which the kernel gets them."""
 
     row: Any  # of the page table
-    position: Any  # of the tile's first query
+    query: Any  # the tile's first one, of all queries
+    position: Any  # of that query
     count: Any  # of its queries
     first: Any  # the keys [first, end) are visible to any of them
     end: Any
@@ -180,20 +192,21 @@ class _Tiles(NamedTuple):
     @classmethod
     def of(cls, operands: PagedOperands, spec: AttentionSpec, shape: Shape) -> "_Tiles":
         kv_len = jnp.minimum(operands.kv_len, operands.capacity)
+        index = jnp.arange(shape.tiles, dtype=jnp.int32)
         if operands.query_start is None:
-            row, begin = jnp.arange(shape.tiles, dtype=jnp.int32), jnp.zeros(shape.tiles, jnp.int32)
-            q_len = jnp.ones_like(kv_len)
+            row, begin, start, q_len = index, jnp.zeros_like(index), index, jnp.ones_like(index)
         else:
-            row, begin = _tiles_of_rows(operands.query_start, shape)
-            q_len = jnp.diff(operands.query_start)
+            # queries of no row are one without keys
+            start = jnp.append(operands.query_start, operands.q.shape[0])
+            row, begin = _tiles_of_rows(start, shape)
+            q_len, kv_len = jnp.diff(start), jnp.append(kv_len, 0)
         count = jnp.clip(q_len[row] - begin, 0, shape.tokens)
         position = (kv_len - q_len)[row] + begin
         first = jnp.zeros_like(position) if spec.left is None else jnp.maximum(0, position - spec.left)
         end = jnp.where(count > 0, jnp.maximum(0, position + count), 0)
-        index = jnp.arange(shape.tiles, dtype=jnp.int32)
         busy = jnp.where(end > first, index, shape.tiles)
         following = jnp.append(lax.cummin(busy, reverse=True)[1:], shape.tiles)
-        return cls(*(x.astype(jnp.int32) for x in (row, position, count, first, end, following)))
+        return cls(*(x.astype(jnp.int32) for x in (row, start[row] + begin, position, count, first, end, following)))
 
 
 def _tiles_of_rows(query_start: Int[Array, " b+1"], shape: Shape) -> tuple[Array, Array]:
@@ -222,93 +235,60 @@ def paged_attention(
     """
     tile.check_config(config, vmem_bytes(operands, config), vmem_limit_bytes)
     shape = Shape.of(operands, config)
-    # ragged tiles of int32 numbers, regardless of JAX's default
+    # the numbers of tiles are int32, regardless of JAX's default
     with jax.enable_x64(False):
         tiles = _Tiles.of(operands, spec, shape)
-        q = _in_tiles(operands, tiles, shape)
-        out, lse = _call(operands, tiles, q, shape, spec, vmem_limit_bytes=vmem_limit_bytes, interpret=interpret)
-        return _in_rows(operands, out, lse, shape)
-
-
-def _in_tiles(operands: PagedOperands, tiles: _Tiles, shape: Shape) -> Float[Array, "tiles groups rows d"]:
-    """The queries of each tile; rows of a product are its tokens and their heads, and zeros."""
-    q = operands.q
-    if operands.query_start is None:
-        found = q[:, None]
-    else:
-        first = tiles.position - jnp.minimum(operands.kv_len, operands.capacity)[tiles.row]  # from the row's end
-        index = (operands.query_start[tiles.row + 1] + first)[:, None] + jnp.arange(shape.tokens)
-        found = jnp.take(q, index, axis=0, mode="clip").reshape(shape.tiles, shape.tokens, shape.groups, -1, shape.d)
-        found = found.swapaxes(1, 2).reshape(shape.tiles, shape.groups, -1, shape.d)
-    return jnp.pad(found, ((0, 0), (0, 0), (0, shape.rows - found.shape[2]), (0, 0)))
-
-
-def _in_rows(
-    operands: PagedOperands, out: Float[Array, "tiles groups rows dv"], lse: Float[Array, "tiles groups 1 rows"], shape
-) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
-    """The inverse of _in_tiles; queries that belong to no row get zeros and -inf."""
-    n, hq, _ = operands.q.shape
-    used = shape.tokens * shape.g * shape.heads
-    out, lse = out[:, :, :used], lse[:, :, 0, :used]
-    if operands.query_start is None:
-        return out[:, 0], lse[:, 0]
-    start = operands.query_start
-    query = jnp.arange(n)
-    row = jnp.clip(jnp.searchsorted(start, query, side="right", method="compare_all") - 1, 0, start.shape[0] - 2)
-    count = -(-jnp.diff(start) // shape.tokens)
-    place = query - start[row]
-    at = (jnp.cumsum(count) - count)[row] + place // shape.tokens
-    at = jnp.clip(at, 0, shape.tiles - 1) * shape.tokens + place % shape.tokens
-
-    def each(x: Array) -> Array:
-        x = x.reshape(shape.tiles, shape.groups, shape.tokens, shape.g, *x.shape[3:]).swapaxes(1, 2)
-        return x.reshape(shape.tiles * shape.tokens, hq, *x.shape[4:])[at]
-
-    own = (query >= start[0]) & (query < start[-1])
-    return jnp.where(own[:, None, None], each(out), 0), jnp.where(own[:, None], each(lse), -jnp.inf)
+        out, lse = _call(operands, tiles, shape, spec, vmem_limit_bytes=vmem_limit_bytes, interpret=interpret)
+        return out, lse[:, 0, : shape.hq]
 
 
 def _call(
-    operands: PagedOperands, tiles: _Tiles, q: Array, shape: Shape, spec: AttentionSpec, *, vmem_limit_bytes, interpret
-) -> tuple[Float[Array, "tiles groups rows dv"], Float[Array, "tiles groups 1 rows"]]:
-    b = operands.page_table.shape[0]
-    named: dict[str, Any] = {"q": (q, _per_tile(q.shape))}
+    operands: PagedOperands, tiles: _Tiles, shape: Shape, spec: AttentionSpec, *, vmem_limit_bytes, interpret
+) -> tuple[Float[Array, "n hq dv"], Float[Array, "n 1 columns"]]:
+    b, n, q = operands.page_table.shape[0], operands.q.shape[0], operands.q
+    named: dict[str, Any] = {}
     if operands.sinks is not None:
-        of_rows = operands.sinks.astype(jnp.float32).reshape(shape.groups, -1)
-        of_rows = jnp.tile(of_rows, (1, shape.tokens))
-        of_rows = jnp.pad(of_rows, ((0, 0), (0, shape.rows - of_rows.shape[1])))
-        sinks = jnp.broadcast_to(of_rows[..., None], (*of_rows.shape, LANES))
-        named["sinks"] = sinks, pl.BlockSpec(sinks.shape, lambda *grid: (0, 0, 0))
-    buffers = {"k": operands.k_pages, "v": operands.v_pages}
-    buffers = {name: _pages(x, shape) for name, x in buffers.items()}
-    in_vmem = [pltpu.VMEM((2, shape.pages, *x.shape[1:]), x.dtype) for x in buffers.values()]
+        for tokens in {1, shape.tokens}:
+            of_rows = jnp.repeat(operands.sinks.astype(jnp.float32).reshape(shape.groups, -1), tokens, axis=1)
+            of_rows = jnp.pad(of_rows, ((0, 0), (0, shape.rows(tokens) - of_rows.shape[1])))
+            sinks = jnp.broadcast_to(of_rows[..., None], (*of_rows.shape, LANES))
+            named[f"sinks_of_{tokens}"] = sinks, pl.BlockSpec(sinks.shape, lambda *grid: (0, 0, 0))
+    pages = {"k": _pages(operands.k_pages, shape), "v": _pages(operands.v_pages, shape)}
+    blocks = {name: pltpu.VMEM((2, *_block_of_pages(x.shape, shape)), x.dtype) for name, x in pages.items()}
     for name, scales in (("k_scales", operands.k_scales), ("v_scales", operands.v_scales)):
         if scales is not None:
-            buffers[name] = _scales(scales, operands.page_table, shape)
-            in_vmem.append(pltpu.VMEM((2, *buffers[name].shape[2:]), jnp.float32))
-    named |= {name: (x, pl.BlockSpec(memory_space=pl.ANY)) for name, x in buffers.items()}
-    outs = (*q.shape[:3], shape.dv), (shape.tiles, shape.groups, 1, shape.rows)
-    scores = math.prod(q.shape[:3]) * operands.capacity * shape.heads
+            pages[name] = _scales(scales, operands.page_table, shape)
+            blocks[name] = pltpu.VMEM((2, *pages[name].shape[2:]), jnp.float32)
+    in_hbm = {"q": q, **pages}
+    named |= {name: (x, pl.BlockSpec(memory_space=pl.ANY)) for name, x in in_hbm.items()}
+    rows, columns = shape.rows(shape.tokens), tile.rounded(shape.hq, LANES)
+    scores = shape.tiles * shape.groups * rows * operands.capacity * shape.heads
     return pl.pallas_call(
-        functools.partial(_paged_kernel, names=tuple(named), copied=tuple(buffers), shape=shape, spec=spec),
+        functools.partial(_paged_kernel, names=tuple(named), copied=tuple(blocks), shape=shape, spec=spec),
         name="paged_decode_attention" if operands.query_start is None else "ragged_paged_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(tiles) + 1,
             grid=(shape.tiles,),
             in_specs=[block for _, block in named.values()],
-            out_specs=[_per_tile(one) for one in outs],
+            out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
             scratch_shapes=[
-                pltpu.VMEM((shape.groups, shape.rows, LANES), jnp.float32),
-                pltpu.VMEM((shape.groups, shape.rows, LANES), jnp.float32),
-                pltpu.VMEM((shape.groups, shape.rows, shape.dv), jnp.float32),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2, len(buffers))),
-                *in_vmem,
+                pltpu.VMEM((shape.tokens, shape.hq, shape.d), q.dtype),
+                pltpu.VMEM((shape.tokens, shape.hq, shape.dv), q.dtype),
+                pltpu.VMEM((shape.tokens, 1, columns), jnp.float32),
+                pltpu.VMEM((shape.groups, rows, shape.d), q.dtype),
+                pltpu.VMEM((shape.groups, rows, LANES), jnp.float32),
+                pltpu.VMEM((shape.groups, rows, LANES), jnp.float32),
+                pltpu.VMEM((shape.groups, rows, shape.dv), jnp.float32),
+                pltpu.SMEM((2,), jnp.int32),
+                pltpu.SemaphoreType.DMA((3,)),
+                pltpu.SemaphoreType.DMA((2, len(blocks))),
+                *blocks.values(),
+                *_of_heads(operands, shape),
             ],
         ),
         out_shape=[
-            output(one, dtype, like=operands.q)
-            for one, dtype in zip(outs, (operands.q.dtype, jnp.float32), strict=True)
+            output((n, shape.hq, shape.dv), q.dtype, like=q),
+            output((n, 1, columns), jnp.float32, like=q),
         ],
         # in order: a tile starts the copies of the next one
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit_bytes),
@@ -321,21 +301,40 @@ def _call(
             ),
         ),
         interpret=interpret,
-    )(jnp.stack(tiles), operands.page_table, *(x for x, _ in named.values()))
-
-
-def _per_tile(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec((None, *shape[1:]), lambda i, *scalars: (i, 0, 0, 0))
+    )(*tiles, operands.page_table, *(x for x, _ in named.values()))
 
 
 def _pages(x: Array, shape: Shape) -> Array:
     """The pages as XLA stores them: no copy is made.
 
-    One product: [num_pages, page_size * hkv, d]; otherwise [num_pages, page_size, hkv, d] or [.., hkv, page_size, d].
+    [num_pages, page_size * hkv, d], or [num_pages, hkv, page_size, d] if each head has a product of its own.
     """
     if shape.heads_first:
         x = x.swapaxes(1, 2)
-    return x.reshape(x.shape[0], -1, x.shape[3]) if shape.groups == 1 else x
+    return x if shape.heads_first and shape.groups > 1 else x.reshape(x.shape[0], -1, x.shape[3])
+
+
+def _block_of_pages(pages: tuple[int, ...], shape: Shape) -> tuple[int, ...]:
+    """The shape of a block of pages of this shape; the rows of flat pages are joined."""
+    *page, d = pages[1:]
+    if shape.heads_first and shape.groups > 1:
+        return shape.pages, shape.hkv, shape.page_size, d
+    return shape.pages * math.prod(page), d
+
+
+def _of_heads(operands: PagedOperands, shape: Shape) -> list[Any]:
+    """Memory for the heads of a block, taken apart: k [groups, block, d], v [groups, block, dv].
+
+    And for words of each: [columns / 128, rows, 128], a word of a column has the numbers of several heads.
+    """
+    if shape.groups == 1:
+        return []
+    pages, dtype = (operands.k_pages, operands.v_pages), operands.q.dtype
+    heads = [pltpu.VMEM((shape.groups, shape.block, x.shape[3]), dtype) for x in pages]
+    if shape.heads_first:
+        return heads
+    rows = shape.block * shape.hkv * pages[0].dtype.itemsize // 4
+    return heads + [pltpu.VMEM((pl.cdiv(x.shape[3], LANES), rows, LANES), jnp.int32) for x in pages]
 
 
 def _scales(scales: Array, page_table: Array, shape: Shape) -> Float[Array, "b blocks groups columns"]:
@@ -350,83 +349,97 @@ def _scales(scales: Array, page_table: Array, shape: Shape) -> Float[Array, "b b
 
 
 class _Copies(NamedTuple):
-    """The copies of a tile's blocks to VMEM, in two places that take turns."""
+    """The copies of a tile's queries, and of its blocks in two places that take turns, to VMEM."""
 
     shape: Shape
-    tiles: Any  # i32[6, tiles], _Tiles
+    tiles: _Tiles
     page_table: Any
     hbm: dict[str, Any]
     vmem: dict[str, Any]
-    semaphores: Any
+    of_queries: Any  # semaphores
+    of_blocks: Any
 
     def blocks(self, of_tile) -> tuple[Any, Any]:
         """The range of blocks that a tile reads."""
-        of = _Tiles(*range(6))
-        first, end = self.tiles[of.first, of_tile], self.tiles[of.end, of_tile]
+        first, end = self.tiles.first[of_tile], self.tiles.end[of_tile]
         return lax.div(first, self.shape.block), lax.div(end + self.shape.block - 1, self.shape.block)
 
+    def start_tile(self, of_tile, place) -> None:
+        """The tile's queries and its first block."""
+        self._queries(of_tile, lambda copy: copy.start())
+        self.start(of_tile, self.blocks(of_tile)[0], place)
+
+    def wait_for_queries(self, of_tile) -> None:
+        self._queries(of_tile, lambda copy: copy.wait())
+
     def start(self, of_tile, block, place) -> None:
-        self._each(of_tile, block, place, lambda copy: copy.start())
+        self._block(of_tile, block, place, lambda copy: copy.start())
 
     def wait(self, of_tile, block, place) -> None:
-        self._each(of_tile, block, place, lambda copy: copy.wait())
+        self._block(of_tile, block, place, lambda copy: copy.wait())
 
-    def _each(self, of_tile, block, place, act) -> None:
-        of, shape = _Tiles(*range(6)), self.shape
-        row, end = self.tiles[of.row, of_tile], self.tiles[of.end, of_tile]
+    def _queries(self, of_tile, act) -> None:
+        def one(i):
+            source, target = self.hbm["q"].at[self.tiles.query[of_tile] + i], self.vmem["q"].at[i]
+            act(pltpu.make_async_copy(source, target, self.of_queries))
+
+        _each(self.tiles.count[of_tile], one)
+
+    def _block(self, of_tile, block, place, act) -> None:
+        shape, row, end = self.shape, self.tiles.row[of_tile], self.tiles.end[of_tile]
         first_page = block * shape.pages
         last_page = lax.div(end + shape.page_size - 1, shape.page_size)
 
-        def one_page(i, _):
+        def one_page(i):
             page = self.page_table[row, first_page + i]
-            for at, name in enumerate(("k", "v")):
-                source, target = self.hbm[name].at[page], self.vmem[name].at[place, i]
-                act(pltpu.make_async_copy(source, target, self.semaphores.at[place, at]))
-            return _
+            for at, name in enumerate("kv"):
+                source, target = self.hbm[name].at[page], self.vmem[name].at[place]
+                rows = source.shape[0]
+                is_flat = len(target.shape) == 2
+                target = target.at[pl.ds(pl.multiple_of(i * rows, rows), rows)] if is_flat else target.at[i]
+                act(pltpu.make_async_copy(source, target, self.of_blocks.at[place, at]))
 
-        lax.fori_loop(0, jnp.minimum(shape.pages, last_page - first_page), one_page, None)
-        for at, name in enumerate(self.hbm):
+        _each(jnp.minimum(shape.pages, last_page - first_page), one_page)
+        for at, name in enumerate(name for name in self.vmem if name != "q"):
             if name.endswith("scales"):
                 source, target = self.hbm[name].at[row, block], self.vmem[name].at[place]
-                act(pltpu.make_async_copy(source, target, self.semaphores.at[place, at]))
+                act(pltpu.make_async_copy(source, target, self.of_blocks.at[place, at]))
 
 
 def _paged_kernel(
-    tiles_ref,  # i32[6, tiles]
-    page_table_ref,  # i32[b, pages_per_seq]
-    *refs,  # the arguments by `names`: q [groups, rows, d], sinks [groups, rows, LANES], pages and scales in HBM;
-    # o [groups, rows, dv], lse [groups, 1, rows]; m, l [groups, rows, LANES], acc [groups, rows, dv], place i32[1],
-    # semaphores [2, copied], two blocks of each of `copied`
+    *refs,  # in this order:
+    # _Tiles, i32[tiles] each, and the page table; the arguments by `names`: sinks [groups, rows, LANES], and in HBM
+    # q [n, hq, d], pages and scales; in HBM o [n, hq, dv], lse [n, 1, columns]; of a tile q, o and lse, [tokens, ..];
+    # in rows q [groups, rows, d], m, l [groups, rows, LANES] and acc [groups, rows, dv]; i32[2]: the place of the next
+    # block, the number of outputs on their way; semaphores of q, o and lse, and of blocks [2, copied]; two blocks of
+    # each of `copied`; _of_heads
     names: tuple[str, ...],
     copied: tuple[str, ...],
     shape: Shape,
     spec: AttentionSpec,
 ):
-    ref = dict(zip(names, refs, strict=False))
-    o_ref, lse_ref, m_ref, l_ref, acc_ref, place_ref, semaphores, *buffers = refs[len(names) :]
-    vmem = dict(zip(copied, buffers, strict=True))
-    copies = _Copies(shape, tiles_ref, page_table_ref, {name: ref[name] for name in copied}, vmem, semaphores)
-    dtype, scores = ref["q"].dtype, Scores(spec=spec)
+    numbers_of_tiles = len(_Tiles._fields)
+    tiles, page_table_ref, refs = _Tiles(*refs[:numbers_of_tiles]), refs[numbers_of_tiles], refs[numbers_of_tiles + 1 :]
+    ref, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
+    o_hbm, lse_hbm, queries_ref, outputs_ref, sums_ref, q_ref, m_ref, l_ref, acc_ref, state_ref, *refs = refs
+    of_tile, of_blocks, *buffers = refs
+    vmem, heads = dict(zip(copied, buffers, strict=False)), buffers[len(copied) :]
+    copies = _Copies(shape, tiles, page_table_ref, ref, {"q": queries_ref, **vmem}, of_tile.at[0], of_blocks)
+    dtype, scores = q_ref.dtype, Scores(spec=spec)
     at, num_tiles = pl.program_id(0), pl.num_programs(0)
-    _, position, count, first, end, following = (tiles_ref[i, at] for i in range(6))
+    position, count, first, end, following = (x[at] for x in tiles[2:])
     first_block, end_block = copies.blocks(at)
+    of_group = shape.heads * shape.g
 
     @pl.when(at == 0)
     def _():
-        place_ref[0] = 0
+        state_ref[0], state_ref[1] = 0, 0
         begin = jnp.where(end > first, 0, following)
-        pl.when(begin < num_tiles)(lambda: copies.start(begin, copies.blocks(begin)[0], 0))
+        pl.when(begin < num_tiles)(lambda: copies.start_tile(begin, 0))
 
-    tile.start_softmax(m_ref, l_ref, acc_ref)
-
-    def numbers(name: str, place, group: int):
+    def numbers(name: str, place, group):
         """[heads * block, d] of the keys or values of a product."""
-        pages: Any = vmem[name]
-        if shape.groups == 1:
-            found = pages[place]
-        else:
-            found = pages[place, :, group] if shape.heads_first else pages[place, :, :, group]
-        return found.reshape(-1, found.shape[-1]).astype(dtype)
+        return heads["kv".index(name)][group] if heads else vmem[name][place].astype(dtype)
 
     def places(size: tuple[int, int], axis: int):
         """(token in the block, key head in the product) along an axis of the keys."""
@@ -440,23 +453,23 @@ def _paged_kernel(
         token = lax.div(column, page_rows) * shape.page_size + lax.rem(inside, jnp.int32(shape.page_size))
         return token, lax.div(inside, jnp.int32(shape.page_size))
 
-    def add_block(block, place, *, edge: bool):
-        start = block * shape.block
-        columns = shape.heads * shape.block
-        token, head = places((1, columns), 1)
+    def add_block(block, place, tokens: int, *, edge: bool):
+        start, rows = block * shape.block, shape.rows(tokens)
+        token, head = places((1, shape.heads * shape.block), 1)
         key = start + token
-        row = lax.broadcasted_iota(jnp.int32, (shape.rows, 1), 0)
-        query = position + (0 if shape.tokens == 1 else lax.div(row, jnp.int32(shape.g)))
+        row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        query = position + lax.rem(row, jnp.int32(tokens))
         visible = None
         if edge:
             visible = (key <= query) & (key < end)
             if spec.left is not None:
                 visible &= key >= query - spec.left
         if head is not None:
-            own = head == lax.div(row, jnp.int32(shape.g))
+            own = head == lax.div(row, jnp.int32(tokens * shape.g))
             visible = own if visible is None else visible & own
-        for group in range(shape.groups):
-            raw = tile.product(_signed(ref["q"][group], scores), numbers("k", place, group), trans_b=True)
+
+        def one_group(group):
+            raw = tile.product(q_ref[group, :rows], numbers("k", place, group), trans_b=True)
             if "k_scales" in vmem:
                 raw = raw * vmem["k_scales"][place, pl.ds(group, 1)]
             raw = scores.raw(raw)
@@ -473,31 +486,126 @@ def _paged_kernel(
                 if edge:
                     v_scales = jnp.where((key >= first) & (key < end), v_scales, 0.0)
                 weigh = functools.partial(jnp.multiply, v_scales)
-            tile.add_to_softmax(m_ref.at[group], l_ref.at[group], acc_ref.at[group], raw, values, scores.factor, weigh)
+            m, l, acc = (x.at[group, :rows] for x in (m_ref, l_ref, acc_ref))
+            tile.add_to_softmax(m, l, acc, raw, values, scores.factor, weigh)
 
-    def one_block(block, place):
-        other = 1 - place
-        is_last = block + 1 == end_block
-        pl.when(~is_last)(lambda: copies.start(at, block + 1, other))
-        is_followed = is_last & (following < num_tiles)
-        pl.when(is_followed)(lambda: copies.start(following, copies.blocks(following)[0], other))
-        copies.wait(at, block, place)
-        highest = block * shape.block + shape.block - 1
-        is_whole = highest <= position
-        if spec.left is not None:
-            is_whole &= block * shape.block >= position + count - 1 - spec.left
-        pl.when(is_whole)(lambda: add_block(block, place, edge=False))
-        pl.when(~is_whole)(lambda: add_block(block, place, edge=True))
-        return other
+        _each(shape.groups, one_group)
 
-    place_ref[0] = lax.fori_loop(first_block, end_block, one_block, place_ref[0])
+    def attend(tokens: int):
+        """The whole tile, which has at most this number of queries."""
+        rows = shape.rows(tokens)
 
-    row = lax.broadcasted_iota(jnp.int32, (shape.rows, LANES), 0)
-    for group in range(shape.groups):
-        m, l = m_ref[group], jnp.where(row < count * shape.g * shape.heads, l_ref[group], 0.0)
-        sinks = ref["sinks"][group] if "sinks" in ref else None
-        o_ref[group] = tile.normalized(acc_ref[group], m, l, scores, sinks).astype(o_ref.dtype)
-        lse_ref[group] = jnp.transpose(scores.log_sum_exp(m, l))[:1]
+        @pl.when(end > first)
+        def _():
+            copies.wait_for_queries(at)
+            if tokens > 1:
+                q_ref[...] = _signed(jnp.swapaxes(queries_ref[...], 0, 1).reshape(q_ref.shape), scores)
+                return
+            for group in range(shape.groups):
+                q_ref[group, :of_group] = _signed(queries_ref[0, group * of_group : (group + 1) * of_group], scores)
+
+        tile.start_softmax(*(x.at[:, :rows] for x in (m_ref, l_ref, acc_ref)))
+
+        def one_block(block, place):
+            other = 1 - place
+            is_last = block + 1 == end_block
+            pl.when(~is_last)(lambda: copies.start(at, block + 1, other))
+            pl.when(is_last & (following < num_tiles))(lambda: copies.start_tile(following, other))
+            copies.wait(at, block, place)
+            _take_apart([vmem[name].at[place] for name in "kv"], heads, shape)
+            highest = block * shape.block + shape.block - 1
+            is_whole = highest <= position
+            if spec.left is not None:
+                is_whole &= block * shape.block >= position + count - 1 - spec.left
+            pl.when(is_whole)(lambda: add_block(block, place, tokens, edge=False))
+            pl.when(~is_whole)(lambda: add_block(block, place, tokens, edge=True))
+            return other
+
+        state_ref[0] = lax.fori_loop(first_block, end_block, one_block, state_ref[0])
+        wait_for_outputs()
+        sums_ref[:tokens] = jnp.zeros((tokens, *sums_ref.shape[1:]), jnp.float32)
+        row, lane = (lax.broadcasted_iota(jnp.int32, (rows, sums_ref.shape[2]), axis) for axis in range(2))
+
+        def end_group(group):
+            m, l = m_ref[group, :rows], l_ref[group, :rows]
+            sinks = ref[f"sinks_of_{tokens}"][group] if "sinks_of_1" in ref else None
+            out = tile.normalized(acc_ref[group, :rows], m, l, scores, sinks)
+            if tokens > 1:
+                acc_ref[group] = out
+            else:
+                outputs_ref[0, group * of_group : (group + 1) * of_group] = out[:of_group].astype(dtype)
+            # each head's in its lane
+            own = (lane == group * of_group + lax.div(row, jnp.int32(tokens))) & (row < of_group * tokens)
+            lse = jnp.where(own, tile.spread(scores.log_sum_exp(m, l), lane.shape[1]), 0.0)
+            lse = lse.reshape(of_group, tokens, -1).sum(0) if tokens > 1 else lse.sum(0, keepdims=True)
+            sums_ref[:tokens, 0] += lse
+
+        if tokens > 1:
+            _each(shape.groups, end_group)
+            turned = acc_ref[...].reshape(shape.hq, tokens, shape.dv).astype(dtype)
+            outputs_ref[...] = jnp.swapaxes(turned, 0, 1)
+        else:
+            for group in range(shape.groups):
+                end_group(group)
+        state_ref[1] = count
+        outputs(tiles.query[at], lambda copy: copy.start())
+
+    def outputs(query, act):
+        def one(i):
+            for semaphore, source, target in ((1, outputs_ref, o_hbm), (2, sums_ref, lse_hbm)):
+                act(pltpu.make_async_copy(source.at[i], target.at[query + i], of_tile.at[semaphore]))
+
+        _each(state_ref[1], one)
+
+    def wait_for_outputs():
+        """Those of the tile before, or of this one: a wait counts bytes, whatever their place."""
+        outputs(0, lambda copy: copy.wait())
+        state_ref[1] = 0
+
+    pl.when(count == 1)(lambda: attend(1))
+    if shape.tokens > 1:
+        pl.when(count > 1)(lambda: attend(shape.tokens))
+    pl.when(at == num_tiles - 1)(wait_for_outputs)
+
+
+def _each(count: Any, act: Callable[[Any], None]) -> None:
+    """Calls act for each index; the compiler sees it once."""
+    if isinstance(count, int) and count == 1:
+        return act(0)
+    lax.fori_loop(0, count, lambda index, _: act(index), None)
+
+
+def _take_apart(pages, memory, shape: Shape) -> None:
+    """Stores the rows of each head of two blocks of pages, as _block_of_pages, in memory, as _of_heads."""
+    for at, block in enumerate(pages if memory else ()):
+        heads = memory[at]
+        if shape.heads_first:
+            for head in range(shape.groups):
+                heads[head] = block[:, head].reshape(heads.shape[1:]).astype(heads.dtype)
+            continue
+        # Mosaic loads every n-th row only of numbers of 4 bytes, and of 128 columns
+        words, parts = memory[2 + at], 4 // block.dtype.itemsize
+        per_token = shape.hkv // parts
+        for slab, first in enumerate(range(0, block.shape[1], LANES)):
+            columns = slice(first, min(first + LANES, block.shape[1]))
+            width = columns.stop - first
+            words[slab, :, :width] = pltpu.bitcast(block[:, columns], jnp.int32)
+            for word in range(per_token):
+                found = words[slab, pl.ds(word, shape.block, stride=per_token)][:, :width]
+                for part in range(parts):
+                    heads[word * parts + part, :, columns] = _number(found, part, block.dtype).astype(heads.dtype)
+
+
+def _number(words: Array, part: int, dtype: Any) -> Array:
+    """The numbers of a dtype in one part of words of 4 bytes, the first in the lowest bits."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+    highest = words << (32 - bits * (part + 1))
+    if bits > 8:
+        highest = highest & jnp.int32(-1 << (32 - bits)) if part else highest
+        return lax.bitcast_convert_type(highest, jnp.float32)
+    if dtype == jnp.int8:
+        return highest >> 24
+    return lax.bitcast_convert_type((highest >> 24).astype(jnp.int8), dtype)
 
 
 def _signed(q: Array, scores: Scores) -> Array:

@@ -15,7 +15,8 @@ import jfa
 from jfa.kernels.tpu import flash, flash_bwd, paged, products, tile
 from jfa.kernels.tpu._pallas import pltpu
 from jfa_bench import cli, configs, names
-from jfa_bench.proof import by_libtpu, compile, compilers, model, pool, proofs, prove, steps
+from jfa_bench.proof import beside, by_libtpu, compile, compilers, model, pool, proofs, prove, steps
+from jfa_bench.records import report
 from jfa_bench.truth import cases, paged_cases, product_cases
 
 needs_libtpu = pytest.mark.skipif(by_libtpu.why_not() is not None, reason=by_libtpu.why_not() or "")
@@ -73,6 +74,8 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
             ["--arch", "v5e", "--model", "phi-2", "--hosts", "2"],
             "--hosts is of GPUs, got v5e: a slice of TPUs has --devices",
         ),
+        ("compile", ["--arch", "v5e,gfx942", "--peers"], "--peers compares kernels for TPUs, got gfx942"),
+        ("compile", ["--arch", "v5e", "--model", "llama-3-8b", "--peers"], "--peers cannot be combined with --model"),
         ("prove", ["--arch", "v5e"], "unknown architecture 'v5e'; use one of gfx942, .* tpu, or all"),
         ("prove", ["--arch", "tpu", "--model"], "--model knows no TPUs yet, got tpu"),
     ],
@@ -324,3 +327,26 @@ def test_a_row_that_never_ends_is_told():
 def test_the_interpreter_works_after_an_error(broken):
     assert proven().wrong is None
     pltpu.reset_tpu_interpret_mode_state()
+
+
+# Beside JAX's own kernels
+
+
+@needs_libtpu
+def test_a_call_has_a_row_of_each_kernel_with_its_words():
+    wanted = [row for row in beside.rows(["v5e"]) if row.call == "decode, 64 rows"]
+    records = [beside.compile_row(row) for row in wanted]
+    assert [(one["implementation"], one["status"]) for one in records] == [("jfa", "ok"), ("paged_attention", "ok")]
+    assert all(one["words"] > 0 and one["copies"] is not None for one in records)
+    ours, theirs = report.beside(records).splitlines()[2:]
+    assert "| jfa |" in ours and "| 1.00 |" in ours and "| paged_attention |" in theirs
+
+
+def test_tiles_of_a_causal_head_are_counted_by_their_masks():
+    # rows of tiles see 1, 1, 2 and 2 tiles of keys, the last of which has masked scores
+    assert beside._tiles(2048, 512, 1024) == (2, 4)
+
+
+def test_a_failed_row_has_no_figures():
+    row = beside._lost(beside.rows(["v5e"])[0], "crashed")
+    assert report.beside([row]).splitlines()[2].startswith("| v5e | flash, forward, 4,096 tokens | jfa | failed |")
