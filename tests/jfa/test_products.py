@@ -71,6 +71,31 @@ def test_programs_that_split_the_columns_give_the_same_result(name, num_splits, 
     check(truth(name, "bfloat16"), "triton", config=config)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_a_large_weight_is_multiplied_in_blocks_of_rows(kind):
+    """601 rows are two blocks, of which the second repeats a row of the first."""
+    draw = np.random.default_rng(0)
+    weight = quant.quantize_weight(
+        draw.standard_normal((601, 1088), np.float32), kind, group_size=64, symmetric=kind != "int4"
+    )
+    x = draw.standard_normal((5, 1088), np.float32)
+    want = x.astype(np.float64) @ np.asarray(quant.dequantize(jax.tree.map(jnp.asarray, weight)), np.float64).T
+    np.testing.assert_allclose(jfa.quantized_matmul(x, weight, implementation="xla"), want, atol=1e-3)
+
+
+def test_weights_are_dequantized_one_after_another():
+    """A step does not take the memory of all its weights in floats."""
+    weight = quant.quantize_weight(np.ones((1024, 1024), np.float32), "int4", group_size=64)
+
+    def step(x, weights):
+        for one in weights:
+            x = jfa.quantized_matmul(x, one)
+        return x
+
+    compiled = jax.jit(step).lower(jnp.ones((8, 1024)), [weight] * 6).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**20  # one of six as floats
+
+
 @pytest.mark.parametrize("n", [1, 3, 16, 17, 300])
 def test_any_number_of_rows(n):
     case = ProductCase(rows=n, out=37, width=128, kind="int4", group_size=64, zeros=True)

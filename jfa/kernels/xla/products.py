@@ -14,6 +14,9 @@ from jfa.types import DeviceInfo, ProductOperands, ProductSpec
 
 _ROWS_BY_GROUPS = 4  # of integers; from more rows on, a dequantized weight is faster on a CPU
 
+# Of a weight that is dequantized on a CPU: bytes at a time, but no fewer rows than a product needs (bench/LOG.md).
+_DEQUANTIZED_BYTES, _LEAST_ROWS = 2 << 20, 256
+
 # Of own_low_rank: a loop adds up to _TERMS products of _LANES numbers; more are faster, but take longer to compile.
 _LANES, _TERMS = 16, 8
 _MAX_OWN_ROWS, _MAX_OWN_RANK = 32, 32
@@ -46,8 +49,36 @@ def quantized_matmul(operands: ProductOperands, *, spec: ProductSpec, on_cpu: bo
         if sums is not None:
             return (sums.reshape(*terms.shape[:2], -1) * scales).sum(0).astype(x.dtype)
         x = (terms.astype(jnp.float32) * scales).sum(0).astype(x.dtype)
-    weight = quant.dequantize(quant.weight_of(operands, spec), x.dtype)
-    return times_rows(x, weight, to=x.dtype, on_cpu=on_cpu)
+    return _times_dequantized(x, operands, spec, on_cpu=on_cpu)
+
+
+def _times_dequantized(
+    x: Float[Array, "n in"], operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool
+) -> Float[Array, "n out"]:
+    """x weight^T with the weight in the dtype of x.
+
+    On a CPU, blocks of the weight are dequantized one after another in a loop. Otherwise XLA dequantizes all weights of
+    a step at its begin, since they do not depend on x: that takes the memory of a model in floats, which is fresh at
+    each step, and the kernel takes longer to clear its pages than the products take.
+    """
+    out, width = operands.values.shape[0], x.shape[1]
+    count = 1
+    if on_cpu:
+        count = max(1, min(out // _LEAST_ROWS, -(-out * width * x.dtype.itemsize // _DEQUANTIZED_BYTES)))
+    size = -(-out // count)  # rows of a block; the last one starts early enough to end with the weight
+    arrays = {name: array for name, array in operands._asdict().items() if name != "x" and array is not None}
+
+    def block(start) -> Float[Array, "n size"]:
+        rows = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        own = {name: quant.on_bits(rows, array) for name, array in arrays.items()}
+        weight = quant.dequantize(quant.weight_of(operands._replace(**own), spec), x.dtype)
+        return times_rows(x, weight, to=x.dtype, on_cpu=on_cpu)
+
+    if count == 1:
+        return block(0)
+    blocks = lax.map(block, jnp.minimum(jnp.arange(count) * size, out - size))
+    first, last = jnp.moveaxis(blocks[:-1], 0, 1).reshape(x.shape[0], -1), blocks[-1]
+    return jnp.concatenate([first, last[:, first.shape[1] - out :]], axis=1)
 
 
 def _by_groups(rows: Int[Array, "n in"], operands: ProductOperands, spec: ProductSpec) -> Float[Array, "n out"]:
