@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jfa import backends, checks, quant
+from jfa import backends, checks
 from jfa.device import probe
 from jfa.kernels.xla import products as in_xla
 from jfa.quant import QuantizedArray
@@ -126,10 +126,8 @@ def _forward(plan: _Plan, operands: ProductOperands):
 @compiled
 @with_default_rules
 def _backward(plan: _Plan, operands: ProductOperands, d_out) -> tuple[ProductOperands]:
-    weight = quant.dequantize(quant.weight_of(operands, plan.spec), operands.x.dtype)
-    precision = "highest" if weight.dtype == jnp.float32 else None
-    d_x = jnp.matmul(d_out, weight, precision=precision, preferred_element_type=jnp.float32)
-    return (ProductOperands(d_x.astype(operands.x.dtype), None, None),)  # type: ignore[arg-type]  # constants
+    d_x = in_xla.gradient_of_x(d_out, operands, plan.spec, on_cpu=plan.device.platform == "cpu")
+    return (ProductOperands(d_x, None, None),)  # type: ignore[arg-type]  # constants
 
 
 _differentiable.defvjp(_forward, _backward)

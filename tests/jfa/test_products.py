@@ -79,8 +79,11 @@ def test_a_large_weight_is_multiplied_in_blocks_of_rows(kind):
         draw.standard_normal((601, 1088), np.float32), kind, group_size=64, symmetric=kind != "int4"
     )
     x = draw.standard_normal((5, 1088), np.float32)
-    want = x.astype(np.float64) @ np.asarray(quant.dequantize(jax.tree.map(jnp.asarray, weight)), np.float64).T
-    np.testing.assert_allclose(jfa.quantized_matmul(x, weight, implementation="xla"), want, atol=1e-3)
+    d_out = draw.standard_normal((5, 601), np.float32)
+    dense = np.asarray(quant.dequantize(jax.tree.map(jnp.asarray, weight)), np.float64)
+    out, gradient = jax.vjp(lambda x: jfa.quantized_matmul(x, weight, implementation="xla"), x)
+    np.testing.assert_allclose(out, x @ dense.T, atol=1e-3)
+    np.testing.assert_allclose(gradient(d_out)[0], d_out @ dense, atol=1e-3)
 
 
 def test_weights_are_dequantized_one_after_another():
@@ -92,8 +95,9 @@ def test_weights_are_dequantized_one_after_another():
             x = jfa.quantized_matmul(x, one)
         return x
 
-    compiled = jax.jit(step).lower(jnp.ones((8, 1024)), [weight] * 6).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**20  # one of six as floats
+    for function in (step, jax.grad(lambda *args: step(*args).sum(), argnums=0)):
+        compiled = jax.jit(function).lower(jnp.ones((8, 1024)), [weight] * 6).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**20  # one of six as floats
 
 
 @pytest.mark.parametrize("n", [1, 3, 16, 17, 300])

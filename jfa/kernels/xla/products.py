@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from jfa import quant
+from jfa.kernels.xla.flash import float32
 from jfa.types import DeviceInfo, ProductOperands, ProductSpec
 
 _ROWS_BY_GROUPS = 4  # of integers; from more rows on, a dequantized weight is faster on a CPU
@@ -52,33 +54,70 @@ def quantized_matmul(operands: ProductOperands, *, spec: ProductSpec, on_cpu: bo
     return _times_dequantized(x, operands, spec, on_cpu=on_cpu)
 
 
+def gradient_of_x(
+    d_out: Float[Array, "n out"], operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool
+) -> Float[Array, "n in"]:
+    """d_out weight, in the dtype of operands.x, with the weight dequantized."""
+    blocks = _Blocks.of(operands, spec, on_cpu=on_cpu)
+
+    def product(i) -> Float[Array, "n in"]:
+        d_block, weight = lax.dynamic_slice_in_dim(d_out, blocks.start(i), blocks.size, axis=1), blocks.weight(i)
+        is_new = blocks.start(i) + jnp.arange(blocks.size) >= i * blocks.size  # the last block repeats some rows
+        d_block = jnp.where(is_new, d_block, 0)
+        return jnp.matmul(d_block, weight, precision=_precision(weight), preferred_element_type=jnp.float32)
+
+    d_x = float32(d_out, operands.x.shape)
+    d_x = lax.fori_loop(0, blocks.number, lambda i, d_x: d_x + product(i), d_x) if blocks.number > 1 else product(0)
+    return d_x.astype(operands.x.dtype)
+
+
 def _times_dequantized(
     x: Float[Array, "n in"], operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool
 ) -> Float[Array, "n out"]:
-    """x weight^T with the weight in the dtype of x.
+    """x weight^T with the weight in the dtype of x."""
+    blocks = _Blocks.of(operands, spec, on_cpu=on_cpu)
 
-    On a CPU, blocks of the weight are dequantized one after another in a loop. Otherwise XLA dequantizes all weights of
-    a step at its begin, since they do not depend on x: that takes the memory of a model in floats, which is fresh at
-    each step, and the kernel takes longer to clear its pages than the products take.
+    def product(i) -> Float[Array, "n size"]:
+        return times_rows(x, blocks.weight(i), to=x.dtype, on_cpu=on_cpu)
+
+    if blocks.number == 1:
+        return product(0)
+    parts = lax.map(product, jnp.arange(blocks.number))
+    first, last = jnp.moveaxis(parts[:-1], 0, 1).reshape(x.shape[0], -1), parts[-1]
+    return jnp.concatenate([first, last[:, first.shape[1] - operands.values.shape[0] :]], axis=1)
+
+
+class _Blocks(NamedTuple):
+    """A weight in blocks of rows, which a CPU dequantizes one after another in a loop.
+
+    Otherwise XLA would dequantize all weights of a step at its begin, since they do not depend on x: that takes the
+    memory of a model in floats, which is fresh at each step, and the kernel takes longer to clear its pages than the
+    products take.
     """
-    out, width = operands.values.shape[0], x.shape[1]
-    count = 1
-    if on_cpu:
-        count = max(1, min(out // _LEAST_ROWS, -(-out * width * x.dtype.itemsize // _DEQUANTIZED_BYTES)))
-    size = -(-out // count)  # rows of a block; the last one starts early enough to end with the weight
-    arrays = {name: array for name, array in operands._asdict().items() if name != "x" and array is not None}
 
-    def block(start) -> Float[Array, "n size"]:
-        rows = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        own = {name: quant.on_bits(rows, array) for name, array in arrays.items()}
-        weight = quant.dequantize(quant.weight_of(operands._replace(**own), spec), x.dtype)
-        return times_rows(x, weight, to=x.dtype, on_cpu=on_cpu)
+    operands: ProductOperands
+    spec: ProductSpec
+    number: int
+    size: int  # rows; the last block starts early enough to end with the weight
 
-    if count == 1:
-        return block(0)
-    blocks = lax.map(block, jnp.minimum(jnp.arange(count) * size, out - size))
-    first, last = jnp.moveaxis(blocks[:-1], 0, 1).reshape(x.shape[0], -1), blocks[-1]
-    return jnp.concatenate([first, last[:, first.shape[1] - out :]], axis=1)
+    @classmethod
+    def of(cls, operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool) -> "_Blocks":
+        out, width = operands.values.shape[0], operands.x.shape[1]
+        number = 1
+        if on_cpu:
+            num_bytes = out * width * operands.x.dtype.itemsize
+            number = max(1, min(out // _LEAST_ROWS, -(-num_bytes // _DEQUANTIZED_BYTES)))
+        return cls(operands, spec, number, -(-out // number))
+
+    def start(self, i):
+        return jnp.minimum(i * self.size, self.operands.values.shape[0] - self.size)
+
+    def weight(self, i) -> Float[Array, "size in"]:
+        """Block i in the dtype of x."""
+        rows = functools.partial(lax.dynamic_slice_in_dim, start_index=self.start(i), slice_size=self.size)
+        arrays = {name: array for name, array in self.operands._asdict().items() if name != "x" and array is not None}
+        own = {name: quant.on_bits(rows, array) for name, array in arrays.items()} if self.number > 1 else arrays
+        return quant.dequantize(quant.weight_of(self.operands._replace(**own), self.spec), self.operands.x.dtype)
 
 
 def _by_groups(rows: Int[Array, "n in"], operands: ProductOperands, spec: ProductSpec) -> Float[Array, "n out"]:
