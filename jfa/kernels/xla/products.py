@@ -17,7 +17,7 @@ from jfa.types import DeviceInfo, ProductOperands, ProductSpec
 _ROWS_BY_GROUPS = 4  # of integers; from more rows on, a dequantized weight is faster on a CPU
 
 # Of a weight that is dequantized on a CPU: bytes at a time, but no fewer rows than a product needs (bench/LOG.md).
-_DEQUANTIZED_BYTES, _LEAST_ROWS = 2 << 20, 256
+_DEQUANTIZED_BYTES, _LEAST_ROWS = 4 << 20, 256
 
 # Of own_low_rank: a loop adds up to _TERMS products of _LANES numbers; more are faster, but take longer to compile.
 _LANES, _TERMS = 16, 8
@@ -58,7 +58,7 @@ def gradient_of_x(
     d_out: Float[Array, "n out"], operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool
 ) -> Float[Array, "n in"]:
     """d_out weight, in the dtype of operands.x, with the weight dequantized."""
-    blocks = _Blocks.of(operands, spec, on_cpu=on_cpu)
+    d_out, blocks = _Blocks.after(d_out, operands, spec, on_cpu=on_cpu)
 
     def product(i) -> Float[Array, "n in"]:
         d_block, weight = lax.dynamic_slice_in_dim(d_out, blocks.start(i), blocks.size, axis=1), blocks.weight(i)
@@ -75,7 +75,7 @@ def _times_dequantized(
     x: Float[Array, "n in"], operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool
 ) -> Float[Array, "n out"]:
     """x weight^T with the weight in the dtype of x."""
-    blocks = _Blocks.of(operands, spec, on_cpu=on_cpu)
+    x, blocks = _Blocks.after(x, operands, spec, on_cpu=on_cpu)
 
     def product(i) -> Float[Array, "n size"]:
         return times_rows(x, blocks.weight(i), to=x.dtype, on_cpu=on_cpu)
@@ -88,11 +88,11 @@ def _times_dequantized(
 
 
 class _Blocks(NamedTuple):
-    """A weight in blocks of rows, which a CPU dequantizes one after another in a loop.
+    """A weight in blocks of rows, which a CPU dequantizes one after another, when they are needed.
 
-    Otherwise XLA would dequantize all weights of a step at its begin, since they do not depend on x: that takes the
-    memory of a model in floats, which is fresh at each step, and the kernel takes longer to clear its pages than the
-    products take.
+    Temporaries are fresh memory at each step, and the kernel takes longer to clear a page than a product to read it. So
+    a large weight is dequantized in a loop, and none before what it is multiplied with is known: XLA would begin a
+    step with the dequantization of all its weights, which takes the memory of a model in floats.
     """
 
     operands: ProductOperands
@@ -101,13 +101,17 @@ class _Blocks(NamedTuple):
     size: int  # rows; the last block starts early enough to end with the weight
 
     @classmethod
-    def of(cls, operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool) -> "_Blocks":
+    def after(
+        cls, x: Float[Array, "n _"], operands: ProductOperands, spec: ProductSpec, *, on_cpu: bool
+    ) -> tuple[Float[Array, "n _"], "_Blocks"]:
+        """x, and the blocks of the weight that it is multiplied with."""
         out, width = operands.values.shape[0], operands.x.shape[1]
-        number = 1
-        if on_cpu:
-            num_bytes = out * width * operands.x.dtype.itemsize
-            number = max(1, min(out // _LEAST_ROWS, -(-num_bytes // _DEQUANTIZED_BYTES)))
-        return cls(operands, spec, number, -(-out // number))
+        if not on_cpu:
+            return x, cls(operands, spec, 1, out)
+        num_bytes = out * width * operands.x.dtype.itemsize
+        number = max(1, min(out // _LEAST_ROWS, -(-num_bytes // _DEQUANTIZED_BYTES)))
+        x, weight = lax.optimization_barrier((x, operands._replace(x=None)))
+        return x, cls(weight._replace(x=operands.x), spec, number, -(-out // number))
 
     def start(self, i):
         return jnp.minimum(i * self.size, self.operands.values.shape[0] - self.size)
