@@ -209,17 +209,22 @@ def rotation(d: int) -> np.ndarray:
 
 def dequantize(x: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "*n d"]:
     """The elements in float32, rounded once to dtype."""
-    if x.zeros is None and x.minima is None:
-        found = numbers(x.values, x.group_size)
-    else:
-        found = integers(x.values, x.group_size).astype(jnp.float32)
-    d = found.shape[-1]
-    if x.zeros is not None:
-        found = found - per_element(x.zeros, x.group_size, d).astype(jnp.float32)
-    found = found * per_element(x.scales, x.group_size, d).astype(jnp.float32)
-    if x.minima is not None:
-        found = found + per_element(x.minima, x.group_size, d).astype(jnp.float32)
-    return found.astype(dtype)
+
+    def scaled(found: Float[Array, "..."], shaped: Callable[[Array], Array]) -> Float[Array, "..."]:
+        if x.zeros is not None:
+            found = found - shaped(x.zeros).astype(jnp.float32)
+        found = found * shaped(x.scales).astype(jnp.float32)
+        return found if x.minima is None else found + shaped(x.minima).astype(jnp.float32)
+
+    if x.values.dtype != jnp.uint8:
+        found = numbers(x.values)
+        return scaled(found, lambda field: per_element(field, x.group_size, found.shape[-1])).astype(dtype)
+    first = 7.5 if x.zeros is None and x.minima is None else 0.0  # levels
+
+    def of_groups(field: Array) -> Array:
+        return field[..., None] if x.group_size is not None else field.reshape(*x.values.shape[:-1], 1, 1)
+
+    return _each_half(x.values, x.group_size, lambda half: scaled(half - first, of_groups)).astype(dtype)
 
 
 def rounded_rows(x: Float[Array, "n d"], terms: int) -> tuple[Int[Array, "terms n d"], Float[Array, "terms n 1"]]:
@@ -261,24 +266,29 @@ def per_element(x: Shaped[Array, "..."], group_size: int | None, d: int) -> Shap
     return jnp.repeat(x, group_size, axis=-1)[..., :d]
 
 
-def numbers(values: Shaped[Array, "*n stored"], group_size: int | None = None) -> Float[Array, "*n d"]:
-    """Stored numbers as float32, without scales; 4-bit numbers as levels."""
+def numbers(values: Shaped[Array, "*n stored"]) -> Float[Array, "*n d"]:
+    """Stored numbers as float32, without scales; 4-bit numbers, without groups, as levels."""
     kind = kind_of(values.dtype)
     if kind == "int4":
-        return integers(values, group_size).astype(jnp.float32) - 7.5
+        return _each_half(values, None, lambda half: half - 7.5)
     return _from_fp8(values) if kind == "fp8" else values.astype(jnp.float32)
 
 
-def integers(values: Int[Array, "*n stored"], group_size: int | None = None) -> Int[Array, "*n d"]:
-    """Stored integers: int8 as they are, 4-bit numbers as uint8 from 0 to 15."""
-    if values.dtype != jnp.uint8:
-        return values
+def _each_half(
+    values: Int[Array, "*n stored"],
+    group_size: int | None,
+    function: Callable[[Float[Array, "*n groups half"]], Float[Array, "*n groups half"]],
+) -> Float[Array, "*n d"]:
+    """function(x) of packed 4-bit numbers from 0 to 15, in the order of the elements.
+
+    It gets the halves of each group apart. On a CPU this is half of the time of the function of numbers that were put
+    in order before (bench/LOG.md).
+    """
     *n, stored = values.shape
-    if group_size is not None:
-        values = values.reshape(*n, stored * 2 // group_size, group_size // 2)
-    # duplicate the bytes, then shift: on a CPU twice as fast as concatenating two unpacked halves (bench/LOG.md)
-    shift = np.repeat(np.array([0, 4], np.uint8), values.shape[-1])
-    return ((jnp.concatenate([values, values], axis=-1) >> shift) & 15).reshape(*n, stored * 2)
+    half = max(stored, 1) if group_size is None else group_size // 2
+    grouped = values.reshape(*n, stored // half, half)
+    parts = [function(part.astype(jnp.float32)) for part in (grouped & 15, grouped >> 4)]
+    return jnp.concatenate(parts, axis=-1).reshape(*n, 2 * stored)
 
 
 def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:
