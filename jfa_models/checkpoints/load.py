@@ -139,7 +139,7 @@ def _read_weight(
 ) -> np.ndarray | QuantizedArray:
     if weights.quantization == "stored":
         if (found := tensor.read_quantized()) is not None:
-            return found if found.rounds_inputs else dataclasses.replace(found, rounds_inputs=_terms(found.kind))
+            return found if found.rounds_inputs else dataclasses.replace(found, rounds_inputs=_terms(found))
     if weights.quantization in (None, "stored"):
         return tensor.read(weights.dtype or wanted.dtype)
     parts = tensor.parts if isinstance(tensor, StackedTensors) else (tensor,)
@@ -160,16 +160,17 @@ def quantized(
         for into, x in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
             into[rows] = x
     assert whole is not None, "a weight has rows"
-    return dataclasses.replace(whole, rounds_inputs=1 if quantization == "int8-dynamic" else _terms(kind))
+    return dataclasses.replace(whole, rounds_inputs=1 if quantization == "int8-dynamic" else _terms(whole))
 
 
-def _terms(kind: str) -> int:
+def _terms(weight: QuantizedArray) -> int:
     """QuantizedArray.rounds_inputs on this platform.
 
-    XLA on a CPU multiplies integers, or would dequantize the weight in each product; two int8 numbers for an element of
-    the input are as precise as a 16-bit float.
+    XLA on a CPU multiplies integers, if a row has one scale; two int8 numbers for an element of the input are as
+    precise as a 16-bit float. Other weights are dequantized in each product.
     """
-    return 2 if jax.default_backend() == "cpu" and kind != "fp8" else 0
+    is_plain = weight.kind == "int8" and weight.group_size is None and weight.zeros is weight.minima is None
+    return 2 if is_plain and jax.default_backend() == "cpu" else 0
 
 
 def with_settled_head(checkpoint: Checkpoint) -> Checkpoint:

@@ -315,7 +315,7 @@ UNSERVED_PAGES = {
     "int4": (paged_shapes(pages="uint8"), V5E, "does not read packed 4-bit pages yet"),
     "tree": (paged_shapes(tree_mask=ANY), V5E, "the TPU kernel has no tree_mask yet"),
     "one_quantized": (paged_shapes(v_pages=paged_shapes(pages="int8").v_pages), V5E, "both quantized, or none of them"),
-    "head_dim": (paged_shapes(head_dim=64), V5E, "a head_dim of 64 .* XLA would copy all pages before each call; pad"),
+    "head_dim": (paged_shapes(head_dim=64), V5E, "a head_dim of 64, .* XLA would copy all pages before each call; pad"),
     "page_size": (paged_shapes(page_size=4), V5E, "4 tokens and 2 heads are stored with padding"),
     "heads": (paged_shapes(heads=(6, 6)), V5E, "16 tokens and 6 heads are stored with padding"),
     "smem": (

@@ -14,8 +14,6 @@ from jfa import quant
 from jfa.kernels.xla.flash import float32
 from jfa.types import DeviceInfo, ProductOperands, ProductSpec
 
-_ROWS_BY_GROUPS = 4  # of integers; from more rows on, a dequantized weight is faster on a CPU
-
 # Of a weight that is dequantized on a CPU: bytes at a time, but no fewer rows than a product needs (bench/LOG.md).
 _DEQUANTIZED_BYTES, _LEAST_ROWS = 4 << 20, 256
 
@@ -37,21 +35,16 @@ def default_config(operands: ProductOperands, spec: ProductSpec, device: DeviceI
 def quantized_matmul(operands: ProductOperands, *, spec: ProductSpec, on_cpu: bool) -> Float[Array, "n out"]:
     """x weight^T in the dtype of x: of integers where inputs are rounded, else with the weight dequantized."""
     x = operands.x
-    if spec.rounds_inputs:
-        terms, scales = quant.rounded_rows(x, spec.rounds_inputs)
+    if not spec.rounds_inputs:
+        return _times_dequantized(x, operands, spec, on_cpu=on_cpu)
+    terms, scales = quant.rounded_rows(x, spec.rounds_inputs)
+    if spec.group_size is None and operands.zeros is operands.minima is None and operands.values.dtype == jnp.int8:
         rows = terms.reshape(-1, terms.shape[-1])
-        sums = None
-        ragged = x.shape[1] % (spec.group_size or x.shape[1]) != 0
-        plain = spec.group_size is None and operands.zeros is None and operands.minima is None
-        if plain and operands.values.dtype == jnp.int8:
-            sums = times_rows(rows, operands.values, to=jnp.int32, on_cpu=on_cpu).astype(jnp.float32)
-            sums = sums * operands.scales.astype(jnp.float32)
-        elif on_cpu and isinstance(x.shape[0], int) and rows.shape[0] <= _ROWS_BY_GROUPS and not ragged:
-            sums = _by_groups(rows, operands, spec)
-        if sums is not None:
-            return (sums.reshape(*terms.shape[:2], -1) * scales).sum(0).astype(x.dtype)
-        x = (terms.astype(jnp.float32) * scales).sum(0).astype(x.dtype)
-    return _times_dequantized(x, operands, spec, on_cpu=on_cpu)
+        sums = times_rows(rows, operands.values, to=jnp.int32, on_cpu=on_cpu).astype(jnp.float32)
+        sums = (sums * operands.scales.astype(jnp.float32)).reshape(*terms.shape[:2], -1)
+        return (sums * scales).sum(0).astype(x.dtype)
+    rounded = (terms.astype(jnp.float32) * scales).sum(0).astype(x.dtype)
+    return _times_dequantized(rounded, operands, spec, on_cpu=on_cpu)
 
 
 def gradient_of_x(
@@ -122,33 +115,6 @@ class _Blocks(NamedTuple):
         arrays = {name: array for name, array in self.operands._asdict().items() if name != "x" and array is not None}
         own = {name: quant.on_bits(rows, array) for name, array in arrays.items()} if self.number > 1 else arrays
         return quant.dequantize(quant.weight_of(self.operands._replace(**own), self.spec), self.operands.x.dtype)
-
-
-def _by_groups(rows: Int[Array, "n in"], operands: ProductOperands, spec: ProductSpec) -> Float[Array, "n out"]:
-    """Products of integer rows with a weight in groups: int32 sums of each group, times its scale.
-
-    For a row or two on a CPU: XLA vectorizes such a sum over a short group, but not a product of more rows.
-    """
-    n, width = rows.shape
-    out, stored = operands.values.shape
-    group = spec.group_size or width
-    x = rows.reshape(n, 1, width // group, group).astype(jnp.int32)
-    values = operands.values.reshape(out, width // group, stored * group // width)
-    if operands.values.dtype == jnp.uint8:
-        low, high = jnp.split(x, 2, axis=-1)
-        sums = jnp.sum(low * (values & 15).astype(jnp.int32) + high * (values >> 4).astype(jnp.int32), axis=-1)
-    else:
-        sums = jnp.sum(x * values.astype(jnp.int32), axis=-1)
-    of_x = jnp.sum(x, axis=-1)
-    if operands.zeros is not None:
-        sums = sums - of_x * operands.zeros.reshape(out, -1).astype(jnp.int32)
-    found = sums.astype(jnp.float32)
-    if operands.zeros is None and operands.minima is None and operands.values.dtype == jnp.uint8:
-        found = found - 7.5 * of_x.astype(jnp.float32)
-    found = found * operands.scales.reshape(out, -1).astype(jnp.float32)
-    if operands.minima is not None:
-        found = found + of_x.astype(jnp.float32) * operands.minima.reshape(out, -1).astype(jnp.float32)
-    return jnp.sum(found, axis=-1)
 
 
 def times_rows(

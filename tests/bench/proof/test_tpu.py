@@ -198,7 +198,9 @@ def test_a_row_has_the_cases_that_were_proven_and_those_that_were_refused():
 def test_only_what_tpus_have_is_proven():
     rows = prove.rows(["tpu"], names.OPS, names.DIRECTIONS)
     assert {(row.op, row.direction) for row in rows} == {names.KERNELS[name] for name in names.TPU_KERNELS}
-    assert not any("float16" in row.dtype.replace("bfloat16", "") or "uint8" in row.dtype for row in rows)
+    assert not any("float16" in row.dtype.replace("bfloat16", "") for row in rows)
+    of_four_bits = {row.op for row in rows if "uint8" in row.dtype}
+    assert of_four_bits == {"quantized_matmul_few_rows", "quantized_matmul"}, "packed pages go to xla"
 
 
 def test_a_missing_wait_is_noticed(broken):
