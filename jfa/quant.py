@@ -209,22 +209,65 @@ def rotation(d: int) -> np.ndarray:
 
 def dequantize(x: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Float[Array, "*n d"]:
     """The elements in float32, rounded once to dtype."""
+    if x.values.dtype == jnp.uint8:
+        return joined(dequantized_halves(x, dtype), x.group_size)
+    found = numbers(x.values)
+    return _scaled(x, found, lambda field: per_element(field, x.group_size, found.shape[-1])).astype(dtype)
 
-    def scaled(found: Float[Array, "..."], shaped: Callable[[Array], Array]) -> Float[Array, "..."]:
-        if x.zeros is not None:
-            found = found - shaped(x.zeros).astype(jnp.float32)
-        found = found * shaped(x.scales).astype(jnp.float32)
-        return found if x.minima is None else found + shaped(x.minima).astype(jnp.float32)
 
-    if x.values.dtype != jnp.uint8:
-        found = numbers(x.values)
-        return scaled(found, lambda field: per_element(field, x.group_size, found.shape[-1])).astype(dtype)
+def dequantized_halves(
+    x: QuantizedArray, dtype: DTypeLike = jnp.float32
+) -> tuple[Float[Array, "*n stored"], Float[Array, "*n stored"]]:
+    """dequantize of packed 4-bit numbers, without their order: all lower halves of bytes, and all upper ones.
+
+    For a product with `halves`: on a CPU it takes longer to put a group's numbers in order than to multiply them.
+    """
+    half = _half(x.values, x.group_size)
+    grouped = x.values.reshape(*x.values.shape[:-1], x.values.shape[-1] // half, half)
     first = 7.5 if x.zeros is None and x.minima is None else 0.0  # levels
 
     def of_groups(field: Array) -> Array:
         return field[..., None] if x.group_size is not None else field.reshape(*x.values.shape[:-1], 1, 1)
 
-    return _each_half(x.values, x.group_size, lambda half: scaled(half - first, of_groups)).astype(dtype)
+    low, high = (
+        _scaled(x, part.astype(jnp.float32) - first, of_groups).astype(dtype).reshape(x.values.shape)
+        for part in (grouped & 15, grouped >> 4)
+    )
+    return low, high
+
+
+def halves(
+    x: Shaped[Array, "*n d"], group_size: int | None
+) -> tuple[Shaped[Array, "*n half"], Shaped[Array, "*n half"]]:
+    """The elements that packed numbers have in the lower halves of their bytes, and those in the upper ones."""
+    *n, d = x.shape
+    half = d // 2 if group_size is None else group_size // 2
+    grouped = x.reshape(*n, d // (2 * half), 2, half)
+    low, high = (grouped[..., i, :].reshape(*n, d // 2) for i in (0, 1))
+    return low, high
+
+
+def joined(
+    parts: tuple[Shaped[Array, "*n half"], Shaped[Array, "*n half"]], group_size: int | None
+) -> Shaped[Array, "*n d"]:
+    """The inverse of `halves`."""
+    *n, stored = parts[0].shape
+    half = _half(parts[0], group_size)
+    grouped = [part.reshape(*n, stored // half, half) for part in parts]
+    return jnp.concatenate(grouped, axis=-1).reshape(*n, 2 * stored)
+
+
+def _half(values: Shaped[Array, "*n stored"], group_size: int | None) -> int:
+    """The bytes of a group of packed numbers."""
+    return max(values.shape[-1], 1) if group_size is None else group_size // 2
+
+
+def _scaled(x: QuantizedArray, found: Float[Array, "..."], shaped: Callable[[Array], Array]) -> Float[Array, "..."]:
+    """Numbers with the scales, zeros and minima of x, which are brought to their shape."""
+    if x.zeros is not None:
+        found = found - shaped(x.zeros).astype(jnp.float32)
+    found = found * shaped(x.scales).astype(jnp.float32)
+    return found if x.minima is None else found + shaped(x.minima).astype(jnp.float32)
 
 
 def rounded_rows(x: Float[Array, "n d"], terms: int) -> tuple[Int[Array, "terms n d"], Float[Array, "terms n 1"]]:
@@ -270,25 +313,10 @@ def numbers(values: Shaped[Array, "*n stored"]) -> Float[Array, "*n d"]:
     """Stored numbers as float32, without scales; 4-bit numbers, without groups, as levels."""
     kind = kind_of(values.dtype)
     if kind == "int4":
-        return _each_half(values, None, lambda half: half - 7.5)
+        # duplicate the bytes, then shift: on a CPU faster than to put unpacked halves beside each other (bench/LOG.md)
+        shift = np.repeat(np.array([0, 4], np.uint8), values.shape[-1])
+        return ((jnp.concatenate([values, values], axis=-1) >> shift) & 15).astype(jnp.float32) - 7.5
     return _from_fp8(values) if kind == "fp8" else values.astype(jnp.float32)
-
-
-def _each_half(
-    values: Int[Array, "*n stored"],
-    group_size: int | None,
-    function: Callable[[Float[Array, "*n groups half"]], Float[Array, "*n groups half"]],
-) -> Float[Array, "*n d"]:
-    """function(x) of packed 4-bit numbers from 0 to 15, in the order of the elements.
-
-    It gets the halves of each group apart. On a CPU this is half of the time of the function of numbers that were put
-    in order before (bench/LOG.md).
-    """
-    *n, stored = values.shape
-    half = max(stored, 1) if group_size is None else group_size // 2
-    grouped = values.reshape(*n, stored // half, half)
-    parts = [function(part.astype(jnp.float32)) for part in (grouped & 15, grouped >> 4)]
-    return jnp.concatenate(parts, axis=-1).reshape(*n, 2 * stored)
 
 
 def on_bits(function: Callable[..., Array], *arrays: Array) -> Array:

@@ -428,7 +428,8 @@ def test_no_step_copies_the_pool(step, page_size, kv_dtype):
 
 @pytest.mark.parametrize("kv_dtype", [None, *quant.KINDS])
 def test_no_read_copies_or_widens_the_pool(kv_dtype):
-    cache = empty(**LARGE, num_pages=600, page_size=64, kv_dtype=kv_dtype)  # rows of four tiles
+    rows_of_four_tiles = LARGE | dict(pages_per_seq=32)
+    cache = empty(**rows_of_four_tiles, num_pages=2000, page_size=64, kv_dtype=kv_dtype)
 
     def read(cache, q):
         return jfa.paged_decode_attention(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -54,10 +55,14 @@ def gradient_of_x(
     d_out, blocks = _Blocks.after(d_out, operands, spec, on_cpu=on_cpu)
 
     def product(i) -> Float[Array, "n in"]:
-        d_block, weight = lax.dynamic_slice_in_dim(d_out, blocks.start(i), blocks.size, axis=1), blocks.weight(i)
+        d_block = lax.dynamic_slice_in_dim(d_out, blocks.start(i), blocks.size, axis=1)
         is_new = blocks.start(i) + jnp.arange(blocks.size) >= i * blocks.size  # the last block repeats some rows
         d_block = jnp.where(is_new, d_block, 0)
-        return jnp.matmul(d_block, weight, precision=_precision(weight), preferred_element_type=jnp.float32)
+
+        def times(weight: Float[Array, "size _"]) -> Float[Array, "n _"]:
+            return jnp.matmul(d_block, weight, precision=_precision(weight), preferred_element_type=jnp.float32)
+
+        return blocks.joined([times(part) for part in blocks.weight(i)])
 
     d_x = float32(d_out, operands.x.shape)
     d_x = lax.fori_loop(0, blocks.number, lambda i, d_x: d_x + product(i), d_x) if blocks.number > 1 else product(0)
@@ -71,7 +76,11 @@ def _times_dequantized(
     x, blocks = _Blocks.after(x, operands, spec, on_cpu=on_cpu)
 
     def product(i) -> Float[Array, "n size"]:
-        return times_rows(x, blocks.weight(i), to=x.dtype, on_cpu=on_cpu)
+        columns, weights = blocks.split(x), blocks.weight(i)
+        if len(weights) == 1:
+            return times_rows(columns[0], weights[0], to=x.dtype, on_cpu=on_cpu)
+        low, high = (times_rows(*pair, to=jnp.float32, on_cpu=on_cpu) for pair in zip(columns, weights, strict=True))
+        return (low + high).astype(x.dtype)
 
     if blocks.number == 1:
         return product(0)
@@ -92,6 +101,7 @@ class _Blocks(NamedTuple):
     spec: ProductSpec
     number: int
     size: int  # rows; the last block starts early enough to end with the weight
+    in_halves: bool  # packed numbers are not put in order: two products of half of the columns
 
     @classmethod
     def after(
@@ -100,21 +110,31 @@ class _Blocks(NamedTuple):
         """x, and the blocks of the weight that it is multiplied with."""
         out, width = operands.values.shape[0], operands.x.shape[1]
         if not on_cpu:
-            return x, cls(operands, spec, 1, out)
+            return x, cls(operands, spec, 1, out, in_halves=False)
         num_bytes = out * width * operands.x.dtype.itemsize
         number = max(1, min(out // _LEAST_ROWS, -(-num_bytes // _DEQUANTIZED_BYTES)))
         x, weight = lax.optimization_barrier((x, operands._replace(x=None)))
-        return x, cls(weight._replace(x=operands.x), spec, number, -(-out // number))
+        in_halves = operands.values.dtype == jnp.uint8
+        return x, cls(weight._replace(x=operands.x), spec, number, -(-out // number), in_halves)
 
     def start(self, i):
         return jnp.minimum(i * self.size, self.operands.values.shape[0] - self.size)
 
-    def weight(self, i) -> Float[Array, "size in"]:
-        """Block i in the dtype of x."""
+    def weight(self, i) -> tuple[Float[Array, "size _"], ...]:
+        """Block i in the dtype of x; in two parts, if in halves."""
         rows = functools.partial(lax.dynamic_slice_in_dim, start_index=self.start(i), slice_size=self.size)
         arrays = {name: array for name, array in self.operands._asdict().items() if name != "x" and array is not None}
         own = {name: quant.on_bits(rows, array) for name, array in arrays.items()} if self.number > 1 else arrays
-        return quant.dequantize(quant.weight_of(self.operands._replace(**own), self.spec), self.operands.x.dtype)
+        held, dtype = quant.weight_of(self.operands._replace(**own), self.spec), self.operands.x.dtype
+        return quant.dequantized_halves(held, dtype) if self.in_halves else (quant.dequantize(held, dtype),)
+
+    def split(self, x: Float[Array, "n in"]) -> tuple[Float[Array, "n _"], ...]:
+        """The columns that the parts of a block are multiplied with."""
+        return quant.halves(x, self.spec.group_size) if self.in_halves else (x,)
+
+    def joined(self, parts: Sequence[Float[Array, "n _"]]) -> Float[Array, "n in"]:
+        """The inverse of split."""
+        return quant.joined((parts[0], parts[1]), self.spec.group_size) if self.in_halves else parts[0]
 
 
 def times_rows(
