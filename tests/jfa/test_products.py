@@ -14,7 +14,7 @@ from jfa import backends, quant, tuning
 from jfa.device import describe
 from jfa.kernels.triton import products
 from jfa.kernels.xla import products as in_xla
-from jfa.products import low_rank_rows
+from jfa.products import low_rank_rows, times_rows
 from jfa.types import ProductOperands, ProductSpec
 from jfa_bench.truth.numerics import assert_within, limit
 from jfa_bench.truth.product_cases import CASES, ON_GPUS, ProductCase, truth, truth_of
@@ -86,18 +86,21 @@ def test_a_large_weight_is_multiplied_in_blocks_of_rows(kind):
     np.testing.assert_allclose(gradient(d_out)[0], d_out @ dense, atol=1e-3)
 
 
-@pytest.mark.parametrize("width", [512, 2048])
-def test_weights_are_dequantized_one_after_another(width):
-    """A step does not take the memory of all its weights in floats."""
-    weight = quant.quantize_weight(np.ones((width, width), np.float32), "int4", group_size=64)
+@pytest.mark.parametrize(("kind", "width"), [("int4", 512), ("int4", 2048), ("float16", 512)])
+def test_weights_are_widened_one_after_another(kind, width):
+    """A step does not take the memory of all its weights in float32."""
+    weight = np.ones((width, width), np.float32)
+    weight = weight.astype(kind) if kind == "float16" else quant.quantize_weight(weight, kind, group_size=64)
 
     def step(x, weights):
         for one in weights:
-            x = jfa.quantized_matmul(x, one)
+            x = times_rows(x, one)
         return x
 
-    for function in (step, jax.grad(lambda *args: step(*args).sum(), argnums=0)):
-        compiled = jax.jit(function).lower(jnp.ones((8, width)), [weight] * 6).compile()
+    x = jnp.ones((8, width), "float16" if kind == "float16" else "float32")
+    gradient = jax.grad(lambda *args: step(*args).sum())
+    for function in (step,) if kind == "float16" else (step, gradient):
+        compiled = jax.jit(function).lower(x, [weight] * 6).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * min(4 * width**2, 4 << 20)
 
 

@@ -145,6 +145,8 @@ def times_rows(
     XLA on a CPU multiplies a single row of 8- or 16-bit numbers by a scalar loop, ten times slower than two rows: there
     a row of zeros is added (bench/LOG.md).
     """
+    if on_cpu and weight.dtype == jnp.float16:  # XLA widens it: as _Blocks.after
+        x, weight = lax.optimization_barrier((x, weight))
     alone = on_cpu and x.dtype != jnp.float32 and math.prod(x.shape[:-1]) == 1
     rows = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))) if alone else x
     contracted = (((rows.ndim - 1,), (1,)), ((), ()))
