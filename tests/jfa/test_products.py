@@ -71,15 +71,15 @@ def test_programs_that_split_the_columns_give_the_same_result(name, num_splits, 
     check(truth(name, "bfloat16"), "triton", config=config)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
-def test_a_large_weight_is_multiplied_in_blocks_of_rows(kind):
+@pytest.mark.parametrize(("kind", "n"), [("int8", 5), ("int4", 5), ("int4", 70), ("fp8", 5)])
+def test_a_large_weight_is_multiplied_in_blocks_of_rows(kind, n):
     """1101 rows are two blocks, of which the second repeats a row of the first."""
     draw = np.random.default_rng(0)
     weight = quant.quantize_weight(
         draw.standard_normal((1101, 1088), np.float32), kind, group_size=64, symmetric=kind != "int4"
     )
-    x = draw.standard_normal((5, 1088), np.float32)
-    d_out = draw.standard_normal((5, 1101), np.float32)
+    x = draw.standard_normal((n, 1088), np.float32)
+    d_out = draw.standard_normal((n, 1101), np.float32)
     dense = np.asarray(quant.dequantize(jax.tree.map(jnp.asarray, weight)), np.float64)
     out, gradient = jax.vjp(lambda x: jfa.quantized_matmul(x, weight, implementation="xla"), x)
     np.testing.assert_allclose(out, x @ dense.T, atol=1e-3)

@@ -18,6 +18,9 @@ from jfa.types import DeviceInfo, ProductOperands, ProductSpec
 # Of a weight that is dequantized on a CPU: bytes at a time, but no fewer rows than a product needs (bench/LOG.md).
 _DEQUANTIZED_BYTES, _LEAST_ROWS = 4 << 20, 256
 
+# Rows of x up to which it costs more to put packed numbers in order than to add two products.
+_ROWS_IN_HALVES = 64
+
 # Of own_low_rank: a loop adds up to _TERMS products of _LANES numbers; more are faster, but take longer to compile.
 _LANES, _TERMS = 16, 8
 _MAX_OWN_ROWS, _MAX_OWN_RANK = 32, 32
@@ -114,7 +117,8 @@ class _Blocks(NamedTuple):
         num_bytes = out * width * operands.x.dtype.itemsize
         number = max(1, min(out // _LEAST_ROWS, -(-num_bytes // _DEQUANTIZED_BYTES)))
         x, weight = lax.optimization_barrier((x, operands._replace(x=None)))
-        in_halves = operands.values.dtype == jnp.uint8
+        is_short = isinstance(x.shape[0], int) and x.shape[0] <= _ROWS_IN_HALVES
+        in_halves = operands.values.dtype == jnp.uint8 and is_short
         return x, cls(weight._replace(x=operands.x), spec, number, -(-out // number), in_halves)
 
     def start(self, i):
