@@ -16,6 +16,7 @@ KERNELS = {
     "flash_attention_dkv": ("flash_attention", "backward"),
     "flash_attention_bwd": ("flash_attention", "backward"),  # both in one, on TPUs
     "paged_decode_attention": ("paged_decode_attention", "forward"),
+    "split_kv_merge": ("paged_decode_attention", "forward"),
     "ragged_paged_attention": ("ragged_paged_attention", "forward"),
     "quantized_matmul_few_rows": ("quantized_matmul_few_rows", "forward"),
     "quantized_matmul": ("quantized_matmul", "forward"),
@@ -38,7 +39,8 @@ KERNELS = {
 LINEAR_OPS = ("linear_attention", "gated_linear_attention", "delta_attention")
 SKIPPING_OPS = (*LINEAR_OPS, "block_sparse_attention")  # that do without some scores, or all
 # that have tables of their own; block-sparse attention uses those of flash attention
-TUNED = tuple(name for name, (op, _) in KERNELS.items() if name != "flash_attention_bwd" and op not in SKIPPING_OPS)
+UNTUNED = ("flash_attention_bwd", "split_kv_merge")
+TUNED = tuple(name for name, (op, _) in KERNELS.items() if name not in UNTUNED and op not in SKIPPING_OPS)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 TPU_KERNELS += ("quantized_matmul_few_rows", "quantized_matmul")
 GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")

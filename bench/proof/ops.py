@@ -293,6 +293,26 @@ def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]
     return config
 
 
+_PARTS = 32  # of each row's keys: two of the kernel's tiles
+
+
+def _merge(dtype: str, head_dim: int, config: PagedConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """The call of paged_decode_attention, with rows that are split."""
+    call_of = _paged("paged_decode_attention")
+
+    def call(operands):
+        fn, _ = call_of(dtype, head_dim, config or _merge_default(probe(), dtype, head_dim), variant)
+        return fn(operands)
+
+    return call, call_of(dtype, head_dim, config, variant)[1]
+
+
+def _merge_default(device: DeviceInfo, dtype: str, head_dim: int) -> PagedConfig:
+    """That of the kernel whose results are merged."""
+    default = _paged_default("paged_decode_attention")(device, dtype, head_dim)
+    return dataclasses.replace(default, num_splits=_PARTS)
+
+
 # A layer of a decoder: rows of a decode step or of a prompt, times a weight [4096, 4096].
 _FEW_ROWS, _MANY_ROWS = 8, 512
 
@@ -706,6 +726,17 @@ OPS = (
             ),
             alike=_PAGED_ALIKE,
         ),
+    ),
+    Op(
+        name="paged_decode_attention",
+        direction="forward",
+        kernel="split_kv_merge",
+        config_type=PagedConfig,
+        call=_merge,
+        default_config=_merge_default,
+        bound="memory_bound_share",
+        variants=("window", "padded head_dim"),
+        sweep=None,
     ),
     Op(
         name="ragged_paged_attention",

@@ -233,8 +233,10 @@ def paged_tile_cases(
     longer = 2 * block_kv + tokens + 3
     lengths = (longer, 0, 1, block_kv, tokens + 7)
     queries = (tokens + 2, 0, 1, 1, tokens) if ragged else None
-    shared_out = dataclasses.replace(config, num_splits=3) if isinstance(config, jfa.PagedConfig) else config
-    return {
+    shared_out = many_parts = config
+    if isinstance(config, jfa.PagedConfig):
+        shared_out, many_parts = (dataclasses.replace(config, num_splits=parts) for parts in (3, 19))
+    found = {
         "tiles": PagedCase(
             kv_len=lengths,
             queries=queries,
@@ -255,6 +257,11 @@ def paged_tile_cases(
             options={"local_window_size": 3 * block_kv + 1, "config": shared_out},
         ),
     }
+    if not ragged:  # more than one tile of the kernel that merges them
+        found["many_parts"] = dataclasses.replace(
+            found["tiles"], kv_len=(18 * block_kv, 3, 0), heads=(2, 1), options={"config": many_parts}
+        )
+    return found
 
 
 def over_pages(truth: PagedTruth, arch: str, **options: Any) -> Verdict:

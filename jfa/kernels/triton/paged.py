@@ -3,7 +3,7 @@
 One program computes a tile of one row's queries. The tile contains all query heads of a key head, so that the keys are
 read once for all of them. The program loops over its part of the row's keys, in tiles gathered through the page table:
 block_kv is independent of page_size. If several programs split a row's keys (split-KV), partial results are float32 and
-are merged by their log-sum-exp outside of the kernel.
+are merged by their log-sum-exp in a kernel of its own, merge.py.
 
   paged_decode_attention   one query per row: the tile is a group of heads
   ragged_paged_attention   any number of queries per row, rows concatenated without padding
@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jfa import quant, trees
 from jfa.kernels.common import Shape, output
+from jfa.kernels.triton import merge
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.casts import bias, unit, widened
@@ -167,7 +168,7 @@ def paged_attention(
     with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
         out, lse = call(*arrays.values())
     if num_splits > 1:
-        out, lse = _joined(out, lse, operands)
+        out, lse = merge.merged(out, lse, operands.sinks, dtype=operands.q.dtype, interpret=interpret)
     if operands.query_start is not None:
         # no program writes the queries that belong to no row
         query = jnp.arange(n)
@@ -213,22 +214,6 @@ def _words(seen: Bool[Array, "n m"]) -> Int[Array, "n words"]:
     bits = jnp.pad(seen, ((0, 0), (0, -m % 32)), mode="edge").reshape(n, -1, 32).astype(jnp.uint32)
     words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(2, dtype=jnp.uint32)
     return lax.bitcast_convert_type(words, jnp.int32)
-
-
-def _joined(
-    out: Float[Array, "splits n hq dv"], lse: Float[Array, "splits n hq"], operands: PagedOperands
-) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
-    """Merges the split-KV results of each row."""
-    m = lse.max(0)
-    m = jnp.where(m == -jnp.inf, 0.0, m)
-    weight = jnp.exp(lse - m)
-    total = weight.sum(0)
-    empty = total == 0.0
-    joined = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1.0, total)))
-    if operands.sinks is not None:
-        total = total + jnp.exp(operands.sinks.astype(jnp.float32) - m)
-    norm = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
-    return ((weight[..., None] * out).sum(0) * norm[..., None]).astype(operands.q.dtype), joined
 
 
 class _Piece(NamedTuple):
