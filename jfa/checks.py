@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -263,10 +264,14 @@ def paged_shapes(
         if not all(isinstance(n, int) for n in x.shape):
             raise ValueError(f"{name} must have a static shape, got {x.shape}; export each shape separately")
     for name, x in (("key_pages", key_pages), ("value_pages", value_pages)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [num_pages, page_size, heads, head_dim], got shape {x.shape}")
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} must be [num_pages, page_size, heads * head_dim] or [num_pages, page_size, heads, head_dim], "
+                f"got shape {x.shape}"
+            )
         if 0 in x.shape[:2]:
             raise ValueError(f"{name} must have at least one page of at least one token, got shape {x.shape}")
+    key_pages, value_pages = _pages_by_head(query, key_pages, value_pages)
     if key_pages.shape[:3] != value_pages.shape[:3]:
         raise ValueError(
             "key_pages and value_pages must have the same shape except for the head_dim, "
@@ -289,6 +294,30 @@ def paged_shapes(
             f"page_table must be an integer array [rows, pages per row], got {page_table.dtype} of shape "
             f"{page_table.shape}"
         )
+
+
+def _pages_by_head(query: Array, key_pages: Array, value_pages: Array) -> tuple[Any, Any]:
+    """Shapes and dtypes of the pages with an axis of heads."""
+    stored = query.shape[2] // 2 if key_pages.dtype == jnp.uint8 else query.shape[2]
+    heads = key_pages.shape[2]
+    if key_pages.ndim == 3:
+        if stored == 0 or heads % stored:
+            raise ValueError(
+                f"key_pages must have the heads of a token side by side, {stored} columns each for a query of head_dim "
+                f"{query.shape[2]}, got {heads} columns of {key_pages.dtype}"
+            )
+        heads //= stored
+    if value_pages.ndim == 3 and (heads == 0 or value_pages.shape[2] % heads):
+        raise ValueError(
+            f"value_pages must have the {heads} heads of a token side by side, as key_pages has, got "
+            f"{value_pages.shape[2]} columns"
+        )
+
+    def by_head(x: Array) -> Any:
+        shape = x.shape if x.ndim == 4 else (*x.shape[:2], heads, x.shape[2] // heads)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return by_head(key_pages), by_head(value_pages)
 
 
 def tree_mask(x: Array, num_queries: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jfa import arguments, backends, checks, quant
+from jfa import arguments, backends, checks
 from jfa.device import probe
 from jfa.meshes import on_any_mesh, spec_of
 from jfa.rules import compiled, with_default_rules
@@ -95,9 +96,11 @@ def paged_decode_attention(
 
     Args:
       query: [b, hq, d]; float16, bfloat16 or float32.
-      key_pages, value_pages: [num_pages, page_size, hkv, d] and [num_pages, page_size, hkv, dv]. Each has its own
-        dtype: floats of one of these dtypes, or quantized with scales as in jfa.quant: int8, float8_e4m3fn, or uint8,
-        which packs two 4-bit numbers per byte, so that the last axis is half as long. hq is a multiple of hkv.
+      key_pages, value_pages: [num_pages, page_size, hkv * d] and [num_pages, page_size, hkv * dv], the heads of a token
+        side by side; or with four axes, [..., hkv, d] and [..., hkv, dv], which a TPU copies before each call. Each has
+        its own dtype: floats of one of these dtypes, or quantized with scales as in jfa.quant: int8, float8_e4m3fn, or
+        uint8, which packs two 4-bit numbers of a head per byte, so that it takes half the columns. hq is a multiple of
+        hkv.
       page_table: i32[b, pages_per_seq].
       kv_len: i32[b].
       scale: factor of the scores, a Python number; None: 1 / sqrt(d).
@@ -221,6 +224,7 @@ def _operands(
     key_scales, value_scales = (None if x is None else jnp.asarray(x) for x in (key_scales, value_scales))
     page_table = arguments.narrowed(page_table)
     checks.paged_shapes(query, key_pages, value_pages, page_table, key_scales, value_scales)
+    key_pages, value_pages = (x.reshape(*x.shape[:2], math.prod(x.shape[2:])) for x in (key_pages, value_pages))
     b = page_table.shape[0]
     if query_start is not None:
         query_start = arguments.per_row("query_start", query_start, b + 1)
@@ -251,8 +255,7 @@ def _spec(operands: PagedOperands, scale, local_window_size, logits_soft_cap) ->
 def _run(operands: PagedOperands, spec: AttentionSpec, implementation, given) -> tuple[Array, Array]:
     if min(operands.q.size, operands.page_table.size) == 0:
         shape = operands.q.shape[:2]
-        dv = quant.width(operands.v_pages, operands.v_scales)
-        return jnp.zeros((*shape, dv), operands.q.dtype), jnp.full(shape, -jnp.inf, jnp.float32)
+        return jnp.zeros((*shape, operands.value_head_dim), operands.q.dtype), jnp.full(shape, -jnp.inf, jnp.float32)
     device = probe()
     name = backends.select(implementation, operands, spec, device, table=backends.paged)
     backend = backends.paged(name)

@@ -92,8 +92,8 @@ class PagedOperands(NamedTuple):
     """
 
     q: Float[Array, "n hq d"]  # the queries of all rows, one row after another
-    k_pages: Shaped[Array, "num_pages page_size hkv _"]  # floats, or quantized as in quant.KINDS
-    v_pages: Shaped[Array, "num_pages page_size hkv _"]
+    k_pages: Shaped[Array, "num_pages page_size hkv*_"]  # floats, or quantized as in quant.KINDS; heads side by side
+    v_pages: Shaped[Array, "num_pages page_size hkv*_"]
     page_table: Int[Array, "b pages_per_seq"]  # entry j of a row: the page of tokens page_size * j and following
     kv_len: Int[Array, " b"]
     query_start: Int[Array, " b+1"] | None = None  # index of each row's first query; None: one query per row
@@ -110,7 +110,26 @@ class PagedOperands(NamedTuple):
     @property
     def group_size(self) -> int:
         """Number of query heads per key head."""
-        return self.q.shape[1] // self.k_pages.shape[2]
+        return self.q.shape[1] // self.num_kv_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key heads."""
+        return self.k_pages.shape[2] * _elements_stored_in_one(self.k_pages) // self.q.shape[2]
+
+    @property
+    def value_head_dim(self) -> int:
+        """Elements of a value."""
+        return self.v_pages.shape[2] * _elements_stored_in_one(self.v_pages) // self.num_kv_heads
+
+    @property
+    def pages_by_head(self) -> tuple[Shaped[Array, "num_pages page_size hkv _"], ...]:
+        """The keys and the values with an axis of heads."""
+        return tuple(x.reshape(*x.shape[:2], self.num_kv_heads, -1) for x in (self.k_pages, self.v_pages))
+
+
+def _elements_stored_in_one(pages: Shaped[Array, "..."]) -> int:
+    return 2 if pages.dtype == "uint8" else 1  # two 4-bit numbers in a byte
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

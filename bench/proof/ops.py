@@ -207,10 +207,10 @@ def _paged_operands(dtype: str, head_dim: int, *, ragged: bool) -> PagedOperands
     """Shapes of a paged call; dtype: one of names.PAGED_DTYPES."""
     of_queries, _, of_pages = dtype.partition(" on ")
     pages_per_seq = _PAGED_CAPACITY // _PAGE_SIZE
-    pool = (_PAGED_BATCH * pages_per_seq + 1, _PAGE_SIZE, 8)
+    pool, heads = (_PAGED_BATCH * pages_per_seq + 1, _PAGE_SIZE), 8
     stored = quant.stored_size(quant.kind_of(of_pages), head_dim) if of_pages else head_dim
-    pages: Any = jax.ShapeDtypeStruct((*pool, stored), of_pages or of_queries)
-    scales: Any = jax.ShapeDtypeStruct(pool, "bfloat16") if of_pages else None
+    pages: Any = jax.ShapeDtypeStruct((*pool, heads * stored), of_pages or of_queries)
+    scales: Any = jax.ShapeDtypeStruct((*pool, heads), "bfloat16") if of_pages else None
 
     def integers(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, "int32")

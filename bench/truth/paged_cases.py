@@ -322,4 +322,5 @@ def _pool(random: np.random.Generator, case: PagedCase, table: np.ndarray, num_p
         exact = stored.astype(np.float64)
         stored = np.where(held[..., None, None], stored, np.nan).astype(stored.dtype)
     rows = [exact[table[row]].reshape(-1, hkv, d)[:length] for row, length in enumerate(case.kv_len)]
+    stored = stored.reshape(*stored.shape[:2], -1)
     return _Pool(jnp.asarray(stored), None if scales is None else jnp.asarray(scales), rows)

@@ -20,7 +20,7 @@ from jfa.quant import QuantizedArray
 from jfa.rules import with_default_rules
 from jfa.types import NULL_PAGE
 
-Pages = Shaped[Array, "num_pages page_size hkv d"] | QuantizedArray
+Pages = Shaped[Array, "num_pages page_size hkv*d"] | QuantizedArray
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +32,10 @@ class PagedKVCache:
     garbage and are never read. Page table entries without a page are NULL_PAGE, which is never written. Donate the
     cache to the jitted function that returns the new one, so that writes happen in place.
 
+    The heads of a token are side by side, since a TPU pads the last axis of an array to 128 columns.
+
     Attributes:
-      k, v: the pages of each layer with attention, floats or quantized.
+      k, v: the pages of each layer with attention, floats or quantized, in groups of head_dim.
       page_tables: one page table for each attention pattern of the model, since layers with a window release pages
         that the others still need.
       kv_len: number of valid tokens of each row.
@@ -75,8 +77,8 @@ class PagedKVCache:
             On a CPU, prefer int8 to fp8: XLA has no in-place update of 8-bit floats there, so every write copies all
             fp8 pages.
           table_of: for each layer, the index of its page table; None: one page table for all layers.
-          sharding: of pages and their scales, which have no fourth axis, such as NamedSharding(mesh, P(None, None,
-            "heads")); None: the default device.
+          sharding: of pages and their scales, by heads, such as NamedSharding(mesh, P(None, None, "heads")); None: the
+            default device.
 
         Raises:
           ValueError: unknown kv_dtype, int4 with an odd head_dim, or no page other than NULL_PAGE.
@@ -101,12 +103,14 @@ class PagedKVCache:
             )
 
         def pages(table: int) -> Pages:
-            shape = (pools[table], page_size, num_kv_heads)
+            shape = (pools[table], page_size)
             if kv_dtype is None:
-                return jnp.zeros((*shape, head_dim), dtype, device=sharding)
+                return jnp.zeros((*shape, num_kv_heads * head_dim), dtype, device=sharding)
             stored, _ = quant.KINDS[kv_dtype]
-            values = jnp.zeros((*shape, quant.stored_size(kv_dtype, head_dim)), stored, device=sharding)
-            return QuantizedArray(values=values, scales=jnp.zeros(shape, jnp.bfloat16, device=sharding))
+            width = num_kv_heads * quant.stored_size(kv_dtype, head_dim)
+            values = jnp.zeros((*shape, width), stored, device=sharding)
+            scales = jnp.zeros((*shape, num_kv_heads), jnp.bfloat16, device=sharding)
+            return QuantizedArray(values=values, scales=scales, group_size=head_dim)
 
         # a separate array for each layer's k and v and each table: a buffer that two leaves share cannot be donated
         k, v = (tuple(map(pages, table_of)) for _ in "kv")
@@ -147,8 +151,8 @@ class PagedKVCache:
 
     @with_default_rules
     def first(
-        self, layer: int, num_tokens: int, dtype: DTypeLike
-    ) -> tuple[Float[Array, "b num_tokens hkv d"], Float[Array, "b num_tokens hkv d"]]:
+        self, layer: int, num_tokens: int, head_dim: int, dtype: DTypeLike
+    ) -> tuple[Float[Array, "b num_tokens hkv head_dim"], Float[Array, "b num_tokens hkv head_dim"]]:
         """The keys and values of the first tokens of each row, in this dtype; garbage where no token is written.
 
         Keys in int4 pages are rotated; a query must pass rotated().
@@ -156,10 +160,10 @@ class PagedKVCache:
         table = self.page_tables[self.table_of[layer]]
         num_pages = min(table.shape[1], -(-num_tokens // self.page_size))
 
-        def of(pages: Pages) -> Float[Array, "b num_tokens hkv d"]:
+        def of(pages: Pages) -> Float[Array, "b num_tokens hkv head_dim"]:
             x = jax.tree.map(lambda x: quant.on_bits(lambda x: x[table[:, :num_pages]], x), pages)
             x = quant.dequantize(x, dtype) if isinstance(x, QuantizedArray) else x.astype(dtype)
-            x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_tokens]
+            x = x.reshape(x.shape[0], -1, x.shape[3] // head_dim, head_dim)[:, :num_tokens]
             return jnp.pad(x, ((0, 0), (0, num_tokens - x.shape[1]), (0, 0), (0, 0)))
 
         return of(self.k[layer]), of(self.v[layer])
@@ -333,8 +337,16 @@ class PagedKVCache:
         return jnp.where(real, page, nowhere), position % self.page_size
 
     def _put(self, layer: int, places: tuple[Int[Array, " n"], Int[Array, " n"]], k: Array, v: Array) -> "PagedKVCache":
+        def side_by_side(x: Array) -> Array:
+            # of the tokens: XLA for a TPU would copy all pages to give them an axis of heads
+            return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
+
         def put(pages: Pages, x: Array) -> Pages:
-            new = quant.quantize(x, pages.kind) if isinstance(pages, QuantizedArray) else x
+            if isinstance(pages, QuantizedArray):
+                new = quant.quantize(x, pages.kind)
+                new = dataclasses.replace(pages, values=side_by_side(new.values), scales=new.scales)
+            else:
+                new = side_by_side(x)
 
             def scatter(stored, x):
                 # two index arrays: a single one would need a reshape of the pages, which copies pages of one token

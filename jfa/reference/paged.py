@@ -24,10 +24,11 @@ def paged_attention(
     # [b, n]: each row's queries first; index n, out of bounds, marks unused entries
     index = jnp.where(jnp.arange(n) < q_len[:, None], start[:-1, None] + jnp.arange(n), n)
     kv_len = jnp.minimum(operands.kv_len, operands.capacity)
+    k_pages, v_pages = operands.pages_by_head
     rows = Operands(
         q=jnp.take(operands.q, index, axis=0, mode="fill", fill_value=0),
-        k=_laid_out(operands.k_pages, operands.k_scales, operands.page_table).astype(jnp.float32),
-        v=_laid_out(operands.v_pages, operands.v_scales, operands.page_table).astype(jnp.float32),
+        k=_laid_out(k_pages, operands.k_scales, operands.page_table).astype(jnp.float32),
+        v=_laid_out(v_pages, operands.v_scales, operands.page_table).astype(jnp.float32),
         q_len=q_len,
         kv_len=kv_len,
         q_offset=kv_len - q_len,

@@ -345,7 +345,7 @@ class Attention(nnx.Module):
         elif isinstance(cache, jfa.KVCache):
             keys, values = cache.k[self.layer][:, :n], cache.v[self.layer][:, :n]
         else:
-            q, (keys, values) = cache.rotated(q), cache.first(self.layer, n, q.dtype)
+            q, (keys, values) = cache.rotated(q), cache.first(self.layer, n, d, q.dtype)
         first = jnp.arange(keys.shape[1])
         values = jnp.where((first < kv_len[:, None])[..., None, None], values, 0)
         seen = first <= (positions - self.window)[..., None]  # the window has the others

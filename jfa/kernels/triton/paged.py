@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jfa import quant, trees
+from jfa import trees
 from jfa.kernels.common import Shape, output
 from jfa.kernels.triton import merge
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
@@ -104,7 +104,7 @@ def num_splits(operands: PagedOperands, config: PagedConfig, device: DeviceInfo)
     if operands.query_start is not None:
         return 1
     wanted = device.compute_units * max(1, _WAVES_PER_UNIT // config.num_warps)
-    programs = max(1, operands.kv_len.shape[0] * operands.k_pages.shape[2])
+    programs = max(1, operands.kv_len.shape[0] * operands.num_kv_heads)
     return max(1, min(wanted // programs, operands.capacity // _SHORTEST_SPLIT))
 
 
@@ -121,11 +121,12 @@ def paged_attention(
     decodes = operands.query_start is None
     rows = max(config.block_q, pl.next_power_of_2(shape.g))
     tokens = 1 if decodes else rows // shape.g
+    k_pages, v_pages = operands.pages_by_head
     arrays: dict[str, Any] = {
         "q": operands.q,
         # [slots, hkv, stored]: slot = page * page_size + place in the page
-        "k": operands.k_pages.reshape(-1, *operands.k_pages.shape[2:]),
-        "v": operands.v_pages.reshape(-1, *operands.v_pages.shape[2:]),
+        "k": k_pages.reshape(-1, *k_pages.shape[2:]),
+        "v": v_pages.reshape(-1, *v_pages.shape[2:]),
         "page_table": operands.page_table,
         "kv_len": operands.kv_len,
     }
@@ -184,9 +185,9 @@ def _shape(operands: PagedOperands) -> Shape:
         tq=n,
         tk=operands.capacity,
         hq=hq,
-        hkv=operands.k_pages.shape[2],
+        hkv=operands.num_kv_heads,
         d=d,
-        dv=quant.width(operands.v_pages, operands.v_scales),
+        dv=operands.value_head_dim,
     )
 
 

@@ -29,16 +29,17 @@ _FAR = 2**30  # a key after all others
 class Rows:
     """The keys or values of all rows as a virtual array [b, capacity, hkv, d], from which flash.py reads tiles."""
 
-    pages: Shaped[Array, "num_pages page_size hkv _"]
+    pages: Shaped[Array, "num_pages page_size hkv*_"]
+    heads: int
+    head_dim: int
     scales: Float[Array, "num_pages page_size hkv"] | None
     page_table: Int[Array, "b pages_per_seq"]
     dtype: DTypeLike  # of the tiles
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        _, page_size, hkv, _ = self.pages.shape
         b, pages_per_seq = self.page_table.shape
-        return b, pages_per_seq * page_size, hkv, quant.width(self.pages, self.scales)
+        return b, pages_per_seq * self.pages.shape[1], self.heads, self.head_dim
 
     def rows(self, start, size: int) -> Float[Array, "b size hkv d"]:
         """The tokens [start, start + size) of each row; a tile of flash.py starts at start."""
@@ -50,6 +51,7 @@ class Rows:
         # without this barrier, XLA would bitcast all fp8 pages once, before the loop
         pages, index = lax.optimization_barrier((self.pages, index))
         found = quant.on_bits(functools.partial(_runs, index=index, run=run), pages)
+        found = found.reshape(*found.shape[:2], self.heads, -1)
         if self.scales is not None:
             scales = _runs(self.scales, index, run)
             found = quant.numbers(found) * scales[..., None].astype(jnp.float32)
@@ -160,19 +162,18 @@ def paged_attention(
 
 
 def _runs(
-    x: Shaped[Array, "num_pages page_size *rest"], index: Int[Array, "b m"], run: int
-) -> Shaped[Array, "b m*run *rest"]:
+    x: Shaped[Array, "num_pages page_size width"], index: Int[Array, "b m"], run: int
+) -> Shaped[Array, "b m*run width"]:
     """The tokens [run * i, run * i + run) of the pool for each i of a row, concatenated."""
-    num_pages, page_size, *rest = x.shape
-    # merge the heads of a token into one axis up to the barrier: XLA on a CPU takes twice as long to loop over short
-    # axes. Do not merge the tokens as well: sharded heads would be gathered from all devices
-    width = math.prod(rest)
+    num_pages, page_size, width = x.shape
+    # the heads of a token stay one axis up to the barrier: XLA on a CPU takes twice as long to loop over short axes. Do
+    # not merge the tokens as well: sharded heads would be gathered from all devices
     if index.size <= _MOST_SLICES and run == page_size:
         pages = [lax.dynamic_slice_in_dim(x, i, 1).reshape(1, run, width) for i in index.reshape(-1)]
         found = jnp.concatenate(pages)
     else:
         found = x.reshape(num_pages * page_size // run, run, width).at[index].get(mode="promise_in_bounds")
-    return lax.optimization_barrier(found).reshape(len(index), -1, *rest)
+    return lax.optimization_barrier(found).reshape(len(index), -1, width)
 
 
 def _one_query_each(operands: PagedOperands) -> Operands:
@@ -183,7 +184,17 @@ def _one_query_each(operands: PagedOperands) -> Operands:
 def _rows(operands: PagedOperands) -> Operands:
     """The operands of flash.py, except q_len and q_offset."""
     k, v = (
-        Rows(pages=pages, scales=scales, page_table=operands.page_table, dtype=operands.q.dtype)
-        for pages, scales in ((operands.k_pages, operands.k_scales), (operands.v_pages, operands.v_scales))
+        Rows(
+            pages=pages,
+            heads=operands.num_kv_heads,
+            head_dim=head_dim,
+            scales=scales,
+            page_table=operands.page_table,
+            dtype=operands.q.dtype,
+        )
+        for pages, head_dim, scales in (
+            (operands.k_pages, operands.q.shape[2], operands.k_scales),
+            (operands.v_pages, operands.value_head_dim, operands.v_scales),
+        )
     )
     return Operands(q=operands.q, k=k, v=v, kv_len=operands.kv_len, sinks=operands.sinks)  # type: ignore[arg-type]
