@@ -76,11 +76,35 @@ def tile_cases(block_q: int, block_kv: int, head_dim: int, *, quick: bool) -> di
             shape=(1, short, longer, 1, 1, head_dim), options=dict(local_window_size=(block_kv + 3, block_kv // 2))
         ),
         "soft_cap": Case(shape=(1, short, longer, 2, 2, head_dim), options=dict(logits_soft_cap=3.0)),
-        "one_query": Case(
-            shape=(2, 1, longer, 4, 2, head_dim), options=dict(is_causal=True, query_offset=[longer - 1, 40])
+        "one_query": Case(  # as in a ring of slots
+            shape=(2, 1, longer, 4, 2, head_dim),
+            options=dict(key_value_seq_lengths=[longer, 40]),
+            mask=(2, 1, 1, longer),
         ),
         "padded_head_dim": Case(
             shape=(1, short, longer, 2, 1, head_dim * 5 // 8), options=dict(is_causal=True, query_offset=[longer - 20])
+        ),
+    }
+
+
+def one_query_cases(block_kv: int, head_dim: int) -> dict[str, Case]:
+    """Cases of one query per row, which the kernel of pages computes: by one program, and by several for more keys."""
+    few, many = 2 * block_kv + 3, 3 * 256 + 40
+    return {
+        "one_query_of_rows": Case(
+            shape=(3, 1, few, 8, 2, head_dim),
+            options=dict(is_causal=True, query_offset=[few - 1, 40, 2], key_value_seq_lengths=[few, 0, 9]),
+        ),
+        "one_query_shared_out": Case(
+            shape=(2, 1, many, 6, 2, head_dim * 5 // 8),
+            value_head_dim=head_dim,
+            options=dict(
+                local_window_size=(many - 50, 5),
+                query_offset=[many - 7, 11],
+                key_value_seq_lengths=[many - 4, 30],
+                logits_soft_cap=3.0,
+            ),
+            sinks=True,
         ),
     }
 
@@ -235,7 +259,7 @@ def paged_tile_cases(
     queries = (tokens + 2, 0, 1, 1, tokens) if ragged else None
     shared_out = many_parts = config
     if isinstance(config, jfa.PagedConfig):
-        shared_out, many_parts = (dataclasses.replace(config, num_splits=parts) for parts in (3, 19))
+        shared_out, many_parts = (dataclasses.replace(config, num_splits=parts) for parts in (3, 37))
     found = {
         "tiles": PagedCase(
             kv_len=lengths,
@@ -257,9 +281,9 @@ def paged_tile_cases(
             options={"local_window_size": 3 * block_kv + 1, "config": shared_out},
         ),
     }
-    if not ragged:  # more than one tile of the kernel that merges them
+    if not ragged:  # several tiles of the kernel that merges them; with a large scale, each of them counts
         found["many_parts"] = dataclasses.replace(
-            found["tiles"], kv_len=(18 * block_kv, 3, 0), heads=(2, 1), options={"config": many_parts}
+            found["tiles"], kv_len=(36 * block_kv + 5,), options={"config": many_parts, "scale": 1.0}
         )
     return found
 

@@ -36,6 +36,7 @@ from .proofs import (
     of_chunks,
     of_chunks_backward,
     of_weight,
+    one_query_cases,
     over_pages,
     paged_check,
     paged_tile_cases,
@@ -123,7 +124,13 @@ def _flash_cases(row: Row) -> dict[str, cases.Case]:
     found = tile_cases(config.block_q, config.block_kv, row.head_dim, quick=row.quick)
     # gradients of the options are proven by the named cases; these cases only have to cover the tiles
     few = ("causal", "windows_and_lengths", "padded_head_dim")
-    return found if row.direction == "forward" else {name: case for name, case in found.items() if name in few}
+    if row.direction == "backward":
+        return {name: case for name, case in found.items() if name in few}
+    if row.arch == names.INTERPRETED or row.quick:
+        return found
+    decode = next(op for op in ops.OPS if op.kernel == "paged_decode_attention")
+    config = decode.default_config(aot.device(row.arch), row.dtype, row.head_dim)
+    return found | one_query_cases(config.block_kv, row.head_dim)
 
 
 def _paged_cases(row: Row) -> dict[str, paged_cases.PagedCase]:

@@ -31,11 +31,29 @@ def _tuned(operands: Operands, device: DeviceInfo, kernel: str) -> FlashConfig |
     return tuning.flash_config(device.arch, dtype=operands.q.dtype.name, head_dim=widest, kernel=kernel)
 
 
-def _default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
+def _flash_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
     return _tuned(operands, device, "flash_attention") or flash.default_config(operands, device)
 
 
+def _default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
+    """A PagedConfig where the paged kernel computes the call."""
+    if not paged.takes(operands):
+        return _flash_config(operands, device)
+    dtype = operands.q.dtype.name
+    widest = max(operands.q.shape[3], operands.v.shape[3])
+    tuned = tuning.paged_config("paged_decode_attention", device.arch, dtype=dtype, pages=dtype, head_dim=widest)
+    return tuned or paged.default_config_of_rows(operands, device)
+
+
 def _run(operands, spec, config, device):
+    if isinstance(config, PagedConfig) and paged.takes(operands):
+        return paged.attention_of_one_query(
+            operands,
+            spec=spec,
+            config=config,
+            num_splits=paged.num_splits_of_rows(operands, config, device),
+            interpret=device.platform == "cpu",
+        )
     return flash.flash_attention(operands, spec=spec, config=config, interpret=device.platform == "cpu")
 
 
@@ -92,7 +110,7 @@ def _within(config: FlashConfig, mask: BlockMask) -> FlashConfig:
 
 
 def _default_sparse_config(operands: SparseOperands, device: DeviceInfo) -> FlashConfig:
-    return _of_sparse(_default_config(operands.dense, device), "flash_attention", operands, device)
+    return _of_sparse(_flash_config(operands.dense, device), "flash_attention", operands, device)
 
 
 def _sparse_backward_config(
