@@ -283,7 +283,7 @@ def paged_tile_cases(
     }
     if not ragged:  # several tiles of the kernel that merges them; with a large scale, each of them counts
         found["many_parts"] = dataclasses.replace(
-            found["tiles"], kv_len=(36 * block_kv + 5,), options={"config": many_parts, "scale": 1.0}
+            found["tiles"], kv_len=(36 * block_kv + 5,), options={"config": many_parts, "scale": 3 * head_dim**-0.5}
         )
     return found
 

@@ -8,9 +8,16 @@ import dataclasses
 import jax
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.backends.interface import (
+    FlashBackend,
+    LinearBackend,
+    PagedBackend,
+    ProductBackend,
+    SparseBackend,
+    WriteBackend,
+)
 from jfa.block_mask import BlockMask, SparseOperands
-from jfa.kernels.triton import casts, flash, flash_bwd, linear, linear_bwd, paged, products
+from jfa.kernels.triton import casts, flash, flash_bwd, linear, linear_bwd, paged, products, write
 from jfa.rules import with_default_rules
 from jfa.types import (
     AttentionSpec,
@@ -206,6 +213,10 @@ def _run_ragged_linear(operands, rows, spec, config, device):
     return linear.ragged_linear_attention(operands, rows, spec=spec, config=config, interpret=device.platform == "cpu")
 
 
+def _run_write(operands, head_dim, device):
+    return write.rotate_and_write(operands, head_dim=head_dim, interpret=device.platform == "cpu")
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=_default_config,
@@ -238,3 +249,4 @@ LINEAR = LinearBackend(
     run=_run_linear,
     run_ragged=_run_ragged_linear,
 )
+WRITE = WriteBackend(why_not=write.why_not, run=_run_write)
