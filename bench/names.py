@@ -35,11 +35,12 @@ KERNELS = {
     "block_sparse_attention": ("block_sparse_attention", "forward"),
     "block_sparse_attention_dq": ("block_sparse_attention", "backward"),
     "block_sparse_attention_dkv": ("block_sparse_attention", "backward"),
+    "rotate_and_write": ("rotate_and_write", "forward"),  # new tokens into a cache
 }
 LINEAR_OPS = ("linear_attention", "gated_linear_attention", "delta_attention")
 SKIPPING_OPS = (*LINEAR_OPS, "block_sparse_attention")  # that do without some scores, or all
 # that have tables of their own; block-sparse attention uses those of flash attention
-UNTUNED = ("flash_attention_bwd", "split_kv_merge")
+UNTUNED = ("flash_attention_bwd", "split_kv_merge", "rotate_and_write")
 TUNED = tuple(name for name, (op, _) in KERNELS.items() if name not in UNTUNED and op not in SKIPPING_OPS)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 TPU_KERNELS += ("quantized_matmul_few_rows", "quantized_matmul")
@@ -51,6 +52,7 @@ PAGED_DTYPES = (
     *FLASH_DTYPES,
     *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
 )
+WRITE_DTYPES = tuple(dtype for dtype in PAGED_DTYPES if not dtype.endswith("uint8"))
 LINEAR_DTYPES = ("bfloat16", "float32")
 PRODUCT_DTYPES = (*(dtype for dtype in PAGED_DTYPES if " on " in dtype), "int8 on int8")  # of x and the weight
 DTYPES = tuple(dict.fromkeys((*PAGED_DTYPES, *PRODUCT_DTYPES)))

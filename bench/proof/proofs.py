@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
+from jfa import write_ops
 from jfa.kernels.tpu._pallas import pltpu
 from jfa.types import Implementation
 
@@ -26,6 +27,7 @@ from ..truth.cases import Case, Truth
 from ..truth.linear_cases import LinearCase, LinearTruth
 from ..truth.paged_cases import PagedCase, PagedTruth
 from ..truth.product_cases import ProductCase, ProductTruth
+from ..truth.write_cases import WriteTruth
 from . import aot, emulate
 
 GRADIENT_PRODUCTS = 3  # scores, their cotangent, its product
@@ -427,3 +429,25 @@ def _poisoned_tokens(truth: LinearTruth) -> tuple[float | None, tuple[np.ndarray
         for x, (row, length) in itertools.product(of_tokens, enumerate(lengths)):
             x[row, length:] = np.nan
     return scale, arrays, given
+
+
+def of_tokens(truth: WriteTruth, arch: str, **options: Any) -> Verdict:
+    """Like forward, for new tokens that are written into a cache."""
+    return verdict(*write_check(truth, "triton"), arch=arch, **options)
+
+
+def write_check(truth: WriteTruth, implementation: Implementation | None) -> Check:
+    """Like forward_check, for new tokens: no number of the cache may differ. implementation: only "triton" has it."""
+
+    def call(tokens, cache):
+        q, *cache = write_ops.rotate_and_write(
+            *tokens, *cache, head_dim=truth.case.head_dim, implementation=implementation or "triton"
+        )
+        arrays = [x.values if isinstance(x, jfa.QuantizedArray) else x for x in cache]
+        arrays += [x.scales for x in cache if isinstance(x, jfa.QuantizedArray)]
+        return tuple(x.astype(jnp.float32) for x in (q, *arrays))
+
+    return Check(call, (truth.tokens, truth.cache), truth.wanted, (_NOTHING,) * len(truth.wanted))
+
+
+_NOTHING = float(np.finfo(np.float32).tiny)

@@ -4,7 +4,8 @@ One program rotates the query heads of a group and their key head of one token, 
 the cache is quantized, and stores them at the token's slot, in place. XLA takes a launch for the rotation, one for each
 array of the cache, and several more to quantize.
 
-Numbers and scales are those of quant.quantize, bit by bit. Tested in tests/jfa/test_write.py.
+Numbers and scales are those of quant.quantize, bit by bit, where its division is rounded correctly: XLA on a CPU, which
+multiplies with a reciprocal, sometimes misses a tie. Tested in tests/jfa/test_write.py.
 """
 
 import functools
