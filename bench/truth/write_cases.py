@@ -48,6 +48,9 @@ def truth_of(case: WriteCase, dtype: str, *, seed: int) -> WriteTruth:
     x = np.array(jnp.asarray(draw.normal(size=(n, case.hq + 2 * case.hkv, d)) * 3, dtype))
     x[1] = 0  # a vector of zeros has a scale of 0
     angle = draw.normal(size=(n, half)).astype(np.float32) * 5
+    # a scale of 1, and numbers in the middle between two that are stored
+    x[2], angle[2], largest = draw.integers(-127, 128, x[2].shape) / 2, 0, quant.KINDS[case.kind or "int8"][1]
+    x[2, :, 0] = largest
     cos, sin = np.cos(angle), np.sin(angle)
     slots = draw.permutation(_SLOTS)[:n].astype(np.int32)
     slots[[0, -1]] = -1, _SLOTS  # neither is written
