@@ -376,12 +376,17 @@ UNSERVED_PAGES = {
     "columns": (
         paged_shapes(head_dim=80, heads=(6, 3)),
         V5E,
-        r"240 columns \(3 heads of 80\), .* XLA would remove by a copy .*; pad .* to a head_dim of 128, and give scale",
+        r"240 columns \(3 heads of 80\), .* XLA would copy all pages .*; pad .* to a head_dim of 128, and give scale",
     ),
     "columns_of_int4": (
         paged_shapes(head_dim=80, pages="uint8"),
         V5E,
-        r"80 columns \(2 heads of 80\), .* to a head_dim of 128",
+        r"80 columns \(2 heads of 80\), .* to a head_dim of 128, and give scale",
+    ),
+    "few_columns": (
+        paged_shapes(head_dim=64, heads=(9, 3)),
+        V5E,
+        r"192 columns \(3 heads of 64\), .* to 4 key heads, and query heads in proportion",
     ),
     "page_size": (
         paged_shapes(page_size=12),

@@ -162,11 +162,14 @@ def _why_not_pages(operands: PagedOperands, device: DeviceInfo) -> str | None:
             continue
         if columns % LANES:
             size = columns // hkv
-            fitting = tile.rounded(size, LANES // math.gcd(hkv, LANES)) * (d // size)
+            heads = tile.rounded(hkv, LANES // math.gcd(size, LANES))
+            wider = tile.rounded(size, LANES // math.gcd(hkv, LANES))
+            way_out = f"to {heads} key heads, and query heads in proportion"
+            if hkv * wider <= heads * size:
+                way_out = f"to a head_dim of {wider * (d // size)}, and give scale"
             return (
-                f"{name} with {columns} columns ({hkv} heads of {d}), no multiple of {LANES}, are stored with padding, "
-                "which XLA would remove by a copy of all pages before each call; pad queries and pages with zeros to a "
-                f"head_dim of {fitting}, and give scale"
+                f"{name} with {columns} columns ({hkv} heads of {d}), no multiple of {LANES}, are stored with pages in "
+                f"lanes: XLA would copy all pages before each call; pad queries and pages with zeros {way_out}"
             )
         # XLA stores pages in tiles of so many tokens, or in smaller ones if a page has fewer
         of_tile = 32 if pages.dtype.itemsize == 1 else 8
