@@ -1,8 +1,7 @@
 """`jfa-bench compile --peers`: the library's kernels for TPUs beside JAX's own, by libtpu's code for the same calls.
 
-A call's words are those of the parts of the code that have matrix products, as often as the call visits them, and of
-the part that takes a block's heads apart. Which other parts run at each step is not known: they are listed. Waits for
-memory are not counted.
+A call's words are those of the parts of the code that have matrix products, as often as the call visits them. Which
+other parts run at each step is not known: they are listed. Waits for memory are not counted.
 """
 
 import dataclasses
@@ -198,6 +197,7 @@ def _splash(length: int, *, backward: bool) -> Program:
 _NUM_PAGES = ROWS * CAPACITY // PAGE_SIZE + 1
 _TABLE = (ROWS, CAPACITY // PAGE_SIZE)
 _BLOCKS = ROWS * CAPACITY // _BLOCK  # of all rows
+_GROUPS = 2  # of 4 key heads, whose 16 query heads are multiplied at once if a row has one query
 
 
 def _longest(parts: Parts, products: int | None) -> int:
@@ -208,12 +208,12 @@ def _longest(parts: Parts, products: int | None) -> int:
 
 
 def _our_decode() -> Program:
-    pages = _numbers(_NUM_PAGES, PAGE_SIZE, 8, HEAD_DIM)
+    pages = _numbers(_NUM_PAGES, PAGE_SIZE, 8 * HEAD_DIM)
     return Program(
         fn=functools.partial(jfa.paged_decode_attention, implementation="tpu"),
         args=(_numbers(ROWS, 32, HEAD_DIM), pages, pages, _integers(*_TABLE), _integers(ROWS)),
         kernel="paged_decode_attention",
-        words=lambda parts: _BLOCKS * _longest(parts, None),
+        words=lambda parts: _BLOCKS * _GROUPS * _longest(parts, None),
     )
 
 
@@ -230,13 +230,14 @@ def _paged() -> Program:
 
 
 def _our_ragged(tokens: int) -> Program:
-    pages = _numbers(_NUM_PAGES, PAGE_SIZE, 8, HEAD_DIM)
+    pages = _numbers(_NUM_PAGES, PAGE_SIZE, 8 * HEAD_DIM)
 
     def words(parts: Parts) -> int:
         [found] = parts.values()
         products = {count for _, count in found if count}
-        of_head = _longest(parts, min(products) if tokens == 1 else max(products))
-        return _BLOCKS * (max(words for words, count in found if not count) + 8 * of_head)
+        return _BLOCKS * (
+            _GROUPS * _longest(parts, min(products)) if tokens == 1 else 8 * _longest(parts, max(products))
+        )
 
     return Program(
         fn=functools.partial(jfa.ragged_paged_attention, implementation="tpu"),

@@ -358,9 +358,8 @@ def rows(
 
 def _on_tpus(row: Row) -> bool:
     """Whether TPUs have the kernel, for these dtypes."""
-    of_queries, _, stored = row.dtype.partition(" on ")
-    packed = stored == "uint8" and not row.op.startswith("quantized_matmul")
-    return row.op in names.TPU_KERNELS and of_queries not in ("float16", "int8") and not packed
+    of_queries, _, _ = row.dtype.partition(" on ")
+    return row.op in names.TPU_KERNELS and of_queries not in ("float16", "int8")
 
 
 def prove_all(rows: Sequence[Row], processes: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from runs import run
 import jfa
 from jfa import backends
 from jfa.device import describe
-from jfa.kernels.tpu import flash, flash_bwd, tile
+from jfa.kernels.tpu import columns, flash, flash_bwd, tile
 from jfa.kernels.tpu._pallas import pltpu
 from jfa.types import AttentionSpec, BlockConfig, Operands, PagedOperands
 from jfa_bench.proof.proofs import backward_check, poisoned, tile_cases
@@ -216,12 +216,16 @@ QUICK_PAGES = {
     "chunk_with_window": "float32",
     "chunk_with_sinks": "bfloat16",
     "chunk_fp8": "bfloat16",
+    "chunk_int4": "bfloat16",
+    "int8_keys_int4_values": "float32",
 }
 
 
 def serves(case: paged_cases.PagedCase) -> bool:
     kinds = {case.pages, case.value_pages or case.pages}
-    return case.trees is None and "int4" not in kinds and "float16" not in kinds and len(kinds) == 1
+    quantized = kinds & {"int8", "fp8", "int4"}
+    unpacks = "int4" not in kinds or case.page_size % 4 == 0
+    return case.trees is None and "float16" not in kinds and quantized in (set(), kinds) and unpacks
 
 
 @pytest.mark.parametrize(
@@ -254,6 +258,60 @@ def test_several_blocks_of_pages_agree_with_the_oracle(ragged):
     known = paged_cases.truth_of(case, "bfloat16", seed=0)
     options = known.options | dict(implementation="tpu", config=TILES, return_residual=True)
     agrees(known, functools.partial(getattr(jfa, known.op), **options), *known.arrays)
+
+
+# head_dim, heads, kind of pages: heads of a token begin and end within a row of 128 lanes
+SIDE_BY_SIDE = {
+    "64": (64, (8, 4), None),
+    "80": (80, (8, 8), None),
+    "96": (96, (8, 4), "int8"),
+    "160": (160, (4, 4), None),
+    "80 of int4": (80, (16, 16), "int4"),
+    "128 of int4": (128, (4, 2), "int4"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ragged"),
+    [
+        run(name, ragged, quick=ragged and name in ("80", "128 of int4"))
+        for name in SIDE_BY_SIDE
+        for ragged in (False, True)
+    ],
+)
+def test_heads_that_share_rows_of_lanes_agree_with_the_oracle(name, ragged):
+    head_dim, heads, pages = SIDE_BY_SIDE[name]
+    case = paged_cases.PagedCase(
+        kv_len=(150, 0, 17),
+        queries=(20, 0, 1) if ragged else None,
+        heads=heads,
+        head_dim=head_dim,
+        page_size=16,
+        pages=pages,
+        sinks=True,
+    )
+    known = paged_cases.truth_of(case, "bfloat16", seed=0)
+    options = known.options | dict(implementation="tpu", config=TILES, return_residual=True)
+    agrees(known, functools.partial(getattr(jfa, known.op), **options), *known.arrays)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("heads", "size"), [(2, 64), (8, 16), (8, 80), (16, 40), (4, 96), (8, 96), (4, 224), (3, 128), (3, 5)]
+)
+def test_queries_moved_to_windows_have_the_columns_of_their_heads(heads, size, halves):
+    all_heads = columns.Columns(heads * size, size, halves)
+    g = 2
+    q = jnp.arange(1.0, 1 + heads * g * halves * size).reshape(1, heads * g, -1)
+    placed = columns.in_windows(q, all_heads)
+    np.testing.assert_array_equal(columns.out_of_windows(placed, all_heads), q)
+    together = np.asarray(columns.in_group(placed[0], 0, heads, all_heads)).reshape(heads, g, halves, -1)
+    expected = np.zeros_like(together)
+    for head in range(heads):
+        expected[head, :, :, head * size : (head + 1) * size] = q.reshape(heads, g, halves, size)[head]
+    np.testing.assert_array_equal(together, expected)
+    apart = columns.out_of_group(jnp.asarray(together.reshape(heads * g, -1)), 0, heads, all_heads)
+    np.testing.assert_array_equal(columns.out_of_windows(apart[None], all_heads), q)
 
 
 # Refusals
@@ -296,8 +354,9 @@ def test_what_the_kernel_does_not_do_is_refused_with_the_reason(name):
 def paged_shapes(
     *, dtype="bfloat16", pages=None, head_dim=128, heads=(8, 2), page_size=16, b=4, pages_per_seq=8, **more
 ):
-    pool = jax.ShapeDtypeStruct((64, page_size, heads[1], head_dim), jnp.dtype(pages or dtype))
-    scales = jax.ShapeDtypeStruct(pool.shape[:3], jnp.bfloat16) if pool.dtype.itemsize == 1 else None
+    stored = head_dim // 2 if pages == "uint8" else head_dim
+    pool = jax.ShapeDtypeStruct((64, page_size, heads[1] * stored), jnp.dtype(pages or dtype))
+    scales = jax.ShapeDtypeStruct((64, page_size, heads[1]), jnp.bfloat16) if pool.dtype.itemsize == 1 else None
     return PagedOperands(
         q=jax.ShapeDtypeStruct((b, heads[0], head_dim), jnp.dtype(dtype)),
         k_pages=pool,
@@ -312,12 +371,34 @@ def paged_shapes(
 UNSERVED_PAGES = {
     "gpu": (paged_shapes(), describe("cuda", "sm_90"), "Mosaic TPU kernels run on TPUs .* not on cuda"),
     "float16": (paged_shapes(dtype="float16"), V5E, "no TPU loads float16"),
-    "int4": (paged_shapes(pages="uint8"), V5E, "does not read packed 4-bit pages yet"),
     "tree": (paged_shapes(tree_mask=ANY), V5E, "the TPU kernel has no tree_mask yet"),
     "one_quantized": (paged_shapes(v_pages=paged_shapes(pages="int8").v_pages), V5E, "both quantized, or none of them"),
-    "head_dim": (paged_shapes(head_dim=64), V5E, "a head_dim of 64, .* XLA would copy all pages before each call; pad"),
-    "page_size": (paged_shapes(page_size=4), V5E, "4 tokens and 2 heads are stored with padding"),
-    "heads": (paged_shapes(heads=(6, 6)), V5E, "16 tokens and 6 heads are stored with padding"),
+    "columns": (
+        paged_shapes(head_dim=80, heads=(6, 3)),
+        V5E,
+        r"240 columns \(3 heads of 80\), .* XLA would copy all pages .*; pad .* to a head_dim of 128, and give scale",
+    ),
+    "columns_of_int4": (
+        paged_shapes(head_dim=80, pages="uint8"),
+        V5E,
+        r"80 columns \(2 heads of 80\), .* to a head_dim of 128, and give scale",
+    ),
+    "few_columns": (
+        paged_shapes(head_dim=64, heads=(9, 3)),
+        V5E,
+        r"192 columns \(3 heads of 64\), .* to 4 key heads, and query heads in proportion",
+    ),
+    "page_size": (
+        paged_shapes(page_size=12),
+        V5E,
+        "12 tokens are no whole tiles of 8, .*; use a page_size that",
+    ),
+    "page_size_int8": (paged_shapes(page_size=48, pages="int8"), V5E, "48 tokens are no whole tiles of 32,"),
+    "page_size_int4": (
+        paged_shapes(page_size=6, pages="uint8"),
+        V5E,
+        "6 tokens: 4-bit numbers are unpacked from words",
+    ),
     "smem": (
         paged_shapes(b=256, pages_per_seq=1024),
         V5E,

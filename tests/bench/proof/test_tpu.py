@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from runs import run
 
 import jfa
-from jfa.kernels.tpu import flash, flash_bwd, paged, products, tile
+from jfa.kernels.tpu import columns, flash, flash_bwd, paged, products, tile
 from jfa.kernels.tpu._pallas import pltpu
 from jfa_bench import cli, configs, names
 from jfa_bench.proof import beside, by_libtpu, compile, compilers, model, pool, proofs, prove, steps
@@ -200,7 +200,11 @@ def test_only_what_tpus_have_is_proven():
     assert {(row.op, row.direction) for row in rows} == {names.KERNELS[name] for name in names.TPU_KERNELS}
     assert not any("float16" in row.dtype.replace("bfloat16", "") for row in rows)
     of_four_bits = {row.op for row in rows if "uint8" in row.dtype}
-    assert of_four_bits == {"quantized_matmul_few_rows", "quantized_matmul"}, "packed pages go to xla"
+    products, paged_ops = (
+        ("quantized_matmul_few_rows", "quantized_matmul"),
+        ("paged_decode_attention", "ragged_paged_attention"),
+    )
+    assert of_four_bits == {*products, *paged_ops}
 
 
 def test_a_missing_wait_is_noticed(broken):
@@ -212,6 +216,31 @@ def test_an_off_by_one_page_is_noticed(broken):
     whole = paged._Tiles.of.__func__
     broken(paged._Tiles, "of", classmethod(lambda cls, *call: (t := whole(cls, *call))._replace(row=1 - t.row)))
     assert "NaN" in proven().wrong
+
+
+ONE_QUERY = paged_cases.PagedCase(kv_len=(40,), heads=(16, 16), head_dim=80, page_size=16, pages="int4")
+MANY_QUERIES = dataclasses.replace(ONE_QUERY, queries=(20,), heads=(8, 8), pages="int8")
+_levels, _scales = paged._doubled_levels, paged._scales
+
+WRONG_HEADS = {
+    "narrow_windows_of_all": (MANY_QUERIES, columns.Columns, "needs_less", lambda of, head: head >= 0),
+    "queries_not_moved": (MANY_QUERIES, columns.Columns, "offsets", lambda of, hq: [0] * hq),
+    "scales_of_others": (MANY_QUERIES, paged, "_scales", lambda *call: jnp.roll(_scales(*call), 1, axis=2)),
+    "groups": (ONE_QUERY, columns.Columns, "slabs", lambda of, group, heads: {0: (0, heads - 1)}),
+    "levels": (ONE_QUERY, paged, "_doubled_levels", lambda words, dtype: _levels(words, dtype) + 1),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_HEADS)
+def test_a_head_read_in_the_wrong_place_is_noticed(broken, name):
+    case, *change = WRONG_HEADS[name]
+    broken(*change)
+    assert proven(case).wrong
+
+
+@pytest.mark.parametrize("case", [ONE_QUERY, MANY_QUERIES])
+def test_heads_read_in_the_right_place_are_not_refused(case):
+    assert not proven(case).wrong
 
 
 def test_a_bfloat16_accumulator_is_noticed(broken):
