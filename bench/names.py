@@ -16,6 +16,7 @@ KERNELS = {
     "flash_attention_dkv": ("flash_attention", "backward"),
     "flash_attention_bwd": ("flash_attention", "backward"),  # both in one, on TPUs
     "paged_decode_attention": ("paged_decode_attention", "forward"),
+    "split_kv_merge": ("paged_decode_attention", "forward"),
     "ragged_paged_attention": ("ragged_paged_attention", "forward"),
     "quantized_matmul_few_rows": ("quantized_matmul_few_rows", "forward"),
     "quantized_matmul": ("quantized_matmul", "forward"),
@@ -34,11 +35,13 @@ KERNELS = {
     "block_sparse_attention": ("block_sparse_attention", "forward"),
     "block_sparse_attention_dq": ("block_sparse_attention", "backward"),
     "block_sparse_attention_dkv": ("block_sparse_attention", "backward"),
+    "rotate_and_write": ("rotate_and_write", "forward"),  # new tokens into a cache
 }
 LINEAR_OPS = ("linear_attention", "gated_linear_attention", "delta_attention")
 SKIPPING_OPS = (*LINEAR_OPS, "block_sparse_attention")  # that do without some scores, or all
 # that have tables of their own; block-sparse attention uses those of flash attention
-TUNED = tuple(name for name, (op, _) in KERNELS.items() if name != "flash_attention_bwd" and op not in SKIPPING_OPS)
+UNTUNED = ("flash_attention_bwd", "split_kv_merge", "rotate_and_write")
+TUNED = tuple(name for name, (op, _) in KERNELS.items() if name not in UNTUNED and op not in SKIPPING_OPS)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 TPU_KERNELS += ("quantized_matmul_few_rows", "quantized_matmul")
 GPU_KERNELS = tuple(name for name in KERNELS if name != "flash_attention_bwd")
@@ -49,6 +52,7 @@ PAGED_DTYPES = (
     *FLASH_DTYPES,
     *(f"{dtype} on {pages}" for dtype in ("bfloat16", "float16") for pages in ("int8", "float8_e4m3fn", "uint8")),
 )
+WRITE_DTYPES = tuple(dtype for dtype in PAGED_DTYPES if not dtype.endswith("uint8"))
 LINEAR_DTYPES = ("bfloat16", "float32")
 PRODUCT_DTYPES = (*(dtype for dtype in PAGED_DTYPES if " on " in dtype), "int8 on int8")  # of x and the weight
 DTYPES = tuple(dict.fromkeys((*PAGED_DTYPES, *PRODUCT_DTYPES)))

@@ -123,13 +123,10 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
         raise ValueError(f"quantize takes a float array, got {x.dtype}")
     dtype, largest = KINDS[kind]
     half = stored_size(kind, x.shape[-1])
-    top = float(jnp.finfo(x.dtype).max)
+    bound = jnp.asarray(largest_scale(x.dtype, kind), jnp.bfloat16)
     x = x.astype(jnp.float32)
     scales = (jnp.abs(x).max(-1, initial=0.0) / largest).astype(jnp.bfloat16)
-    # if its scale were rounded up, the largest number of x's dtype would be dequantized to infinity; with the lower 16
-    # bits cleared, the bound is exact in bfloat16
-    bound = np.float32(top / largest).view(np.uint32) & np.uint32(0xFFFF0000)
-    scales = jnp.where(jnp.isfinite(scales), jnp.minimum(scales, bound.view(np.float32).astype(scales.dtype)), jnp.nan)
+    scales = jnp.where(jnp.isfinite(scales), jnp.minimum(scales, bound), jnp.nan)
     divisor = scales.astype(jnp.float32)[..., None]
     x = jnp.clip(x / jnp.where(divisor == 0.0, 1.0, divisor), -largest, largest)
     if kind == "fp8":
@@ -141,6 +138,15 @@ def quantize(x: Float[Array, "*n d"], kind: str) -> QuantizedArray:
         levels = jnp.clip(jnp.floor(jnp.where(jnp.isnan(x), 0.0, x) + 8.0), 0, 15).astype(jnp.uint8)
         values = levels[..., :half] | (levels[..., half:] << 4)
     return QuantizedArray(values=values.astype(dtype), scales=scales)
+
+
+def largest_scale(dtype: DTypeLike, kind: str) -> float:
+    """The largest scale of vectors in a dtype, exact in bfloat16.
+
+    If its scale were rounded up, the largest number of the dtype would be dequantized to infinity.
+    """
+    bound = np.float32(float(jnp.finfo(dtype).max) / KINDS[kind][1]).view(np.uint32) & np.uint32(0xFFFF0000)
+    return float(bound.view(np.float32))
 
 
 def quantize_weight(

@@ -132,6 +132,19 @@ def _elements_stored_in_one(pages: Shaped[Array, "..."]) -> int:
     return 2 if pages.dtype == "uint8" else 1  # two 4-bit numbers in a byte
 
 
+class WriteOperands(NamedTuple):
+    """The arrays that rotate_and_write reads, or their shapes."""
+
+    qkv: Float[Array, "n heads*d"]  # the heads of the queries, the keys and the values, side by side
+    cos: Float[Array, "n half"]
+    sin: Float[Array, "n half"]
+    slots: Int[Array, " n"]  # where a token is written; out of bounds or negative: nowhere
+    k: Shaped[Array, "slots hkv*d"]  # floats, or quantized to int8 or fp8
+    v: Shaped[Array, "slots hkv*d"]
+    k_scales: Float[Array, "slots hkv"] | None = None
+    v_scales: Float[Array, "slots hkv"] | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductSpec:
     """What a product with a quantized weight computes: the static fields of QuantizedArray."""

@@ -147,7 +147,7 @@ def _runs(op: Op, one: Record) -> bool:
         return False
     if op.name == "flash_attention":
         return one["benchmark"] == "attention" and one["case"]["direction"] == op.direction
-    return one["benchmark"] == "paged" and op.name == "paged_decode_attention"
+    return one["benchmark"] == "paged" and op.kernel == "paged_decode_attention"
 
 
 def _tokens(one: Record) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
-from jfa import backends, quant
+from jfa import backends, quant, write_ops
 from jfa.block_mask import SparseOperands
 from jfa.device import probe
 from jfa.kernels.triton import flash_bwd, linear_bwd
@@ -293,6 +293,26 @@ def _paged_default(kernel: str) -> Callable[[DeviceInfo, str, int], PagedConfig]
     return config
 
 
+_PARTS = 128  # of each row's keys: a loop that no compiler unrolls
+
+
+def _merge(dtype: str, head_dim: int, config: PagedConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """The call of paged_decode_attention, with rows that are split."""
+    call_of = _paged("paged_decode_attention")
+
+    def call(operands):
+        fn, _ = call_of(dtype, head_dim, config or _merge_default(probe(), dtype, head_dim), variant)
+        return fn(operands)
+
+    return call, call_of(dtype, head_dim, config, variant)[1]
+
+
+def _merge_default(device: DeviceInfo, dtype: str, head_dim: int) -> PagedConfig:
+    """That of the kernel whose results are merged."""
+    default = _paged_default("paged_decode_attention")(device, dtype, head_dim)
+    return dataclasses.replace(default, num_splits=_PARTS)
+
+
 # A layer of a decoder: rows of a decode step or of a prompt, times a weight [4096, 4096].
 _FEW_ROWS, _MANY_ROWS = 8, 512
 
@@ -486,6 +506,31 @@ def _sparse_ops() -> list[Op]:
             for part in ("dq", "dkv")
         ),
     ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoConfig:
+    """Of a kernel without tile sizes."""
+
+
+def _write(dtype: str, head_dim: int, config: NoConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """A token for each row of _paged_operands, into its pages."""
+    if variant == "padded head_dim":
+        head_dim = head_dim * 5 // 8
+    rows = _paged_operands(dtype, head_dim, ragged=False)
+    pages, scales = rows.k_pages, rows.k_scales
+    of_new = dtype.partition(" on ")[0]
+    keys = pages if scales is None else jfa.QuantizedArray(values=pages, scales=scales, group_size=head_dim)
+
+    def call(qkv, cos, sin, slots, keys, values):
+        how: dict[str, Any] = dict(head_dim=head_dim, implementation="triton")
+        if not write_ops.serves(qkv, keys, values, **how):
+            raise jfa.UnsupportedError("the kernel does not support the call")
+        return write_ops.rotate_and_write(qkv, cos, sin, slots, keys, values, **how)
+
+    angles = jax.ShapeDtypeStruct((_PAGED_BATCH, head_dim // 2), "float32")
+    qkv = jax.ShapeDtypeStruct((_PAGED_BATCH, (32 + 2 * 8) * head_dim), of_new)
+    return call, (qkv, angles, angles, rows.kv_len, keys, keys)
 
 
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
@@ -708,6 +753,17 @@ OPS = (
         ),
     ),
     Op(
+        name="paged_decode_attention",
+        direction="forward",
+        kernel="split_kv_merge",
+        config_type=PagedConfig,
+        call=_merge,
+        default_config=_merge_default,
+        bound="memory_bound_share",
+        variants=("window", "padded head_dim"),
+        sweep=None,
+    ),
+    Op(
         name="ragged_paged_attention",
         direction="forward",
         kernel="ragged_paged_attention",
@@ -769,6 +825,18 @@ OPS = (
     ),
     *(op for name in names.LINEAR_OPS for op in _linear_ops(name)),
     *_sparse_ops(),
+    Op(
+        name="rotate_and_write",
+        direction="forward",
+        kernel="rotate_and_write",
+        config_type=NoConfig,
+        call=_write,
+        default_config=lambda device, dtype, head_dim: NoConfig(),
+        bound="memory_bound_share",
+        variants=("padded head_dim",),
+        dtypes=names.WRITE_DTYPES,
+        sweep=None,
+    ),
 )
 ON_GPUS = tuple(op for op in OPS if op.kernel in names.GPU_KERNELS)
 

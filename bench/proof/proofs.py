@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
+from jfa import write_ops
 from jfa.kernels.tpu._pallas import pltpu
 from jfa.types import Implementation
 
@@ -26,6 +27,7 @@ from ..truth.cases import Case, Truth
 from ..truth.linear_cases import LinearCase, LinearTruth
 from ..truth.paged_cases import PagedCase, PagedTruth
 from ..truth.product_cases import ProductCase, ProductTruth
+from ..truth.write_cases import WriteTruth
 from . import aot, emulate
 
 GRADIENT_PRODUCTS = 3  # scores, their cotangent, its product
@@ -76,11 +78,35 @@ def tile_cases(block_q: int, block_kv: int, head_dim: int, *, quick: bool) -> di
             shape=(1, short, longer, 1, 1, head_dim), options=dict(local_window_size=(block_kv + 3, block_kv // 2))
         ),
         "soft_cap": Case(shape=(1, short, longer, 2, 2, head_dim), options=dict(logits_soft_cap=3.0)),
-        "one_query": Case(
-            shape=(2, 1, longer, 4, 2, head_dim), options=dict(is_causal=True, query_offset=[longer - 1, 40])
+        "one_query": Case(  # as in a ring of slots
+            shape=(2, 1, longer, 4, 2, head_dim),
+            options=dict(key_value_seq_lengths=[longer, 40]),
+            mask=(2, 1, 1, longer),
         ),
         "padded_head_dim": Case(
             shape=(1, short, longer, 2, 1, head_dim * 5 // 8), options=dict(is_causal=True, query_offset=[longer - 20])
+        ),
+    }
+
+
+def one_query_cases(block_kv: int, head_dim: int) -> dict[str, Case]:
+    """Cases of one query per row, which the kernel of pages computes: by one program, and by several for more keys."""
+    few, many = 2 * block_kv + 3, 3 * 256 + 40
+    return {
+        "one_query_of_rows": Case(
+            shape=(3, 1, few, 8, 2, head_dim),
+            options=dict(is_causal=True, query_offset=[few - 1, 40, 2], key_value_seq_lengths=[few, 0, 9]),
+        ),
+        "one_query_shared_out": Case(
+            shape=(2, 1, many, 6, 2, head_dim * 5 // 8),
+            value_head_dim=head_dim,
+            options=dict(
+                local_window_size=(many - 50, 5),
+                query_offset=[many - 7, 11],
+                key_value_seq_lengths=[many - 4, 30],
+                logits_soft_cap=3.0,
+            ),
+            sinks=True,
         ),
     }
 
@@ -233,8 +259,10 @@ def paged_tile_cases(
     longer = 2 * block_kv + tokens + 3
     lengths = (longer, 0, 1, block_kv, tokens + 7)
     queries = (tokens + 2, 0, 1, 1, tokens) if ragged else None
-    shared_out = dataclasses.replace(config, num_splits=3) if isinstance(config, jfa.PagedConfig) else config
-    return {
+    shared_out = many_parts = config
+    if isinstance(config, jfa.PagedConfig):
+        shared_out, many_parts = (dataclasses.replace(config, num_splits=parts) for parts in (3, 37))
+    found = {
         "tiles": PagedCase(
             kv_len=lengths,
             queries=queries,
@@ -255,6 +283,11 @@ def paged_tile_cases(
             options={"local_window_size": 3 * block_kv + 1, "config": shared_out},
         ),
     }
+    if not ragged:  # several tiles of the kernel that merges them; with a large scale, each of them counts
+        found["many_parts"] = dataclasses.replace(
+            found["tiles"], kv_len=(36 * block_kv + 5,), options={"config": many_parts, "scale": 3 * head_dim**-0.5}
+        )
+    return found
 
 
 def over_pages(truth: PagedTruth, arch: str, **options: Any) -> Verdict:
@@ -396,3 +429,25 @@ def _poisoned_tokens(truth: LinearTruth) -> tuple[float | None, tuple[np.ndarray
         for x, (row, length) in itertools.product(of_tokens, enumerate(lengths)):
             x[row, length:] = np.nan
     return scale, arrays, given
+
+
+def of_tokens(truth: WriteTruth, arch: str, **options: Any) -> Verdict:
+    """Like forward, for new tokens that are written into a cache."""
+    return verdict(*write_check(truth, "triton"), arch=arch, **options)
+
+
+def write_check(truth: WriteTruth, implementation: Implementation | None) -> Check:
+    """Like forward_check, for new tokens: no number of the cache may differ. implementation: only "triton" has it."""
+
+    def call(tokens, cache):
+        q, *cache = write_ops.rotate_and_write(
+            *tokens, *cache, head_dim=truth.case.head_dim, implementation=implementation or "triton"
+        )
+        arrays = [x.values if isinstance(x, jfa.QuantizedArray) else x for x in cache]
+        arrays += [x.scales for x in cache if isinstance(x, jfa.QuantizedArray)]
+        return tuple(x.astype(jnp.float32) for x in (q, *arrays))
+
+    return Check(call, (truth.tokens, truth.cache), truth.wanted, (_NOTHING,) * len(truth.wanted))
+
+
+_NOTHING = float(np.finfo(np.float32).tiny)

@@ -20,7 +20,7 @@ from jfa.types import Implementation, TpuConfig, TpuProductConfig, UnsupportedEr
 
 from .. import names
 from ..records import record, tables
-from ..truth import cases, linear_cases, paged_cases, product_cases, sparse_cases
+from ..truth import cases, linear_cases, paged_cases, product_cases, sparse_cases, write_cases
 from . import aot, compilers, ops, pool
 from .proofs import (
     Check,
@@ -35,13 +35,16 @@ from .proofs import (
     linear_tile_cases,
     of_chunks,
     of_chunks_backward,
+    of_tokens,
     of_weight,
+    one_query_cases,
     over_pages,
     paged_check,
     paged_tile_cases,
     product_check,
     product_tile_cases,
     tile_cases,
+    write_check,
 )
 
 
@@ -123,7 +126,13 @@ def _flash_cases(row: Row) -> dict[str, cases.Case]:
     found = tile_cases(config.block_q, config.block_kv, row.head_dim, quick=row.quick)
     # gradients of the options are proven by the named cases; these cases only have to cover the tiles
     few = ("causal", "windows_and_lengths", "padded_head_dim")
-    return found if row.direction == "forward" else {name: case for name, case in found.items() if name in few}
+    if row.direction == "backward":
+        return {name: case for name, case in found.items() if name in few}
+    if row.arch == names.INTERPRETED or row.quick:
+        return found
+    decode = next(op for op in ops.OPS if op.kernel == "paged_decode_attention")
+    config = decode.default_config(aot.device(row.arch), row.dtype, row.head_dim)
+    return found | one_query_cases(config.block_kv, row.head_dim)
 
 
 def _paged_cases(row: Row) -> dict[str, paged_cases.PagedCase]:
@@ -174,6 +183,12 @@ def _sparse_cases(row: Row) -> Mapping[str, cases.Case]:
     if row.head_dim is None:
         return _named(row, {name: sparse_cases.CASES[name] for name in sparse_cases.ON_GPUS})
     return sparse_cases.tile_cases(row.head_dim, quick=row.quick)
+
+
+def _write_cases(row: Row) -> dict[str, write_cases.WriteCase]:
+    assert row.head_dim is not None
+    stored = row.dtype.partition(" on ")[2]
+    return write_cases.cases(row.head_dim, quant.kind_of(stored) if stored else None)
 
 
 def _flash_truth(case: cases.Case, row: Row) -> cases.Truth:
@@ -263,6 +278,16 @@ PROOFS |= {
         ("backward", backward, backward_check, (("bfloat16", None),)),
     )
 }
+
+
+PROOFS["rotate_and_write", "forward"] = Proof(
+    run=of_tokens,
+    check=write_check,
+    cases=_write_cases,
+    truth=lambda case, row: write_cases.truth_of(case, row.dtype.partition(" on ")[0], seed=0),
+    sizes=tuple((dtype, head_dim) for dtype in names.WRITE_DTYPES for head_dim in names.HEAD_DIMS),
+    quick=(("bfloat16 on int8", 128), ("float16 on float8_e4m3fn", 64)),
+)
 
 
 def prove_row(row: Row) -> dict[str, Any]:

@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.backends.interface import (
+    FlashBackend,
+    LinearBackend,
+    PagedBackend,
+    ProductBackend,
+    SparseBackend,
+    WriteBackend,
+)
 from jfa.block_mask import BlockMask, SparseOperands
 from jfa.device import probe
 from jfa.types import (
@@ -69,6 +76,13 @@ def product(name: str) -> ProductBackend:
 def linear(name: str) -> LinearBackend:
     """The backend with this name, one of NAMES, of linear attention."""
     return importlib.import_module(f"jfa.backends.{name}").LINEAR
+
+
+def write(implementation: str | None, device: DeviceInfo) -> WriteBackend | None:
+    """The backend that rotates and writes with one kernel, if it is the one that a call would use; only one can."""
+    if (implementation or PREFERENCE.get(device.platform, ("xla",))[0]) != "triton":
+        return None
+    return importlib.import_module("jfa.backends.triton").WRITE
 
 
 Table = Callable[[str], FlashBackend | SparseBackend | PagedBackend | ProductBackend | LinearBackend]

@@ -23,6 +23,7 @@ from jfa.types import (
     ProductSpec,
     TpuConfig,
     TpuProductConfig,
+    WriteOperands,
 )
 
 
@@ -96,3 +97,16 @@ class LinearBackend:
     config_type: type | None
     run: Callable[..., tuple]
     run_ragged: Callable[..., tuple]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteBackend:
+    """An implementation of the rotation of new queries and keys with the write into a cache.
+
+    Attributes:
+      why_not: the reason why it does not support a call, (operands, head_dim, device); None: it does.
+      run: (operands, head_dim, device) -> the rotated queries, and the arrays of the cache.
+    """
+
+    why_not: Callable[[WriteOperands, int, DeviceInfo], str | None]
+    run: Callable[..., tuple[Array, ...]]

@@ -8,9 +8,16 @@ import dataclasses
 import jax
 
 from jfa import tuning
-from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
+from jfa.backends.interface import (
+    FlashBackend,
+    LinearBackend,
+    PagedBackend,
+    ProductBackend,
+    SparseBackend,
+    WriteBackend,
+)
 from jfa.block_mask import BlockMask, SparseOperands
-from jfa.kernels.triton import casts, flash, flash_bwd, linear, linear_bwd, paged, products
+from jfa.kernels.triton import casts, flash, flash_bwd, linear, linear_bwd, paged, products, write
 from jfa.rules import with_default_rules
 from jfa.types import (
     AttentionSpec,
@@ -31,11 +38,29 @@ def _tuned(operands: Operands, device: DeviceInfo, kernel: str) -> FlashConfig |
     return tuning.flash_config(device.arch, dtype=operands.q.dtype.name, head_dim=widest, kernel=kernel)
 
 
-def _default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
+def _flash_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
     return _tuned(operands, device, "flash_attention") or flash.default_config(operands, device)
 
 
+def _default_config(operands: Operands, device: DeviceInfo) -> FlashConfig:
+    """A PagedConfig where the paged kernel computes the call."""
+    if not paged.takes(operands):
+        return _flash_config(operands, device)
+    dtype = operands.q.dtype.name
+    widest = max(operands.q.shape[3], operands.v.shape[3])
+    tuned = tuning.paged_config("paged_decode_attention", device.arch, dtype=dtype, pages=dtype, head_dim=widest)
+    return tuned or paged.default_config_of_rows(operands, device)
+
+
 def _run(operands, spec, config, device):
+    if isinstance(config, PagedConfig) and paged.takes(operands):
+        return paged.attention_of_one_query(
+            operands,
+            spec=spec,
+            config=config,
+            num_splits=paged.num_splits_of_rows(operands, config, device),
+            interpret=device.platform == "cpu",
+        )
     return flash.flash_attention(operands, spec=spec, config=config, interpret=device.platform == "cpu")
 
 
@@ -92,7 +117,7 @@ def _within(config: FlashConfig, mask: BlockMask) -> FlashConfig:
 
 
 def _default_sparse_config(operands: SparseOperands, device: DeviceInfo) -> FlashConfig:
-    return _of_sparse(_default_config(operands.dense, device), "flash_attention", operands, device)
+    return _of_sparse(_flash_config(operands.dense, device), "flash_attention", operands, device)
 
 
 def _sparse_backward_config(
@@ -188,6 +213,10 @@ def _run_ragged_linear(operands, rows, spec, config, device):
     return linear.ragged_linear_attention(operands, rows, spec=spec, config=config, interpret=device.platform == "cpu")
 
 
+def _run_write(operands, head_dim, device):
+    return write.rotate_and_write(operands, head_dim=head_dim, interpret=device.platform == "cpu")
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=_default_config,
@@ -220,3 +249,4 @@ LINEAR = LinearBackend(
     run=_run_linear,
     run_ragged=_run_ragged_linear,
 )
+WRITE = WriteBackend(why_not=write.why_not, run=_run_write)

@@ -98,25 +98,37 @@ class KVCache:
 
         lengths: number of valid tokens in each row; None: all. The rest is padding, which is never written to a ring.
         """
-        t, slots = k.shape[1], self.k[layer].shape[1]
-        row = jnp.arange(k.shape[0])[:, None]
-        token = jnp.arange(t)
-        slot = self.kv_len[:, None] + token
-        if self.is_ring(layer):
-            real = t if lengths is None else lengths[:, None]
-            # if there are more tokens than slots, write the last ones; the others get distinct out-of-bounds indices
-            slot = jnp.where((token < real) & (token >= real - slots), slot % slots, slots + token)
+        row, slot = jnp.arange(k.shape[0])[:, None], self._places(layer, k.shape[1], lengths)
 
         def put(array, new):
             written = array.at[row, slot].set(new.astype(array.dtype), mode="drop", unique_indices=True)
             # for a single row, XLA on a CPU would otherwise fuse the update with what reads it, and copy the array
             return lax.optimization_barrier(written)
 
-        return dataclasses.replace(
-            self,
-            k=(*self.k[:layer], put(self.k[layer], k), *self.k[layer + 1 :]),
-            v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
-        )
+        return self.holding(layer, put(self.k[layer], k), put(self.v[layer], v))
+
+    def holding(self, layer: int, k: Float[Array, "b slots hkv d"], v: Float[Array, "b slots hkv d"]) -> "KVCache":
+        """The cache with other keys and values of a layer."""
+        all_k, all_v = ((*held[:layer], x, *held[layer + 1 :]) for held, x in ((self.k, k), (self.v, v)))
+        return dataclasses.replace(self, k=all_k, v=all_v)
+
+    @with_default_rules
+    def slots(self, layer: int, t: int, lengths: Int[Array, " b"] | None = None) -> Int[Array, "b t"]:
+        """Where write puts t tokens, among the slots of all rows of the layer; -1: nowhere."""
+        b, slots = self.k[layer].shape[:2]
+        slot = self._places(layer, t, lengths)
+        return jnp.where(slot < slots, jnp.arange(b)[:, None] * slots + slot, -1)
+
+    def _places(self, layer: int, t: int, lengths: Int[Array, " b"] | None) -> Int[Array, "b t"]:
+        """The slot of each of t new tokens in its row; one out of bounds for those that are not written."""
+        slots = self.k[layer].shape[1]
+        token = jnp.arange(t)
+        slot = self.kv_len[:, None] + token
+        if self.is_ring(layer):
+            real = t if lengths is None else lengths[:, None]
+            # if there are more tokens than slots, write the last ones; the others get distinct out-of-bounds indices
+            slot = jnp.where((token < real) & (token >= real - slots), slot % slots, slots + token)
+        return slot
 
     @with_default_rules
     def slots_seen(self, layer: int, window: int) -> tuple[Bool[Array, "b slots"], Int[Array, " b"]]:

@@ -196,10 +196,7 @@ class PagedKVCache:
             to another row.
         """
         b, t = k.shape[:2]
-        index = jnp.broadcast_to(jnp.arange(t), (b, t))
-        real = jnp.ones((b, t), bool) if lengths is None else index < lengths[:, None]
-        row = jnp.broadcast_to(jnp.arange(b)[:, None], (b, t))
-        places = self._places(layer, row.reshape(-1), index.reshape(-1), real.reshape(-1))
+        places = self._places_of_rows(layer, t, lengths)
         return self._put(layer, places, *(x.reshape(b * t, *x.shape[2:]) for x in (k, v)))
 
     @like_itself
@@ -215,12 +212,22 @@ class PagedKVCache:
 
         Tokens before query_start[0] and from query_start[-1] on are padding and are not written.
         """
-        token = jnp.arange(k.shape[0])
-        row = jnp.minimum(
-            jnp.searchsorted(query_start[1:], token, side="right", method="compare_all"), self.kv_len.shape[0] - 1
-        )
-        real = (token >= query_start[0]) & (token < query_start[-1])
-        return self._put(layer, self._places(layer, row, token - query_start[row], real), k, v)
+        return self._put(layer, self._places_of_ragged(layer, k.shape[0], query_start), k, v)
+
+    def holding(self, layer: int, k: Pages, v: Pages) -> "PagedKVCache":
+        """The cache with other pages of a layer."""
+        all_k, all_v = ((*held[:layer], x, *held[layer + 1 :]) for held, x in ((self.k, k), (self.v, v)))
+        return dataclasses.replace(self, k=all_k, v=all_v)
+
+    @with_default_rules
+    def slots(self, layer: int, t: int, lengths: Int[Array, " b"] | None = None) -> Int[Array, " b*t"]:
+        """Where write puts t tokens of each row, among the slots of all pages of the layer; -1: nowhere."""
+        return self._slots(layer, self._places_of_rows(layer, t, lengths))
+
+    @with_default_rules
+    def ragged_slots(self, layer: int, n: int, query_start: Int[Array, " b+1"]) -> Int[Array, " n"]:
+        """Where write_ragged puts n tokens, among the slots of all pages of the layer; -1: nowhere."""
+        return self._slots(layer, self._places_of_ragged(layer, n, query_start))
 
     @with_default_rules
     def advance(self, num_tokens: Int[Array, " b"] | int) -> "PagedKVCache":
@@ -321,6 +328,27 @@ class PagedKVCache:
         k, v = (tuple(map(padded, arrays, self.table_of)) for arrays in (self.k, self.v))
         return dataclasses.replace(self, k=k, v=v)
 
+    def _slots(self, layer: int, places: tuple[Int[Array, " n"], Int[Array, " n"]]) -> Int[Array, " n"]:
+        page, slot = places
+        return jnp.where(page < self.num_pages[self.table_of[layer]], page * self.page_size + slot, -1)
+
+    def _places_of_rows(self, layer: int, t: int, lengths: Int[Array, " b"] | None) -> tuple[Array, Array]:
+        """_places of t tokens of each row, the first `lengths` of which are not padding."""
+        b = self.kv_len.shape[0]
+        index = jnp.broadcast_to(jnp.arange(t), (b, t))
+        real = jnp.ones((b, t), bool) if lengths is None else index < lengths[:, None]
+        row = jnp.broadcast_to(jnp.arange(b)[:, None], (b, t))
+        return self._places(layer, row.reshape(-1), index.reshape(-1), real.reshape(-1))
+
+    def _places_of_ragged(self, layer: int, n: int, query_start: Int[Array, " b+1"]) -> tuple[Array, Array]:
+        """_places of n tokens of rows that are concatenated."""
+        token = jnp.arange(n)
+        row = jnp.minimum(
+            jnp.searchsorted(query_start[1:], token, side="right", method="compare_all"), self.kv_len.shape[0] - 1
+        )
+        real = (token >= query_start[0]) & (token < query_start[-1])
+        return self._places(layer, row, token - query_start[row], real)
+
     def _places(
         self, layer: int, row: Int[Array, " n"], index: Int[Array, " n"], real: Bool[Array, " n"]
     ) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
@@ -354,11 +382,7 @@ class PagedKVCache:
 
             return jax.tree.map(lambda stored, x: quant.on_bits(scatter, stored, x.astype(stored.dtype)), pages, new)
 
-        return dataclasses.replace(
-            self,
-            k=(*self.k[:layer], put(self.k[layer], self.rotated(k)), *self.k[layer + 1 :]),
-            v=(*self.v[:layer], put(self.v[layer], v), *self.v[layer + 1 :]),
-        )
+        return self.holding(layer, put(self.k[layer], self.rotated(k)), put(self.v[layer], v))
 
 
 def _values(pages: Pages) -> Array:

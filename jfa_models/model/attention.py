@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import jfa
 import jfa.sharding
+from jfa import write_ops
 from jfa.rules import with_default_rules
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.layers import Linear, make_norm
@@ -177,7 +178,11 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, scope.at("q_norm")), self.k_norm(k, scope.at("k_norm"))
         plain = q
-        if rotation is not None:
+        written: Any = None  # the cache with the new tokens
+        if rotation is not None and (slots := self._slots(q, k, v, rows, cache)) is not None:
+            assert cache is not None
+            q, written = self._rotated_and_written(q, k, v, rotation, slots, cache)
+        elif rotation is not None:
             q, k = rotation(q), rotation(k)
         if portion is not None:
             out, cache = self._of_own_tokens(q, k, v, rows, cache)
@@ -185,14 +190,16 @@ class Attention(nnx.Module):
             cache = None if cache is None else cache.write(self.layer, k, v, lengths)
             out = self._of_new_tokens(q, k, v, rows)
         elif isinstance(cache, jfa.KVCache):
-            out, cache = self._over_slots(q, k, v, lengths, cache)
+            out, cache = self._over_slots(q, k, v, lengths, cache, written=written)
         elif query_start is not None:
-            cache = cache.write_ragged(self.layer, k[0], v[0], query_start)
-            kv_len = cache.kv_len + jnp.diff(query_start)
-            out = _each(lambda x: x[None], self._ragged(q[0], cache, kv_len, query_start, tree_mask))
+            pages: jfa.PagedKVCache = written or cache.write_ragged(self.layer, k[0], v[0], query_start)
+            kv_len = pages.kv_len + jnp.diff(query_start)
+            out = _each(lambda x: x[None], self._ragged(q[0], pages, kv_len, query_start, tree_mask))
+            cache = pages
         else:
-            cache = cache.write(self.layer, k, v, lengths)
-            out = self._over_pages(q, cache, jnp.full(b, t) if lengths is None else lengths)
+            pages = written or cache.write(self.layer, k, v, lengths)
+            out = self._over_pages(q, pages, jnp.full(b, t) if lengths is None else lengths)
+            cache = pages
         if self.num_sinks:
             of_window, lse = out
             out = self._with_sinks(of_window, lse, plain, k, v, rows, cache)
@@ -202,6 +209,37 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "b t *size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _slots(
+        self, q: Float[Array, "b t hq d"], k: Array, v: Array, rows: Rows, cache: Cache | None
+    ) -> Int[Array, " b*t"] | None:
+        """Where one kernel, after rotating them, writes the new tokens. None: there is none for this step."""
+        layer, (b, t, _, d) = self.layer, q.shape
+        if cache is None or rows.is_whole or rows.portion is not None or self.num_sinks:
+            return None
+        if isinstance(cache, jfa.KVCache) and cache.is_ring(layer) and t > 1:
+            return None  # the first tokens see slots that the last ones overwrite
+        qkv: Any = jax.ShapeDtypeStruct((b * t, sum(x.shape[2] for x in (q, k, v)) * d), q.dtype)
+        how: dict[str, Any] = dict(head_dim=d, implementation=self.options["implementation"])
+        if not write_ops.serves(qkv, cache.k[layer], cache.v[layer], **how):
+            return None
+        if isinstance(cache, jfa.PagedKVCache) and rows.query_start is not None:
+            return cache.ragged_slots(layer, t, rows.query_start)
+        return cache.slots(layer, t, rows.lengths).reshape(-1)
+
+    def _rotated_and_written[C: Cache](
+        self, q: Array, k: Array, v: Array, rotation: "Rotation", slots: Int[Array, " b*t"], cache: C
+    ) -> tuple[Float[Array, "b t hq d"], C]:
+        """The rotated queries, and the cache with the new tokens."""
+        held: Any = cache
+        layer, n = self.layer, len(slots)
+        cos, sin = (
+            jnp.broadcast_to(x, (*q.shape[:2], *x.shape[2:])).reshape(n, -1) for x in (rotation.cos, rotation.sin)
+        )
+        qkv = jnp.concatenate([x.reshape(n, -1) for x in (q, k, v)], axis=1)  # what XLA's merged product is
+        how: dict[str, Any] = dict(head_dim=self.head_dim, implementation=self.options["implementation"])
+        out, *kv = write_ops.rotate_and_write(qkv, cos, sin, slots, held.k[layer], held.v[layer], **how)
+        return out.reshape(q.shape), held.holding(layer, *kv)
 
     def _of_new_tokens(
         self, q: Float[Array, "b t hq d"], k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"], rows: Rows
@@ -262,10 +300,11 @@ class Attention(nnx.Module):
         lengths: Int[Array, " b"] | None,
         cache: jfa.KVCache,
         starts: Int[Array, " chunks"] | None = None,
+        written: jfa.KVCache | None = None,
     ) -> tuple[Float[Array, "b own hq d"], jfa.KVCache]:
-        """starts: q has chunks of the new tokens, which begin there; None: it has all."""
+        """starts: q has chunks of the new tokens, which begin there; None: it has all. written: the cache with k, v."""
         layer, t = self.layer, k.shape[1]
-        written = cache.write(layer, k, v, lengths)
+        written = written or cache.write(layer, k, v, lengths)
         keys, values, offset = written.k[layer], written.v[layer], cache.kv_len
         if cache.is_ring(layer) and t == 1:
             assert self.window is not None

@@ -9,7 +9,7 @@ import pytest
 from runs import run
 
 import jfa
-from jfa_bench.truth.cases import CASES, truth
+from jfa_bench.truth.cases import CASES, Case, truth, truth_of
 from jfa_bench.truth.numerics import assert_within, limit
 
 TILES = {
@@ -73,6 +73,43 @@ def test_agrees_with_the_oracle(name, dtype, backend):
 def test_other_tiles_give_the_same_result(name, dtype, config):
     known = truth(name, dtype)
     out, lse = attend(name, dtype, "xla", config=config)
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
+    assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
+
+
+ONE_QUERY = {
+    "causal": Case(
+        shape=(4, 1, 70, 6, 2, 16),
+        options=dict(is_causal=True, query_offset=[69, 30, 3, 0], key_value_seq_lengths=[70, 31, 0, 40]),
+    ),
+    "everything": Case(
+        shape=(3, 1, 53, 3, 1, 40),
+        value_head_dim=24,
+        options=dict(
+            local_window_size=(20, 5),
+            query_offset=[40, 3, 52],
+            key_value_seq_lengths=[43, 53, 10],  # the last query's window starts past its keys
+            logits_soft_cap=3.0,
+        ),
+        sinks=True,
+    ),
+    "no_option": Case(shape=(2, 1, 33, 2, 2, 16)),
+}
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("name", ONE_QUERY)
+def test_one_query_per_row_may_be_shared_out_over_programs(name, num_splits):
+    dtype = {"no_option": "float32"}.get(name, "bfloat16")
+    known = truth_of(ONE_QUERY[name], dtype, seed=0)
+    tiles = jfa.PagedConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1, num_splits=num_splits)
+    options = known.options | dict(implementation="triton", config=tiles, return_residual=True)
+    call = functools.partial(jfa.dot_product_attention, **options)
+    q, k, v = (np.array(x) for x in known.arrays)
+    for row, length in enumerate(known.options.get("key_value_seq_lengths", ())):
+        k[row, length:], v[row, length:] = np.nan, np.inf
+    assert "name=paged_decode_attention" in str(jax.make_jaxpr(call)(q, k, v))
+    out, lse = jax.jit(call)(q, k, v)
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
     assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
 

@@ -155,6 +155,20 @@ def test_the_gradient_of_a_single_head_bias():
     np.testing.assert_allclose(grad(jnp.zeros((1, 1, 20, 37))), 0, atol=1e-6)
 
 
+def test_the_gradient_of_one_query_per_row_that_several_programs_computed():
+    q, k, v = (np.random.default_rng(0).normal(size=(2, t, h, 16)).astype("f4") for t, h in ((1, 4), (40, 2), (40, 2)))
+    split = jfa.PagedConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1, num_splits=3)
+    options = dict(is_causal=True, query_offset=[39, 20], key_value_seq_lengths=[40, 21], return_residual=True)
+
+    def loss(arrays, **how):
+        out, lse = jfa.dot_product_attention(*arrays, **options, **how)
+        return (out**2).sum() + lse.sum()
+
+    got = jax.grad(loss)((q, k, v), implementation="triton", config=split)
+    for one, want in zip(got, jax.grad(loss)((q, k, v), implementation="reference"), strict=True):
+        np.testing.assert_allclose(one, want, atol=1e-5)
+
+
 def test_float16_gradients_have_no_intermediate_overflow():
     random = np.random.default_rng(0)
     x, d_out = (jnp.asarray(random.standard_normal((1, 20, 1, 64)), jnp.float32) for _ in range(2))

@@ -3,9 +3,9 @@
 One program computes a tile of one row's queries. The tile contains all query heads of a key head, so that the keys are
 read once for all of them. The program loops over its part of the row's keys, in tiles gathered through the page table:
 block_kv is independent of page_size. If several programs split a row's keys (split-KV), partial results are float32 and
-are merged by their log-sum-exp outside of the kernel.
+are merged by their log-sum-exp in a kernel of its own, merge.py.
 
-  paged_decode_attention   one query per row: the tile is a group of heads
+  paged_decode_attention   one query per row: the tile is a group of heads; keys in pages, or row after row
   ragged_paged_attention   any number of queries per row, rows concatenated without padding
 
 The scales of quantized keys are applied to the scores, and those of quantized values to the weights; the keys and
@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jfa import trees
 from jfa.kernels.common import Shape, output
+from jfa.kernels.triton import merge
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import exp2, fma
 from jfa.kernels.triton.casts import bias, unit, widened
@@ -41,7 +42,7 @@ from jfa.kernels.triton.tile import (
     safe_config,
     sum_of_products,
 )
-from jfa.types import NULL_PAGE, AttentionSpec, DeviceInfo, PagedConfig, PagedOperands
+from jfa.types import NULL_PAGE, AttentionSpec, DeviceInfo, Operands, PagedConfig, PagedOperands
 
 # {largest head_dim: (block_q, block_kv, num_warps)}
 _SAFE_DECODE = {
@@ -70,9 +71,18 @@ _SHORTEST_SPLIT = 256  # keys; fewer take less time than starting a program
 
 def default_config(operands: PagedOperands, device: DeviceInfo) -> PagedConfig:
     """Tile sizes without spills on all tested architectures of this kind; tuning tables have better ones."""
-    kind, widest = kind_of(device), max(operands.q.shape[2], _shape(operands).dv)
     safe = _SAFE_DECODE if operands.query_start is None else _SAFE_RAGGED
-    tiles = safe[kind, "float32" if operands.q.dtype == jnp.float32 else "16 bits"]
+    return _safe(safe, operands.q.dtype, max(operands.q.shape[2], operands.value_head_dim), device)
+
+
+def default_config_of_rows(operands: Operands, device: DeviceInfo) -> PagedConfig:
+    """default_config for attention_of_one_query."""
+    return _safe(_SAFE_DECODE, operands.q.dtype, max(operands.q.shape[3], operands.v.shape[3]), device)
+
+
+def _safe(tiles: Any, dtype: Any, widest: int, device: DeviceInfo) -> PagedConfig:
+    kind = kind_of(device)
+    tiles = tiles[kind, "float32" if dtype == jnp.float32 else "16 bits"]
     config = safe_config(tiles, kind, widest, block_d=32 if kind == "rdna" and widest > 64 else None)
     return PagedConfig(**dataclasses.asdict(config))
 
@@ -98,13 +108,22 @@ def why_not(operands: PagedOperands, spec: AttentionSpec, device: DeviceInfo) ->
 
 def num_splits(operands: PagedOperands, config: PagedConfig, device: DeviceInfo) -> int:
     """The number of programs that split a row's keys: enough to keep the device busy; 1 for ragged calls."""
+    if config.num_splits is None and operands.query_start is not None:
+        return 1
+    return _parts(operands.kv_len.shape[0] * operands.num_kv_heads, operands.capacity, config, device)
+
+
+def num_splits_of_rows(operands: Operands, config: PagedConfig, device: DeviceInfo) -> int:
+    """num_splits for attention_of_one_query."""
+    b, length, hkv, _ = operands.k.shape
+    return _parts(b * hkv, length, config, device)
+
+
+def _parts(programs: int, keys: int, config: PagedConfig, device: DeviceInfo) -> int:
     if config.num_splits is not None:
         return config.num_splits
-    if operands.query_start is not None:
-        return 1
     wanted = device.compute_units * max(1, _WAVES_PER_UNIT // config.num_warps)
-    programs = max(1, operands.kv_len.shape[0] * operands.num_kv_heads)
-    return max(1, min(wanted // programs, operands.capacity // _SHORTEST_SPLIT))
+    return max(1, min(wanted // max(1, programs), keys // _SHORTEST_SPLIT))
 
 
 def paged_attention(
@@ -116,10 +135,7 @@ def paged_attention(
       num_splits: number of programs that split a row's keys.
     """
     shape = _shape(operands)
-    n = shape.tq
-    decodes = operands.query_start is None
-    rows = max(config.block_q, pl.next_power_of_2(shape.g))
-    tokens = 1 if decodes else rows // shape.g
+    n, tokens = shape.tq, 1
     k_pages, v_pages = operands.pages_by_head
     arrays: dict[str, Any] = {
         "q": operands.q,
@@ -133,6 +149,7 @@ def paged_attention(
         if scales is not None:
             arrays[name] = scales.reshape(-1, shape.hkv)
     if operands.query_start is not None:
+        tokens = _rows(config, shape) // shape.g
         arrays["query_start"] = operands.query_start
         arrays["tiles"] = _tiles_of_rows(operands.query_start, n, tokens)
     if operands.tree_mask is not None:
@@ -140,12 +157,88 @@ def paged_attention(
         arrays["tree"] = _words(trees.seen(operands.tree_mask, operands.query_start, spec.left))
         if spec.left is not None:
             arrays["depths"] = trees.depths(operands.tree_mask, operands.query_start)
-    if operands.sinks is not None and num_splits == 1:
-        arrays["sinks"] = operands.sinks.astype(jnp.float32)
-    outs = (n, shape.hq, shape.dv), (n, shape.hq)
+    out, lse = _call(
+        arrays,
+        operands.sinks,
+        shape=shape,
+        spec=spec,
+        config=config,
+        num_splits=num_splits,
+        page_size=k_pages.shape[1],
+        tokens=tokens,
+        interpret=interpret,
+    )
+    if operands.query_start is not None:
+        # no program writes the queries that belong to no row
+        query = jnp.arange(n)
+        own = (query >= operands.query_start[0]) & (query < operands.query_start[-1])
+        out, lse = jnp.where(own[:, None, None], out, 0), jnp.where(own[:, None], lse, -jnp.inf)
+    return out, lse
+
+
+def takes(operands: Operands) -> bool:
+    """Whether attention_of_one_query computes a call of flash attention that flash.why_not accepts."""
+    known = ("q", "k", "v", "kv_len", "q_offset", "sinks")
+    others = any(x is not None for name, x in operands._asdict().items() if name not in known)
+    b, t = operands.q.shape[:2]
+    return t == 1 and not others and b > 0 and operands.k.shape[1] > 0 and operands.group_size <= MAX_GROUP_SIZE
+
+
+def attention_of_one_query(
+    operands: Operands, *, spec: AttentionSpec, config: PagedConfig, num_splits: int, interpret: bool
+) -> tuple[Float[Array, "b 1 hq dv"], Float[Array, "b 1 hq"]]:
+    """flash.flash_attention for one query per row, as in a decode step: the slots of a row are its only page.
+
+    A program of flash attention computes one head: it would read the keys once for each head of a group, one tile after
+    another.
+    """
+    shape = Shape.of(operands)
+    arrays = {
+        "q": operands.q[:, 0],
+        "k": operands.k.reshape(-1, *operands.k.shape[2:]),
+        "v": operands.v.reshape(-1, *operands.v.shape[2:]),
+    }
+    arrays |= {name: x for name, x in (("kv_len", operands.kv_len), ("q_offset", operands.q_offset)) if x is not None}
+    out, lse = _call(
+        arrays,
+        operands.sinks,
+        shape=dataclasses.replace(shape, tq=shape.b),
+        spec=spec,
+        config=config,
+        num_splits=num_splits,
+        page_size=shape.tk,
+        tokens=1,
+        interpret=interpret,
+    )
+    return out[:, None], lse[:, None]
+
+
+def _rows(config: PagedConfig, shape: Shape) -> int:
+    """Rows of a tile: of the heads of a group, for one or more queries."""
+    return max(config.block_q, pl.next_power_of_2(shape.g))
+
+
+def _call(
+    arrays: dict[str, Any],
+    sinks: Float[Array, " hq"] | None,
+    *,
+    shape: Shape,
+    spec: AttentionSpec,
+    config: PagedConfig,
+    num_splits: int,
+    page_size: int,
+    tokens: int,
+    interpret: bool,
+) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
+    """The kernel, for the arrays that it takes by name; tokens: queries of a tile."""
+    q = arrays["q"]
+    decodes = "query_start" not in arrays
+    if sinks is not None and num_splits == 1:
+        arrays = arrays | {"sinks": sinks.astype(jnp.float32)}
+    outs = (shape.tq, shape.hq, shape.dv), (shape.tq, shape.hq)
     if num_splits > 1:
         outs = tuple((num_splits, *one) for one in outs)
-    dtypes = operands.q.dtype if num_splits == 1 else jnp.float32, jnp.float32
+    dtypes = q.dtype if num_splits == 1 else jnp.float32, jnp.float32
     call = pl.pallas_call(
         functools.partial(
             _paged_kernel,
@@ -153,28 +246,23 @@ def paged_attention(
             shape=shape,
             spec=spec,
             config=config,
-            page_size=operands.k_pages.shape[1],
-            rows=rows,
+            page_size=page_size,
+            rows=_rows(config, shape),
             tokens=tokens,
         ),
         name="paged_decode_attention" if decodes else "ragged_paged_attention",
-        grid=(shape.hkv, num_splits, n if decodes else len(arrays["tiles"])),
+        grid=(shape.hkv, num_splits, shape.tq if decodes else len(arrays["tiles"])),
         in_specs=[_whole(x.shape) for x in arrays.values()],
         out_specs=[_whole(one) for one in outs],
-        out_shape=[output(one, dtype, like=operands.q) for one, dtype in zip(outs, dtypes, strict=True)],
+        out_shape=[output(one, dtype, like=q) for one, dtype in zip(outs, dtypes, strict=True)],
         compiler_params=CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
     )
     with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
         out, lse = call(*arrays.values())
-    if num_splits > 1:
-        out, lse = _joined(out, lse, operands)
-    if operands.query_start is not None:
-        # no program writes the queries that belong to no row
-        query = jnp.arange(n)
-        own = (query >= operands.query_start[0]) & (query < operands.query_start[-1])
-        out, lse = jnp.where(own[:, None, None], out, 0), jnp.where(own[:, None], lse, -jnp.inf)
-    return out, lse
+    if num_splits == 1:
+        return out, lse
+    return merge.merged(out, lse, sinks, dtype=q.dtype, interpret=interpret)
 
 
 def _shape(operands: PagedOperands) -> Shape:
@@ -216,22 +304,6 @@ def _words(seen: Bool[Array, "n m"]) -> Int[Array, "n words"]:
     return lax.bitcast_convert_type(words, jnp.int32)
 
 
-def _joined(
-    out: Float[Array, "splits n hq dv"], lse: Float[Array, "splits n hq"], operands: PagedOperands
-) -> tuple[Float[Array, "n hq dv"], Float[Array, "n hq"]]:
-    """Merges the split-KV results of each row."""
-    m = lse.max(0)
-    m = jnp.where(m == -jnp.inf, 0.0, m)
-    weight = jnp.exp(lse - m)
-    total = weight.sum(0)
-    empty = total == 0.0
-    joined = jnp.where(empty, -jnp.inf, m + jnp.log(jnp.where(empty, 1.0, total)))
-    if operands.sinks is not None:
-        total = total + jnp.exp(operands.sinks.astype(jnp.float32) - m)
-    norm = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
-    return ((weight[..., None] * out).sum(0) * norm[..., None]).astype(operands.q.dtype), joined
-
-
 class _Piece(NamedTuple):
     """Stored columns that are loaded at a time. Packed 4-bit numbers unpack to two ranges of head_dim columns."""
 
@@ -268,7 +340,10 @@ def _paged_kernel(
         row, first = ref["tiles"][place, 0], ref["tiles"][place, 1]
         begin = ref["query_start"][row]
         q_len = ref["query_start"][row + 1] - begin
-    kv_len = jnp.minimum(ref["kv_len"][row], shape.tk)
+    kv_len = jnp.minimum(ref["kv_len"][row], shape.tk) if "kv_len" in ref else jnp.int32(shape.tk)
+    offset = kv_len - q_len
+    if "page_table" not in ref:
+        offset = ref["q_offset"][row] if "q_offset" in ref else jnp.int32(0)
     tile = Tile(
         ref={name: x for name, x in ref.items() if name in ("q", "k", "v")},
         shape=shape,
@@ -278,7 +353,7 @@ def _paged_kernel(
         head=kv_head,
         q_len=q_len,
         kv_len=kv_len,
-        offset=kv_len - q_len,
+        offset=offset,
     )
     member = jnp.arange(rows)
     token = first + lax.div(member, jnp.int32(g))
@@ -329,7 +404,9 @@ def _paged_kernel(
             zero = lax.shift_right_logical(n, jnp.int32(30))
             in_tree = _in_tree(load_words(zero), keys - tile.offset)
             depths = load_of_queries("depths", zero)[:, None] if "depths" in ref else None
-        if page_size % block_kv == 0:
+        if "page_table" not in ref:
+            slots = row * page_size + keys
+        elif page_size % block_kv == 0:
             slots = ref["page_table"][row, lax.div(start, page_size)] * page_size + lax.rem(keys, jnp.int32(page_size))
         else:
             at = ref["page_table"].at[row, lax.div(keys, jnp.int32(page_size))]

@@ -211,7 +211,7 @@ def test_the_launches_of_a_model_are_counted(arch):
     assert record["by_role_per_layer"]["pallas"] == 1 and record["by_role"]["pallas"] == 30
     assert 6 <= record["launches_per_layer"] <= 20
     assert record["launches"] >= 30 * record["launches_per_layer"]
-    assert record["one_layer"][-1] == "flash_attention"
+    assert record["one_layer"][-1] == "paged_decode_attention"
     table = steps.render([record], "md").split("\n\n")[0]
     assert f"| {arch}" in table and max(map(len, table.splitlines())) <= 86
 

@@ -263,3 +263,37 @@ def test_gradients_through_the_tpu_kernels_are_those_of_the_reference():
         assert_within(x, np.asarray(y), ROUNDINGS * float(jnp.finfo(jnp.float32).eps) * max(1.0, np.abs(y).max()))
     of_layer = found[0]["layers"][1]["attention"]
     assert all(np.abs(of_layer[name]["weight"]).max() > 0 for name in ("q", "k", "v"))
+
+
+def caches(config, kind):
+    if kind in ("slots", "ring"):
+        shape = dict(num_layers=2, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=jnp.float32)
+        windows = [config.window(layer) for layer in range(2)] if kind == "ring" else ()
+        return jfa.KVCache.create(batch=2, capacity=32, windows=windows, **shape)
+    pages: dict = dict(page_size=4, batch=2, pages_per_seq=8, dtype=jnp.float32)
+    cache = paged_cache(config, num_pages=[17], kv_dtype=None if kind == "pages" else kind, **pages)
+    return dataclasses.replace(cache, page_tables=(1 + jnp.arange(16, dtype=jnp.int32).reshape(2, 8),))
+
+
+@pytest.mark.parametrize("kind", ["slots", "ring", "pages", "int8"])
+def test_the_kernel_that_rotates_and_writes_changes_no_logits(kind):
+    """In the interpreter. A prompt, which may be short; then two tokens, then one, by its own program or by XLA's."""
+    config = dataclasses.replace(CONFIG, head_dim=16, windows=(8, 8) if kind == "ring" else ())
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)).astype(np.int32)
+    found, kernels = [], []
+    for implementation in ("triton", "xla"):
+        params = nnx.state(seeded_decoder(config=config))
+        decoder = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0), attention_implementation=implementation)
+        nnx.update(decoder, params)
+        step, cache, logits = forward(decoder), caches(config, kind), []
+        for first, end, lengths in ((0, 6, [6, 4]), (6, 8, [2, 1]), (8, 9, None)):
+            new = jnp.asarray(tokens[:, first:end])
+            of_rows = None if lengths is None else jnp.asarray(lengths)
+            kernels.append("rotate_and_write" in str(jax.make_jaxpr(step)(new, of_rows, cache)))
+            out, cache = step(new, of_rows, cache)
+            cache = cache.advance(end - first if of_rows is None else of_rows)
+            logits += [out[0], out[1] if lengths is None else out[1, : lengths[1]]]
+        found.append(logits)
+    assert kernels == [kind != "ring", kind != "ring", True, False, False, False]
+    for got, want in zip(*found, strict=True):
+        assert_same_logits(got, want)
