@@ -60,6 +60,17 @@ def test_agrees_with_the_oracle_despite_nan_in_unused_slots(name, dtype, backend
     assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
 
 
+@pytest.mark.parametrize("name", ["narrow_values", "int4_keys_fp8_values", "float_keys_int8_values"])
+def test_pages_may_have_an_axis_of_heads(name):
+    q, *pages, table, kv_len = truth(name, "float32").arrays
+    by_head = [x.reshape(*x.shape[:2], CASES[name].heads[1], -1) for x in pages]
+    want = attend(name, "float32", "xla")
+    for arrays in (by_head, [pages[0], by_head[1]], [by_head[0], pages[1]]):
+        options = truth(name, "float32").options | dict(implementation="xla", config=TILES["xla"], return_residual=True)
+        got = jfa.paged_decode_attention(q, *arrays, table, kv_len, **options)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize("backend", TILES)
 def test_without_queries_rows_or_pages_the_output_is_empty_or_zero(backend):
     q, pages = jnp.ones((3, 2, 16)), jnp.ones((2, 4, 1, 16))

@@ -15,6 +15,7 @@ from jfa.types import AttentionSpec, PagedOperands
 
 Q = np.ones((2, 6, 16), np.float32)
 PAGES = np.ones((5, 4, 3, 16), np.float32)
+SIDE_BY_SIDE = PAGES.reshape(5, 4, 48)
 INT8 = np.ones((5, 4, 3, 16), np.int8)
 INT4 = np.ones((5, 4, 3, 8), np.uint8)
 SCALES = np.ones((5, 4, 3), np.float32)
@@ -32,8 +33,29 @@ SPEC = AttentionSpec(sm_scale=1.0, causal=True)
 WRONG = {  # name: (arguments, message); of both ops
     "query_rank": (dict(query=Q[0]), r"query must be \[queries, heads, head_dim\], got shape \(6, 16\)"),
     "query_dtype": (dict(query=Q.astype(np.int32)), "query must be float16, bfloat16 or float32, got int32; cast it"),
-    "key_rank": (dict(key_pages=PAGES[0]), r"key_pages must be \[num_pages, page_size, .* got shape \(4, 3, 16\)"),
-    "value_rank": (dict(value_pages=PAGES[0]), r"value_pages must be \[num_pages, page_size, heads, head_dim\], got"),
+    "key_rank": (
+        dict(key_pages=PAGES[0, 0]),
+        r"key_pages must be \[num_pages, page_size, heads \* head_dim\] or .*heads, head_dim\], got shape \(3, 16\)",
+    ),
+    "value_rank": (dict(value_pages=PAGES[None]), r"value_pages must be .*head_dim\], got shape \(1, 5, 4, 3, 16\)"),
+    "key_columns": (
+        dict(key_pages=SIDE_BY_SIDE[..., :40]),
+        "key_pages must have the heads of a token side by side, 16 columns each for a query of head_dim 16, got 40 "
+        "columns of float32",
+    ),
+    "key_columns_of_int4": (
+        QUANTIZED | dict(query=Q[..., :15], key_pages=INT4.reshape(5, 4, -1), value_pages=INT4),
+        "side by side, 7 columns each for a query of head_dim 15, got 24 columns of uint8",
+    ),
+    "no_key_columns": (dict(query=Q[..., :0], key_pages=SIDE_BY_SIDE), "0 columns each .* got 48 columns of float32"),
+    "value_columns": (
+        dict(key_pages=SIDE_BY_SIDE, value_pages=SIDE_BY_SIDE[..., :40]),
+        "value_pages must have the 3 heads of a token side by side, as key_pages has, got 40 columns",
+    ),
+    "heads_of_values": (
+        dict(key_pages=SIDE_BY_SIDE, value_pages=PAGES[:, :, :1]),
+        r"same shape except for the head_dim, got \(5, 4, 3, 16\) and \(5, 4, 1, 16\)",
+    ),
     "empty_page": (dict(key_pages=PAGES[:, :0]), r"key_pages must have .* one token, got shape \(5, 0, 3, 16\)"),
     "page_shapes": (
         dict(value_pages=PAGES[:4]),
@@ -291,8 +313,8 @@ def operands(*, dtype="bfloat16", pages=None, head_dim=64, value_head_dim=None, 
     stored = jnp.dtype({"int8": "int8", "fp8": "float8_e4m3fn", "int4": "uint8"}.get(pages, pages or dtype))
     if pages == "int4":
         sizes = [size // 2 for size in sizes]
-    k, v = (jax.ShapeDtypeStruct((num_pages, page_size, heads[1], size), stored) for size in sizes)
-    scales = jax.ShapeDtypeStruct(k.shape[:3], jnp.bfloat16) if stored.itemsize == 1 else None
+    k, v = (jax.ShapeDtypeStruct((num_pages, page_size, heads[1] * size), stored) for size in sizes)
+    scales = jax.ShapeDtypeStruct((num_pages, page_size, heads[1]), jnp.bfloat16) if stored.itemsize == 1 else None
     return PagedOperands(
         q=jax.ShapeDtypeStruct((b if queries is None else queries, heads[0], head_dim), jnp.dtype(dtype)),
         k_pages=k,
