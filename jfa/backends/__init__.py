@@ -150,7 +150,7 @@ def explain(device: DeviceInfo | None = None) -> tuple[Explanation, ...]:
     device = device or probe()
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     row: Any = jax.ShapeDtypeStruct((1, 1024, 8, 64), dtype)
-    pages: Any = jax.ShapeDtypeStruct((65, 16, 8, 64), dtype)
+    pages: Any = jax.ShapeDtypeStruct((65, 16, 8 * 64), dtype)
     numbers: Any = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     plain = Operands(row, row, row)
     visited = SparseOperands(plain, BlockMask.sliding_window(1024, 1024, 128))

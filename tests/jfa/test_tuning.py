@@ -196,7 +196,7 @@ def test_default_tiles_of_one_query_on_a_cpu(b, hkv, d, block_kv, elementwise):
 
 def test_default_tiles_of_the_paged_xla_ops():
     """Whole pages for one query per row on a CPU; otherwise tiles of about the number of queries per row."""
-    pages = jnp.zeros((9, 256, 1, 8))
+    pages = jnp.zeros((9, 256, 8))
 
     def config(b, num_queries, **ragged):
         rows = PagedOperands(jnp.zeros((num_queries, 4, 8)), pages, pages, jnp.zeros((b, 2), int), jnp.zeros(b, int))
