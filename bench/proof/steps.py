@@ -9,6 +9,7 @@ and which kernels it runs on which shapes are read from the program of the whole
 programs have no launches, together with the backend of each op of jfa and the copies of the cache.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import textwrap
@@ -217,7 +218,9 @@ def _cache(row: Row, config: DecoderConfig) -> Any:
     )
     # with room for more on a TPU, where a copy of the cache is told from one of a prompt's keys by its size
     capacity = row.context + (_ROOM if row.arch in names.TPU_ARCHS else 0)
-    return jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=capacity))
+    divided = row.devices * row.hosts > 1  # then it has no spare heads
+    with contextlib.nullcontext() if divided else aot.target(row.arch):
+        return jax.eval_shape(lambda: model.new_cache(batch=row.batch, capacity=capacity))
 
 
 def _one_layer(program: Program) -> list[str]:

@@ -5,6 +5,7 @@ device. Source: arXiv:2309.06180, section 4.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jfa import quant
 from jfa.cache.state import StateCache, check_no_states
+from jfa.device import probe
 from jfa.meshes import like_itself
 from jfa.quant import QuantizedArray
 from jfa.rules import with_default_rules
 from jfa.types import NULL_PAGE
+
+_LANES = 128  # columns of a TPU's tile
 
 Pages = Shaped[Array, "num_pages page_size hkv*d"] | QuantizedArray
 
@@ -32,7 +36,8 @@ class PagedKVCache:
     garbage and are never read. Page table entries without a page are NULL_PAGE, which is never written. Donate the
     cache to the jitted function that returns the new one, so that writes happen in place.
 
-    The heads of a token are side by side, since a TPU pads the last axis of an array to 128 columns.
+    The heads of a token are side by side, since a TPU pads the last axis of an array to 128 columns. There they may be
+    followed by spare heads of zeros, which no query sees, so that the columns are a multiple of 128.
 
     Attributes:
       k, v: the pages of each layer with attention, floats or quantized, in groups of head_dim.
@@ -71,6 +76,7 @@ class PagedKVCache:
         Args:
           num_pages: number of pages per layer, including NULL_PAGE; or a sequence of these numbers, one for the layers
             of each page table.
+          num_kv_heads: on a TPU and without a sharding rounded up to whole tiles of 128 columns, at most to double.
           batch, pages_per_seq: rows and columns of a page table.
           dtype: dtype of the pages, unless they are quantized.
           kv_dtype: "int8", "fp8" or "int4" (jfa.quant), with a bfloat16 scale for each token and head; None: dtype.
@@ -102,14 +108,16 @@ class PagedKVCache:
                 f"num_pages={num_pages} and page_size={page_size}"
             )
 
+        size = head_dim if kv_dtype is None else quant.stored_size(kv_dtype, head_dim)
+        heads = _with_spare_heads(num_kv_heads, size) if sharding is None else num_kv_heads
+
         def pages(table: int) -> Pages:
             shape = (pools[table], page_size)
             if kv_dtype is None:
-                return jnp.zeros((*shape, num_kv_heads * head_dim), dtype, device=sharding)
+                return jnp.zeros((*shape, heads * head_dim), dtype, device=sharding)
             stored, _ = quant.KINDS[kv_dtype]
-            width = num_kv_heads * quant.stored_size(kv_dtype, head_dim)
-            values = jnp.zeros((*shape, width), stored, device=sharding)
-            scales = jnp.zeros((*shape, num_kv_heads), jnp.bfloat16, device=sharding)
+            values = jnp.zeros((*shape, heads * size), stored, device=sharding)
+            scales = jnp.zeros((*shape, heads), jnp.bfloat16, device=sharding)
             return QuantizedArray(values=values, scales=scales, group_size=head_dim)
 
         # a separate array for each layer's k and v and each table: a buffer that two leaves share cannot be donated
@@ -137,6 +145,12 @@ class PagedKVCache:
     def num_bytes(self) -> int:
         """Total size of all pages, including scales, and of all states in bytes."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.k, self.v, self.states)))
+
+    def num_heads(self, head_dim: int) -> int:
+        """Key heads of a page, with the spare ones."""
+        k = self.k[0]
+        size = quant.stored_size(k.kind, head_dim) if isinstance(k, QuantizedArray) else head_dim
+        return _values(k).shape[2] // size
 
     def arguments(self, layer: int) -> dict[str, Any]:
         """A layer's keyword arguments for jfa's paged ops, except kv_len, and the query, which must pass rotated()."""
@@ -365,24 +379,35 @@ class PagedKVCache:
         return jnp.where(real, page, nowhere), position % self.page_size
 
     def _put(self, layer: int, places: tuple[Int[Array, " n"], Int[Array, " n"]], k: Array, v: Array) -> "PagedKVCache":
-        def side_by_side(x: Array) -> Array:
-            # of the tokens: XLA for a TPU would copy all pages to give them an axis of heads
-            return x.reshape(x.shape[0], x.shape[1] * x.shape[2])
+        def like(stored: Array, x: Array) -> Array:
+            # the tokens are reshaped: XLA for a TPU would copy all pages to give them an axis of heads
+            x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+            if spare := stored.shape[2] - x.shape[1]:
+                x = jnp.pad(x, ((0, 0), (0, spare)))
+            return x.astype(stored.dtype)
 
         def put(pages: Pages, x: Array) -> Pages:
+            new = x
             if isinstance(pages, QuantizedArray):
                 new = quant.quantize(x, pages.kind)
-                new = dataclasses.replace(pages, values=side_by_side(new.values), scales=new.scales)
-            else:
-                new = side_by_side(x)
+                new = dataclasses.replace(pages, values=new.values, scales=new.scales)
 
             def scatter(stored, x):
                 # two index arrays: a single one would need a reshape of the pages, which copies pages of one token
                 return stored.at[places].set(x, mode="drop", unique_indices=True)
 
-            return jax.tree.map(lambda stored, x: quant.on_bits(scatter, stored, x.astype(stored.dtype)), pages, new)
+            return jax.tree.map(lambda stored, x: quant.on_bits(scatter, stored, like(stored, x)), pages, new)
 
         return self.holding(layer, put(self.k[layer], self.rotated(k)), put(self.v[layer], v))
+
+
+def _with_spare_heads(num_kv_heads: int, size: int) -> int:
+    """The number of heads that are stored, of so many columns each."""
+    if probe().platform != "tpu":
+        return num_kv_heads
+    whole = _LANES // math.gcd(size, _LANES)  # heads that fill whole tiles
+    rounded = -(-num_kv_heads // whole) * whole
+    return rounded if rounded <= 2 * num_kv_heads else num_kv_heads
 
 
 def _values(pages: Pages) -> Array:

@@ -131,6 +131,7 @@ class Attention(nnx.Module):
     ):
         self.layer = config.attention_layers.index(layer)
         self.head_dim = config.head_dim
+        self.num_kv_heads, self.group_size = config.num_kv_heads, config.num_q_heads // config.num_kv_heads
         self.has_gate = config.attention_gate
         self.window = config.window(layer)
         self.num_sinks = config.sinks_of(self.window) if config.is_streaming(layer) else 0
@@ -219,6 +220,8 @@ class Attention(nnx.Module):
             return None
         if isinstance(cache, jfa.KVCache) and cache.is_ring(layer) and t > 1:
             return None  # the first tokens see slots that the last ones overwrite
+        if isinstance(cache, jfa.PagedKVCache) and cache.num_heads(d) > k.shape[2]:
+            return None
         qkv: Any = jax.ShapeDtypeStruct((b * t, sum(x.shape[2] for x in (q, k, v)) * d), q.dtype)
         how: dict[str, Any] = dict(head_dim=d, implementation=self.options["implementation"])
         if not write_ops.serves(qkv, cache.k[layer], cache.v[layer], **how):
@@ -334,8 +337,8 @@ class Attention(nnx.Module):
         b, t = q.shape[:2]
         if t == 1:
             pages = cache.arguments(self.layer)
-            out = jfa.paged_decode_attention(cache.rotated(q[:, 0]), kv_len=kv_len, **pages, **self.options)
-            return _each(lambda x: x[:, None], out)
+            out = jfa.paged_decode_attention(self._for_pages(q[:, 0], cache), kv_len=kv_len, **pages, **self.options)
+            return _each(lambda x: x[:, None, : q.shape[2]], out)
         start = jnp.concatenate([jnp.zeros(1, lengths.dtype), jnp.cumsum(lengths)])
         if b == 1:
             return _each(lambda x: x[None], self._ragged(q[0], cache, kv_len, start))
@@ -355,7 +358,15 @@ class Attention(nnx.Module):
         tree_mask: Bool[Array, "n m"] | None = None,
     ) -> Float[Array, "n hq d"]:
         rows: dict[str, Any] = dict(kv_len=kv_len, query_start=query_start, tree_mask=tree_mask)
-        return jfa.ragged_paged_attention(cache.rotated(q), **rows, **cache.arguments(self.layer), **self.options)
+        queries, pages = self._for_pages(q, cache), cache.arguments(self.layer)
+        out = jfa.ragged_paged_attention(queries, **rows, **pages, **self.options)
+        return _each(lambda x: x[:, : q.shape[1]], out)
+
+    def _for_pages(self, q: Float[Array, "n hq d"], cache: jfa.PagedKVCache) -> Float[Array, "n heads d"]:
+        """Queries as a cache's pages need them: rotated once more for int4, and with those of spare key heads."""
+        spare = cache.num_heads(self.head_dim) - self.num_kv_heads  # of all devices, which have none
+        q = cache.rotated(q)
+        return q if spare <= 0 else jnp.pad(q, ((0, 0), (0, spare * self.group_size), (0, 0)))
 
     @with_default_rules
     def _with_sinks(
@@ -384,7 +395,8 @@ class Attention(nnx.Module):
         elif isinstance(cache, jfa.KVCache):
             keys, values = cache.k[self.layer][:, :n], cache.v[self.layer][:, :n]
         else:
-            q, (keys, values) = cache.rotated(q), cache.first(self.layer, n, d, q.dtype)
+            q, held = cache.rotated(q), cache.first(self.layer, n, d, q.dtype)
+            keys, values = (x[:, :, : k.shape[2]] for x in held)
         first = jnp.arange(keys.shape[1])
         values = jnp.where((first < kv_len[:, None])[..., None, None], values, 0)
         seen = first <= (positions - self.window)[..., None]  # the window has the others

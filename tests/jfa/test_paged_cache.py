@@ -11,6 +11,7 @@ import pytest
 
 import jfa
 from jfa import quant
+from jfa.device import describe
 from jfa.types import NULL_PAGE
 
 PAGE_SIZES = (1, 3, 16)
@@ -110,6 +111,42 @@ def test_writes_go_only_to_the_slots_in_the_page_table(page_size, kv_dtype):
     assert cache.kv_len.tolist() == [3 * page_size - 2, 2 * page_size - 1, 0], "only advance changes it"
     for got, leaf in zip(stored(cache.k[0]) + stored(cache.v[0]), others, strict=True):
         np.testing.assert_array_equal(got, leaf)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "kv_dtype", "stored"),
+    [
+        (3, 64, None, 4),  # 192 columns become 256
+        (5, 64, "int8", 6),
+        (3, 64, "int4", 4),  # 32 columns a head
+        (3, 80, None, 3),  # 8 heads would be more than twice as many
+        (1, 64, None, 2),
+        (8, 128, "fp8", 8),
+    ],
+)
+def test_on_a_tpu_spare_heads_fill_whole_tiles(monkeypatch, heads, head_dim, kv_dtype, stored):
+    monkeypatch.setattr("jfa.cache.paged.probe", lambda: describe("tpu", "v5e"))
+    shape = dict(num_kv_heads=heads, head_dim=head_dim, kv_dtype=kv_dtype)
+    cache = jax.eval_shape(lambda: empty(**shape))
+    assert cache.num_heads(head_dim) == stored
+    if kv_dtype is not None:
+        assert cache.k[0].scales.shape[2] == stored
+    mesh = jax.make_mesh((1,), ("heads",))
+    divided = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "heads"))
+    assert empty(sharding=divided, **shape).num_heads(head_dim) == heads
+
+
+def test_spare_heads_are_written_as_zeros():
+    k, v = tokens(3, 2)
+    more = SHAPE["num_kv_heads"] + 1
+    for kind in (None, "int8"):
+        cache = write(filled(kv_dtype=kind), 0, k, v)
+        wider = write(filled(kv_dtype=kind, num_kv_heads=more), 0, k, v)
+        for name in "kv":
+            leaves = stored(getattr(cache, name)[0]), stored(getattr(wider, name)[0])
+            for want, got in zip(*leaves, strict=True):
+                np.testing.assert_array_equal(got[7, :2, : want.shape[2]], want[7, :2])
+                assert not got[7, :2, want.shape[2] :].any()
 
 
 def test_without_lengths_all_tokens_are_written():

@@ -297,3 +297,26 @@ def test_the_kernel_that_rotates_and_writes_changes_no_logits(kind):
     assert kernels == [kind != "ring", kind != "ring", True, False, False, False]
     for got, want in zip(*found, strict=True):
         assert_same_logits(got, want)
+
+
+@pytest.mark.parametrize("kind", ["pages", "int8", "int4"])
+def test_spare_heads_of_pages_change_no_logits(kind):
+    """As on a TPU, where heads are rounded up to whole tiles."""
+    config, found = CONFIG, []
+    decoder = seeded_decoder(config=config)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)).astype(np.int32)
+    for spare in (0, 1):
+        heads = config.num_kv_heads + spare
+        cache = caches(dataclasses.replace(config, num_kv_heads=heads, num_q_heads=heads), kind)
+        assert cache.num_heads(config.head_dim) == heads
+        step, logits = forward(decoder), []
+        for first, end in ((0, 6), (6, 7)):
+            out, cache = step(jnp.asarray(tokens[:, first:end]), None, cache)
+            cache = cache.advance(end - first)
+            logits.append(out)
+        start = jnp.array([0, 2, 4])
+        ragged = jax.jit(lambda x, cache, start: decoder(x, cache=cache, query_start=start)[0])
+        logits.append(decoder.unembed(ragged(jnp.asarray(tokens[:, 7:].reshape(1, -1)), cache, start)))
+        found.append(logits)
+    for got, want in zip(*found, strict=True):
+        assert_same_logits(got, want)
