@@ -124,8 +124,8 @@ STEPS = {  # name: the rows of a step, one for each architecture
 def check(row, record):
     assert (record["status"], record["reason"], record["races"]) == ("ok", None, 0)
     assert 0 < record["worst_error_of_limit"] < 1 and record["instructions"] > 10_000
-    if row.weights is None:
-        assert record["launches"]["pallas"] == 2 and record["launches"]["products"] >= 4
+    if row.weights is None:  # two layers: tokens are rotated and written, then attended to
+        assert record["launches"]["pallas"] == 4 and record["launches"]["products"] >= 4
     else:  # attention, and at least seven products of each of two layers; experts are in a loop
         assert record["launches"]["pallas"] >= 2 + 2 * 7
         assert any("quantized_matmul" in kernel for kernel in record["kernels"])
@@ -157,7 +157,7 @@ def test_a_step_of_a_model_runs_as_machine_code_of_every_architecture(step):
 
 BROKEN = {
     "a product without one multiplication": ("gemm", "v_pk_fma_f32", 1),
-    "a scatter that writes nothing": ("scatter", "global_store_", 99),
+    "new tokens that are not written": ("rotate_and_write", "global_store_", 99),
     "attention without exponentials": ("attention", "v_exp_f32", 99),
 }
 
@@ -208,7 +208,7 @@ def test_a_library_call_is_refused_by_name():
 def test_the_launches_of_a_model_are_counted(arch):
     [record] = steps.compile_all([steps.Row(model="smollm2-135m", step="decode", arch=arch, batch=2, context=256)])
     assert (record["status"], record["layers"], record["in_place"]) == ("ok", 30, True)
-    assert record["by_role_per_layer"]["pallas"] == 1 and record["by_role"]["pallas"] == 30
+    assert record["by_role_per_layer"]["pallas"] == 2 and record["by_role"]["pallas"] == 60
     assert 6 <= record["launches_per_layer"] <= 20
     assert record["launches"] >= 30 * record["launches_per_layer"]
     assert record["one_layer"][-1] == "paged_decode_attention"

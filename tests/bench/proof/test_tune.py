@@ -402,7 +402,9 @@ def test_a_measured_call_runs_no_other_kernel(kernel):
     """A configuration of dq would otherwise be timed together with dkv in the same, unsuitable, configuration."""
     [op] = (op for op in ops.OPS if op.kernel == kernel)
     fn, shapes = op.call(op.dtypes[0], op.head_dims[0], None, "")
-    assert [one.name for one in aot.lower(lambda *args: op.own_results(fn(*args)), *shapes, arch="gfx942")] == [kernel]
+    first, *others = [one.name for one in aot.lower(lambda *args: op.own_results(fn(*args)), *shapes, arch="gfx942")]
+    assert first == kernel
+    assert others == (["split_kv_merge"] if kernel == "paged_decode_attention" else [])  # a part of the call's time
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16 on int8", "bfloat16 on float8_e4m3fn", "bfloat16 on uint8"])
