@@ -36,11 +36,12 @@ KERNELS = {
     "block_sparse_attention_dq": ("block_sparse_attention", "backward"),
     "block_sparse_attention_dkv": ("block_sparse_attention", "backward"),
     "rotate_and_write": ("rotate_and_write", "forward"),  # new tokens into a cache
+    "matmul_few_rows": ("matmul_few_rows", "forward"),  # floats, and what is around a product in a decode step
 }
 LINEAR_OPS = ("linear_attention", "gated_linear_attention", "delta_attention")
 SKIPPING_OPS = (*LINEAR_OPS, "block_sparse_attention")  # that do without some scores, or all
 # that have tables of their own; block-sparse attention uses those of flash attention
-UNTUNED = ("flash_attention_bwd", "split_kv_merge", "rotate_and_write")
+UNTUNED = ("flash_attention_bwd", "split_kv_merge", "rotate_and_write", "matmul_few_rows")
 TUNED = tuple(name for name, (op, _) in KERNELS.items() if name not in UNTUNED and op not in SKIPPING_OPS)
 TPU_KERNELS = ("flash_attention", "flash_attention_bwd", "paged_decode_attention", "ragged_paged_attention")
 TPU_KERNELS += ("quantized_matmul_few_rows", "quantized_matmul")
@@ -58,6 +59,7 @@ PRODUCT_DTYPES = (*(dtype for dtype in PAGED_DTYPES if " on " in dtype), "int8 o
 DTYPES = tuple(dict.fromkeys((*PAGED_DTYPES, *PRODUCT_DTYPES)))
 HEAD_DIMS = (64, 128, 256)  # entries of a tuning table; other head_dims use the next larger entry
 BETWEEN = (80,)  # head_dims between these entries that are tested as well
+ROW_DTYPES = ("bfloat16", "float16")
 GROUP_SIZES = (32, 128, 4096)  # what the products have instead of head_dims; 4096: a whole row
 
 # Implementations of attention, jfa's and others' (measure.peers); measured directions; implementations in a model.

@@ -146,6 +146,30 @@ class WriteOperands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSpec:
+    """What row_ops.matmul_few_rows computes around a product.
+
+    Attributes:
+      activation: of the first product; a second one is multiplied by it. None: products are side by side.
+      eps: x is divided by sqrt(mean(x^2) + eps) of its row, and multiplied by plus + scale. None: it is not.
+    """
+
+    activation: str | None = None
+    eps: float | None = None
+    plus: float = 0.0
+
+
+class RowOperands(NamedTuple):
+    """The arrays that matmul_few_rows reads, or their shapes."""
+
+    x: Float[Array, "n in"]
+    weights: tuple[Float[Array, "out in"], ...]
+    biases: tuple[Float[Array, " out"] | None, ...]
+    scale: Float[Array, " in"] | None = None
+    residual: Float[Array, "n sum_of_out"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductSpec:
     """What a product with a quantized weight computes: the static fields of QuantizedArray."""
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
-from jfa import backends, quant, write_ops
+from jfa import backends, quant, row_ops, write_ops
 from jfa.block_mask import SparseOperands
 from jfa.device import probe
 from jfa.kernels.triton import flash_bwd, linear_bwd
@@ -27,6 +27,7 @@ from jfa.types import (
     ProductConfig,
     ProductOperands,
     ProductSpec,
+    RowSpec,
     TpuConfig,
 )
 
@@ -533,6 +534,30 @@ def _write(dtype: str, head_dim: int, config: NoConfig | None, variant: str) -> 
     return call, (qkv, angles, angles, rows.kv_len, keys, keys)
 
 
+def _few_rows(dtype: str, columns: int, config: NoConfig | None, variant: str) -> tuple[Callable, tuple]:
+    """A product of Llama-3-8B's decoder: of queries, keys and values, or, by the variant, of another part of it."""
+    outs, hidden = {"": (columns, 1024, 1024), "gate": (14336, 14336)}.get(variant, (columns,)), columns
+    activation = "silu" if variant == "gate" else None
+    if variant == "ragged":
+        outs, columns = tuple(out - 24 for out in outs), columns - 24
+    spec = RowSpec(activation=activation, eps=1e-5 if dtype == "bfloat16" and variant != "residual" else None)
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    x, scale, residual = array(_FEW_ROWS, columns), array(columns), array(_FEW_ROWS, hidden)
+    weights = tuple(array(out, columns) for out in outs)
+
+    def call(x, weights, scale, residual):
+        if not row_ops.serves(x, weights, spec, implementation="triton"):
+            raise jfa.UnsupportedError("the kernel does not support the call")
+        given: dict[str, Any] = dict(scale=None if spec.eps is None else scale, implementation="triton")
+        given["residual"] = residual if variant == "residual" else None
+        return row_ops.matmul_few_rows(x, weights, spec, **given)
+
+    return call, (x, weights, scale, residual)
+
+
 # These starting points were selected by wider sweeps of all architectures, so that a sweep takes minutes, not an hour.
 
 
@@ -835,6 +860,20 @@ OPS = (
         bound="memory_bound_share",
         variants=("padded head_dim",),
         dtypes=names.WRITE_DTYPES,
+        sweep=None,
+    ),
+    Op(
+        name="matmul_few_rows",
+        direction="forward",
+        kernel="matmul_few_rows",
+        config_type=NoConfig,
+        call=_few_rows,
+        default_config=lambda device, dtype, columns: NoConfig(),
+        bound="memory_bound_share",
+        variants=("gate", "residual", "ragged"),
+        dtypes=names.ROW_DTYPES,
+        head_dims=names.GROUP_SIZES[-1:],
+        between=(),
         sweep=None,
     ),
 )

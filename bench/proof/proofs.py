@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jfa
-from jfa import write_ops
+from jfa import row_ops, write_ops
 from jfa.kernels.tpu._pallas import pltpu
 from jfa.types import Implementation
 
@@ -27,6 +27,7 @@ from ..truth.cases import Case, Truth
 from ..truth.linear_cases import LinearCase, LinearTruth
 from ..truth.paged_cases import PagedCase, PagedTruth
 from ..truth.product_cases import ProductCase, ProductTruth
+from ..truth.row_cases import RowTruth
 from ..truth.write_cases import WriteTruth
 from . import aot, emulate
 
@@ -448,6 +449,22 @@ def write_check(truth: WriteTruth, implementation: Implementation | None) -> Che
         return tuple(x.astype(jnp.float32) for x in (q, *arrays))
 
     return Check(call, (truth.tokens, truth.cache), truth.wanted, (_NOTHING,) * len(truth.wanted))
+
+
+def of_rows(truth: RowTruth, arch: str, **options: Any) -> Verdict:
+    """Like forward, for products of a few rows."""
+    return verdict(*row_check(truth, "triton"), arch=arch, **options)
+
+
+def row_check(truth: RowTruth, implementation: Implementation | None) -> Check:
+    """Like forward_check, for products of a few rows. implementation: only "triton" has them."""
+
+    def call(x, weights, options):
+        how: dict[str, Any] = dict(implementation=implementation or "triton")
+        return (row_ops.matmul_few_rows(x, weights, truth.case.spec, **options, **how),)
+
+    limit = numerics.limit(truth.out, truth.plain_out, truth.x.dtype)
+    return Check(call, (truth.x, truth.weights, truth.options), (truth.out,), (limit,))
 
 
 _NOTHING = float(np.finfo(np.float32).tiny)

@@ -20,7 +20,7 @@ from jfa.types import Implementation, TpuConfig, TpuProductConfig, UnsupportedEr
 
 from .. import names
 from ..records import record, tables
-from ..truth import cases, linear_cases, paged_cases, product_cases, sparse_cases, write_cases
+from ..truth import cases, linear_cases, paged_cases, product_cases, row_cases, sparse_cases, write_cases
 from . import aot, compilers, ops, pool
 from .proofs import (
     Check,
@@ -35,6 +35,7 @@ from .proofs import (
     linear_tile_cases,
     of_chunks,
     of_chunks_backward,
+    of_rows,
     of_tokens,
     of_weight,
     one_query_cases,
@@ -43,6 +44,7 @@ from .proofs import (
     paged_tile_cases,
     product_check,
     product_tile_cases,
+    row_check,
     tile_cases,
     write_check,
 )
@@ -287,6 +289,16 @@ PROOFS["rotate_and_write", "forward"] = Proof(
     truth=lambda case, row: write_cases.truth_of(case, row.dtype.partition(" on ")[0], seed=0),
     sizes=tuple((dtype, head_dim) for dtype in names.WRITE_DTYPES for head_dim in names.HEAD_DIMS),
     quick=(("bfloat16 on int8", 128), ("float16 on float8_e4m3fn", 64)),
+)
+
+
+PROOFS["matmul_few_rows", "forward"] = Proof(
+    run=of_rows,
+    check=row_check,
+    cases=lambda row: row_cases.cases(row.dtype),
+    truth=lambda case, row: row_cases.truth_of(case, row.dtype, seed=0),
+    sizes=tuple((dtype, None) for dtype in names.ROW_DTYPES),
+    quick=(("bfloat16", None),),
 )
 
 

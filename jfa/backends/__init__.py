@@ -19,6 +19,7 @@ from jfa.backends.interface import (
     LinearBackend,
     PagedBackend,
     ProductBackend,
+    RowBackend,
     SparseBackend,
     WriteBackend,
 )
@@ -80,9 +81,16 @@ def linear(name: str) -> LinearBackend:
 
 def write(implementation: str | None, device: DeviceInfo) -> WriteBackend | None:
     """The backend that rotates and writes with one kernel, if it is the one that a call would use; only one can."""
-    if (implementation or PREFERENCE.get(device.platform, ("xla",))[0]) != "triton":
-        return None
-    return importlib.import_module("jfa.backends.triton").WRITE
+    return importlib.import_module("jfa.backends.triton").WRITE if _is_triton(implementation, device) else None
+
+
+def rows(implementation: str | None, device: DeviceInfo) -> RowBackend | None:
+    """The backend with products of a few rows and what is around them as one kernel; like `write`."""
+    return importlib.import_module("jfa.backends.triton").ROWS if _is_triton(implementation, device) else None
+
+
+def _is_triton(implementation: str | None, device: DeviceInfo) -> bool:
+    return (implementation or PREFERENCE.get(device.platform, ("xla",))[0]) == "triton"
 
 
 Table = Callable[[str], FlashBackend | SparseBackend | PagedBackend | ProductBackend | LinearBackend]

@@ -21,6 +21,8 @@ from jfa.types import (
     ProductConfig,
     ProductOperands,
     ProductSpec,
+    RowOperands,
+    RowSpec,
     TpuConfig,
     TpuProductConfig,
     WriteOperands,
@@ -110,3 +112,16 @@ class WriteBackend:
 
     why_not: Callable[[WriteOperands, int, DeviceInfo], str | None]
     run: Callable[..., tuple[Array, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowBackend:
+    """An implementation of products of a few rows with what is computed around them.
+
+    Attributes:
+      why_not: the reason why it does not support a call; None: it does.
+      run: (operands, spec, device) -> the products.
+    """
+
+    why_not: Callable[[RowOperands, RowSpec, DeviceInfo], str | None]
+    run: Callable[..., Array]

@@ -13,11 +13,12 @@ from jfa.backends.interface import (
     LinearBackend,
     PagedBackend,
     ProductBackend,
+    RowBackend,
     SparseBackend,
     WriteBackend,
 )
 from jfa.block_mask import BlockMask, SparseOperands
-from jfa.kernels.triton import casts, flash, flash_bwd, linear, linear_bwd, paged, products, write
+from jfa.kernels.triton import casts, few_rows, flash, flash_bwd, linear, linear_bwd, paged, products, write
 from jfa.rules import with_default_rules
 from jfa.types import (
     AttentionSpec,
@@ -217,6 +218,10 @@ def _run_write(operands, head_dim, device):
     return write.rotate_and_write(operands, head_dim=head_dim, interpret=device.platform == "cpu")
 
 
+def _run_rows(operands, spec, device):
+    return few_rows.matmul_few_rows(operands, spec=spec, device=device, interpret=device.platform == "cpu")
+
+
 FLASH = FlashBackend(
     why_not=flash.why_not,
     default_config=_default_config,
@@ -250,3 +255,4 @@ LINEAR = LinearBackend(
     run_ragged=_run_ragged_linear,
 )
 WRITE = WriteBackend(why_not=write.why_not, run=_run_write)
+ROWS = RowBackend(why_not=few_rows.why_not, run=_run_rows)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -16,7 +17,7 @@ import jfa.sharding
 from jfa import write_ops
 from jfa.rules import with_default_rules
 from jfa_models.model.config import DecoderConfig
-from jfa_models.model.layers import Linear, make_norm
+from jfa_models.model.layers import Linear, Normed, make_norm, together
 from jfa_models.model.lora import UNCHANGED, Scope
 from jfa_models.model.partition import Axes, Portion
 from jfa_models.model.rope import RopeConfig
@@ -148,7 +149,7 @@ class Attention(nnx.Module):
             config.num_q_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
-        linear = functools.partial(Linear, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, bias=config.qkv_bias, dtype=dtype, rngs=rngs, implementation=implementation)
         self.q = linear(hidden, q_size * (1 + config.attention_gate))
         self.k = linear(hidden, kv_size)
         self.v = linear(hidden, kv_size)
@@ -158,20 +159,22 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t hidden"],
+        x: Normed | Float[Array, "b t hidden"],
         rotation: "Rotation | None",
         rows: Rows,
         cache: Cache | None,
         scope: Scope = UNCHANGED,
+        residual: Float[Array, "b t hidden"] | None = None,
     ) -> tuple[Float[Array, "b t hidden"], Cache | None]:
         """Attends over the cache (its valid tokens, then x), or over only x without a cache.
 
         rotation: None: queries and keys are not rotated.
         scope: what adapters change.
+        residual: what the result is added to.
         """
         lengths, query_start, tree_mask, portion = rows.lengths, rows.query_start, rows.tree_mask, rows.portion
-        b, t = x.shape[:2]
-        q, k, v = (project(x, scope.at(name)) for name, project in (("q", self.q), ("k", self.k), ("v", self.v)))
+        qkv, (q, k, v) = self._projected(x, scope)
+        b, t = q.shape[:2]
         gate = None
         if self.has_gate:
             q, gate = jnp.split(q.reshape(b, t, -1, 2 * self.head_dim), 2, axis=-1)
@@ -182,7 +185,9 @@ class Attention(nnx.Module):
         written: Any = None  # the cache with the new tokens
         if rotation is not None and (slots := self._slots(q, k, v, rows, cache)) is not None:
             assert cache is not None
-            q, written = self._rotated_and_written(q, k, v, rotation, slots, cache)
+            if qkv is None or gate is not None or self.q_norm is not None:
+                qkv = jnp.concatenate([x.reshape(b, t, -1) for x in (q, k, v)], axis=-1)  # XLA's merged product
+            q, written = self._rotated_and_written(qkv, rotation, slots, cache)
         elif rotation is not None:
             q, k = rotation(q), rotation(k)
         if portion is not None:
@@ -206,7 +211,18 @@ class Attention(nnx.Module):
             out = self._with_sinks(of_window, lse, plain, k, v, rows, cache)
         if gate is not None:
             out = out * jax.nn.sigmoid(gate)
-        return self.o(out.reshape(b, t, -1), scope.at("o")), cache
+        return self.o(out.reshape(b, t, -1), scope.at("o"), residual), cache
+
+    def _projected(
+        self, x: Normed | Float[Array, "b t hidden"], scope: Scope
+    ) -> tuple[Float[Array, "b t heads*d"] | None, Sequence[Float[Array, "b t size"]]]:
+        """Queries, keys and values side by side, if one kernel computes them, and each of them."""
+        modules, changes = (self.q, self.k, self.v), [scope.at(name) for name in ("q", "k", "v")]
+        if (qkv := together(x, modules, changes)) is not None:
+            sizes = [module.weight.shape[0] for module in modules]
+            return qkv, jnp.split(qkv, np.cumsum(sizes[:-1]), axis=-1)
+        x = x.value if isinstance(x, Normed) else x
+        return None, [module(x, change) for module, change in zip(modules, changes, strict=True)]
 
     def _heads(self, x: Float[Array, "b t *size"]) -> Float[Array, "b t h d"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
@@ -231,18 +247,18 @@ class Attention(nnx.Module):
         return cache.slots(layer, t, rows.lengths).reshape(-1)
 
     def _rotated_and_written[C: Cache](
-        self, q: Array, k: Array, v: Array, rotation: "Rotation", slots: Int[Array, " b*t"], cache: C
+        self, qkv: Float[Array, "b t heads*d"], rotation: "Rotation", slots: Int[Array, " b*t"], cache: C
     ) -> tuple[Float[Array, "b t hq d"], C]:
         """The rotated queries, and the cache with the new tokens."""
         held: Any = cache
         layer, n = self.layer, len(slots)
         cos, sin = (
-            jnp.broadcast_to(x, (*q.shape[:2], *x.shape[2:])).reshape(n, -1) for x in (rotation.cos, rotation.sin)
+            jnp.broadcast_to(x, (*qkv.shape[:2], *x.shape[2:])).reshape(n, -1) for x in (rotation.cos, rotation.sin)
         )
-        qkv = jnp.concatenate([x.reshape(n, -1) for x in (q, k, v)], axis=1)  # what XLA's merged product is
         how: dict[str, Any] = dict(head_dim=self.head_dim, implementation=self.options["implementation"])
-        out, *kv = write_ops.rotate_and_write(qkv, cos, sin, slots, held.k[layer], held.v[layer], **how)
-        return out.reshape(q.shape), held.holding(layer, *kv)
+        rows = qkv.reshape(n, -1)
+        out, *kv = write_ops.rotate_and_write(rows, cos, sin, slots, held.k[layer], held.v[layer], **how)
+        return self._heads(out.reshape(*qkv.shape[:2], -1)), held.holding(layer, *kv)
 
     def _of_new_tokens(
         self, q: Float[Array, "b t hq d"], k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"], rows: Rows

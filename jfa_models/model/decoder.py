@@ -15,7 +15,7 @@ from jfa import trees
 from jfa.rules import with_default_rules
 from jfa_models.model.attention import Attention, Cache, Rotation, Rows, Sinks, StateRows
 from jfa_models.model.config import DecoderConfig
-from jfa_models.model.layers import MLP, Embedding, Experts, Linear, make_norm
+from jfa_models.model.layers import MLP, Embedding, Experts, Linear, Normed, make_norm
 from jfa_models.model.lora import NO_ADAPTER, UNCHANGED, Adapters
 from jfa_models.model.mixers import GatedDelta, Mamba2
 from jfa_models.model.partition import WHOLE, Partition
@@ -49,7 +49,7 @@ class Block(nnx.Module):
         self.attention_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
         has_norm = config.has_mlp and not config.parallel_block
         self.mlp_norm = make_norm(config, hidden, dtype=dtype) if has_norm else None
-        mlp = functools.partial(MLP, sum_over=partition.inner)
+        mlp = functools.partial(MLP, sum_over=partition.inner, implementation=implementation)
         if config.has_experts(layer):
             mlp = functools.partial(Experts, partition=partition)
         self.mlp = mlp(config, **options) if config.has_mlp else None
@@ -57,27 +57,31 @@ class Block(nnx.Module):
 
     @with_default_rules
     def __call__(self, x, rotation, rows, cache, scope=UNCHANGED):
-        normed = self.attention_norm(x, scope.at("attention_norm"))
+        normed = Normed.of(self.attention_norm, x, scope.at("attention_norm"))
+        adds = self.multiplier == 1.0 and self.attention_post_norm is None  # the last product of a part adds it to x
         if self.attention is not None:
-            attended, cache = self.attention(normed, rotation, rows, cache, scope.inside("attention"))
+            how = scope.inside("attention"), x if adds else None
+            attended, cache = self.attention(normed, rotation, rows, cache, *how)
         else:
             assert self.mixer is not None
-            portion, scope_inside = rows.portion, scope.inside("mixer")
+            inputs, portion, scope_inside = normed.value, rows.portion, scope.inside("mixer")
             if portion is not None:  # a state has all tokens before in it
-                normed, scope_inside = portion.whole(normed), scope_inside.map(portion.whole)
-            attended, cache = self.mixer(normed, rotation, rows, cache, scope_inside)
+                inputs, scope_inside = portion.whole(inputs), scope_inside.map(portion.whole)
+            attended, cache = self.mixer(inputs, rotation, rows, cache, scope_inside)
             attended = attended if portion is None else portion.own(attended)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended, scope.at("attention_post_norm"))
-        x = x + self._weighed(attended)
+        x = attended if adds and self.attention is not None else x + self._weighed(attended)
         if self.mlp is None:
             return x, cache
-        normed = normed if self.mlp_norm is None else self.mlp_norm(x, scope.at("mlp_norm"))
-        mlp = functools.partial(self.mlp, portion=rows.portion) if isinstance(self.mlp, Experts) else self.mlp
-        out = mlp(normed, scope.inside("mlp"))
+        normed = normed if self.mlp_norm is None else Normed.of(self.mlp_norm, x, scope.at("mlp_norm"))
+        if isinstance(self.mlp, Experts):
+            out = self.mlp(normed.value, scope.inside("mlp"), rows.portion)
+        else:
+            out = self.mlp(normed, scope.inside("mlp"), x if adds else None)
         if self.mlp_post_norm is not None:
             out = self.mlp_post_norm(out, scope.at("mlp_post_norm"))
-        return x + self._weighed(out), cache
+        return out if adds and isinstance(self.mlp, MLP) else x + self._weighed(out), cache
 
     def _weighed(self, x):
         return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)

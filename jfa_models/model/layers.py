@@ -4,10 +4,11 @@ A weight is an array of floats, whose dtype may differ from that of the inputs, 
 change a module, it gets their change as its last argument.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 import jfa
-from jfa import quant
+from jfa import quant, row_ops
 from jfa.products import times_rows
+from jfa.types import RowSpec
 from jfa_models.model.config import Activation, DecoderConfig
 from jfa_models.model.lora import UNCHANGED, Applied, Scope
 from jfa_models.model.partition import WHOLE, Axes, Partition, Portion, first_of, summed
@@ -32,6 +34,7 @@ class Linear(nnx.Module):
 
     sum_over: the axes of a mesh over whose devices the columns are divided: their products are summed. Or its caller
       sums what it returns, later; the bias is then in the part of the first device.
+    implementation: of what one kernel computes together; None: the platform's.
     """
 
     def __init__(
@@ -44,13 +47,20 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         sum_over: Axes = (),
         sums_later: bool = False,
+        implementation: str | None = None,
     ):
+        self.implementation = implementation
         self.sum_over = sum_over
         self.sums_later = sums_later
         self.weight = nnx.Param(_normal(rngs.params(), (out_features, in_features), dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "*b in"], change: Applied | None = None) -> Float[Array, "*b out"]:
+    def __call__(
+        self, x: Float[Array, "*b in"], change: Applied | None = None, residual: Float[Array, "*b out"] | None = None
+    ) -> Float[Array, "*b out"]:
+        """residual: what the result is added to."""
+        if residual is not None and (out := together(x, (self,), (change,), residual=residual)) is not None:
+            return out
         y = times_rows(x, self.weight.get_value())
         bias = None if self.bias is None else self.bias[...]
         if change is not None:
@@ -58,7 +68,8 @@ class Linear(nnx.Module):
         if bias is not None and self.sums_later:
             bias = jnp.where(first_of(self.sum_over, 1) == 0, bias, 0)
         y = y if self.sums_later else summed(y, self.sum_over)
-        return checkpoint_name(y if bias is None else y + bias, "jfa_product")
+        y = checkpoint_name(y if bias is None else y + bias, "jfa_product")
+        return y if residual is None else residual + y
 
 
 class Embedding(nnx.Module):
@@ -139,10 +150,52 @@ def make_norm(config: DecoderConfig, size: int, *, dtype: DTypeLike) -> RMSNorm 
     return RMSNorm(size, eps=config.norm_eps, plus_one=config.norm == "rms_plus_one", dtype=dtype)
 
 
+class Normed(NamedTuple):
+    """norm(x), for modules whose products may normalize x by themselves; the value is then not computed under jit."""
+
+    value: Float[Array, "*b size"]
+    x: Float[Array, "*b size"]
+    norm: RMSNorm | None  # None: no product can do this
+
+    @classmethod
+    def of(cls, norm: RMSNorm | LayerNorm, x: Float[Array, "*b size"], change: Applied | None = None) -> "Normed":
+        is_plain = change is None and isinstance(norm, RMSNorm) and norm.num_groups == 1
+        return cls(norm(x, change), x, norm if is_plain else None)  # type: ignore[arg-type]
+
+
+def together(
+    x: Normed | Float[Array, "*b in"],
+    modules: Sequence[Linear],
+    changes: Sequence[Applied | None],
+    *,
+    activation: Activation | None = None,
+    residual: Float[Array, "*b sum_of_out"] | None = None,
+) -> Float[Array, "*b sum_of_out"] | None:
+    """What one kernel computes of several modules; None: there is none for this call.
+
+    Their outputs side by side. Or activation(first), times the second if there are two. Then the residual is added.
+    """
+    if any(change is not None for change in changes) or any(one.sum_over or one.sums_later for one in modules):
+        return None
+    weights = [one.weight.get_value() for one in modules]
+    how: dict[str, Any] = dict(implementation=modules[0].implementation)
+    arrays: dict[str, Any] = dict(biases=[None if one.bias is None else one.bias[...] for one in modules])
+    spec, rows = RowSpec(activation=activation), x.value if isinstance(x, Normed) else x
+    if isinstance(x, Normed) and (norm := x.norm) is not None:
+        normalizing = dataclasses.replace(spec, eps=norm.eps, plus=1.0 if norm.plus_one else 0.0)
+        if row_ops.serves(x.x, weights, normalizing, **how):
+            spec, rows, arrays["scale"] = normalizing, x.x, norm.scale[...]
+    if not row_ops.serves(rows, weights, spec, **how):
+        return None
+    found = row_ops.matmul_few_rows(rows, weights, spec, residual=residual, **arrays, **how)
+    return checkpoint_name(found, "jfa_product")
+
+
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
-    size: of the inner vectors; None: config.intermediate_size. sum_over, sums_later: of down, see Linear.
+    size: of the inner vectors; None: config.intermediate_size. sum_over, sums_later: of down, see Linear, which also
+      has implementation.
     Source: arXiv:2002.05202.
     """
 
@@ -155,18 +208,32 @@ class MLP(nnx.Module):
         sums_later: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
+        implementation: str | None = None,
     ):
         hidden, inner = config.hidden_size, size or config.intermediate_size
-        linear = functools.partial(Linear, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.act = ACTIVATIONS[config.hidden_act]
+        options: dict[str, Any] = dict(bias=config.mlp_bias, implementation=implementation)
+        linear = functools.partial(Linear, **options, dtype=dtype, rngs=rngs)
+        self.activation: Activation = config.hidden_act
         self.gate = linear(hidden, inner) if config.gated_mlp else None
         self.up = linear(hidden, inner)
         self.down = linear(inner, hidden, sum_over=sum_over, sums_later=sums_later)
 
-    def __call__(self, x: Float[Array, "*b hidden"], scope: Scope = UNCHANGED) -> Float[Array, "*b hidden"]:
-        up = self.up(x, scope.at("up"))
-        inner = self.act(up) if self.gate is None else self.act(self.gate(x, scope.at("gate"))) * up
-        return self.down(inner, scope.at("down"))
+    def __call__(
+        self,
+        x: Normed | Float[Array, "*b hidden"],
+        scope: Scope = UNCHANGED,
+        residual: Float[Array, "*b hidden"] | None = None,
+    ) -> Float[Array, "*b hidden"]:
+        """residual: what the result is added to."""
+        before = [(self.up, scope.at("up"))]
+        if self.gate is not None:
+            before.insert(0, (self.gate, scope.at("gate")))
+        inner = together(x, *zip(*before, strict=True), activation=self.activation)
+        if inner is None:
+            x = x.value if isinstance(x, Normed) else x
+            first, *factor = (module(x, change) for module, change in before)
+            inner = functools.reduce(jnp.multiply, factor, ACTIVATIONS[self.activation](first))
+        return self.down(inner, scope.at("down"), residual)
 
 
 class Experts(nnx.Module):

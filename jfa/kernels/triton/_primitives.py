@@ -4,6 +4,7 @@
   exp2          the hardware's 2^x: XLA's handles results below the smallest normal number, by five more instructions
   widened_fp8   fp8 to bfloat16 for GPUs without an instruction: XLA's code takes twice as many
   spread        bytes as the lower halves of 16-bit numbers, two at a time
+  dot_of_parts  products of several pairs of matrices, one of each wave of a program
 
 Outside of GPU kernels, as in the interpreter on a CPU, they are computed by the JAX functions that define them here.
 """
@@ -46,6 +47,11 @@ def spread(x: UInt32[Array, "..."], upper: int, *, pair: int) -> UInt32[Array, "
     return _spread[pair].bind(x, jnp.full(x.shape, upper * 0x01000100, jnp.uint32))
 
 
+def dot_of_parts(a: Float[Array, "parts m k"], b: Float[Array, "parts n k"]) -> Float[Array, "parts m n"]:
+    """a[i] b[i]^T of each part in float32. With as many parts as waves, each wave of a program computes one."""
+    return _dot_of_parts.bind(a, b)
+
+
 def truncated(x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
     """float32 numbers that are exact in bfloat16, cast to it by dropping the lower half."""
     upper = (lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16)
@@ -53,16 +59,20 @@ def truncated(x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
 
 
 def _primitive(
-    name: str, plainly: Callable[..., Array], on_gpu: Callable[..., Any], dtype: Any = jnp.float32
+    name: str,
+    plainly: Callable[..., Array],
+    on_gpu: Callable[..., Any],
+    dtype: Any = jnp.float32,
+    shape: Callable[..., tuple[int, ...]] = lambda x, *others: x.shape,
 ) -> Primitive:
-    """A primitive of arrays of one shape.
+    """A primitive with one result.
 
     plainly: the JAX function that defines it. on_gpu: (context, *values), which emits it in Pallas' Triton dialect.
-    dtype: of the result.
+    dtype, shape: of the result; the latter from the arguments.
     """
     made = Primitive(name)
     made.def_impl(jax.jit(plainly))
-    made.def_abstract_eval(lambda x, *others: x.update(dtype=jnp.dtype(dtype)))
+    made.def_abstract_eval(lambda *args: args[0].update(shape=shape(*args), dtype=jnp.dtype(dtype)))
     mlir.register_lowering(made, mlir.lower_fun(plainly, multiple_results=False))
     register_lowering(made)(on_gpu)
     return made
@@ -129,9 +139,28 @@ def _spread_pair(pair: int) -> Primitive:
     return _primitive(f"spread_{pair}", plainly, on_gpu, jnp.uint32)
 
 
-def _splat(tensor: Any, number: int) -> Any:
-    element = ir.IntegerAttr.get(ir.RankedTensorType(tensor).element_type, number)
+def _splat(tensor: Any, number: int | float) -> Any:
+    of = ir.FloatAttr if isinstance(number, float) else ir.IntegerAttr
+    element = of.get(ir.RankedTensorType(tensor).element_type, number)
     return arith.constant(tensor, ir.DenseElementsAttr.get_splat(tensor, element))
 
 
 _spread = tuple(map(_spread_pair, (0, 1)))
+
+
+def _plain_dot_of_parts(a: Array, b: Array) -> Array:
+    return jnp.einsum("pmk,pnk->pmn", a, b, preferred_element_type=jnp.float32)
+
+
+def _dot_of_parts_on_gpu(context: Any, a: Any, b: Any) -> Any:
+    [out] = context.avals_out
+    zeros = _splat(ir.RankedTensorType.get(out.shape, ir.F32Type.get()), 0.0)
+    return dialect.dot(a, dialect.trans(b, (0, 2, 1)), zeros)
+
+
+_dot_of_parts = _primitive(
+    "dot_of_parts",
+    _plain_dot_of_parts,
+    _dot_of_parts_on_gpu,
+    shape=lambda a, b: (*a.shape[:2], b.shape[1]),
+)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, UInt8, UInt32
+from jaxtyping import Array, BFloat16, Float, UInt8, UInt32
 
 from jfa.kernels.triton._primitives import spread, truncated, widened_fp8, with_nan
 
@@ -44,6 +44,12 @@ def widened(x: Array, *, dtype: Any, fp8_by_bits: bool, nan: bool, words: bool) 
         number = lax.bitcast_convert_type((bits >> 1) & jnp.int16(~0x4000), dtype)
         return (with_nan(number, 2.0**-8) if nan else number,)
     return (x.astype(dtype),)
+
+
+def rounded_half_up(x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
+    """float32 to bfloat16 by one addition, for GPUs without an instruction; ties are rounded away from zero."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)
+    return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _halves(x: UInt8[Array, "*n d"], dtype: Any) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from jfa import dropout
 from jfa.kernels.common import Shape
 from jfa.kernels.triton._pallas import dot, load, pl
 from jfa.kernels.triton._primitives import exp2, fma
+from jfa.kernels.triton.casts import rounded_half_up
 from jfa.types import AttentionSpec, DeviceInfo, FlashConfig, Operands
 
 LOG2_E = math.log2(math.e)
@@ -419,8 +420,7 @@ class Tile:
         """x rounded to the dtype of a product's operand."""
         if dtype != jnp.bfloat16 or not self.config.round_half_up:
             return x.astype(dtype)
-        bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)
-        return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+        return rounded_half_up(x)
 
     def _tanh(self, x: Array) -> Array:
         if self.exact or self.spec.softcap is None or self.spec.softcap > _SMALL_CAP:

@@ -124,8 +124,12 @@ STEPS = {  # name: the rows of a step, one for each architecture
 def check(row, record):
     assert (record["status"], record["reason"], record["races"]) == ("ok", None, 0)
     assert 0 < record["worst_error_of_limit"] < 1 and record["instructions"] > 10_000
-    if row.weights is None:  # two layers: tokens are rotated and written, then attended to
-        assert record["launches"]["pallas"] == 4 and record["launches"]["products"] >= 4
+    if row.weights is None:
+        # two layers: tokens are rotated and written, then attended to. A prompt has too many rows for the rest: q, k
+        # and v, o and, without experts, two of the MLP
+        in_kernels = {"prefill": 0, "decode": 2 if row.model == "mixture" else 4}[row.step]
+        assert record["launches"]["pallas"] == 2 * (2 + in_kernels)
+        assert record["launches"]["products"] >= 5 - in_kernels
     else:  # attention, and at least seven products of each of two layers; experts are in a loop
         assert record["launches"]["pallas"] >= 2 + 2 * 7
         assert any("quantized_matmul" in kernel for kernel in record["kernels"])
@@ -156,7 +160,7 @@ def test_a_step_of_a_model_runs_as_machine_code_of_every_architecture(step):
 
 
 BROKEN = {
-    "a product without one multiplication": ("gemm", "v_pk_fma_f32", 1),
+    "a product without its last multiplication": ("matmul_few_rows", "v_mfma", 1),
     "new tokens that are not written": ("rotate_and_write", "global_store_", 99),
     "attention without exponentials": ("attention", "v_exp_f32", 99),
 }
