@@ -160,7 +160,7 @@ def test_a_step_of_a_model_runs_as_machine_code_of_every_architecture(step):
 
 
 BROKEN = {
-    "a product without its last multiplication": ("matmul_few_rows", "v_mfma", 1),
+    "a product without its first multiplication": ("matmul_few_rows", "v_mfma", 1),
     "new tokens that are not written": ("rotate_and_write", "global_store_", 99),
     "attention without exponentials": ("attention", "v_exp_f32", 99),
 }
@@ -212,10 +212,11 @@ def test_a_library_call_is_refused_by_name():
 def test_the_launches_of_a_model_are_counted(arch):
     [record] = steps.compile_all([steps.Row(model="smollm2-135m", step="decode", arch=arch, batch=2, context=256)])
     assert (record["status"], record["layers"], record["in_place"]) == ("ok", 30, True)
-    assert record["by_role_per_layer"]["pallas"] == 2 and record["by_role"]["pallas"] == 60
-    assert 6 <= record["launches_per_layer"] <= 20
+    # q, k and v; rotation and write; attention; o; gate and up; down: and nothing else
+    assert record["by_role_per_layer"]["pallas"] == record["launches_per_layer"] == 6
+    assert record["by_role"]["pallas"] == 180
     assert record["launches"] >= 30 * record["launches_per_layer"]
-    assert record["one_layer"][-1] == "paged_decode_attention"
+    assert "paged_decode_attention" in record["one_layer"]
     table = steps.render([record], "md").split("\n\n")[0]
     assert f"| {arch}" in table and max(map(len, table.splitlines())) <= 86
 

@@ -10,12 +10,14 @@ from flax import nnx
 from golden import GOLDEN
 
 import jfa
-from jfa_bench.truth.numerics import assert_within
+from jfa_bench.truth.numerics import assert_within, limit
 from jfa_models.decoding.params import SamplingParams
 from jfa_models.decoding.pretrained import from_pretrained
 from jfa_models.model.attention import paged_cache
 from jfa_models.model.config import DecoderConfig
 from jfa_models.model.decoder import Decoder
+from jfa_models.model.layers import Linear, together
+from jfa_models.model.lora import Applied
 from jfa_models.model.rope import RopeConfig
 
 CONFIG = DecoderConfig(
@@ -320,3 +322,54 @@ def test_spare_heads_of_pages_change_no_logits(kind):
         found.append(logits)
     for got, want in zip(*found, strict=True):
         assert_same_logits(got, want)
+
+
+def kernels_in(jaxpr):
+    """The name of each Pallas call of a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params["name"]
+            continue
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from kernels_in(inner)
+
+
+FAMILIES = {  # changes of CONFIG, and how many products of a layer are one kernel with what is around them
+    "llama": ({}, 4),
+    "biases": (dict(qkv_bias=True, mlp_bias=True, out_bias=True), 4),
+    "post_norms": (dict(norm="rms_plus_one", post_norms=True, hidden_act="gelu_tanh"), 2),
+    "multiplier": (dict(residual_multiplier=0.25), 2),
+    "parallel": (dict(norm="layer", parallel_block=True, gated_mlp=False, hidden_act="gelu_tanh", mlp_bias=True), 4),
+    "gate_and_norms_of_heads": (dict(qk_norm=True, attention_gate=True), 4),
+    "another_activation": (dict(hidden_act="gelu"), 3),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_in_one_kernel_change_no_logits(family):
+    """In the interpreter, beside XLA's products: both in bfloat16, against float32."""
+    change, in_kernels = FAMILIES[family]
+    config = dataclasses.replace(CONFIG, head_dim=16, **change)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 5)), jnp.int32)
+    params = nnx.state(seeded_decoder(config=config, dtype=jnp.bfloat16))
+    found = {}
+    for implementation, dtype in (("triton", jnp.bfloat16), ("xla", jnp.bfloat16), ("reference", jnp.float32)):
+        decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0), attention_implementation=implementation)
+        nnx.update(decoder, jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params))
+        launched = list(kernels_in(jax.make_jaxpr(forward(decoder))(tokens))).count("matmul_few_rows")
+        assert launched == (2 * in_kernels if implementation == "triton" else 0)
+        found[implementation] = forward(decoder)(tokens)[0]
+    want, plain = (np.asarray(found[name], np.float64) for name in ("reference", "xla"))
+    assert_within(found["triton"], want, limit(want, plain, jnp.bfloat16))
+
+
+def test_a_product_that_an_adapter_changes_or_devices_share_is_no_part_of_a_kernel():
+    options = dict(bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), implementation="triton")
+    x, change = jnp.ones((2, 64), jnp.bfloat16), Applied(change=None, gates=jnp.ones((2, 1)), dropout=None)
+    plain, shared, later = (
+        Linear(64, 32, **options, **more) for more in ({}, {"sum_over": ("tensor",)}, {"sums_later": True})
+    )
+    assert together(x, (plain, plain), (None, None)).shape == (2, 64)
+    assert together(x, (plain, plain), (None, change)) is None
+    assert together(x, (shared,), (None,)) is None and together(x, (later,), (None,)) is None
