@@ -32,6 +32,8 @@ CASES = {
     "residual": RowCase(rows=16, width=512, outs=(33,), residual=True),
     "more_than_a_tile": RowCase(rows=8, width=1100, outs=(16, 8), biases=True, residual=True),
     "silu_of_a_gate": RowCase(rows=5, width=600, outs=(24, 24), spec=RowSpec(activation="silu"), biases=True),
+    "many_rows": RowCase(rows=27, width=300, outs=(24, 40), biases=True),
+    "many_rows_of_a_gate": RowCase(rows=32, width=576, outs=(17, 17), spec=RowSpec(activation="silu")),
     "gelu": RowCase(rows=2, width=96, outs=(24,), spec=RowSpec(activation="gelu_tanh"), biases=True),
     "relu_of_a_gate": RowCase(rows=2, width=40, outs=(20, 20), spec=RowSpec(activation="relu"), residual=True),
 }

@@ -116,8 +116,9 @@ def test_it_is_one_kernel_on_every_architecture(arch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (dict(rows=17), "it is for 1 to 16 rows, got 17"),
-        (dict(rows=0), "it is for 1 to 16 rows, got 0"),
+        (dict(rows=33), "it is for 1 to 32 rows, got 33"),
+        (dict(rows=0), "it is for 1 to 32 rows, got 0"),
+        (dict(rows=17, spec=RowSpec(eps=1e-5)), "it is for 1 to 16 rows, got 17"),
         (dict(columns=0), "a product without columns, or weights without rows"),
         (dict(out=0), "a product without columns, or weights without rows"),
         (dict(dtype="float32"), "must be bfloat16 or float16, all the same, got float32 and float32"),

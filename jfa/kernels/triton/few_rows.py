@@ -29,11 +29,13 @@ from jfa.kernels.triton.casts import rounded_half_up
 from jfa.kernels.triton.tile import kind_of
 from jfa.types import DeviceInfo, RowOperands, RowSpec
 
-MAX_ROWS = 16  # a tile of the smallest matrix instruction; with more, x would be read as often as the weights
+MAX_ROWS = 32  # with more, x would be read several times as often as the weights
 
+_MAX_NORMALIZED = 16  # of these; normalizing more takes as long as reading the weights, and spills on RDNA
 _BLOCK_OUT = 16
 _BLOCK_IN = 64  # columns of a wave: with 16 bits, 128 bytes of each row of a weight
 _MAX_WARPS = 8
+_BYTES_OF_SUMS = 4096
 _WITH_BF16_CASTS = ("gfx950", "gfx125", "sm_")  # architectures with an instruction that rounds float32 to bfloat16
 
 
@@ -59,8 +61,9 @@ def why_not(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> str | N
     n, dtype = operands.x.shape[0], operands.x.dtype
     if device.platform not in ("rocm", "cuda", "cpu"):
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
-    if not 0 < n <= MAX_ROWS:
-        return f"it is for 1 to {MAX_ROWS} rows, got {n}"
+    largest = MAX_ROWS if spec.eps is None else _MAX_NORMALIZED
+    if not 0 < n <= largest:
+        return f"it is for 1 to {largest} rows, got {n}"
     if not all(math.prod(weight.shape) for weight in operands.weights):
         return "a product without columns, or weights without rows"
     if dtype not in (jnp.bfloat16, jnp.float16) or any(weight.dtype != dtype for weight in operands.weights):
@@ -76,9 +79,11 @@ def why_not(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> str | N
 class _Tile:
     """Of a program: num_warps waves, each with block_in columns of the weights at a time."""
 
+    block_rows: int
     block_out: int
     block_in: int
     num_warps: int
+    num_stages: int
     round_half_up: bool  # what is normalized, to bfloat16
 
     @property
@@ -86,18 +91,29 @@ class _Tile:
         return self.num_warps * self.block_in
 
 
+def _tile(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> _Tile:
+    n, columns = operands.x.shape
+    block_rows = 16 if n <= 16 else 32
+    num_warps = min(_MAX_WARPS, pl.next_power_of_2(pl.cdiv(columns, _BLOCK_IN)))
+    num_weights = len(operands.weights) if spec.activation else 1
+    stage = num_warps * _BLOCK_IN * (block_rows + num_weights * _BLOCK_OUT) * operands.x.dtype.itemsize
+    # two stages, of which one is in registers on AMD; NVIDIA has both in shared memory, and room for some sums
+    is_deep = kind_of(device) == "cuda" and 2 * stage + _BYTES_OF_SUMS <= device.lds_bytes
+    return _Tile(
+        block_rows=block_rows,
+        block_out=_BLOCK_OUT,
+        block_in=_BLOCK_IN,
+        num_warps=num_warps,
+        num_stages=3 if is_deep else 2,
+        round_half_up=not device.arch.startswith(_WITH_BF16_CASTS),
+    )
+
+
 def matmul_few_rows(
     operands: RowOperands, *, spec: RowSpec, device: DeviceInfo, interpret: bool
 ) -> Float[Array, "n sum_of_out"]:
     """What row_ops.matmul_few_rows defines, in the dtype of x."""
-    n, columns = operands.x.shape
-    num_warps = min(_MAX_WARPS, pl.next_power_of_2(pl.cdiv(columns, _BLOCK_IN)))
-    tile = _Tile(
-        block_out=_BLOCK_OUT,
-        block_in=_BLOCK_IN,
-        num_warps=num_warps,
-        round_half_up=not device.arch.startswith(_WITH_BF16_CASTS),
-    )
+    n, tile = operands.x.shape[0], _tile(operands, spec, device)
     arrays = {"x": operands.x, "scale": operands.scale, "residual": operands.residual}
     arrays |= {f"weight_{i}": weight for i, weight in enumerate(operands.weights)}
     arrays |= {f"bias_{i}": bias for i, bias in enumerate(operands.biases)}
@@ -110,7 +126,7 @@ def matmul_few_rows(
         in_specs=[_whole(x.shape) for x in arrays.values()],
         out_specs=_whole((n, sum(outs))),
         out_shape=output((n, sum(outs)), operands.x.dtype, like=operands.x),
-        compiler_params=CompilerParams(num_warps=num_warps, num_stages=3 if kind_of(device) == "cuda" else 2),
+        compiler_params=CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=interpret,
     )
     with jax.enable_x64(False):  # index arithmetic in a kernel is int32, regardless of JAX's default
@@ -150,7 +166,7 @@ def _columns_of(
     """Stores a block of the columns of a weight, or of a gate and its factor, after the `before` columns of others."""
     n, columns = ref["x"].shape
     out = ref[f"weight_{weights[0]}"].shape[0]
-    rows, outs = jnp.arange(MAX_ROWS), block * tile.block_out + jnp.arange(tile.block_out)
+    rows, outs = jnp.arange(tile.block_rows), block * tile.block_out + jnp.arange(tile.block_out)
     # rows and outputs past the last one read the last one, so that loads need no mask for them
     own_rows, own_outs = jnp.minimum(rows, n - 1), jnp.minimum(outs, out - 1)
     part = jnp.arange(tile.num_warps)
@@ -178,8 +194,8 @@ def _columns_of(
 
     squares = None
     if spec.eps is not None:
-        squares = jnp.zeros((tile.num_warps, MAX_ROWS, tile.block_in), jnp.float32)
-    carry = [jnp.zeros((tile.num_warps, tile.block_out, MAX_ROWS), jnp.float32) for _ in weights], squares
+        squares = jnp.zeros((tile.num_warps, tile.block_rows, tile.block_in), jnp.float32)
+    carry = [jnp.zeros((tile.num_warps, tile.block_out, tile.block_rows), jnp.float32) for _ in weights], squares
     num_whole = columns // tile.columns
     carry = lax.fori_loop(0, num_whole, functools.partial(step, edge=False), carry)
     sums, squares = step(num_whole, carry, edge=True) if columns % tile.columns else carry
