@@ -108,6 +108,13 @@ def test_the_support_table_matches_the_records():
         assert f"<!-- jfa-bench report -->\n\n{other}\n\n<!-- end -->" in (ROOT / "docs/proofs.md").read_text()
 
 
+def test_the_table_of_launches_matches_the_records():
+    text = (ROOT / "docs" / "proofs.md").read_text()
+    found = report.load("models-gpu")
+    assert f"<!-- launches -->\n\n{report.launches(found)}\n\n<!-- end -->" in text
+    assert {row["status"] for row in found} == {"ok"} and all(row["in_place"] for row in found)
+
+
 def test_the_table_of_models_on_tpus_matches_the_records():
     text = (ROOT / "docs" / "proofs.md").read_text()
     found = report.load("models-tpu")

@@ -63,7 +63,8 @@ def report_command(folder) -> None:
     if folder is None:
         records = report.load("compile"), report.load("prove")
         tables = report.support(*records), report.support(*records, skipping=True), report.support_on_tpus(*records)
-        tables += report.models_on_tpus(report.load("models-tpu")), report.beside(report.load("beside"))
+        tables += report.launches(report.load("models-gpu")), report.models_on_tpus(report.load("models-tpu"))
+        tables += (report.beside(report.load("beside")),)
         click.echo("\n\n".join(tables))
         return
     report.write(folder)

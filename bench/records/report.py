@@ -143,6 +143,19 @@ def shards(compiled: Sequence[Record]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def launches(compiled: Sequence[Record]) -> str:
+    """A Markdown table of whole steps of models on one GPU: launches of a layer, in order, and of the step."""
+    lines = [["model", "GPU", "rows", "tokens", "cache", "in a layer", "in all", "a layer"], ["---"] * 8]
+    for row in compiled:
+        of_layer = [name.partition("__")[0] for name in row["one_layer"]]
+        runs = [(name, len(list(group))) for name, group in itertools.groupby(of_layer)]
+        told = ", ".join(f"{n} `{name}`" if n > 1 else f"`{name}`" for name, n in runs)
+        cache = f"{row['kv_dtype']} pages" if row["kv_dtype"] else {"paged": "pages"}.get(row["cache"], row["cache"])
+        who = [row["model"], row["arch"], str(row["batch"]), f"{row['context']:,}", cache]
+        lines.append([*who, str(row["launches_per_layer"]), str(row["launches"]), told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def models_on_tpus(compiled: Sequence[Record]) -> str:
     """A Markdown table of whole steps of models, compiled for TPUs.
 

@@ -140,7 +140,8 @@ def test_the_error_for_a_folder_without_records_says_how_to_create_some(tmp_path
 def test_without_a_folder_the_support_tables_are_printed():
     records = report.load("compile"), report.load("prove")
     tables = report.support(*records), report.support(*records, skipping=True), report.support_on_tpus(*records)
-    tables += report.models_on_tpus(report.load("models-tpu")), report.beside(report.load("beside"))
+    tables += report.launches(report.load("models-gpu")), report.models_on_tpus(report.load("models-tpu"))
+    tables += (report.beside(report.load("beside")),)
     assert run().stdout == "\n\n".join(tables) + "\n"
 
 
