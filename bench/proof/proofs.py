@@ -252,9 +252,12 @@ def _compared(
 
 
 def paged_tile_cases(
-    config: jfa.PagedConfig | jfa.TpuConfig, head_dim: int, pages: str | None, *, ragged: bool
+    config: jfa.PagedConfig | jfa.TpuConfig, head_dim: int, pages: str | None, *, ragged: bool, spread: float
 ) -> dict[str, PagedCase]:
-    """Cases that cover all paths of a paged kernel's tile: whole tiles, ragged ends, empty rows, split-KV."""
+    """Cases that cover all paths of a paged kernel's tile: whole tiles, ragged ends, empty rows, split-KV.
+
+    spread: the standard deviation of the scores where the parts of split keys are many.
+    """
     heads, block_kv = (8, 2), config.block_kv
     tokens = config.block_q // 4 if ragged else 1
     longer = 2 * block_kv + tokens + 3
@@ -284,9 +287,11 @@ def paged_tile_cases(
             options={"local_window_size": 3 * block_kv + 1, "config": shared_out},
         ),
     }
-    if not ragged:  # several tiles of the kernel that merges them; with a large scale, each of them counts
+    if not ragged:  # several tiles of the kernel that merges them; with a large spread, their weights differ
         found["many_parts"] = dataclasses.replace(
-            found["tiles"], kv_len=(36 * block_kv + 5,), options={"config": many_parts, "scale": 3 * head_dim**-0.5}
+            found["tiles"],
+            kv_len=(36 * block_kv + 5,),
+            options={"config": many_parts, "scale": spread * head_dim**-0.5},
         )
     return found
 

@@ -68,8 +68,9 @@ def test_block_sparse_attention_spills_nothing_in_16_bits_on_amd():
 
 def test_the_records_are_of_xlas_code():
     attention = 2 * 2 * (3 + 2 * 3)  # architectures, head_dims: flash kernels, and pages of three kinds
+    steps = 2 * 2 * (1 + 2)  # architectures, head_dims: parts are merged, tokens written to two kinds of caches
     products = 2 * 2 * 2  # in groups of 128: architectures, rows, two kinds
     linear = 2 * 3 * (1 + 3)  # architectures, decays or delta rule: forward, and backward
     sparse = 2 * 3  # architectures: forward, dq and dkv
-    assert len(recorded()) == attention + products + linear + sparse
+    assert len(recorded()) == attention + steps + products + linear + sparse
     assert {one["compiler"] for one in recorded()} == {"xla"}
