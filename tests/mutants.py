@@ -43,6 +43,11 @@ GROUPS = {
         tests/jfa/test_attention_transforms.py tests/jfa/test_attention_refusals.py tests/jfa/test_paged_refusals.py
         tests/jfa/test_lowering.py tests/jfa/test_paged_lowering.py tests/jfa/test_tuning.py tests/jfa/test_flax.py""",
     ),
+    "decode": Group(
+        "jfa/kernels/triton/few_rows.py jfa/kernels/triton/write.py jfa/kernels/triton/merge.py",
+        """tests/jfa/test_row_ops.py tests/jfa/test_write.py tests/jfa/test_paged_lowering.py
+        tests/jfa/test_paged_attention.py tests/jfa_models/model/test_decoder.py""",
+    ),
     "caches": Group(
         "jfa/cache/contiguous.py jfa/cache/paged.py jfa/quant.py jfa_models/decoding/caches.py",
         """tests/jfa/test_cache.py tests/jfa/test_paged_cache.py tests/jfa/test_quant.py
