@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,15 +145,16 @@ def shards(compiled: Sequence[Record]) -> str:
 
 
 def launches(compiled: Sequence[Record]) -> str:
-    """A Markdown table of whole steps of models on one GPU: launches of a layer, in order, and of the step."""
-    lines = [["model", "GPU", "rows", "tokens", "cache", "in a layer", "in all", "a layer"], ["---"] * 8]
+    """A Markdown table of whole steps of models on one GPU: launches of the step, and those of a layer."""
+    lines = [["model", "GPU", "rows", "tokens", "cache", "launches", "a layer", "which"], ["---"] * 8]
     for row in compiled:
-        of_layer = [name.partition("__")[0] for name in row["one_layer"]]
-        runs = [(name, len(list(group))) for name, group in itertools.groupby(of_layer)]
-        told = ", ".join(f"{n} `{name}`" if n > 1 else f"`{name}`" for name, n in runs)
+        of_layer = Counter(name.partition("__")[0] for name in row["one_layer"])
+        told = [f"{n} `{name}`" if n > 1 else f"`{name}`" for name, n in of_layer.items() if name in names.KERNELS]
+        if others := sum(n for name, n in of_layer.items() if name not in names.KERNELS):
+            told.append(f"{others} of XLA")
         cache = f"{row['kv_dtype']} pages" if row["kv_dtype"] else {"paged": "pages"}.get(row["cache"], row["cache"])
         who = [row["model"], row["arch"], str(row["batch"]), f"{row['context']:,}", cache]
-        lines.append([*who, str(row["launches_per_layer"]), str(row["launches"]), told])
+        lines.append([*who, str(row["launches"]), str(row["launches_per_layer"]), ", ".join(told)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

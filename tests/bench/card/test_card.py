@@ -14,7 +14,7 @@ from jfa_bench.card import correctness, ledger, plan, session, tuning
 from jfa_bench.measure import machine, peers, roofline
 from jfa_bench.proof import prove
 from jfa_bench.records import record, report
-from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases, sparse_cases
+from jfa_bench.truth import cases, linear_cases, paged_cases, product_cases, row_cases, sparse_cases
 
 CALL = {
     "device": {"name": "MI300X", "arch": "gfx942", "platform": "rocm", "host": "EPYC", "driver": None, "power": {}},
@@ -313,6 +313,7 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
         *(("ragged_paged_attention", "forward", name) for name, queries in paged.items() if queries is not None),
         *(("quantized_matmul_few_rows", "forward", name) for name, few in products.items() if few),
         *(("quantized_matmul", "forward", name) for name, few in products.items() if not few),
+        *(("matmul_few_rows", "forward", name) for name in row_cases.cases("bfloat16")),
         *((op, "forward", name) for name, op in linear.items()),
         *((op, "backward", name) for name, op in differentiated.items()),
         *(("block_sparse_attention", direction, name) for direction in directions for name in sparse_cases.ON_GPUS),

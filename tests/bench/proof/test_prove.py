@@ -263,7 +263,7 @@ def test_the_process_ends_with_that_status(monkeypatch):
             ["--op", "paged"],
             "unknown op 'paged'; use one of flash_attention, paged_decode_attention, ragged_paged_attention, "
             "quantized_matmul_few_rows, quantized_matmul, linear_attention, gated_linear_attention, delta_attention, "
-            "block_sparse_attention, rotate_and_write, "
+            "block_sparse_attention, rotate_and_write, matmul_few_rows, "
             "or all",
         ),
     ],
