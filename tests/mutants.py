@@ -43,6 +43,11 @@ GROUPS = {
         tests/jfa/test_attention_transforms.py tests/jfa/test_attention_refusals.py tests/jfa/test_paged_refusals.py
         tests/jfa/test_lowering.py tests/jfa/test_paged_lowering.py tests/jfa/test_tuning.py tests/jfa/test_flax.py""",
     ),
+    "tpu": Group(
+        """jfa/kernels/tpu/tile.py jfa/kernels/tpu/columns.py jfa/kernels/tpu/paged.py jfa/kernels/tpu/flash.py
+        jfa/kernels/tpu/flash_bwd.py jfa/kernels/tpu/products.py""",
+        "tests/jfa/test_tpu.py tests/jfa/test_tpu_products.py",
+    ),
     "caches": Group(
         "jfa/cache/contiguous.py jfa/cache/paged.py jfa/quant.py jfa_models/decoding/caches.py",
         """tests/jfa/test_cache.py tests/jfa/test_paged_cache.py tests/jfa/test_quant.py
