@@ -503,3 +503,9 @@ def test_tiles_are_thought_to_need_at_least_what_the_compiler_needed(call):
         assert flash_bwd.vmem_bytes(operands, config, tiles=tiles[0]) >= NEEDED_BACKWARD[call] * 2**20
     else:
         assert flash.vmem_bytes(operands, config) >= NEEDED[call] * 2**20
+
+
+def test_the_sums_for_queries_of_divided_keys_are_thought_to_be_float32():
+    config = jfa.TpuConfig(block_q=512, block_kv=512)
+    whole, divided = (flash_bwd.vmem_bytes(shapes(heads=(2, 2), tq=512, tk=tk), config, tiles=1) for tk in (512, 1024))
+    assert divided - whole == 2 * 512 * 128 * (4 - 2)  # two blocks
