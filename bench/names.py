@@ -56,10 +56,10 @@ PAGED_DTYPES = (
 WRITE_DTYPES = tuple(dtype for dtype in PAGED_DTYPES if not dtype.endswith("uint8"))
 LINEAR_DTYPES = ("bfloat16", "float32")
 PRODUCT_DTYPES = (*(dtype for dtype in PAGED_DTYPES if " on " in dtype), "int8 on int8")  # of x and the weight
+ROW_DTYPES = tuple(dtype for dtype in PAGED_DTYPES if dtype != "float32")
 DTYPES = tuple(dict.fromkeys((*PAGED_DTYPES, *PRODUCT_DTYPES)))
 HEAD_DIMS = (64, 128, 256)  # entries of a tuning table; other head_dims use the next larger entry
 BETWEEN = (80,)  # head_dims between these entries that are tested as well
-ROW_DTYPES = ("bfloat16", "float16")
 GROUP_SIZES = (32, 128, 4096)  # what the products have instead of head_dims; 4096: a whole row
 
 # Implementations of attention, jfa's and others' (measure.peers); measured directions; implementations in a model.

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
-from jfa import backends
+from jfa import backends, quant
 from jfa.backends.interface import RowBackend
 from jfa.device import probe
 from jfa.kernels.xla import products as in_xla
@@ -42,9 +42,10 @@ def serves(
     """Whether matmul_few_rows supports a call. Arrays, or their shapes."""
     device = probe()
     backend = backends.rows(implementation, device)
-    if backend is None or any(isinstance(weight, QuantizedArray) for weight in weights):
+    if backend is None:
         return False
-    if any(kind == AxisType.Manual for w in weights for kind in jax.typeof(w).sharding.mesh.axis_types):
+    arrays = jax.tree.leaves(list(weights))
+    if any(kind == AxisType.Manual for x in arrays for kind in jax.typeof(x).sharding.mesh.axis_types):
         return False  # the kernel has no rule for an array that is divided
     rows: Any = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     operands = RowOperands(rows, tuple(weights), (None,) * len(weights))  # type: ignore[arg-type]
@@ -54,7 +55,7 @@ def serves(
 @with_default_rules
 def matmul_few_rows(
     x: Float[Array, "*b in"],
-    weights: Sequence[Float[Array, "out in"]],
+    weights: Sequence[Float[Array, "out in"] | QuantizedArray],
     spec: RowSpec,
     *,
     biases: Sequence[Float[Array, " out"] | None] | None = None,
@@ -117,7 +118,8 @@ def _plain(spec: RowSpec, operands: RowOperands) -> Float[Array, "n sum_of_out"]
         assert operands.scale is not None
         wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + spec.eps)
         x = (wide * (spec.plus + operands.scale.astype(jnp.float32))).astype(dtype)
-    found = [in_xla.times_rows(x, weight, to=jnp.float32, on_cpu=False) for weight in operands.weights]
+    dense = [quant.dequantize(w, dtype) if isinstance(w, QuantizedArray) else w for w in operands.weights]
+    found = [in_xla.times_rows(x, weight, to=jnp.float32, on_cpu=False) for weight in dense]
     found = [y if b is None else y + b.astype(jnp.float32) for y, b in zip(found, operands.biases, strict=True)]
     if spec.activation is not None:
         found = [functools.reduce(jnp.multiply, found[1:], _PLAIN[spec.activation](found[0]))]

@@ -7,7 +7,7 @@ kernel, a *page* is always memory.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
@@ -163,7 +163,7 @@ class RowOperands(NamedTuple):
     """The arrays that matmul_few_rows reads, or their shapes."""
 
     x: Float[Array, "n in"]
-    weights: tuple[Float[Array, "out in"], ...]
+    weights: tuple[Any, ...]  # [out, in]: floats in the dtype of x, or a QuantizedArray
     biases: tuple[Float[Array, " out"] | None, ...]
     scale: Float[Array, " in"] | None = None
     residual: Float[Array, "n sum_of_out"] | None = None

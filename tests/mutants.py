@@ -48,6 +48,11 @@ GROUPS = {
         """tests/jfa/test_row_ops.py tests/jfa/test_write.py tests/jfa/test_paged_lowering.py
         tests/jfa/test_paged_attention.py tests/jfa_models/model/test_decoder.py""",
     ),
+    "tpu": Group(
+        """jfa/kernels/tpu/tile.py jfa/kernels/tpu/columns.py jfa/kernels/tpu/paged.py jfa/kernels/tpu/flash.py
+        jfa/kernels/tpu/flash_bwd.py jfa/kernels/tpu/products.py""",
+        "tests/jfa/test_tpu.py tests/jfa/test_tpu_products.py",
+    ),
     "caches": Group(
         "jfa/cache/contiguous.py jfa/cache/paged.py jfa/quant.py jfa_models/decoding/caches.py",
         """tests/jfa/test_cache.py tests/jfa/test_paged_cache.py tests/jfa/test_quant.py
@@ -80,6 +85,9 @@ PER_GROUP = 14
 SURVIVORS = {  # the changed line: why no test can notice it
     "if operands.q_segments is not None or operands.kv_segments is not None:": "both are given, or neither",
     "if tile.has_data_mask or visible is not None:": "weights that are already zero are masked again",
+    "if operands.q_segments is None and operands.kv_segments is None:": "both are given, or neither",
+    "keys, values = jnp.where(inside, keys, 0), jnp.where(inside, values, 1)": "any finite value has a weight of 0",
+    "stored = block[:, pl.ds(start if False else pl.multiple_of(start, LANES), width)]": "a hint, for traced numbers",
     "num_pages=[1 + int(table.max(initial=1)) for table in own],": "an empty table gets a pool of one page more",
     "return hashlib.blake2b(parent + page, digest_size=33).digest()": "any size that avoids collisions will do",
 }

@@ -320,12 +320,16 @@ _FEW_ROWS, _MANY_ROWS = 8, 512
 
 def _weight(dtype: str, group_size: int, variant: str) -> jfa.QuantizedArray:
     """Shapes; dtype: one of names.PRODUCT_DTYPES, group_size: one of names.GROUP_SIZES."""
-    of_x, _, stored = dtype.partition(" on ")
-    kind = quant.kind_of(stored)
     group = group_size if group_size < LENGTH else None
     out, width = LENGTH, LENGTH
     if variant == "ragged":
         out, width = LENGTH - 24, LENGTH - (group or 24)
+    return _quantized(dtype, out, width, group, minima=variant == "minima")
+
+
+def _quantized(dtype: str, out: int, width: int, group: int | None, *, minima: bool = False) -> jfa.QuantizedArray:
+    of_x, _, stored = dtype.partition(" on ")
+    kind = quant.kind_of(stored)
     shape = (out,) if group is None else (out, width // group)
 
     def each(dtype: str, used: bool) -> Any:
@@ -334,8 +338,8 @@ def _weight(dtype: str, group_size: int, variant: str) -> jfa.QuantizedArray:
     return jfa.QuantizedArray(
         values=jax.ShapeDtypeStruct((out, quant.stored_size(kind, width)), stored),  # type: ignore[arg-type]
         scales=each("bfloat16", True),
-        zeros=each(stored, kind == "int4" and variant != "minima"),
-        minima=each("float32", variant == "minima"),
+        zeros=each(stored, kind == "int4" and not minima),
+        minima=each("float32", minima),
         group_size=group,
         rounds_inputs=int(of_x == "int8"),
     )
@@ -535,18 +539,25 @@ def _write(dtype: str, head_dim: int, config: NoConfig | None, variant: str) -> 
 
 
 def _few_rows(dtype: str, columns: int, config: NoConfig | None, variant: str) -> tuple[Callable, tuple]:
-    """A product of Llama-3-8B's decoder: of queries, keys and values, or, by the variant, of another part of it."""
+    """A product of Llama-3-8B's decoder: of queries, keys and values, or, by the variant, of another part of it.
+
+    Weights in 8 bits have a scale for each row, or groups of 128; those in 4 bits groups of 128, or of 32.
+    """
+    of_x, _, stored = dtype.partition(" on ")
     outs, hidden = {"": (columns, 1024, 1024), "gate": (14336, 14336)}.get(variant, (columns,)), columns
     activation = "silu" if variant == "gate" else None
     if variant == "ragged":
-        outs, columns = tuple(out - 24 for out in outs), columns - 24
-    spec = RowSpec(activation=activation, eps=1e-5 if dtype == "bfloat16" and variant != "residual" else None)
+        outs, columns = tuple(out - 24 for out in outs), columns - (128 if stored else 24)
+    spec = RowSpec(activation=activation, eps=1e-5 if of_x == "bfloat16" and variant != "residual" else None)
+    groups = (32, 128) if stored == "uint8" else (128, None)
 
     def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, of_x)
 
     x, scale, residual = array(_FEW_ROWS, columns), array(columns), array(_FEW_ROWS, hidden)
-    weights = tuple(array(out, columns) for out in outs)
+    weights: tuple[Any, ...] = tuple(array(out, columns) for out in outs)
+    if stored:
+        weights = tuple(_quantized(dtype, out, columns, groups[variant != "groups"]) for out in outs)
 
     def call(x, weights, scale, residual):
         if not row_ops.serves(x, weights, spec, implementation="triton"):
@@ -870,7 +881,7 @@ OPS = (
         call=_few_rows,
         default_config=lambda device, dtype, columns: NoConfig(),
         bound="memory_bound_share",
-        variants=("gate", "residual", "ragged"),
+        variants=("gate", "residual", "ragged", "groups"),
         dtypes=names.ROW_DTYPES,
         head_dims=names.GROUP_SIZES[-1:],
         between=(),

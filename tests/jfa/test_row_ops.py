@@ -9,15 +9,23 @@ import pytest
 from runs import run
 
 import jfa
-from jfa import backends, row_ops
+from jfa import backends, quant, row_ops
 from jfa.device import probe
 from jfa.kernels.triton import few_rows
 from jfa.types import RowOperands, RowSpec
+from jfa_bench import names
 from jfa_bench.proof import aot
 from jfa_bench.truth import row_cases
 from jfa_bench.truth.numerics import assert_within, limit
 
-PLAIN = RowSpec()
+PLAIN, GATE = RowSpec(), RowSpec(activation="silu")
+
+
+def int8(*, group_size=None, rounds_inputs=0):
+    """A weight [32, 96]."""
+    scales = jnp.ones(32) if group_size is None else jnp.ones((32, -(-96 // group_size)))
+    values = jnp.zeros((32, 96), jnp.int8)
+    return jfa.QuantizedArray(values=values, scales=scales, group_size=group_size, rounds_inputs=rounds_inputs)
 
 
 def products(truth):
@@ -29,16 +37,17 @@ def products(truth):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        run(name, dtype, quick=dtype == "bfloat16" or name == "residual")
-        for dtype in ("bfloat16", "float16")
+        run(name, dtype, quick=dtype.startswith("bfloat16") or name in ("residual", "fp8"))
+        for dtype in names.ROW_DTYPES
         for name in row_cases.cases(dtype)
     ],
 )
 def test_results_are_those_of_the_definition(name, dtype):
-    truth = row_cases.truth_of(row_cases.cases(dtype)[name], dtype, seed=0)
+    of_x = dtype.partition(" on ")[0]
+    truth = row_cases.truth_of(row_cases.cases(dtype)[name], of_x, seed=0)
     got = products(truth)
-    assert got.dtype == dtype
-    assert_within(got, truth.out, limit(truth.out, truth.plain_out, dtype))
+    assert got.dtype == of_x
+    assert_within(got, truth.out, limit(truth.out, truth.plain_out, of_x))
 
 
 def test_float16_near_its_largest_number_stays_finite():
@@ -121,8 +130,8 @@ def test_it_is_one_kernel_on_every_architecture(arch):
         (dict(rows=17, spec=RowSpec(eps=1e-5)), "it is for 1 to 16 rows, got 17"),
         (dict(columns=0), "a product without columns, or weights without rows"),
         (dict(out=0), "a product without columns, or weights without rows"),
-        (dict(dtype="float32"), "must be bfloat16 or float16, all the same, got float32 and float32"),
-        (dict(of_weights="float16"), "must be bfloat16 or float16, all the same, got bfloat16 and float16"),
+        (dict(dtype="float32"), "x must be bfloat16 or float16, got float32"),
+        (dict(of_weights="float16"), "weights must be quantized, or bfloat16 as x is, got float16"),
         (dict(dtype="float16", spec=RowSpec(eps=1e-5)), "which may be too large for float16"),
         (dict(spec=RowSpec(activation="gelu")), "it has the activations silu, gelu_tanh, relu, not gelu"),
     ],
@@ -138,10 +147,38 @@ def test_what_is_left_to_xla(change, reason):
     assert reason in backends.rows("triton", device).why_not(operands, given["spec"], device)
 
 
-def test_other_backends_and_quantized_weights_have_no_such_kernel():
+@pytest.mark.parametrize(
+    ("weights", "spec", "reason"),
+    [
+        ([int8(rounds_inputs=1)], PLAIN, "rounded inputs are multiplied as integers"),
+        ([int8(group_size=24)], PLAIN, "group_size must be a power of two of at least 16"),
+        (
+            [int8(), int8(group_size=32)],
+            RowSpec(activation="silu"),
+            "a gate and its factor must be stored in the same way",
+        ),
+    ],
+    ids=["rounded", "groups", "gate"],
+)
+def test_quantized_weights_that_are_left_to_others(weights, spec, reason):
+    x, device = jnp.zeros((4, 96), jnp.bfloat16), probe()
+    assert not row_ops.serves(x, weights, spec, implementation="triton")
+    operands = RowOperands(x, tuple(weights), (None,) * len(weights))
+    assert reason in backends.rows("triton", device).why_not(operands, spec, device)
+
+
+def test_weights_that_are_stored_in_different_ways_share_x():
+    """As those of queries and values do in some GGUF files."""
+    known = row_cases.truth_of(row_cases.QUANTIZED["int4_minima"], "bfloat16", seed=0)
+    x, weights = known.x, [quant.dequantize(known.weights[0], "bfloat16"), known.weights[0]]
+    got = row_ops.matmul_few_rows(x, weights, PLAIN, implementation="triton")
+    want = known.out - known.options["residual"]
+    for y in np.split(got, 2, axis=1):
+        assert_within(y, want, limit(want, known.plain_out - known.options["residual"], "bfloat16"))
+
+
+def test_other_backends_have_no_such_kernel():
     x, weight = jnp.zeros((4, 64), jnp.bfloat16), jnp.zeros((32, 64), jnp.bfloat16)
     assert row_ops.serves(x, [weight], PLAIN, implementation="triton")
     for implementation in (None, "xla", "reference", "tpu"):  # None: on a CPU
         assert not row_ops.serves(x, [weight], PLAIN, implementation=implementation)
-    quantized = jfa.QuantizedArray(values=jnp.zeros((32, 64), jnp.int8), scales=jnp.ones(32))
-    assert not row_ops.serves(x, [quantized], PLAIN, implementation="triton")

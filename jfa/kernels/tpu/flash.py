@@ -73,7 +73,11 @@ def why_not(operands: Operands, spec: AttentionSpec, device: DeviceInfo) -> str 
 
 
 def vmem_bytes(operands: Operands, config: TpuConfig) -> int:
-    """Bytes of VMEM that the kernel needs, at most: blocks twice, scratch arrays, and three tiles of scores."""
+    """Bytes of VMEM that the kernel needs, at most: blocks twice, scratch arrays, and what the compiler adds.
+
+    That is three tiles of scores, or half a tile for each key head of a block, which are unrolled. If there are
+    several, the keys, values, queries and outputs of each are moved to where rows of lanes begin.
+    """
     shape, dtype = Shape.of(operands), operands.q.dtype
     block_q = min(config.block_q, tile.rounded(shape.tq, tile.sublanes(dtype)))
     heads = heads_of_block(shape)
@@ -89,7 +93,11 @@ def vmem_bytes(operands: Operands, config: TpuConfig) -> int:
     scratch = heads * (
         stored((rows, shape.d), dtype) + stored((rows, shape.dv), jnp.float32) + 2 * stored((rows, LANES), jnp.float32)
     )
-    return 2 * blocks + scratch + 3 * stored((rows, config.block_kv), jnp.float32)
+    added = max(6, heads) * stored((rows, config.block_kv), jnp.float32) // 2
+    if heads > 1:
+        for size in (shape.d, shape.dv):
+            added += heads * (stored((config.block_kv, size), dtype) + stored((rows, size), jnp.float32))
+    return 2 * blocks + scratch + added
 
 
 def flash_attention(

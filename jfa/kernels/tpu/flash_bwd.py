@@ -51,9 +51,10 @@ def default_config(operands: Operands, forward: TpuConfig, device: DeviceInfo) -
 
 
 def vmem_bytes(operands: Operands, config: TpuConfig, *, tiles: int) -> int:
-    """Bytes of VMEM that the kernel needs, at most: blocks twice, scratch arrays, and four tiles of scores.
+    """Bytes of VMEM that the kernel needs, at most: blocks twice, scratch arrays, and what the compiler adds.
 
-    tiles: tiles of keys in a part.
+    That is four tiles of scores, and if a block has several key heads, the queries and outputs of each, which are moved
+    to where rows of lanes begin. tiles: tiles of keys in a part.
     """
     shape, dtype = Shape.of(operands), operands.q.dtype
     block_q, heads = min(config.block_q, tile.rounded(shape.tq, LANES)), heads_of_block(shape)
@@ -61,8 +62,10 @@ def vmem_bytes(operands: Operands, config: TpuConfig, *, tiles: int) -> int:
     rows, columns = shape.g * block_q, heads * shape.g
     stored = tile.stored_bytes
     keys = heads * (shape.d + shape.dv)
+    is_divided = tiles * block_kv < shape.tk
     blocks = (
-        2 * stored((block_q, columns * shape.d), jnp.float32)  # q, and dq, which may be float32
+        stored((block_q, columns * shape.d), dtype)
+        + stored((block_q, columns * shape.d), jnp.float32 if is_divided else dtype)
         + 2 * stored((block_q, columns * shape.dv), dtype)
         + stored((block_kv, keys), dtype)
         + stored((tiles * block_kv, keys), dtype)
@@ -71,12 +74,15 @@ def vmem_bytes(operands: Operands, config: TpuConfig, *, tiles: int) -> int:
     scratch = heads * (
         stored((rows, shape.d), dtype)
         + stored((rows, shape.dv), dtype)
-        + stored((shape.d, rows), jnp.float32)
+        + stored((rows, shape.d), jnp.float32)
         + stored((1, rows), jnp.float32)
         + stored((tiles * block_kv, shape.d), jnp.float32)
         + stored((tiles * block_kv, shape.dv), jnp.float32)
     )
-    return 2 * blocks + scratch + 4 * stored((block_kv, rows), jnp.float32)
+    added = 4 * stored((block_kv, rows), jnp.float32)
+    if heads > 1:
+        added += heads * sum(stored((rows, size), jnp.float32) for size in (shape.d, shape.dv))
+    return 2 * blocks + scratch + added
 
 
 def flash_attention_bwd(

@@ -46,6 +46,25 @@ def widened(x: Array, *, dtype: Any, fp8_by_bits: bool, nan: bool, words: bool) 
     return (x.astype(dtype),)
 
 
+def offset(stored: Any, dtype: Any, scales: Array, zeros: Array | None, minima: Array | None) -> Array | None:
+    """What the sum of the other factor is multiplied by: minimum - scale * (zero + what the numbers are too large by).
+
+    None: nothing. All of one shape, in float32 but for zeros, which are integers, and minima.
+    """
+    shift = bias(stored, dtype)
+    if stored == jnp.uint8 and not (zeros is minima is None):
+        shift -= INT4_ZERO  # the numbers are 0 to 15, not levels
+    found = None
+    if zeros is not None:
+        found = scales * (-shift - zeros.astype(jnp.float32))
+    elif shift:
+        found = scales * -shift
+    if minima is not None:
+        minima = minima.astype(jnp.float32)
+        found = minima if found is None else found + minima
+    return found
+
+
 def rounded_half_up(x: Float[Array, "..."]) -> BFloat16[Array, "..."]:
     """float32 to bfloat16 by one addition, for GPUs without an instruction; ties are rounded away from zero."""
     bits = lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)

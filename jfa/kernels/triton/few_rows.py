@@ -15,7 +15,8 @@ The time is that of reading the weights. Sources: arXiv:2402.00025, section 3 (d
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfa.kernels.common import output
+from jfa.kernels.triton import products
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import dot_of_parts, exp2, fma
-from jfa.kernels.triton.casts import rounded_half_up
+from jfa.kernels.triton.casts import bias, offset, rounded_half_up, unit, widened
+from jfa.kernels.triton.products import Layout
 from jfa.kernels.triton.tile import kind_of
-from jfa.types import DeviceInfo, RowOperands, RowSpec
+from jfa.quant import QuantizedArray
+from jfa.types import DeviceInfo, ProductOperands, ProductSpec, RowOperands, RowSpec
 
 MAX_ROWS = 32  # with more, x would be read several times as often as the weights
 
@@ -58,37 +62,64 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 def why_not(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> str | None:
     """The reason why the kernel does not support this call; None if it does."""
-    n, dtype = operands.x.shape[0], operands.x.dtype
+    x, weights = operands.x, operands.weights
     if device.platform not in ("rocm", "cuda", "cpu"):
         return f"Triton kernels run on AMD and NVIDIA GPUs (and interpreted on the CPU), not on {device.platform}"
     largest = MAX_ROWS if spec.eps is None else _MAX_NORMALIZED
-    if not 0 < n <= largest:
-        return f"it is for 1 to {largest} rows, got {n}"
-    if not all(math.prod(weight.shape) for weight in operands.weights):
+    if not 0 < x.shape[0] <= largest:
+        return f"it is for 1 to {largest} rows, got {x.shape[0]}"
+    if not all(math.prod(weight.shape) for weight in weights):
         return "a product without columns, or weights without rows"
-    if dtype not in (jnp.bfloat16, jnp.float16) or any(weight.dtype != dtype for weight in operands.weights):
-        return f"x and weights must be bfloat16 or float16, all the same, got {dtype} and {operands.weights[0].dtype}"
-    if spec.eps is not None and dtype != jnp.bfloat16:
-        return f"x is multiplied before its norm is known, which may be too large for {dtype}"
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x must be bfloat16 or float16, got {x.dtype}"
+    for weight in weights:
+        if isinstance(weight, QuantizedArray):
+            if weight.rounds_inputs:
+                return "rounded inputs are multiplied as integers, by a kernel of their own"
+            of_weight = ProductOperands(x, weight.values, weight.scales, weight.zeros, weight.minima)
+            if reason := products.why_not(of_weight, ProductSpec(group_size=weight.group_size), device):
+                return reason
+        elif weight.dtype != x.dtype:
+            return f"weights must be quantized, or {x.dtype} as x is, got {weight.dtype}"
+    if spec.eps is not None and x.dtype != jnp.bfloat16:
+        return f"x is multiplied before its norm is known, which may be too large for {x.dtype}"
     if spec.activation not in (None, *ACTIVATIONS):
         return f"it has the activations {', '.join(ACTIVATIONS)}, not {spec.activation}"
+    if spec.activation and len({(_layout(weight), _stored(weight).dtype) for weight in weights}) > 1:
+        return "a gate and its factor must be stored in the same way"
     return None
+
+
+def _stored(weight: Array | QuantizedArray) -> Array:
+    return weight.values if isinstance(weight, QuantizedArray) else weight
+
+
+def _layout(weight: Array | QuantizedArray) -> Layout:
+    """How a wave walks the stored columns of a weight."""
+    stored, tile = _stored(weight).shape[1], _BLOCK_IN
+    if not isinstance(weight, QuantizedArray):
+        return Layout(stored=stored, halves=1, span=stored, tile=tile, piece=tile)
+    halves = 2 if weight.values.dtype == jnp.uint8 else 1
+    tile = tile // halves
+    span = stored if weight.group_size is None else min(stored, weight.group_size // halves)
+    return Layout(stored=stored, halves=halves, span=span, tile=tile, piece=min(tile, span) if span < stored else tile)
+
+
+def has_offset(weight: Any, dtype: Any) -> bool:
+    """Whether casts.offset has something to multiply with the sum of x."""
+    return weight.zeros is not None or weight.minima is not None or bias(weight.values.dtype, dtype) != 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tile:
-    """Of a program: num_warps waves, each with block_in columns of the weights at a time."""
+    """Of a program, whose waves divide the columns of the weights."""
 
     block_rows: int
     block_out: int
-    block_in: int
     num_warps: int
     num_stages: int
     round_half_up: bool  # what is normalized, to bfloat16
-
-    @property
-    def columns(self) -> int:
-        return self.num_warps * self.block_in
+    fp8_by_bits: bool
 
 
 def _tile(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> _Tile:
@@ -102,10 +133,10 @@ def _tile(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> _Tile:
     return _Tile(
         block_rows=block_rows,
         block_out=_BLOCK_OUT,
-        block_in=_BLOCK_IN,
         num_warps=num_warps,
         num_stages=3 if is_deep else 2,
         round_half_up=not device.arch.startswith(_WITH_BF16_CASTS),
+        fp8_by_bits=products.fp8_by_bits(device),
     )
 
 
@@ -114,13 +145,22 @@ def matmul_few_rows(
 ) -> Float[Array, "n sum_of_out"]:
     """What row_ops.matmul_few_rows defines, in the dtype of x."""
     n, tile = operands.x.shape[0], _tile(operands, spec, device)
-    arrays = {"x": operands.x, "scale": operands.scale, "residual": operands.residual}
-    arrays |= {f"weight_{i}": weight for i, weight in enumerate(operands.weights)}
-    arrays |= {f"bias_{i}": bias for i, bias in enumerate(operands.biases)}
+    arrays: dict[str, Any] = {"x": operands.x, "scale": operands.scale, "residual": operands.residual}
+    for i, (weight, of_weight) in enumerate(zip(operands.weights, operands.biases, strict=True)):
+        arrays |= {f"values_{i}": _stored(weight), f"bias_{i}": of_weight}
+        if isinstance(weight, QuantizedArray):
+            fields = {name: getattr(weight, name) for name in ("scales", "zeros", "minima")}
+            arrays |= {f"{name}_{i}": None if x is None else x.reshape(len(x), -1) for name, x in fields.items()}
     arrays = {name: x for name, x in arrays.items() if x is not None}
     outs = [weight.shape[0] for weight in operands.weights[: 1 if spec.activation else None]]
     call = pl.pallas_call(
-        functools.partial(_kernel, names=tuple(arrays), outs=tuple(outs), spec=spec, tile=tile),
+        functools.partial(
+            _kernel,
+            names=tuple(arrays),
+            layouts=tuple(map(_layout, operands.weights)),
+            spec=spec,
+            tile=tile,
+        ),
         name="matmul_few_rows",
         grid=(sum(pl.cdiv(out, tile.block_out) for out in outs),),
         in_specs=[_whole(x.shape) for x in arrays.values()],
@@ -140,72 +180,152 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
 def _kernel(
     *refs,  # the arguments by `names`, then the output [n, sum of outs]
     names: tuple[str, ...],
-    outs: tuple[int, ...],
+    layouts: tuple[Layout, ...],
     spec: RowSpec,
     tile: _Tile,
 ):
     *inputs, o_ref = refs
     ref = dict(zip(names, inputs, strict=True))
-    num_weights = sum(name.startswith("weight_") for name in names)
+    fields = ("values", "bias", "scales", "zeros", "minima")
+    weights = [_Weight(**{name: ref.get(f"{name}_{i}") for name in fields}) for i in range(len(layouts))]
+    store_block = functools.partial(_columns_of, ref, o_ref, spec=spec, tile=tile)
+    program = pl.program_id(0)
     if spec.activation:
-        _columns_of(ref, o_ref, tuple(range(num_weights)), pl.program_id(0), 0, spec=spec, tile=tile)
+        store_block(weights, layouts[0], program, 0)
         return
-    first, before = 0, 0
-    for i, out in enumerate(outs):
-        here = functools.partial(_columns_of, ref, o_ref, (i,), pl.program_id(0) - first, before, spec=spec, tile=tile)
-        first, before = first + pl.cdiv(out, tile.block_out), before + out
-        if len(outs) == 1:
-            here()
-        else:
-            pl.when((pl.program_id(0) >= first - pl.cdiv(out, tile.block_out)) & (pl.program_id(0) < first))(here)
+    first, before = 0, 0  # programs, and columns of the output, of the weights before
+    for weight, layout in zip(weights, layouts, strict=True):
+        out = weight.values.shape[0]
+        end = first + pl.cdiv(out, tile.block_out)
+        is_own = (program >= first) & (program < end)
+        here = functools.partial(store_block, [weight], layout, program - first, before)
+        here() if len(weights) == 1 else pl.when(is_own)(here)
+        first, before = end, before + out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Weight:
+    """The references of a weight in a kernel."""
+
+    values: Any
+    bias: Any
+    scales: Any  # None: floats
+    zeros: Any
+    minima: Any
+
+    def offsets(self, dtype: Any, at: tuple[Array, ...], scales: Array) -> Array | None:
+        """casts.offset, of these rows and groups."""
+        zeros, minima = (None if ref is None else load(ref.at[at]) for ref in (self.zeros, self.minima))
+        return offset(self.values.dtype, dtype, scales, zeros, minima)
 
 
 def _columns_of(
-    ref: dict, o_ref, weights: tuple[int, ...], block: Array, before: int, *, spec: RowSpec, tile: _Tile
+    ref: Mapping[str, Any],
+    o_ref,
+    weights: Sequence[_Weight],
+    layout: Layout,
+    block: Array,
+    before: int,
+    *,
+    spec: RowSpec,
+    tile: _Tile,
 ) -> None:
     """Stores a block of the columns of a weight, or of a gate and its factor, after the `before` columns of others."""
-    n, columns = ref["x"].shape
-    out = ref[f"weight_{weights[0]}"].shape[0]
+    n, width = ref["x"].shape
+    dtype, out = ref["x"].dtype, weights[0].values.shape[0]
     rows, outs = jnp.arange(tile.block_rows), block * tile.block_out + jnp.arange(tile.block_out)
     # rows and outputs past the last one read the last one, so that loads need no mask for them
     own_rows, own_outs = jnp.minimum(rows, n - 1), jnp.minimum(outs, out - 1)
     part = jnp.arange(tile.num_warps)
+    factor = unit(weights[0].values.dtype, dtype, tile.fp8_by_bits)
+    sums_x = any(one.scales is not None and has_offset(one, dtype) for one in weights)
 
-    def step(t, carry, *, edge: bool):
-        column = (t * tile.num_warps + part)[:, None] * tile.block_in + jnp.arange(tile.block_in)
-        inside = column < columns if edge else None
+    def scales_of(weight: _Weight, at: tuple[Array, ...]) -> tuple[Array, Array | None]:
+        """(scales, what the sum of x is multiplied by)"""
+        scales = load(weight.scales.at[at]).astype(jnp.float32)
+        return (scales * factor if factor != 1.0 else scales), weight.offsets(dtype, at, scales)
 
-        def tile_of(ref, at):
+    def piece(start, carry, *, edge: bool):
+        """Adds the products of the stored columns from start[part] on."""
+        sums, ones, squares = carry
+        stored = start[:, None] + jnp.arange(layout.piece)
+        inside = stored < layout.stored if edge else None
+
+        def tile_of(ref, at, column):
             mask = None
             if inside is not None:
-                mask = jnp.broadcast_to(inside[:, None, :], (tile.num_warps, at.shape[0], tile.block_in))
-            return load(ref.at[at[None, :, None], column[:, None, :]], mask=mask, other=None if mask is None else 0.0)
+                mask = jnp.broadcast_to(inside[:, None, :], (tile.num_warps, at.shape[0], layout.piece))
+            return load(ref.at[at[None, :, None], column[:, None, :]], mask=mask, other=None if mask is None else 0)
 
-        sums, squares = carry
-        x = tile_of(ref["x"], own_rows)
-        if spec.eps is not None:
-            wide = x.astype(jnp.float32)
-            scale = load(ref["scale"].at[column], mask=inside, other=None if inside is None else 0.0)
-            wide_scaled = wide * (scale.astype(jnp.float32) + spec.plus)[:, None, :]
-            x = rounded_half_up(wide_scaled) if tile.round_half_up else wide_scaled.astype(x.dtype)
-            squares = fma(wide, wide, squares)
-        products = [dot_of_parts(tile_of(ref[f"weight_{i}"], own_outs), x) for i in weights]
-        return [total + product for total, product in zip(sums, products, strict=True)], squares
+        column, group = stored, None
+        if layout.grouped:
+            group = lax.div(start, jnp.int32(layout.span))
+            column = stored + group[:, None] * layout.span if layout.halves == 2 else stored
+        xs = []
+        for half in range(layout.halves):
+            own = column + half * layout.span
+            x = tile_of(ref["x"], own_rows, own)
+            if spec.eps is not None:
+                wide = x.astype(jnp.float32)
+                scale = load(ref["scale"].at[own], mask=inside, other=None if inside is None else 0)
+                scaled = wide * (scale.astype(jnp.float32) + spec.plus)[:, None, :]
+                x = rounded_half_up(scaled) if tile.round_half_up else scaled.astype(dtype)
+                squares = fma(wide, wide, squares)
+            xs.append(x)
 
+        def product(numbers: Sequence[Array]) -> Array:
+            return functools.reduce(jnp.add, map(dot_of_parts, numbers, xs))
+
+        of_ones = None
+        if sums_x:  # a product too, since its result has the place of the others'
+            of_ones = product([jnp.ones((tile.num_warps, tile.block_out, layout.piece), dtype)] * layout.halves)
+            ones = ones if layout.grouped else ones + of_ones
+        for i, weight in enumerate(weights):
+            numbers = (tile_of(weight.values, own_outs, stored),)
+            if weight.scales is not None:
+                numbers = widened(*numbers, dtype=dtype, fp8_by_bits=tile.fp8_by_bits, nan=True, words=True)
+            total = product(numbers)
+            if group is None:
+                sums[i] = sums[i] + total
+                continue
+            assert weight.scales is not None
+            # a piece past the last column adds nothing
+            own_group = jnp.minimum(group, weight.scales.shape[1] - 1) if edge else group
+            scales, offsets = scales_of(weight, (own_outs[None, :], own_group[:, None]))
+            sums[i] = fma(total, scales[:, :, None], sums[i])
+            if offsets is not None:
+                sums[i] = fma(of_ones, offsets[:, :, None], sums[i])
+        return sums, ones, squares
+
+    def step(t, carry, *, edge: bool):
+        for i in range(layout.tile // layout.piece):
+            start = (t * tile.num_warps + part) * layout.tile + i * layout.piece
+            carry = piece(start, (list(carry[0]), *carry[1:]), edge=edge)
+        return carry
+
+    zeros = jnp.zeros((tile.num_warps, tile.block_out, tile.block_rows), jnp.float32)
     squares = None
     if spec.eps is not None:
-        squares = jnp.zeros((tile.num_warps, tile.block_rows, tile.block_in), jnp.float32)
-    carry = [jnp.zeros((tile.num_warps, tile.block_out, tile.block_rows), jnp.float32) for _ in weights], squares
-    num_whole = columns // tile.columns
+        squares = jnp.zeros((tile.num_warps, tile.block_rows, layout.piece), jnp.float32)
+    carry = [zeros for _ in weights], zeros if sums_x and not layout.grouped else None, squares
+    columns = tile.num_warps * layout.tile
+    num_whole = layout.stored // columns
     carry = lax.fori_loop(0, num_whole, functools.partial(step, edge=False), carry)
-    sums, squares = step(num_whole, carry, edge=True) if columns % tile.columns else carry
+    sums, ones, squares = step(num_whole, carry, edge=True) if layout.stored % columns else carry
     found = [total.sum(0) for total in sums]
+    for i, weight in enumerate(weights):
+        if weight.scales is None or layout.grouped:
+            continue
+        scales, offsets = scales_of(weight, (own_outs, jnp.zeros_like(own_outs)))
+        found[i] = found[i] * scales[:, None]
+        if offsets is not None:
+            found[i] = fma(ones.sum(0), offsets[:, None], found[i])
     if squares is not None:
-        norm = lax.rsqrt(squares.sum(2).sum(0) * (1.0 / columns) + spec.eps)
+        norm = lax.rsqrt(squares.sum(2).sum(0) * (1.0 / width) + spec.eps)
         found = [total * norm[None, :] for total in found]
-    for i, number in enumerate(weights):
-        if f"bias_{number}" in ref:
-            found[i] = found[i] + load(ref[f"bias_{number}"].at[own_outs]).astype(jnp.float32)[:, None]
+    for i, weight in enumerate(weights):
+        if weight.bias is not None:
+            found[i] = found[i] + load(weight.bias.at[own_outs]).astype(jnp.float32)[:, None]
     y = found[0]
     if spec.activation:
         y = functools.reduce(jnp.multiply, found[1:], ACTIVATIONS[spec.activation](y))

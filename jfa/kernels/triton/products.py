@@ -31,7 +31,7 @@ from jfa import quant
 from jfa.kernels.common import output
 from jfa.kernels.triton._pallas import CompilerParams, dot, load, pl, store
 from jfa.kernels.triton._primitives import fma
-from jfa.kernels.triton.casts import INT4_ZERO, bias, unit, widened
+from jfa.kernels.triton.casts import bias, offset, unit, widened
 from jfa.kernels.triton.tile import kind_of
 from jfa.types import DeviceInfo, ProductConfig, ProductOperands, ProductSpec
 
@@ -110,7 +110,7 @@ def num_splits(operands: ProductOperands, config: ProductConfig, device: DeviceI
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Layout:
+class Layout:
     """How the stored columns of a weight are walked: in tiles, each of one or more pieces with common scales."""
 
     stored: int  # columns of values
@@ -140,11 +140,11 @@ def _halves(operands: ProductOperands) -> int:
     return 2 if operands.values.dtype == jnp.uint8 else 1
 
 
-def _layout(operands: ProductOperands, spec: ProductSpec, config: ProductConfig) -> _Layout:
+def _layout(operands: ProductOperands, spec: ProductSpec, config: ProductConfig) -> Layout:
     halves, stored = _halves(operands), operands.values.shape[1]
     tile = max(_SMALLEST_DOT, config.block_in // halves)
     span = stored if spec.group_size is None else min(stored, spec.group_size // halves)
-    return _Layout(stored=stored, halves=halves, span=span, tile=tile, piece=min(tile, span) if span < stored else tile)
+    return Layout(stored=stored, halves=halves, span=span, tile=tile, piece=min(tile, span) if span < stored else tile)
 
 
 def quantized_matmul(
@@ -205,7 +205,7 @@ def _has_offset(operands: ProductOperands, dtype: Any) -> bool:
     return operands.zeros is not None or operands.minima is not None or bias(operands.values.dtype, dtype) != 0.0
 
 
-def _sums(x: Array, layout: _Layout, num_splits: int, rows: int) -> Float[Array, "parts rows"]:
+def _sums(x: Array, layout: Layout, num_splits: int, rows: int) -> Float[Array, "parts rows"]:
     """The sums of x over the columns of each piece; without groups, of each program's columns.
 
     Zeros are added up to a number of rows that is a whole number of tiles.
@@ -226,7 +226,7 @@ def _sums(x: Array, layout: _Layout, num_splits: int, rows: int) -> Float[Array,
 def _product_kernel(
     *refs,  # the arguments by `names`, then the output [n, out], or [splits, n, out]
     names: tuple[str, ...],
-    layout: _Layout,
+    layout: Layout,
     config: ProductConfig,
     fp8_by_bits: bool,
 ):
@@ -269,7 +269,8 @@ def _product_kernel(
     def scaled(total: Array, acc: Array, group, part) -> Array:
         """acc plus a piece's product times its scales, and with its offsets. part: of the sums of x."""
         scales = load(ref["scales"].at[own_outs, group]).astype(jnp.float32)
-        offsets = _offsets(ref, scales, own_outs, group)
+        of_groups = (load(ref[name].at[own_outs, group]) if name in ref else None for name in ("zeros", "minima"))
+        offsets = offset(values_ref.dtype, x_ref.dtype, scales, *of_groups)
         factor = unit(values_ref.dtype, x_ref.dtype, fp8_by_bits)
         acc = fma(total.astype(jnp.float32), (scales * factor if factor != 1.0 else scales)[:, None], acc)
         if offsets is None:
@@ -309,21 +310,3 @@ def _product_kernel(
 def _dot(numbers: Array, x: Array) -> Float[Array, "out rows"] | Int[Array, "out rows"]:
     """numbers x^T with float32 or int32 sums; float32 inputs are not rounded to tf32."""
     return dot(numbers, x, trans_b=True, precision="highest" if x.dtype == jnp.float32 else None)
-
-
-def _offsets(ref: dict[str, Any], scales: Array, outs: Array, group) -> Float[Array, " block_out"] | None:
-    """What the sum of x is multiplied by: minimum - scale * (zero point + what the cast numbers are too large by)."""
-    if "sums" not in ref:
-        return None
-    shift = bias(ref["values"].dtype, ref["x"].dtype)
-    if ref["values"].dtype == jnp.uint8 and ("zeros" in ref or "minima" in ref):
-        shift -= INT4_ZERO  # the numbers are 0 to 15, not levels
-    found = None
-    if "zeros" in ref:
-        found = scales * (-shift - load(ref["zeros"].at[outs, group]).astype(jnp.float32))
-    elif shift:
-        found = scales * -shift
-    if "minima" in ref:
-        minima = load(ref["minima"].at[outs, group]).astype(jnp.float32)
-        found = minima if found is None else found + minima
-    return found
