@@ -548,7 +548,7 @@ def _few_rows(dtype: str, columns: int, config: NoConfig | None, variant: str) -
     activation = "silu" if variant == "gate" else None
     if variant == "ragged":
         outs, columns = tuple(out - 24 for out in outs), columns - (128 if stored else 24)
-    spec = RowSpec(activation=activation, eps=1e-5 if of_x == "bfloat16" and variant != "residual" else None)
+    spec = RowSpec(activation=activation, eps=1e-5 if dtype == "bfloat16" and variant != "residual" else None)
     groups = (32, 128) if stored == "uint8" else (128, None)
 
     def array(*shape: int) -> Any:

@@ -73,16 +73,6 @@ NORMALIZED = {  # not in float16
     "normalized_gate": RowCase(
         rows=16, width=1024, outs=(20, 20), spec=RowSpec(activation="silu", eps=1e-6, plus=1.0), biases=True
     ),
-    "normalized_int4": RowCase(
-        rows=3,
-        width=576,
-        outs=(40, 16, 16),
-        spec=RowSpec(eps=1e-5),
-        weight=dataclasses.replace(_INT4, group_size=64, zeros=True),
-    ),
-    "normalized_int8": RowCase(
-        rows=16, width=600, outs=(20, 20), spec=RowSpec(activation="silu", eps=1e-5), weight=_INT8
-    ),
 }
 
 
@@ -99,8 +89,8 @@ class RowTruth(NamedTuple):
 
 def cases(dtype: str) -> dict[str, RowCase]:
     """Those of a dtype of x, or, as in names.ROW_DTYPES, of x on numbers of quantized weights."""
-    of_x, _, stored = dtype.partition(" on ")
-    found = CASES | QUANTIZED | (NORMALIZED if of_x == "bfloat16" else {})
+    stored = dtype.partition(" on ")[2]
+    found = CASES | QUANTIZED | (NORMALIZED if dtype == "bfloat16" else {})
     kind = kind_of(stored) if stored else None
     return {name: case for name, case in found.items() if kind == (case.weight and case.weight.kind)}
 

@@ -151,6 +151,7 @@ def test_what_is_left_to_xla(change, reason):
     ("weights", "spec", "reason"),
     [
         ([int8(rounds_inputs=1)], PLAIN, "rounded inputs are multiplied as integers"),
+        ([int8()], RowSpec(eps=1e-5), "normalizing x in each program would take longer than reading quantized weights"),
         ([int8(group_size=24)], PLAIN, "group_size must be a power of two of at least 16"),
         (
             [int8(), int8(group_size=32)],
@@ -158,7 +159,7 @@ def test_what_is_left_to_xla(change, reason):
             "a gate and its factor must be stored in the same way",
         ),
     ],
-    ids=["rounded", "groups", "gate"],
+    ids=["rounded", "norm", "groups", "gate"],
 )
 def test_quantized_weights_that_are_left_to_others(weights, spec, reason):
     x, device = jnp.zeros((4, 96), jnp.bfloat16), probe()

@@ -36,7 +36,7 @@ from jfa.types import DeviceInfo, ProductOperands, ProductSpec, RowOperands, Row
 MAX_ROWS = 32  # with more, x would be read several times as often as the weights
 
 _MAX_NORMALIZED = 16  # of these; normalizing more takes as long as reading the weights, and spills on RDNA
-_BLOCK_OUT = 16
+_BLOCK_OUT, _BLOCK_OUT_INT4 = 16, 32  # of a 4-bit weight: more, since x is loaded and added up for each block
 _BLOCK_IN = 64  # columns of a wave: with 16 bits, 128 bytes of each row of a weight
 _MAX_WARPS = 8
 _BYTES_OF_SUMS = 4096
@@ -83,6 +83,8 @@ def why_not(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> str | N
             return f"weights must be quantized, or {x.dtype} as x is, got {weight.dtype}"
     if spec.eps is not None and x.dtype != jnp.bfloat16:
         return f"x is multiplied before its norm is known, which may be too large for {x.dtype}"
+    if spec.eps is not None and any(isinstance(weight, QuantizedArray) for weight in weights):
+        return "normalizing x in each program would take longer than reading quantized weights"
     if spec.activation not in (None, *ACTIVATIONS):
         return f"it has the activations {', '.join(ACTIVATIONS)}, not {spec.activation}"
     if spec.activation and len({(_layout(weight), _stored(weight).dtype) for weight in weights}) > 1:
@@ -127,12 +129,14 @@ def _tile(operands: RowOperands, spec: RowSpec, device: DeviceInfo) -> _Tile:
     block_rows = 16 if n <= 16 else 32
     num_warps = min(_MAX_WARPS, pl.next_power_of_2(pl.cdiv(columns, _BLOCK_IN)))
     num_weights = len(operands.weights) if spec.activation else 1
-    stage = num_warps * _BLOCK_IN * (block_rows + num_weights * _BLOCK_OUT) * operands.x.dtype.itemsize
+    packed = any(_stored(weight).dtype == jnp.uint8 for weight in operands.weights)
+    block_out = _BLOCK_OUT_INT4 if packed else _BLOCK_OUT
+    stage = num_warps * _BLOCK_IN * (block_rows + num_weights * block_out) * operands.x.dtype.itemsize
     # two stages, of which one is in registers on AMD; NVIDIA has both in shared memory, and room for some sums
     is_deep = kind_of(device) == "cuda" and 2 * stage + _BYTES_OF_SUMS <= device.lds_bytes
     return _Tile(
         block_rows=block_rows,
-        block_out=_BLOCK_OUT,
+        block_out=block_out,
         num_warps=num_warps,
         num_stages=3 if is_deep else 2,
         round_half_up=not device.arch.startswith(_WITH_BF16_CASTS),
