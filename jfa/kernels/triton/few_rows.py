@@ -256,10 +256,11 @@ def _columns_of(
         inside = stored < layout.stored if edge else None
 
         def tile_of(ref, at, column):
-            mask = None
-            if inside is not None:
-                mask = jnp.broadcast_to(inside[:, None, :], (tile.num_warps, at.shape[0], layout.piece))
-            return load(ref.at[at[None, :, None], column[:, None, :]], mask=mask, other=None if mask is None else 0)
+            at = at[None, :, None], column[:, None, :]
+            if inside is None:
+                return load(ref.at[at])
+            mask = jnp.broadcast_to(inside[:, None, :], (tile.num_warps, at[0].shape[1], layout.piece))
+            return load(ref.at[at], mask=mask, other=0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0)
 
         column, group = stored, None
         if layout.grouped:
@@ -271,7 +272,7 @@ def _columns_of(
             x = tile_of(ref["x"], own_rows, own)
             if spec.eps is not None:
                 wide = x.astype(jnp.float32)
-                scale = load(ref["scale"].at[own], mask=inside, other=None if inside is None else 0)
+                scale = load(ref["scale"].at[own], mask=inside, other=None if inside is None else 0.0)
                 scaled = wide * (scale.astype(jnp.float32) + spec.plus)[:, None, :]
                 x = rounded_half_up(scaled) if tile.round_half_up else scaled.astype(dtype)
                 squares = fma(wide, wide, squares)
