@@ -153,7 +153,8 @@ def launches(compiled: Sequence[Record]) -> str:
         if others := sum(n for name, n in of_layer.items() if name not in names.KERNELS):
             told.append(f"{others} of XLA")
         cache = f"{row['kv_dtype']} pages" if row["kv_dtype"] else {"paged": "pages"}.get(row["cache"], row["cache"])
-        who = [row["model"], row["arch"], str(row["batch"]), f"{row['context']:,}", cache]
+        model = f"{row['model']} {row['weights'] or ''}".rstrip()
+        who = [model, row["arch"], str(row["batch"]), f"{row['context']:,}", cache]
         lines.append([*who, str(row["launches"]), str(row["launches_per_layer"]), ", ".join(told)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
