@@ -15,7 +15,7 @@ from runs import run
 import jfa
 from jfa import backends
 from jfa.device import describe
-from jfa.kernels.tpu import columns, flash, flash_bwd, tile
+from jfa.kernels.tpu import columns, flash, flash_bwd, shares, tile
 from jfa.kernels.tpu._pallas import pltpu
 from jfa.types import AttentionSpec, BlockConfig, Operands, PagedOperands
 from jfa_bench.proof.proofs import backward_check, poisoned, tile_cases
@@ -462,6 +462,31 @@ def test_default_tiles_fit_into_the_vmem_of_each_chip(arch, group, head_dim):
             backward = flash_bwd.default_config(operands, forward, device)
             large = (group, head_dim) == (16, 80) or (group, head_dim, dtype) == (16, 96, "float32")
             assert backward or (arch == "v4" and group > 1) or large
+
+
+def test_query_heads_that_do_not_fit_together_are_computed_in_shares():
+    v7x, v6e = describe("tpu", "v7x"), describe("tpu", "v6e")
+    large = shapes(head_dim=80, heads=(128, 8), tq=4096, tk=4096)
+    assert (shares.number(large, v7x), shares.number(large, v6e)) == (2, 1)
+    assert "bytes of VMEM" in flash.why_not(large, SPEC, v7x)
+    backend = backends.flash("tpu")
+    assert backend.why_not(large, SPEC, v7x) is None
+    forward = backend.default_config(large, v7x)
+    assert isinstance(backend.backward_config(large, forward, v7x), jfa.TpuConfig)
+    too_large = shapes(head_dim=80, heads=(8 * 17, 8), tq=4096, tk=4096)  # 17 query heads cannot be halved
+    assert shares.number(too_large, v7x) == 1 and "17 heads" in backend.why_not(too_large, SPEC, v7x)
+
+
+@pytest.mark.parametrize("name", ["sinks_and_window", "alibi_both_ways_with_soft_cap"])
+def test_shares_of_query_heads_give_the_same_output_and_gradients(name, monkeypatch):
+    """Every call in shares, in the interpreter."""
+    monkeypatch.setattr(shares, "number", lambda operands, device: 2)
+    case = cases.CASES[name]
+    b, tq, tk, _, _, d = case.shape
+    known = cases.truth_of(dataclasses.replace(case, shape=(b, tq, tk, 8, 2, d)), "float32", seed=0)
+    options = known.options | dict(implementation="tpu", config=TILES, return_residual=True)
+    agrees(known, functools.partial(jfa.dot_product_attention, **options), *poisoned(known))
+    gradients_agree(known)
 
 
 def test_a_tpu_does_not_round_float32_before_a_product():
