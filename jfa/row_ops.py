@@ -1,4 +1,4 @@
-"""Products of a few rows with float weights, with what a decoder does before and after them, as one kernel.
+"""Products of a few rows, with what a decoder does before and after them, as one kernel.
 
 A decode step on a GPU reads weights and little else, and spends much of the rest on launches: of a norm, of a product
 for each weight, of the sums of split products, of an activation and a residual. Only the triton backend has the kernel;

@@ -1,4 +1,4 @@
-"""Products of a few rows with float weights, and what a decode step does around them, as one Pallas-Triton kernel.
+"""Products of a few rows, and what a decode step does before and after them, as one Pallas-Triton kernel.
 
 A program computes block_out columns of the output. Its waves divide the columns of the weights: each multiplies its own
 part of x, and the float32 sums of the parts are added on chip. So also a weight of few rows keeps the device busy, and
@@ -7,6 +7,9 @@ no partial results are written to memory, for whose addition XLA takes one more 
 Around the product, in float32: x is normalized, after the product, by the root mean square of its row; a bias is added;
 an activation is applied, whose result is multiplied by a second product (a gated MLP); the residual is added. Weights
 that share x, as those of queries, keys and values do, stay where they are: a program reads one of them.
+
+Quantized weights are cast in registers, and scales applied to the sums of a group, as in products.py. The sum of x that
+zero points and minima are multiplied by is a product with ones: its result lies where the others do.
 
 The time is that of reading the weights. Sources: arXiv:2402.00025, section 3 (dividing the columns), arXiv:2002.05202
 (gated MLPs). Tested in tests/jfa/test_row_ops.py.
