@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jfa import quant
 from jfa.rules import default_rules
 from jfa_models.decoding.language_model import LanguageModel, abstract_decoder, named_leaves
-from jfa_models.model.layers import MLP
+from jfa_models.model.layers import MLP, Normed
 
 CALIBRATION_TOKENS = 2048  # of the text, in rows of _ROW tokens
 _ROW = 256
@@ -164,8 +164,9 @@ class _Recorded(nnx.Module):
         self.layer = layer
         self.store = functools.partial(seen.__setitem__, name)
 
-    def __call__(self, x: Float[Array, "b t in"], *rest: Any) -> Any:
-        rows = x.reshape(-1, x.shape[-1])
+    def __call__(self, x: Normed | Float[Array, "b t in"], *rest: Any) -> Any:
+        inputs = x.value if isinstance(x, Normed) else x
+        rows = inputs.reshape(-1, inputs.shape[-1])
         self.store(rows[:: max(1, len(rows) // _SEEN)].astype(jnp.float32))
         return self.layer(x, *rest)
 

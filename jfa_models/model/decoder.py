@@ -50,7 +50,8 @@ class Block(nnx.Module):
         has_norm = config.has_mlp and not config.parallel_block
         self.mlp_norm = make_norm(config, hidden, dtype=dtype) if has_norm else None
         mlp = functools.partial(MLP, sum_over=partition.inner, implementation=implementation)
-        if config.has_experts(layer):
+        self.has_experts = config.has_experts(layer)
+        if self.has_experts:
             mlp = functools.partial(Experts, partition=partition)
         self.mlp = mlp(config, **options) if config.has_mlp else None
         self.mlp_post_norm = make_norm(config, hidden, dtype=dtype) if config.post_norms else None
@@ -75,13 +76,14 @@ class Block(nnx.Module):
         if self.mlp is None:
             return x, cache
         normed = normed if self.mlp_norm is None else Normed.of(self.mlp_norm, x, scope.at("mlp_norm"))
-        if isinstance(self.mlp, Experts):
-            out = self.mlp(normed.value, scope.inside("mlp"), rows.portion)
+        mlp: Any = self.mlp
+        if self.has_experts:
+            out = mlp(normed.value, scope.inside("mlp"), rows.portion)
         else:
-            out = self.mlp(normed, scope.inside("mlp"), x if adds else None)
+            out = mlp(normed, scope.inside("mlp"), x if adds else None)
         if self.mlp_post_norm is not None:
             out = self.mlp_post_norm(out, scope.at("mlp_post_norm"))
-        return out if adds and isinstance(self.mlp, MLP) else x + self._weighed(out), cache
+        return out if adds and not self.has_experts else x + self._weighed(out), cache
 
     def _weighed(self, x):
         return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)

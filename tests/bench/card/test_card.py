@@ -9,7 +9,7 @@ from golden import LLAMA3
 
 import jfa
 from jfa.device import describe
-from jfa_bench import cli
+from jfa_bench import cli, names
 from jfa_bench.card import correctness, ledger, plan, session, tuning
 from jfa_bench.measure import machine, peers, roofline
 from jfa_bench.proof import prove
@@ -313,7 +313,7 @@ def test_every_named_case_is_checked_and_the_tiles_of_known_architectures(arch, 
         *(("ragged_paged_attention", "forward", name) for name, queries in paged.items() if queries is not None),
         *(("quantized_matmul_few_rows", "forward", name) for name, few in products.items() if few),
         *(("quantized_matmul", "forward", name) for name, few in products.items() if not few),
-        *(("matmul_few_rows", "forward", name) for name in row_cases.cases("bfloat16")),
+        *(("matmul_few_rows", "forward", name) for dtype in names.ROW_DTYPES for name in row_cases.cases(dtype)),
         *((op, "forward", name) for name, op in linear.items()),
         *((op, "backward", name) for name, op in differentiated.items()),
         *(("block_sparse_attention", direction, name) for direction in directions for name in sparse_cases.ON_GPUS),
