@@ -37,7 +37,7 @@ def products(truth):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        run(name, dtype, quick=dtype.startswith("bfloat16") or name in ("residual", "fp8"))
+        run(name, dtype, quick=dtype.startswith("bfloat16") or name in ("residual", "fp8"), soak=True)
         for dtype in names.ROW_DTYPES
         for name in row_cases.cases(dtype)
     ],
