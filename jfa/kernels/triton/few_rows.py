@@ -30,7 +30,7 @@ from jfa.kernels.common import output
 from jfa.kernels.triton import products
 from jfa.kernels.triton._pallas import CompilerParams, load, pl, store
 from jfa.kernels.triton._primitives import dot_of_parts, exp2, fma
-from jfa.kernels.triton.casts import bias, offset, rounded_half_up, unit, widened
+from jfa.kernels.triton.casts import offset, rounded_half_up, unit, widened
 from jfa.kernels.triton.products import Layout
 from jfa.kernels.triton.tile import kind_of
 from jfa.quant import QuantizedArray
@@ -108,11 +108,6 @@ def _layout(weight: Array | QuantizedArray) -> Layout:
     tile = tile // halves
     span = stored if weight.group_size is None else min(stored, weight.group_size // halves)
     return Layout(stored=stored, halves=halves, span=span, tile=tile, piece=min(tile, span) if span < stored else tile)
-
-
-def has_offset(weight: Any, dtype: Any) -> bool:
-    """Whether casts.offset has something to multiply with the sum of x."""
-    return weight.zeros is not None or weight.minima is not None or bias(weight.values.dtype, dtype) != 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +240,7 @@ def _columns_of(
     own_rows, own_outs = jnp.minimum(rows, n - 1), jnp.minimum(outs, out - 1)
     part = jnp.arange(tile.num_warps)
     factor = unit(weights[0].values.dtype, dtype, tile.fp8_by_bits)
-    sums_x = any(one.scales is not None and has_offset(one, dtype) for one in weights)
+    sums_x = any(one.scales is not None and products.has_offset(one, dtype) for one in weights)
 
     def scales_of(weight: _Weight, at: tuple[Array, ...]) -> tuple[Array, Array | None]:
         """(scales, what the sum of x is multiplied by)"""

@@ -172,7 +172,7 @@ def quantized_matmul(
     for key in ("scales", "zeros", "minima"):
         if (found := getattr(operands, key)) is not None:
             arrays[key] = found.reshape(out, -1)
-    if _has_offset(operands, arrays["x"].dtype):
+    if has_offset(operands, arrays["x"].dtype):
         arrays["sums"] = _sums(arrays["x"], layout, num_splits, grid[0] * config.block_rows)
     shape = (n, out) if num_splits == 1 else (num_splits, n, out)
     dtype = operands.x.dtype if num_splits == 1 else jnp.float32
@@ -201,7 +201,8 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda *grid: (0,) * len(shape))
 
 
-def _has_offset(operands: ProductOperands, dtype: Any) -> bool:
+def has_offset(operands: Any, dtype: Any) -> bool:
+    """Whether casts.offset has something to multiply with the sum of x; operands: with values, zeros and minima."""
     return operands.zeros is not None or operands.minima is not None or bias(operands.values.dtype, dtype) != 0.0
 
 
