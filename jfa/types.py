@@ -260,10 +260,14 @@ class BlockConfig:
     block_kv: int
     widen: bool = False  # cast tiles to float32 before a matrix product: for CPUs without a fast 16-bit one
     elementwise: bool = False  # forward: sums of elementwise products, without a transposed copy of keys: for one query
+    heads: int | None = None  # key heads computed at a time, of one or more whole rows or a part of one; None: all
+    strips: int = 1  # forward: parts of block_q whose products are independent, for CPUs with several cores
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_kv < 1:
             raise ValueError(f"block_q and block_kv must be >= 1, got {self.block_q} and {self.block_kv}")
+        if self.strips < 1 or (self.heads is not None and self.heads < 1):
+            raise ValueError(f"strips and heads must be >= 1, got {self.strips} and {self.heads}; heads=None means all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,11 @@
 
 from jfa.backends.interface import FlashBackend, LinearBackend, PagedBackend, ProductBackend, SparseBackend
 from jfa.kernels.xla import block_sparse, flash, linear, paged, products
-from jfa.types import BlockConfig, DeviceInfo, LinearConfig, Operands
+from jfa.types import BlockConfig, LinearConfig
 
 
 def _run(operands, spec, config, device):
     return flash.flash_attention(operands, spec=spec, config=config)
-
-
-def _backward_config(operands: Operands, config: BlockConfig, device: DeviceInfo) -> BlockConfig:
-    return config
 
 
 def _run_backward(operands, out, lse, d_out, d_lse, spec, config, device):
@@ -54,7 +50,7 @@ FLASH = FlashBackend(
     default_config=flash.default_config,
     config_type=BlockConfig,
     run=_run,
-    backward_config=_backward_config,
+    backward_config=flash.backward_config,
     run_backward=_run_backward,
 )
 SPARSE = SparseBackend(

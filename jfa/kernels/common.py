@@ -45,8 +45,8 @@ def row_terms(operands: Operands, out: Array, lse: Array, d_out: Array, d_lse: A
     Rows that saw no key have no gradient: their d_out is 0 and their lse inf, and their q may contain anything.
     """
     empty = lse == -jnp.inf
+    delta = jnp.where(empty, 0.0, (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1))
     d_out = jnp.where(empty[..., None], 0, d_out)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     d_sinks: Any = None
     if operands.sinks is not None:
         # lse gives the weights without the sink, which scales the weights of a row by `left`. Scale the cotangent

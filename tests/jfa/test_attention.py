@@ -1,5 +1,6 @@
 """Oracle, reference, kernels: each case on every backend."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,8 @@ TILES = {
     "triton": jfa.FlashConfig(block_q=16, block_kv=16, num_warps=4, num_stages=1),
 }
 ELEMENTWISE = jfa.BlockConfig(block_q=8, block_kv=16, widen=True, elementwise=True)
+WHOLE = ("causal", "both_windows", "cached_chunk", "bias", "dropout", "segments_and_gqa", "ragged_tiles")
+STRIPS = jfa.BlockConfig(block_q=16, block_kv=16, widen=True, heads=1, strips=2)
 # float16 and bfloat16 differ only in rounding, so half of the cases run in each. An interpreted kernel takes seconds:
 # the quick runs skip cases on triton whose options are also in another case, and run xla in one dtype of each case.
 # What only differs in dtype from a quick run is left to the longest run.
@@ -63,6 +66,14 @@ def test_agrees_with_the_oracle(name, dtype, backend):
     known = truth(name, dtype)
     out, lse = attend(name, dtype, backend)
     assert out.dtype == jnp.dtype(dtype) and lse.dtype == jnp.float32
+    assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
+    assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
+
+
+@pytest.mark.parametrize(("name", "heads"), [*((name, 2) for name in CASES), *((name, None) for name in WHOLE)])
+def test_strips_and_some_heads_at_a_time_give_the_same_result(name, heads):
+    known = truth(name, "float32")
+    out, lse = attend(name, "float32", "xla", config=dataclasses.replace(STRIPS, heads=heads))
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
     assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
 

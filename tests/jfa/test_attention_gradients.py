@@ -103,6 +103,12 @@ def test_gradients_from_bfloat16_products(name):
     check(gradients(name, "bfloat16", "xla", config=tiles), name, "bfloat16")
 
 
+@pytest.mark.parametrize("name", sorted(QUICK["xla"]))
+def test_gradients_of_some_heads_at_a_time(name):
+    config = jfa.BlockConfig(block_q=16, block_kv=24, widen=True, heads=2)
+    check(gradients(name, "float32", "xla", config=config), name, "float32")
+
+
 def check(got, name, dtype):
     wanted = truth(name, dtype).gradients
     assert set(got) == set(wanted)

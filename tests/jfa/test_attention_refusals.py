@@ -123,6 +123,8 @@ def test_invalid_tiles(fields, message):
 def test_invalid_blocks():
     with pytest.raises(ValueError, match="block_q and block_kv must be >= 1, got 0 and 4"):
         jfa.BlockConfig(block_q=0, block_kv=4)
+    with pytest.raises(ValueError, match="strips and heads must be >= 1, got 1 and 0; heads=None means all"):
+        jfa.BlockConfig(block_q=4, block_kv=4, heads=0)
 
 
 def test_without_a_backend_the_error_has_every_reason(monkeypatch):

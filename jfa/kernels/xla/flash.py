@@ -25,6 +25,9 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 # A tile of scores should stay in the cores' caches (measured: bench/LOG.md).
 SCORE_TILE_BYTES = 4 << 20
 
+# On a CPU, which computes some heads after the others to keep them smaller: of one tile, and of the strips of one.
+_TILE_BYTES, _STRIPS_BYTES = 2 << 20, 6 << 20
+
 # For fewer queries than this, a mask costs less than a second loop over keys, and on a CPU the time goes to the keys. A
 # tile then has up to so many of them, of so many bytes in float32, for one head and for all (bench/LOG.md).
 _FEW_QUERIES = 16
@@ -34,7 +37,10 @@ _SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax
 
 
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
-    """Tiles of 256 x 256, or narrower for large batches and many heads; few queries on a CPU: by the size of keys."""
+    """Tiles of 256 x 256, or narrower for large batches and many heads.
+
+    On a CPU of some heads only, and in strips; for few queries by the size of keys.
+    """
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
     in_bfloat16 = device.multiplies_bfloat16 and all(x.dtype == jnp.bfloat16 for x in operands[:3])
@@ -47,10 +53,39 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
         block_kv = 1 << (max(32, keys).bit_length() - 1)  # a power of two
         elementwise = tq == 1 and hkv > 1 and d <= 64 and all(x.dtype == jnp.float32 for x in operands[:3])
         return BlockConfig(block_q=max(1, tq), block_kv=block_kv, widen=widen, elementwise=elementwise)
-    # on a CPU, the query heads of a group are rows of one product, which is then large enough
-    block_q = max(1, min(tq, 128 if on_cpu and operands.group_size > 1 else 256))
-    is_wide = 256 * 4 * b * hq * block_q <= SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
-    return BlockConfig(block_q=block_q, block_kv=256 if is_wide else 128, widen=widen)
+    if not on_cpu:
+        block_q = max(1, min(tq, 256))
+        block_kv = 256 if 256 * 4 * b * hq * block_q <= SCORE_TILE_BYTES else 128
+        return BlockConfig(block_q=block_q, block_kv=block_kv, widen=widen)
+    if tq < 256 or operands.mask is not None or operands.q_segments is not None:
+        return _undivided(operands, widen)
+    is_long = tq >= 4096 and b * hq * 256 * 256 * 4 <= _STRIPS_BYTES
+    tile = 512 if is_long else 256
+    return BlockConfig(
+        block_q=tile,
+        block_kv=tile,
+        widen=widen,
+        strips=2,
+        heads=None if is_long else _heads(operands, 256, _STRIPS_BYTES),
+    )
+
+
+def backward_config(operands: Operands, config: BlockConfig, device: DeviceInfo) -> BlockConfig:
+    """The tiles of the forward pass, without strips: there are products enough that do not wait for each other."""
+    return config if config.strips == 1 else _undivided(operands, config.widen)
+
+
+def _undivided(operands: Operands, widen: bool) -> BlockConfig:
+    """Tiles for a CPU, which multiplies the query heads of a group as rows of one product."""
+    tile = 256 if operands.group_size == 1 else 128
+    block_q = max(1, min(operands.q.shape[1], tile))
+    return BlockConfig(block_q=block_q, block_kv=tile, widen=widen, heads=_heads(operands, tile, _TILE_BYTES))
+
+
+def _heads(operands: Operands, tile: int, most_bytes: int) -> int | None:
+    """The key heads of square tiles with so many bytes of scores; None: all of all rows."""
+    b, of_head = operands.q.shape[0], tile * tile * 4 * operands.group_size
+    return None if b * operands.k.shape[2] * of_head <= most_bytes else max(1, most_bytes // of_head)
 
 
 def _has_few_keys(operands: Operands) -> bool:
@@ -71,59 +106,100 @@ def flash_attention(
 
     Not differentiable by itself: ops.dot_product_attention pairs it with flash_attention_bwd.
     """
-    q = operands.q
+    q, d = operands.q, operands.v.shape[3]
     b, tq, hq, _ = q.shape
     if (padded := _padded(operands, config)) is not operands:
         out, lse = flash_attention(padded, spec=spec, config=config)
         return out[:, :tq], lse[:, :tq]
-    hkv, g, d = operands.k.shape[2], operands.group_size, operands.v.shape[3]
     grid = _Grid.of(operands, config)
-    operands = _with_heads_first(operands, config)
-    queries = _heads_first(q, hkv)
-
-    def q_tile(i, done):
-        start = grid.q_start(i)
-        q_block, scale = _slice(queries, start, grid.block_q, axis=3), spec.sm_scale
-        if config.widen:  # scale the float32 queries once instead of all scores
-            q_block, scale = q_block.astype(jnp.float32) * scale, 1.0
-
-        def kv_tile(j, carry, *, masked: bool):
-            acc, m, l = carry
-            tile = _score_tile(operands, spec, config, grid, q_block, scale, start, j, masked=masked)
-            kept = _kept(operands, spec, grid, start, grid.k_start(j))
-            m_next = jnp.maximum(m, tile.scores.max(-1))
-            m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
-            p = jnp.exp(tile.scores - m_safe[..., None])
-            rescale = jnp.exp(m - m_safe)
-            l = l * rescale + p.sum(-1)
-            p = p if kept is None else jnp.where(kept, p, 0.0)
-            return acc * rescale[..., None] + _times_values(p, tile, config), m_next, l
-
-        rows = (b, hkv, g, grid.block_q)
-        carry = (float32(q, (*rows, d)), float32(q, rows, -jnp.inf), float32(q, rows))
-        acc, m, l = _over_keys(operands, spec, grid, start, kv_tile, carry)
-        empty = l == 0.0
-        l = jnp.where(empty, 1.0, l)
-        lse_block = _rows_first(jnp.where(empty, -jnp.inf, m + jnp.log(l)))
-        if operands.sinks is not None:
-            # if the sink is far above m this is inf, and acc / inf is 0, as it should be
-            l = l + jnp.exp(_per_head(operands.sinks, hkv)[..., 0] - jnp.where(empty, 0.0, m))
-        out_block = _rows_first(acc / (l * (1.0 - spec.dropout_rate))[..., None]).astype(q.dtype)
-        if done is None:
-            return out_block, lse_block
-        out, lse = done
-        return _put_rows(out, out_block, start), _put_rows(lse, lse_block, start)
-
     if q.size == 0 or grid.num_kv == 0:
         return jnp.zeros((b, tq, hq, d), q.dtype), float32(q, (b, tq, hq), -jnp.inf)
-    if grid.num_q == 1:
-        return q_tile(0, None)
-    if grid.num_q == 2:  # typical of prompt chunks; unrolled, since the copies that a loop makes cost more
-        pairs = zip(q_tile(0, None), q_tile(1, None), strict=True)
-        out, lse = (jnp.concatenate([x, y[:, grid.block_q - tq :]], axis=1) for x, y in pairs)
+    shares = _Shares.of(operands, config)
+    if shares.is_whole and grid.num_q in (1, 2):  # typical of prompt chunks; unrolled: the copies of a loop cost more
+        tile = functools.partial(_query_tile, _with_heads_first(operands, config), spec, config, grid)
+        tiles = zip(*(tile(grid.q_start(i)) for i in range(grid.num_q)), strict=True)
+        out, lse = (x[0] if len(x) == 1 else jnp.concatenate([x[0], x[1][:, grid.block_q - tq :]], 1) for x in tiles)
         return out, lse
+
+    def share(s, done):
+        own = _with_heads_first(shares.own(operands, s), config)
+
+        def q_tile(i, done):
+            start = grid.q_start(i)
+            found = _query_tile(own, spec, config, grid, start)
+            return tuple(shares.put(x, block, s, start) for x, block in zip(done, found, strict=True))
+
+        return lax.fori_loop(0, grid.num_q, q_tile, done)
+
     done = (float32(q, (b, tq, hq, d)).astype(q.dtype), float32(q, (b, tq, hq)))
-    return lax.fori_loop(0, grid.num_q, q_tile, done)
+    return _loop(0, shares.num, share, done)
+
+
+def _query_tile(
+    operands: Operands, spec: AttentionSpec, config: BlockConfig, grid: "_Grid", start
+) -> tuple[Float[Array, "b bq hq dv"], Float[Array, "b bq hq"]]:
+    """Attention and log-sum-exp of the queries [start, start + block_q)."""
+    q, hkv = operands.q, operands.k.shape[2]
+    q_block, scale = _heads_first(_rows(q, start, grid.block_q), hkv), spec.sm_scale
+    if config.widen:  # scale the float32 queries once instead of all scores
+        q_block, scale = q_block.astype(jnp.float32) * scale, 1.0
+    n = config.strips if grid.block_q % config.strips == grid.block_kv % config.strips == 0 else 1
+    strips = [
+        _Strip(block, start + i * block.shape[3], grid._replace(block_q=block.shape[3]))
+        for i, block in enumerate(jnp.split(q_block, n, axis=3))
+    ]
+
+    def kv_tile(strip: _Strip, j, carry, *, masked: bool, keys: Any = None):
+        acc, m, l = carry
+        q_block, start, grid = strip
+        keys = keys or _keys_and_values(operands, config, grid, j)
+        tile = _score_tile(operands, spec, config, grid, q_block, scale, start, j, keys, masked=masked)
+        kept = _kept(operands, spec, grid, start, grid.k_start(j))
+        m_next = jnp.maximum(m, tile.scores.max(-1))
+        m_safe = jnp.where(m_next == -jnp.inf, 0.0, m_next)  # (-inf) - (-inf) would be NaN
+        p = jnp.exp(tile.scores - m_safe[..., None])
+        rescale = jnp.exp(m - m_safe)
+        l = l * rescale + p.sum(-1)
+        p = p if kept is None else jnp.where(kept, p, 0.0)
+        return acc * rescale[..., None] + _times_values(p, tile, config), m_next, l
+
+    def kv_tile_of_all(j, carries):
+        keys = _keys_and_values(operands, config, grid, j)
+        if n > 1:  # or XLA would copy them for each strip
+            keys = lax.optimization_barrier(keys)
+        return tuple(kv_tile(*own, masked=False, keys=keys) for own in zip(strips, (j,) * n, carries, strict=True))
+
+    _, inside, outside, _ = grid.kv_tiles(operands, spec, start)
+    carries = _loop(inside, outside, kv_tile_of_all, tuple(strip.nothing(operands) for strip in strips))
+    found = []
+    for strip, carry in zip(strips, carries, strict=True):
+        # its first and last keys in tiles that are as much narrower
+        own = strip._replace(grid=strip.grid._replace(block_kv=grid.block_kv // n))
+        first, _, _, end = own.grid.kv_tiles(operands, spec, own.start)
+        body = functools.partial(kv_tile, own, masked=True)
+        carry = _loop(first, _least(inside * n, end), body, carry)
+        found.append(_loop(outside * n, end, body, carry))
+    acc, m, l = (jnp.concatenate(x, axis=3) for x in zip(*found, strict=True))
+    empty = l == 0.0
+    l = jnp.where(empty, 1.0, l)
+    lse_block = _rows_first(jnp.where(empty, -jnp.inf, m + jnp.log(l)))
+    if operands.sinks is not None:
+        # if the sink is far above m this is inf, and acc / inf is 0, as it should be
+        l = l + jnp.exp(_per_head(operands.sinks, hkv)[..., 0] - jnp.where(empty, 0.0, m))
+    return _rows_first(acc / (l * (1.0 - spec.dropout_rate))[..., None]).astype(q.dtype), lse_block
+
+
+class _Strip(NamedTuple):
+    """Some rows of a tile of queries. On a CPU the products of one strip fill the time in which the other's wait."""
+
+    q_block: Float[Array, "b hkv g rows d"]
+    start: Any
+    grid: "_Grid"
+
+    def nothing(self, operands: Operands) -> tuple[Array, Array, Array]:
+        """The sum, maximum and denominator of no keys."""
+        rows, like = self.q_block.shape[:4], self.q_block
+        return float32(like, (*rows, operands.v.shape[3])), float32(like, rows, -jnp.inf), float32(like, rows)
 
 
 def flash_attention_bwd(
@@ -150,66 +226,76 @@ def flash_attention_bwd(
         return found._replace(
             **{name: x[tuple(map(slice, getattr(operands, name).shape))] for name, x in given.items()}
         )
-    hkv = k.shape[2]
-    grid = _Grid.of(operands, config)
-    d_out, lse, delta, d_sinks = row_terms(operands, out, lse, d_out, d_lse)
-    safe_q = jnp.where(jnp.isposinf(lse)[..., None], 0, q)
-    operands = _with_heads_first(operands, config)
-    queries, d_outs, lses, deltas = (_heads_first(x, hkv) for x in (safe_q, d_out, lse, delta))
+    grid, shares = _Grid.of(operands, config), _Shares.of(operands, config)
+    seen_d_out, lse, delta, d_sinks = row_terms(operands, out, lse, d_out, d_lse)
+    if operands.sinks is not None:
+        d_out = seen_d_out  # otherwise rows are masked in their tile, without a copy of all
 
-    def q_tile(i, grads):
-        start = grid.q_start(i)
-        q_block, do_block, lse_block, delta_block = (
-            _slice(x, start, grid.block_q, axis=3) for x in (queries, d_outs, lses, deltas)
-        )
-        # mask the rows that the last tile shares with the one before it: exp(score - inf) = 0
-        lse_block = jnp.where(start + jnp.arange(grid.block_q) >= i * grid.block_q, lse_block, jnp.inf)[..., None]
-        delta_block = delta_block[..., None]
-        if config.widen:
-            q_block, do_block = (x.astype(jnp.float32) for x in (q_block, do_block))
-        # XLA on a CPU has no fast product that sums over the rows of its left side, so it gets a transposed copy
-        columns = (_merge_groups(x).swapaxes(2, 3) for x in (q_block, do_block))
-        q_columns, do_columns = lax.optimization_barrier(tuple(columns))
+    def share(s, grads):
+        own = _with_heads_first(shares.own(operands, s), config)
+        hkv = own.k.shape[2]
+        terms = [shares.part(x, s) for x in (d_out, lse, delta)]
 
-        def kv_tile(j, carry, *, masked: bool):
-            dq_block, dk, dv, d_bias, d_slopes = carry
-            tile = _score_tile(operands, spec, config, grid, q_block, spec.sm_scale, start, j, masked=masked)
-            k_block, v_block = tile.seen_only(tile.k_block), tile.seen_only(tile.v_block)
-            p = jnp.exp(tile.scores - lse_block)
-            dp = _rows_dot("bhrd,bhkd->bhrk", do_block, v_block)
-            kept = _kept(operands, spec, grid, start, grid.k_start(j))
-            if kept is not None:
-                dp = jnp.where(kept, dp / (1.0 - spec.dropout_rate), 0.0)
-            ds = p * (dp - delta_block)
-            if kept is not None:
-                p = jnp.where(kept, p / (1.0 - spec.dropout_rate), 0.0)
-            if spec.softcap is not None:
-                slope = 1.0 - jnp.square(tile.scores / spec.softcap)
-                ds = ds * (slope if tile.visible is None else jnp.where(tile.visible, slope, 0.0))
-            if d_bias is not None:
-                d_bias = _add_bias_tile(d_bias, ds, start, grid.k_start(j))
-            if d_slopes is not None:
-                change = (ds * _distance(operands, grid, start, grid.k_start(j))).sum((3, 4)).reshape(q.shape[0], -1)
-                d_slopes = d_slopes - (change.sum(0, keepdims=True) if d_slopes.shape[0] == 1 else change)
-            ds = (ds * spec.sm_scale).astype(k_block.dtype)
-            dv = _add(dv, dot("bhdr,bhrk->bhdk", do_columns, _merge_groups(p.astype(v_block.dtype))), grid.k_start(j))
-            dk = _add(dk, dot("bhdr,bhrk->bhdk", q_columns, _merge_groups(ds)), grid.k_start(j))
-            dq_block = dq_block + _rows_dot("bhrk,bhkd->bhrd", ds, k_block)
-            return dq_block, dk, dv, d_bias, d_slopes
+        def q_tile(i, grads):
+            start = grid.q_start(i)
+            q_block, do_block, lse_block, delta_block = (
+                _heads_first(_rows(x, start, grid.block_q), hkv) for x in (own.q, *terms)
+            )
+            # mask the rows that the last tile shares with the one before it: exp(score - inf) = 0
+            lse_block = jnp.where(start + jnp.arange(grid.block_q) >= i * grid.block_q, lse_block, jnp.inf)[..., None]
+            delta_block = delta_block[..., None]
+            q_block, do_block = (jnp.where(jnp.isposinf(lse_block), 0, x) for x in (q_block, do_block))
+            if config.widen:
+                q_block, do_block = (x.astype(jnp.float32) for x in (q_block, do_block))
+            # XLA on a CPU has no fast product that sums over the rows of its left side, so it gets a transposed copy
+            columns = (_merge_groups(x).swapaxes(2, 3) for x in (q_block, do_block))
+            q_columns, do_columns = lax.optimization_barrier(tuple(columns))
 
-        dq, *rest = grads
-        carry = (float32(q, q_block.shape), *rest)
-        dq_block, *rest = _over_keys(operands, spec, grid, start, kv_tile, carry)
-        return _put_rows(dq, _rows(dq, start, grid.block_q) + _rows_first(dq_block), start), *rest
+            def kv_tile(j, carry, *, masked: bool):
+                dq_block, dk, dv, d_bias, d_slopes = carry
+                keys = _keys_and_values(own, config, grid, j)
+                tile = _score_tile(own, spec, config, grid, q_block, spec.sm_scale, start, j, keys, masked=masked)
+                k_block, v_block = tile.seen_only(tile.k_block), tile.seen_only(tile.v_block)
+                p = jnp.exp(tile.scores - lse_block)
+                dp = _rows_dot("bhrd,bhkd->bhrk", do_block, v_block)
+                kept = _kept(own, spec, grid, start, grid.k_start(j))
+                if kept is not None:
+                    dp = jnp.where(kept, dp / (1.0 - spec.dropout_rate), 0.0)
+                ds = p * (dp - delta_block)
+                if kept is not None:
+                    p = jnp.where(kept, p / (1.0 - spec.dropout_rate), 0.0)
+                if spec.softcap is not None:
+                    slope = 1.0 - jnp.square(tile.scores / spec.softcap)
+                    ds = ds * (slope if tile.visible is None else jnp.where(tile.visible, slope, 0.0))
+                if d_bias is not None:
+                    d_bias = _add_bias_tile(d_bias, ds, start, grid.k_start(j))
+                if d_slopes is not None:
+                    change = (ds * _distance(own, grid, start, grid.k_start(j))).sum((3, 4)).reshape(q.shape[0], -1)
+                    d_slopes = d_slopes - (change.sum(0, keepdims=True) if d_slopes.shape[0] == 1 else change)
+                ds = (ds * spec.sm_scale).astype(k_block.dtype)
+                p = _merge_groups(p.astype(v_block.dtype))
+                dv = _add(dv, dot("bhdr,bhrk->bhdk", do_columns, p), j)
+                dk = _add(dk, dot("bhdr,bhrk->bhdk", q_columns, _merge_groups(ds)), j)
+                dq_block = dq_block + _rows_dot("bhrk,bhkd->bhrd", ds, k_block)
+                return dq_block, dk, dv, d_bias, d_slopes
+
+            dq, *rest = grads
+            carry = (float32(q, q_block.shape), *rest)
+            dq_block, *rest = _over_keys(own, spec, grid, start, kv_tile, carry)
+            dq_block = _rows_first(dq_block) + _rows(shares.part(dq, s), start, grid.block_q)
+            return shares.put(dq, dq_block, s, start), *rest
+
+        dq, dk, dv, *rest = grads
+        tiles = [float32(q, (grid.num_kv, own.k.shape[0], hkv, x.shape[3], grid.block_kv)) for x in (k, v)]
+        dq, *tiles, d_bias, d_slopes = _loop(0, grid.num_q, q_tile, (dq, *tiles, *rest))
+        dk, dv = (shares.put(x, _tokens(y, grid), s, 0) for x, y in zip((dk, dv), tiles, strict=True))
+        return dq, dk, dv, d_bias, d_slopes
 
     slopes = operands.alibi_slopes
-    d_bias, d_slopes = (None if x is None else float32(q, x.shape) for x in (bias, slopes))
-    dk, dv = (float32(q, (x.shape[0], hkv, x.shape[3], x.shape[1])) for x in (k, v))
-    grads = (float32(q, q.shape), dk, dv, d_bias, d_slopes)
+    grads: Any = tuple(None if x is None else float32(q, x.shape) for x in (q, k, v, bias, slopes))
     if q.size and grid.num_kv:
-        grads = _loop(0, grid.num_q, q_tile, grads)
+        grads = _loop(0, shares.num, share, grads)
     dq, dk, dv, d_bias, d_slopes = grads
-    dk, dv = (jnp.moveaxis(x, 3, 1) for x in (dk, dv))
     return Operands(
         q=dq.astype(q.dtype),
         k=dk.astype(k.dtype),
@@ -218,6 +304,91 @@ def flash_attention_bwd(
         sinks=d_sinks,
         alibi_slopes=None if slopes is None or d_slopes is None else d_slopes.astype(slopes.dtype),
     )
+
+
+class _Part(NamedTuple):
+    """Some heads of some rows of the batch, of which tiles are read: nothing is copied."""
+
+    array: Array  # [b, t, heads] or [b, t, heads, d]
+    row: Any
+    head: Any
+    num_rows: int
+    num_heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.num_rows, self.array.shape[1], self.num_heads, *self.array.shape[3:]
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def rows(self, start, size: int) -> Array:
+        rest = self.array.shape[3:]
+        begin = (self.row, start, self.head, *(0 for _ in rest))
+        return lax.dynamic_slice(self.array, begin, (self.num_rows, size, self.num_heads, *rest))
+
+
+class _Shares(NamedTuple):
+    """The division of a call into shares that are computed one after another, since a tile of all heads and rows would
+    leave the cores' caches: some rows of the batch, or some key heads of one row."""
+
+    num_rows: int  # of the call
+    num_heads: int  # key heads of the call
+    rows: int  # of a share
+    heads: int  # of a share
+
+    @classmethod
+    def of(cls, operands: Operands, config: BlockConfig) -> "_Shares":
+        b, hkv = operands.q.shape[0], operands.k.shape[2]
+        of_all = (operands.bias, operands.mask, operands.alibi_slopes, operands.dropout_seed)
+        if config.heads is None or hasattr(operands.k, "rows") or any(x is not None for x in of_all):
+            return cls(b, hkv, b, hkv)
+        return cls(b, hkv, _divisor(b, config.heads // hkv), _divisor(hkv, config.heads))
+
+    @property
+    def num(self) -> int:
+        return self.num_rows // self.rows * (self.num_heads // self.heads)
+
+    @property
+    def is_whole(self) -> bool:
+        return (self.num_rows, self.num_heads) == (self.rows, self.heads)
+
+    def _begin(self, s) -> tuple[Any, Any]:
+        """The first row and key head of share s."""
+        of_row = self.num_heads // self.heads
+        return s // of_row * self.rows, s % of_row * self.heads
+
+    def part(self, x: Array, s) -> Any:
+        """What share s has of x [b, t, heads, ...], the heads being those of queries or of keys."""
+        if self.is_whole:
+            return x
+        (row, head), g = self._begin(s), x.shape[2] // self.num_heads
+        return _Part(x, row, head * g, self.rows, self.heads * g)
+
+    def own(self, operands: Operands, s) -> Operands:
+        """The operands of share s."""
+        if self.is_whole:
+            return operands
+        (row, head), g = self._begin(s), operands.group_size
+        q, k, v = (self.part(x, s) for x in operands[:3])
+        names = ("q_len", "kv_len", "q_offset", "q_segments", "kv_segments")
+        given = {name: x for name in names if (x := getattr(operands, name)) is not None}
+        found: dict[str, Any] = {name: lax.dynamic_slice_in_dim(x, row, self.rows) for name, x in given.items()}
+        if operands.sinks is not None:
+            found["sinks"] = lax.dynamic_slice_in_dim(operands.sinks, head * g, self.heads * g)
+        return operands._replace(q=q, k=k, v=v, **found)
+
+    def put(self, x: Array, block: Array, s, start) -> Array:
+        """Writes the tokens of share s from start on."""
+        row, head = (0, 0) if self.is_whole else self._begin(s)
+        begin = (row, start, head * (x.shape[2] // self.num_heads), *(0 for _ in x.shape[3:]))
+        return lax.dynamic_update_slice(x, block.astype(x.dtype), begin)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n up to `most`, at least 1."""
+    return max(i for i in range(1, max(1, min(n, most)) + 1) if n % i == 0)
 
 
 def _padded(operands: Operands, config: BlockConfig) -> Operands:
@@ -273,11 +444,11 @@ class _Grid(NamedTuple):
 
     @property
     def num_q(self) -> int:
-        return -(-self.tq // self.block_q) if self.tq else 0
+        return _quotient(self.tq, self.block_q)
 
     @property
     def num_kv(self) -> int:
-        return -(-self.tk // self.block_kv) if self.tk else 0
+        return _quotient(self.tk, self.block_kv)
 
     def q_start(self, i):
         return _least(i * self.block_q, self.tq - self.block_q)
@@ -369,6 +540,13 @@ def _visible(operands: Operands, spec: AttentionSpec, grid: _Grid, q_start, j) -
     return visible
 
 
+def _keys_and_values(operands: Operands, config: BlockConfig, grid: _Grid, j) -> tuple[Array, Array]:
+    """A tile of keys and values, [b, hkv, bk, d], or [b, bk, hkv, d] if elementwise."""
+    read = _rows if config.elementwise else _kv_tile
+    k_block, v_block = (read(x, grid.k_start(j), grid.block_kv) for x in (operands.k, operands.v))
+    return (k_block.astype(jnp.float32), v_block.astype(jnp.float32)) if config.widen else (k_block, v_block)
+
+
 def _score_tile(
     operands: Operands,
     spec: AttentionSpec,
@@ -378,14 +556,11 @@ def _score_tile(
     scale: float,
     q_start,
     j,
+    keys: tuple[Array, Array],
     *,
     masked: bool,
 ) -> _ScoreTile:
-    k_start = grid.k_start(j)
-    read = _rows if config.elementwise else _kv_tile
-    k_block, v_block = (read(x, k_start, grid.block_kv) for x in (operands.k, operands.v))
-    if config.widen:
-        q_block, k_block, v_block = (x.astype(jnp.float32) for x in (q_block, k_block, v_block))
+    k_start, (k_block, v_block) = grid.k_start(j), keys
     if config.elementwise:
         scores = _elementwise_scores(q_block, k_block)
     else:
@@ -474,7 +649,7 @@ class _HeadsFirst(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[Array, "b tk hkv d"]) -> Any:
-        return cls(lax.optimization_barrier(x.swapaxes(1, 2)))
+        return cls(lax.optimization_barrier(_rows(x, 0, x.shape[1]).swapaxes(1, 2)))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -485,7 +660,8 @@ class _HeadsFirst(NamedTuple):
 def _with_heads_first(operands: Operands, config: BlockConfig) -> Operands:
     """Copies k and v once, if they are not widened: XLA on a CPU multiplies a tile that was transposed within the loop
     in float32."""
-    if config.widen or config.elementwise or hasattr(operands.k, "rows") or not _has_few_keys(operands):
+    in_pages = hasattr(operands.k, "rows") and not isinstance(operands.k, _Part)
+    if config.widen or config.elementwise or in_pages or not _has_few_keys(operands):
         return operands
     return operands._replace(k=_HeadsFirst.of(operands.k), v=_HeadsFirst.of(operands.v))
 
@@ -527,6 +703,13 @@ def float32(like: Array, shape: tuple[int, ...], value: float = 0.0) -> Array:
     return lax.pcast(full, tuple(axes), to="varying") if axes else full
 
 
+def _quotient(length: Any, block: int) -> Any:
+    """The number of tiles; a symbolic length is one of whole tiles (_padded)."""
+    if not isinstance(length, int):
+        return length // block
+    return -(-length // block) if length else 0
+
+
 def _least(a, b):
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
 
@@ -544,7 +727,7 @@ def _per_row(x: Array) -> Array:
 
 
 def _rows(x: Any, start, size: int) -> Array:
-    if hasattr(x, "rows"):  # paged.Rows, which gathers them
+    if hasattr(x, "rows"):  # _Part, or paged.Rows, which gathers them
         return x.rows(start, size)
     return _slice(x, start, size, axis=1)
 
@@ -553,13 +736,18 @@ def _slice(x: Array, start, size: int, *, axis: int) -> Array:
     return x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
-def _put_rows(x: Array, block: Array, start) -> Array:
-    return lax.dynamic_update_slice_in_dim(x, block, start, axis=1)
+def _add(tiles: Float[Array, "n b hkv d bk"], block: Float[Array, "b hkv d bk"], j) -> Float[Array, "n b hkv d bk"]:
+    return lax.dynamic_update_slice_in_dim(tiles, lax.dynamic_slice_in_dim(tiles, j, 1) + block[None], j, axis=0)
 
 
-def _add(x: Float[Array, "b hkv d tk"], block: Float[Array, "b hkv d bk"], start) -> Float[Array, "b hkv d tk"]:
-    """Adds a block of columns."""
-    return lax.dynamic_update_slice_in_dim(x, _slice(x, start, block.shape[3], axis=3) + block, start, axis=3)
+def _tokens(tiles: Float[Array, "n b hkv d bk"], grid: _Grid) -> Float[Array, "b tk hkv d"]:
+    """The tokens of all tiles of keys; the last one is 0 where it repeats keys of the one before it."""
+    n, b, hkv, d, block_kv = tiles.shape
+    x = tiles.transpose(1, 0, 4, 2, 3)
+    if n * block_kv == grid.tk:
+        return x.reshape(b, grid.tk, hkv, d)
+    last = grid.tk - (n - 1) * block_kv
+    return jnp.concatenate([x[:, :-1].reshape(b, grid.tk - last, hkv, d), x[:, -1, block_kv - last :]], axis=1)
 
 
 def _heads_first(x: Array, hkv: int) -> Array:
