@@ -43,6 +43,11 @@ SHAPES = ("seq_lens", "batch", "heads", "kv_heads", "head_dim", "causal")  # set
     help="Default: all that are installed and support this platform.",
 )
 @click.option("--device-time", is_flag=True, help="Also measure the time on the device with the profiler.")
+@click.option(
+    "--torch-python",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A Python that has torch, if this one has not: torch runs there, and times itself.",
+)
 @options.measurement_options
 @click.pass_context
 def attention_command(
@@ -58,6 +63,7 @@ def attention_command(
     direction,
     implementation,
     device_time,
+    torch_python,
     samples,
     output,
 ) -> None:
@@ -84,10 +90,16 @@ def attention_command(
     ]
     if grid:
         cases = [case for name in dtype for case in attention.fa_grid(name)]
+    pythons = {"torch": torch_python} if torch_python else {}
     if implementation is None:
-        implementation = peers.usual(probe().platform)
+        implementation = tuple(dict.fromkeys((*peers.usual(probe().platform), *pythons)))
     records = attention.measure(
-        cases, directions=direction, implementations=implementation, samples=samples, device_time=device_time
+        cases,
+        directions=direction,
+        implementations=implementation,
+        samples=samples,
+        device_time=device_time,
+        pythons=pythons,
     )
     total = len(cases) * len(direction) * len(implementation)
     output.present(records, "attention", total=total)

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jfa import backends
 
 from ..records import record
 from ..truth import numerics, oracle
-from . import machine, outcome, peers, roofline, timing, used
+from . import elsewhere, machine, outcome, peers, roofline, timing, used
 
 ROWS = 8  # number of query rows that are checked, including the first and the last
 GRADIENT_PRODUCTS = 3  # consecutive products: the scores, their cotangent and the gradient
@@ -74,9 +75,12 @@ def measure(
     implementations: Sequence[str],
     samples: int,
     device_time: bool = False,
+    pythons: Mapping[str, str] = types.MappingProxyType({}),
     clock: timing.Clock = time.perf_counter,
 ) -> Iterator[record.Record]:
     """A record for each case, direction and implementation; those of one case and direction are measured interleaved.
+
+    pythons: the Python in which an implementation runs, by its name (elsewhere.py).
 
     peak_bytes: memory that the program uses in addition to its arguments. speedup: over the reference.
     """
@@ -84,8 +88,9 @@ def measure(
     ceilings = {dtype: roofline.ceilings(dtype, clock=clock) for dtype in {case.dtype for case in cases}}
     for case, direction in itertools.product(cases, directions):
         about = {"case": dataclasses.asdict(case) | {"direction": direction}, "ceilings": ceilings[case.dtype]}
-        found, runs = _checked(case, direction, implementations)
-        taken = timing.in_turns(runs, samples=samples, clock=clock)
+        found, runs = _checked(case, direction, implementations, pythons)
+        settle = elsewhere.SETTLE if pythons else 0.0
+        taken = timing.in_turns(runs, samples=samples, settle=settle, clock=clock)
         plain = float(np.median(taken["reference"])) if "reference" in taken else None
         for name, own in found.items():
             if name in taken:
@@ -100,7 +105,7 @@ def measure(
 
 
 def _checked(
-    case: Case, direction: str, implementations: Sequence[str]
+    case: Case, direction: str, implementations: Sequence[str], pythons: Mapping[str, str]
 ) -> tuple[dict[str, record.Record], dict[str, timing.Run]]:
     """The record fields of each implementation before timing, and a run of each that is correct."""
     arrays, some = inputs(case)
@@ -109,7 +114,9 @@ def _checked(
     runs: dict[str, timing.Run] = {}
     for name in implementations:
         found[name], run = checked(
-            functools.partial(peers.program, name, call, *arrays),
+            functools.partial(elsewhere.program, pythons[name], call, *arrays)
+            if name in pythons
+            else functools.partial(peers.program, name, call, *arrays),
             functools.partial(_error, case, direction),
             arrays,
             (*arrays[:3], some),
@@ -144,7 +151,9 @@ def checked(
         return {"status": "wrong", "reason": str(wrong)}, None
     except outcome.REFUSALS as refusal:
         return outcome.of(refusal), None
-    fields = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes}
+    fields = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes} | dict(
+        program.about
+    )
     return fields, timing.rotating(program.run, rotated)
 
 

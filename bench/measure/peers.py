@@ -6,6 +6,7 @@ Each has a function that returns a Program for one call; its exceptions become r
 import dataclasses
 import functools
 import importlib.util
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 import jfa
 
-from . import machine
+from . import in_torch, machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Program:
       read: outputs -> arrays [b, t, h, d]: the output, then the gradients of q, k and v, depending on the direction.
       num_bytes: prepared -> total size of its arrays.
       peak_bytes: memory that the program uses in addition to its arguments; None: unknown.
+      about: record fields of a library other than JAX: its version and number of threads.
     """
 
     prepare: Callable[..., tuple]
@@ -45,6 +47,7 @@ class Program:
     read: Callable[[Any], tuple[np.ndarray, ...]]
     num_bytes: Callable[[tuple], int]
     peak_bytes: int | None
+    about: Mapping[str, Any] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,62 +178,27 @@ def of_torch(attend_for: Callable[[Call, Any], Callable], *, heads_first: bool =
     heads_first: attend takes [b, h, t, d].
     """
 
-    def ordered(x):
-        return x.transpose(1, 2) if heads_first else x
-
     def program(call: Call, *arrays) -> Program:
-        import torch  # type: ignore[import-not-found]
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        wants = call.direction != "forward"
-        attend = attend_for(call, device)
-
-        def tensor(x):
-            rows = torch.from_numpy(np.array(x, np.float32)).to(device, getattr(torch, x.dtype.name))
-            return ordered(rows).contiguous()
+        own = in_torch.Attention(attend_for(call, in_torch.device()), call.direction, heads_first=heads_first)
 
         def prepare(*arrays):
-            inputs = tuple(tensor(x).requires_grad_(wants) for x in arrays[:-1])
-            cotangent = tensor(arrays[-1])
-            return (attend(*inputs), inputs, cotangent) if call.direction == "backward" else (inputs, cotangent)
+            return own.prepare([np.asarray(x, np.float32) for x in arrays], arrays[0].dtype.name)
 
-        def done(*outputs):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return outputs
-
-        def run(*prepared):
-            if call.direction == "backward":
-                out, inputs, cotangent = prepared
-                return done(*torch.autograd.grad(out, inputs, cotangent, retain_graph=True))
-            inputs, cotangent = prepared
-            out = attend(*inputs)
-            return done(out, *torch.autograd.grad(out, inputs, cotangent)) if wants else done(out)
-
-        def num_bytes(prepared):
-            inputs, cotangent = prepared[-2:]
-            return sum(x.numel() * x.element_size() for x in (*inputs, cotangent))
-
-        def read(outputs):
-            return tuple(ordered(x.detach()).float().cpu().numpy() for x in outputs)
-
-        peak = None
-        if device == "cuda":
-            inputs = prepare(*arrays)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run(*inputs)
-            peak = torch.cuda.max_memory_allocated() - before
-        return Program(prepare=prepare, run=run, read=read, num_bytes=num_bytes, peak_bytes=peak)
+        peak = own.peak_bytes(prepare(*arrays)) if in_torch.device() != "cpu" else None
+        return Program(
+            prepare=prepare,
+            run=own.run,
+            read=own.read,
+            num_bytes=own.num_bytes,
+            peak_bytes=peak,
+            about=in_torch.about(),
+        )
 
     return program
 
 
 def _sdpa(call: Call, device: Any) -> Callable:
-    import torch  # type: ignore[import-not-found]
-
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    return lambda q, k, v: sdpa(q, k, v, is_causal=call.causal, enable_gqa=q.shape[1] != k.shape[1])
+    return in_torch.sdpa(call.causal)
 
 
 def _flex(call: Call, device: Any) -> Callable:

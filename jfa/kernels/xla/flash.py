@@ -59,7 +59,7 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
         return BlockConfig(block_q=block_q, block_kv=block_kv, widen=widen)
     if tq < 256 or operands.mask is not None or operands.q_segments is not None:
         return _undivided(operands, widen)
-    is_long = tq >= 4096 and b * hq * 256 * 256 * 4 <= _STRIPS_BYTES
+    is_long = widen and tq >= 4096 and b * hq * 256 * 256 * 4 <= _STRIPS_BYTES
     tile = 512 if is_long else 256
     return BlockConfig(
         block_q=tile,
