@@ -26,7 +26,7 @@ from jfa.types import AttentionSpec, BlockConfig, DeviceInfo, Operands
 SCORE_TILE_BYTES = 4 << 20
 
 # On a CPU, which computes some heads after the others to keep them smaller: of one tile, and of the strips of one.
-_TILE_BYTES, _STRIPS_BYTES = 2 << 20, 6 << 20
+_TILE_BYTES, _STRIPS_BYTES = 5 << 19, 6 << 20
 
 # For fewer queries than this, a mask costs less than a second loop over keys, and on a CPU the time goes to the keys. A
 # tile then has up to so many of them, of so many bytes in float32, for one head and for all (bench/LOG.md).
@@ -77,8 +77,9 @@ def backward_config(operands: Operands, config: BlockConfig, device: DeviceInfo)
 
 def _undivided(operands: Operands, widen: bool) -> BlockConfig:
     """Tiles for a CPU, which multiplies the query heads of a group as rows of one product."""
-    tile = 256 if operands.group_size == 1 else 128
-    block_q = max(1, min(operands.q.shape[1], tile))
+    b, tq, hq, _ = operands.q.shape
+    tile = 256 if operands.group_size == 1 or (tq >= 1024 and b * hq * 256 * 256 * 4 <= _TILE_BYTES) else 128
+    block_q = max(1, min(tq, tile))
     return BlockConfig(block_q=block_q, block_kv=tile, widen=widen, heads=_heads(operands, tile, _TILE_BYTES))
 
 
@@ -166,7 +167,7 @@ def _query_tile(
     def kv_tile_of_all(j, carries):
         keys = _keys_and_values(operands, config, grid, j)
         if n > 1:  # or XLA would copy them for each strip
-            keys = lax.optimization_barrier(keys)
+            keys = _copied_once(keys)
         return tuple(kv_tile(*own, masked=False, keys=keys) for own in zip(strips, (j,) * n, carries, strict=True))
 
     _, inside, outside, _ = grid.kv_tiles(operands, spec, start)
@@ -187,6 +188,12 @@ def _query_tile(
         # if the sink is far above m this is inf, and acc / inf is 0, as it should be
         l = l + jnp.exp(_per_head(operands.sinks, hkv)[..., 0] - jnp.where(empty, 0.0, m))
     return _rows_first(acc / (l * (1.0 - spec.dropout_rate))[..., None]).astype(q.dtype), lse_block
+
+
+def _copied_once(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The arrays, as matrices behind a barrier: other axes XLA would copy in their old order first."""
+    matrices = lax.optimization_barrier(tuple(x.reshape(-1, x.shape[-1]) for x in arrays))
+    return tuple(x.reshape(y.shape) for x, y in zip(matrices, arrays, strict=True))
 
 
 class _Strip(NamedTuple):
