@@ -4,6 +4,7 @@ They also have that process's threads to themselves: those of two libraries in o
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import subprocess
@@ -76,7 +77,8 @@ class _Worker:
 
     def _end(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.close()
         self._process.wait()
         self._folder.cleanup()
 

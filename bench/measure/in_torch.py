@@ -35,13 +35,13 @@ class Attention:
         return (self._attend(*inputs), inputs, cotangent) if self._direction == "backward" else (inputs, cotangent)
 
     def run(self, *prepared) -> tuple:
-        grad = self._torch.autograd.grad
         if self._direction == "backward":
             out, inputs, cotangent = prepared
-            return self._done(*grad(out, inputs, cotangent, retain_graph=True))
+            return self._done(*self._torch.autograd.grad(out, inputs, cotangent, retain_graph=True))
         inputs, cotangent = prepared
         out = self._attend(*inputs)
-        return self._done(out) if self._direction == "forward" else self._done(out, *grad(out, inputs, cotangent))
+        gradients = () if self._direction == "forward" else self._torch.autograd.grad(out, inputs, cotangent)
+        return self._done(out, *gradients)
 
     def read(self, outputs: tuple) -> tuple[np.ndarray, ...]:
         return tuple(self._ordered(x.detach()).float().cpu().numpy() for x in outputs)

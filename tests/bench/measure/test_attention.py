@@ -188,6 +188,7 @@ class _Ticking:
         (["--seq-lens", "8:32"], "'8:32' is not a list"),
         (["--seq-lens", "8:32:0"], "such as 256:4096:64"),
         (["--grid", "fa2", "--seq-lens", "64"], "--grid sets the shapes: remove --seq-lens"),
+        (["--torch-python", "no/python"], "File 'no/python' does not exist"),
     ],
 )
 def test_invalid_input_is_reported_in_one_sentence(arguments, message):

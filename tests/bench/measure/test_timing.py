@@ -92,3 +92,16 @@ def test_a_device_is_busy_while_any_stream_is():
     planes = [plane("/device:GPU:0", **streams), plane("/host:CPU", **{"Stream": [(0, 5e7)]})]
     assert timing.busy_ms(planes) == pytest.approx(4.0)
     assert timing.busy_ms(planes[1:]) == 0
+
+
+def test_a_run_settles_before_each_sample():
+    clock = Clock()
+    runs = {"slow at first": clock.run([9, 9, 30, 20, 10, 30, 20, 10]), "steady": clock.run([5])}
+    taken = timing.in_turns(runs, samples=2, settle=0.045, clock=clock)
+    assert taken == {"slow at first": [pytest.approx(10)] * 2, "steady": [pytest.approx(5)] * 2}
+
+
+def test_a_run_may_time_itself():
+    clock = Clock()
+    taken = timing.in_turns({"elsewhere": lambda: timing.Took(7.0)}, samples=2, clock=clock)
+    assert taken == {"elsewhere": [7.0, 7.0]}
