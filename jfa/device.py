@@ -100,11 +100,14 @@ _CPU_INFO = Path("/proc/cpuinfo")  # Linux
 
 @functools.cache
 def _real() -> DeviceInfo:
-    device = jax.devices()[0]
+    devices = jax.devices()
+    device = devices[0]
     if device.platform not in ("gpu", "cuda", "rocm"):
         kind = str(device.device_kind)
         found = describe(device.platform, _TPU_ARCH.get(kind, kind))
-        return dataclasses.replace(found, multiplies_bfloat16=device.platform == "cpu" and _multiplies_bfloat16())
+        if device.platform != "cpu":
+            return found
+        return dataclasses.replace(found, multiplies_bfloat16=_multiplies_bfloat16(), num_devices=len(devices))
     # ROCm returns 'gfx942' (older plugins 'gfx942:sramecc+:xnack-') here, CUDA '9.0'
     capability = str(device.compute_capability).split(":")[0]
     units = getattr(device, "core_count", None)

@@ -381,3 +381,4 @@ class DeviceInfo:
     lds_bytes: int = 0  # maximum LDS or shared memory of one workgroup
     vmem_bytes: int = 0  # VMEM of a TPU's core; on a CPU, of the one that is interpreted
     multiplies_bfloat16: bool = False  # a CPU with instructions for bfloat16 products
+    num_devices: int = 1  # of a CPU: several are virtual, and heads and rows may be divided over them

@@ -69,6 +69,30 @@ def beside(records: Sequence[Record]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def attention_beside(records: Sequence[Record], other: str) -> str:
+    """A Markdown table of `attention`: milliseconds of jfa and of another library, and how many times as fast jfa is."""
+    lines = [
+        ["dtype", "tokens", "heads", "jfa", other, "times as fast", "gradients", other, "times as fast"],
+        ["---"] * 9,
+    ]
+    times: dict[tuple, dict[tuple, float | None]] = {}
+    for row in records:
+        case = row["case"]
+        heads = "" if case["heads"] == case["kv_heads"] else f" over {case['kv_heads']}"
+        call = case["dtype"], f"{case['length']:,}", f"{case['heads']}{heads} of {case['head_dim']}"
+        times.setdefault(call, {})[case["direction"], row["implementation"]] = row.get("time_ms_p50")
+    for call, found in times.items():
+        cells = list(call)
+        for direction in ("forward", "backward"):
+            own, others = (found.get((direction, name)) for name in ("xla", other))
+            if own and others:
+                cells += [f"{own:,.1f}", f"{others:,.1f}", f"{others / own:.2f}"]
+            else:
+                cells += [""] * 3
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _support(compiled: Sequence[Record], proven: Sequence[Record], archs: Sequence[str]) -> str:
     compiled = [row for row in compiled if row["status"] != "unsupported"]
     groups: dict[Any, list[str]] = {}  # the kernels of an op and direction

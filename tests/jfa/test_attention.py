@@ -10,6 +10,8 @@ import pytest
 from runs import run
 
 import jfa
+from jfa.device import describe
+from jfa.kernels.xla import flash
 from jfa_bench.truth.cases import CASES, Case, truth, truth_of
 from jfa_bench.truth.numerics import assert_within, limit
 
@@ -76,6 +78,46 @@ def test_strips_and_some_heads_at_a_time_give_the_same_result(name, heads):
     out, lse = attend(name, "float32", "xla", config=dataclasses.replace(STRIPS, heads=heads))
     assert_within(out, known.out, limit(known.out, known.plain_out, out.dtype))
     assert_within(lse, known.lse, limit(known.lse, known.plain_lse, lse.dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strips", "heads", "backward_heads"),
+    [
+        ((1, 512, 512, 8, 8, 64), 2, None, None),  # all heads fit
+        ((2, 300, 330, 4, 2, 16), 2, None, None),
+        ((1, 270, 270, 32, 32, 16), 2, 24, 10),  # 16 and 8 at a time
+        ((3, 256, 256, 12, 4, 16), 2, 8, None),  # one row at a time; all of them
+        ((40, 40, 200, 6, 2, 16), 1, 13, 13),  # too few queries for strips; 5 rows
+    ],
+)
+def test_tiles_that_a_cpu_gets(shape, strips, heads, backward_heads):
+    b, tq, tk, hq, hkv, d = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (b, t, h, d)) for key, t, h in zip(keys, (tq, tk, tk), (hq, hkv, hkv), strict=True)
+    )
+    operands = jfa.types.Operands(q, k, v)
+    config = flash.default_config(operands, describe("cpu", "cpu"))
+    assert (config.strips, config.heads) == (strips, heads)
+    assert flash.backward_config(operands, config, describe("cpu", "cpu")).heads == backward_heads
+
+    def loss(implementation, config):
+        attend = functools.partial(
+            jfa.dot_product_attention, is_causal=True, implementation=implementation, config=config
+        )
+        return jax.jit(jax.value_and_grad(lambda *arrays: (attend(*arrays) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    for got, want in zip(*map(jax.tree.leaves, (loss("xla", config), loss("reference", None))), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_all_heads_at_once_where_they_may_be_on_several_devices():
+    shape = jax.ShapeDtypeStruct((4, 512, 32, 64), jnp.float32)
+    operands, cpu = jfa.types.Operands(shape, shape, shape), describe("cpu", "cpu")
+    assert flash.default_config(operands, cpu).heads == 24
+    assert flash.default_config(operands, dataclasses.replace(cpu, num_devices=2)).heads is None
+    bias = jax.ShapeDtypeStruct((1, 1, 512, 512), jnp.float32)
+    assert flash.default_config(operands._replace(bias=bias), cpu).heads is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -39,7 +39,8 @@ _SYMBOLIC_BLOCK = 128  # tile size where a batch size or length is symbolic (jax
 def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
     """Tiles of 256 x 256, or narrower for large batches and many heads.
 
-    On a CPU of some heads only, and in strips; for few queries by the size of keys.
+    On a CPU in strips and of some heads at a time, unless it is several devices, over which heads may be divided; for
+    few queries by the size of keys.
     """
     b, tq, hq, _ = operands.q.shape
     on_cpu = device.platform == "cpu"
@@ -53,11 +54,12 @@ def default_config(operands: Operands, device: DeviceInfo) -> BlockConfig:
         block_kv = 1 << (max(32, keys).bit_length() - 1)  # a power of two
         elementwise = tq == 1 and hkv > 1 and d <= 64 and all(x.dtype == jnp.float32 for x in operands[:3])
         return BlockConfig(block_q=max(1, tq), block_kv=block_kv, widen=widen, elementwise=elementwise)
-    if not on_cpu:
-        block_q = max(1, min(tq, 256))
-        block_kv = 256 if 256 * 4 * b * hq * block_q <= SCORE_TILE_BYTES else 128
-        return BlockConfig(block_q=block_q, block_kv=block_kv, widen=widen)
-    if tq < 256 or operands.mask is not None or operands.q_segments is not None:
+    if not on_cpu or device.num_devices > 1 or _is_of_all_heads(operands):
+        # on a CPU, the query heads of a group are rows of one product, which is then large enough
+        block_q = max(1, min(tq, 128 if on_cpu and operands.group_size > 1 else 256))
+        is_wide = 256 * 4 * b * hq * block_q <= SCORE_TILE_BYTES and not (on_cpu and block_q < 256)
+        return BlockConfig(block_q=block_q, block_kv=256 if is_wide else 128, widen=widen)
+    if tq < 256 or operands.q_segments is not None:
         return _undivided(operands, widen)
     is_long = widen and tq >= 4096 and b * hq * 256 * 256 * 4 <= _STRIPS_BYTES
     tile = 512 if is_long else 256
@@ -76,11 +78,16 @@ def backward_config(operands: Operands, config: BlockConfig, device: DeviceInfo)
 
 
 def _undivided(operands: Operands, widen: bool) -> BlockConfig:
-    """Tiles for a CPU, which multiplies the query heads of a group as rows of one product."""
+    """Tiles of some heads for a CPU, without strips."""
     b, tq, hq, _ = operands.q.shape
     tile = 256 if operands.group_size == 1 or (tq >= 1024 and b * hq * 256 * 256 * 4 <= _TILE_BYTES) else 128
     block_q = max(1, min(tq, tile))
     return BlockConfig(block_q=block_q, block_kv=tile, widen=widen, heads=_heads(operands, tile, _TILE_BYTES))
+
+
+def _is_of_all_heads(operands: Operands) -> bool:
+    """Whether the call has options that are not divided into shares."""
+    return any(x is not None for x in (operands.bias, operands.mask, operands.alibi_slopes, operands.dropout_seed))
 
 
 def _heads(operands: Operands, tile: int, most_bytes: int) -> int | None:
@@ -348,8 +355,7 @@ class _Shares(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, config: BlockConfig) -> "_Shares":
         b, hkv = operands.q.shape[0], operands.k.shape[2]
-        of_all = (operands.bias, operands.mask, operands.alibi_slopes, operands.dropout_seed)
-        if config.heads is None or hasattr(operands.k, "rows") or any(x is not None for x in of_all):
+        if config.heads is None or hasattr(operands.k, "rows") or _is_of_all_heads(operands):
             return cls(b, hkv, b, hkv)
         return cls(b, hkv, _divisor(b, config.heads // hkv), _divisor(hkv, config.heads))
 
