@@ -127,6 +127,11 @@ def test_the_table_of_other_kernels_matches_the_records():
     assert f"<!-- beside -->\n\n{table}\n\n<!-- end -->" in (ROOT / "docs/proofs.md").read_text()
 
 
+def test_the_table_beside_torch_matches_the_records():
+    table = report.attention_beside(report.load("attention-cpu-epyc-zen4"), "torch")
+    assert f"<!-- beside torch -->\n\n{table}\n\n<!-- end -->" in (ROOT / "docs/benchmarks.md").read_text()
+
+
 @pytest.mark.parametrize("ops", [["block_sparse_attention"], names.LINEAR_OPS])
 def test_the_bounds_of_loops_match_the_records(ops):
     table = report.bounds(report.load("compile"), ops)

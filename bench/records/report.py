@@ -70,11 +70,9 @@ def beside(records: Sequence[Record]) -> str:
 
 
 def attention_beside(records: Sequence[Record], other: str) -> str:
-    """A Markdown table of `attention`: milliseconds of jfa and of another library, and how many times as fast jfa is."""
-    lines = [
-        ["dtype", "tokens", "heads", "jfa", other, "times as fast", "gradients", other, "times as fast"],
-        ["---"] * 9,
-    ]
+    """A Markdown table of `attention`: milliseconds of jfa and of another library, and the latter over the former."""
+    of_pass = other, "times as fast"
+    lines = [["dtype", "tokens", "heads", "forward", *of_pass, "gradients", *of_pass], ["---"] * 9]
     times: dict[tuple, dict[tuple, float | None]] = {}
     for row in records:
         case = row["case"]
