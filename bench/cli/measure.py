@@ -93,6 +93,8 @@ def attention_command(
     pythons = {"torch": torch_python} if torch_python else {}
     if implementation is None:
         implementation = tuple(dict.fromkeys((*peers.usual(probe().platform), *pythons)))
+    elif torch_python and "torch" not in implementation:
+        raise click.UsageError("--torch-python is for torch: add it to --implementation")
     records = attention.measure(
         cases,
         directions=direction,

@@ -151,9 +151,7 @@ def checked(
         return {"status": "wrong", "reason": str(wrong)}, None
     except outcome.REFUSALS as refusal:
         return outcome.of(refusal), None
-    fields = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes} | dict(
-        program.about
-    )
+    fields = {"status": "ok", "reason": None, "max_error": error, "peak_bytes": program.peak_bytes, **program.about}
     return fields, timing.rotating(program.run, rotated)
 
 

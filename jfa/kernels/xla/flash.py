@@ -355,7 +355,8 @@ class _Shares(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, config: BlockConfig) -> "_Shares":
         b, hkv = operands.q.shape[0], operands.k.shape[2]
-        if config.heads is None or hasattr(operands.k, "rows") or _is_of_all_heads(operands):
+        is_symbolic = not isinstance(b, int)
+        if config.heads is None or is_symbolic or hasattr(operands.k, "rows") or _is_of_all_heads(operands):
             return cls(b, hkv, b, hkv)
         return cls(b, hkv, _divisor(b, config.heads // hkv), _divisor(hkv, config.heads))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 
 import jax
 import numpy as np
@@ -189,6 +190,10 @@ class _Ticking:
         (["--seq-lens", "8:32:0"], "such as 256:4096:64"),
         (["--grid", "fa2", "--seq-lens", "64"], "--grid sets the shapes: remove --seq-lens"),
         (["--torch-python", "no/python"], "File 'no/python' does not exist"),
+        (
+            ["--torch-python", sys.executable, "--implementation", "xla"],
+            "--torch-python is for torch: add it to --implementation",
+        ),
     ],
 )
 def test_invalid_input_is_reported_in_one_sentence(arguments, message):
